@@ -1,0 +1,127 @@
+"""Which part of each tensor does each rank hold? The answer as data, whoever gave it.
+
+A slice source (rules, or an engine's own loader) says for every tensor and rank: the shape of the result and the boxes of the
+checkpoint's tensor that fill it. Real models repeat few shapes, so a table keeps each distinct answer once (a pattern: one
+slice per rank) and one pattern number per tensor. Planning and streaming know nothing else about sharding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ray_streamer.errors import ShardingError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from ray_streamer.checkpoint.index import CheckpointIndex
+
+
+@dataclass(frozen=True, slots=True)
+class Box:
+    """A box of the checkpoint's tensor and the place where it lands in the result, in logical elements.
+
+    Attributes:
+        starts: First index of each dimension, in the checkpoint's tensor.
+        stops: One past the last index of each dimension.
+        lands: Index in the result of the box's first element.
+    """
+
+    starts: tuple[int, ...]
+    stops: tuple[int, ...]
+    lands: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if not len(self.starts) == len(self.stops) == len(self.lands):
+            raise ValueError(f"a box needs equal dimensions: starts={self.starts} stops={self.stops} lands={self.lands}")
+        if any(not 0 <= start <= stop for start, stop in zip(self.starts, self.stops, strict=True)):
+            raise ValueError(f"a box needs 0 <= start <= stop: starts={self.starts} stops={self.stops}")
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Extent of each dimension."""
+        return tuple(stop - start for start, stop in zip(self.starts, self.stops, strict=True))
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSlice:
+    """What one rank holds of one tensor: a result of `shape` filled by `boxes`, disjoint and without holes.
+
+    >>> TensorSlice.along((8, 4), dim=0, start=2, stop=4).boxes[0]
+    Box(starts=(2, 0), stops=(4, 4), lands=(0, 0))
+    """
+
+    shape: tuple[int, ...]
+    boxes: tuple[Box, ...]
+
+    @classmethod
+    def whole(cls, shape: tuple[int, ...]) -> TensorSlice:
+        """All of a tensor of `shape`."""
+        zeros = (0,) * len(shape)
+        return cls(shape, (Box(zeros, shape, zeros),))
+
+    @classmethod
+    def along(cls, shape: tuple[int, ...], *, dim: int, start: int, stop: int) -> TensorSlice:
+        """Indices `start` to `stop` of dimension `dim`, everything of the others."""
+        return cls.parts(shape, dim=dim, parts=((start, stop),))
+
+    @classmethod
+    def parts(cls, shape: tuple[int, ...], *, dim: int, parts: tuple[tuple[int, int], ...]) -> TensorSlice:
+        """Several half-open index ranges of dimension `dim`, laid one after the other in the result."""
+        boxes: list[Box] = []
+        length = 0
+        for start, stop in parts:
+            starts = tuple(start if axis == dim else 0 for axis in range(len(shape)))
+            stops = tuple(stop if axis == dim else size for axis, size in enumerate(shape))
+            boxes.append(Box(starts, stops, tuple(length if axis == dim else 0 for axis in range(len(shape)))))
+            length += stop - start
+        return cls(tuple(length if axis == dim else size for axis, size in enumerate(shape)), tuple(boxes))
+
+
+SlicePattern = tuple[TensorSlice | None, ...]
+"""One slice per rank, in rank order; None where a rank holds nothing of the tensor."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SliceTable:
+    """Every rank's slice of every tensor of one checkpoint index.
+
+    Attributes:
+        num_ranks: Ranks of the mesh.
+        patterns: Distinct answers, each with one entry per rank.
+        pattern_ids: For each tensor, in index order, its position in `patterns`; int32 of shape (num_tensors,).
+    """
+
+    num_ranks: int
+    patterns: tuple[SlicePattern, ...]
+    pattern_ids: NDArray[np.int32] = field(repr=False)
+
+    def __post_init__(self) -> None:
+        for pattern in self.patterns:
+            if len(pattern) != self.num_ranks:
+                raise ShardingError(f"a pattern has {len(pattern)} slices for {self.num_ranks} ranks")
+
+    @classmethod
+    def from_slices(
+        cls, index: CheckpointIndex, slices: Mapping[str, SlicePattern], *, num_ranks: int
+    ) -> SliceTable:
+        """A table from one pattern per tensor name; tensors not named are held by no rank.
+
+        Raises:
+            ShardingError: A name that the checkpoint does not have.
+        """
+        unknown = sorted(slices.keys() - set(index.names))
+        if unknown:
+            raise ShardingError(f"slices name tensors that {index.uri} does not have: {', '.join(unknown[:5])}")
+        nothing: SlicePattern = (None,) * num_ranks
+        ids: dict[SlicePattern, int] = {}
+        pattern_ids = [ids.setdefault(slices.get(name, nothing), len(ids)) for name in index.names]
+        return cls(num_ranks, tuple(ids), np.array(pattern_ids, dtype=np.int32))
+
+    def slice_of(self, tensor: int, rank: int) -> TensorSlice | None:
+        """What `rank` holds of the tensor at position `tensor` of the index."""
+        return self.patterns[self.pattern_ids[tensor]][rank]
