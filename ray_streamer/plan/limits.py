@@ -1,0 +1,87 @@
+"""How large may a block be, and how much staging memory does a rank get?
+
+The memory limit is the user's number; everything else follows from it. A slot holds one block, so blocks shrink until the
+limit holds as many slots as there are concurrent reads, down to a floor under which requests would be too small to be useful.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ray_streamer.errors import BudgetError, PlanError
+
+PAGE_BYTES = 4096
+MIN_BLOCK_BYTES = 256 << 10
+MAX_BLOCK_BYTES = 1 << 30
+OBJECT_STORE_MIN_RUN_BYTES = 256 << 10
+FILESYSTEM_MIN_RUN_BYTES = 64 << 10
+DEFAULT_MEMORY_LIMIT = 1 << 30
+AS_MUCH_AS_USEFUL = -1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReadLimits:
+    """The sizes that shape a plan.
+
+    Attributes:
+        block_bytes: Grid on which files are cut, and size of a slot; a multiple of 4096.
+        min_run_bytes: Runs at least this long are read exactly, shorter ones together with what lies between them.
+        max_gap_bytes: Unwanted bytes between two extents that are read rather than split the request.
+    """
+
+    block_bytes: int
+    min_run_bytes: int
+    max_gap_bytes: int
+
+    def __post_init__(self) -> None:
+        if not PAGE_BYTES <= self.block_bytes <= MAX_BLOCK_BYTES or self.block_bytes % PAGE_BYTES:
+            raise PlanError(
+                f"block_bytes must be a multiple of {PAGE_BYTES} up to {MAX_BLOCK_BYTES}, got {self.block_bytes}"
+            )
+        if self.min_run_bytes < 0 or self.max_gap_bytes < 0:
+            raise PlanError(
+                f"min_run_bytes and max_gap_bytes cannot be negative, got {self.min_run_bytes} and {self.max_gap_bytes}"
+            )
+
+
+def rank_memory_limit(
+    *, memory_limit: int | None, node_memory_limit: int | None, available_bytes: int, num_local_ranks: int
+) -> int:
+    """Staging bytes that one rank of a node may use; -1 for as much as the plan can use.
+
+    Args:
+        memory_limit: The user's limit per rank: bytes, 0 for the least that works, -1, or None for the default.
+        node_memory_limit: The user's limit over all ranks of the node, or None.
+        available_bytes: Memory that is free on the node.
+        num_local_ranks: Ranks that share the node.
+    """
+    if memory_limit is None:
+        memory_limit = max(MIN_BLOCK_BYTES, min(DEFAULT_MEMORY_LIMIT, available_bytes // 4 // num_local_ranks))
+    if node_memory_limit is None:
+        return memory_limit
+    share = node_memory_limit // num_local_ranks
+    return share if memory_limit == AS_MUCH_AS_USEFUL else min(memory_limit, share)
+
+
+def fit_block_bytes(*, memory_limit: int, block_bytes: int, concurrency: int) -> int:
+    """The block size for one rank's memory limit: `block_bytes`, halved until every concurrent read has a slot.
+
+    >>> fit_block_bytes(memory_limit=64 << 20, block_bytes=8 << 20, concurrency=16) >> 20
+    4
+
+    Raises:
+        BudgetError: Not even one slot of the smallest size fits; names the smallest limit that works.
+    """
+    if memory_limit == AS_MUCH_AS_USEFUL:
+        return block_bytes
+    floor = min(MIN_BLOCK_BYTES, block_bytes)
+    if memory_limit == 0:
+        return floor
+    if memory_limit < floor:
+        raise BudgetError(
+            f"memory_limit of {memory_limit} bytes per rank cannot hold one block; the smallest that works is {floor} bytes"
+            f" per rank (node_memory_limit: {floor} bytes for each rank of the node)"
+        )
+    while block_bytes > floor and memory_limit < block_bytes * concurrency:
+        block_bytes = max(floor, block_bytes // 2 // PAGE_BYTES * PAGE_BYTES)
+    return block_bytes
