@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from numpy.typing import NDArray
-
     from ray_streamer.checkpoint.index import CheckpointIndex
+
     from ray_streamer.plan.limits import ReadLimits
     from ray_streamer.sharding.slices import SliceTable, TensorSlice
 

@@ -15,8 +15,8 @@ from ray_streamer.plan.cover import tensor_keys
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-
     from ray_streamer.checkpoint.index import CheckpointIndex
+
     from ray_streamer.plan.cover import BlockColumns, NodeCover, TensorKinds
 
     Column = NDArray[np.int64]

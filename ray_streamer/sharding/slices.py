@@ -7,7 +7,6 @@ slice per rank) and one pattern number per tensor. Planning and streaming know n
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -16,8 +15,9 @@ import numpy as np
 from ray_streamer.errors import ShardingError
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
+    from collections.abc import Mapping
 
+    from numpy.typing import NDArray
     from ray_streamer.checkpoint.index import CheckpointIndex
 
 
@@ -37,7 +37,9 @@ class Box:
 
     def __post_init__(self) -> None:
         if not len(self.starts) == len(self.stops) == len(self.lands):
-            raise ValueError(f"a box needs equal dimensions: starts={self.starts} stops={self.stops} lands={self.lands}")
+            raise ValueError(
+                f"a box needs equal dimensions: starts={self.starts} stops={self.stops} lands={self.lands}"
+            )
         if any(not 0 <= start <= stop for start, stop in zip(self.starts, self.stops, strict=True)):
             raise ValueError(f"a box needs 0 <= start <= stop: starts={self.starts} stops={self.stops}")
 
@@ -106,9 +108,7 @@ class SliceTable:
                 raise ShardingError(f"a pattern has {len(pattern)} slices for {self.num_ranks} ranks")
 
     @classmethod
-    def from_slices(
-        cls, index: CheckpointIndex, slices: Mapping[str, SlicePattern], *, num_ranks: int
-    ) -> SliceTable:
+    def from_slices(cls, index: CheckpointIndex, slices: Mapping[str, SlicePattern], *, num_ranks: int) -> SliceTable:
         """A table from one pattern per tensor name; tensors not named are held by no rank.
 
         Raises:
