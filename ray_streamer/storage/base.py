@@ -1,0 +1,122 @@
+"""What must a place that holds checkpoints be able to do?
+
+A storage reads files of one folder or prefix, its `uri`. Paths are relative to it, with "/" between folders. The
+docstrings of `Storage` are the contract; one test suite holds every backend to it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, Protocol
+
+if TYPE_CHECKING:
+    from ray_streamer.extent import Extent
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectInfo:
+    """The identity of one file: reads that are given `etag` fail when the file is another one by then.
+
+    Attributes:
+        size_bytes: Length of the file.
+        etag: Opaque; equal for equal content only within one storage.
+    """
+
+    size_bytes: int
+    etag: str
+
+
+class StorageSettings(Protocol):
+    """The settings that backends use; see `ray_streamer.settings.Settings` for what each one means."""
+
+    direct_io: Literal["auto", "on", "off"]
+    page_cache: Literal["auto", "on", "off"]
+    connect_timeout_seconds: float
+    read_timeout_seconds: float
+    retry_deadline_seconds: float
+    s3_endpoint_url: str | None
+    s3_region: str | None
+    s3_profile: str | None
+    s3_addressing: Literal["auto", "path", "virtual"]
+    s3_unsigned: bool
+    s3_ca_bundle: str | None
+
+
+class Storage(Protocol):
+    """Files of one folder or prefix. Every method may be called from many threads at once.
+
+    All methods raise `ObjectMissingError`, `AccessError` and `StorageError` for what their names say.
+
+    Attributes:
+        uri: The folder or prefix, as given.
+        is_remote: Whether each request costs a round trip to an object store.
+    """
+
+    uri: str
+    is_remote: bool
+
+    def size_and_etag(self, path: str) -> ObjectInfo:
+        """Size and identity of a file, without reading it."""
+        ...
+
+    def read_head(self, path: str, max_bytes: int) -> tuple[bytes, ObjectInfo]:
+        """The first bytes of a file, `max_bytes` or all that it has, and the identity of what was read, in one request."""
+        ...
+
+    def read_into(self, path: str, extent: Extent, buffer: memoryview, *, etag: str) -> None:
+        """Fill `buffer` with the bytes of `extent`; an empty extent touches nothing, not even the storage.
+
+        The caller owns the buffer, lends it until the call returns or raises, and may reuse it then. Its length must be
+        `extent.num_bytes`. After an error its content is undefined; bytes outside of it are never written.
+
+        Raises:
+            ShortReadError: The file ends before the extent does.
+            ObjectChangedError: The file is not the one with `etag`.
+            ThrottledError: The store asked to slow down until the retry deadline passed.
+        """
+        ...
+
+    def resident_view(self, path: str, *, etag: str) -> memoryview | None:
+        """The whole file as read-only memory when copying from there beats reading it, else None.
+
+        The memory belongs to the storage and is valid until `close`.
+
+        Raises:
+            ObjectChangedError: The file is not the one with `etag`.
+        """
+        ...
+
+    def is_resident(self, path: str) -> bool:
+        """Whether `resident_view` would give a view now; cheap, so a planner may ask for every file."""
+        ...
+
+    def prefers_aligned(self, path: str) -> bool:
+        """Whether reads run faster into memory whose address equals the file offset modulo 4096.
+
+        A preference only: every buffer works.
+        """
+        ...
+
+    def list(self, prefix: str = "") -> list[str]:
+        """Paths that begin with `prefix` and have no further "/", files only, sorted.
+
+        A folder that does not exist is an empty list where the store has no folders, else `ObjectMissingError`.
+        """
+        ...
+
+    def close(self) -> None:
+        """Give back descriptors, mappings and connections. May be called twice.
+
+        Reads in flight finish, or end with `StorageError` where they would wait for a network; later ones raise it.
+        """
+        ...
+
+
+def check_buffer(extent: Extent, buffer: memoryview) -> None:
+    """Refuse a buffer that is not as long as its extent.
+
+    Raises:
+        ValueError: The lengths differ.
+    """
+    if buffer.nbytes != extent.num_bytes:
+        raise ValueError(f"a buffer of {buffer.nbytes} bytes cannot hold extent {extent} of {extent.num_bytes} bytes")

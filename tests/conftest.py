@@ -1,0 +1,47 @@
+"""Fixtures that every test may use: a clean environment, and a real local S3 server."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+import pytest
+
+from ray_streamer.testing.s3_server import S3Server, S3ServerUnavailableError, start_s3_server
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+os.environ["AWS_EC2_METADATA_DISABLED"] = "true"
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No setting or credential of the machine reaches a test."""
+    for name in os.environ:
+        if name.startswith(("RAY_STREAMER_", "AWS_")):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    # A home directory may hold credentials too.
+    monkeypatch.setenv("AWS_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", os.devnull)
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[S3Server]:
+    """A real S3 server for the whole session; its store starts empty and is shared, so use your own bucket or prefix."""
+    try:
+        server = start_s3_server()
+    except S3ServerUnavailableError as error:
+        pytest.skip(str(error))
+    with server:
+        yield server
+
+
+@pytest.fixture
+def s3_credentials(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
+    """The same server, with its endpoint and credentials in the environment of this process and its children."""
+    for name, value in s3_server.environment().items():
+        monkeypatch.setenv(name, value)
+    return s3_server
