@@ -1,0 +1,165 @@
+"""Which placement has a tensor of this name? Ordered globs, the first that matches decides.
+
+Real checkpoints have up to 92,000 names, but few kinds of them: names differ in layer and expert numbers only. So a
+name is looked up by its kind, the name with those numbers levelled, and only globs that speak of particular numbers see
+every name.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import logging
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Self
+
+from ray_streamer.errors import ShardingError
+from ray_streamer.sharding.placement import Placement
+from ray_streamer.sharding.presets import family_of, preset_for
+
+_Matcher = Callable[[str], re.Match[str] | None]
+
+logger = logging.getLogger(__name__)
+
+_NUMBER_IN_NAME = re.compile(r"\.[0-9]+(?=\.)")
+_NUMBER_IN_GLOB = re.compile(r"(?:^|[.*])[0-9]+(?:[.*]|$)|[?\[]")
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """One line of `ShardRules`.
+
+    Attributes:
+        glob: Shell pattern of whole tensor names, as in `fnmatch`: `*` crosses dots; case matters.
+        placement: How the tensors lie that it matches first.
+        optional: Whether a checkpoint may lack such tensors; else a rule that decides nothing is refused as a typing
+            error.
+
+    Raises:
+        ShardingError: The glob is not text, or the placement is not a placement.
+    """
+
+    glob: str
+    placement: Placement
+    optional: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.glob, str) or not self.glob:
+            raise ShardingError(f"a rule starts with a glob of tensor names, got {self.glob!r}")
+        if not isinstance(self.placement, Placement):
+            raise ShardingError(
+                f"rule {self.glob!r} needs a placement such as Split(0) or Replicate(), got {self.placement!r}"
+            )
+
+    def __str__(self) -> str:
+        return f"{self.glob!r}: {self.placement}"
+
+
+RulesLike = Mapping[str, Placement] | Iterable["Rule | tuple[str, Placement]"]
+"""What people write for rules: a mapping glob -> placement, or pairs in order; `ShardRules` are their own kind, too."""
+
+
+@dataclass(frozen=True, slots=True, init=False)
+class ShardRules:
+    """Ordered rules; the first whose glob matches a tensor's name places it.
+
+    >>> from ray_streamer.sharding import Replicate, ShardRules, Split
+    >>> rules = ShardRules({"*.q_proj.weight": Split(0)}) + ShardRules({"*": Replicate()}, optional=True)
+    >>> [rules.placement_of(name) for name in ("layers.7.q_proj.weight", "norm.weight")]
+    [Split(dim=0, heads=None, kv_heads=None, parts=()), Replicate()]
+    """
+
+    rules: tuple[Rule, ...]
+
+    def __init__(self, rules: RulesLike = (), *, optional: bool = False) -> None:
+        """Rules from what people write.
+
+        Args:
+            rules: A mapping glob -> placement, an iterable of such pairs or of `Rule`s, or other `ShardRules`.
+            optional: Makes every pair a rule that may decide nothing, as presets are; a `Rule` keeps its own.
+
+        Raises:
+            ShardingError: An entry is no pair of glob and placement; names it.
+        """
+        object.__setattr__(self, "rules", tuple(_rules_of(rules, optional=optional)))
+
+    @classmethod
+    def for_config(cls, config: Mapping[str, Any] | None, *, first: RulesLike = ()) -> Self:
+        """The preset for the model that `config`, a parsed config.json, describes.
+
+        Args:
+            config: Needs `model_type` and the sizes that its family splits by; None when the checkpoint has none.
+            first: Rules that go before the preset's. With them, a model of no known family is no error: they stand
+                alone, and what they do not match is for `resolve_slices` to refuse.
+
+        Raises:
+            ShardingError: There is no preset and nothing in `first`, or the config lacks a size.
+        """
+        before, config = cls(first), config or {}
+        if before.rules and family_of(config) is None:
+            logger.warning("no preset for model_type %r: the given rules stand alone", config.get("model_type"))
+            return before
+        return before + cls(preset_for(config), optional=True)
+
+    def __add__(self, later: ShardRules) -> Self:
+        return type(self)((*self.rules, *later.rules))
+
+    def __iter__(self) -> Iterator[Rule]:
+        return iter(self.rules)
+
+    def __len__(self) -> int:
+        return len(self.rules)
+
+    def placement_of(self, name: str) -> Placement | None:
+        """How the tensor called `name` lies; None when no rule matches."""
+        (position,) = self.first_matches((name,))
+        return None if position < 0 else self.rules[position].placement
+
+    def first_matches(self, names: Sequence[str]) -> list[int]:
+        """For each name the position of the rule that places it, -1 where none does."""
+        matchers = [(position, _matcher(rule.glob)) for position, rule in enumerate(self.rules)]
+        of_kinds = [matcher for matcher, rule in zip(matchers, self.rules, strict=True) if not _is_numbered(rule.glob)]
+        of_names = [matcher for matcher, rule in zip(matchers, self.rules, strict=True) if _is_numbered(rule.glob)]
+        kinds = [_NUMBER_IN_NAME.sub(".0", name) for name in names]
+        by_kind = {kind: _first(of_kinds, kind) for kind in dict.fromkeys(kinds)}
+        matches = [by_kind[kind] for kind in kinds]
+        if of_names:
+            matches = [_earlier(match, _first(of_names, name)) for match, name in zip(matches, names, strict=True)]
+        return matches
+
+
+def _rules_of(rules: RulesLike, *, optional: bool) -> Iterator[Rule]:
+    if isinstance(rules, str) or not isinstance(rules, Iterable):
+        raise ShardingError(f"rules are a mapping of glob to placement, or a list of such pairs, got {rules!r}")
+    entries: Iterable[Any] = rules.items() if isinstance(rules, Mapping) else rules
+    for entry in entries:
+        if isinstance(entry, Rule):
+            yield entry
+        elif isinstance(entry, tuple) and len(entry) == 2:
+            yield Rule(*entry, optional=optional)
+        else:
+            raise ShardingError(f'a rule is a pair such as ("*.q_proj.weight", Split(0)), got {entry!r}')
+
+
+@cache
+def _matcher(glob: str) -> _Matcher:
+    return re.compile(fnmatch.translate(glob)).match
+
+
+def _is_numbered(glob: str) -> bool:
+    """Whether a number between two dots of a name may decide the match; if not, only `*` can cover such a number.
+
+    A digit of the glob belongs to such a number only if no letter is its run's neighbour: `layers.3.*` and `layers.1*`
+    are numbered, `*.w1.weight` is not.
+    """
+    return _NUMBER_IN_GLOB.search(glob) is not None
+
+
+def _first(matchers: list[tuple[int, _Matcher]], name: str) -> int:
+    return next((position for position, matches in matchers if matches(name)), -1)
+
+
+def _earlier(position: int, other: int) -> int:
+    return min(position, other) if position >= 0 and other >= 0 else max(position, other)
