@@ -248,9 +248,9 @@ def cut_blocks(index: CheckpointIndex, kinds: TensorKinds, cover: NodeCover, lim
     stops = bases + cover.extents.columns["stop"][rows]
     if not len(starts):
         return BlockColumns(starts, starts, stops)
-    is_first = np.empty(len(starts), dtype=bool)
-    is_first[0] = True
-    np.greater(starts[1:] - stops[:-1], limits.max_gap_bytes, out=is_first[1:])
+    # However large a gap may be, extents of different files never meet.
+    is_apart = (starts[1:] - stops[:-1] > limits.max_gap_bytes) | (starts[1:] >> FILE_SHIFT != starts[:-1] >> FILE_SHIFT)
+    is_first = np.concatenate([[True], is_apart])
     starts, stops = starts[is_first], stops[np.append(is_first[1:], True)]
     return _cut_on_grid(starts >> FILE_SHIFT, starts & _OFFSET_MASK, stops & _OFFSET_MASK, limits.block_bytes)
 

@@ -54,13 +54,26 @@ def rank_memory_limit(
         node_memory_limit: The user's limit over all ranks of the node, or None.
         available_bytes: Memory that is free on the node.
         num_local_ranks: Ranks that share the node.
+
+    Raises:
+        BudgetError: The node's limit leaves less than a page to each rank; names the smallest limit that works.
     """
     if memory_limit is None:
         memory_limit = max(MIN_BLOCK_BYTES, min(DEFAULT_MEMORY_LIMIT, available_bytes // 4 // num_local_ranks))
     if node_memory_limit is None:
         return memory_limit
     share = node_memory_limit // num_local_ranks
-    return share if memory_limit == AS_MUCH_AS_USEFUL else min(memory_limit, share)
+    if share < PAGE_BYTES:
+        smallest = PAGE_BYTES * num_local_ranks
+        raise BudgetError(
+            f"node_memory_limit of {node_memory_limit} bytes is {share} bytes for each of {num_local_ranks} ranks; the"
+            f" smallest that can work is {smallest} bytes, with block_bytes={PAGE_BYTES}"
+        )
+    if memory_limit == AS_MUCH_AS_USEFUL:
+        return share
+    # The least that works may still be more than the node allows: then the share is the limit, to be refused or kept.
+    least_is_too_much = memory_limit == 0 and share < MIN_BLOCK_BYTES
+    return share if least_is_too_much else min(memory_limit, share)
 
 
 def fit_block_bytes(*, memory_limit: int, block_bytes: int, concurrency: int) -> int:
