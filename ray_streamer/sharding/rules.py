@@ -133,14 +133,15 @@ class ShardRules:
 def _rules_of(rules: RulesLike, *, optional: bool) -> Iterator[Rule]:
     if isinstance(rules, str) or not isinstance(rules, Iterable):
         raise ShardingError(f"rules are a mapping of glob to placement, or a list of such pairs, got {rules!r}")
-    entries: Iterable[Any] = rules.items() if isinstance(rules, Mapping) else rules
+    entries: list[Any] = list(rules.items() if isinstance(rules, Mapping) else rules)
     for entry in entries:
-        if isinstance(entry, Rule):
-            yield entry
-        elif isinstance(entry, tuple) and len(entry) == 2:
-            yield Rule(*entry, optional=optional)
-        else:
-            raise ShardingError(f'a rule is a pair such as ("*.q_proj.weight", Split(0)), got {entry!r}')
+        match entry:
+            case Rule():
+                yield entry
+            case (glob, placement):
+                yield Rule(glob, placement, optional)
+            case _:
+                raise ShardingError(f'a rule is a pair such as ("*.q_proj.weight", Split(0)), got {entry!r}')
 
 
 @cache

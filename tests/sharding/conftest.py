@@ -1,0 +1,57 @@
+"""Checkpoint indexes without files, since nothing in sharding reads one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from ray_streamer.checkpoint.index import CheckpointIndex, ShardFile
+from ray_streamer.dtypes import DTYPE_CODES
+from ray_streamer.sharding import TensorSlice
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def _index_of(shapes: Shapes, *, dtype: str = "F32", config: dict[str, Any] | None = None) -> CheckpointIndex:
+    width = max((len(shape) for shape in shapes.values()), default=1)
+    padded = [shape + (1,) * (width - len(shape)) for shape in shapes.values()]
+    zeros = np.zeros(len(shapes), dtype=np.int64)
+    return CheckpointIndex(
+        uri="memory://model",
+        files=(ShardFile("model.safetensors", 8, "etag"),),
+        names=tuple(shapes),
+        dtype_codes=np.full(len(shapes), DTYPE_CODES[dtype], dtype=np.uint8),
+        shapes=np.array(padded, dtype=np.int64).reshape(len(shapes), width),
+        num_dims=np.array([len(shape) for shape in shapes.values()], dtype=np.uint8),
+        file_ids=zeros.astype(np.int32),
+        starts=zeros,
+        stops=zeros.copy(),
+        config=config,
+    )
+
+
+def _cut(tensor: torch.Tensor, part: TensorSlice) -> torch.Tensor:
+    result = torch.full(part.shape, float("nan"), dtype=tensor.dtype)
+    for box in part.boxes:
+        source = tuple(slice(start, stop) for start, stop in zip(box.starts, box.stops, strict=True))
+        target = tuple(slice(land, land + size) for land, size in zip(box.lands, box.shape, strict=True))
+        assert result[target].isnan().all(), "two boxes land on one element"
+        result[target] = tensor[source]
+    assert not result.isnan().any(), "no box lands on an element of the result"
+    return result
+
+
+@pytest.fixture(scope="session")
+def index_of() -> Callable[..., CheckpointIndex]:
+    """Index of float32 tensors with these names and shapes."""
+    return _index_of
+
+
+@pytest.fixture(scope="session")
+def cut() -> Callable[[torch.Tensor, TensorSlice], torch.Tensor]:
+    """The result that a slice describes, with a check that boxes are disjoint and fill it."""
+    return _cut

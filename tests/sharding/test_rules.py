@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+import fnmatch
+import pickle
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ray_streamer.errors import ShardingError
+from ray_streamer.sharding import Replicate, Rule, ShardRules, Skip, Split
+
+LLAMA = {"model_type": "llama", "num_attention_heads": 8, "num_key_value_heads": 2}
+
+
+def test_the_first_rule_that_matches_decides() -> None:
+    rules = ShardRules([("*.0.q_proj.weight", Skip()), ("*.q_proj.*", Split(0)), ("*", Replicate())])
+    names = ("layers.0.q_proj.weight", "layers.1.q_proj.weight", "layers.10.q_proj.bias", "norm.weight")
+    assert [rules.placement_of(name) for name in names] == [Skip(), Split(0), Split(0), Replicate()]
+
+
+def test_names_without_a_rule_have_no_placement() -> None:
+    rules = ShardRules({"*.q_proj.weight": Split(0)})
+    assert rules.placement_of("layers.0.self_attn.q_proj.weight_scale_inv") is None
+    assert rules.placement_of("layers.0.self_attn.Q_proj.weight") is None
+    assert ShardRules().placement_of("norm.weight") is None
+
+
+_LEVEL = st.sampled_from(["layers", "experts", "w1", "w12", "1w", "0", "1", "7", "12", "127"])
+_GLOB_LEVEL = st.one_of(_LEVEL, st.sampled_from(["*", "*", "w*", "*1", "1*", "*w1", "?", "w?", "[01]", "[!1]*", "1*2"]))
+
+
+@given(
+    st.lists(st.lists(_GLOB_LEVEL, min_size=1, max_size=4).map(".".join), min_size=1, max_size=5),
+    st.lists(st.lists(_LEVEL, min_size=1, max_size=5).map(".".join), min_size=1, max_size=8),
+)
+def test_matches_are_those_of_fnmatch(globs: list[str], names: list[str]) -> None:
+    expected = [next((at for at, glob in enumerate(globs) if fnmatch.fnmatchcase(name, glob)), -1) for name in names]
+    assert ShardRules([(glob, Split(0)) for glob in globs]).first_matches(names) == expected
+
+
+def test_sums_keep_the_order_and_what_is_optional() -> None:
+    rules = ShardRules({"a": Split(0)}) + ShardRules({"b": Split(1)}, optional=True)
+    assert list(rules) == [Rule("a", Split(0)), Rule("b", Split(1), optional=True)]
+    assert ShardRules(rules) == rules == pickle.loads(pickle.dumps(rules))
+
+
+def test_given_rules_come_before_the_preset() -> None:
+    rules = ShardRules.for_config(LLAMA, first={"*.1.self_attn.q_proj.weight": Replicate()})
+    names = [f"model.layers.{layer}.self_attn.q_proj.weight" for layer in (0, 1, 11)]
+    assert [rules.placement_of(name) for name in names] == [Split(0, heads=8), Replicate(), Split(0, heads=8)]
+    assert [rule.glob for rule in rules if not rule.optional] == ["*.1.self_attn.q_proj.weight"]
+
+
+@pytest.mark.parametrize("config", [None, {}, {"model_type": "grok"}, {"model_type": ["llama"]}])
+def test_given_rules_stand_alone_when_the_family_is_unknown(
+    config: dict[str, object] | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert ShardRules.for_config(config, first={"*": Split(0)}) == ShardRules({"*": Split(0)})
+    assert "the given rules stand alone" in caplog.text
+
+
+@pytest.mark.parametrize("config", [None, {}, {"model_type": "grok"}, {"model_type": ["llama"]}])
+def test_an_unknown_family_is_refused_with_the_known_ones(config: dict[str, object] | None) -> None:
+    shown = repr((config or {}).get("model_type"))
+    with pytest.raises(ShardingError) as raised:
+        ShardRules.for_config(config)
+    assert shown in str(raised.value)
+    assert "gemma2, gemma3, gemma3_text, llama, mistral, mixtral, phi3, qwen2, qwen3, qwen3_moe" in str(raised.value)
+    assert 'rules={"*.q_proj.weight": Split(0)' in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"model_type": "llama"}, "llama model needs a number for num_attention_heads, got None"),
+        (LLAMA | {"num_key_value_heads": "2"}, "number for num_key_value_heads, got '2'"),
+        (LLAMA | {"num_attention_heads": 0}, "number for num_attention_heads, got 0"),
+        (LLAMA | {"model_type": "phi3"}, "number for hidden_size, got None"),
+        (LLAMA | {"model_type": "phi3", "head_dim": 4}, "number for intermediate_size, got None"),
+    ],
+)
+def test_missing_sizes_are_named(config: dict[str, object], message: str) -> None:
+    with pytest.raises(ShardingError, match=message):
+        ShardRules.for_config(config)
+
+
+@pytest.mark.parametrize(
+    ("rules", "message"),
+    [
+        pytest.param("*.q_proj.weight", "mapping of glob to placement", id="text"),
+        pytest.param(3, "mapping of glob to placement", id="number"),
+        pytest.param(["*.q_proj.weight"], r"a rule is a pair .* got '\*.q_proj.weight'", id="glob-without-placement"),
+        pytest.param([("a", Split(0), 1)], "a rule is a pair", id="triple"),
+        pytest.param([(Split(0), "a")], r"starts with a glob of tensor names, got Split\(dim=0", id="swapped"),
+        pytest.param({"": Split(0)}, "starts with a glob", id="empty-glob"),
+        pytest.param({"a": 0}, "rule 'a' needs a placement such as .* got 0", id="dim-for-placement"),
+        pytest.param({"a": Split}, "rule 'a' needs a placement", id="class-for-placement"),
+    ],
+)
+def test_wrongly_typed_rules_are_named(rules: object, message: str) -> None:
+    with pytest.raises(ShardingError, match=message):
+        ShardRules(rules)  # type: ignore[arg-type]
