@@ -1,0 +1,13 @@
+"""Which tensors exist, and where are their bytes?
+
+`locate` splits a URI into folder and selection, `open_checkpoint` reads every header through storage, and the answer is
+one columnar `CheckpointIndex`. No tensor byte is read here.
+"""
+
+from __future__ import annotations
+
+from ray_streamer.checkpoint.index import CheckpointIndex, ShardFile
+from ray_streamer.checkpoint.location import CheckpointLocation, locate
+from ray_streamer.checkpoint.open import open_checkpoint
+
+__all__ = ["CheckpointIndex", "CheckpointLocation", "ShardFile", "locate", "open_checkpoint"]
