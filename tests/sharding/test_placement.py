@@ -87,7 +87,9 @@ def test_fused_qkv_gives_each_rank_its_own_q_k_and_v(cut: Cut, tp: int, dim: int
     fused = numbered((q + 2 * kv) * width, 4) if dim == 0 else numbered(4, (q + 2 * kv) * width)
     rows = fused if dim == 0 else fused.T
     heads = rows.reshape(q + 2 * kv, width, 4)
-    placement = Split(dim, parts=(Part(q * width, heads=q), Part(kv * width, kv_heads=kv), Part(kv * width, kv_heads=kv)))
+    placement = Split(
+        dim, parts=(Part(q * width, heads=q), Part(kv * width, kv_heads=kv), Part(kv * width, kv_heads=kv))
+    )
     for rank, part in enumerate(slices(placement, tuple(fused.shape), tp)):
         queries = list(range(rank * q // tp, (rank + 1) * q // tp))
         # Each group of q / kv query heads attends to one key-value head: those that a rank's queries need.
@@ -187,7 +189,9 @@ def test_placements_that_mean_nothing_are_refused(make: Callable[[], object], me
         make()
 
 
-@pytest.mark.parametrize("placement", [Split(0, parts=(4, Part(2, kv_heads=1))), SplitVocabulary(), Replicate(), Skip()])
+@pytest.mark.parametrize(
+    "placement", [Split(0, parts=(4, Part(2, kv_heads=1))), SplitVocabulary(), Replicate(), Skip()]
+)
 def test_placements_are_values(placement: Placement) -> None:
     assert pickle.loads(pickle.dumps(placement)) == placement
     assert len({placement, pickle.loads(pickle.dumps(placement))}) == 1
