@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from numpy.typing import NDArray
-    from ray_streamer.checkpoint.index import CheckpointIndex
 
+    from ray_streamer.checkpoint.index import CheckpointIndex
     from ray_streamer.plan.limits import ReadLimits
     from ray_streamer.sharding.slices import SliceTable, TensorSlice
 
@@ -91,11 +91,13 @@ class NodeCover:
         regions: Every local rank's regions by kind; columns `rank` (local) and the fields of `Region`.
         extents: What to read by kind, sorted and disjoint; columns `start` and `stop`, in bytes from the tensor's first.
         needed_bytes: By kind, the bytes that at least one local rank wants.
+        shortest_runs: By kind, the shortest run of those bytes, which decides how it is read; 0 when nothing is wanted.
     """
 
     regions: Ragged
     extents: Ragged
     needed_bytes: Column
+    shortest_runs: Column
 
 
 def kinds_of(index: CheckpointIndex, slices: SliceTable) -> TensorKinds:
@@ -122,6 +124,7 @@ def cover_node(kinds: TensorKinds, slices: SliceTable, ranks: tuple[int, ...], l
     regions: list[list[tuple[int, ...]]] = []
     extents: list[list[tuple[int, int]]] = []
     needed: list[int] = []
+    shortest_runs: list[int] = []
     for kind in kinds.kinds:
         pattern = slices.patterns[kind.pattern_id]
         found = _regions_by_rank([pattern[rank] for rank in ranks], kind)
@@ -129,10 +132,12 @@ def cover_node(kinds: TensorKinds, slices: SliceTable, ranks: tuple[int, ...], l
         regions.append([(local_rank, *region) for local_rank, region in found])
         extents.append(_extents_of(joined, limits.min_run_bytes))
         needed.append(_union_bytes(joined))
+        shortest_runs.append(min((span.run_bytes for span in joined), default=0))
     return NodeCover(
         Ragged.from_rows(regions, ("rank", *Region._fields)),
         Ragged.from_rows(extents, ("start", "stop")),
         np.array(needed, dtype=np.int64),
+        np.array(shortest_runs, dtype=np.int64),
     )
 
 
@@ -249,7 +254,9 @@ def cut_blocks(index: CheckpointIndex, kinds: TensorKinds, cover: NodeCover, lim
     if not len(starts):
         return BlockColumns(starts, starts, stops)
     # However large a gap may be, extents of different files never meet.
-    is_apart = (starts[1:] - stops[:-1] > limits.max_gap_bytes) | (starts[1:] >> FILE_SHIFT != starts[:-1] >> FILE_SHIFT)
+    is_apart = (starts[1:] - stops[:-1] > limits.max_gap_bytes) | (
+        starts[1:] >> FILE_SHIFT != starts[:-1] >> FILE_SHIFT
+    )
     is_first = np.concatenate([[True], is_apart])
     starts, stops = starts[is_first], stops[np.append(is_first[1:], True)]
     return _cut_on_grid(starts >> FILE_SHIFT, starts & _OFFSET_MASK, stops & _OFFSET_MASK, limits.block_bytes)

@@ -1,0 +1,248 @@
+"""What does a plan cost, and why? Figures per plan, node and rank; files for other tools.
+
+What crosses: nothing crosses between nodes. Inside a node a block is read by one rank and copied out by every rank that wants
+a part of it; those copies are the exchanged bytes. A byte that ranks of several nodes want is read on each of them, which shows
+as checkpoint fractions that sum to more than 1. Why each tensor is read as it is: `tensor_reads`.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ray_streamer.plan.pieces import PIECE_COLUMNS
+from ray_streamer.plan.read_plan import column
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+    from ray_streamer.plan.read_plan import NodePlan, ReadPlan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankSummary:
+    """One rank's share.
+
+    Attributes:
+        rank: Global rank.
+        node: Position of its node in the topology.
+        result_bytes: Bytes of its tensors.
+        read_bytes: Bytes that it reads from storage, for itself and for its neighbours.
+        requests: Blocks that it reads.
+        direct_bytes: Bytes of its tensors out of blocks that it reads and nobody else wants.
+        from_neighbours_bytes: Bytes of its tensors out of blocks that a neighbour reads.
+    """
+
+    rank: int
+    node: int
+    result_bytes: int
+    read_bytes: int
+    requests: int
+    direct_bytes: int
+    from_neighbours_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeSummary:
+    """One node's share.
+
+    Attributes:
+        node: Position in the topology.
+        ranks: Global ranks that share the node.
+        needed_bytes: Bytes of the checkpoint that at least one of its ranks wants.
+        read_bytes: Bytes that the node reads from storage.
+        amplification: Read over needed bytes; 1 when nothing is needed.
+        checkpoint_fraction: Read bytes over all bytes of the checkpoint; 0 when it has none.
+        requests: Blocks that the node reads.
+    """
+
+    node: int
+    ranks: tuple[int, ...]
+    needed_bytes: int
+    read_bytes: int
+    amplification: float
+    checkpoint_fraction: float
+    requests: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanSummary:
+    """What the whole plan costs.
+
+    Attributes:
+        uri: The checkpoint's folder.
+        checkpoint_bytes: Bytes of all its tensors.
+        num_tensors: Its tensors.
+        num_files: Its shard files.
+        num_ranks: Ranks over all nodes.
+        num_nodes: Nodes.
+        needed_bytes: Sum of what each node needs; a byte that two nodes need counts twice.
+        read_bytes: Sum of what each node reads.
+        amplification: Read over needed bytes; 1 when nothing is needed.
+        requests: Storage requests over all nodes.
+        exchanged_bytes: Bytes that ranks copy out of their neighbours' blocks, all inside nodes; nothing crosses between nodes.
+        plan_seconds: How long planning took.
+        plan_hash: Hash of the plan.
+        block_bytes: Largest request.
+        min_run_bytes: Runs at least this long are read exactly.
+        nodes: One entry per node.
+        ranks: One entry per rank, in order.
+    """
+
+    uri: str
+    checkpoint_bytes: int
+    num_tensors: int
+    num_files: int
+    num_ranks: int
+    num_nodes: int
+    needed_bytes: int
+    read_bytes: int
+    amplification: float
+    requests: int
+    exchanged_bytes: int
+    plan_seconds: float
+    plan_hash: str
+    block_bytes: int
+    min_run_bytes: int
+    nodes: tuple[NodeSummary, ...]
+    ranks: tuple[RankSummary, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The same as JSON knows it: dictionaries, lists, numbers and text."""
+        nodes = [{**asdict(node), "ranks": list(node.ranks)} for node in self.nodes]
+        return {**asdict(self), "nodes": nodes, "ranks": [asdict(rank) for rank in self.ranks]}
+
+
+def summarize(plan: ReadPlan) -> PlanSummary:
+    """The figures of a plan, counted from its tables."""
+    nodes = [_summarize_node(plan, node) for node in range(len(plan.topology.nodes))]
+    ranks = _summarize_ranks(plan)
+    needed_bytes = sum(node.needed_bytes for node in nodes)
+    read_bytes = sum(node.read_bytes for node in nodes)
+    return PlanSummary(
+        uri=plan.index.uri,
+        checkpoint_bytes=plan.index.total_bytes,
+        num_tensors=len(plan.index),
+        num_files=len(plan.index.files),
+        num_ranks=plan.topology.num_ranks,
+        num_nodes=len(nodes),
+        needed_bytes=needed_bytes,
+        read_bytes=read_bytes,
+        amplification=_amplification(read_bytes, needed_bytes),
+        requests=sum(node.requests for node in nodes),
+        exchanged_bytes=sum(rank.from_neighbours_bytes for rank in ranks),
+        plan_seconds=plan.plan_seconds,
+        plan_hash=plan.plan_hash,
+        block_bytes=plan.limits.block_bytes,
+        min_run_bytes=plan.limits.min_run_bytes,
+        nodes=tuple(nodes),
+        ranks=tuple(ranks),
+    )
+
+
+def write_plan(plan: ReadPlan, folder: Path) -> None:
+    """Writes `blocks.parquet`, `pieces.parquet` and `summary.json` into `folder`, which is made when it does not exist.
+
+    Blocks are numbered per node; a piece names its node and block. Files and tensors go by name, ranks are global.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_nodes(plan, folder / "blocks.parquet", _blocks_of_node)
+    _write_nodes(plan, folder / "pieces.parquet", _pieces_of_node)
+    text = json.dumps(summarize(plan).as_dict(), indent=2)
+    (folder / "summary.json").write_text(f"{text}\n", encoding="utf-8")
+
+
+def _amplification(read_bytes: int, needed_bytes: int) -> float:
+    return read_bytes / needed_bytes if needed_bytes else 1.0
+
+
+def _summarize_node(plan: ReadPlan, node: int) -> NodeSummary:
+    node_plan = plan.node_plans[plan.node_plan_ids[node]]
+    read_bytes, checkpoint_bytes = node_plan.read_bytes, plan.index.total_bytes
+    return NodeSummary(
+        node=node,
+        ranks=plan.topology.nodes[node],
+        needed_bytes=node_plan.needed_bytes,
+        read_bytes=read_bytes,
+        amplification=_amplification(read_bytes, node_plan.needed_bytes),
+        checkpoint_fraction=read_bytes / checkpoint_bytes if checkpoint_bytes else 0.0,
+        requests=node_plan.blocks.num_rows,
+    )
+
+
+def _summarize_ranks(plan: ReadPlan) -> list[RankSummary]:
+    # Replicas share a node plan, so it is counted once however many nodes carry it out.
+    shares: dict[int, dict[str, list[int]]] = {}
+    ranks: list[RankSummary] = []
+    for node, (members, plan_id) in enumerate(zip(plan.topology.nodes, plan.node_plan_ids, strict=True)):
+        if plan_id not in shares:
+            shares[plan_id] = _count_shares(plan.node_plans[plan_id], len(members))
+        ranks.extend(
+            RankSummary(rank=rank, node=node, **{name: counts[local] for name, counts in shares[plan_id].items()})
+            for local, rank in enumerate(members)
+        )
+    return sorted(ranks, key=lambda summary: summary.rank)
+
+
+def _count_shares(node_plan: NodePlan, num_local_ranks: int) -> dict[str, list[int]]:
+    """By the names of `RankSummary`, one count per local rank."""
+    readers, block = column(node_plan.blocks, "reader"), column(node_plan.pieces, "block")
+    takers = column(node_plan.pieces, "rank")
+    moved = column(node_plan.pieces, "run_bytes").astype(np.int64) * column(node_plan.pieces, "num_runs")
+    is_own = column(node_plan.blocks, "num_takers")[block] == 1
+    is_neighbours = readers[block] != takers
+    lengths = column(node_plan.blocks, "stop") - column(node_plan.blocks, "start")
+
+    def per_rank(ranks: NDArray[np.integer], amounts: NDArray[np.integer]) -> list[int]:
+        # Weights are added as doubles: exact up to 2**53 bytes, which no node holds.
+        return np.bincount(ranks, weights=amounts, minlength=num_local_ranks).astype(np.int64).tolist()
+
+    return {
+        "result_bytes": per_rank(takers, moved),
+        "read_bytes": per_rank(readers, lengths),
+        "requests": per_rank(readers, np.ones_like(lengths)),
+        "direct_bytes": per_rank(takers[is_own], moved[is_own]),
+        "from_neighbours_bytes": per_rank(takers[is_neighbours], moved[is_neighbours]),
+    }
+
+
+def _write_nodes(plan: ReadPlan, path: Path, table_of: Callable[[ReadPlan, int], pa.Table]) -> None:
+    """One file, node after node, so that no more than one node's rows are held twice."""
+    first = table_of(plan, 0)
+    with pq.ParquetWriter(path, first.schema) as writer:
+        writer.write_table(first)
+        for node in range(1, len(plan.topology.nodes)):
+            writer.write_table(table_of(plan, node))
+
+
+def _blocks_of_node(plan: ReadPlan, node: int) -> pa.Table:
+    blocks = plan.node_plans[plan.node_plan_ids[node]].blocks
+    paths = pa.array([file.path for file in plan.index.files], pa.string())
+    return pa.table(
+        {
+            "node": np.full(blocks.num_rows, node, dtype=np.int32),
+            "block": np.arange(blocks.num_rows, dtype=np.int32),
+            "path": pa.DictionaryArray.from_arrays(column(blocks, "file"), paths),
+            "start": blocks.column("start"),
+            "stop": blocks.column("stop"),
+            "reader": np.array(plan.topology.nodes[node], dtype=np.int32)[column(blocks, "reader")],
+            "num_takers": blocks.column("num_takers"),
+        }
+    )
+
+
+def _pieces_of_node(plan: ReadPlan, node: int) -> pa.Table:
+    pieces = plan.node_plans[plan.node_plan_ids[node]].pieces
+    columns: dict[str, Any] = {name: pieces.column(name) for name in PIECE_COLUMNS}
+    columns["rank"] = np.array(plan.topology.nodes[node], dtype=np.int32)[column(pieces, "rank")]
+    names = pa.array(plan.index.names, pa.string())
+    columns["tensor"] = pa.DictionaryArray.from_arrays(column(pieces, "tensor"), names)
+    return pa.table({"node": np.full(pieces.num_rows, node, dtype=np.int32), **columns})
