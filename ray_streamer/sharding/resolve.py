@@ -126,7 +126,7 @@ def _check_rules(index: CheckpointIndex, rules: ShardRules, rule_ids: list[int],
         raise SettingsError(f"unmatched is one of {', '.join(get_args(Unmatched))}, not {unmatched!r}")
     faults: list[str] = []
     used = set(rule_ids)
-    unused = [str(rule) for position, rule in enumerate(rules) if not rule.optional and position not in used]
+    unused = [repr(rule.glob) for position, rule in enumerate(rules) if not rule.optional and position not in used]
     if unused:
         faults.append(
             f"{len(unused)} rules place no tensor of {index.uri}: {_shown(unused, len(unused))}. No name matches, or "
@@ -136,7 +136,8 @@ def _check_rules(index: CheckpointIndex, rules: ShardRules, rule_ids: list[int],
     if without and unmatched == "error":
         glob = re.sub(r"(?<=\.)[0-9]+(?=\.)", "*", index.names[without[0]])
         faults.append(
-            f"{len(without)} tensors of {index.uri} have two or more dimensions and no rule: {_named(index, without)}. "
+            f"{len(without)} tensors of {index.uri} have two or more dimensions and no rule: "
+            f"{_shown([_named(index, tensor) for tensor in without[:_NUM_SHOWN]], len(without))}. "
             f'Say how they lie, for example rules={{"{glob}": Split(0)}}, or let every rank hold them whole with '
             'unmatched="replicate".'
         )
@@ -150,7 +151,8 @@ def _cannot_split(
     num_tensors = sum(len(group.tensors) for group, _ in refusals)
     lines = [f"{num_tensors} tensors of {index.uri} cannot be split over tp={tp}:"]
     for group, refusal in refusals[:_NUM_SHOWN]:
-        lines.append(f"  {_named(index, group.tensors, num_shown=3)}: {refusal}")
+        alike = f" and {len(group.tensors) - 1} alike" if len(group.tensors) > 1 else ""
+        lines.append(f"  {_named(index, group.tensors[0])}{alike}: {refusal}")
     if len(refusals) > _NUM_SHOWN:
         lines.append(f"  and {len(refusals) - _NUM_SHOWN} more kinds of tensors")
     works = f"tp that works for every tensor: {', '.join(map(str, legal))}" if legal else "no tp works with these rules"
@@ -161,9 +163,8 @@ def _legal_among(groups: Sequence[_Group]) -> tuple[int, ...]:
     return tuple(tp for tp in range(1, LARGEST_TP + 1) if not any(group.refusal(tp) for group in groups))
 
 
-def _named(index: CheckpointIndex, tensors: Sequence[int], *, num_shown: int = _NUM_SHOWN) -> str:
-    named = [f"{index.names[tensor]} {list(index.shape_of(tensor))}" for tensor in tensors[:num_shown]]
-    return _shown(named, len(tensors))
+def _named(index: CheckpointIndex, tensor: int) -> str:
+    return f"{index.names[tensor]} {list(index.shape_of(tensor))}"
 
 
 def _shown(items: Sequence[str], num_all: int) -> str:

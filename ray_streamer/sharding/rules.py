@@ -53,9 +53,6 @@ class Rule:
                 f"rule {self.glob!r} needs a placement such as Split(0) or Replicate(), got {self.placement!r}"
             )
 
-    def __str__(self) -> str:
-        return f"{self.glob!r}: {self.placement}"
-
 
 RulesLike = Mapping[str, Placement] | Iterable["Rule | tuple[str, Placement]"]
 """What people write for rules: a mapping glob -> placement, or pairs in order; `ShardRules` are their own kind, too."""

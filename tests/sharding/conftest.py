@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -11,7 +11,9 @@ import torch
 
 from ray_streamer.checkpoint.index import CheckpointIndex, ShardFile
 from ray_streamer.dtypes import DTYPE_CODES
-from ray_streamer.sharding import TensorSlice
+
+if TYPE_CHECKING:
+    from ray_streamer.sharding import TensorSlice
 
 Shapes = Mapping[str, tuple[int, ...]]
 

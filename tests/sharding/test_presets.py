@@ -8,8 +8,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -28,6 +27,9 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3ForConditionalGener
 from ray_streamer.checkpoint.index import CheckpointIndex
 from ray_streamer.sharding import Box, Mesh, Replicate, ShardRules, SplitVocabulary, TensorSlice, resolve_slices
 from ray_streamer.sharding.presets import FAMILIES
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 IndexOf = Callable[..., CheckpointIndex]
 Cut = Callable[[torch.Tensor, TensorSlice], torch.Tensor]
