@@ -1,0 +1,80 @@
+"""What must a device be able to do? The seam between staged bytes and tensors.
+
+Copies may be asynchronous: `deliver` returns when they are queued and calls `done` when the source may be reused. The CPU
+device does both at once; a device with copy engines calls `done` from its own thread when an event has fired.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    import numpy as np
+    import torch
+    from numpy.typing import NDArray
+
+    from ray_streamer.dtypes import DType
+    from ray_streamer.plan.rank_plan import Piece
+
+    Done = Callable[[BaseException | None], None]
+
+
+class Result(NamedTuple):
+    """One tensor of a rank.
+
+    Attributes:
+        tensor: What the caller gets.
+        host_bytes: Its memory, where reads and host copies may land; None when only the device reaches it.
+    """
+
+    tensor: torch.Tensor
+    host_bytes: NDArray[np.uint8] | None
+
+
+class Copy(NamedTuple):
+    """One piece and the result that it goes to."""
+
+    piece: Piece
+    target: Result
+
+
+class Device(Protocol):
+    """Where the tensors of one rank live; safe to call from many threads."""
+
+    name: str
+
+    def empty(self, dtype: DType, shape: tuple[int, ...]) -> torch.Tensor:
+        """A contiguous tensor of `shape` logical elements whose content is undefined."""
+        ...
+
+    def result(self, tensor: torch.Tensor) -> Result:
+        """`tensor`, made by `empty` or given by the caller, prepared for copies."""
+        ...
+
+    def check_target(self, name: str, tensor: torch.Tensor) -> None:
+        """Refuses memory of the caller that this device cannot write.
+
+        Raises:
+            DeviceError: Wrong device, not contiguous, or read-only.
+        """
+        ...
+
+    def adopt(self, memory: memoryview) -> None:
+        """Prepares staging memory, one's own or a neighbour's, for copies; called once for each arena before its use."""
+        ...
+
+    def deliver(self, source: NDArray[np.uint8], copies: Sequence[Copy], done: Done) -> None:
+        """Copies pieces of one block to their tensors.
+
+        Args:
+            source: The block's bytes; must stay as they are until `done` is called.
+            copies: Pieces of that block and their tensors.
+            done: Called exactly once, with the error if a copy failed, from any thread.
+        """
+        ...
+
+    def close(self) -> None:
+        """Waits for copies under way and gives back what `adopt` took."""
+        ...

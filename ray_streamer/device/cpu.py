@@ -1,0 +1,92 @@
+"""Tensors in host memory: numpy copies, which release the interpreter lock while they move bytes."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from ray_streamer.device.base import Result
+from ray_streamer.errors import DeviceError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+    from ray_streamer.device.base import Copy, Done
+    from ray_streamer.dtypes import DType
+    from ray_streamer.plan.rank_plan import Piece
+
+HUGE_PAGE_BYTES = 2 << 20
+"""Tensors of at least two such pages ask for them: first touch then costs a fraction of the page faults."""
+
+
+class CpuDevice:
+    """See `Device`; every copy is done when `deliver` returns."""
+
+    name = "cpu"
+
+    def empty(self, dtype: DType, shape: tuple[int, ...]) -> torch.Tensor:
+        """See `Device.empty`."""
+        tensor = torch.empty(dtype.torch_shape(shape), dtype=getattr(torch, dtype.torch_name))
+        _advise_huge_pages(tensor)
+        return tensor
+
+    def result(self, tensor: torch.Tensor) -> Result:
+        """See `Device.result`."""
+        # Storage bytes rather than `view(uint8)`: packed and complex dtypes and scalars have no such view.
+        first = tensor.storage_offset() * tensor.itemsize
+        raw = torch.empty(0, dtype=torch.uint8).set_(tensor.detach().untyped_storage())
+        return Result(tensor, raw[first : first + tensor.nbytes].numpy())
+
+    def check_target(self, name: str, tensor: torch.Tensor) -> None:
+        """See `Device.check_target`."""
+        if tensor.device.type != "cpu":
+            raise DeviceError(f"out[{name!r}] lies on {tensor.device}, the load was asked to deliver to cpu")
+        if not tensor.is_contiguous():
+            raise DeviceError(
+                f"out[{name!r}] is not contiguous: shape {tuple(tensor.shape)}, strides {tensor.stride()}"
+            )
+
+    def adopt(self, memory: memoryview) -> None:
+        """See `Device.adopt`; host memory needs nothing."""
+
+    def deliver(self, source: NDArray[np.uint8], copies: Sequence[Copy], done: Done) -> None:
+        """See `Device.deliver`."""
+        try:
+            for piece, target in copies:
+                assert target.host_bytes is not None
+                copy_piece(source, piece, target.host_bytes)
+        except BaseException as error:
+            done(error)
+            raise
+        done(None)
+
+    def close(self) -> None:
+        """See `Device.close`; nothing is under way."""
+
+
+def copy_piece(source: NDArray[np.uint8], piece: Piece, target: NDArray[np.uint8]) -> None:
+    """Moves one piece from a block's bytes to a tensor's bytes."""
+    if piece.num_runs == 1:
+        source_stop, target_stop = piece.source_start + piece.run_bytes, piece.target_start + piece.run_bytes
+        target[piece.target_start : target_stop] = source[piece.source_start : source_stop]
+        return
+    shape = (piece.num_runs, piece.run_bytes)
+    rows = np.ndarray(shape, np.uint8, source, piece.source_start, (piece.source_stride, 1))
+    np.copyto(np.ndarray(shape, np.uint8, target, piece.target_start, (piece.target_stride, 1)), rows)
+
+
+_LIBC = ctypes.CDLL(None, use_errno=True)
+
+
+def _advise_huge_pages(tensor: torch.Tensor) -> None:
+    """Best effort: a kernel that refuses only makes the first touch slower."""
+    first = -(-tensor.data_ptr() // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES
+    num_bytes = tensor.data_ptr() + tensor.nbytes - first
+    if num_bytes >= HUGE_PAGE_BYTES:
+        _LIBC.madvise(ctypes.c_void_p(first), ctypes.c_size_t(num_bytes), mmap.MADV_HUGEPAGE)

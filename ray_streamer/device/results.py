@@ -1,0 +1,127 @@
+"""Which tensors does a rank get, and when is one complete? Allocation on first use, bytes counted down to zero."""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING
+
+from ray_streamer.device.base import Copy, Result
+from ray_streamer.errors import DeviceError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    import torch
+
+    from ray_streamer.device.base import Device
+    from ray_streamer.plan.rank_plan import Piece, RankPlan
+    from ray_streamer.plan.read_plan import ReadPlan
+
+    OnComplete = Callable[[str, torch.Tensor], None]
+
+
+class Results:
+    """The tensors of one rank while they fill; safe to call from many threads.
+
+    Args:
+        plan: The whole plan.
+        rank_plan: This rank's part of it.
+        device: Where tensors are made.
+        out: Tensors of the caller by name, filled in place; the rest is allocated. Names that the rank does not hold are
+            refused, as are wrong shapes and dtypes.
+        on_complete: Called once for each tensor when its last byte is delivered, from the thread that delivered it.
+
+    Raises:
+        DeviceError: `out` does not fit; names the tensor, expected and got.
+    """
+
+    def __init__(
+        self,
+        plan: ReadPlan,
+        rank_plan: RankPlan,
+        device: Device,
+        *,
+        out: Mapping[str, torch.Tensor] | None = None,
+        on_complete: OnComplete | None = None,
+    ) -> None:
+        self._plan = plan
+        self._rank = rank_plan.rank
+        self._device = device
+        self._on_complete = on_complete
+        self._lock = threading.Lock()
+        self._missing: dict[int, int] = {
+            tensor: int(rank_plan.tensor_bytes[tensor])
+            for tensor in range(len(plan.index))
+            if plan.slice_of(tensor, self._rank) is not None
+        }
+        self._results: dict[int, Result] = {}
+        self.delivered_bytes = 0
+        self._take_out(out or {})
+
+    def _take_out(self, out: Mapping[str, torch.Tensor]) -> None:
+        import torch
+
+        names = self._plan.index.names
+        held = {names[tensor]: tensor for tensor in self._missing}
+        unknown = sorted(out.keys() - held.keys())
+        if unknown:
+            raise DeviceError(f"out names tensors that rank {self._rank} does not hold: {', '.join(unknown[:5])}")
+        for name, given in out.items():
+            dtype = self._plan.index.dtype_of(held[name])
+            expected = (self._result_shape(held[name]), getattr(torch, dtype.torch_name))
+            if (tuple(given.shape), given.dtype) != expected:
+                raise DeviceError(
+                    f"out[{name!r}] on rank {self._rank} must have shape {expected[0]} and dtype {expected[1]}, "
+                    f"got {tuple(given.shape)} and {given.dtype}"
+                )
+            self._device.check_target(name, given)
+            self._results[held[name]] = self._device.result(given)
+
+    def _result_shape(self, tensor: int) -> tuple[int, ...]:
+        tensor_slice = self._plan.slice_of(tensor, self._rank)
+        assert tensor_slice is not None
+        return self._plan.index.dtype_of(tensor).torch_shape(tensor_slice.shape)
+
+    def result(self, tensor: int) -> Result:
+        """The result at position `tensor` of the index, allocated if need be."""
+        with self._lock:
+            result = self._results.get(tensor)
+            if result is None:
+                tensor_slice = self._plan.slice_of(tensor, self._rank)
+                assert tensor_slice is not None
+                made = self._device.empty(self._plan.index.dtype_of(tensor), tensor_slice.shape)
+                result = self._results[tensor] = self._device.result(made)
+            return result
+
+    def copies(self, pieces: list[Piece]) -> list[Copy]:
+        """`pieces` with the results that they go to."""
+        return [Copy(piece, self.result(piece.tensor)) for piece in pieces]
+
+    def complete_empty(self) -> None:
+        """Completes the tensors that have no bytes."""
+        for tensor in [tensor for tensor, num_bytes in self._missing.items() if num_bytes == 0]:
+            self.result(tensor)
+            self._complete(tensor)
+
+    def settle(self, pieces: list[Piece]) -> None:
+        """Counts delivered pieces; completes the tensors whose last byte was among them."""
+        completed: list[int] = []
+        with self._lock:
+            for piece in pieces:
+                self._missing[piece.tensor] -= piece.num_bytes
+                self.delivered_bytes += piece.num_bytes
+                if self._missing[piece.tensor] == 0:
+                    completed.append(piece.tensor)
+        for tensor in completed:
+            self._complete(tensor)
+
+    def _complete(self, tensor: int) -> None:
+        if self._on_complete is not None:
+            self._on_complete(self._plan.index.names[tensor], self._results[tensor].tensor)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All tensors by name, in the order of the index; call it when nothing is missing."""
+        names = self._plan.index.names
+        unfinished = [names[tensor] for tensor, num_bytes in self._missing.items() if num_bytes]
+        assert not unfinished, f"tensors without all their bytes: {unfinished[:5]}"
+        return {names[tensor]: self._results[tensor].tensor for tensor in self._missing}

@@ -1,0 +1,276 @@
+"""How do a rank's tensors get their bytes? Four kinds of block, each with one way from storage to the tensor.
+
+    own, exclusive, one contiguous piece   read ──────────────────────> tensor                      (no staging)
+    own                                    read ─> slot ─> copies ────> tensor, announced to neighbours who want it
+    a neighbour's                          announced ─> copies out of the neighbour's slot ─> tensor, released
+    in a file that the page cache holds    copies out of a mapping ───> tensor                      (nobody reads it)
+
+Reader threads take this rank's blocks in plan order and wait for slots; copier threads take what neighbours announce and what
+mapped files hold. Which files are mapped is decided once per node, by its first rank, so that all ranks agree. A rank is done
+when it has all its bytes, its slots are free again and its neighbours say the same; until then nothing is handed out.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ray_streamer.device.results import Results
+from ray_streamer.plan.limits import AS_MUCH_AS_USEFUL
+from ray_streamer.plan.rank_plan import Block, Piece, RankPlan
+from ray_streamer.rank.inbox import Announced, Inbox
+from ray_streamer.rank.neighbourhood import Neighbourhood
+from ray_streamer.rank.statistics import Counters, RankStatistics
+from ray_streamer.stream.arena import Arena
+from ray_streamer.stream.stop import StopSignal
+from ray_streamer.stream.threads import TaskThreads
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    import torch
+    from numpy.typing import NDArray
+
+    from ray_streamer.device.base import Device
+    from ray_streamer.device.results import OnComplete
+    from ray_streamer.plan.read_plan import ReadPlan
+    from ray_streamer.rank.options import RankOptions
+    from ray_streamer.storage.base import Storage
+
+logger = logging.getLogger(__name__)
+
+MAX_COPIERS = 4
+
+
+class RankLoad:
+    """One load of one rank; make it, `run` it once, ask it for statistics at any time.
+
+    Args:
+        plan: The whole plan; equal on all ranks.
+        rank: This rank.
+        storage: Open on the plan's checkpoint; stays open.
+        device: Where the tensors go.
+        options: See `RankOptions`.
+        out: Tensors of the caller, filled in place; see `Results`.
+        on_complete: Called with (name, tensor) as tensors complete, from several threads.
+    """
+
+    def __init__(
+        self,
+        plan: ReadPlan,
+        rank: int,
+        storage: Storage,
+        device: Device,
+        options: RankOptions,
+        *,
+        out: Mapping[str, torch.Tensor] | None = None,
+        on_complete: OnComplete | None = None,
+    ) -> None:
+        self._plan, self._storage, self._device, self._options = plan, storage, device, options
+        self._mine = RankPlan.of(plan, rank)
+        self._results = Results(plan, self._mine, device, out=out, on_complete=on_complete)
+        self._stop = StopSignal()
+        self._inbox = Inbox(self._stop)
+        self._arena = Arena(self._num_slots(), plan.limits.block_bytes, self._stop)
+        self._neighbours = Neighbourhood([], None)
+        self._views: dict[int, NDArray[np.uint8]] = {}
+        self._counters = Counters()
+        self._num_left = 0
+        self._left = threading.Condition()
+        self._stop.on_set(self._wake)
+
+    def run(self) -> dict[str, torch.Tensor]:
+        """Loads this rank's tensors.
+
+        Returns:
+            Every tensor that this rank holds, by name, complete.
+
+        Raises:
+            StorageError: A read of this rank failed.
+            RankFailedError: A neighbour failed; names it.
+            BaseException: What `abort` was called with.
+        """
+        cpu_started = _cpu_seconds()
+        try:
+            self._stream()
+        except BaseException as error:
+            self._stop.set(error)
+            raise
+        finally:
+            self._views.clear()
+            self._neighbours.close()
+            self._device.close()
+            self._arena.close()
+            self._counters.add(cpu_seconds=_cpu_seconds() - cpu_started)
+        self._log()
+        return self._results.tensors()
+
+    def abort(self, error: BaseException) -> None:
+        """Ends the load from another thread; `run` raises `error`."""
+        self._stop.set(error)
+
+    def statistics(self) -> RankStatistics:
+        """What this rank has done so far."""
+        return RankStatistics.of(
+            self._counters,
+            rank=self._mine.rank,
+            bytes_delivered=self._results.delivered_bytes,
+            bytes_to_deliver=int(self._mine.tensor_bytes.sum()),
+            peak_staging_bytes=self._arena.peak_slots * self._arena.slot_bytes,
+            memory_limit=self._options.memory_limit,
+        )
+
+    def _num_slots(self) -> int:
+        """Slots within the limit, and no more than there are blocks that could need one."""
+        num_reads = len(self._mine.reads)
+        if self._options.memory_limit == AS_MUCH_AS_USEFUL:
+            return num_reads
+        return min(num_reads, max(1, self._options.memory_limit // self._plan.limits.block_bytes))
+
+    def _stream(self) -> None:
+        with self._counters.timed("connect"):
+            self._device.adopt(self._arena.memory)
+            self._neighbours = Neighbourhood.meet(
+                self._mine, self._plan.plan_hash, self._arena, self._inbox, self._options, self._stop
+            )
+            for memory in self._neighbours.memories:
+                self._device.adopt(memory)
+            viewed = self._agree_on_views()
+        with self._counters.timed("stream"):
+            self._results.complete_empty()
+            self._move_blocks(viewed)
+        with self._counters.timed("finish"):
+            self._arena.wait_idle()
+            self._neighbours.finish()
+
+    def _agree_on_views(self) -> list[int]:
+        """Files that all ranks of the node copy from a mapping; the node's first rank says which."""
+        files = self._plan.index.files
+        if self._mine.local_rank == 0:
+            viewed = [file for file in self._mine.files() if self._storage.is_resident(files[file].path)]
+            self._neighbours.tell_viewed(viewed)
+        else:
+            viewed = self._neighbours.wait_viewed()
+        for file in viewed:
+            view = self._storage.view(files[file].path, etag=files[file].etag)
+            self._views[file] = np.frombuffer(view, dtype=np.uint8)
+        return viewed
+
+    def _move_blocks(self, viewed: list[int]) -> None:
+        reads, taken = self._mine.reads, self._mine.taken
+        is_viewed = np.isin(self._mine.files_of(taken), viewed)
+        is_announced = ~is_viewed & (self._mine.readers_of(taken) != self._mine.local_rank)
+        own_reads = reads[~np.isin(self._mine.files_of(reads), viewed)].tolist()
+        num_copies = int((is_viewed | is_announced).sum())
+        self._inbox.open(taken[is_viewed].tolist(), int(is_announced.sum()))
+        self._num_left = len(own_reads) + num_copies
+        num_copiers = min(num_copies, MAX_COPIERS, max(1, (os.cpu_count() or 1) // len(self._mine.neighbours)))
+        num_readers = min(len(own_reads), self._options.concurrency)
+        name = f"ray_streamer-{self._mine.rank}"
+        readers = TaskThreads(f"{name}-read", num_readers, own_reads, self._read, self._stop)
+        copiers = TaskThreads(f"{name}-copy", num_copiers, self._inbox, self._take, self._stop)
+        try:
+            self._wait_for_blocks()
+        finally:
+            readers.join()
+            copiers.join()
+
+    def _wait_for_blocks(self) -> None:
+        with self._left:
+            while self._num_left:
+                self._stop.check()
+                self._left.wait()
+
+    def _read(self, number: int) -> None:
+        """Reads one block of this rank and delivers it."""
+        block = self._mine.block(number)
+        target = self._direct_target(block)
+        if target is not None:
+            self._read_into(block, memoryview(target))
+            self._counters.add(direct_bytes=block.extent.num_bytes)
+            self._settle(self._mine.pieces(number))
+            return
+        with self._counters.timed("wait_seconds"):
+            slot = self._arena.acquire()
+        view = self._arena.view(slot, block.extent)
+        try:
+            self._read_into(block, view)
+            takers = self._mine.takers(number)
+            self._arena.hold(slot, len(takers))
+            self._neighbours.announce(number, slot, takers)
+        except BaseException:
+            self._arena.release(slot)
+            raise
+        self._deliver(number, np.frombuffer(view, dtype=np.uint8), lambda: self._arena.release(slot))
+
+    def _direct_target(self, block: Block) -> NDArray[np.uint8] | None:
+        """Memory of the tensor that this block fills, when it may be read right there."""
+        piece = self._mine.exclusive_piece(block.number)
+        if piece is None or self._storage.prefers_aligned(self._plan.index.files[block.file].path):
+            return None
+        host_bytes = self._results.result(piece.tensor).host_bytes
+        return None if host_bytes is None else host_bytes[piece.target_start : piece.target_start + piece.run_bytes]
+
+    def _read_into(self, block: Block, buffer: memoryview) -> None:
+        shard_file = self._plan.index.files[block.file]
+        with self._counters.timed("read_seconds"):
+            self._storage.read_into(shard_file.path, block.extent, buffer, etag=shard_file.etag)
+        self._counters.add(bytes_read=block.extent.num_bytes, num_requests=1)
+
+    def _take(self, task: Announced | int) -> None:
+        """Copies this rank's pieces out of a neighbour's slot or out of a mapping."""
+        if isinstance(task, Announced):
+            view = self._neighbours.view(task.owner, task.slot, self._mine.block(task.block).extent)
+            source = np.frombuffer(view, dtype=np.uint8)
+            self._deliver(task.block, source, lambda: self._neighbours.release(task.owner, task.slot))
+            return
+        block = self._mine.block(task)
+        source = self._views[block.file][block.extent.start : block.extent.stop]
+        self._counters.add(page_cache_bytes=sum(piece.num_bytes for piece in self._mine.pieces(task)))
+        self._deliver(task, source, lambda: None)
+
+    def _deliver(self, number: int, source: NDArray[np.uint8], let_go: Callable[[], None]) -> None:
+        """Copies the pieces of one block to their tensors; `let_go` gives the source back."""
+        pieces = self._mine.pieces(number)
+
+        def done(error: BaseException | None) -> None:
+            let_go()
+            if error is None:
+                self._settle(pieces)
+            else:
+                self._stop.set(error)
+
+        with self._counters.timed("copy_seconds"):
+            self._device.deliver(source, self._results.copies(pieces), done)
+
+    def _settle(self, pieces: list[Piece]) -> None:
+        """One block less to wait for."""
+        self._results.settle(pieces)
+        with self._left:
+            self._num_left -= 1
+            if not self._num_left:
+                self._left.notify_all()
+
+    def _wake(self) -> None:
+        with self._left:
+            self._left.notify_all()
+
+    def _log(self) -> None:
+        statistics = self.statistics()
+        logger.info(
+            "rank %d: %d bytes delivered, %d read in %d requests, %.3f s",
+            statistics.rank,
+            statistics.bytes_delivered,
+            statistics.bytes_read,
+            statistics.num_requests,
+            sum(statistics.seconds.values()),
+        )
+
+
+def _cpu_seconds() -> float:
+    times = os.times()
+    return times.user + times.system

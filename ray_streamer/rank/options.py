@@ -1,0 +1,24 @@
+"""How does one rank load? The few values that do not come from the plan."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankOptions:
+    """How one rank loads.
+
+    Attributes:
+        session: Secret shared by the ranks of this load.
+        node: Name of the node, for errors.
+        concurrency: Reads in flight.
+        memory_limit: Staging bytes; -1 for as much as the plan can use.
+        startup_timeout_seconds: How long neighbours may take to connect.
+    """
+
+    session: str
+    node: str
+    concurrency: int
+    memory_limit: int
+    startup_timeout_seconds: float

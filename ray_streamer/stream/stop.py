@@ -1,0 +1,51 @@
+"""How do all threads of a rank learn that the load is over? One flag, first failure wins."""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+class StopSignal:
+    """Set once, with the error that ended the load; threads look at it between steps and waiters are woken by it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._error: BaseException | None = None
+        self._wakers: list[Callable[[], None]] = []
+
+    @property
+    def is_set(self) -> bool:
+        """Whether the load failed or was aborted."""
+        return self._error is not None
+
+    @property
+    def error(self) -> BaseException | None:
+        """The first failure; None while all is well."""
+        return self._error
+
+    def set(self, error: BaseException) -> None:
+        """Ends the load with `error`; later errors are consequences of the first and are dropped."""
+        with self._lock:
+            if self._error is not None:
+                return
+            self._error = error
+            wakers = list(self._wakers)
+        for wake in wakers:
+            wake()
+
+    def on_set(self, wake: Callable[[], None]) -> None:
+        """Calls `wake` when the signal is set, at once if it is already; `wake` must not block."""
+        with self._lock:
+            if self._error is None:
+                self._wakers.append(wake)
+                return
+        wake()
+
+    def check(self) -> None:
+        """Raises the error that ended the load, if one did."""
+        if self._error is not None:
+            raise self._error
