@@ -1,0 +1,74 @@
+"""What kind of file system holds this path: one of this machine's disks, its memory, or somebody else's machine?
+
+Only known names count as local. An unknown file system is read like a remote one, in large buffered blocks, which works
+anywhere; a page fault or an O_DIRECT read on a network file system may cost a round trip per page.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+_ON_DISK = frozenset(
+    {"bcachefs", "btrfs", "erofs", "exfat", "ext2", "ext3", "ext4", "f2fs", "jfs", "nilfs2", "ntfs3", "overlay"}
+    | {"reiserfs", "squashfs", "vfat", "xfs", "zfs"}
+)
+_IN_MEMORY = frozenset({"ramfs", "tmpfs"})
+
+
+@dataclass(frozen=True, slots=True)
+class Mount:
+    """One line of the mount table.
+
+    Attributes:
+        point: Absolute path where the file system is mounted.
+        kind: Name of the file system, as the kernel calls it.
+    """
+
+    point: str
+    kind: str
+
+    @property
+    def is_disk(self) -> bool:
+        """Whether it keeps its data on this machine's disks."""
+        return self.kind in _ON_DISK
+
+    @property
+    def is_memory(self) -> bool:
+        """Whether it keeps its data in this machine's memory."""
+        return self.kind in _IN_MEMORY
+
+
+def parse_mount_table(text: str) -> tuple[Mount, ...]:
+    r"""The mounts in `text`, which has the format of `/proc/self/mountinfo` (proc(5)).
+
+    >>> parse_mount_table(r"36 35 98:0 / /my\\\040disk rw,noatime master:1 - ext4 /dev/vda rw")
+    (Mount(point='/my disk', kind='ext4'),)
+    """
+    mounts: list[Mount] = []
+    for line in text.splitlines():
+        fields, _, file_system = line.partition(" - ")
+        # White space and backslashes in a path are written as three octal digits.
+        point = re.sub(r"\\([0-7]{3})", lambda octal: chr(int(octal[1], 8)), fields.split()[4])
+        mounts.append(Mount(point, file_system.split()[0]))
+    return tuple(mounts)
+
+
+def mount_of(path: str, mounts: tuple[Mount, ...]) -> Mount:
+    """The mount that holds an absolute `path` without symbolic links.
+
+    >>> mount_of("/data/a", (Mount("/", "ext4"), Mount("/data", "nfs4"), Mount("/dat", "xfs"))).kind
+    'nfs4'
+    """
+    holding = [mount for mount in mounts if path == mount.point or path.startswith(mount.point.rstrip("/") + "/")]
+    # Of two mounts on one point, the later one hides the earlier one.
+    return max(reversed(holding), key=lambda mount: len(mount.point), default=Mount("/", "unknown"))
+
+
+def read_mount_table() -> tuple[Mount, ...]:
+    """The mounts that this process sees now; empty where the kernel tells nothing."""
+    try:
+        with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as table:
+            return parse_mount_table(table.read())
+    except OSError:
+        return ()

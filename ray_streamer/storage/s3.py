@@ -1,0 +1,170 @@
+"""How are objects of an S3 bucket read?
+
+boto3 finds credentials, endpoint and region, lists and signs; each object's url is signed once and then used for every range
+of it. Bodies come over our own connections (see `http_pool`) into the caller's buffer, each request pinned by `If-Match` to
+the object that the index saw. A body that broke goes on at the byte where it broke.
+"""
+
+from __future__ import annotations
+
+import threading
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, TypeVar
+
+from ray_streamer.errors import ShortReadError, StorageError
+from ray_streamer.extent import Extent
+from ray_streamer.storage.base import ObjectInfo, check_buffer
+from ray_streamer.storage.http_pool import HttpPool, receive_into
+from ray_streamer.storage.retry import PassingFault, Patience
+from ray_streamer.storage.s3_answer import Refusal, faults_translated, range_of
+from ray_streamer.storage.s3_client import S3Location, SignedUrls, open_access
+
+if TYPE_CHECKING:
+    import http.client
+    from collections.abc import Callable, Iterator
+    from contextlib import AbstractContextManager
+
+    from ray_streamer.storage.base import StorageSettings
+    from ray_streamer.storage.s3_answer import ContentRange
+
+_Result = TypeVar("_Result")
+
+
+class S3Storage:
+    """Objects below one prefix of one bucket."""
+
+    is_remote = True
+
+    def __init__(self, uri: str, settings: StorageSettings) -> None:
+        self.uri = uri
+        self._location = S3Location.parse(uri)
+        access = open_access(uri, settings)
+        self._client = access.client
+        self._endpoint = access.endpoint
+        self._deadline_seconds = settings.retry_deadline_seconds
+        self._urls = SignedUrls(self._sign)
+        self._pool = HttpPool(
+            connect_timeout_seconds=settings.connect_timeout_seconds,
+            read_timeout_seconds=settings.read_timeout_seconds,
+            ca_file=access.ca_file,
+        )
+        self._has_answered = False
+        self._closing = threading.Event()
+
+    def size_and_etag(self, path: str) -> ObjectInfo:
+        """See `Storage`; asks for one byte, because the errors of a HEAD have no body that names the cause."""
+        return self.read_head(path, 1)[1]
+
+    def read_head(self, path: str, max_bytes: int) -> tuple[bytes, ObjectInfo]:
+        """See `Storage`."""
+        asked = Extent(0, max(1, max_bytes))
+
+        def attempt() -> tuple[bytes, ObjectInfo]:
+            with self._answer(path, asked) as (response, given):
+                head = bytearray(given.extent.num_bytes)
+                if sum(receive_into(response, memoryview(head))) < len(head):
+                    raise PassingFault(f"the body of {self._name(path, asked)} ended too early")
+                return bytes(head[:max_bytes]), ObjectInfo(given.size_bytes, response.getheader("ETag", ""))
+
+        try:
+            return self._run(attempt)
+        except ShortReadError:
+            # An object without bytes has no first byte to ask for.
+            return b"", self._ask_info(path)
+
+    def read_into(self, path: str, extent: Extent, buffer: memoryview, *, etag: str) -> None:
+        """See `Storage`."""
+        check_buffer(extent, buffer)
+        view = buffer.cast("B")
+        num_landed = 0
+
+        def attempt() -> None:
+            nonlocal num_landed
+            rest = Extent(extent.start + num_landed, extent.stop)
+            with self._answer(path, rest, etag=etag) as (response, given):
+                if given.extent != rest:
+                    raise ShortReadError(f"{self._name(path)} ends at {given.size_bytes}, before extent {extent} does")
+                for num_bytes in receive_into(response, view[num_landed:]):
+                    num_landed += num_bytes
+            if num_landed < extent.num_bytes:
+                raise PassingFault(f"the body of {self._name(path, rest)} ended at byte {extent.start + num_landed}")
+
+        if extent.num_bytes:
+            self._run(attempt)
+
+    def resident_view(self, path: str, *, etag: str) -> memoryview | None:
+        """See `Storage`; never here."""
+        return None
+
+    def is_resident(self, path: str) -> bool:
+        """See `Storage`; never here."""
+        return False
+
+    def prefers_aligned(self, path: str) -> bool:
+        """See `Storage`; never here."""
+        return False
+
+    def list(self, prefix: str = "") -> list[str]:
+        """See `Storage`; empty for a prefix that does not exist."""
+        folder = self._location.key_of("")
+        pages = self._client.get_paginator("list_objects_v2")
+
+        def attempt() -> list[str]:
+            with self._faults_translated(f"listing {self.uri}"):
+                found = pages.paginate(Bucket=self._location.bucket, Prefix=folder + prefix, Delimiter="/")
+                return [entry["Key"].removeprefix(folder) for page in found for entry in page.get("Contents", ())]
+
+        # A key that ends with "/" stands for a folder in the consoles of object stores.
+        return sorted(path for path in self._run(attempt) if path and not path.endswith("/"))
+
+    def close(self) -> None:
+        """See `Storage`; reads in flight end with `StorageError`."""
+        self._closing.set()
+        self._pool.close()
+        self._client.close()
+
+    def _run(self, attempt: Callable[[], _Result]) -> _Result:
+        if self._closing.is_set():
+            raise StorageError(f"{self.uri} is read after its storage was closed")
+        return Patience(deadline_seconds=self._deadline_seconds, closing=self._closing).run(attempt)
+
+    @contextmanager
+    def _answer(
+        self, path: str, asked: Extent, *, etag: str = ""
+    ) -> Iterator[tuple[http.client.HTTPResponse, ContentRange]]:
+        """One GET for the bytes `asked`; the answer's head has been checked when the block begins."""
+        what = self._name(path, asked)
+        # The last byte is inclusive in HTTP (RFC 9110, section 14.1.2), and nowhere else.
+        headers = {"Range": f"bytes={asked.start}-{asked.stop - 1}"}
+        if etag:
+            headers["If-Match"] = etag
+        key = self._location.key_of(path)
+        with self._faults_translated(what):
+            url = self._urls.url_of(key)
+            with self._pool.get(url, headers) as response:
+                self._has_answered = True
+                if response.status not in (200, 206):
+                    fault = Refusal.from_response(response).error(what)
+                    if isinstance(fault, PassingFault) and fault.is_worth_one_retry:
+                        self._urls.discard(key, url)
+                    raise fault
+                yield response, range_of(response, asked=asked, etag=etag, what=what)
+
+    def _ask_info(self, path: str) -> ObjectInfo:
+        def attempt() -> ObjectInfo:
+            with self._faults_translated(self._name(path)):
+                head = self._client.head_object(Bucket=self._location.bucket, Key=self._location.key_of(path))
+                return ObjectInfo(head["ContentLength"], head.get("ETag", ""))
+
+        return self._run(attempt)
+
+    def _sign(self, key: str, seconds: int) -> str:
+        what = {"Bucket": self._location.bucket, "Key": key}
+        return str(self._client.generate_presigned_url("get_object", Params=what, ExpiresIn=seconds))
+
+    def _faults_translated(self, what: str) -> AbstractContextManager[None]:
+        return faults_translated(what, endpoint=self._endpoint, has_answered=self._has_answered)
+
+    def _name(self, path: str, extent: Extent | None = None) -> str:
+        name = f"{self.uri.rstrip('/')}/{path}"
+        return f"{name} {extent}" if extent else name
