@@ -154,7 +154,7 @@ def _to_columns(entries: dict[str, Any], metadata: dict[str, str], *, data_start
 
 def _check_entry(name: str, entry: Any, file: str) -> None:
     if type(entry) is not dict:
-        raise _broken(file, name, f"must be described by a JSON object, got {type(entry).__name__}")
+        raise _broken(file, name, f"must be described by an object, got {type(entry).__name__}")
     if entry.keys() != _FIELDS:
         _check_fields(name, entry, file)
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
@@ -195,7 +195,7 @@ def _check_sizes(header: FileHeader, file: str) -> None:
         prefix_bits = np.cumprod(header.shapes, axis=1, dtype=np.float64).max(axis=1) * num_bits
     if len(overflown := np.flatnonzero(~(prefix_bits < MAX_COUNT))):
         first = overflown[0]
-        raise _broken(file, header.names[first], f"{_described(header, first)} overflows")
+        raise _broken(file, header.names[first], f"{_described(header, first)} has 2**62 bits or more")
     needed_bits = header.shapes.prod(axis=1) * num_bits
     if len(broken := np.flatnonzero(needed_bits % 8)):
         first = broken[0]
@@ -244,4 +244,4 @@ def _described(header: FileHeader, row: int) -> str:
 
 
 def _broken(file: str, name: str, rule: str) -> HeaderError:
-    return HeaderError(f"{file}: tensor {shown(name)} {rule}")
+    return HeaderError(f"{file}: tensor {shown(name)}: {rule}")

@@ -142,4 +142,4 @@ def _content_chunks(spec: TensorSpec, seed: int) -> Iterator[memoryview]:
     generator = np.random.SFC64([seed, zlib.crc32(spec.name.encode())])
     for start in range(0, spec.num_bytes, _CHUNK_BYTES):
         num_bytes = min(_CHUNK_BYTES, spec.num_bytes - start)
-        yield memoryview(generator.random_raw(-(-num_bytes // 8))).cast("B")[:num_bytes]
+        yield generator.random_raw(-(-num_bytes // 8)).data.cast("B")[:num_bytes]
