@@ -99,7 +99,7 @@ class _Group:
         if self.dtype.num_bits % 8 == 0 or not self.shape:
             return None
         for box in (box for part in self.slices(tp) if part for box in part.boxes):
-            for edge in (box.starts[-1], box.stops[-1], box.lands[-1]):
+            for edge in (box.starts[-1], box.stops[-1]):
                 if edge * self.dtype.num_bits % 8:
                     return f"element {edge} of the last dimension begins inside a byte of packed {self.dtype.name}"
         return None

@@ -25,7 +25,7 @@ from transformers.initialization import no_tie_weights
 from transformers.models.gemma3.modeling_gemma3 import Gemma3ForConditionalGeneration
 
 from ray_streamer.checkpoint.index import CheckpointIndex
-from ray_streamer.sharding import Box, Mesh, Replicate, ShardRules, SplitVocabulary, TensorSlice, resolve_slices
+from ray_streamer.sharding import Box, Mesh, ShardRules, Split, SplitVocabulary, TensorSlice, resolve_slices
 from ray_streamer.sharding.presets import FAMILIES
 
 if TYPE_CHECKING:
@@ -171,11 +171,14 @@ def fake_rank() -> Iterator[Callable[[int, int], Any]]:
 
 
 @pytest.mark.parametrize("tp", [2, 4])
-@pytest.mark.parametrize("model_type", SPLIT_ALIKE)
+@pytest.mark.parametrize(
+    ("model_type", "changes"),
+    [*((name, {}) for name in SPLIT_ALIKE), ("llama", {"attention_bias": True, "mlp_bias": True})],
+)
 def test_slices_are_those_of_transformers_own_plan(
-    model_type: str, tp: int, fake_rank: Callable[[int, int], Any], index_of: IndexOf
+    model_type: str, changes: dict[str, Any], tp: int, fake_rank: Callable[[int, int], Any], index_of: IndexOf
 ) -> None:
-    config = config_of(model_type, num_key_value_heads=4)
+    config = config_of(model_type, num_key_value_heads=4, **changes)
     for rank in range(tp):
         mesh = fake_rank(rank, tp)
         with torch.device("meta"), no_tie_weights():
@@ -279,10 +282,7 @@ def _first(output: Any) -> torch.Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
-def test_routers_and_norms_are_whole_on_every_rank(saved: Callable[[str], Saved]) -> None:
-    for model_type in ("mixtral", "qwen3_moe"):
-        index = saved(model_type).index
-        rules = ShardRules.for_config(index.config)
-        routers = [name for name in index.names if name.endswith((".mlp.gate.weight", ".block_sparse_moe.gate.weight"))]
-        assert routers
-        assert {rules.placement_of(name) for name in routers} == {Replicate()}
+def test_attention_outputs_are_cut_between_heads() -> None:
+    for model_type in sorted(FAMILIES):
+        rules = ShardRules.for_config(config_of(model_type).to_dict())
+        assert rules.placement_of("model.layers.0.self_attn.o_proj.weight") == Split(1, heads=8)

@@ -4,7 +4,7 @@ import fnmatch
 import pickle
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from ray_streamer.errors import ShardingError
@@ -26,15 +26,28 @@ def test_names_without_a_rule_have_no_placement() -> None:
     assert ShardRules().placement_of("norm.weight") is None
 
 
-_LEVEL = st.sampled_from(["layers", "experts", "w1", "w12", "1w", "0", "1", "7", "12", "127"])
-_GLOB_LEVEL = st.one_of(_LEVEL, st.sampled_from(["*", "*", "w*", "*1", "1*", "*w1", "?", "w?", "[01]", "[!1]*", "1*2"]))
+_NAMES = st.lists(st.sampled_from(["layers", "w1", "1w", "0", "1", "12", "127"]), min_size=1, max_size=4).map(".".join)
 
 
-@given(
-    st.lists(st.lists(_GLOB_LEVEL, min_size=1, max_size=4).map(".".join), min_size=1, max_size=5),
-    st.lists(st.lists(_LEVEL, min_size=1, max_size=5).map(".".join), min_size=1, max_size=8),
-)
-def test_matches_are_those_of_fnmatch(globs: list[str], names: list[str]) -> None:
+@st.composite
+def names_and_globs(draw: st.DrawFn) -> tuple[list[str], list[str]]:
+    """Globs are names, some of whose letters are replaced by patterns, so that they nearly match."""
+    names = draw(st.lists(_NAMES, min_size=1, max_size=6))
+    globs: list[str] = []
+    for name in draw(st.lists(st.sampled_from(names), min_size=1, max_size=3)):
+        start = draw(st.integers(0, len(name)))
+        stop = draw(st.integers(start, len(name)))
+        globs.append(name[:start] + draw(st.sampled_from(["", "*", "?", "[01]", "[!1]", "1", "*1*"])) + name[stop:])
+    return names, [glob for glob in globs if glob]
+
+
+@given(names_and_globs())
+@example((["layers.12.w1", "layers.2.w1"], ["layers.1*"]))
+@example((["layers.12.w1", "layers.2.w1"], ["layers.*2.w1"]))
+@example((["layers.12.w1", "layers.2.w1"], ["layers.?.w1"]))
+@example((["layers.1.w1", "layers.2.w1"], ["layers.[1].w1"]))
+def test_matches_are_those_of_fnmatch(case: tuple[list[str], list[str]]) -> None:
+    names, globs = case
     expected = [next((at for at, glob in enumerate(globs) if fnmatch.fnmatchcase(name, glob)), -1) for name in names]
     assert ShardRules([(glob, Split(0)) for glob in globs]).first_matches(names) == expected
 
