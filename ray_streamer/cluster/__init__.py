@@ -1,0 +1,12 @@
+"""Who runs where, and what if one of them dies? The only package that knows Ray.
+
+    session     which Ray does this process speak to?
+    placement   where may the ranks run, and is there room? (arithmetic, no Ray)
+    seats       the reservations that Ray gives for it
+    facts       what does a rank see of its machine?
+    shell       the actor around an ordinary worker object
+    failures    which of several errors is the cause?
+    group       one actor per rank, from start to teardown
+
+Importing the package imports no Ray; `session`, `seats`, `shell`, `failures` and `group` do.
+"""

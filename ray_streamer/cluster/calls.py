@@ -1,0 +1,70 @@
+"""Calls in flight on several actors: what has come back, what has failed, who has not answered?"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+import ray
+from ray.exceptions import RayActorError, RayError
+
+from ray_streamer.cluster.failures import Failure, explain_failure
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+
+class Calls:
+    """One call to each of several actors, by number (a rank, or a seat before ranks are known).
+
+    Attributes:
+        results: What has come back so far, by number.
+        failures: What has failed so far, in order of arrival.
+    """
+
+    def __init__(self, refs: Mapping[int, ray.ObjectRef[Any]]) -> None:
+        self._numbers = {ref: number for number, ref in refs.items()}
+        self.results: dict[int, Any] = {}
+        self.failures: list[Failure] = []
+
+    @property
+    def pending(self) -> tuple[int, ...]:
+        """Numbers that have not answered."""
+        return tuple(sorted(self._numbers.values()))
+
+    def collect(self, timeout_seconds: float) -> None:
+        """Wait until at least one more call has ended, or for `timeout_seconds`, and take in all that have."""
+        ray.wait(list(self._numbers), timeout=timeout_seconds)
+        done, _ = ray.wait(list(self._numbers), num_returns=len(self._numbers), timeout=0)
+        for ref in done:
+            number = self._numbers.pop(ref)
+            try:
+                self.results[number] = ray.get(ref)
+            except RayError as error:
+                self.failures.append(explain_failure(number, error))
+
+
+class ProgressPoll:
+    """Asks every rank for its progress again and again, without ever waiting for an answer."""
+
+    def __init__(self, actors: Mapping[int, Any]) -> None:
+        self._actors = actors
+        self._asked: dict[ray.ObjectRef[Any], int] = {}
+        self._latest: dict[int, Any] = dict.fromkeys(actors)
+
+    def latest(self) -> list[Any]:
+        """The newest answer of each rank, None where there is none yet; asks anew those that have answered."""
+        if self._asked:
+            done, _ = ray.wait(list(self._asked), num_returns=len(self._asked), timeout=0)
+            for ref in done:
+                self._take(self._asked.pop(ref), ref)
+        waiting = set(self._asked.values())
+        for rank, actor in self._actors.items():
+            if rank not in waiting:
+                self._asked[actor.control.remote("progress")] = rank
+        return list(self._latest.values())
+
+    def _take(self, rank: int, ref: ray.ObjectRef[Any]) -> None:
+        # A dead rank is silent here: the call that is being watched tells of it.
+        with suppress(RayActorError):
+            self._latest[rank] = ray.get(ref)

@@ -1,0 +1,109 @@
+"""Which of several errors is the cause, and how is it told without a bare Ray error?
+
+One rank's fault shows up as many errors: its own, its neighbours' ("rank 3 went away", "aborted"), and Ray's when the
+process died. Only the first that is nobody's echo is the cause.
+"""
+
+from __future__ import annotations
+
+import re
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ray.exceptions import (
+    ActorUnavailableError,
+    ActorUnschedulableError,
+    NodeDiedError,
+    OutOfMemoryError,
+    RayActorError,
+    RayError,
+    RayTaskError,
+    WorkerCrashedError,
+)
+
+from ray_streamer.errors import ClusterError, LoadAbortedError, RankFailedError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+_DEATHS = (RayActorError, ActorUnschedulableError, NodeDiedError, OutOfMemoryError, WorkerCrashedError)
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """One rank's call ended in an error.
+
+    Attributes:
+        rank: The rank whose call it was.
+        cause: The error that the worker raised, or a sentence about the actor's death.
+        origin: The error that Ray raised here.
+    """
+
+    rank: int
+    cause: BaseException | str
+    origin: RayError
+
+    @property
+    def is_echo(self) -> bool:
+        """Another rank's failure, as seen from this one."""
+        return isinstance(self.cause, LoadAbortedError | RankFailedError)
+
+
+def explain_failure(rank: int, error: RayError) -> Failure:
+    """What went wrong in a call, with the worker's own error and its type when there is one."""
+    if isinstance(error, RayTaskError):
+        cause: BaseException = error.cause
+        if isinstance(cause, RayError):
+            return Failure(rank, ClusterError(_one_line(cause)), error)
+        cause.add_note(f"on rank {rank}, {_plain(error)}")
+        return Failure(rank, cause, error)
+    if isinstance(error, ActorUnavailableError):
+        return Failure(rank, f"actor unreachable: {_one_line(error)}", error)
+    if isinstance(error, _DEATHS):
+        return Failure(rank, f"actor died: {_one_line(error)}", error)
+    return Failure(rank, ClusterError(f"Ray lost the call: {type(error).__name__}: {_one_line(error)}"), error)
+
+
+def choose_cause(failures: Sequence[Failure]) -> Failure:
+    """The failure to report, of those in order of arrival: the first that is no echo, else the first to name a rank."""
+    for failure in failures:
+        if not failure.is_echo:
+            return failure
+    for failure in failures:
+        if isinstance(failure.cause, RankFailedError):
+            return failure
+    return failures[0]
+
+
+def tell_failure(failure: Failure, nodes: Sequence[str]) -> RankFailedError:
+    """The error for the caller, with its cause chained.
+
+    Args:
+        failure: The chosen one. When it is an echo, the rank that it speaks of is the one reported.
+        nodes: Node of each rank, as messages name it.
+    """
+    rank, cause = failure.rank, failure.cause
+    if isinstance(cause, RankFailedError) and 0 <= cause.rank < len(nodes):
+        rank, cause = cause.rank, cause.cause
+    error = RankFailedError(rank, nodes[rank], cause)
+    error.__cause__ = failure.cause if isinstance(failure.cause, BaseException) else failure.origin
+    return error
+
+
+@contextmanager
+def ray_errors_translated(doing: str) -> Iterator[None]:
+    """Turn what Ray raises inside into `ClusterError: <doing>: ...`, chained."""
+    try:
+        yield
+    except RayError as error:
+        raise ClusterError(f"{doing}: {type(error).__name__}: {_one_line(error)}") from error
+
+
+def _one_line(error: RayError) -> str:
+    return " ".join(_plain(error).split())
+
+
+def _plain(error: RayError) -> str:
+    # Ray colours the tracebacks of its workers.
+    return re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip()

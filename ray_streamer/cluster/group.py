@@ -1,0 +1,295 @@
+"""One actor per rank, from start to teardown: who sits where, what they are asked, and what happens when one fails.
+
+    seats ──> actors ──> facts ──> rank order ──> workers      start: everything within one deadline
+      │          │                                   │
+      │          │              call(method) on the main lane, progress and abort on the control lane
+      │          │                                   │
+      │          │          first failure ──> abort the others ──> settle ──> choose the cause
+      │          │                                   │
+    removed <─ killed <──────────────────────────────┘         teardown: in reverse, also of a half-started group
+
+A seat is a reservation (`seats`), an actor is a `RankShell` around an ordinary worker object (`shell`). Actors start
+before ranks are known: a seat's node shows only then, and ranks are ordered by node, the driver's first. Nothing here
+knows what the workers do. Weights never pass through here; arguments and results are plans and reports.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+import weakref
+from contextlib import ExitStack, suppress
+from typing import TYPE_CHECKING, Any, Self
+
+import ray
+from ray.exceptions import RayError
+
+from ray_streamer.cluster.calls import Calls, ProgressPoll
+from ray_streamer.cluster.failures import choose_cause, ray_errors_translated, tell_failure
+from ray_streamer.cluster.placement import PlacementOptions, group_by_node, order_by_node
+from ray_streamer.cluster.seats import Deadline, Seat, take_seats
+from ray_streamer.cluster.shell import RankActor
+from ray_streamer.errors import ClusterError, RankFailedError, StartupTimeoutError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from ray_streamer.cluster.facts import RankFacts
+
+logger = logging.getLogger(__name__)
+
+# How often progress is asked for.
+_POLL_SECONDS = 0.25
+# How long aborted ranks may take to return, and a neighbour's "rank 3 went away" waits for Ray's word on rank 3.
+_SETTLE_SECONDS = 3.0
+
+
+class WorkerGroup:
+    """One actor per rank, each holding `worker_class(rank, *args)`; use it as a context manager.
+
+    A worker's methods run one at a time. `abort(reason)`, sent to the others when one rank's call fails, and
+    `progress()` run beside them, on another thread. Actors and an own placement group go when the group is shut down,
+    is garbage, or its process ends.
+    """
+
+    def __init__(
+        self,
+        worker_class: type[Any],
+        num_ranks: int,
+        *,
+        args: Sequence[Any] = (),
+        placement: PlacementOptions | None = None,
+        startup_timeout_seconds: float,
+    ) -> None:
+        """Start the actors and their workers, or leave nothing behind.
+
+        Args:
+            worker_class: Importable, or picklable by value, on every node.
+            num_ranks: How many.
+            args: Of every worker's constructor, after its rank.
+            placement: What each rank reserves, and where.
+            startup_timeout_seconds: How long reservation, actors and constructors may take together.
+
+        Raises:
+            ClusterError: There is no room, or Ray cannot start the actors.
+            StartupTimeoutError: Room or answers did not come in time; names the silent seats.
+            RankFailedError: A worker's constructor raised.
+        """
+        self._worker_class = worker_class
+        self._args = tuple(args)
+        self._placement = placement or PlacementOptions()
+        self._startup_timeout_seconds = startup_timeout_seconds
+        self._seats: list[Seat] = []
+        self._actors: list[Any] = []
+        self._facts: list[RankFacts] = []
+        resources = ExitStack()
+        # The finalizer also runs when the process ends, before Ray's own exit hook.
+        self._release = weakref.finalize(self, resources.close)
+        try:
+            with ray_errors_translated(f"starting {num_ranks} ranks"):
+                self._start(num_ranks, resources)
+        except BaseException:
+            self.shutdown()
+            raise
+
+    @property
+    def num_ranks(self) -> int:
+        """How many ranks there are."""
+        return len(self._actors)
+
+    @property
+    def actors(self) -> tuple[Any, ...]:
+        """The actor handle of each rank."""
+        return tuple(self._actors)
+
+    @property
+    def facts(self) -> tuple[RankFacts, ...]:
+        """Where each rank runs, and what it saw there when it started."""
+        return tuple(self._facts)
+
+    @property
+    def nodes(self) -> tuple[tuple[int, ...], ...]:
+        """The ranks of each node; contiguous unless `bundle_indices` gave another order."""
+        return group_by_node([facts.node_id for facts in self._facts])
+
+    def node_of(self, rank: int) -> int:
+        """Position in `nodes` of the node that holds `rank`."""
+        return next(number for number, ranks in enumerate(self.nodes) if rank in ranks)
+
+    def call(
+        self,
+        method: str,
+        *args: Any,
+        ranks: Sequence[int] | None = None,
+        per_rank_args: Sequence[Sequence[Any]] | None = None,
+        on_progress: Callable[[list[Any]], None] | None = None,
+        keep_on_failure: bool = False,
+    ) -> list[Any]:
+        """Run a method of the workers, on all ranks at once, and wait for all; the first failure wins.
+
+        On a failure, and when this process is interrupted, the other ranks' workers are told to `abort(reason)`, given
+        three seconds to return, and the group is shut down.
+
+        Args:
+            method: Name of the worker's method.
+            args: Given to every rank; an `ObjectRef` arrives as its value.
+            ranks: Which ranks; all of them when unset.
+            per_rank_args: For each of `ranks`, what follows `args`.
+            on_progress: Called about four times a second with what `progress()` of each of `ranks` said last, or None.
+            keep_on_failure: Do not shut down: live ranks keep what they hold, and the failed one may be restarted.
+
+        Returns:
+            The result of each of `ranks`, in that order.
+
+        Raises:
+            RankFailedError: A rank raised or died; its cause is chained, with its type.
+            ClusterError: The group is shut down, or Ray itself failed.
+        """
+        if not self._release.alive:
+            raise ClusterError(f"cannot call {method}: this group of workers was shut down")
+        chosen = tuple(range(self.num_ranks)) if ranks is None else tuple(ranks)
+        extra = per_rank_args if per_rank_args is not None else [()] * len(chosen)
+        calls = Calls({})
+        try:
+            with ray_errors_translated(f"calling {method} on {len(chosen)} ranks"):
+                calls = Calls(
+                    {
+                        rank: self._actors[rank].call.remote(method, *args, *more)
+                        for rank, more in zip(chosen, extra, strict=True)
+                    }
+                )
+                self._watch(calls, chosen, on_progress)
+        except BaseException as error:
+            self._abort(calls, error)
+            if not keep_on_failure:
+                self.shutdown()
+            raise
+        return [calls.results[rank] for rank in chosen]
+
+    def control(self, method: str, *args: Any, timeout_seconds: float) -> list[Any]:
+        """Run a short, thread-safe method of every worker, also while a `call` is running.
+
+        Raises:
+            ClusterError: A rank did not answer in time, raised, or is dead.
+        """
+        with ray_errors_translated(f"asking {self.num_ranks} ranks for {method}"):
+            return ray.get([actor.control.remote(method, *args) for actor in self._actors], timeout=timeout_seconds)
+
+    def restart(self, rank: int) -> None:
+        """Replace one rank's actor and worker by new ones in the same seat; the other ranks go on untouched.
+
+        Raises:
+            ClusterError: Ray cannot start the actor.
+            StartupTimeoutError: It did not answer within the group's startup timeout.
+            RankFailedError: The worker's constructor raised.
+        """
+        deadline = Deadline(self._startup_timeout_seconds)
+        with ray_errors_translated(f"restarting rank {rank}"):
+            _kill([self._actors[rank]])
+            self._actors[rank] = self._start_actor(self._seats[rank])
+            (self._facts[rank],) = self._ask_facts([rank], deadline)
+            self._build_workers([rank], deadline)
+
+    def shutdown(self) -> None:
+        """Kill the actors and remove an own placement group; may be called again."""
+        self._release()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.shutdown()
+
+    def _start(self, num_ranks: int, resources: ExitStack) -> None:
+        started = time.monotonic()
+        deadline = Deadline(self._startup_timeout_seconds)
+        self._seats += take_seats(num_ranks, self._placement, deadline=deadline, resources=resources)
+        resources.callback(_kill, self._actors)
+        for seat in self._seats:
+            self._actors.append(self._start_actor(seat))
+        self._facts += self._ask_facts(range(num_ranks), deadline)
+        if self._placement.bundle_indices is None:
+            self._order_ranks()
+        self._build_workers(range(num_ranks), deadline)
+        seconds = time.monotonic() - started
+        logger.info("started %d ranks on %d nodes in %.1f s", num_ranks, len(self.nodes), seconds)
+
+    def _start_actor(self, seat: Seat) -> Any:
+        try:
+            return RankActor.options(
+                num_cpus=self._placement.num_cpus_per_rank,
+                num_gpus=self._placement.num_gpus_per_rank,
+                resources=dict(self._placement.resources),
+                runtime_env=self._placement.runtime_env,
+                scheduling_strategy=seat.scheduling_strategy,
+            ).remote()
+        except (TypeError, ValueError) as error:
+            raise ClusterError(f"Ray refuses the actor for {seat.name}, {self._placement}: {error}") from error
+
+    def _ask_facts(self, numbers: Sequence[int], deadline: Deadline) -> list[RankFacts]:
+        calls = Calls({number: self._actors[number].facts.remote() for number in numbers})
+        self._await_start(calls, deadline)
+        if calls.failures:
+            failure = calls.failures[0]
+            raise ClusterError(
+                f"the actor in {self._seats[failure.rank].name} did not start: {failure.cause}. Is ray_streamer "
+                "installed on every node, or in the runtime_env?"
+            ) from failure.origin
+        return [calls.results[number] for number in numbers]
+
+    def _order_ranks(self) -> None:
+        here = ray.get_runtime_context().get_node_id()
+        order = order_by_node([facts.node_id for facts in self._facts], first=here)
+        # In place: the teardown holds the list of actors.
+        self._actors[:] = [self._actors[index] for index in order]
+        self._seats[:] = [self._seats[index] for index in order]
+        self._facts[:] = [self._facts[index] for index in order]
+
+    def _build_workers(self, ranks: Sequence[int], deadline: Deadline) -> None:
+        calls = Calls({rank: self._actors[rank].build.remote(self._worker_class, rank, self._args) for rank in ranks})
+        self._await_start(calls, deadline)
+        if calls.failures:
+            raise self._failure(calls)
+
+    def _await_start(self, calls: Calls, deadline: Deadline) -> None:
+        while calls.pending and not calls.failures:
+            calls.collect(deadline.remaining_seconds)
+            if calls.pending and not deadline.remaining_seconds:
+                silent = "; ".join(self._seats[number].name for number in calls.pending)
+                raise StartupTimeoutError(
+                    f"{len(calls.pending)} of {len(self._actors)} ranks did not start within "
+                    f"startup_timeout_seconds={deadline.timeout_seconds:g}: {silent}. `ray list actors` shows what "
+                    "they wait for; raise startup_timeout_seconds if it is only slow"
+                )
+
+    def _watch(self, calls: Calls, ranks: Sequence[int], on_progress: Callable[[list[Any]], None] | None) -> None:
+        poll = ProgressPoll({rank: self._actors[rank] for rank in ranks})
+        next_poll = 0.0
+        while calls.pending and not calls.failures:
+            calls.collect(_POLL_SECONDS)
+            if on_progress is not None and time.monotonic() >= next_poll:
+                on_progress(poll.latest())
+                next_poll = time.monotonic() + _POLL_SECONDS
+        if not calls.failures:
+            return
+        self._abort(calls, self._failure(calls))
+        deadline = Deadline(_SETTLE_SECONDS)
+        while calls.pending and deadline.remaining_seconds:
+            calls.collect(deadline.remaining_seconds)
+        raise self._failure(calls)
+
+    def _failure(self, calls: Calls) -> RankFailedError:
+        return tell_failure(choose_cause(calls.failures), [facts.node for facts in self._facts])
+
+    def _abort(self, calls: Calls, error: BaseException) -> None:
+        for rank in calls.pending:
+            with suppress(RayError):
+                self._actors[rank].control.remote("abort", f"{type(error).__name__}: {error}")
+
+
+def _kill(actors: Sequence[Any]) -> None:
+    for actor in reversed(actors):
+        # ValueError: an actor of a Ray that this process has since left.
+        with suppress(RayError, ValueError):
+            if ray.is_initialized():
+                ray.kill(actor)

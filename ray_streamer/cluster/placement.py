@@ -1,0 +1,175 @@
+"""Where may the ranks of a group run, and is there room for them? Arithmetic only; `seats` talks to Ray.
+
+Every rank needs the same amounts, so a node or bundle is described by one number: how many ranks it can hold. From this
+follow the strategy, whether the group fits at all, which bundles of a given placement group it takes, and who shares a
+node.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from ray_streamer.errors import ClusterError, SettingsError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from ray.util.placement_group import PlacementGroup
+
+Strategy = Literal["auto", "STRICT_PACK", "PACK", "SPREAD", "STRICT_SPREAD"]
+
+# Ray counts resources in ten-thousandths (FixedPoint); so do we, or 3 x 0.1 would not fit into 0.3.
+_UNITS = 10_000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlacementOptions:
+    """What each rank's actor asks of Ray.
+
+    Attributes:
+        num_cpus_per_rank: May be a fraction, or 0 to reserve none.
+        num_gpus_per_rank: A fraction of one GPU, or a whole number.
+        resources: Custom resources of each rank.
+        placement_group: The caller's; used, never removed. Without one, the group that the calling actor is in is used
+            when it has room, else an own one is made.
+        strategy: For an own placement group; "auto" is STRICT_PACK when one node can hold the group, else PACK.
+        bundle_indices: Bundle of each rank in `placement_group`, in rank order; unset = whichever fit, ordered by node.
+        label_selector: Node labels that an own placement group asks for, in Ray's syntax.
+        runtime_env: Ray runtime environment of the actors.
+        wait_for_nodes: Wait for nodes that are not there yet, as an autoscaling cluster needs, instead of refusing.
+    """
+
+    num_cpus_per_rank: float = 1
+    num_gpus_per_rank: float = 0
+    resources: Mapping[str, float] = field(default_factory=dict)
+    placement_group: PlacementGroup | None = None
+    strategy: Strategy = "auto"
+    bundle_indices: Sequence[int] | None = None
+    label_selector: Mapping[str, str] = field(default_factory=dict)
+    runtime_env: Mapping[str, Any] | None = None
+    wait_for_nodes: bool = False
+
+    def __post_init__(self) -> None:
+        reserved = sorted({"CPU", "GPU", "memory", "object_store_memory"} & set(self.resources))
+        if reserved:
+            raise SettingsError(f"resources={dict(self.resources)!r} may not name {reserved}: Ray counts these itself")
+        for name, amount in self._amounts().items():
+            if amount != 0 and amount < 1 / _UNITS:
+                raise SettingsError(f"{name}={amount!r} per rank: need 0 or at least {1 / _UNITS}")
+        if self.num_gpus_per_rank > 1 and self.num_gpus_per_rank != int(self.num_gpus_per_rank):
+            raise SettingsError(f"num_gpus_per_rank={self.num_gpus_per_rank!r}: above 1 it must be a whole number")
+        if self.bundle_indices is not None and self.placement_group is None:
+            raise SettingsError(f"bundle_indices={list(self.bundle_indices)!r} need the placement_group they belong to")
+        if self.label_selector and self.placement_group is not None:
+            raise SettingsError("label_selector is for an own placement group; the given one is placed already")
+
+    @property
+    def bundle(self) -> dict[str, float]:
+        """What one rank reserves; empty when it reserves nothing."""
+        return {name: amount for name, amount in self._amounts().items() if amount > 0}
+
+    def _amounts(self) -> dict[str, float]:
+        return {"CPU": self.num_cpus_per_rank, "GPU": self.num_gpus_per_rank, **self.resources}
+
+
+@dataclass(frozen=True, slots=True)
+class NodeRoom:
+    """One node of the cluster, as far as placement cares.
+
+    Attributes:
+        node: How messages name it.
+        resources: All that it has, free or not.
+        num_ranks: How many ranks that would hold.
+    """
+
+    node: str
+    resources: Mapping[str, float]
+    num_ranks: int
+
+
+def count_ranks(resources: Mapping[str, float], bundle: Mapping[str, float]) -> int:
+    """How many times `bundle`, which is not empty, fits into `resources`.
+
+    >>> count_ranks({"CPU": 2.0, "GPU": 8.0}, {"CPU": 0.5, "GPU": 1})
+    4
+    """
+    return min(round(resources.get(name, 0) * _UNITS) // round(amount * _UNITS) for name, amount in bundle.items())
+
+
+def choose_strategy(strategy: Strategy, rooms: Sequence[NodeRoom], num_ranks: int) -> str:
+    """The strategy for Ray: "auto" keeps the group on one node when one can hold all of it."""
+    if strategy != "auto":
+        return strategy
+    return "STRICT_PACK" if any(room.num_ranks >= num_ranks for room in rooms) else "PACK"
+
+
+def check_room(strategy: str, rooms: Sequence[NodeRoom], num_ranks: int, bundle: Mapping[str, float]) -> None:
+    """Refuse what all nodes together could not hold even when idle.
+
+    Raises:
+        ClusterError: Names need, room of each node and what to change.
+    """
+    sizes = [room.num_ranks for room in rooms]
+    if strategy == "STRICT_PACK":
+        fitting = max(sizes, default=0)
+    elif strategy == "STRICT_SPREAD":
+        fitting = sum(size > 0 for size in sizes)
+    else:
+        fitting = sum(sizes)
+    if fitting >= num_ranks:
+        return
+    have = "; ".join(f"{room.node} has {_describe(room.resources, bundle)}: {room.num_ranks} ranks" for room in rooms)
+    raise ClusterError(
+        f"{num_ranks} ranks with {describe(bundle)} each, placed {strategy}, do not fit: the cluster's {len(rooms)} "
+        f"nodes hold {fitting} ({have or 'none matches label_selector'}). Use a smaller tp, less per rank "
+        "(num_cpus_per_rank=, num_gpus_per_rank=, resources=), another strategy, more nodes, or wait_for_nodes=True if "
+        "nodes are still to come"
+    )
+
+
+def choose_bundles(sizes: Sequence[int], node_ids: Sequence[str], num_ranks: int) -> tuple[int, ...] | None:
+    """Bundle index of `num_ranks` ranks, on as few nodes as possible; None when they do not fit.
+
+    Args:
+        sizes: How many ranks each bundle can hold.
+        node_ids: Node of each bundle.
+        num_ranks: How many ranks to place.
+
+    >>> choose_bundles([1, 1, 1], ["a", "b", "b"], 2)
+    (1, 2)
+    """
+    room = {node: sum(size for size, at in zip(sizes, node_ids, strict=True) if at == node) for node in node_ids}
+    by_room = sorted(range(len(sizes)), key=lambda index: (-room[node_ids[index]], node_ids[index], index))
+    seats = tuple(index for index in by_room for _ in range(sizes[index]))[:num_ranks]
+    return seats if len(seats) == num_ranks else None
+
+
+def order_by_node(node_ids: Sequence[str], *, first: str) -> tuple[int, ...]:
+    """Positions in rank order: those on node `first`, then by node id, so that each node's ranks are contiguous.
+
+    >>> order_by_node(["b", "a", "c", "a"], first="c")
+    (2, 1, 3, 0)
+    """
+    return tuple(sorted(range(len(node_ids)), key=lambda i: (node_ids[i] != first, node_ids[i], i)))
+
+
+def group_by_node(node_ids: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+    """Ranks of each node, nodes in the order of their lowest rank.
+
+    >>> group_by_node(["b", "b", "a"])
+    ((0, 1), (2,))
+    """
+    nodes: dict[str, list[int]] = {}
+    for rank, node_id in enumerate(node_ids):
+        nodes.setdefault(node_id, []).append(rank)
+    return tuple(tuple(ranks) for ranks in nodes.values())
+
+
+def describe(resources: Mapping[str, float]) -> str:
+    """Amounts for a message, such as "CPU 0.5, GPU 1"."""
+    return ", ".join(f"{name} {amount:g}" for name, amount in resources.items()) or "nothing reserved"
+
+
+def _describe(resources: Mapping[str, float], bundle: Mapping[str, float]) -> str:
+    return describe({name: resources.get(name, 0) for name in bundle})

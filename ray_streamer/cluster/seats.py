@@ -1,0 +1,261 @@
+"""Where exactly does each rank sit? Reservations from Ray: the caller's group, the current one, or an own one.
+
+    a placement group is given          its bundles
+    this actor is in a group with room  that group's bundles
+    ranks reserve nothing               plain nodes, the driver's first (Ray has no empty bundles)
+    otherwise                           an own placement group, removed by the stack that it is entered in
+
+A group that could never have room is refused at once; one whose room is taken is waited for.
+"""
+
+from __future__ import annotations
+
+import time
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import ray
+from ray.exceptions import RayError
+from ray.util.placement_group import (
+    PlacementGroup,
+    get_current_placement_group,
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
+
+from ray_streamer.cluster.placement import (
+    NodeRoom,
+    PlacementOptions,
+    check_room,
+    choose_bundles,
+    choose_strategy,
+    count_ranks,
+    describe,
+)
+from ray_streamer.errors import ClusterError, StartupTimeoutError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+# What is free in a group is reported to the driver late; a group that looks full is looked at again for this long.
+_REPORT_DELAY_SECONDS = 1.5
+
+
+@dataclass(frozen=True, slots=True)
+class Seat:
+    """The place of one rank's actor.
+
+    Attributes:
+        name: How messages name it.
+        scheduling_strategy: What Ray is given for the actor.
+    """
+
+    name: str
+    scheduling_strategy: PlacementGroupSchedulingStrategy | NodeAffinitySchedulingStrategy
+
+
+@dataclass(frozen=True, slots=True)
+class Deadline:
+    """A moment that everything in one start must meet.
+
+    Attributes:
+        timeout_seconds: The whole allowance, for messages.
+        started: When it began, on the monotonic clock.
+    """
+
+    timeout_seconds: float
+    started: float = field(default_factory=time.monotonic)
+
+    @property
+    def remaining_seconds(self) -> float:
+        """What is left, never below 0."""
+        return max(0.0, self.started + self.timeout_seconds - time.monotonic())
+
+
+def take_seats(
+    num_ranks: int, options: PlacementOptions, *, deadline: Deadline, resources: ExitStack
+) -> tuple[Seat, ...]:
+    """A seat for each rank, all of them reserved; in rank order only where `bundle_indices` said so.
+
+    Args:
+        num_ranks: How many.
+        options: What each needs, and where.
+        deadline: Until when to wait for room.
+        resources: Owns what was made here: closing it removes an own placement group.
+
+    Raises:
+        ClusterError: The cluster or the given group could not hold the ranks even when idle.
+        StartupTimeoutError: There would be room, but it did not become free in time.
+    """
+    if options.placement_group is not None:
+        return _seats_in_given(options.placement_group, num_ranks, options, deadline)
+    current = get_current_placement_group()
+    if current is not None:
+        seats = _seats_in_current(current, num_ranks, options.bundle)
+        if seats is not None:
+            return seats
+    if not options.bundle:
+        return _seats_on_nodes(num_ranks, options)
+    return _seats_in_own(num_ranks, options, deadline, resources)
+
+
+def _seats_in_given(
+    group: PlacementGroup, num_ranks: int, options: PlacementOptions, deadline: Deadline
+) -> tuple[Seat, ...]:
+    bundles = _bundles(group)
+    sizes = _sizes(bundles, options.bundle, num_ranks)
+    if options.bundle_indices is not None:
+        _check_indices(options.bundle_indices, sizes, num_ranks)
+    elif sum(sizes) < num_ranks:
+        raise ClusterError(
+            f"placement group {group.id.hex()} has room for {sum(sizes)} of {num_ranks} ranks with "
+            f"{describe(options.bundle)} each; its bundles: {[describe(bundle) for bundle in bundles]}. "
+            "Use a smaller tp, less per rank (num_cpus_per_rank=, num_gpus_per_rank=, resources=) or a larger group"
+        )
+    _wait_until_ready(group, num_ranks, options, deadline)
+    if options.bundle_indices is not None:
+        return tuple(_bundle_seat(group, index) for index in options.bundle_indices)
+    free = _sizes(_free_bundles(group, bundles), options.bundle, num_ranks)
+    # Whoever holds the rest may be leaving: the ranks then wait for it, as for everything at start.
+    chosen = choose_bundles(free, _bundle_nodes(group), num_ranks) or choose_bundles(
+        sizes, _bundle_nodes(group), num_ranks
+    )
+    assert chosen is not None
+    return tuple(_bundle_seat(group, index) for index in chosen)
+
+
+def _seats_in_current(group: PlacementGroup, num_ranks: int, bundle: Mapping[str, float]) -> tuple[Seat, ...] | None:
+    """Seats beside this actor in its group, or None when the group has no room for all."""
+    bundles = _bundles(group)
+    if sum(_sizes(bundles, bundle, num_ranks)) < num_ranks:
+        return None
+    deadline = Deadline(_REPORT_DELAY_SECONDS)
+    while True:
+        free = _sizes(_free_bundles(group, bundles), bundle, num_ranks)
+        chosen = choose_bundles(free, _bundle_nodes(group), num_ranks)
+        if chosen is not None:
+            return tuple(_bundle_seat(group, index) for index in chosen)
+        if not deadline.remaining_seconds:
+            return None
+        time.sleep(0.1)
+
+
+def _seats_in_own(
+    num_ranks: int, options: PlacementOptions, deadline: Deadline, resources: ExitStack
+) -> tuple[Seat, ...]:
+    rooms = [
+        NodeRoom(node["NodeManagerAddress"], node["Resources"], count_ranks(node["Resources"], options.bundle))
+        for node in _nodes(options)
+    ]
+    strategy = choose_strategy(options.strategy, rooms, num_ranks)
+    if not options.wait_for_nodes:
+        check_room(strategy, rooms, num_ranks, options.bundle)
+    selectors = [dict(options.label_selector)] * num_ranks
+    group = placement_group([options.bundle] * num_ranks, strategy=strategy, bundle_label_selector=selectors)
+    resources.callback(_remove, group)
+    _wait_until_ready(group, num_ranks, options, deadline)
+    return tuple(_bundle_seat(group, index) for index in range(num_ranks))
+
+
+def _seats_on_nodes(num_ranks: int, options: PlacementOptions) -> tuple[Seat, ...]:
+    here = ray.get_runtime_context().get_node_id()
+    nodes = sorted(_nodes(options), key=lambda node: (node["NodeID"] != here, node["NodeID"]))
+    rooms = [NodeRoom(node["NodeManagerAddress"], {}, num_ranks) for node in nodes]
+    check_room(options.strategy, rooms, num_ranks, options.bundle)
+    used = nodes if "SPREAD" in options.strategy else nodes[:1]
+    return tuple(
+        Seat(f"node {node['NodeManagerAddress']}", NodeAffinitySchedulingStrategy(node["NodeID"], soft=False))
+        for node in (used[rank % len(used)] for rank in range(num_ranks))
+    )
+
+
+def _nodes(options: PlacementOptions) -> list[dict[str, Any]]:
+    return [
+        node
+        for node in ray.nodes()
+        if node["Alive"] and all(matches_label(node["Labels"].get(k), v) for k, v in options.label_selector.items())
+    ]
+
+
+def matches_label(label: str | None, condition: str) -> bool:
+    """Whether a node's label meets one condition of Ray's syntax: `x`, `!x`, `in(x,y)` or `!in(x,y)`.
+
+    >>> matches_label("h100", "in(h100, h200)"), matches_label(None, "!h100")
+    (True, True)
+    """
+    wanted = condition.removeprefix("!")
+    values = wanted[3:-1].split(",") if wanted.startswith("in(") and wanted.endswith(")") else [wanted]
+    return (label in {value.strip() for value in values}) != condition.startswith("!")
+
+
+def _bundle_seat(group: PlacementGroup, index: int) -> Seat:
+    return Seat(f"bundle {index} of {group.id.hex()}", PlacementGroupSchedulingStrategy(group, index))
+
+
+def _bundles(group: PlacementGroup) -> list[dict[str, float]]:
+    bundles = placement_group_table(group).get("bundles", {})
+    return [bundles[index] for index in sorted(bundles)]
+
+
+def _bundle_nodes(group: PlacementGroup) -> list[str]:
+    nodes = placement_group_table(group)["bundles_to_node_id"]
+    return [nodes[index] for index in sorted(nodes)]
+
+
+def _free_bundles(group: PlacementGroup, bundles: Sequence[Mapping[str, float]]) -> list[dict[str, float]]:
+    # Ray renames the resources of a bundle; one that is used up is not listed.
+    free = ray.available_resources()
+    return [
+        {name: free.get(f"{name}_group_{index}_{group.id.hex()}", 0.0) for name in bundle}
+        for index, bundle in enumerate(bundles)
+    ]
+
+
+def _sizes(bundles: Sequence[Mapping[str, float]], need: Mapping[str, float], num_ranks: int) -> list[int]:
+    if need:
+        return [count_ranks(bundle, need) for bundle in bundles]
+    # Ranks that need nothing fit anywhere: deal them out evenly.
+    return [-(-num_ranks // len(bundles)) for _ in bundles]
+
+
+def _check_indices(indices: Sequence[int], sizes: Sequence[int], num_ranks: int) -> None:
+    if len(indices) != num_ranks:
+        raise ClusterError(f"bundle_indices={list(indices)} names {len(indices)} bundles for {num_ranks} ranks")
+    for index in indices:
+        room = sizes[index] if 0 <= index < len(sizes) else 0
+        if indices.count(index) > room:
+            raise ClusterError(
+                f"bundle_indices={list(indices)}: bundle {index} of {len(sizes)} has room for {room} ranks, not "
+                f"{indices.count(index)}"
+            )
+
+
+def _wait_until_ready(group: PlacementGroup, num_ranks: int, options: PlacementOptions, deadline: Deadline) -> None:
+    ready = group.ready()
+    while True:
+        is_ready = bool(ray.wait([ready], timeout=min(0.5, deadline.remaining_seconds))[0])
+        # A group that is removed counts as ready, and actors in it would wait for ever.
+        if placement_group_table(group).get("state", "REMOVED") == "REMOVED":
+            raise ClusterError(f"placement group {group.id.hex()} was removed before its {num_ranks} ranks could start")
+        if is_ready:
+            return
+        if not deadline.remaining_seconds:
+            total, free = ray.cluster_resources(), ray.available_resources()
+            state = ", ".join(
+                f"{name} {need * num_ranks:g} needed, {free.get(name, 0):g} of {total.get(name, 0):g} free"
+                for name, need in options.bundle.items()
+            )
+            raise StartupTimeoutError(
+                f"placement group {group.id.hex()} for {num_ranks} ranks got no room within "
+                f"startup_timeout_seconds={deadline.timeout_seconds:g}: {state}. End what holds the rest, raise "
+                f'startup_timeout_seconds, or allow several nodes with strategy="PACK"'
+            )
+
+
+def _remove(group: PlacementGroup) -> None:
+    with suppress(RayError):
+        if ray.is_initialized():
+            remove_placement_group(group)

@@ -1,0 +1,57 @@
+"""The actor of one rank: a thin shell around an ordinary object, reachable on two lanes.
+
+`call` runs on the actor's only main thread, one call at a time, for as long as it takes. `facts` and `control` run on a
+second lane, a concurrency group of their own, and so answer while a call is running: this is how a load is watched and
+aborted. The worker is built by a call, not by the actor's constructor: its rank depends on where the actor landed, and
+an error in a call keeps its type where one in a constructor becomes the text of a dead actor.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from typing import Any
+
+import ray
+import ray.util
+
+from ray_streamer.cluster.facts import RankFacts, count_cpus, measure_available_memory
+
+# One for the driver's progress polls, one so that an abort never queues behind them.
+_CONTROL_THREADS = 2
+
+
+class RankShell:
+    """Holds one rank's worker object."""
+
+    def __init__(self) -> None:
+        self._worker: Any = None
+
+    def build(self, worker_class: type[Any], rank: int, args: tuple[Any, ...]) -> None:
+        """Make the worker, as `worker_class(rank, *args)`."""
+        self._worker = worker_class(rank, *args)
+
+    def call(self, method: str, *args: Any) -> Any:
+        """Run a method of the worker on the main lane."""
+        return getattr(self._worker, method)(*args)
+
+    @ray.method(concurrency_group="control")
+    def control(self, method: str, *args: Any) -> Any:
+        """Run a method of the worker beside whatever the main lane is doing; it must be thread-safe and short."""
+        return getattr(self._worker, method)(*args)
+
+    @ray.method(concurrency_group="control")
+    def facts(self) -> RankFacts:
+        """Where this actor runs."""
+        return RankFacts(
+            node_id=ray.get_runtime_context().get_node_id(),
+            node_ip=ray.util.get_node_ip_address(),
+            hostname=socket.gethostname(),
+            pid=os.getpid(),
+            num_cpus=count_cpus(),
+            available_memory_bytes=measure_available_memory(),
+        )
+
+
+_as_actor: Any = ray.remote  # its type hints leave out concurrency_groups
+RankActor = _as_actor(concurrency_groups={"control": _CONTROL_THREADS})(RankShell)

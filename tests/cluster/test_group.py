@@ -1,0 +1,367 @@
+"""Groups of real actors: order, calls, failures, teardown."""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+import sys
+import threading
+import time
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import ray
+from ray.util.placement_group import placement_group_table
+
+from ray_streamer.cluster.group import WorkerGroup
+from ray_streamer.cluster.placement import PlacementOptions
+from ray_streamer.errors import (
+    ClusterError,
+    LoadAbortedError,
+    ObjectMissingError,
+    RankFailedError,
+    StartupTimeoutError,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    Check = Callable[..., None]
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+
+# The actors cannot import a test module; they get its classes by value.
+ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+
+
+class Worker:
+    """Answers, blocks, fails or dies on request."""
+
+    def __init__(self, rank: int, greeting: str = "") -> None:
+        self.rank = rank
+        self.greeting = greeting
+        self.doing = "nothing"
+        self.reason: str | None = None
+        self.aborted = threading.Event()
+
+    def greet(self, *names: str) -> tuple[int, str, tuple[str, ...]]:
+        return self.rank, self.greeting, names
+
+    def pid(self) -> int:
+        return os.getpid()
+
+    def reason_of_abort(self) -> str | None:
+        return self.reason
+
+    def block(self) -> None:
+        self.doing = "blocked"
+        self.aborted.wait(60)
+        raise LoadAbortedError(self.reason)
+
+    def ignore_abort(self) -> None:
+        self.doing = "blocked"
+        threading.Event().wait(60)
+
+    def fail_or_block(self, failing: int, error: Exception) -> None:
+        if self.rank == failing:
+            raise error
+        self.block()
+
+    def blame_or_fail_late(self, guilty: int, error: Exception) -> None:
+        if self.rank != guilty:
+            raise RankFailedError(guilty, "somewhere", "its socket closed")
+        self.aborted.wait(60)
+        raise error
+
+    def blame(self, guilty: int) -> None:
+        raise RankFailedError(guilty, "somewhere", "its socket closed")
+
+    def fail_or_ignore_abort(self, failing: int) -> None:
+        if self.rank == failing:
+            raise ValueError("mine")
+        self.ignore_abort()
+
+    def die(self) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def abort(self, reason: str) -> None:
+        self.reason = reason
+        self.aborted.set()
+
+    def progress(self) -> str:
+        return self.doing
+
+
+class BadProgress(Worker):
+    """A worker with a bug."""
+
+    def progress(self) -> str:
+        raise ZeroDivisionError("bug")
+
+
+class SlowConstructor(Worker):
+    """Rank 1 never starts."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__(rank)
+        if rank == 1:
+            threading.Event().wait(60)
+
+
+class FailingConstructor(Worker):
+    """Rank 1 raises."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__(rank)
+        if rank == 1:
+            raise ObjectMissingError("no such checkpoint")
+
+
+class DyingConstructor(Worker):
+    """Rank 1 takes its process along."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__(rank)
+        if rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def start(
+    num_ranks: int, worker_class: type[Any] = Worker, *, timeout: float = 60, args: tuple[Any, ...] = (), **options: Any
+) -> WorkerGroup:
+    return WorkerGroup(
+        worker_class,
+        num_ranks,
+        args=args,
+        placement=PlacementOptions(**options),
+        startup_timeout_seconds=timeout,
+    )
+
+
+def placement_group_states() -> set[str]:
+    return {entry["state"] for entry in placement_group_table().values()}
+
+
+def pids_of(group: WorkerGroup) -> list[int]:
+    return [facts.pid for facts in group.facts]
+
+
+def when_all_blocked(group: WorkerGroup, act: Callable[[], None]) -> Callable[[list[Any]], None]:
+    """A progress callback that acts once, when every rank is inside its blocking call."""
+    acted = False
+
+    def on_progress(doing: list[Any]) -> None:
+        nonlocal acted
+        if not acted and doing == ["blocked"] * group.num_ranks:
+            acted = True
+            act()
+
+    return on_progress
+
+
+def test_ranks_are_contiguous_per_node_and_the_drivers_node_is_first() -> None:
+    with start(4, strategy="SPREAD") as group:
+        assert group.nodes == ((0, 1), (2, 3))
+        assert [group.node_of(rank) for rank in range(4)] == [0, 0, 1, 1]
+        assert [facts.node_ip for facts in group.facts] == ["127.0.0.2"] * 2 + ["127.0.0.3"] * 2
+        assert group.facts[0].node_id == ray.get_runtime_context().get_node_id()
+        assert group.call("pid") == pids_of(group)
+        assert all(facts.available_memory_bytes > 0 and facts.num_cpus > 0 for facts in group.facts)
+
+
+def test_workers_are_built_with_rank_and_arguments() -> None:
+    with start(2, args=("hello",)) as group:
+        assert group.call("greet") == [(0, "hello", ()), (1, "hello", ())]
+
+
+def test_calls_reach_the_named_ranks_with_their_own_arguments() -> None:
+    with start(2) as group:
+        shared = ray.put("shared")
+        assert group.call("greet", shared, ranks=[1, 0], per_rank_args=[["for 1"], ["for 0"]]) == [
+            (1, "", ("shared", "for 1")),
+            (0, "", ("shared", "for 0")),
+        ]
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "options", "num_nodes"),
+    [
+        pytest.param(2, {}, 1, id="one-node-when-it-can-hold-the-group"),
+        pytest.param(4, {}, 2, id="several-nodes-when-none-can"),
+        pytest.param(2, {"strategy": "SPREAD"}, 2, id="spread-when-asked"),
+        pytest.param(4, {"num_cpus_per_rank": 0.5}, 1, id="fractional-cpus"),
+        pytest.param(5, {"num_cpus_per_rank": 0}, 1, id="no-cpus-more-ranks-than-there-are"),
+        pytest.param(3, {"num_cpus_per_rank": 0, "strategy": "SPREAD"}, 2, id="no-cpus-spread"),
+    ],
+)
+def test_placement(num_ranks: int, options: dict[str, Any], num_nodes: int) -> None:
+    with start(num_ranks, **options) as group:
+        assert len(group.nodes) == num_nodes
+        assert [rank for ranks in group.nodes for rank in ranks] == list(range(num_ranks))
+
+
+def test_control_answers_while_a_call_blocks() -> None:
+    with start(2) as group:
+        seen: list[list[str]] = []
+
+        def answer() -> None:
+            seen.append(group.control("progress", timeout_seconds=5))
+            group.control("abort", "enough", timeout_seconds=5)
+
+        with pytest.raises(RankFailedError) as caught:
+            group.call("block", on_progress=when_all_blocked(group, answer))
+        assert seen == [["blocked", "blocked"]]
+        assert isinstance(caught.value.cause, LoadAbortedError)
+
+
+def test_a_killed_actor_is_named_and_everything_is_torn_down(assert_gone: Check) -> None:
+    with start(3, num_cpus_per_rank=0.5, strategy="SPREAD") as group:
+        nodes = [facts.node for facts in group.facts]
+        pids = pids_of(group)
+        killed_at = 0.0
+
+        def kill() -> None:
+            nonlocal killed_at
+            killed_at = time.monotonic()
+            os.kill(pids[2], signal.SIGKILL)
+
+        with pytest.raises(RankFailedError, match=r"rank 2 on node .* failed: actor died") as caught:
+            group.call("block", on_progress=when_all_blocked(group, kill))
+        assert time.monotonic() - killed_at < 4
+        assert (caught.value.rank, caught.value.node) == (2, nodes[2])
+        assert_gone(pids)
+        assert placement_group_states() == {"REMOVED"}
+    with start(4) as group:
+        assert len(group.call("greet")) == 4
+
+
+def test_a_workers_own_error_keeps_its_type_and_its_traceback(assert_gone: Check) -> None:
+    group = start(2)
+    pids = pids_of(group)
+    with pytest.raises(RankFailedError) as caught:
+        group.call("fail_or_block", 1, ObjectMissingError("no model.safetensors"))
+    assert type(caught.value.cause) is ObjectMissingError
+    assert caught.value.__cause__ is caught.value.cause
+    assert caught.value.rank == 1
+    assert "fail_or_block" in caught.value.cause.__notes__[0]
+    assert_gone(pids)
+    with pytest.raises(ClusterError, match=r"was shut down"):
+        group.call("greet")
+    group.shutdown()
+
+
+def test_a_failed_rank_aborts_the_others_and_tells_them_why() -> None:
+    with start(3, num_cpus_per_rank=0.5) as group:
+        with pytest.raises(RankFailedError, match=r"rank 0 .* ValueError: mine"):
+            group.call("fail_or_block", 0, ValueError("mine"), keep_on_failure=True)
+        reasons = group.call("reason_of_abort")
+        assert reasons[0] is None
+        assert all("rank 0" in reason and "mine" in reason for reason in reasons[1:])
+
+
+def test_the_real_cause_wins_over_a_neighbours_report_that_came_first() -> None:
+    with start(2) as group, pytest.raises(RankFailedError) as caught:
+        group.call("blame_or_fail_late", 1, ObjectMissingError("no such file"))
+    assert caught.value.rank == 1
+    assert type(caught.value.cause) is ObjectMissingError
+
+
+def test_a_neighbours_report_is_told_when_nothing_better_comes() -> None:
+    with start(2) as group, pytest.raises(RankFailedError) as caught:
+        group.call("blame", 1, ranks=[0])
+    assert (caught.value.rank, caught.value.cause) == (1, "its socket closed")
+
+
+def test_ranks_that_ignore_the_abort_are_torn_down_too(assert_gone: Check) -> None:
+    group = start(2)
+    pids = pids_of(group)
+    started = time.monotonic()
+    with pytest.raises(RankFailedError, match=r"rank 1 .* ValueError: mine"):
+        group.call("fail_or_ignore_abort", 1)
+    assert time.monotonic() - started < 5
+    assert_gone(pids)
+
+
+def test_an_error_that_cannot_travel_is_told_in_words() -> None:
+    class Untransportable(Exception):
+        def __reduce__(self) -> Any:
+            raise TypeError("stays here")
+
+    class Odd(Worker):
+        def greet(self, *_: str) -> Any:
+            raise Untransportable("odd")
+
+    with start(1, Odd) as group, pytest.raises(RankFailedError, match=r"Untransportable") as caught:
+        group.call("greet")
+    assert type(caught.value.cause) is ClusterError
+
+
+def test_a_bug_in_progress_is_not_hidden(assert_gone: Check) -> None:
+    group = start(1, BadProgress)
+    pids = pids_of(group)
+    with pytest.raises(ClusterError, match=r"ZeroDivisionError"):
+        group.call("block", on_progress=lambda _: None)
+    assert_gone(pids)
+
+
+def test_an_interrupt_of_the_driver_tears_down(assert_gone: Check) -> None:
+    group = start(2)
+    pids = pids_of(group)
+    with pytest.raises(KeyboardInterrupt):
+        group.call("block", on_progress=when_all_blocked(group, lambda: os.kill(os.getpid(), signal.SIGINT)))
+    assert_gone(pids)
+
+
+def test_a_forgotten_group_is_torn_down(assert_gone: Check, wait_until: Check) -> None:
+    group = start(2)
+    pids = pids_of(group)
+    del group
+    gc.collect()
+    assert_gone(pids)
+    wait_until(lambda: placement_group_states() == {"REMOVED"}, 3)
+
+
+def test_a_rank_that_does_not_start_is_named_and_the_half_started_group_goes(wait_until: Check) -> None:
+    with pytest.raises(StartupTimeoutError, match=r"1 of 2 ranks.* startup_timeout_seconds=4: bundle \d of") as caught:
+        start(2, SlowConstructor, timeout=4)
+    assert "raise startup_timeout_seconds" in str(caught.value)
+    wait_until(lambda: placement_group_states() == {"REMOVED"}, 3)
+    wait_until(lambda: ray.available_resources().get("CPU") == 4, 5)
+
+
+@pytest.mark.parametrize(
+    ("worker_class", "message"),
+    [
+        pytest.param(FailingConstructor, "ObjectMissingError: no such checkpoint", id="raises"),
+        pytest.param(DyingConstructor, "actor died", id="dies"),
+    ],
+)
+def test_a_constructor_that_fails_names_its_rank(worker_class: type[Any], message: str) -> None:
+    with pytest.raises(RankFailedError, match=f"rank 1 on node .* {message}"):
+        start(2, worker_class)
+
+
+def test_a_runtime_environment_that_cannot_be_made_is_a_cluster_error() -> None:
+    with pytest.raises(ClusterError, match=r"did not start|starting"):
+        start(1, runtime_env={"working_dir": "/no/such/folder"})
+
+
+def test_a_dead_rank_is_restarted_in_its_seat_and_the_others_keep_running() -> None:
+    with start(4) as group:
+        before = group.facts
+        with pytest.raises(RankFailedError, match=r"rank 3 .* actor died"):
+            group.call("die", ranks=[3], keep_on_failure=True)
+        group.restart(3)
+        assert group.call("greet") == [(rank, "", ()) for rank in range(4)]
+        assert pids_of(group)[:3] == [facts.pid for facts in before[:3]]
+        assert pids_of(group)[3] != before[3].pid
+        assert [facts.node_id for facts in group.facts] == [facts.node_id for facts in before]
+
+
+def test_a_live_rank_may_be_restarted(assert_gone: Check) -> None:
+    with start(2) as group:
+        old = pids_of(group)
+        group.restart(0)
+        assert_gone(old[:1])
+        assert group.call("greet", ranks=[0]) == [(0, "", ())]
