@@ -89,11 +89,11 @@ class ReadPlan:
         digest = hashlib.blake2b(digest_size=16)
         digest.update(repr((PLAN_VERSION, self.index.fingerprint(), self.topology, self.limits)).encode())
         digest.update(repr((self.slices.num_ranks, self.slices.patterns, self.node_plan_ids)).encode())
-        digest.update(np.ascontiguousarray(self.slices.pattern_ids))
+        digest.update(np.ascontiguousarray(self.slices.pattern_ids).data)
         for node_plan in self.node_plans:
             for table in (node_plan.blocks, node_plan.pieces):
                 for name in table.column_names:
-                    digest.update(np.ascontiguousarray(column(table, name)))
+                    digest.update(np.ascontiguousarray(column(table, name)).data)
         return digest.hexdigest()
 
 

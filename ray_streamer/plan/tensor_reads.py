@@ -159,7 +159,7 @@ def _judge_kind(kind: TensorKind, wants: tuple[_Want, ...], plan: ReadPlan, rank
     num_bytes = prod(kind.shape) * kind.num_bits // 8
     strategy: Strategy
     if all(part is None for part in held):
-        strategy, reason = "skipped", f"{'no rank' if rank is None else f'rank {rank}'} holds any of it"
+        strategy, reason = "skipped", "no rank holds any of it" if rank is None else f"rank {rank} holds nothing of it"
     elif not result_bytes:
         whose = "the tensor" if not num_bytes else "every slice" if rank is None else f"the slice of rank {rank}"
         strategy, reason = "empty", f"{whose} has no bytes"

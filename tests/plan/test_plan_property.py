@@ -218,11 +218,20 @@ def test_exact_reads_read_nothing_twice_and_nothing_unwanted(case, make_checkpoi
         assert node_plan.read_bytes == node_plan.needed_bytes
 
 
+@st.composite
+def _orders(draw, tensors: list[tuple[str, str, tuple[int, ...]]]) -> list[int]:
+    """Any order of a header's entries, but tensors without bytes, which may share one place, keep theirs."""
+    order = draw(st.permutations(range(len(tensors))))
+    without_bytes = [position for position in range(len(tensors)) if 0 in tensors[position][2]]
+    following = iter(without_bytes)
+    return [next(following) if position in without_bytes else position for position in order]
+
+
 @SETTINGS
 @given(case=cases(), data=st.data())
 def test_order_of_the_input_does_not_matter(case, data, make_checkpoint):
     checkpoint = make_checkpoint(case.tensors_by_file, padding=case.padding)
-    orders = [data.draw(st.permutations(range(len(tensors)))) for tensors in case.tensors_by_file]
+    orders = [data.draw(_orders(tensors)) for tensors in case.tensors_by_file]
     permuted = make_checkpoint(case.tensors_by_file, orders=orders, padding=case.padding)
     backwards = dict(reversed(list(case.slices.items())))
     plans = [

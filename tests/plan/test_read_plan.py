@@ -1,0 +1,218 @@
+"""What a plan reads in cases that a person can work out, and what makes two plans the same."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import subprocess
+import sys
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+
+from ray_streamer.errors import PlanError
+from ray_streamer.plan.limits import ReadLimits
+from ray_streamer.plan.read_plan import plan_reads
+from ray_streamer.plan.topology import Topology
+from ray_streamer.sharding.slices import Box, SliceTable, TensorSlice
+
+EXACT = ReadLimits(block_bytes=4096, min_run_bytes=0, max_gap_bytes=0)
+
+
+def _split(shape: tuple[int, ...], *, dim: int, tp: int, dp: int = 1) -> tuple[TensorSlice | None, ...]:
+    step = shape[dim] // tp
+    return tuple(TensorSlice.along(shape, dim=dim, start=i * step, stop=(i + 1) * step) for i in range(tp)) * dp
+
+
+def _plan(checkpoint, slices, *, num_nodes=1, limits=EXACT):
+    num_ranks = len(next(iter(slices.values())))
+    table = SliceTable.from_slices(checkpoint.index, slices, num_ranks=num_ranks)
+    return plan_reads(checkpoint.index, table, Topology.even(num_ranks, num_nodes), limits)
+
+
+def _places(checkpoint, node_plan) -> list[tuple[int, int]]:
+    """Blocks as (start, stop) from the first byte of the only file's data."""
+    data_start = int(checkpoint.index.starts[0])
+    return [(row["start"] - data_start, row["stop"] - data_start) for row in node_plan.blocks.to_pylist()]
+
+
+@pytest.mark.parametrize(
+    ("min_run_bytes", "max_gap_bytes", "places"),
+    [
+        pytest.param(8, 0, [(0, 8), (16, 24), (32, 40), (48, 56)], id="runs-as-long-as-the-limit-are-read-exactly"),
+        pytest.param(9, 0, [(0, 56)], id="shorter-runs-are-read-with-what-lies-between"),
+        pytest.param(8, 7, [(0, 8), (16, 24), (32, 40), (48, 56)], id="gaps-above-the-limit-split-requests"),
+        pytest.param(8, 8, [(0, 56)], id="gaps-up-to-the-limit-are-read"),
+    ],
+)
+def test_column_slice_of_one_rank(make_checkpoint, min_run_bytes, max_gap_bytes, places):
+    checkpoint = make_checkpoint([[("w", "U8", (4, 16))]])
+    limits = replace(EXACT, min_run_bytes=min_run_bytes, max_gap_bytes=max_gap_bytes)
+    plan = _plan(checkpoint, {"w": (TensorSlice.along((4, 16), dim=1, start=0, stop=8),)}, limits=limits)
+    assert _places(checkpoint, plan.node_plans[0]) == places
+    assert plan.node_plans[0].needed_bytes == 32
+
+
+def test_columns_that_the_neighbours_hold_together_are_one_run(make_checkpoint):
+    checkpoint = make_checkpoint([[("w", "U8", (4, 16))]])
+    plan = _plan(checkpoint, {"w": _split((4, 16), dim=1, tp=4)})
+    assert _places(checkpoint, plan.node_plans[0]) == [(0, 64)]
+
+
+def test_blocks_are_cut_on_the_files_own_grid(make_checkpoint):
+    checkpoint = make_checkpoint([[("w", "U8", (9000,))]], padding=3)
+    plan = _plan(checkpoint, {"w": (TensorSlice.whole((9000,)),)})
+    start = int(checkpoint.index.starts[0])
+    bounds = [start, 4096, 8192, start + 9000]
+    rows = plan.node_plans[0].blocks.to_pylist()
+    assert [(row["start"], row["stop"]) for row in rows] == list(pairwise(bounds))
+
+
+def test_grid_cells_inside_a_gap_are_not_read(make_checkpoint):
+    checkpoint = make_checkpoint([[("w", "U8", (2, 20000))]])
+    limits = replace(EXACT, min_run_bytes=1 << 20)
+    plan = _plan(checkpoint, {"w": (TensorSlice.along((2, 20000), dim=1, start=0, stop=8),)}, limits=limits)
+    assert plan.node_plans[0].blocks.num_rows == 2
+    assert plan.node_plans[0].read_bytes < 3 * 4096
+
+
+def test_replicated_tensor_is_read_once_and_evenly(make_checkpoint):
+    checkpoint = make_checkpoint([[("w", "U8", (40000,))]])
+    node_plan = _plan(checkpoint, {"w": (TensorSlice.whole((40000,)),) * 4}).node_plans[0]
+    assert node_plan.read_bytes == node_plan.needed_bytes == 40000
+    rows = node_plan.blocks.to_pylist()
+    assert {row["num_takers"] for row in rows} == {4}
+    loads = [sum(row["stop"] - row["start"] for row in rows if row["reader"] == rank) for rank in range(4)]
+    assert max(loads) - min(loads) <= 4096
+
+
+def test_row_parallel_tensor_on_two_nodes_is_read_on_both(make_checkpoint):
+    checkpoint = make_checkpoint([[("w", "U8", (4, 16))]])
+    limits = replace(EXACT, min_run_bytes=64)
+    plan = _plan(checkpoint, {"w": _split((4, 16), dim=1, tp=4)}, num_nodes=2, limits=limits)
+    assert plan.node_plan_ids == (0, 1)
+    # Each node holds 8 of 16 columns: from its first run's start to its last run's end.
+    assert [node_plan.read_bytes for node_plan in plan.node_plans] == [56, 56]
+    assert [node_plan.needed_bytes for node_plan in plan.node_plans] == [32, 32]
+
+
+def test_column_parallel_tensor_on_two_nodes_is_read_once_in_all(make_checkpoint):
+    checkpoint = make_checkpoint([[("w", "U8", (4, 16))]])
+    plan = _plan(checkpoint, {"w": _split((4, 16), dim=0, tp=4)}, num_nodes=2)
+    assert [node_plan.read_bytes for node_plan in plan.node_plans] == [32, 32]
+
+
+def test_replicas_share_one_node_plan(make_checkpoint):
+    checkpoint = make_checkpoint([[("w", "U8", (4, 16)), ("b", "U8", (3,))]])
+    slices = {"w": _split((4, 16), dim=1, tp=2, dp=3), "b": (TensorSlice.whole((3,)),) * 6}
+    plan = _plan(checkpoint, slices, num_nodes=3)
+    assert len(plan.node_plans) == 1
+    assert plan.node_plan_ids == (0, 0, 0)
+    assert plan.node_plan_of(1)[0] is plan.node_plan_of(5)[0]
+    assert plan.node_plan_of(5)[1] == 1
+
+
+def test_nothing_wanted_reads_nothing(make_checkpoint):
+    checkpoint = make_checkpoint([[("w", "U8", (4, 16)), ("e", "U8", (0, 3))]])
+    node_plan = _plan(checkpoint, {"e": (TensorSlice.whole((0, 3)),) * 2}).node_plans[0]
+    assert (node_plan.blocks.num_rows, node_plan.pieces.num_rows, node_plan.needed_bytes) == (0, 0, 0)
+
+
+BASE = {
+    "tensors": [[("v", "U8", (4, 16)), ("w", "U8", (4, 16))]],
+    "etag": "e",
+    "slices": {"w": _split((4, 16), dim=1, tp=4)},
+    "nodes": ((0, 1), (2, 3)),
+    "limits": EXACT,
+}
+
+
+def _base_plan(make_checkpoint, **changes):
+    case = BASE | changes
+    index = make_checkpoint(case["tensors"], etag=case["etag"]).index
+    table = SliceTable.from_slices(index, case["slices"], num_ranks=4)
+    return plan_reads(index, table, Topology(case["nodes"]), case["limits"])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param({"etag": "f"}, id="another-etag"),
+        pytest.param({"limits": replace(EXACT, block_bytes=8192)}, id="another-block-size"),
+        pytest.param({"limits": replace(EXACT, min_run_bytes=1)}, id="another-limit-with-the-same-blocks"),
+        pytest.param({"nodes": ((0, 1, 2, 3),)}, id="another-number-of-nodes"),
+        pytest.param({"nodes": ((1, 0), (2, 3))}, id="another-order-on-a-node"),
+        pytest.param({"slices": {"w": _split((4, 16), dim=0, tp=4)}}, id="other-slices"),
+        pytest.param({"slices": {"v": _split((4, 16), dim=1, tp=4)}}, id="the-same-slices-of-another-tensor"),
+        pytest.param({"tensors": [[("v", "I8", (4, 16)), ("w", "U8", (4, 16))]]}, id="another-dtype-of-the-same-width"),
+    ],
+)
+def test_hash_changes_with_every_input(make_checkpoint, changes):
+    assert _base_plan(make_checkpoint, **changes).plan_hash != _base_plan(make_checkpoint).plan_hash
+
+
+def test_hash_is_the_same_in_every_process(make_checkpoint, tmp_path):
+    plan = _base_plan(make_checkpoint)
+    inputs = tmp_path / "inputs.pickle"
+    inputs.write_bytes(pickle.dumps((plan.index, plan.slices, plan.topology, plan.limits)))
+    program = (
+        "import pickle, sys; from ray_streamer.plan.read_plan import plan_reads;"
+        "print(plan_reads(*pickle.load(open(sys.argv[1], 'rb'))).plan_hash)"
+    )
+    hashes = {
+        subprocess.run(
+            [sys.executable, "-c", program, str(inputs)],
+            env={**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": os.pathsep.join(sys.path)},
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout.strip()
+        for seed in ("1", "2")
+    }
+    assert hashes == {plan.plan_hash}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "shape", "held", "message"),
+    [
+        pytest.param("U8", (4,), TensorSlice((5,), (Box((0,), (5,), (0,)),)), "does not fit", id="leaves-the-tensor"),
+        pytest.param("U8", (4,), TensorSlice((2,), (Box((0,), (2,), (1,)),)), "does not fit", id="leaves-the-result"),
+        pytest.param("U8", (4,), TensorSlice.whole((4, 1)), "does not fit", id="has-other-dimensions"),
+        pytest.param("F4", (4,), TensorSlice.along((4,), dim=0, start=1, stop=4), "whole bytes", id="cuts-a-byte"),
+        pytest.param("F4", (2, 3), TensorSlice.along((2, 3), dim=1, start=0, stop=2), "whole bytes", id="odd-rows"),
+    ],
+)
+def test_slices_that_cannot_be_read_are_refused(make_checkpoint, dtype, shape, held, message):
+    with pytest.raises(PlanError, match=message):
+        _plan(make_checkpoint([[("w", dtype, shape)]]), {"w": (held,)})
+
+
+def test_slices_of_another_checkpoint_are_refused(make_checkpoint):
+    index = make_checkpoint([[("w", "U8", (4,))]]).index
+    other = make_checkpoint([[("v", "U8", (4,)), ("w", "U8", (4,))]]).index
+    table = SliceTable.from_slices(other, {"w": (TensorSlice.whole((4,)),)}, num_ranks=1)
+    with pytest.raises(PlanError, match="slices describe 2 tensors, memory://tiny has 1"):
+        plan_reads(index, table, Topology.even(1), EXACT)
+    with pytest.raises(PlanError, match="slices are for 1 ranks, the topology has 2"):
+        plan_reads(other, table, Topology.even(2), EXACT)
+
+
+@pytest.mark.parametrize(
+    "nodes",
+    [
+        pytest.param((), id="no-node"),
+        pytest.param(((0,), ()), id="an-empty-node"),
+        pytest.param(((0, 1), (1,)), id="a-rank-on-two-nodes"),
+        pytest.param(((0, 2),), id="a-missing-rank"),
+    ],
+)
+def test_topology_refuses(nodes):
+    with pytest.raises(PlanError, match="every rank from 0 on exactly one node"):
+        Topology(nodes)
+
+
+def test_even_topology_fills_the_first_nodes():
+    assert Topology.even(5, 3).nodes == ((0, 1), (2, 3), (4,))
+    with pytest.raises(PlanError, match="2 ranks cannot lie on 3 nodes"):
+        Topology.even(2, 3)
