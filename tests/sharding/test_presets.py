@@ -25,8 +25,9 @@ from transformers.initialization import no_tie_weights
 from transformers.models.gemma3.modeling_gemma3 import Gemma3ForConditionalGeneration
 
 from ray_streamer.checkpoint.index import CheckpointIndex
-from ray_streamer.sharding import Box, Mesh, ShardRules, Split, SplitVocabulary, TensorSlice, resolve_slices
+from ray_streamer.sharding import Box, Mesh, ShardRules, Split, SplitVocabulary, TensorSlice, legal_tp, resolve_slices
 from ray_streamer.sharding.presets import FAMILIES
+from ray_streamer.testing import layouts
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -286,3 +287,26 @@ def test_attention_outputs_are_cut_between_heads() -> None:
     for model_type in sorted(FAMILIES):
         rules = ShardRules.for_config(config_of(model_type).to_dict())
         assert rules.placement_of("model.layers.0.self_attn.o_proj.weight") == Split(1, heads=8)
+
+
+@pytest.mark.parametrize(
+    ("layout", "num_tensors", "legal"),
+    [
+        pytest.param(
+            layouts.llama_layout(8192, 80, 64, 8, 28672, 128256), 723, (1, 2, 4, 8, 16, 32, 64), id="llama-70b"
+        ),
+        pytest.param(layouts.phi3_layout(5120, 40, 40, 10, 17920, 100352), 243, (1, 2, 5, 10, 20, 40), id="phi-4"),
+        pytest.param(
+            layouts.mixtral_layout(4096, 32, 32, 8, 14336, 32000), 995, (1, 2, 4, 8, 16, 32), id="mixtral-8x7b"
+        ),
+        pytest.param(
+            layouts.qwen3_moe_layout(2048, 48, 32, 4, 768, 151936), 18867, (1, 2, 4, 8, 16, 32), id="qwen3-30b-a3b"
+        ),
+    ],
+)
+def test_published_sizes(
+    layout: layouts.ModelLayout, num_tensors: int, legal: tuple[int, ...], index_of: IndexOf
+) -> None:
+    index = index_of({tensor.name: tensor.shape for tensor in layout.tensors}, dtype="BF16", config=layout.config)
+    assert len(index) == num_tensors
+    assert legal_tp(index, ShardRules.for_config(layout.config)) == legal
