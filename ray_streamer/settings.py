@@ -85,6 +85,14 @@ class Settings(BaseSettings):
         except ValidationError as error:
             raise SettingsError(_explain(error, set(explicit))) from None
 
+    def override(self, **explicit: Any) -> Self:
+        """These settings with some replaced; arguments that are None count as not given.
+
+        Raises:
+            SettingsError: A value cannot be used.
+        """
+        return type(self).resolve(**self.model_dump() | {k: v for k, v in explicit.items() if v is not None})
+
 
 def _explain(error: ValidationError, explicit: set[str]) -> str:
     lines: list[str] = []

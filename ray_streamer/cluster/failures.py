@@ -101,7 +101,8 @@ def ray_errors_translated(doing: str) -> Iterator[None]:
 
 
 def _one_line(error: RayError) -> str:
-    return " ".join(_plain(error).split())
+    # The lines of a dead actor's message that start with a tab are Ray's own names for it.
+    return " ".join(" ".join(line for line in _plain(error).splitlines() if not line.startswith("\t")).split())
 
 
 def _plain(error: RayError) -> str:

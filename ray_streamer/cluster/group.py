@@ -224,7 +224,7 @@ class WorkerGroup:
                 scheduling_strategy=seat.scheduling_strategy,
             ).remote()
         except (TypeError, ValueError) as error:
-            raise ClusterError(f"Ray refuses the actor for {seat.name}, {self._placement}: {error}") from error
+            raise ClusterError(f"Ray refuses these options of an actor: {error}") from error
 
     def _ask_facts(self, numbers: Sequence[int], deadline: Deadline) -> list[RankFacts]:
         calls = Calls({number: self._actors[number].facts.remote() for number in numbers})

@@ -1,0 +1,107 @@
+"""Loads safetensors checkpoints from S3 or a shared filesystem, tensor-parallel, into the ranks of a Ray cluster.
+
+    import ray_streamer
+
+    with ray_streamer.load_sharded("s3://bucket/model", tp=8) as model:
+        model.run(serve)          # serve(context) on every rank, beside its tensors
+
+Every byte leaves storage once per node, staging memory stays below the limit that was given, and each tensor slice is written
+once, into its final memory. Importing this package imports neither Ray nor torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ray_streamer.api.plan import plan
+    from ray_streamer.api.rank import load_rank, stream_rank
+    from ray_streamer.api.sharded import load_sharded
+    from ray_streamer.checkpoint import CheckpointIndex
+    from ray_streamer.cluster.model import ShardedModel
+    from ray_streamer.cluster.placement import PlacementOptions
+    from ray_streamer.plan.explain import summarize
+    from ray_streamer.plan.read_plan import ReadPlan
+    from ray_streamer.rank.context import RankContext
+    from ray_streamer.report.load_report import LoadReport
+    from ray_streamer.settings import Settings
+    from ray_streamer.sharding import (
+        Box,
+        Mesh,
+        Part,
+        Replicate,
+        Rule,
+        ShardRules,
+        Skip,
+        SliceTable,
+        Split,
+        SplitVocabulary,
+        TensorSlice,
+    )
+
+_HOMES = {
+    "Box": "sharding",
+    "CheckpointIndex": "checkpoint",
+    "LoadReport": "report.load_report",
+    "Mesh": "sharding",
+    "Part": "sharding",
+    "PlacementOptions": "cluster.placement",
+    "RankContext": "rank.context",
+    "ReadPlan": "plan.read_plan",
+    "Replicate": "sharding",
+    "Rule": "sharding",
+    "Settings": "settings",
+    "ShardRules": "sharding",
+    "ShardedModel": "cluster.model",
+    "Skip": "sharding",
+    "SliceTable": "sharding",
+    "Split": "sharding",
+    "SplitVocabulary": "sharding",
+    "TensorSlice": "sharding",
+    "load_rank": "api.rank",
+    "load_sharded": "api.sharded",
+    "plan": "api.plan",
+    "stream_rank": "api.rank",
+    "summarize": "plan.explain",
+}
+
+__all__ = [
+    "Box",
+    "CheckpointIndex",
+    "LoadReport",
+    "Mesh",
+    "Part",
+    "PlacementOptions",
+    "RankContext",
+    "ReadPlan",
+    "Replicate",
+    "Rule",
+    "Settings",
+    "ShardRules",
+    "ShardedModel",
+    "Skip",
+    "SliceTable",
+    "Split",
+    "SplitVocabulary",
+    "TensorSlice",
+    "load_rank",
+    "load_sharded",
+    "plan",
+    "stream_rank",
+    "summarize",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Imports a public name when it is first used."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    # Over a submodule of the same name, such as `plan`, which the import has just bound.
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,182 @@
+"""How does a process that the caller owns load its own rank? In a training script, under torchrun, in an own actor."""
+
+from __future__ import annotations
+
+import os
+import queue
+import socket
+import threading
+from typing import TYPE_CHECKING, TypedDict, Unpack
+
+from ray_streamer.api.membership import find_membership
+from ray_streamer.api.plan import assumed_limits
+from ray_streamer.cluster.facts import measure_available_memory
+from ray_streamer.device import open_device
+from ray_streamer.errors import LoadAbortedError, SettingsError
+from ray_streamer.plan.limits import rank_memory_limit
+from ray_streamer.rank.load import RankLoad
+from ray_streamer.rank.options import RankOptions
+from ray_streamer.rank.planning import LoadRequest, slice_source
+from ray_streamer.settings import Settings
+from ray_streamer.sharding.mesh import Mesh
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+
+    import torch
+
+    from ray_streamer.api.membership import Membership
+    from ray_streamer.plan.read_plan import ReadPlan
+    from ray_streamer.rank.planning import SliceSource
+    from ray_streamer.rank.statistics import RankStatistics
+    from ray_streamer.sharding.resolve import Unmatched
+    from ray_streamer.sharding.rules import RulesLike
+
+
+class RankArguments(TypedDict, total=False):
+    """What `load_rank` and `stream_rank` take beside the uri; everything has a default.
+
+    Attributes:
+        tp: Ranks that share one copy of the model; all ranks when unset, else the rest of them are replicas.
+        rank: This process; unset = from torch.distributed when it is initialised, else from the variable RANK.
+        world_size: Ranks of the load; given or left out together with `rank`.
+        local_world_size: Ranks on each node, numbered in a row; all of them when unset.
+        session: With `rank`: a name that the ranks of this load share and no other load on these machines uses.
+        rules: As in `load_sharded`.
+        slices: As in `load_sharded`.
+        unmatched: As in `load_sharded`.
+        device: As in `load_sharded`.
+        settings: Every knob, equal on all ranks; from the environment when unset.
+        out: Contiguous tensors of this rank by name, filled in place; tensors not named are allocated. After an error their
+            content is undefined.
+        on_statistics: Called with this rank's statistics when its load is complete.
+    """
+
+    tp: int | None
+    rank: int | None
+    world_size: int | None
+    local_world_size: int | None
+    session: str | None
+    rules: RulesLike | None
+    slices: SliceSource | None
+    unmatched: Unmatched
+    device: str
+    settings: Settings | None
+    out: Mapping[str, torch.Tensor] | None
+    on_statistics: Callable[[RankStatistics], None] | None
+
+
+def load_rank(uri: str, **arguments: Unpack[RankArguments]) -> dict[str, torch.Tensor]:
+    """Loads this process's slices; every rank of the load calls it, and ranks of a node read for each other.
+
+    Args:
+        uri: As in `load_sharded`.
+        arguments: See `RankArguments`.
+
+    Returns:
+        Every tensor that this rank holds, by checkpoint name, complete.
+
+    Raises:
+        SettingsError: The arguments or the environment do not say which rank this is.
+        RankFailedError: Another rank of this node failed; names it.
+        StartupTimeoutError: Ranks of this node did not come.
+        RayStreamerError: As `load_sharded` raises, for what this rank met itself.
+    """
+    return dict(stream_rank(uri, **arguments))
+
+
+def stream_rank(uri: str, **arguments: Unpack[RankArguments]) -> Iterator[tuple[str, torch.Tensor]]:
+    """As `load_rank`, but yields each tensor as it becomes complete, while the others still load.
+
+    Planning and every check come before the first tensor. Closing the iterator early ends the load; its neighbours then
+    fail with `RankFailedError`.
+
+    Args:
+        uri: As in `load_sharded`.
+        arguments: See `RankArguments`.
+
+    Yields:
+        (checkpoint name, tensor), each tensor once, in no particular order.
+
+    Raises:
+        RayStreamerError: As `load_rank`; tensors that were yielded before are complete.
+    """
+    membership, plan, request = _plan_for_rank(uri, arguments)
+    completed: queue.SimpleQueue[tuple[str, torch.Tensor] | BaseException | None] = queue.SimpleQueue()
+    device, storage = open_device(request.device), request.open_storage()
+    load = RankLoad(
+        plan,
+        membership.rank,
+        storage,
+        device,
+        _options(membership, plan, request.settings),
+        out=arguments.get("out"),
+        on_complete=lambda name, tensor: completed.put((name, tensor)),
+    )
+
+    def run() -> None:
+        try:
+            load.run()
+            completed.put(None)
+        except BaseException as error:
+            completed.put(error)
+
+    thread = threading.Thread(target=run, name=f"ray_streamer-{membership.rank}", daemon=True)
+    thread.start()
+    try:
+        while (item := completed.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+    finally:
+        load.abort(LoadAbortedError(f"the caller of rank {membership.rank} stopped taking tensors"))
+        thread.join()
+        storage.close()
+    report = arguments.get("on_statistics")
+    if report is not None:
+        report(load.statistics())
+
+
+def _plan_for_rank(uri: str, arguments: RankArguments) -> tuple[Membership, ReadPlan, LoadRequest]:
+    membership = find_membership(
+        arguments.get("rank"),
+        arguments.get("world_size"),
+        arguments.get("local_world_size"),
+        arguments.get("session"),
+    )
+    num_ranks = membership.topology.num_ranks
+    tp = arguments.get("tp") or num_ranks
+    if tp < 1 or num_ranks % tp:
+        raise SettingsError(f"tp={tp} does not divide the {num_ranks} ranks of this load")
+    settings = arguments.get("settings") or Settings.resolve()
+    request = LoadRequest(
+        uri=uri,
+        mesh=Mesh(tp=tp, dp=num_ranks // tp),
+        slices=slice_source(arguments.get("rules"), arguments.get("slices"), arguments.get("unmatched", "error")),
+        settings=settings,
+        device=arguments.get("device", "cpu"),
+    )
+    # A limit that all ranks know without asking each other, so that all make the same plan.
+    limits = assumed_limits(membership.topology, settings)
+
+    def make() -> ReadPlan:
+        return request.plan(membership.topology, memory_limits=limits)
+
+    return membership, make() if membership.share is None else membership.share(make), request
+
+
+def _options(membership: Membership, plan: ReadPlan, settings: Settings) -> RankOptions:
+    neighbours = plan.topology.nodes[plan.topology.node_of(membership.rank)]
+    memory_limit = rank_memory_limit(
+        memory_limit=settings.memory_limit,
+        node_memory_limit=settings.node_memory_limit,
+        available_bytes=measure_available_memory(),
+        num_local_ranks=len(neighbours),
+    )
+    return RankOptions(
+        session=membership.session,
+        node=f"{socket.gethostname()} (process {os.getpid()})",
+        concurrency=settings.concurrency,
+        memory_limit=memory_limit,
+        startup_timeout_seconds=settings.startup_timeout_seconds,
+    )

@@ -1,0 +1,88 @@
+"""How does a driver load a checkpoint over a group of ranks? Everything checked, then Ray, then the ranks' own work."""
+
+from __future__ import annotations
+
+import math
+import os
+from typing import TYPE_CHECKING
+
+from ray_streamer.cluster.model import ShardedModel
+from ray_streamer.cluster.placement import PlacementOptions
+from ray_streamer.cluster.session import connect
+from ray_streamer.rank.planning import LoadRequest, slice_source
+from ray_streamer.settings import Settings
+from ray_streamer.sharding.mesh import Mesh
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from ray_streamer.rank.planning import SliceSource
+    from ray_streamer.rank.statistics import RankStatistics
+    from ray_streamer.sharding.resolve import Unmatched
+    from ray_streamer.sharding.rules import RulesLike
+
+
+def load_sharded(
+    uri: str,
+    tp: int = 1,
+    *,
+    replicas: int = 1,
+    rules: RulesLike | None = None,
+    slices: SliceSource | None = None,
+    unmatched: Unmatched = "error",
+    device: str = "cpu",
+    concurrency: int | None = None,
+    memory_limit: int | str | None = None,
+    node_memory_limit: int | str | None = None,
+    settings: Settings | None = None,
+    placement: PlacementOptions | None = None,
+    address: str | None = None,
+    wait: bool = True,
+    on_progress: Callable[[list[RankStatistics | None]], None] | None = None,
+) -> ShardedModel:
+    """Loads a safetensors checkpoint tensor-parallel into a group of Ray actors, each byte read once per node.
+
+    Args:
+        uri: Folder or prefix, one `.safetensors` file, or one index json: a path, `file://` or `s3://`.
+        tp: Ranks that share one copy of the model.
+        replicas: Copies of the model; `tp * replicas` ranks are started.
+        rules: Glob of tensor names -> placement, before the preset that the checkpoint's config.json names.
+        slices: Instead of rules: a picklable callable (index, mesh) -> `SliceTable`.
+        unmatched: "error", or "replicate" for tensors of two or more dimensions without a rule.
+        device: Where the tensors go: "cpu".
+        concurrency: Reads in flight per rank.
+        memory_limit: Staging bytes per rank: N or text such as "512MiB" = at most N; 0 = the least that works; -1 = as much
+            as the plan can use; unset = the smaller of 1 GiB and a quarter of the node's available memory over its ranks.
+        node_memory_limit: Upper bound of staging bytes over all ranks of a node.
+        settings: Every other knob; from the environment when unset. The three above override it.
+        placement: What each rank reserves, and where; a placement group of the caller's is one of its fields.
+        address: Ray cluster; unset = the one this process is connected to, else RAY_ADDRESS, else a running one, else a
+            local one, which stays until this process ends or calls `ray.shutdown()`.
+        wait: Whether to return only when every rank has its tensors; else see `ShardedModel.wait`.
+        on_progress: Called about four times a second while ranks load, with every rank's statistics.
+
+    Returns:
+        A handle on the ranks and their tensors; `shutdown` it, or use it as a context manager.
+
+    Raises:
+        SettingsError: An argument or environment variable cannot mean anything.
+        BudgetError: The memory limit cannot work; names the smallest that would.
+        CheckpointError: The checkpoint is malformed.
+        ShardingError: A tensor has no rule, or cannot be cut over `tp` ranks; lists the sizes that would work.
+        StorageError: There is no such checkpoint, or it may not be read.
+        ClusterError: No cluster, or no room for the ranks.
+        RankFailedError: A rank failed while loading; names it, its node and the cause. Nothing is left running then.
+    """
+    request = LoadRequest(
+        uri=uri,
+        mesh=Mesh(tp=tp, dp=replicas),
+        slices=slice_source(rules, slices, unmatched),
+        settings=(settings or Settings.resolve()).override(
+            concurrency=concurrency, memory_limit=memory_limit, node_memory_limit=node_memory_limit
+        ),
+        device=device,
+    )
+    placement = placement or PlacementOptions()
+    num_cpus = math.ceil(request.mesh.num_ranks * placement.num_cpus_per_rank)
+    connect(address, num_local_cpus=max(num_cpus, os.cpu_count() or 1))
+    return ShardedModel(request, placement, wait=wait, on_progress=on_progress)

@@ -1,0 +1,229 @@
+"""What does the caller hold? The ranks, their tensors and what is known about them, behind one handle."""
+
+from __future__ import annotations
+
+import secrets
+import threading
+import time
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Any, Self
+
+import ray
+
+from ray_streamer.cluster.gather import assemble
+from ray_streamer.cluster.group import WorkerGroup
+from ray_streamer.cluster.worker import LoadWorker
+from ray_streamer.errors import ClusterError, RankFailedError, RayStreamerError
+from ray_streamer.plan.limits import rank_memory_limit
+from ray_streamer.plan.topology import Topology
+from ray_streamer.report.load_report import LoadReport
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import torch
+
+    from ray_streamer.cluster.placement import PlacementOptions
+    from ray_streamer.plan.read_plan import ReadPlan
+    from ray_streamer.rank.planning import LoadRequest
+    from ray_streamer.rank.statistics import RankStatistics
+    from ray_streamer.sharding.mesh import Mesh
+
+
+class ShardedModel:
+    """A checkpoint loaded over the ranks of a group of actors; use it as a context manager, or call `shutdown`.
+
+    Made by `load_sharded`.
+    """
+
+    def __init__(
+        self,
+        request: LoadRequest,
+        placement: PlacementOptions,
+        *,
+        wait: bool,
+        on_progress: Callable[[list[RankStatistics | None]], None] | None = None,
+    ) -> None:
+        self._request = request
+        self._placement = placement
+        self._on_progress = on_progress
+        self._group: WorkerGroup | None = None
+        self._is_shut_down = False
+        self._plan: ReadPlan | None = None
+        self._plan_ref: Any = None
+        self._memory_limits: tuple[int, ...] = ()
+        self._loaded: Future[LoadReport] = Future()
+        if wait:
+            # In this thread, so that an interrupt tears the group down.
+            self._load()
+            self.wait()
+        else:
+            threading.Thread(target=self._load, name="ray_streamer-load", daemon=True).start()
+
+    def wait(self, timeout_seconds: float | None = None) -> Self:
+        """Waits until every rank has its tensors.
+
+        Raises:
+            TimeoutError: It takes longer; the load goes on.
+            RayStreamerError: The load failed; everything was torn down.
+        """
+        self._loaded.result(timeout_seconds)
+        return self
+
+    @property
+    def mesh(self) -> Mesh:
+        """The grid of ranks."""
+        return self._request.mesh
+
+    @property
+    def plan(self) -> ReadPlan:
+        """The plan that was executed."""
+        self.wait()
+        assert self._plan is not None
+        return self._plan
+
+    @property
+    def workers(self) -> tuple[Any, ...]:
+        """The actor handle of each rank."""
+        return self._ready().actors
+
+    def stats(self) -> LoadReport:
+        """What the load did; see `LoadReport`."""
+        return self._loaded.result()
+
+    def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
+        """Calls `function(context, *args)` on every rank at once, beside its tensors.
+
+        Args:
+            function: Picklable; its first argument is a `RankContext`.
+            args: Picklable, the same for every rank.
+
+        Returns:
+            The result of each rank, in rank order. Return small things: results travel through the object store.
+
+        Raises:
+            RankFailedError: The function raised on a rank, or the rank died; tensors of the live ranks stay.
+        """
+        return self._ready().call("run", function, args, keep_on_failure=True)
+
+    def gather(self, name: str) -> torch.Tensor:
+        """One whole tensor, put together on this process from the ranks' slices; for looking at, not for serving.
+
+        Raises:
+            KeyError: The checkpoint has no such tensor, or no rank holds any of it.
+        """
+        index = self.plan.index
+        position = index.position(name)
+        pattern = [self.plan.slice_of(position, rank) for rank in range(self.mesh.num_ranks)]
+        holders = [rank for rank, tensor_slice in enumerate(pattern) if tensor_slice is not None]
+        if not holders:
+            raise KeyError(f"no rank holds any of {name!r}")
+        parts = self._ready().call("take_bytes", name, ranks=holders, keep_on_failure=True)
+        slices = [tensor_slice for tensor_slice in pattern if tensor_slice is not None]
+        return assemble(index.dtype_of(position), index.shape_of(position), slices, parts)
+
+    def restart(self, rank: int) -> RankStatistics:
+        """Replaces one rank's actor, dead or alive, and loads its slices again; the other ranks keep theirs.
+
+        Raises:
+            ClusterError: The actor cannot be started.
+            RankFailedError: The rank's load failed; an object that changed since the first load is such a failure.
+        """
+        group = self._ready()
+        group.restart(rank)
+        args = (secrets.token_hex(16), group.facts[rank].node, self._memory_limits[rank])
+        return group.call("load_alone", self._plan_ref, *args, ranks=[rank], keep_on_failure=True)[0]
+
+    def shutdown(self) -> None:
+        """Ends the ranks and frees their tensors, also while they load; may be called again. Ray itself stays."""
+        self._is_shut_down = True
+        if self._group is not None:
+            self._group.shutdown()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.shutdown()
+
+    def _ready(self) -> WorkerGroup:
+        self.wait()
+        if self._group is None or self._is_shut_down:
+            raise ClusterError("this model was shut down; load it again")
+        return self._group
+
+    def _load(self) -> None:
+        try:
+            self._loaded.set_result(self._load_all())
+        except BaseException as error:
+            self.shutdown()
+            self._loaded.set_exception(error)
+
+    def _load_all(self) -> LoadReport:
+        times = [time.perf_counter()]
+        request = self._request
+        group = self._group = WorkerGroup(
+            LoadWorker,
+            request.mesh.num_ranks,
+            args=(request,),
+            placement=self._placement,
+            startup_timeout_seconds=request.settings.startup_timeout_seconds,
+        )
+        if self._is_shut_down:
+            raise ClusterError("the model was shut down while its ranks started")
+        times.append(time.perf_counter())
+        self._memory_limits = _share_memory(group, request)
+        topology = Topology(group.nodes)
+        plan = self._plan = _plan(group, topology, self._memory_limits)
+        self._plan_ref = ray.put(plan)
+        times.append(time.perf_counter())
+        session = secrets.token_hex(16)
+        statistics = group.call(
+            "load",
+            self._plan_ref,
+            session,
+            per_rank_args=list(zip([facts.node for facts in group.facts], self._memory_limits, strict=True)),
+            on_progress=self._on_progress,
+        )
+        times.append(time.perf_counter())
+        return self._report(plan, group, times, statistics)
+
+    def _report(
+        self, plan: ReadPlan, group: WorkerGroup, times: list[float], statistics: list[RankStatistics]
+    ) -> LoadReport:
+        phases = ("start", "plan", "load")
+        seconds = {phase: stop - start for phase, start, stop in zip(phases, times, times[1:], strict=False)}
+        return LoadReport(
+            uri=self._request.uri,
+            mesh={axis: self.mesh.axis_size(axis) for axis in self.mesh.axes},
+            seconds=seconds | {"total": times[-1] - times[0]},
+            checkpoint_bytes=plan.index.total_bytes,
+            needed_bytes=sum(plan.node_plans[number].needed_bytes for number in plan.node_plan_ids),
+            plan_hash=plan.plan_hash,
+            nodes=tuple(facts.node for facts in group.facts),
+            ranks=tuple(statistics),
+        )
+
+
+def _plan(group: WorkerGroup, topology: Topology, memory_limits: tuple[int, ...]) -> ReadPlan:
+    """The plan, made where the storage is; what is wrong with it is the request's fault, not the rank's."""
+    try:
+        return group.call("plan", topology, memory_limits, ranks=[0])[0]
+    except RankFailedError as error:
+        if isinstance(error.cause, RayStreamerError):
+            raise error.cause from error
+        raise
+
+
+def _share_memory(group: WorkerGroup, request: LoadRequest) -> tuple[int, ...]:
+    """Every rank's staging limit: its share of what its node has and of what the user allows."""
+    limits = [0] * group.num_ranks
+    for ranks in group.nodes:
+        for rank in ranks:
+            limits[rank] = rank_memory_limit(
+                memory_limit=request.settings.memory_limit,
+                node_memory_limit=request.settings.node_memory_limit,
+                available_bytes=min(group.facts[local].available_memory_bytes for local in ranks),
+                num_local_ranks=len(ranks),
+            )
+    return tuple(limits)

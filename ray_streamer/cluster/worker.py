@@ -1,0 +1,131 @@
+"""What does one rank of a group do? Plan for all, load its own part, run the caller's functions beside the tensors.
+
+An ordinary object: the group wraps it in an actor, tests do not. `abort` and `progress` may be called from another thread
+while `load` runs; everything else is called one at a time.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING, Any
+
+from ray_streamer.device import open_device
+from ray_streamer.errors import ClusterError, LoadAbortedError
+from ray_streamer.plan.read_plan import plan_reads
+from ray_streamer.plan.topology import Topology
+from ray_streamer.rank.context import RankContext
+from ray_streamer.rank.load import RankLoad
+from ray_streamer.rank.options import RankOptions
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import torch
+
+    from ray_streamer.plan.read_plan import ReadPlan
+    from ray_streamer.rank.planning import LoadRequest
+    from ray_streamer.rank.statistics import RankStatistics
+
+
+class LoadWorker:
+    """One rank.
+
+    Args:
+        rank: Global rank.
+        request: What to load, and how.
+
+    Raises:
+        DeviceError: The device cannot be used.
+    """
+
+    def __init__(self, rank: int, request: LoadRequest) -> None:
+        self._rank = rank
+        self._request = request
+        # Opened here, so that what the device imports and starts is done, and refused, before anything is read.
+        self._device = open_device(request.device)
+        self._lock = threading.Lock()
+        self._load: RankLoad | None = None
+        self._abort_reason: str | None = None
+        self._context: RankContext | None = None
+
+    def plan(self, topology: Topology, memory_limits: tuple[int, ...]) -> ReadPlan:
+        """Reads the headers and plans for all ranks; see `LoadRequest.plan`."""
+        return self._request.plan(topology, memory_limits=memory_limits)
+
+    def load(self, plan: ReadPlan, session: str, node: str, memory_limit: int) -> RankStatistics:
+        """Loads this rank's tensors and keeps them; its own earlier ones are dropped first.
+
+        Args:
+            plan: Equal on all ranks.
+            session: Secret shared by the ranks of this load.
+            node: Name of this rank's node, for errors.
+            memory_limit: Staging bytes, or -1.
+
+        Raises:
+            LoadAbortedError: `abort` was called.
+            RankFailedError: A neighbour failed.
+            StorageError: A read of this rank failed.
+        """
+        self._context = None
+        options = RankOptions(
+            session=session,
+            node=node,
+            concurrency=self._request.settings.concurrency,
+            memory_limit=memory_limit,
+            startup_timeout_seconds=self._request.settings.startup_timeout_seconds,
+        )
+        storage = self._request.open_storage()
+        try:
+            load = RankLoad(plan, self._rank, storage, self._device, options)
+            self._begin(load)
+            tensors = load.run()
+        finally:
+            storage.close()
+        self._context = RankContext(
+            rank=self._rank, mesh=self._request.mesh, device=self._request.device, node=node, tensors=tensors
+        )
+        return load.statistics()
+
+    def load_alone(self, plan: ReadPlan, session: str, node: str, memory_limit: int) -> RankStatistics:
+        """Loads this rank's tensors with nobody's help: the others have theirs. The same objects as in `plan`, or none."""
+        num_ranks = plan.topology.num_ranks
+        alone = plan_reads(plan.index, plan.slices, Topology.even(num_ranks, num_ranks), plan.limits)
+        return self.load(alone, session, node, memory_limit)
+
+    def _begin(self, load: RankLoad) -> None:
+        with self._lock:
+            self._load = load
+            if self._abort_reason is not None:
+                load.abort(LoadAbortedError(self._abort_reason))
+
+    def abort(self, reason: str) -> None:
+        """Ends the load under way, or the next one."""
+        with self._lock:
+            self._abort_reason = reason
+            if self._load is not None:
+                self._load.abort(LoadAbortedError(reason))
+
+    def progress(self) -> RankStatistics | None:
+        """What the load has done so far; None before it began."""
+        load = self._load
+        return None if load is None else load.statistics()
+
+    def run(self, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+        """Calls `function(context, *args)` beside the tensors."""
+        return function(self._loaded(), *args)
+
+    def take_bytes(self, name: str) -> bytes | None:
+        """The bytes of this rank's slice of a tensor; None when it holds nothing of it."""
+        tensor: torch.Tensor | None = self._loaded().tensors.get(name)
+        if tensor is None:
+            return None
+        result = open_device("cpu").result(tensor.cpu().contiguous())
+        assert result.host_bytes is not None
+        return result.host_bytes.tobytes()
+
+    def _loaded(self) -> RankContext:
+        if self._context is None:
+            raise ClusterError(
+                f"rank {self._rank} holds no tensors: its load failed, or it was restarted and not loaded"
+            )
+        return self._context

@@ -1,0 +1,128 @@
+"""How does a URI become a plan? Storage opened, headers read, slices asked for, reads planned; no tensor byte is read.
+
+Slices may come from any source: a callable that is given index and mesh. Rules are one such source.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from ray_streamer.checkpoint import locate, open_checkpoint
+from ray_streamer.checkpoint.index import CheckpointIndex
+from ray_streamer.errors import SettingsError
+from ray_streamer.plan.limits import (
+    FILESYSTEM_MIN_RUN_BYTES,
+    OBJECT_STORE_MIN_RUN_BYTES,
+    ReadLimits,
+    fit_block_bytes,
+)
+from ray_streamer.plan.read_plan import ReadPlan, plan_reads
+from ray_streamer.sharding.mesh import Mesh
+from ray_streamer.sharding.resolve import Unmatched, resolve_slices
+from ray_streamer.sharding.rules import ShardRules
+from ray_streamer.sharding.slices import SliceTable
+from ray_streamer.storage import open_storage
+
+if TYPE_CHECKING:
+    from ray_streamer.plan.topology import Topology
+    from ray_streamer.settings import Settings
+    from ray_streamer.storage.base import Storage
+
+SliceSource = Callable[[CheckpointIndex, Mesh], SliceTable]
+"""Who says which part of each tensor a rank holds; must be picklable where ranks are other processes."""
+
+
+@dataclass(frozen=True, slots=True)
+class RuleSlices:
+    """Slices from rules: the caller's first, then the preset of the checkpoint's config.json.
+
+    Attributes:
+        rules: The caller's.
+        unmatched: What becomes of tensors of two or more dimensions that no rule matches.
+    """
+
+    rules: ShardRules = field(default_factory=ShardRules)
+    unmatched: Unmatched = "error"
+
+    def __call__(self, index: CheckpointIndex, mesh: Mesh) -> SliceTable:
+        """Every rank's slices; see `resolve_slices` for what is refused."""
+        rules = ShardRules.for_config(index.config, first=self.rules)
+        return resolve_slices(index, rules, mesh, unmatched=self.unmatched)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadRequest:
+    """What the user asked for, as it travels to the ranks.
+
+    Attributes:
+        uri: Folder or prefix, one `.safetensors` file, or one index json.
+        mesh: The grid of ranks.
+        slices: Who says which part of each tensor a rank holds.
+        settings: Every knob, resolved where the request was made.
+        device: Where the tensors go.
+    """
+
+    uri: str
+    mesh: Mesh
+    slices: SliceSource
+    settings: Settings
+    device: str
+
+    def __post_init__(self) -> None:
+        # Refused here, before anything is started or read.
+        if self.settings.memory_limit is not None:
+            _fit(self.settings.memory_limit, self.settings)
+
+    def open_storage(self) -> Storage:
+        """The storage that holds the checkpoint; the caller closes it."""
+        return open_storage(locate(self.uri).folder_uri, self.settings)
+
+    def plan(self, topology: Topology, *, memory_limits: tuple[int, ...]) -> ReadPlan:
+        """Reads the headers and plans.
+
+        Args:
+            topology: Which ranks share a node.
+            memory_limits: Staging bytes of every rank; blocks are small enough for the smallest.
+
+        Raises:
+            CheckpointError: The checkpoint is malformed.
+            ShardingError: No rule, or one that cannot cut.
+            StorageError: Headers could not be read.
+            BudgetError: A limit cannot hold one block.
+        """
+        block_bytes = min(_fit(limit, self.settings) for limit in memory_limits)
+        storage = self.open_storage()
+        try:
+            index = open_checkpoint(self.uri, storage, concurrency=self.settings.concurrency)
+            is_remote = storage.is_remote
+        finally:
+            storage.close()
+        min_run_bytes = self.settings.min_run_bytes
+        if min_run_bytes is None:
+            min_run_bytes = OBJECT_STORE_MIN_RUN_BYTES if is_remote else FILESYSTEM_MIN_RUN_BYTES
+        limits = ReadLimits(
+            block_bytes=block_bytes, min_run_bytes=min_run_bytes, max_gap_bytes=self.settings.max_gap_bytes
+        )
+        return plan_reads(index, self.slices(index, self.mesh), topology, limits)
+
+
+def _fit(memory_limit: int, settings: Settings) -> int:
+    return fit_block_bytes(
+        memory_limit=memory_limit, block_bytes=settings.block_bytes, concurrency=settings.concurrency
+    )
+
+
+def slice_source(rules: Any, slices: SliceSource | None, unmatched: Unmatched) -> SliceSource:
+    """The one slice source that the arguments of a load describe.
+
+    Raises:
+        SettingsError: Both rules and slices are given.
+        ShardingError: `rules` are not rules.
+    """
+    if slices is None:
+        return RuleSlices(ShardRules(rules or ()), unmatched)
+    if rules is not None:
+        raise SettingsError("give rules or slices, not both: slices say all that rules could")
+    return slices

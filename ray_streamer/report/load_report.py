@@ -1,0 +1,66 @@
+"""What did a load do, over all ranks? One value, made once at the end, that prints as JSON."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ray_streamer.rank.statistics import RankStatistics
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadReport:
+    """A finished load.
+
+    Attributes:
+        uri: What was loaded.
+        mesh: Size of each axis.
+        seconds: Wall seconds of the driver by phase: `start` (placement and actors), `plan` (headers, slices, plan), `load`
+            (until the last rank was done), and their sum `total`.
+        checkpoint_bytes: All tensor bytes of the checkpoint.
+        needed_bytes: Bytes that each node's ranks want, summed over nodes.
+        plan_hash: Of the plan that was executed.
+        nodes: Name of each rank's node.
+        ranks: Every rank's statistics.
+    """
+
+    uri: str
+    mesh: dict[str, int]
+    seconds: dict[str, float]
+    checkpoint_bytes: int
+    needed_bytes: int
+    plan_hash: str
+    nodes: tuple[str, ...]
+    ranks: tuple[RankStatistics, ...]
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes requested from storage by all ranks."""
+        return sum(rank.bytes_read for rank in self.ranks)
+
+    @property
+    def page_cache_bytes(self) -> int:
+        """Bytes copied out of files that were in the nodes' page caches."""
+        return sum(rank.page_cache_bytes for rank in self.ranks)
+
+    @property
+    def bytes_delivered(self) -> int:
+        """Bytes written to all ranks' tensors."""
+        return sum(rank.bytes_delivered for rank in self.ranks)
+
+    @property
+    def amplification(self) -> float:
+        """Bytes requested from storage over bytes needed; below 1 when files came out of the page cache."""
+        return self.bytes_read / self.needed_bytes if self.needed_bytes else 1.0
+
+    @property
+    def gigabytes_per_second(self) -> float:
+        """Checkpoint bytes needed, over the seconds of the load phase, in 10^9 bytes per second."""
+        return self.needed_bytes / self.seconds["load"] / 1e9 if self.seconds["load"] else 0.0
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON: every attribute and every total."""
+        totals = ("bytes_read", "page_cache_bytes", "bytes_delivered", "amplification", "gigabytes_per_second")
+        ranks = [{"node": node, **rank.as_dict()} for node, rank in zip(self.nodes, self.ranks, strict=True)]
+        return asdict(self) | {name: getattr(self, name) for name in totals} | {"ranks": ranks}
