@@ -1,0 +1,106 @@
+"""Which error is the cause: Ray's own error values, no cluster."""
+
+from __future__ import annotations
+
+import pytest
+from ray.exceptions import (
+    ActorDiedError,
+    ActorUnavailableError,
+    ObjectLostError,
+    OutOfMemoryError,
+    RayError,
+    RayTaskError,
+)
+
+from ray_streamer.cluster.failures import (
+    Failure,
+    choose_cause,
+    explain_failure,
+    ray_errors_translated,
+    tell_failure,
+)
+from ray_streamer.errors import ClusterError, LoadAbortedError, RankFailedError, ShortReadError
+
+NODES = ("node-a", "node-b", "node-c")
+
+
+def raised(cause: BaseException) -> RayError:
+    """The error that `ray.get` raises for a worker's error."""
+    return RayTaskError("load", "Traceback of the worker", cause, "proc", 1, "127.0.0.2").as_instanceof_cause()
+
+
+def failure(rank: int, cause: BaseException | str) -> Failure:
+    return Failure(rank, cause, ActorDiedError())
+
+
+ABORTED = failure(0, LoadAbortedError("rank 2 failed"))
+BLAMES = failure(1, RankFailedError(2, "somewhere", "socket closed"))
+REAL = failure(2, ShortReadError("truncated"))
+DEATH = failure(2, "actor died: killed")
+
+
+@pytest.mark.parametrize(
+    ("failures", "expected"),
+    [
+        pytest.param([ABORTED, BLAMES, REAL], REAL, id="an-error-of-ones-own-beats-echoes"),
+        pytest.param([ABORTED, BLAMES, DEATH], DEATH, id="a-death-beats-echoes"),
+        pytest.param([REAL, DEATH], REAL, id="the-first-of-two-causes"),
+        pytest.param([ABORTED, BLAMES], BLAMES, id="blame-beats-abort"),
+        pytest.param([ABORTED], ABORTED, id="nothing-better"),
+    ],
+)
+def test_choose_cause(failures: list[Failure], expected: Failure) -> None:
+    assert choose_cause(failures) is expected
+
+
+def test_a_workers_error_is_unwrapped_and_carries_its_traceback() -> None:
+    explained = explain_failure(2, raised(ShortReadError("truncated")))
+    assert type(explained.cause) is ShortReadError
+    assert explained.cause.__notes__[0].startswith("on rank 2, ")
+    error = tell_failure(explained, NODES)
+    assert (error.rank, error.node, error.cause) == (2, "node-c", explained.cause)
+    assert error.__cause__ is explained.cause
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        pytest.param(ActorDiedError(), "actor died: The actor died unexpectedly", id="died"),
+        pytest.param(OutOfMemoryError("node ran out"), "actor died: node ran out", id="killed-for-memory"),
+        pytest.param(ActorUnavailableError("network", None), "actor unreachable: ", id="unreachable"),
+    ],
+)
+def test_a_death_is_a_sentence(error: RayError, sentence: str) -> None:
+    explained = explain_failure(1, error)
+    assert isinstance(explained.cause, str)
+    assert explained.cause.startswith(sentence)
+    assert "\n" not in explained.cause
+    assert tell_failure(explained, NODES).__cause__ is error
+
+
+def test_other_ray_errors_become_cluster_errors() -> None:
+    lost = explain_failure(1, ObjectLostError("00", None, ""))
+    assert type(lost.cause) is ClusterError
+    nested = explain_failure(1, raised(ActorDiedError()))
+    assert type(nested.cause) is ClusterError
+
+
+def test_blame_is_told_of_the_blamed_rank_on_the_node_that_we_know() -> None:
+    error = tell_failure(BLAMES, NODES)
+    assert (error.rank, error.node, error.cause) == (2, "node-c", "socket closed")
+
+
+def test_blame_of_an_unknown_rank_stays_with_the_reporter() -> None:
+    error = tell_failure(failure(1, RankFailedError(-1, "?", "somebody left")), NODES)
+    assert error.rank == 1
+
+
+def test_translation_leaves_other_errors_alone() -> None:
+    with (
+        pytest.raises(ClusterError, match="starting: ActorDiedError: The actor") as caught,
+        ray_errors_translated("starting"),
+    ):
+        raise ActorDiedError
+    assert isinstance(caught.value.__cause__, ActorDiedError)
+    with pytest.raises(ShortReadError), ray_errors_translated("starting"):
+        raise ShortReadError("mine")
