@@ -55,9 +55,9 @@ DTYPES: tuple[DType, ...] = (
     _dtype("I8", 8, "int8"),
     _dtype("F8_E5M2", 8, "float8_e5m2"),
     _dtype("F8_E4M3", 8, "float8_e4m3fn"),
+    _dtype("F8_E8M0", 8, "float8_e8m0fnu"),
     _dtype("F8_E4M3FNUZ", 8, "float8_e4m3fnuz"),
     _dtype("F8_E5M2FNUZ", 8, "float8_e5m2fnuz"),
-    _dtype("F8_E8M0", 8, "float8_e8m0fnu"),
     _dtype("I16", 16, "int16"),
     _dtype("U16", 16, "uint16"),
     _dtype("F16", 16, "float16"),
@@ -65,12 +65,12 @@ DTYPES: tuple[DType, ...] = (
     _dtype("I32", 32, "int32"),
     _dtype("U32", 32, "uint32"),
     _dtype("F32", 32, "float32"),
+    _dtype("C64", 64, "complex64"),
     _dtype("F64", 64, "float64"),
     _dtype("I64", 64, "int64"),
     _dtype("U64", 64, "uint64"),
-    _dtype("C64", 64, "complex64"),
 )
-"""Every dtype; the position of one in this tuple is its code in columnar data."""
+"""Every dtype, in safetensors' own order; the position of one in this tuple is its code in columnar data."""
 
 DTYPE_CODES: dict[str, int] = {dtype.name: code for code, dtype in enumerate(DTYPES)}
 

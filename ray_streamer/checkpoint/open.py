@@ -34,6 +34,7 @@ SINGLE_NAME = "model.safetensors"
 CONFIG_NAME = "config.json"
 
 _JSON_HEAD_BYTES = 16 << 20
+_CHECK_PLACE = "check the path, or the bucket and prefix"
 _OTHER_FORMATS = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack")
 
 _logger = logging.getLogger(__name__)
@@ -91,26 +92,31 @@ def _read_weight_map(storage: Storage, name: str, *, is_optional: bool) -> dict[
 
 def _find_shard_files(storage: Storage) -> list[str]:
     """The shard files of a folder without an index json, sorted."""
-    names = storage.list()
+    try:
+        names = storage.list()
+    except ObjectMissingError as error:
+        raise ObjectMissingError(f"{error}; {_CHECK_PLACE}") from error
     shard_files = [name for name in names if name.endswith(".safetensors")]
     if SINGLE_NAME in shard_files:
         return [SINGLE_NAME]
     own_files = [name for name in shard_files if not name.startswith("consolidated")]
-    if own_files:
-        return own_files
-    wanted = f"{INDEX_NAME}, {SINGLE_NAME} or *.safetensors"
-    if not names:
-        raise ObjectMissingError(
-            f"{storage.uri}: nothing is there; a checkpoint needs {wanted}. Check the path, or the bucket and prefix"
-        )
+    if not own_files:
+        raise _nothing_to_open(storage.uri, names, shard_files)
+    return own_files
+
+
+def _nothing_to_open(uri: str, names: list[str], consolidated: list[str]) -> CheckpointError | ObjectMissingError:
+    wanted = f"looked for {INDEX_NAME}, {SINGLE_NAME} and *.safetensors"
     others = [name for name in names if name.endswith(_OTHER_FORMATS)]
-    if shard_files:
-        hint = f"only {listed(shard_files)}, in another naming; open one consolidated file by its own name"
+    if not names:
+        return ObjectMissingError(f"{uri}: nothing is there; {wanted}; {_CHECK_PLACE}")
+    if consolidated:
+        found = f"{listed(consolidated)}, whose tensors have other names; give the uri of one file to open it anyway"
     elif others:
-        hint = f"but {listed(others)}; convert the checkpoint to safetensors first"
+        found = f"{listed(others)}; convert the checkpoint to safetensors first"
     else:
-        hint = f"but {listed(names)}; is the checkpoint in another folder?"
-    raise CheckpointError(f"{storage.uri}: no safetensors checkpoint: looked for {wanted}, found {hint}")
+        found = f"{listed(names)}; is the checkpoint in another folder?"
+    return CheckpointError(f"{uri}: no safetensors checkpoint; {wanted}, found only {found}")
 
 
 def _read_config(storage: Storage) -> dict[str, Any] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import struct
@@ -131,9 +132,12 @@ def assert_agrees(data: bytes) -> None:
             parse(data)
         return
     try:
-        assert as_we_say(data) == expected
+        found = as_we_say(data)
     except HeaderError as error:
-        assert STRICTER.search(str(error)), f"safetensors accepts {data!r}, we say {error}"
+        if not STRICTER.search(str(error)):
+            raise
+        return
+    assert found == expected
 
 
 def test_every_hostile_file_has_an_expectation():
@@ -261,10 +265,8 @@ def test_every_dtype_reads_as_safe_open_reads_it(tmp_path, dtype, shape):
 
 @given(st.binary(max_size=200))
 def test_arbitrary_bytes_parse_or_raise_checkpoint_error(data):
-    try:
+    with contextlib.suppress(CheckpointError):
         parse(data)
-    except CheckpointError:
-        pass
 
 
 @given(st.binary(max_size=120), st.binary(max_size=20))
