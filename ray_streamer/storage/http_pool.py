@@ -47,11 +47,11 @@ class HttpPool:
         origin = parts.scheme, parts.netloc
         target = f"{parts.path or '/'}?{parts.query}" if parts.query else parts.path or "/"
         connection, response = self._ask(origin, target, headers)
-        is_reusable = False
         try:
             yield response
-            is_reusable = response.isclosed() and not response.will_close
         finally:
+            # A body that ended early leaves a closed response too, with some of its length to come.
+            is_reusable = response.isclosed() and not response.length and not response.will_close
             self._give_back(origin, connection, is_reusable=is_reusable)
 
     def close(self) -> None:

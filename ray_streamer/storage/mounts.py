@@ -42,7 +42,7 @@ class Mount:
 def parse_mount_table(text: str) -> tuple[Mount, ...]:
     r"""The mounts in `text`, which has the format of `/proc/self/mountinfo` (proc(5)).
 
-    >>> parse_mount_table(r"36 35 98:0 / /my\\\040disk rw,noatime master:1 - ext4 /dev/vda rw")
+    >>> parse_mount_table(r"36 35 98:0 / /my\040disk rw,noatime master:1 - ext4 /dev/vda rw")
     (Mount(point='/my disk', kind='ext4'),)
     """
     mounts: list[Mount] = []

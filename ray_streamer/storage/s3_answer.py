@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import http.client
 import re
+import socket
 import ssl
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -38,6 +39,7 @@ _NO_CREDENTIALS = (
     "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or give a profile by s3_profile or AWS_PROFILE, or run where a role "
     "is attached; for a public bucket set s3_unsigned=True"
 )
+_NOBODY_THERE = (ConnectionRefusedError, socket.gaierror, aws.EndpointConnectionError)
 _CREDENTIALS_ERRORS = (
     aws.NoCredentialsError,
     aws.PartialCredentialsError,
@@ -169,7 +171,7 @@ def faults_translated(what: str, *, endpoint: str, has_answered: bool) -> Iterat
     Args:
         what: Object and extent, for messages.
         endpoint: Where requests go, for messages.
-        has_answered: Whether the endpoint ever answered; when not, a refused connection is taken for a wrong address.
+        has_answered: Whether the endpoint ever answered; if not, a refused connection is taken for a wrong address.
     """
     try:
         yield
@@ -182,9 +184,9 @@ def faults_translated(what: str, *, endpoint: str, has_answered: bool) -> Iterat
         raise StorageError(f"{endpoint} is not trusted, {what}: {_reason(error)}; set s3_ca_bundle") from error
     except (aws.HTTPClientError, aws.ConnectionError, OSError, http.client.HTTPException) as error:
         message = f"no answer from {endpoint}, {what}: {_reason(error)}"
-        if has_answered or isinstance(error, TimeoutError | aws.ReadTimeoutError):
-            raise PassingFault(message) from error
-        raise StorageError(f"{message}; is s3_endpoint_url right?") from error
+        if isinstance(error, _NOBODY_THERE) and not has_answered:
+            raise StorageError(f"{message}; is s3_endpoint_url right?") from error
+        raise PassingFault(message) from error
     except _CREDENTIALS_ERRORS as error:
         raise AccessError(f"no AWS credentials for {what} ({_reason(error)}): {_NO_CREDENTIALS}") from error
     except aws.BotoCoreError as error:

@@ -1,0 +1,207 @@
+"""How does a client behave when the network or the store fails? A real proxy that fails on purpose.
+
+`FaultProxy` stands in front of an HTTP server. Requests with a `Range` header take the next fault from a list, in order of
+arrival; when the list is empty, and for all other requests, the proxy only passes bytes on. `Host` is passed on too, so
+signatures made for the proxy's address hold.
+"""
+
+from __future__ import annotations
+
+import socket
+import socketserver
+import struct
+import threading
+from collections import deque
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, BinaryIO, Literal, Self, cast
+from urllib.parse import urlsplit
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+_COPY_BYTES = 64 << 10
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fault:
+    """What happens to one request.
+
+    Attributes:
+        status: Answer with this status instead of asking the server; 0 asks it.
+        code: S3 error code of that answer.
+        headers: Header lines of the server's answer to replace, by lower-case name.
+        body_bytes: Pass on this much of the body, then `end`; None passes on all.
+        end: "close" ends the connection in order, "reset" without, "stall" keeps it open and silent.
+    """
+
+    status: int = 0
+    code: str = "SlowDown"
+    headers: tuple[tuple[str, str], ...] = ()
+    body_bytes: int | None = None
+    end: Literal["close", "reset", "stall"] = "close"
+
+
+class FaultProxy:
+    """A proxy on 127.0.0.1 for one server, for the length of a `with` block.
+
+    Attributes:
+        url: Where it listens; use it in place of the server's.
+        ranges: `Range` headers that came, in order, faulty requests included.
+        num_connections: Connections that were opened to it.
+    """
+
+    def __init__(self, server_url: str, faults: Iterable[Fault] = ()) -> None:
+        parts = urlsplit(server_url)
+        self.server_address = (parts.hostname or "127.0.0.1", parts.port or 80)
+        self.ranges: list[str] = []
+        self.num_connections = 0
+        self._faults = deque(faults)
+        self._changed = threading.Condition()
+        self._connections: set[socket.socket] = set()
+        self._num_stalled = 0
+        self._listener = _Listener(self)
+        self.url = "http://{}:{}".format(*self._listener.server_address)
+        self._thread = threading.Thread(
+            target=self._listener.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True
+        )
+
+    def fail_next(self, *faults: Fault) -> None:
+        """Give these faults to the next ranged requests."""
+        with self._changed:
+            self._faults.extend(faults)
+
+    def drop_connections(self) -> None:
+        """End every client connection, in order, and return when the handlers are gone."""
+        with self._changed:
+            for connection in self._connections:
+                connection.shutdown(socket.SHUT_RDWR)
+            self._changed.wait_for(lambda: not self._connections, timeout=30)
+
+    def wait_for_requests(self, num_requests: int) -> None:
+        """Return when so many ranged requests have come."""
+        with self._changed:
+            self._changed.wait_for(lambda: len(self.ranges) >= num_requests, timeout=30)
+
+    def wait_until_stalled(self) -> None:
+        """Return when some answer has stalled."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._num_stalled > 0, timeout=30)
+
+    def on_connection(self, connection: socket.socket) -> None:
+        """A client came."""
+        with self._changed:
+            self.num_connections += 1
+            self._connections.add(connection)
+
+    def on_end(self, connection: socket.socket) -> None:
+        """A client, or the proxy, ended a connection."""
+        with self._changed:
+            self._connections.discard(connection)
+            self._changed.notify_all()
+
+    def on_request(self, byte_range: str) -> Fault:
+        """A request with this `Range` came; the next fault, or one that changes nothing when there is none left."""
+        with self._changed:
+            self.ranges.append(byte_range)
+            self._changed.notify_all()
+            return self._faults.popleft() if self._faults else Fault()
+
+    def on_stall(self) -> None:
+        """An answer went silent."""
+        with self._changed:
+            self._num_stalled += 1
+            self._changed.notify_all()
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._listener.shutdown()
+        self._listener.server_close()
+        self._thread.join()
+
+
+class _Listener(socketserver.ThreadingTCPServer):
+    daemon_threads = True
+    block_on_close = False
+    request_queue_size = 128
+
+    def __init__(self, proxy: FaultProxy) -> None:
+        self.proxy = proxy
+        super().__init__(("127.0.0.1", 0), _Connection)
+
+
+class _Connection(socketserver.StreamRequestHandler):
+    """One client connection and one to the server; requests come one after the other."""
+
+    disable_nagle_algorithm = True
+
+    @property
+    def proxy(self) -> FaultProxy:
+        return cast(_Listener, self.server).proxy
+
+    def handle(self) -> None:
+        self.proxy.on_connection(self.connection)
+        try:
+            with socket.create_connection(self.proxy.server_address) as upstream, upstream.makefile("rb") as answers:
+                upstream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                while (request := _read_head(cast(BinaryIO, self.rfile))) and self._serve(request, upstream, answers):
+                    pass
+        except OSError:
+            # Either side went away, which is what this proxy is for.
+            return
+        finally:
+            self.proxy.on_end(self.connection)
+
+    def _serve(self, request: bytes, upstream: socket.socket, answers: BinaryIO) -> bool:
+        """Answer one request, faithfully or not; whether the connection goes on."""
+        byte_range = _headers(request).get("range")
+        fault = self.proxy.on_request(byte_range) if byte_range else Fault()
+        if fault.status:
+            self._answer(fault)
+            return True
+        upstream.sendall(request)
+        return self._pass_on(answers, fault, has_body=not request.startswith(b"HEAD"))
+
+    def _answer(self, fault: Fault) -> None:
+        body = f"<?xml version='1.0'?><Error><Code>{fault.code}</Code><RequestId>proxy-1</RequestId></Error>".encode()
+        head = f"HTTP/1.1 {fault.status} Fault\r\nx-amz-request-id: proxy-1\r\nContent-Length: {len(body)}\r\n\r\n"
+        self.wfile.write(head.encode() + body)
+
+    def _pass_on(self, answers: BinaryIO, fault: Fault, *, has_body: bool) -> bool:
+        """Pass one answer on, as far as the fault allows; whether the connection goes on."""
+        head = _read_head(answers)
+        num_bytes = int(_headers(head).get("content-length", 0)) if has_body else 0
+        for name, value in fault.headers:
+            lines = [line for line in head.split(b"\r\n") if not line.lower().startswith(name.encode() + b":")]
+            head = b"\r\n".join([lines[0], f"{name}: {value}".encode(), *lines[1:]])
+        self.wfile.write(head)
+        left = num_bytes if fault.body_bytes is None else min(fault.body_bytes, num_bytes)
+        while left and (data := answers.read(min(left, _COPY_BYTES))):
+            self.wfile.write(data)
+            left -= len(data)
+        if fault.body_bytes is None:
+            return True
+        if fault.end == "stall":
+            self.proxy.on_stall()
+            self.rfile.read(1)
+        if fault.end == "reset":
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            # The handler's own end would be an orderly one.
+            self.connection.close()
+        return False
+
+
+def _read_head(stream: BinaryIO) -> bytes:
+    """Start line and headers with the empty line after them; empty when the connection ended."""
+    lines: list[bytes] = []
+    while (line := stream.readline()) and line != b"\r\n":
+        lines.append(line)
+    return b"".join([*lines, b"\r\n"]) if lines else b""
+
+
+def _headers(head: bytes) -> dict[str, str]:
+    """Headers by lower-case name."""
+    pairs = (line.partition(":") for line in head.decode("latin-1").split("\r\n")[1:] if line)
+    return {name.lower(): value.strip() for name, _, value in pairs}
