@@ -153,7 +153,7 @@ class CheckpointIndex:
         """A hash of everything but the URI: equal for equal checkpoints, different when an object was replaced."""
         digest = hashlib.blake2b(digest_size=16)
         files = [[file.path, file.size_bytes, file.etag] for file in self.files]
-        text = [files, self.names, self.config, self.metadata, self.shapes.shape]
+        text = [files, self.names, self.config, self.metadata]
         digest.update(json.dumps(text, sort_keys=True).encode())
         for name in _COLUMNS:
             digest.update(getattr(self, name).tobytes())

@@ -62,7 +62,7 @@ def open_checkpoint(
     selection = location.selection
     weight_map, index_name = None, selection or INDEX_NAME
     if index_name.endswith(".json"):
-        weight_map = _read_weight_map(storage, index_name, is_optional=selection is None)
+        weight_map = _read_weight_map(storage, index_name)
     if weight_map is not None:
         paths = sorted(set(weight_map.values()))
     else:
@@ -80,13 +80,12 @@ def open_checkpoint(
     return index
 
 
-def _read_weight_map(storage: Storage, name: str, *, is_optional: bool) -> dict[str, str] | None:
+def _read_weight_map(storage: Storage, name: str) -> dict[str, str] | None:
+    """The file of each tensor by the index json; None when there is none."""
     try:
         data = _read_json_file(storage, name)
     except ObjectMissingError:
-        if is_optional:
-            return None
-        raise
+        return None
     return parse_weight_map(data, file=_full_name(storage, name))
 
 

@@ -447,6 +447,15 @@ def test_access_error_of_the_index_is_not_taken_for_a_missing_index(place, recor
 # The index as a value
 
 
+def test_shapes_are_padded_with_one_to_the_same_width_over_files(place, opened):
+    files = {"1.safetensors": shard(("s", "U8", ())), "2.safetensors": shard(("c", "U8", (2, 3, 4)), ("z", "U8", (0,)))}
+    index = opened(place(files))
+    assert index.names == ("s", "c", "z")
+    assert index.shapes.tolist() == [[1, 1, 1], [2, 3, 4], [0, 1, 1]]
+    assert index.num_dims.tolist() == [0, 3, 1]
+    assert index.shapes.prod(axis=1).tolist() == [1, 24, 0]
+
+
 def test_pickle_round_trip(tmp_path, place, opened):
     files = written(write_checkpoint(tmp_path / "source", SMALL.tensors, num_files=3, config=SMALL.config))
     index = opened(place(files))
