@@ -21,8 +21,8 @@ from ray_streamer.plan.pieces import cut_pieces
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-    from ray_streamer.checkpoint.index import CheckpointIndex
 
+    from ray_streamer.checkpoint.index import CheckpointIndex
     from ray_streamer.plan.cover import BlockColumns, TensorKinds
     from ray_streamer.plan.limits import ReadLimits
     from ray_streamer.plan.pieces import Pieces

@@ -183,6 +183,23 @@ def test_all_nodes_figures(mixed):
     assert (reads["whole"].strategy, reads["whole"].read_bytes) == ("whole", 24)
 
 
+@pytest.mark.parametrize("nodes", [((3, 0), (1, 2)), ((1, 2), (3, 0))])
+def test_the_verdict_is_that_of_the_node_that_wastes_most(row_parallel, nodes):
+    (read,) = explain_tensors(row_parallel(nodes))
+    assert read.strategy == "covered"
+    assert "up to 64 bytes" in read.reason
+    assert (read.needed_bytes, read.read_bytes, read.result_bytes) == (64, 120, 64)
+
+
+def test_replicas_count_once_for_each_node(make_checkpoint):
+    checkpoint = make_checkpoint([[("w", "U8", (10,))]])
+    plan = _plan(checkpoint, {"w": (TensorSlice.whole((10,)),) * 3}, nodes=((0,), (1,), (2,)))
+    (read,) = explain_tensors(plan)
+    assert (read.needed_bytes, read.read_bytes, read.result_bytes, read.strategy) == (30, 30, 30, "whole")
+    (read,) = explain_tensors(plan, rank=2)
+    assert (read.needed_bytes, read.read_bytes, read.result_bytes) == (10, 10, 10)
+
+
 def test_an_empty_slice_of_a_tensor_that_is_not(make_checkpoint):
     checkpoint = make_checkpoint([[("w", "U8", (3,))]])
     shares = tuple(TensorSlice.along((3,), dim=0, start=start, stop=stop) for start, stop in ((0, 3), (3, 3)))

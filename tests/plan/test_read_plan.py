@@ -9,6 +9,7 @@ import sys
 from dataclasses import replace
 from itertools import pairwise
 
+import numpy as np
 import pytest
 
 from ray_streamer.errors import PlanError
@@ -67,6 +68,19 @@ def test_blocks_are_cut_on_the_files_own_grid(make_checkpoint):
     bounds = [start, 4096, 8192, start + 9000]
     rows = plan.node_plans[0].blocks.to_pylist()
     assert [(row["start"], row["stop"]) for row in rows] == list(pairwise(bounds))
+
+
+@pytest.mark.parametrize("padding", range(12))
+def test_the_grid_may_cut_a_run_at_any_byte(make_checkpoint, execute, padding):
+    # Rows of 12 bytes move over the grid byte by byte, so that heads and tails of every length occur.
+    checkpoint = make_checkpoint([[("w", "U8", (400, 12))]], padding=padding)
+    columns = ((0, 5), (5, 6), (3, 12))
+    held = tuple(TensorSlice.along((400, 12), dim=1, start=start, stop=stop) for start, stop in columns)
+    deliveries = execute(_plan(checkpoint, {"w": held}), checkpoint.contents)
+    rows = np.frombuffer(checkpoint.tensor_bytes(0), np.uint8).reshape(400, 12)
+    for rank, (start, stop) in enumerate(columns):
+        assert (deliveries[rank, 0].num_writes == 1).all()
+        assert deliveries[rank, 0].data.tobytes() == rows[:, start:stop].tobytes()
 
 
 def test_grid_cells_inside_a_gap_are_not_read(make_checkpoint):
@@ -150,6 +164,20 @@ def _base_plan(make_checkpoint, **changes):
 )
 def test_hash_changes_with_every_input(make_checkpoint, changes):
     assert _base_plan(make_checkpoint, **changes).plan_hash != _base_plan(make_checkpoint).plan_hash
+
+
+def test_hash_tells_topologies_apart_that_read_alike(make_checkpoint):
+    slices = {"w": (TensorSlice.whole((4, 16)),) * 4}
+    plans = [_base_plan(make_checkpoint, slices=slices, nodes=nodes) for nodes in (((0, 1), (2, 3)), ((0, 2), (1, 3)))]
+    assert plans[0].node_plans[0].pieces.equals(plans[1].node_plans[0].pieces)
+    assert plans[0].plan_hash != plans[1].plan_hash
+
+
+def test_hash_tells_slices_apart_that_hold_no_bytes(make_checkpoint):
+    tensors = [[("u", "U8", (4,)), ("v", "U8", (0, 4)), ("w", "U8", (0, 4))]]
+    held = (TensorSlice.whole((0, 4)),) * 4
+    plans = [_base_plan(make_checkpoint, tensors=tensors, slices={name: held}) for name in ("v", "w")]
+    assert plans[0].plan_hash != plans[1].plan_hash
 
 
 def test_hash_is_the_same_in_every_process(make_checkpoint, tmp_path):
