@@ -63,8 +63,8 @@ class CpuDevice:
                 copy_piece(source, piece, target.host_bytes)
         except BaseException as error:
             done(error)
-            raise
-        done(None)
+        else:
+            done(None)
 
     def close(self) -> None:
         """See `Device.close`; nothing is under way."""

@@ -125,3 +125,7 @@ class Results:
         unfinished = [names[tensor] for tensor, num_bytes in self._missing.items() if num_bytes]
         assert not unfinished, f"tensors without all their bytes: {unfinished[:5]}"
         return {names[tensor]: self._results[tensor].tensor for tensor in self._missing}
+
+    def forget(self) -> None:
+        """Lets go of the tensors: they are the caller's now, or nobody's."""
+        self._results.clear()

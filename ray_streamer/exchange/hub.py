@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 from ray_streamer.errors import RankFailedError
 from ray_streamer.exchange.messages import (
     MAX_MESSAGE_BYTES,
-    MAX_PAIRS,
+    MAX_NUMBERS,
     Failure,
     Kind,
     decode_failure,
@@ -65,7 +65,7 @@ class Outbox:
         """Takes the next message out, or None."""
         for kind, numbers in self._numbers.items():
             if numbers:
-                return encode_numbers(kind, [numbers.popleft() for _ in range(min(len(numbers), 2 * MAX_PAIRS))])
+                return encode_numbers(kind, [numbers.popleft() for _ in range(min(len(numbers), MAX_NUMBERS))])
         return self._last.popleft() if self._last else None
 
 
@@ -73,7 +73,7 @@ class Hub:
     """This rank's end of the exchange.
 
     Args:
-        links: Connections to all neighbours.
+        links: Connections to all neighbours; the hub closes them.
         ranks: Global ranks of the node, in local order.
         node: Name of the node, for errors.
         on_announce: Called with (local rank, block, slot) for each block that a neighbour offers; must not block.
@@ -201,9 +201,9 @@ class Hub:
                 except BlockingIOError:
                     self._unsent[local_rank] = message
                     break
-                except OSError:
-                    self._lose(link)
-                    break
+                except ConnectionError:
+                    # Dropped: it is gone, and what it said last is still to be read.
+                    continue
             self._watch(link)
         return not self._unsent
 
@@ -219,7 +219,8 @@ class Hub:
             except BlockingIOError:
                 return
             except ConnectionError:
-                message = b""
+                # Comes once, before what the neighbour said last.
+                continue
             if not message:
                 self._lose(link)
                 return

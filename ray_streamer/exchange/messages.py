@@ -19,7 +19,9 @@ import numpy as np
 from ray_streamer.errors import ClusterError
 
 MAX_MESSAGE_BYTES = 128 << 10
-MAX_PAIRS = 4096
+MAX_NUMBERS = 1024
+"""Most numbers in one message: even, so that pairs stay whole; few enough for the smallest socket buffer there is."""
+
 MAX_REASON_CHARACTERS = 8000
 
 

@@ -12,14 +12,17 @@ when it has all its bytes, its slots are free again and its neighbours say the s
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import threading
+import traceback
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ray_streamer.device.results import Results
+from ray_streamer.errors import BudgetError
 from ray_streamer.plan.limits import AS_MUCH_AS_USEFUL
 from ray_streamer.plan.rank_plan import Block, Piece, RankPlan
 from ray_streamer.rank.inbox import Announced, Inbox
@@ -56,7 +59,11 @@ class RankLoad:
         device: Where the tensors go.
         options: See `RankOptions`.
         out: Tensors of the caller, filled in place; see `Results`.
-        on_complete: Called with (name, tensor) as tensors complete, from several threads.
+        on_complete: Called with (name, tensor) as tensors complete, from several threads; its error ends the load.
+
+    Raises:
+        BudgetError: The memory limit cannot hold one block.
+        DeviceError: `out` does not fit.
     """
 
     def __init__(
@@ -90,24 +97,24 @@ class RankLoad:
             Every tensor that this rank holds, by name, complete.
 
         Raises:
+            BudgetError: The system refuses the staging memory.
             StorageError: A read of this rank failed.
             RankFailedError: A neighbour failed; names it.
             BaseException: What `abort` was called with.
         """
         cpu_started = _cpu_seconds()
         try:
-            self._stream()
+            with self._arena:
+                self._stream_and_give_back()
+            tensors = self._results.tensors()
         except BaseException as error:
-            self._stop.set(error)
+            _clear_frames(error)
             raise
         finally:
-            self._views.clear()
-            self._neighbours.close()
-            self._device.close()
-            self._arena.close()
+            self._results.forget()
             self._counters.add(cpu_seconds=_cpu_seconds() - cpu_started)
         self._log()
-        return self._results.tensors()
+        return tensors
 
     def abort(self, error: BaseException) -> None:
         """Ends the load from another thread; `run` raises `error`."""
@@ -121,15 +128,33 @@ class RankLoad:
             bytes_delivered=self._results.delivered_bytes,
             bytes_to_deliver=int(self._mine.tensor_bytes.sum()),
             peak_staging_bytes=self._arena.peak_slots * self._arena.slot_bytes,
-            memory_limit=self._options.memory_limit,
+            memory_limit=max(self._options.memory_limit, self._arena.num_slots * self._arena.slot_bytes),
         )
 
     def _num_slots(self) -> int:
         """Slots within the limit, and no more than there are blocks that could need one."""
         num_reads = len(self._mine.reads)
-        if self._options.memory_limit == AS_MUCH_AS_USEFUL:
+        memory_limit, slot_bytes = self._options.memory_limit, self._plan.limits.block_bytes
+        if memory_limit == AS_MUCH_AS_USEFUL:
             return num_reads
-        return min(num_reads, max(1, self._options.memory_limit // self._plan.limits.block_bytes))
+        if 0 < memory_limit < slot_bytes:
+            raise BudgetError(
+                f"memory_limit of {memory_limit} bytes of rank {self._mine.rank} cannot hold one block of {slot_bytes} bytes; "
+                "plan with smaller blocks, or give that much"
+            )
+        return min(num_reads, max(1, memory_limit // slot_bytes))
+
+    def _stream_and_give_back(self) -> None:
+        with contextlib.ExitStack() as owned:
+            owned.callback(lambda: self._neighbours.close())
+            owned.callback(self._views.clear)
+            # Ends first: its copies under way read what the others give back.
+            owned.callback(self._device.close)
+            try:
+                self._stream()
+            except BaseException as error:
+                self._stop.set(error)
+                raise
 
     def _stream(self) -> None:
         with self._counters.timed("connect"):
@@ -146,6 +171,7 @@ class RankLoad:
         with self._counters.timed("finish"):
             self._arena.wait_idle()
             self._neighbours.finish()
+        self._stop.check()
 
     def _agree_on_views(self) -> list[int]:
         """Files that all ranks of the node copy from a mapping; the node's first rank says which."""
@@ -173,11 +199,8 @@ class RankLoad:
         name = f"ray_streamer-{self._mine.rank}"
         readers = TaskThreads(f"{name}-read", num_readers, own_reads, self._read, self._stop)
         copiers = TaskThreads(f"{name}-copy", num_copiers, self._inbox, self._take, self._stop)
-        try:
+        with readers, copiers:
             self._wait_for_blocks()
-        finally:
-            readers.join()
-            copiers.join()
 
     def _wait_for_blocks(self) -> None:
         with self._left:
@@ -239,10 +262,13 @@ class RankLoad:
 
         def done(error: BaseException | None) -> None:
             let_go()
-            if error is None:
-                self._settle(pieces)
-            else:
+            if error is not None:
                 self._stop.set(error)
+                return
+            try:
+                self._settle(pieces)
+            except BaseException as failure:  # a callback's; the device that calls this could do nothing with it
+                self._stop.set(failure)
 
         with self._counters.timed("copy_seconds"):
             self._device.deliver(source, self._results.copies(pieces), done)
@@ -269,6 +295,13 @@ class RankLoad:
             statistics.num_requests,
             sum(statistics.seconds.values()),
         )
+
+
+def _clear_frames(error: BaseException | None) -> None:
+    """Drops what the ended calls held: their views would keep arenas mapped for as long as somebody keeps the error."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 def _cpu_seconds() -> float:

@@ -47,19 +47,25 @@ class Neighbourhood:
             options.session,
             hello,
             arena.fd,
-            num_local_ranks=len(mine.neighbours),
+            ranks=mine.neighbours,
+            node=options.node,
             timeout_seconds=options.startup_timeout_seconds,
             stop=stop,
         )
-        hub = Hub(
-            links,
-            rank=mine.rank,
-            ranks=mine.neighbours,
-            node=options.node,
-            on_announce=inbox.announce,
-            on_release=arena.release,
-            stop=stop,
-        )
+        try:
+            hub = Hub(
+                links,
+                rank=mine.rank,
+                ranks=mine.neighbours,
+                node=options.node,
+                on_announce=inbox.announce,
+                on_release=arena.release,
+                stop=stop,
+            )
+        except BaseException:
+            for link in links:
+                link.close()
+            raise
         return cls(links, hub)
 
     def announce(self, block: int, slot: int, takers: tuple[int, ...]) -> None:

@@ -30,7 +30,7 @@ def slot_view(memory: memoryview, slot: int, slot_bytes: int, extent: Extent) ->
 
 
 class Arena:
-    """The staging memory of one rank.
+    """The staging memory of one rank; mapped for the length of a `with` block.
 
     Args:
         num_slots: Slots; 0 makes an arena that holds nothing, for ranks that stage nothing.
@@ -41,8 +41,6 @@ class Arena:
         fd: Descriptor of the mapping, for neighbours; -1 when there are no slots.
         slot_bytes: Size of one slot.
 
-    Raises:
-        BudgetError: The system refuses the memory.
     """
 
     def __init__(self, num_slots: int, slot_bytes: int, stop: StopSignal) -> None:
@@ -56,8 +54,6 @@ class Arena:
         self._free = list(range(num_slots - 1, -1, -1))
         self._changed = threading.Condition()
         self.peak_slots = 0
-        if num_slots:
-            self._map(num_slots * slot_bytes)
         stop.on_set(self._wake)
 
     def _map(self, num_bytes: int) -> None:
@@ -71,6 +67,13 @@ class Arena:
         self._memory = memoryview(self._mapping)
 
     def __enter__(self) -> Self:
+        """Maps the memory.
+
+        Raises:
+            BudgetError: The system refuses the memory.
+        """
+        if self.num_slots:
+            self._map(self.num_slots * self.slot_bytes)
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, Self, TypeVar
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -16,9 +16,11 @@ Task = TypeVar("Task")
 class TaskThreads(Generic[Task]):
     """Threads that take tasks in order until there are none, or until the load is over.
 
+    They run for the length of a `with` block, whose end waits for them; an exception that leaves the block ends the load first.
+
     Args:
         name: Prefix of the threads' names.
-        num_threads: Threads to start; none is started when there are none.
+        num_threads: Threads to start.
         tasks: Taken one at a time under a lock; its iterator may wait for tasks to appear.
         work: Called with each task; an exception ends the load.
         stop: Looked at before each task.
@@ -34,8 +36,18 @@ class TaskThreads(Generic[Task]):
         self._threads = [
             threading.Thread(target=self._run, name=f"{name}-{number}", daemon=True) for number in range(num_threads)
         ]
-        for thread in self._threads:
-            thread.start()
+
+    def __enter__(self) -> Self:
+        try:
+            for thread in self._threads:
+                thread.start()
+        except BaseException as error:
+            self._end(error)
+            raise
+        return self
+
+    def __exit__(self, _type: object, error: BaseException | None, _traceback: object) -> None:
+        self._end(error)
 
     def _run(self) -> None:
         try:
@@ -48,7 +60,9 @@ class TaskThreads(Generic[Task]):
         except BaseException as error:
             self._stop.set(error)
 
-    def join(self) -> None:
-        """Waits until every thread has ended."""
+    def _end(self, error: BaseException | None) -> None:
+        if error is not None:
+            self._stop.set(error)
         for thread in self._threads:
-            thread.join()
+            if thread.ident is not None:
+                thread.join()
