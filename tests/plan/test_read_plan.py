@@ -83,6 +83,38 @@ def test_the_grid_may_cut_a_run_at_any_byte(make_checkpoint, execute, padding):
         assert deliveries[rank, 0].data.tobytes() == rows[:, start:stop].tobytes()
 
 
+@pytest.mark.parametrize(
+    ("shape", "boxes", "expected"),
+    [
+        pytest.param(
+            (4, 5, 6),
+            (Box((1, 1, 2), (3, 4, 5), (0, 0, 0)),),
+            lambda tensor: tensor[1:3, 1:4, 2:5],
+            id="a-box-cuts-two-inner-dimensions",
+        ),
+        pytest.param(
+            (2, 3, 4),
+            (Box((0, 0, 0), (2, 3, 2), (0, 0, 0)), Box((0, 0, 2), (2, 3, 4), (0, 3, 0))),
+            lambda tensor: np.concatenate([tensor[:, :, :2], tensor[:, :, 2:]], axis=1),
+            id="column-halves-lie-below-each-other",
+        ),
+        pytest.param(
+            (4, 3),
+            (Box((0, 0), (2, 3), (0, 0)), Box((2, 0), (4, 3), (0, 3))),
+            lambda tensor: np.concatenate([tensor[:2], tensor[2:]], axis=1),
+            id="row-halves-lie-side-by-side",
+        ),
+    ],
+)
+def test_boxes_land_where_they_say(make_checkpoint, execute, shape, boxes, expected):
+    checkpoint = make_checkpoint([[("w", "U8", shape)]])
+    result = expected(np.frombuffer(checkpoint.tensor_bytes(0), np.uint8).reshape(shape))
+    plan = _plan(checkpoint, {"w": (TensorSlice(result.shape, boxes),)})
+    delivery = execute(plan, checkpoint.contents)[0, 0]
+    assert (delivery.num_writes == 1).all()
+    assert delivery.data.tobytes() == result.tobytes()
+
+
 def test_grid_cells_inside_a_gap_are_not_read(make_checkpoint):
     checkpoint = make_checkpoint([[("w", "U8", (2, 20000))]])
     limits = replace(EXACT, min_run_bytes=1 << 20)
