@@ -30,7 +30,7 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def s3_server() -> Iterator[S3Server]:
-    """A real S3 server for the whole session; its store starts empty and is shared, so use your own bucket or prefix."""
+    """A real S3 server for the whole session; tests share it, so each uses a bucket or prefix of its own."""
     try:
         server = start_s3_server()
     except S3ServerUnavailableError as error:

@@ -60,7 +60,7 @@ class Storage(Protocol):
         ...
 
     def read_head(self, path: str, max_bytes: int) -> tuple[bytes, ObjectInfo]:
-        """The first bytes of a file, `max_bytes` or all that it has, and the identity of what was read, in one request."""
+        """The first bytes of a file, at most `max_bytes`, and the identity of what was read, in one request."""
         ...
 
     def read_into(self, path: str, extent: Extent, buffer: memoryview, *, etag: str) -> None:

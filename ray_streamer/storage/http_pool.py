@@ -1,8 +1,8 @@
 """How does a part of a URL's body land in a buffer, without a copy on the way?
 
-Plain HTTP/1.1 GET on connections that are kept alive, one per thread at work. Bodies are received in place: the kernel writes
-into the caller's memory, with the interpreter lock released. Retries, signatures and the meaning of answers are not decided
-here.
+Plain HTTP/1.1 GET on connections that are kept alive, one per thread at work. Bodies are received in place: the kernel
+writes into the caller's memory, with the interpreter lock released. Retries, signatures and the meaning of answers are
+not decided here.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ class HttpPool:
 def receive_into(response: http.client.HTTPResponse, buffer: memoryview) -> Iterator[int]:
     """Receive a body into `buffer`, telling the length of each piece when it has landed; ends early when the body does.
 
-    Of the piece in which a connection fails nothing is known, so pieces are small beside a block, large beside a packet.
+    Of the piece in which a connection fails nothing is known: pieces are small beside a block, large beside a packet.
     """
     num_landed = 0
     while num_landed < len(buffer):

@@ -1,7 +1,7 @@
 """How does one try a load without a disk or a server? Files live in this process, under `memory://name`.
 
-A complete backend, for tests and examples: the same errors, the same identities, nothing faked. Other processes do not see
-the files.
+A complete backend, for tests and examples: the same errors, the same identities, nothing faked. Other processes do not
+see the files.
 """
 
 from __future__ import annotations

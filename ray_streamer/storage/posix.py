@@ -2,8 +2,8 @@
 
 Three ways, chosen per file:
 - in the page cache already, and local: `resident_view` lends a mapping, and nobody reads at all;
-- on a local disk, not in the page cache: the 4096-aligned inside of an extent by O_DIRECT, straight into the caller's buffer
-  when its address allows that, and the ends of fewer than 4096 bytes through the page cache;
+- on a local disk, not in the page cache: the 4096-aligned inside of an extent by O_DIRECT, straight into the caller's
+  buffer when its address allows that, and the ends of fewer than 4096 bytes through the page cache;
 - anything else: `preadv` through the page cache. Nothing is dropped from it afterwards: the kernel evicts clean pages
   first, and until then they serve the next rank or the next load.
 """

@@ -1,7 +1,7 @@
 """How is one open file read, and is it still the file that it was?
 
-A `PosixFile` is one version of a file: whoever replaces or rewrites the file makes another one. It owns the descriptors and
-the mapping, and keeps them until it is closed and the last read has ended.
+A `PosixFile` is one version of a file: whoever replaces or rewrites the file makes another one. It owns the descriptors
+and the mapping, and keeps them until it is closed and the last read has ended.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ class PosixFile:
     def mapping(self) -> memoryview:
         """The whole file, read-only, mapped once and lent until `close`.
 
-        A file that is cut short while it is mapped kills whoever touches the missing part (SIGBUS), as with every mapping.
+        A file that is cut short while mapped kills whoever touches the missing part (SIGBUS), as with every mapping.
         """
         with self._lock:
             if self._mapping is None:
@@ -148,7 +148,7 @@ class PosixFile:
         return True
 
     def _aligned_part(self, extent: Extent, buffer: memoryview) -> Extent:
-        """The part of `extent` that O_DIRECT can bring into its place in `buffer`; empty at the start when there is none."""
+        """The part of `extent` that O_DIRECT can bring into its place in `buffer`; empty when there is none."""
         start = -(-extent.start // PAGE_BYTES) * PAGE_BYTES
         stop = extent.stop // PAGE_BYTES * PAGE_BYTES
         is_long = stop - start >= _LEAST_DIRECT_BYTES

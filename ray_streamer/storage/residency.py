@@ -1,7 +1,7 @@
 """Is this file in the page cache already?
 
-Asked by reading one byte at about 64 places with RWF_NOWAIT, which says no rather than wait for a disk. `mincore` cannot be
-asked: since Linux 5.2 it calls every page of a file resident that one may not write.
+Asked by reading one byte at about 64 places with RWF_NOWAIT, which says no rather than wait for a disk. `mincore`
+cannot be asked: since Linux 5.2 it calls every page of a file resident that one may not write.
 
 The question is not free of side effects: a refused read starts the disk on that one page, which is there when the next
 process asks. So places are random, and counting stops as soon as the answer is certain.

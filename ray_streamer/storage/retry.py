@@ -1,7 +1,7 @@
 """How often, and how long, is one request tried again?
 
-Waits are random between nothing and a bound that doubles (full jitter), so that many ranks that were refused together do
-not come back together. Source: M. Brooker, "Exponential Backoff And Jitter", AWS Architecture Blog, 2015.
+Waits are random between nothing and a bound that doubles (full jitter), so that many ranks that were refused together
+do not come back together. Source: M. Brooker, "Exponential Backoff And Jitter", AWS Architecture Blog, 2015.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Patience:
         """Call `attempt` until it returns, and give its result.
 
         Raises:
-            StorageError: The last `PassingFault`, as its own class, when the deadline has passed; or the storage was closed.
+            StorageError: The last `PassingFault`, as its own class, when time is up; or the storage was closed.
         """
         while True:
             try:
@@ -77,7 +77,7 @@ class Patience:
         delay_seconds = random.uniform(0, bound_seconds)
         if now + delay_seconds - self._first_fault > self._deadline_seconds:
             raise fault.error_class(
-                f"{fault.message}; attempt {self._num_attempts}, {now - self._first_fault:.1f} s after the first fault, "
+                f"{fault.message}; attempt {self._num_attempts}, {now - self._first_fault:.1f} s after the first fault "
                 f"and retry_deadline_seconds is {self._deadline_seconds:g}"
             ) from fault
         self._closing.wait(delay_seconds)

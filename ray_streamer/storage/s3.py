@@ -1,8 +1,8 @@
 """How are objects of an S3 bucket read?
 
-boto3 finds credentials, endpoint and region, lists and signs; each object's url is signed once and then used for every range
-of it. Bodies come over our own connections (see `http_pool`) into the caller's buffer, each request pinned by `If-Match` to
-the object that the index saw. A body that broke goes on at the byte where it broke.
+boto3 finds credentials, endpoint and region, lists and signs; each object's url is signed once and then used for every
+range of it. Bodies come over our own connections (see `http_pool`) into the caller's buffer, each request pinned by
+`If-Match` to the object that the index saw. A body that broke goes on at the byte where it broke.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ _THROTTLE_CODES = frozenset(
 )
 _TOKEN_CODES = frozenset({"ExpiredToken", "InvalidToken", "TokenRefreshRequired"})
 _NO_CREDENTIALS = (
-    "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or give a profile by s3_profile or AWS_PROFILE, or run where a role "
+    "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a profile by s3_profile or AWS_PROFILE, or run where a role "
     "is attached; for a public bucket set s3_unsigned=True"
 )
 _NOBODY_THERE = (ConnectionRefusedError, socket.gaierror, aws.EndpointConnectionError)

@@ -1,8 +1,8 @@
 """How is boto3 told where the bucket is and who asks, and how does it sign urls that last?
 
 Credentials, profiles, roles, endpoints and regions are found by boto3's own rules, of which the settings replace single
-answers. Only its public calls are used. Signed urls are as good as credentials while they last: they are never logged and
-never part of a message.
+answers. Only its public calls are used. Signed urls are as good as credentials while they last: they are never logged
+and never part of a message.
 """
 
 from __future__ import annotations

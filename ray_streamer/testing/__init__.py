@@ -1,1 +1,1 @@
-"""What do tests, examples and benchmarks need that a user does not? Real servers, real faults, checkpoints on demand."""
+"""What do tests, examples and benchmarks need that a user does not? Real servers, faults and checkpoints."""

@@ -1,8 +1,8 @@
 """How does a client behave when the network or the store fails? A real proxy that fails on purpose.
 
-`FaultProxy` stands in front of an HTTP server. Requests with a `Range` header take the next fault from a list, in order of
-arrival; when the list is empty, and for all other requests, the proxy only passes bytes on. `Host` is passed on too, so
-signatures made for the proxy's address hold.
+`FaultProxy` stands in front of an HTTP server. Requests with a `Range` header take the next fault from a list, in order
+of arrival; when the list is empty, and for all other requests, the proxy only passes bytes on. `Host` is passed on too,
+so signatures made for the proxy's address hold.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Where do tests, examples and benchmarks get a real S3 server?
 
-`start_s3_server` starts one on 127.0.0.1 in a temporary folder: RADOS Gateway where its programs are installed (it checks
-signatures, keeps conditions and is fast), else moto's server, which does neither but needs nothing besides Python.
+`start_s3_server` starts one on 127.0.0.1 in a temporary folder: RADOS Gateway where its programs are installed (it
+checks signatures, keeps conditions and is fast), else moto's server, which does neither but needs nothing besides
+Python.
 """
 
 from __future__ import annotations
@@ -105,7 +106,7 @@ class S3Server(ABC):
     def upload_folder(
         self, folder: str | os.PathLike[str], bucket: str, prefix: str = "", *, num_threads: int = 4
     ) -> str:
-        """Upload a folder's files, without its subfolders, into a bucket that is made when missing; gives the `s3://` uri."""
+        """Upload a folder's files, not its subfolders, into a bucket, made when missing; gives the `s3://` uri."""
         client = self.client()
         client.create_bucket(Bucket=bucket)
         files = [path for path in Path(folder).iterdir() if path.is_file()]
@@ -120,9 +121,13 @@ class S3Server(ABC):
                 pass
         return f"s3://{bucket}/{prefix}".rstrip("/")
 
+    def process_ids(self) -> list[int]:
+        """The server's own processes."""
+        return [process.pid for process in self._processes]
+
     def stop(self) -> None:
         """End the server's processes and delete its data; may be called twice."""
-        # The gateway goes before the daemons that it talks to. Killed, not asked: a store in memory has nothing to save.
+        # The gateway goes before the daemons it talks to. Killed, not asked: a store in memory has nothing to save.
         for process in reversed(self._processes):
             process.kill()
             process.wait()

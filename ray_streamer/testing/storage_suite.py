@@ -1,6 +1,7 @@
 """Does a storage keep the contract of `ray_streamer.storage.base.Storage`?
 
-Subclass `StorageContract` in a test module, override the fixture `place`, and pytest runs the whole suite on your backend.
+Subclass `StorageContract` in a test module and override the fixture `place`: pytest runs the whole suite on your
+backend.
 """
 
 # ruff: noqa: D102 -- a test's name is its claim
