@@ -14,17 +14,17 @@ from dataclasses import dataclass
 from statistics import median
 from typing import TYPE_CHECKING
 
-from ray_streamer.plan.explain import summarize
-from ray_streamer.plan.limits import ReadLimits
-from ray_streamer.plan.read_plan import plan_reads
-from ray_streamer.plan.topology import Topology
+from ray_streamer.planning.explain import summarize
+from ray_streamer.planning.limits import ReadLimits
+from ray_streamer.planning.read_plan import plan_reads
+from ray_streamer.planning.topology import Topology
 from ray_streamer.sharding import Mesh, ShardRules, resolve_slices
 from ray_streamer.testing.layouts import deepseek_v3_layout, llama_layout
 from ray_streamer.testing.plan_inputs import DEEPSEEK_V3_RULES, header_only_index
 
 if TYPE_CHECKING:
     from ray_streamer.checkpoint.index import CheckpointIndex
-    from ray_streamer.plan.read_plan import ReadPlan
+    from ray_streamer.planning.read_plan import ReadPlan
 
 LIMITS = ReadLimits(block_bytes=8 << 20, min_run_bytes=256 << 10, max_gap_bytes=64 << 10)
 

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from ray_streamer.checkpoint import CheckpointIndex
     from ray_streamer.cluster.model import ShardedModel
     from ray_streamer.cluster.placement import PlacementOptions
-    from ray_streamer.plan.explain import summarize
-    from ray_streamer.plan.read_plan import ReadPlan
+    from ray_streamer.planning.explain import summarize
+    from ray_streamer.planning.read_plan import ReadPlan
     from ray_streamer.rank.context import RankContext
     from ray_streamer.report.load_report import LoadReport
     from ray_streamer.settings import Settings
@@ -48,7 +48,7 @@ _HOMES = {
     "Part": "sharding",
     "PlacementOptions": "cluster.placement",
     "RankContext": "rank.context",
-    "ReadPlan": "plan.read_plan",
+    "ReadPlan": "planning.read_plan",
     "Replicate": "sharding",
     "Rule": "sharding",
     "Settings": "settings",
@@ -63,7 +63,7 @@ _HOMES = {
     "load_sharded": "api.sharded",
     "plan": "api.plan",
     "stream_rank": "api.rank",
-    "summarize": "plan.explain",
+    "summarize": "planning.explain",
 }
 
 __all__ = [

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ray_streamer.errors import SettingsError
-from ray_streamer.plan.topology import Topology
+from ray_streamer.planning.topology import Topology
 
 if TYPE_CHECKING:
     from collections.abc import Callable

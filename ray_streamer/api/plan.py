@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ray_streamer.plan.limits import DEFAULT_MEMORY_LIMIT, rank_memory_limit
-from ray_streamer.plan.topology import Topology
-from ray_streamer.rank.planning import LoadRequest, slice_source
+from ray_streamer.planning.limits import DEFAULT_MEMORY_LIMIT, rank_memory_limit
+from ray_streamer.planning.topology import Topology
+from ray_streamer.rank.request import LoadRequest, slice_source
 from ray_streamer.settings import Settings
 from ray_streamer.sharding.mesh import Mesh
 
 if TYPE_CHECKING:
-    from ray_streamer.plan.read_plan import ReadPlan
-    from ray_streamer.rank.planning import SliceSource
+    from ray_streamer.planning.read_plan import ReadPlan
+    from ray_streamer.rank.request import SliceSource
     from ray_streamer.sharding.resolve import Unmatched
     from ray_streamer.sharding.rules import RulesLike
 

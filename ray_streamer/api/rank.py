@@ -13,10 +13,10 @@ from ray_streamer.api.plan import assumed_limits
 from ray_streamer.cluster.facts import measure_available_memory
 from ray_streamer.device import open_device
 from ray_streamer.errors import LoadAbortedError, SettingsError
-from ray_streamer.plan.limits import rank_memory_limit
+from ray_streamer.planning.limits import rank_memory_limit
 from ray_streamer.rank.load import RankLoad
 from ray_streamer.rank.options import RankOptions
-from ray_streamer.rank.planning import LoadRequest, slice_source
+from ray_streamer.rank.request import LoadRequest, slice_source
 from ray_streamer.settings import Settings
 from ray_streamer.sharding.mesh import Mesh
 
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     import torch
 
     from ray_streamer.api.membership import Membership
-    from ray_streamer.plan.read_plan import ReadPlan
-    from ray_streamer.rank.planning import SliceSource
+    from ray_streamer.planning.read_plan import ReadPlan
+    from ray_streamer.rank.request import SliceSource
     from ray_streamer.rank.statistics import RankStatistics
     from ray_streamer.sharding.resolve import Unmatched
     from ray_streamer.sharding.rules import RulesLike

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING
 from ray_streamer.cluster.model import ShardedModel
 from ray_streamer.cluster.placement import PlacementOptions
 from ray_streamer.cluster.session import connect
-from ray_streamer.rank.planning import LoadRequest, slice_source
+from ray_streamer.rank.request import LoadRequest, slice_source
 from ray_streamer.settings import Settings
 from ray_streamer.sharding.mesh import Mesh
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from ray_streamer.rank.planning import SliceSource
+    from ray_streamer.rank.request import SliceSource
     from ray_streamer.rank.statistics import RankStatistics
     from ray_streamer.sharding.resolve import Unmatched
     from ray_streamer.sharding.rules import RulesLike

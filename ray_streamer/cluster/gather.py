@@ -8,7 +8,7 @@ import numpy as np
 
 from ray_streamer.device.cpu import CpuDevice
 from ray_streamer.errors import ShardingError
-from ray_streamer.plan.regions import Region, regions_of
+from ray_streamer.planning.regions import Region, regions_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

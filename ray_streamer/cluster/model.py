@@ -14,8 +14,8 @@ from ray_streamer.cluster.gather import assemble
 from ray_streamer.cluster.group import WorkerGroup
 from ray_streamer.cluster.worker import LoadWorker
 from ray_streamer.errors import ClusterError, RankFailedError, RayStreamerError
-from ray_streamer.plan.limits import rank_memory_limit
-from ray_streamer.plan.topology import Topology
+from ray_streamer.planning.limits import rank_memory_limit
+from ray_streamer.planning.topology import Topology
 from ray_streamer.report.load_report import LoadReport
 
 if TYPE_CHECKING:
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     import torch
 
     from ray_streamer.cluster.placement import PlacementOptions
-    from ray_streamer.plan.read_plan import ReadPlan
-    from ray_streamer.rank.planning import LoadRequest
+    from ray_streamer.planning.read_plan import ReadPlan
+    from ray_streamer.rank.request import LoadRequest
     from ray_streamer.rank.statistics import RankStatistics
     from ray_streamer.sharding.mesh import Mesh
 

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from ray_streamer.device import open_device
 from ray_streamer.errors import ClusterError, LoadAbortedError
-from ray_streamer.plan.read_plan import plan_reads
-from ray_streamer.plan.topology import Topology
+from ray_streamer.planning.read_plan import plan_reads
+from ray_streamer.planning.topology import Topology
 from ray_streamer.rank.context import RankContext
 from ray_streamer.rank.load import RankLoad
 from ray_streamer.rank.options import RankOptions
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
     import torch
 
-    from ray_streamer.plan.read_plan import ReadPlan
-    from ray_streamer.rank.planning import LoadRequest
+    from ray_streamer.planning.read_plan import ReadPlan
+    from ray_streamer.rank.request import LoadRequest
     from ray_streamer.rank.statistics import RankStatistics
 
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from ray_streamer.dtypes import DType
-    from ray_streamer.plan.rank_plan import Piece
+    from ray_streamer.planning.rank_plan import Piece
 
     Done = Callable[[BaseException | None], None]
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from ray_streamer.device.base import Copy, Done
     from ray_streamer.dtypes import DType
-    from ray_streamer.plan.rank_plan import Piece
+    from ray_streamer.planning.rank_plan import Piece
 
 HUGE_PAGE_BYTES = 2 << 20
 """Tensors of at least two such pages ask for them: first touch then costs a fraction of the page faults."""

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     import torch
 
     from ray_streamer.device.base import Device
-    from ray_streamer.plan.rank_plan import Piece, RankPlan
-    from ray_streamer.plan.read_plan import ReadPlan
+    from ray_streamer.planning.rank_plan import Piece, RankPlan
+    from ray_streamer.planning.read_plan import ReadPlan
 
     OnComplete = Callable[[str, torch.Tensor], None]
 

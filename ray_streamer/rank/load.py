@@ -23,8 +23,8 @@ import numpy as np
 
 from ray_streamer.device.results import Results
 from ray_streamer.errors import BudgetError
-from ray_streamer.plan.limits import AS_MUCH_AS_USEFUL
-from ray_streamer.plan.rank_plan import Block, Piece, RankPlan
+from ray_streamer.planning.limits import AS_MUCH_AS_USEFUL
+from ray_streamer.planning.rank_plan import Block, Piece, RankPlan
 from ray_streamer.rank.inbox import Announced, Inbox
 from ray_streamer.rank.neighbourhood import Neighbourhood
 from ray_streamer.rank.statistics import Counters, RankStatistics
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
     from ray_streamer.device.base import Device
     from ray_streamer.device.results import OnComplete
-    from ray_streamer.plan.read_plan import ReadPlan
+    from ray_streamer.planning.read_plan import ReadPlan
     from ray_streamer.rank.options import RankOptions
     from ray_streamer.storage.base import Storage
 

@@ -11,7 +11,7 @@ from ray_streamer.stream.arena import slot_view
 
 if TYPE_CHECKING:
     from ray_streamer.extent import Extent
-    from ray_streamer.plan.rank_plan import RankPlan
+    from ray_streamer.planning.rank_plan import RankPlan
     from ray_streamer.rank.inbox import Inbox
     from ray_streamer.rank.options import RankOptions
     from ray_streamer.stream.arena import Arena

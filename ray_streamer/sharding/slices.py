@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from numpy.typing import NDArray
+
     from ray_streamer.checkpoint.index import CheckpointIndex
 
 

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from ray_streamer.extent import Extent
-from ray_streamer.plan.read_plan import column
+from ray_streamer.planning.read_plan import column
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from ray_streamer.plan.read_plan import NodePlan, ReadPlan
+    from ray_streamer.planning.read_plan import NodePlan, ReadPlan
 
 
 class Block(NamedTuple):

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ray_streamer.errors import BudgetError, PlanError
-from ray_streamer.plan.limits import ReadLimits, fit_block_bytes, rank_memory_limit
+from ray_streamer.planning.limits import ReadLimits, fit_block_bytes, rank_memory_limit
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from ray_streamer.plan.read_plan import NodePlan, ReadPlan
+    from ray_streamer.planning.read_plan import NodePlan, ReadPlan
 
 TensorSpec = tuple[str, str, tuple[int, ...]]
 """Name, dtype and shape."""

@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 
-from ray_streamer.plan.cover import FILE_SHIFT, cover_node, kinds_of, tensor_keys
-from ray_streamer.plan.read_plan import column
+from ray_streamer.planning.cover import FILE_SHIFT, cover_node, kinds_of, tensor_keys
+from ray_streamer.planning.read_plan import column
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from ray_streamer.checkpoint.index import CheckpointIndex
-    from ray_streamer.plan.cover import TensorKind, TensorKinds
-    from ray_streamer.plan.read_plan import NodePlan, ReadPlan
+    from ray_streamer.planning.cover import TensorKind, TensorKinds
+    from ray_streamer.planning.read_plan import NodePlan, ReadPlan
     from ray_streamer.sharding.slices import TensorSlice
 
 Strategy = Literal["exact", "covered", "whole", "replicated", "skipped", "empty"]

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 from ray_streamer.errors import PlanError
-from ray_streamer.plan.limits import ReadLimits
-from ray_streamer.plan.read_plan import plan_reads
-from ray_streamer.plan.topology import Topology
+from ray_streamer.planning.limits import ReadLimits
+from ray_streamer.planning.read_plan import plan_reads
+from ray_streamer.planning.topology import Topology
 from ray_streamer.sharding.slices import Box, SliceTable, TensorSlice
 
 EXACT = ReadLimits(block_bytes=4096, min_run_bytes=0, max_gap_bytes=0)
@@ -217,7 +217,7 @@ def test_hash_is_the_same_in_every_process(make_checkpoint, tmp_path):
     inputs = tmp_path / "inputs.pickle"
     inputs.write_bytes(pickle.dumps((plan.index, plan.slices, plan.topology, plan.limits)))
     program = (
-        "import pickle, sys; from ray_streamer.plan.read_plan import plan_reads;"
+        "import pickle, sys; from ray_streamer.planning.read_plan import plan_reads;"
         "print(plan_reads(*pickle.load(open(sys.argv[1], 'rb'))).plan_hash)"
     )
     hashes = {

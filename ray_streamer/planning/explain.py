@@ -15,8 +15,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ray_streamer.plan.pieces import PIECE_COLUMNS
-from ray_streamer.plan.read_plan import column
+from ray_streamer.planning.pieces import PIECE_COLUMNS
+from ray_streamer.planning.read_plan import column
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from ray_streamer.plan.read_plan import NodePlan, ReadPlan
+    from ray_streamer.planning.read_plan import NodePlan, ReadPlan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,10 +14,10 @@ from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
 
 from ray_streamer.dtypes import dtype_named
-from ray_streamer.plan.assign import assign_readers
-from ray_streamer.plan.limits import ReadLimits
-from ray_streamer.plan.read_plan import plan_reads
-from ray_streamer.plan.topology import Topology
+from ray_streamer.planning.assign import assign_readers
+from ray_streamer.planning.limits import ReadLimits
+from ray_streamer.planning.read_plan import plan_reads
+from ray_streamer.planning.topology import Topology
 from ray_streamer.sharding.slices import Box, SliceTable, TensorSlice
 
 DTYPE_NAMES = ("U8", "F8_E4M3", "BF16", "F32", "I64", "F4")

@@ -9,11 +9,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from ray_streamer.errors import PlanError
-from ray_streamer.plan.explain import summarize, write_plan
-from ray_streamer.plan.limits import ReadLimits
-from ray_streamer.plan.read_plan import plan_reads
-from ray_streamer.plan.tensor_reads import explain_tensors
-from ray_streamer.plan.topology import Topology
+from ray_streamer.planning.explain import summarize, write_plan
+from ray_streamer.planning.limits import ReadLimits
+from ray_streamer.planning.read_plan import plan_reads
+from ray_streamer.planning.tensor_reads import explain_tensors
+from ray_streamer.planning.topology import Topology
 from ray_streamer.sharding.slices import SliceTable, TensorSlice
 
 LIMITS = ReadLimits(block_bytes=4096, min_run_bytes=64, max_gap_bytes=0)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from ray_streamer.plan.explain import summarize
-from ray_streamer.plan.limits import ReadLimits
-from ray_streamer.plan.read_plan import plan_reads
-from ray_streamer.plan.tensor_reads import explain_tensors
-from ray_streamer.plan.topology import Topology
+from ray_streamer.planning.explain import summarize
+from ray_streamer.planning.limits import ReadLimits
+from ray_streamer.planning.read_plan import plan_reads
+from ray_streamer.planning.tensor_reads import explain_tensors
+from ray_streamer.planning.topology import Topology
 from ray_streamer.sharding import Mesh, ShardRules, resolve_slices
 from ray_streamer.testing.layouts import deepseek_v3_layout, llama_layout
 from ray_streamer.testing.plan_inputs import DEEPSEEK_V3_RULES, header_only_index

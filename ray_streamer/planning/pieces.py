@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ray_streamer.plan.cover import tensor_keys
+from ray_streamer.planning.cover import tensor_keys
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-    from ray_streamer.checkpoint.index import CheckpointIndex
 
-    from ray_streamer.plan.cover import BlockColumns, NodeCover, TensorKinds
+    from ray_streamer.checkpoint.index import CheckpointIndex
+    from ray_streamer.planning.cover import BlockColumns, NodeCover, TensorKinds
 
     Column = NDArray[np.int64]
 

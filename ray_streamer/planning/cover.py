@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from ray_streamer.dtypes import DTYPES
-from ray_streamer.plan.regions import Region, regions_of
+from ray_streamer.planning.regions import Region, regions_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from ray_streamer.checkpoint.index import CheckpointIndex
-    from ray_streamer.plan.limits import ReadLimits
+    from ray_streamer.planning.limits import ReadLimits
     from ray_streamer.sharding.slices import SliceTable, TensorSlice
 
     Column = NDArray[np.int64]

@@ -15,18 +15,18 @@ import numpy as np
 import pyarrow as pa
 
 from ray_streamer.errors import PlanError
-from ray_streamer.plan.assign import assign_readers
-from ray_streamer.plan.cover import cover_node, cut_blocks, kinds_of
-from ray_streamer.plan.pieces import cut_pieces
+from ray_streamer.planning.assign import assign_readers
+from ray_streamer.planning.cover import cover_node, cut_blocks, kinds_of
+from ray_streamer.planning.pieces import cut_pieces
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from ray_streamer.checkpoint.index import CheckpointIndex
-    from ray_streamer.plan.cover import BlockColumns, TensorKinds
-    from ray_streamer.plan.limits import ReadLimits
-    from ray_streamer.plan.pieces import Pieces
-    from ray_streamer.plan.topology import Topology
+    from ray_streamer.planning.cover import BlockColumns, TensorKinds
+    from ray_streamer.planning.limits import ReadLimits
+    from ray_streamer.planning.pieces import Pieces
+    from ray_streamer.planning.topology import Topology
     from ray_streamer.sharding.slices import SliceTable, TensorSlice
 
 PLAN_VERSION = 1

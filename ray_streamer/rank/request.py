@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 from ray_streamer.checkpoint import locate, open_checkpoint
 from ray_streamer.checkpoint.index import CheckpointIndex
 from ray_streamer.errors import SettingsError
-from ray_streamer.plan.limits import (
+from ray_streamer.planning.limits import (
     FILESYSTEM_MIN_RUN_BYTES,
     OBJECT_STORE_MIN_RUN_BYTES,
     ReadLimits,
     fit_block_bytes,
 )
-from ray_streamer.plan.read_plan import ReadPlan, plan_reads
+from ray_streamer.planning.read_plan import ReadPlan, plan_reads
 from ray_streamer.sharding.mesh import Mesh
 from ray_streamer.sharding.resolve import Unmatched, resolve_slices
 from ray_streamer.sharding.rules import ShardRules
@@ -26,7 +26,7 @@ from ray_streamer.sharding.slices import SliceTable
 from ray_streamer.storage import open_storage
 
 if TYPE_CHECKING:
-    from ray_streamer.plan.topology import Topology
+    from ray_streamer.planning.topology import Topology
     from ray_streamer.settings import Settings
     from ray_streamer.storage.base import Storage
 

@@ -1,0 +1,123 @@
+"""The house rules that a reader relies on: imports run one way, foreign packages stay where they belong, nothing grows too long."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import ray_streamer
+
+PACKAGE = Path(ray_streamer.__file__).parent
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+ORDER = (
+    ("errors", "settings", "extent", "dtypes"),
+    ("storage",),
+    ("checkpoint",),
+    ("sharding",),
+    ("planning",),
+    ("stream",),
+    ("exchange",),
+    ("device",),
+    ("rank",),
+    ("report",),
+    ("cluster",),
+    ("api",),
+    ("testing",),
+    ("demo",),
+    ("cli",),
+)
+"""Imports run from later to earlier; names of one line may import each other."""
+
+LEVELS = {name: level for level, names in enumerate(ORDER) for name in names}
+
+HOMES = {
+    "ray": {"cluster"},
+    "torch": {"device", "cluster", "api"},  # api: asks torch.distributed which rank this is
+    "boto3": {"storage", "testing"},
+    "botocore": {"storage", "testing"},
+    "click": {"cli"},
+    "rich": {"report", "cli", "demo"},
+}
+"""Packages that may import a foreign one when they run; naming its types is free."""
+
+FOUNDATION_OF_STORAGE = {"errors", "extent", "storage"}
+
+
+def imports_of(path: Path, *, with_types: bool) -> set[str]:
+    tree = ast.parse(path.read_text())
+    skipped = set()
+    if not with_types:
+        for node in ast.walk(tree):
+            if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+                skipped |= {id(inner) for inner in ast.walk(node)}
+    found = set()
+    for node in ast.walk(tree):
+        if id(node) in skipped:
+            continue
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} imports relatively"
+            found.add(node.module)
+    return found
+
+
+def part_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def own_parts(names: set[str]) -> set[str]:
+    return {name.split(".")[1] for name in names if name.startswith("ray_streamer.")}
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_run_one_way(path):
+    part = part_of(path)
+    if part == "__init__":
+        return
+    for other in own_parts(imports_of(path, with_types=True)):
+        assert LEVELS[other] <= LEVELS[part], f"{part} imports {other}, which comes after it"
+
+
+def test_storage_knows_only_extents_and_errors():
+    for path in (PACKAGE / "storage").rglob("*.py"):
+        assert own_parts(imports_of(path, with_types=True)) <= FOUNDATION_OF_STORAGE, path
+
+
+@pytest.mark.parametrize("foreign", HOMES)
+def test_foreign_packages_stay_at_home(foreign):
+    users = {
+        part_of(path)
+        for path in MODULES
+        if any(name.split(".")[0] == foreign for name in imports_of(path, with_types=False))
+    }
+    assert users <= HOMES[foreign]
+
+
+def test_importing_the_package_imports_neither_ray_nor_torch():
+    code = "import sys, ray_streamer; print({'ray', 'torch', 'boto3', 'pyarrow', 'numpy'} & set(sys.modules))"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "set()"
+
+
+def test_every_public_name_resolves():
+    assert sorted(ray_streamer.__all__) == list(ray_streamer.__all__)
+    for name in ray_streamer.__all__:
+        assert getattr(ray_streamer, name) is not None
+    assert callable(ray_streamer.plan)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_modules_and_functions_stay_short(path):
+    source = path.read_text()
+    assert source.count("\n") <= 310
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef):
+            body = node.body[1:] if ast.get_docstring(node) else node.body
+            length = body[-1].end_lineno - body[0].lineno + 1 if body else 0
+            assert length <= 50, f"{node.name} has {length} lines"
