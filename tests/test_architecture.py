@@ -37,7 +37,7 @@ LEVELS = {name: level for level, names in enumerate(ORDER) for name in names}
 
 HOMES = {
     "ray": {"cluster"},
-    "torch": {"device", "cluster", "api"},  # api: asks torch.distributed which rank this is
+    "torch": {"device", "cluster", "api", "demo"},  # api asks torch.distributed which rank this is; demo compares
     "boto3": {"storage", "testing"},
     "botocore": {"storage", "testing"},
     "click": {"cli"},

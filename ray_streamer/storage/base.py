@@ -76,18 +76,19 @@ class Storage(Protocol):
         """
         ...
 
-    def resident_view(self, path: str, *, etag: str) -> memoryview | None:
-        """The whole file as read-only memory when copying from there beats reading it, else None.
+    def is_resident(self, path: str) -> bool:
+        """Whether copying from a `view` of the file beats reading it now; cheap, so it may be asked for every file."""
+        ...
 
-        The memory belongs to the storage and is valid until `close`.
+    def view(self, path: str, *, etag: str) -> memoryview:
+        """The whole file as read-only memory, whether it is resident or not; belongs to the storage, valid until `close`.
+
+        Whoever copies from it asks `size_and_etag` again afterwards: the memory shows what is written to the file later.
 
         Raises:
             ObjectChangedError: The file is not the one with `etag`.
+            StorageError: This storage cannot lend a file as memory; then `is_resident` says no.
         """
-        ...
-
-    def is_resident(self, path: str) -> bool:
-        """Whether `resident_view` would give a view now; cheap, so a planner may ask for every file."""
         ...
 
     def prefers_aligned(self, path: str) -> bool:

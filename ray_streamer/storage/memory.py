@@ -73,15 +73,14 @@ class MemoryStorage:
             raise ShortReadError(f"{self.uri}/{path} ends at {len(content)}, before extent {extent} does")
         buffer.cast("B")[:] = memoryview(content)[extent.start : extent.stop]
 
-    def resident_view(self, path: str, *, etag: str) -> memoryview | None:
-        """See `Storage`; the file itself, unless the setting `page_cache` is "off"."""
-        content = self._find(path, etag=etag)[0]
-        return memoryview(content).toreadonly() if self._page_cache != "off" else None
-
     def is_resident(self, path: str) -> bool:
-        """See `Storage`."""
+        """See `Storage`; always, unless the setting `page_cache` is "off"."""
         self._find(path)
         return self._page_cache != "off"
+
+    def view(self, path: str, *, etag: str) -> memoryview:
+        """See `Storage`; the file itself."""
+        return memoryview(self._find(path, etag=etag)[0]).toreadonly()
 
     def prefers_aligned(self, path: str) -> bool:
         """See `Storage`."""

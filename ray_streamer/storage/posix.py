@@ -1,7 +1,7 @@
 """How are files of a local disk or a mounted file system read?
 
 Three ways, chosen per file:
-- in the page cache already, and local: `resident_view` lends a mapping, and nobody reads at all;
+- in the page cache already, and local: `view` lends a mapping, and nobody reads at all;
 - on a local disk, not in the page cache: the 4096-aligned inside of an extent by O_DIRECT, straight into the caller's
   buffer when its address allows that, and the ends of fewer than 4096 bytes through the page cache;
 - anything else: `preadv` through the page cache. Nothing is dropped from it afterwards: the kernel evicts clean pages
@@ -61,16 +61,16 @@ class PosixStorage:
             with self._file(path, etag=etag) as file:
                 file.read_into(extent, buffer.cast("B"))
 
-    def resident_view(self, path: str, *, etag: str) -> memoryview | None:
-        """See `Storage`; a mapping, for local files in the page cache."""
-        with self._file(path, etag=etag) as file:
-            file.check_unchanged()
-            return file.mapping() if file.is_resident else None
-
     def is_resident(self, path: str) -> bool:
         """See `Storage`; found out once per file."""
         with self._file(path) as file:
             return file.is_resident
+
+    def view(self, path: str, *, etag: str) -> memoryview:
+        """See `Storage`; a mapping."""
+        with self._file(path, etag=etag) as file:
+            file.check_unchanged()
+            return file.mapping()
 
     def prefers_aligned(self, path: str) -> bool:
         """See `Storage`; true for files that are read by O_DIRECT."""

@@ -92,13 +92,13 @@ class S3Storage:
         if extent.num_bytes:
             self._run(attempt)
 
-    def resident_view(self, path: str, *, etag: str) -> memoryview | None:
-        """See `Storage`; never here."""
-        return None
-
     def is_resident(self, path: str) -> bool:
         """See `Storage`; never here."""
         return False
+
+    def view(self, path: str, *, etag: str) -> memoryview:
+        """See `Storage`; never here."""
+        raise StorageError(f"{self._name(path)} is in an object store, which lends no memory")
 
     def prefers_aligned(self, path: str) -> bool:
         """See `Storage`; never here."""

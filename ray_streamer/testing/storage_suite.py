@@ -150,7 +150,7 @@ class StorageContract:
             read(storage, "model.safetensors", Extent(0, 100), etag)
         if storage.is_resident("model.safetensors"):
             with pytest.raises(ObjectChangedError, match=r"model\.safetensors"):
-                storage.resident_view("model.safetensors", etag=etag)
+                storage.view("model.safetensors", etag=etag)
 
     def test_changed_between_two_reads(self, storage: Storage, place: Place) -> None:
         etag = storage.read_head("model.safetensors", 8)[1].etag
@@ -162,13 +162,16 @@ class StorageContract:
         assert new[0] == CONTENT[::-1][:100]
         assert read(storage, "model.safetensors", Extent(5, 10), new[1].etag) == CONTENT[::-1][5:10]
 
-    def test_resident_view(self, storage: Storage) -> None:
+    def test_view(self, storage: Storage) -> None:
         etag = storage.size_and_etag("model.safetensors").etag
-        view = storage.resident_view("model.safetensors", etag=etag)
-        assert (view is not None) == storage.is_resident("model.safetensors")
-        if view is not None:
-            assert view.readonly
-            assert view == CONTENT
+        if storage.is_remote:
+            assert not storage.is_resident("model.safetensors")
+            with pytest.raises(StorageError, match=r"model\.safetensors"):
+                storage.view("model.safetensors", etag=etag)
+            return
+        view = storage.view("model.safetensors", etag=etag)
+        assert view.readonly
+        assert view == CONTENT
 
     def test_prefers_aligned_is_only_a_preference(self, storage: Storage) -> None:
         assert storage.prefers_aligned("model.safetensors") in (True, False)
