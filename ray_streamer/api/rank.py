@@ -173,6 +173,9 @@ def _options(membership: Membership, plan: ReadPlan, settings: Settings) -> Rank
         available_bytes=measure_available_memory(),
         num_local_ranks=len(neighbours),
     )
+    if settings.memory_limit is None:
+        # The plan was made before this rank knew its memory; one block is the least.
+        memory_limit = max(memory_limit, plan.limits.block_bytes)
     return RankOptions(
         session=membership.session,
         node=f"{socket.gethostname()} (process {os.getpid()})",

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ray_streamer.device.results import Results
-from ray_streamer.errors import BudgetError
+from ray_streamer.errors import BudgetError, ObjectChangedError
 from ray_streamer.planning.limits import AS_MUCH_AS_USEFUL
 from ray_streamer.planning.rank_plan import Block, Piece, RankPlan
 from ray_streamer.rank.inbox import Announced, Inbox
@@ -168,6 +168,7 @@ class RankLoad:
         with self._counters.timed("stream"):
             self._results.complete_empty()
             self._move_blocks(viewed)
+            self._check_unchanged(viewed)
         with self._counters.timed("finish"):
             self._arena.wait_idle()
             self._neighbours.finish()
@@ -186,6 +187,12 @@ class RankLoad:
             self._views[file] = np.frombuffer(view, dtype=np.uint8)
         return viewed
 
+    def _check_unchanged(self, viewed: list[int]) -> None:
+        """A mapping shows what is written to its file meanwhile; reads find that out themselves."""
+        for file in (self._plan.index.files[number] for number in viewed):
+            if self._storage.size_and_etag(file.path).etag != file.etag:
+                raise ObjectChangedError(f"{self._plan.index.uri}/{file.path} was written to while it was copied")
+
     def _move_blocks(self, viewed: list[int]) -> None:
         reads, taken = self._mine.reads, self._mine.taken
         is_viewed = np.isin(self._mine.files_of(taken), viewed)
@@ -194,7 +201,7 @@ class RankLoad:
         num_copies = int((is_viewed | is_announced).sum())
         self._inbox.open(taken[is_viewed].tolist(), int(is_announced.sum()))
         self._num_left = len(own_reads) + num_copies
-        num_copiers = min(num_copies, MAX_COPIERS, max(1, (os.cpu_count() or 1) // len(self._mine.neighbours)))
+        num_copiers = min(num_copies, MAX_COPIERS, max(1, len(os.sched_getaffinity(0)) // len(self._mine.neighbours)))
         num_readers = min(len(own_reads), self._options.concurrency)
         name = f"ray_streamer-{self._mine.rank}"
         readers = TaskThreads(f"{name}-read", num_readers, own_reads, self._read, self._stop)
