@@ -1,0 +1,49 @@
+# make demo    load a checkpoint over a local Ray from disk and from S3, and prove every slice
+# make test    lint, and the whole test suite
+# make bench   side by side with other ways to load
+# make docs    pages that are made from the sources
+# make clean   what the above left, but for the sources
+#
+# Needs Linux, Python 3.11 or newer and pip. Everything goes into $(VENV); versions are those of constraints.txt.
+# Other package sources, such as torch without CUDA: make demo PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
+
+SHELL := /bin/bash
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV ?= .venv
+PIP_ARGS ?=
+DEMO_ARGS ?=
+PYTEST_ARGS ?=
+
+BIN := $(VENV)/bin
+INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt
+
+.PHONY: demo test bench docs clean
+
+demo: $(VENV)/.demo-installed
+	$(BIN)/ray-streamer demo $(DEMO_ARGS)
+
+test: $(VENV)/.test-installed
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+bench: $(VENV)/.test-installed
+	$(BIN)/python benchmarks/compare.py
+
+docs: $(VENV)/.test-installed
+	$(BIN)/python docs/write_settings.py
+
+# Debian's python3 makes an environment without pip unless python3-venv is installed; its own pip then fills it.
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV) || { $(PYTHON) -m venv --clear --without-pip $(VENV) \
+		&& $(PYTHON) -m pip --python $(VENV)/bin/python install --quiet pip; }
+
+# The stamp is newer than what decides the installation, so that nothing is installed twice.
+$(VENV)/.%-installed: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing into $(VENV)"
+	$(INSTALL) --editable ".[$*]"
+	@touch $@
+
+clean:
+	rm -rf $(VENV) .demo build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,42 @@
+"""`ray-streamer inspect`: which tensors are there, of what size, and how would the rules lay them out?"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from ray_streamer.cli.command import Command, json_option, print_json, verbose_option
+from ray_streamer.cli.settings import with_settings
+
+if TYPE_CHECKING:
+    from ray_streamer.settings import Settings
+
+
+@click.command("inspect", cls=Command)
+@click.argument("uri")
+@click.option("--top", type=click.IntRange(0), default=10, show_default=True, help="How many of the largest tensors.")
+@json_option
+@verbose_option
+@with_settings
+def command(uri: str, top: int, as_json: bool, settings: Settings) -> None:
+    """Show what the checkpoint at URI holds: files, dtypes, the largest tensors, and how much of it lies how.
+
+    Only headers are read.
+    """
+    from ray_streamer.checkpoint import locate, open_checkpoint
+    from ray_streamer.report.checkpoint_summary import summarize_checkpoint
+    from ray_streamer.storage import open_storage
+
+    storage = open_storage(locate(uri).folder_uri, settings)
+    try:
+        index = open_checkpoint(uri, storage, concurrency=settings.concurrency)
+    finally:
+        storage.close()
+    summary = summarize_checkpoint(index, top=top)
+    if as_json:
+        print_json(summary.as_dict())
+        return
+    from ray_streamer.report.tables import print_checkpoint
+
+    print_checkpoint(summary)

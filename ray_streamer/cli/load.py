@@ -1,0 +1,117 @@
+"""`ray-streamer load`: load over a Ray cluster, say what it took, and let go of it again."""
+
+from __future__ import annotations
+
+import json
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, get_args
+
+import click
+
+from ray_streamer.cli.command import Command, json_option, print_json, verbose_option
+from ray_streamer.cli.rules import with_rules
+from ray_streamer.cli.settings import with_settings
+from ray_streamer.cluster.placement import PlacementOptions, Strategy
+
+if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
+    from ray_streamer.report.load_report import LoadReport
+    from ray_streamer.report.progress import ProgressBar
+    from ray_streamer.settings import Settings
+    from ray_streamer.sharding import Rule
+    from ray_streamer.sharding.resolve import Unmatched
+
+
+@click.command("load", cls=Command)
+@click.argument("uri")
+@click.option("--tp", type=click.IntRange(1), required=True, help="Ranks that share one copy of the model.")
+@click.option("--replicas", type=click.IntRange(1), default=1, show_default=True, help="Copies of the model.")
+@click.option("--device", default="cpu", show_default=True, help="Where the tensors go.")
+@click.option("--num-cpus-per-rank", type=float, default=1.0, show_default=True, help="CPUs that each rank reserves.")
+@click.option("--num-gpus-per-rank", type=float, default=0.0, show_default=True, help="GPUs that each rank reserves.")
+@click.option(
+    "--strategy",
+    type=click.Choice(get_args(Strategy)),
+    default="auto",
+    show_default=True,
+    help="Ray's placement strategy; auto keeps the ranks on one node when one can hold them.",
+)
+@click.option(
+    "--address",
+    help="Ray cluster, host:port or local; unset = RAY_ADDRESS, a running one, else a local one is started.",
+)
+@click.option(
+    "--report",
+    "report_file",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Write the report as JSON there, too.",
+)
+@with_rules
+@json_option
+@verbose_option
+@with_settings
+def command(
+    uri: str,
+    tp: int,
+    replicas: int,
+    device: str,
+    num_cpus_per_rank: float,
+    num_gpus_per_rank: float,
+    strategy: Strategy,
+    address: str | None,
+    report_file: Path | None,
+    rules: tuple[Rule, ...] | None,
+    unmatched: Unmatched,
+    as_json: bool,
+    settings: Settings,
+) -> None:
+    """Load the checkpoint at URI over a Ray cluster, report seconds, bytes and memory of every rank, and let go of it.
+
+    To keep and use the tensors, call ray_streamer.load_sharded from Python.
+    """
+    placement = PlacementOptions(
+        num_cpus_per_rank=num_cpus_per_rank, num_gpus_per_rank=num_gpus_per_rank, strategy=strategy
+    )
+    from ray_streamer.api.sharded import load_sharded
+
+    with _progress(uri) as on_progress:
+        model = load_sharded(
+            uri,
+            tp,
+            replicas=replicas,
+            rules=rules,
+            unmatched=unmatched,
+            device=device,
+            settings=settings,
+            placement=placement,
+            address=address,
+            on_progress=on_progress,
+        )
+    with model:
+        report = model.stats()
+    _show(report, report_file, as_json=as_json)
+
+
+def _progress(title: str) -> AbstractContextManager[ProgressBar | None]:
+    """A bar on stderr, where somebody may look at it."""
+    if not sys.stderr.isatty():
+        return nullcontext()
+    from rich.console import Console
+
+    from ray_streamer.report.progress import ProgressBar
+
+    return ProgressBar(title, Console(stderr=True))
+
+
+def _show(report: LoadReport, report_file: Path | None, *, as_json: bool) -> None:
+    if report_file is not None:
+        report_file.write_text(json.dumps(report.as_dict(), indent=2) + "\n", encoding="utf-8")
+    if as_json:
+        print_json(report.as_dict())
+        return
+    from ray_streamer.report.tables import print_load
+
+    print_load(report)

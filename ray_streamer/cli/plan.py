@@ -1,0 +1,72 @@
+"""`ray-streamer plan`: what would a load read, by whom, and why?"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from ray_streamer.cli.command import Command, json_option, print_json, verbose_option
+from ray_streamer.cli.rules import with_rules
+from ray_streamer.cli.settings import with_settings
+
+if TYPE_CHECKING:
+    from ray_streamer.settings import Settings
+    from ray_streamer.sharding import Rule
+    from ray_streamer.sharding.resolve import Unmatched
+
+
+@click.command("plan", cls=Command)
+@click.argument("uri")
+@click.option("--tp", type=click.IntRange(1), required=True, help="Ranks that share one copy of the model.")
+@click.option("--replicas", type=click.IntRange(1), default=1, show_default=True, help="Copies of the model.")
+@click.option(
+    "--nodes", type=click.IntRange(1), default=1, show_default=True, help="Nodes that the ranks fill in order."
+)
+@click.option(
+    "--top", type=click.IntRange(0), default=0, help="Also explain the K tensors that cost most.", metavar="K"
+)
+@click.option("--rank", type=click.IntRange(0), default=None, help="With --top: as this rank and its node see them.")
+@click.option(
+    "--out", type=click.Path(path_type=Path, file_okay=False), help="Write the plan's tables as Parquet there."
+)
+@with_rules
+@json_option
+@verbose_option
+@with_settings
+def command(
+    uri: str,
+    tp: int,
+    replicas: int,
+    nodes: int,
+    top: int,
+    rank: int | None,
+    out: Path | None,
+    rules: tuple[Rule, ...] | None,
+    unmatched: Unmatched,
+    as_json: bool,
+    settings: Settings,
+) -> None:
+    """Plan a load of the checkpoint at URI, without loading, and show what each rank would read.
+
+    Only headers are read, and Ray is not needed. Without a memory limit, nodes with enough memory are assumed.
+    """
+    if rank is not None and rank >= tp * replicas:
+        raise click.BadParameter(f"{rank} is outside the {tp * replicas} ranks", param_hint="--rank")
+    from ray_streamer.api.plan import plan as make_plan
+    from ray_streamer.planning.explain import summarize, write_plan
+    from ray_streamer.planning.tensor_reads import explain_tensors
+
+    plan = make_plan(uri, tp, replicas=replicas, num_nodes=nodes, rules=rules, unmatched=unmatched, settings=settings)
+    if out is not None:
+        write_plan(plan, out)
+    summary = summarize(plan)
+    tensors = explain_tensors(plan, rank=rank, top=top) if top else []
+    if as_json:
+        print_json(summary.as_dict() | ({"tensors": [asdict(tensor) for tensor in tensors]} if top else {}))
+        return
+    from ray_streamer.report.tables import print_plan
+
+    print_plan(summary, tensors)

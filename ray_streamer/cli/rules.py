@@ -1,0 +1,74 @@
+"""How does one write a sharding rule in a shell? As GLOB=PLACEMENT, in the order in which rules are tried."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ray_streamer.errors import ShardingError
+from ray_streamer.sharding import Placement, Replicate, Rule, Skip, Split, SplitVocabulary
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+_GRAMMAR = "split:DIM, vocabulary, replicate or skip"
+
+
+def parse_rule(text: str) -> Rule:
+    """One rule from what people type; the glob may hold `=` itself.
+
+    >>> parse_rule("*.q_proj.weight=split:0").placement
+    Split(dim=0, heads=None, kv_heads=None, parts=())
+
+    Raises:
+        ShardingError: It is no rule; says what one looks like.
+    """
+    glob, separator, placement = text.rpartition("=")
+    if not separator or not glob:
+        raise ShardingError(f"{text!r} is not GLOB=PLACEMENT, such as '*.q_proj.weight=split:0'")
+    return Rule(glob, _parse_placement(placement.strip()))
+
+
+def _parse_placement(text: str) -> Placement:
+    kind, separator, argument = text.partition(":")
+    if kind == "split" and separator:
+        try:
+            return Split(int(argument))
+        except ValueError:
+            raise ShardingError(f"{text!r} needs a dimension, such as split:0, got {argument!r}") from None
+    placements: dict[str, Placement] = {"vocabulary": SplitVocabulary(), "replicate": Replicate(), "skip": Skip()}
+    if text not in placements:
+        raise ShardingError(f"{text!r} is no placement; known are {_GRAMMAR}")
+    return placements[text]
+
+
+class _RuleType(click.ParamType):
+    name = "glob=placement"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Rule:
+        try:
+            return value if isinstance(value, Rule) else parse_rule(value)
+        except ShardingError as error:
+            self.fail(str(error), param, ctx)
+
+
+def with_rules(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds `--rule` as argument `rules`, None when there are none, and `--unmatched`."""
+    unmatched = click.option(
+        "--unmatched",
+        type=click.Choice(["error", "replicate"]),
+        default="error",
+        show_default=True,
+        help="What becomes of tensors of two or more dimensions without a rule.",
+    )
+    rule = click.option(
+        "--rule",
+        "rules",
+        type=_RuleType(),
+        multiple=True,
+        callback=lambda _ctx, _param, rules: rules or None,
+        help="How tensors lie whose name matches the glob, before the preset that config.json names; may be given "
+        f"again, the first match decides. Placements: {_GRAMMAR}.",
+    )
+    return rule(unmatched(function))

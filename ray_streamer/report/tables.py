@@ -1,0 +1,139 @@
+"""How are figures shown to people? As rich tables on stdout; sizes carry binary units."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+
+from ray_streamer.report.units import human_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from ray_streamer.planning.explain import PlanSummary
+    from ray_streamer.planning.tensor_reads import TensorReads
+    from ray_streamer.report.checkpoint_summary import CheckpointSummary, Share
+    from ray_streamer.report.load_report import LoadReport
+
+
+def new_console() -> Console:
+    """A console on stdout; in a file or pipe it is wide enough for every table, however narrow the terminal."""
+    console = Console()
+    if not console.is_terminal:
+        console.width = max(console.width, 160)
+    return console
+
+
+def new_table(title: str, *columns: str, num_text_columns: int = 1) -> Table:
+    """A table whose first columns are text, and all others numbers."""
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for number, name in enumerate(columns):
+        is_text = number < num_text_columns
+        table.add_column(name, justify="left" if is_text else "right", overflow="fold", no_wrap=not is_text)
+    return table
+
+
+def print_checkpoint(summary: CheckpointSummary) -> None:
+    """What `inspect` found."""
+    console = new_console()
+    model = summary.model_type or "model_type unknown"
+    console.print(
+        f"[bold]{summary.uri}[/bold] ({model}): {summary.num_tensors} tensors, {human_bytes(summary.checkpoint_bytes)}, "
+        f"{len(summary.files)} files",
+        highlight=False,
+    )
+    console.print(_shares_table("Files", "file", summary.files, summary.checkpoint_bytes))
+    console.print(_shares_table("Dtypes", "dtype", summary.dtypes, summary.checkpoint_bytes))
+    if summary.placements:
+        console.print(_shares_table("Placements", "placement", summary.placements, summary.checkpoint_bytes))
+        console.print(f"tp that works: {', '.join(map(str, summary.legal_tp)) or 'none'}", highlight=False)
+    else:
+        console.print("No preset for this model: give rules to plan or load it.", highlight=False)
+    if summary.largest:
+        table = new_table("Largest tensors", "tensor", "dtype", "shape", "bytes", num_text_columns=2)
+        for tensor in summary.largest:
+            table.add_row(tensor.name, tensor.dtype, _shape(tensor.shape), human_bytes(tensor.num_bytes))
+        console.print(table)
+
+
+def print_plan(summary: PlanSummary, tensors: Sequence[TensorReads]) -> None:
+    """What `plan` found; `tensors` may be empty."""
+    console = new_console()
+    console.print(
+        f"[bold]{summary.uri}[/bold]: {human_bytes(summary.read_bytes)} to read for {human_bytes(summary.needed_bytes)} "
+        f"needed ({summary.amplification:.3f}x), {summary.requests} requests of at most "
+        f"{human_bytes(summary.block_bytes)}, planned in {summary.plan_seconds:.3f} s, plan {summary.plan_hash[:12]}",
+        highlight=False,
+    )
+    columns = ("rank", "node", "holds", "reads", "requests", "direct", "from neighbours")
+    table = new_table("Ranks", *columns, num_text_columns=2)
+    for rank in summary.ranks:
+        sizes = (rank.result_bytes, rank.read_bytes, rank.direct_bytes, rank.from_neighbours_bytes)
+        holds, reads, direct, neighbours = map(human_bytes, sizes)
+        table.add_row(str(rank.rank), str(rank.node), holds, reads, str(rank.requests), direct, neighbours)
+    console.print(table)
+    if len(summary.nodes) > 1:
+        table = new_table("Nodes", "node", "ranks", "needs", "reads", "of checkpoint", num_text_columns=2)
+        for node in summary.nodes:
+            ranks = f"{node.ranks[0]}-{node.ranks[-1]}" if len(node.ranks) > 1 else str(node.ranks[0])
+            sizes = human_bytes(node.needed_bytes), human_bytes(node.read_bytes)
+            table.add_row(str(node.node), ranks, *sizes, f"{node.checkpoint_fraction:.0%}")
+        console.print(table)
+    if tensors:
+        console.print(_tensors_table(tensors))
+
+
+def print_load(report: LoadReport) -> None:
+    """What `load` did."""
+    console = new_console()
+    seconds = ", ".join(f"{phase} {spent:.2f} s" for phase, spent in report.seconds.items())
+    console.print(
+        f"[bold]{report.uri}[/bold]: {human_bytes(report.needed_bytes)} in {report.seconds['load']:.2f} s "
+        f"({report.gigabytes_per_second:.2f} GB/s), {human_bytes(report.bytes_read)} read from storage "
+        f"({report.amplification:.3f}x); {seconds}",
+        highlight=False,
+    )
+    columns = ("rank", "seconds", "read", "page cache", "delivered", "requests", "peak staging / limit")
+    table = new_table("Ranks", *columns)
+    shown_node = ""
+    for node, rank in zip(report.nodes, report.ranks, strict=True):
+        if node != shown_node:
+            table.add_row(f"[bold]{node}[/bold]")
+            shown_node = node
+        table.add_row(
+            f"  {rank.rank}",
+            f"{sum(rank.seconds.values()):.2f}",
+            human_bytes(rank.bytes_read),
+            human_bytes(rank.page_cache_bytes),
+            human_bytes(rank.bytes_delivered),
+            str(rank.num_requests),
+            f"{human_bytes(rank.peak_staging_bytes)} / {human_limit(rank.memory_limit)}",
+        )
+    console.print(table)
+
+
+def human_limit(memory_limit: int) -> str:
+    """A memory limit as people read it."""
+    return "none" if memory_limit < 0 else human_bytes(memory_limit)
+
+
+def _shares_table(title: str, column: str, shares: Sequence[Share], all_bytes: int) -> Table:
+    table = new_table(title, column, "tensors", "bytes", "share")
+    for share in shares:
+        fraction = share.num_bytes / all_bytes if all_bytes else 0.0
+        table.add_row(share.name, str(share.num_tensors), human_bytes(share.num_bytes), f"{fraction:.1%}")
+    return table
+
+
+def _tensors_table(tensors: Sequence[TensorReads]) -> Table:
+    table = new_table("Tensors that cost most", "tensor", "why", "shape", "held", "read", num_text_columns=2)
+    for tensor in tensors:
+        sizes = human_bytes(tensor.result_bytes), human_bytes(tensor.read_bytes)
+        table.add_row(tensor.name, f"{tensor.strategy}: {tensor.reason}", _shape(tensor.shape), *sizes)
+    return table
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return " x ".join(map(str, shape)) or "scalar"

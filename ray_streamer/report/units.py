@@ -1,0 +1,19 @@
+"""How do people read byte counts? With a binary unit, as the settings accept them."""
+
+from __future__ import annotations
+
+_UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
+
+
+def human_bytes(num_bytes: float) -> str:
+    """A byte count with three or more significant digits, less what is zero.
+
+    >>> [human_bytes(count) for count in (0, 1000, 64 << 20, 1234567890)]
+    ['0 B', '1000 B', '64 MiB', '1.15 GiB']
+    """
+    power = 0
+    while abs(num_bytes) >= 1024 and power < len(_UNITS) - 1:
+        num_bytes, power = num_bytes / 1024, power + 1
+    digits = 2 if num_bytes < 10 else 1 if num_bytes < 100 else 0
+    text = f"{num_bytes:.{digits}f}"
+    return f"{text.rstrip('0').rstrip('.') if digits else text} {_UNITS[power]}"
