@@ -183,10 +183,12 @@ class Hub:
                     else:
                         self._receive(key.data)
                 if self._flush() and self._closing:
-                    return
+                    break
         except BaseException as error:  # a hub that died silently would leave every rank waiting
             self._stop.set(error)
-        self._say_farewell()
+        # Asked again: a failure and the closing after it may come between two looks.
+        if self._stop.is_set:
+            self._say_farewell()
 
     def _flush(self) -> bool:
         """Sends what the sockets take; whether nothing is left."""

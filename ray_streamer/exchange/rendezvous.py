@@ -49,12 +49,14 @@ class Link:
     _mapping: mmap.mmap | None = field(repr=False, default=None)
 
     def close(self) -> None:
-        """Closes the connection and unmaps the neighbour's arena."""
+        """Closes the connection and unmaps the neighbour's arena; a view still in use keeps it mapped until it is dropped."""
         self.socket.close()
+        memory, mapping = self.memory, self._mapping
+        self.memory, self._mapping = memoryview(b""), None
         with contextlib.suppress(BufferError):
-            self.memory.release()
-            if self._mapping is not None:
-                self._mapping.close()
+            memory.release()
+            if mapping is not None:
+                mapping.close()
 
 
 def meet_neighbours(

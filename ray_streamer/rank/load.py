@@ -34,6 +34,7 @@ from ray_streamer.stream.threads import TaskThreads
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+    from types import FrameType
 
     import torch
     from numpy.typing import NDArray
@@ -307,8 +308,16 @@ class RankLoad:
 def _clear_frames(error: BaseException | None) -> None:
     """Drops what the ended calls held: their views would keep arenas mapped for as long as somebody keeps the error."""
     while error is not None:
-        traceback.clear_frames(error.__traceback__)
+        for frame, _ in traceback.walk_tb(error.__traceback__):
+            _clear_with_callers(frame)
         error = error.__cause__ or error.__context__
+
+
+def _clear_with_callers(frame: FrameType | None) -> None:
+    while frame is not None:
+        with contextlib.suppress(RuntimeError):  # it runs still
+            frame.clear()
+        frame = frame.f_back
 
 
 def _cpu_seconds() -> float:

@@ -1,0 +1,282 @@
+"""Ranks as threads of this process over a real storage, whose reads are recorded and can be held back or failed."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import secrets
+import threading
+from collections import Counter
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+
+from ray_streamer.checkpoint import open_checkpoint
+from ray_streamer.device import open_device
+from ray_streamer.dtypes import dtype_named
+from ray_streamer.planning.limits import ReadLimits
+from ray_streamer.planning.read_plan import plan_reads
+from ray_streamer.planning.topology import Topology
+from ray_streamer.rank.load import RankLoad
+from ray_streamer.rank.options import RankOptions
+from ray_streamer.settings import Settings
+from ray_streamer.sharding.slices import SliceTable, TensorSlice
+from ray_streamer.storage import open_storage
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Iterator, Sequence
+
+    from ray_streamer.checkpoint import CheckpointIndex
+    from ray_streamer.extent import Extent
+    from ray_streamer.planning.read_plan import ReadPlan
+    from ray_streamer.storage.base import Storage
+
+HANG_SECONDS = 60.0
+NO_PAGE_CACHE = Settings(page_cache="off")
+
+TensorSpec = tuple[str, str, tuple[int, ...]]
+"""Name, dtype and shape."""
+
+
+class RecordingStorage:
+    """A real storage, and what was read of it.
+
+    `before_read(path, extent, count)` may wait, or raise in place of a read; the residency of files is what the test says.
+    """
+
+    def __init__(
+        self,
+        inner: Storage,
+        before_read: Callable[[str, Extent, int], None] | None,
+        resident_paths: Collection[str],
+        *,
+        prefers_aligned: bool,
+    ) -> None:
+        self._inner = inner
+        self._before_read = before_read
+        self._resident_paths = resident_paths
+        self._prefers_aligned = prefers_aligned
+        self._lock = threading.Lock()
+        self.reads: list[tuple[str, Extent]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+    def is_resident(self, path: str) -> bool:
+        return path in self._resident_paths
+
+    def prefers_aligned(self, path: str) -> bool:
+        return self._prefers_aligned
+
+    def read_into(self, path: str, extent: Extent, buffer: memoryview, *, etag: str) -> None:
+        with self._lock:
+            self.reads.append((path, extent))
+            count = len(self.reads)
+        if self._before_read is not None:
+            self._before_read(path, extent, count)
+        self._inner.read_into(path, extent, buffer, etag=etag)
+
+
+@dataclass
+class Running:
+    """Ranks that load, one thread each."""
+
+    plan: ReadPlan
+    loads: list[RankLoad]
+    storages: list[RecordingStorage]
+    results: list[Any] = field(default_factory=list)
+    threads: list[threading.Thread] = field(default_factory=list)
+
+    def start(self) -> Running:
+        self.results = [None] * len(self.loads)
+        for position in range(len(self.loads)):
+            # The name must not look like one of the package's own threads.
+            thread = threading.Thread(target=self._run, args=(position,), name=f"test-rank-{position}", daemon=True)
+            self.threads.append(thread)
+            thread.start()
+        return self
+
+    def _run(self, position: int) -> None:
+        try:
+            self.results[position] = self.loads[position].run()
+        except BaseException as error:
+            self.results[position] = error
+
+    def join(self) -> list[Any]:
+        """What every rank returned or raised; storages are closed then."""
+        for position, thread in enumerate(self.threads):
+            thread.join(HANG_SECONDS)
+            if thread.is_alive():
+                for load in self.loads:
+                    load.abort(TimeoutError("the test gave up"))
+                raise AssertionError(f"rank {position} did not end: {self.loads[position].statistics()}")
+        self.close()
+        return self.results
+
+    def close(self) -> None:
+        for storage in self.storages:
+            storage.close()
+
+    def tensors(self) -> list[dict[str, Any]]:
+        """Every rank's tensors; raises what the first failed rank raised."""
+        for result in self.join():
+            if isinstance(result, BaseException):
+                raise result
+        return self.results
+
+
+def _write_file(path: Path, tensors: Sequence[TensorSpec], *, padding: int, seed: int) -> None:
+    """A shard file whose data begins at an odd place when `padding` says so."""
+    entries: dict[str, object] = {}
+    offset = 0
+    for name, dtype, shape in tensors:
+        num_bytes = int(np.prod(shape, dtype=np.int64)) * dtype_named(dtype).num_bits // 8
+        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, offset + num_bytes]}
+        offset += num_bytes
+    text = json.dumps(entries).encode() + b" " * padding
+    data = np.random.default_rng(seed).integers(0, 256, offset, dtype=np.uint8).tobytes()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
+
+
+def _write(folder: Path, tensors_by_file: Sequence[Sequence[TensorSpec]], *, padding: int = 0) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, tensors in enumerate(tensors_by_file):
+        _write_file(folder / f"{number:05d}.safetensors", tensors, padding=padding, seed=number)
+    return folder
+
+
+def _open_index(uri: str) -> CheckpointIndex:
+    storage = open_storage(uri, NO_PAGE_CACHE)
+    try:
+        return open_checkpoint(uri, storage)
+    finally:
+        storage.close()
+
+
+def _plan(
+    uri: str,
+    slices: dict[str, tuple[TensorSlice | None, ...]],
+    *,
+    topology: Topology,
+    block_bytes: int = 4096,
+    min_run_bytes: int = 0,
+    max_gap_bytes: int = 0,
+) -> ReadPlan:
+    index = _open_index(uri)
+    limits = ReadLimits(block_bytes=block_bytes, min_run_bytes=min_run_bytes, max_gap_bytes=max_gap_bytes)
+    table = SliceTable.from_slices(index, slices, num_ranks=topology.num_ranks)
+    return plan_reads(index, table, topology, limits)
+
+
+def _prepare(
+    plan: ReadPlan,
+    *,
+    ranks: Sequence[int] | None = None,
+    session: str | None = None,
+    memory_limit: int = 4096,
+    concurrency: int = 4,
+    startup_timeout_seconds: float = HANG_SECONDS,
+    before_read: dict[int, Callable[[str, Extent, int], None]] | None = None,
+    devices: dict[int, Any] | None = None,
+    resident_paths: Collection[str] = (),
+    prefers_aligned: bool = False,
+    **load_arguments: Any,
+) -> Running:
+    session = session or secrets.token_hex(8)
+    _sessions.append(session)
+    ranks = range(plan.topology.num_ranks) if ranks is None else ranks
+    storages = [
+        RecordingStorage(
+            open_storage(plan.index.uri, NO_PAGE_CACHE),
+            (before_read or {}).get(rank),
+            resident_paths,
+            prefers_aligned=prefers_aligned,
+        )
+        for rank in ranks
+    ]
+    loads = []
+    for rank, storage in zip(ranks, storages, strict=True):
+        node = plan.topology.node_of(rank)
+        options = RankOptions(
+            session=f"{session}-{node}",
+            node=f"node-{node}",
+            concurrency=concurrency,
+            memory_limit=memory_limit,
+            startup_timeout_seconds=startup_timeout_seconds,
+        )
+        device = (devices or {}).get(rank) or open_device("cpu")
+        loads.append(RankLoad(plan, rank, storage, device, options, **load_arguments))
+    return Running(plan, loads, storages)
+
+
+def _possessions() -> tuple[Counter[str], list[str], list[str]]:
+    """What a load could leave behind: descriptors by what they lead to, threads, mappings of arenas."""
+    descriptors: Counter[str] = Counter()
+    for fd in os.listdir("/proc/self/fd"):
+        try:
+            descriptors[os.readlink(f"/proc/self/fd/{fd}")] += 1
+        except FileNotFoundError:
+            continue  # the listing's own
+    threads = sorted(thread.name for thread in threading.enumerate() if thread.name.startswith("ray_streamer"))
+    mappings = [line for line in Path("/proc/self/maps").read_text().splitlines() if "ray_streamer-arena" in line]
+    return descriptors, threads, mappings
+
+
+@contextmanager
+def _nothing_left() -> Iterator[None]:
+    gc.collect()
+    before = _possessions()
+    yield
+    # Without a collection: what only the garbage collector would find is left behind as long as it does not run.
+    after = _possessions()
+    left = after[0] - before[0]
+    assert not left, "descriptors are left"
+    assert after[1:] == before[1:], "threads or arenas are left"
+    assert not _sockets_named(_sessions), "a socket is left"
+
+
+_sessions: list[str] = []
+"""All that this process had; the machine may have others."""
+
+
+def _sockets_named(sessions: list[str]) -> list[str]:
+    names = [line.split("@")[-1] for line in Path("/proc/net/unix").read_text().splitlines() if "@ray_streamer/" in line]
+    return [name for name in names if any(session in name for session in sessions)]
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The verbs of this file, as one fixture."""
+
+    write: Callable[..., Path] = staticmethod(_write)
+    plan: Callable[..., ReadPlan] = staticmethod(_plan)
+    prepare: Callable[..., Running] = staticmethod(_prepare)
+    nothing_left: Callable[[], Any] = staticmethod(_nothing_left)
+    sockets_named: Callable[[list[str]], list[str]] = staticmethod(_sockets_named)
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Ranks:
+    """Writes checkpoints, plans, and runs every rank of a plan as a thread of this process."""
+    return Ranks()
+
+
+@pytest.fixture(scope="session")
+def split() -> Callable[..., tuple[TensorSlice | None, ...]]:
+    """Even shares of dimension `dim` of a tensor for every rank."""
+
+    def split_evenly(shape: tuple[int, ...], num_ranks: int, dim: int = 0) -> tuple[TensorSlice, ...]:
+        share = -(-shape[dim] // num_ranks)
+        return tuple(
+            TensorSlice.along(
+                shape, dim=dim, start=min(rank * share, shape[dim]), stop=min((rank + 1) * share, shape[dim])
+            )
+            for rank in range(num_ranks)
+        )
+
+    return split_evenly
