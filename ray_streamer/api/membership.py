@@ -61,7 +61,7 @@ def find_membership(
     if (rank is None) != (world_size is None):
         raise SettingsError(f"give rank and world_size, or neither: rank={rank} world_size={world_size}")
     if rank is not None and world_size is not None:
-        topology = _rows(rank, world_size, local_world_size or world_size)
+        topology = _rows(rank, world_size, world_size if local_world_size is None else local_world_size)
         if session is None and len(topology.nodes[topology.node_of(rank)]) > 1:
             raise SettingsError("give session: a name that the ranks of this load share and no other load uses")
         return Membership(rank=rank, topology=topology, session=session or secrets.token_hex(16))

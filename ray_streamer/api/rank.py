@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from ray_streamer.rank.statistics import RankStatistics
     from ray_streamer.sharding.resolve import Unmatched
     from ray_streamer.sharding.rules import RulesLike
+    from ray_streamer.storage.base import Storage
 
 
 class RankArguments(TypedDict, total=False):
@@ -102,13 +103,22 @@ def stream_rank(uri: str, **arguments: Unpack[RankArguments]) -> Iterator[tuple[
         RayStreamerError: As `load_rank`; tensors that were yielded before are complete.
     """
     membership, plan, request = _plan_for_rank(uri, arguments)
+    storage = request.open_storage()
+    try:
+        yield from _stream(membership, plan, request, storage, arguments)
+    finally:
+        storage.close()
+
+
+def _stream(
+    membership: Membership, plan: ReadPlan, request: LoadRequest, storage: Storage, arguments: RankArguments
+) -> Iterator[tuple[str, torch.Tensor]]:
     completed: queue.SimpleQueue[tuple[str, torch.Tensor] | BaseException | None] = queue.SimpleQueue()
-    device, storage = open_device(request.device), request.open_storage()
     load = RankLoad(
         plan,
         membership.rank,
         storage,
-        device,
+        open_device(request.device),
         _options(membership, plan, request.settings),
         out=arguments.get("out"),
         on_complete=lambda name, tensor: completed.put((name, tensor)),
@@ -131,13 +141,15 @@ def stream_rank(uri: str, **arguments: Unpack[RankArguments]) -> Iterator[tuple[
     finally:
         load.abort(LoadAbortedError(f"the caller of rank {membership.rank} stopped taking tensors"))
         thread.join()
-        storage.close()
     report = arguments.get("on_statistics")
     if report is not None:
         report(load.statistics())
 
 
 def _plan_for_rank(uri: str, arguments: RankArguments) -> tuple[Membership, ReadPlan, LoadRequest]:
+    unknown = arguments.keys() - RankArguments.__annotations__.keys()
+    if unknown:
+        raise TypeError(f"unknown arguments {sorted(unknown)}; there are {sorted(RankArguments.__annotations__)}")
     membership = find_membership(
         arguments.get("rank"),
         arguments.get("world_size"),
@@ -145,7 +157,9 @@ def _plan_for_rank(uri: str, arguments: RankArguments) -> tuple[Membership, Read
         arguments.get("session"),
     )
     num_ranks = membership.topology.num_ranks
-    tp = arguments.get("tp") or num_ranks
+    tp = arguments.get("tp")
+    if tp is None:
+        tp = num_ranks
     if tp < 1 or num_ranks % tp:
         raise SettingsError(f"tp={tp} does not divide the {num_ranks} ranks of this load")
     settings = arguments.get("settings") or Settings.resolve()

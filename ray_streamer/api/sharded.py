@@ -66,6 +66,7 @@ def load_sharded(
 
     Raises:
         SettingsError: An argument or environment variable cannot mean anything.
+        DeviceError: This version cannot deliver to `device`.
         BudgetError: The memory limit cannot work; names the smallest that would.
         CheckpointError: The checkpoint is malformed.
         ShardingError: A tensor has no rule, or cannot be cut over `tp` ranks; lists the sizes that would work.

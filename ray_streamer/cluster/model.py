@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from ray_streamer.rank.request import LoadRequest
     from ray_streamer.rank.statistics import RankStatistics
     from ray_streamer.sharding.mesh import Mesh
+    from ray_streamer.sharding.slices import TensorSlice
+
+_SHUT_DOWN = "this model was shut down; load it again"
 
 
 class ShardedModel:
@@ -111,16 +114,19 @@ class ShardedModel:
 
         Raises:
             KeyError: The checkpoint has no such tensor, or no rank holds any of it.
+            RankFailedError: A rank died, or a function that ran there took the tensor away.
         """
         index = self.plan.index
         position = index.position(name)
-        pattern = [self.plan.slice_of(position, rank) for rank in range(self.mesh.num_ranks)]
-        holders = [rank for rank, tensor_slice in enumerate(pattern) if tensor_slice is not None]
+        holders: dict[TensorSlice, int] = {}
+        for rank in range(self.mesh.num_ranks):
+            tensor_slice = self.plan.slice_of(position, rank)
+            if tensor_slice is not None:
+                holders.setdefault(tensor_slice, rank)
         if not holders:
             raise KeyError(f"no rank holds any of {name!r}")
-        parts = self._ready().call("take_bytes", name, ranks=holders, keep_on_failure=True)
-        slices = [tensor_slice for tensor_slice in pattern if tensor_slice is not None]
-        return assemble(index.dtype_of(position), index.shape_of(position), slices, parts)
+        parts = self._ready().call("take_bytes", name, ranks=list(holders.values()), keep_on_failure=True)
+        return assemble(index.dtype_of(position), index.shape_of(position), list(holders), parts)
 
     def restart(self, rank: int) -> RankStatistics:
         """Replaces one rank's actor, dead or alive, and loads its slices again; the other ranks keep theirs.
@@ -149,13 +155,16 @@ class ShardedModel:
     def _ready(self) -> WorkerGroup:
         self.wait()
         if self._group is None or self._is_shut_down:
-            raise ClusterError("this model was shut down; load it again")
+            raise ClusterError(_SHUT_DOWN)
         return self._group
 
     def _load(self) -> None:
         try:
             self._loaded.set_result(self._load_all())
         except BaseException as error:
+            if self._is_shut_down:
+                # The ranks' deaths were ordered; they are no failure of theirs.
+                error = ClusterError(_SHUT_DOWN)
             self.shutdown()
             self._loaded.set_exception(error)
 
@@ -170,7 +179,7 @@ class ShardedModel:
             startup_timeout_seconds=request.settings.startup_timeout_seconds,
         )
         if self._is_shut_down:
-            raise ClusterError("the model was shut down while its ranks started")
+            raise ClusterError(_SHUT_DOWN)
         times.append(time.perf_counter())
         self._memory_limits = _share_memory(group, request)
         topology = Topology(group.nodes)

@@ -114,11 +114,15 @@ class LoadWorker:
         """Calls `function(context, *args)` beside the tensors."""
         return function(self._loaded(), *args)
 
-    def take_bytes(self, name: str) -> bytes | None:
-        """The bytes of this rank's slice of a tensor; None when it holds nothing of it."""
+    def take_bytes(self, name: str) -> bytes:
+        """The bytes of this rank's slice of a tensor.
+
+        Raises:
+            ClusterError: A function that ran here took the tensor away.
+        """
         tensor: torch.Tensor | None = self._loaded().tensors.get(name)
         if tensor is None:
-            return None
+            raise ClusterError(f"rank {self._rank} holds {name!r} no longer: a function took it out of context.tensors")
         result = open_device("cpu").result(tensor.cpu().contiguous())
         assert result.host_bytes is not None
         return result.host_bytes.tobytes()

@@ -10,6 +10,16 @@ if TYPE_CHECKING:
     from ray_streamer.device.base import Device
 
 
+def check_device_name(name: str) -> None:
+    """Refuses a device that `open_device` knows nothing of, without opening it: the device may be on another machine.
+
+    Raises:
+        DeviceError: This version cannot deliver to that device.
+    """
+    if name != "cpu":
+        raise DeviceError(f'device {name!r} is not supported by this version: give device="cpu"')
+
+
 def open_device(name: str) -> Device:
     """The device that `name` stands for.
 
@@ -19,8 +29,7 @@ def open_device(name: str) -> Device:
     Raises:
         DeviceError: This version cannot deliver to that device.
     """
-    if name == "cpu":
-        from ray_streamer.device.cpu import CpuDevice
+    check_device_name(name)
+    from ray_streamer.device.cpu import CpuDevice
 
-        return CpuDevice()
-    raise DeviceError(f'device {name!r} is not supported by this version: give device="cpu"')
+    return CpuDevice()

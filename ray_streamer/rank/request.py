@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ray_streamer.checkpoint import locate, open_checkpoint
 from ray_streamer.checkpoint.index import CheckpointIndex
+from ray_streamer.device import check_device_name
 from ray_streamer.errors import SettingsError
 from ray_streamer.planning.limits import (
     FILESYSTEM_MIN_RUN_BYTES,
@@ -72,6 +73,7 @@ class LoadRequest:
 
     def __post_init__(self) -> None:
         # Refused here, before anything is started or read.
+        check_device_name(self.device)
         if self.settings.memory_limit is not None:
             _fit(self.settings.memory_limit, self.settings)
 
