@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import sys
 import traceback
 from typing import TYPE_CHECKING, Any
 
@@ -30,12 +29,12 @@ class Command(click.Command):
         """Run the command; errors end here."""
         try:
             return super().invoke(ctx)
+        except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
+            raise
         except (RayStreamerError, OSError) as error:
             if ctx.meta.get(_VERBOSITY):
                 traceback.print_exc()
             _show_error(error, as_json=ctx.params.get("as_json", False))
-        except (click.ClickException, click.exceptions.Exit, click.Abort):
-            raise
         except Exception as error:
             # Not foreseen, so whoever mends it needs all of it.
             traceback.print_exc()
@@ -68,11 +67,23 @@ def print_json(value: dict[str, Any]) -> None:
     click.echo(json.dumps(value, indent=2))
 
 
+class _EchoHandler(logging.Handler):
+    """Logs to whatever is stderr at that moment."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        click.echo(self.format(record), err=True)
+
+
 def _set_verbosity(ctx: click.Context, _: click.Parameter, count: int) -> None:
     # Given before the command, after it, or both; `meta` is one for all contexts of a call.
     count = ctx.meta[_VERBOSITY] = max(count, ctx.meta.get(_VERBOSITY, 0))
-    logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True)
-    logging.getLogger("ray_streamer").setLevel(_LEVELS[min(count, len(_LEVELS) - 1)])
+    logger = logging.getLogger("ray_streamer")
+    logger.setLevel(_LEVELS[min(count, len(_LEVELS) - 1)])
+    if ctx.parent is None:
+        handler = _EchoHandler()
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        logger.addHandler(handler)
+        ctx.call_on_close(lambda: logger.removeHandler(handler))
 
 
 def verbose_option(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ray_streamer.demo.checkpoint import demo_layout, drop_page_cache, make_checkpoint
 from ray_streamer.demo.proof import Proof, prove
+from ray_streamer.errors import RayStreamerError
 from ray_streamer.report.units import human_bytes
 from ray_streamer.settings import Settings
-from ray_streamer.testing.s3_server import start_s3_server
+from ray_streamer.testing.s3_server import S3ServerUnavailableError, start_s3_server
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -110,8 +111,7 @@ def run_demo(options: DemoOptions, announce: Callable[[str], None]) -> Demo:
     """Makes the checkpoint, loads it three times and proves each load; `announce` is told what happens.
 
     Raises:
-        RayStreamerError: A load failed.
-        S3ServerUnavailableError: There is no S3 server to be had here.
+        RayStreamerError: A load failed, or there is no S3 server to be had here.
     """
     for name, value in _RAY_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
@@ -147,7 +147,11 @@ def _load_from_disk(checkpoint: Path, options: DemoOptions, announce: Callable[[
 
 
 def _load_from_s3(checkpoint: Path, options: DemoOptions, announce: Callable[[str], None]) -> DemoLoad:
-    with start_s3_server(options.s3) as server:
+    try:
+        server = start_s3_server(options.s3)
+    except S3ServerUnavailableError as error:
+        raise RayStreamerError(str(error)) from error
+    with server:
         if server.kind == "moto" and options.num_bytes > MOTO_BYTES:
             announce("RADOS Gateway is not installed: moto serves a smaller checkpoint (about 40 MB/s)")
             checkpoint = _prepare(options.folder, MOTO_BYTES, announce)

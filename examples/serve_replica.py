@@ -1,0 +1,46 @@
+"""A Ray Serve replica that holds a model over several ranks. Needs `pip install "ray[serve]"`.
+
+    serve run examples.serve_replica:app uri=s3://bucket/model
+
+Serve reserves one placement group per replica: the replica itself takes the first bundle, and `load_sharded`, called in the
+replica, puts one rank into each of the others. Ranks, tensors and group end with the replica.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ray import serve
+
+import ray_streamer
+
+TP = 4
+
+
+def count_parameters(context: ray_streamer.RankContext) -> int:
+    """Runs on every rank; the forward pass of an engine would stand here."""
+    return sum(tensor.numel() for tensor in context.tensors.values())
+
+
+@serve.deployment(
+    ray_actor_options={"num_cpus": 1},
+    placement_group_bundles=[{"CPU": 1}] * (1 + TP),
+    placement_group_strategy="STRICT_PACK",
+)
+class Model:
+    """One replica."""
+
+    def __init__(self, uri: str) -> None:
+        self._model = ray_streamer.load_sharded(uri, TP, node_memory_limit="4GiB")
+
+    def __call__(self, _request: Any) -> dict[str, Any]:
+        """How many parameters each rank holds."""
+        return {"parameters": self._model.run(count_parameters)}
+
+    def __del__(self) -> None:
+        self._model.shutdown()
+
+
+def app(args: dict[str, str]) -> serve.Application:
+    """What `serve run` starts."""
+    return Model.bind(args["uri"])

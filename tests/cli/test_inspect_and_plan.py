@@ -1,0 +1,163 @@
+import json
+import logging
+import subprocess
+import sys
+from importlib.metadata import version
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from safetensors.numpy import save_file
+
+import ray_streamer
+from ray_streamer.report.units import human_bytes
+
+
+@pytest.fixture
+def stranger(tmp_path):
+    """A checkpoint of no known model: two matrices and a vector."""
+    tensors = {"a.weight": np.zeros((8, 6), np.float32), "b.weight": np.ones((4, 4), np.float16), "c": np.ones(3)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    return tmp_path
+
+
+def test_inspect_counts(invoke, checkpoint):
+    found = json.loads(invoke("inspect", checkpoint, "--top", 1, "--json").stdout)
+    assert found["model_type"] == "llama"
+    assert found["num_tensors"] == 21
+    assert found["dtypes"] == [{"name": "BF16", "num_tensors": 21, "num_bytes": found["checkpoint_bytes"]}]
+    assert [file["name"] for file in found["files"]] == [f"model-0000{n}-of-00004.safetensors" for n in (1, 2, 3, 4)]
+    (largest,) = found["largest"]
+    assert (largest["name"], largest["shape"]) == ("model.embed_tokens.weight", [4001, 256])
+    assert found["legal_tp"] == [1, 2, 4, 8]
+    row_parallel = {share["name"]: share for share in found["placements"]}["split, dimension 1 (row-parallel)"]
+    assert (row_parallel["num_tensors"], row_parallel["num_bytes"]) == (4, 2 * 2 * (256 * 256 + 256 * 1024))
+    for shares in ("files", "dtypes", "placements"):
+        assert sum(share["num_bytes"] for share in found[shares]) == found["checkpoint_bytes"]
+        assert sum(share["num_tensors"] for share in found[shares]) == 21
+
+
+def test_inspect_knows_no_placements_of_an_unknown_model(invoke, stranger):
+    found = json.loads(invoke("inspect", stranger, "--json").stdout)
+    assert (found["model_type"], found["placements"], found["legal_tp"]) == (None, [], [])
+    assert {share["name"]: share["num_bytes"] for share in found["dtypes"]} == {"F32": 192, "F16": 32, "F64": 24}
+    assert "No preset for this model" in invoke("inspect", stranger).stdout
+
+
+def test_tables_show_sizes_and_names(invoke, checkpoint):
+    table = invoke("inspect", checkpoint).stdout
+    assert "model-00004-of-00004.safetensors" in table
+    assert "4001 x 256" in table
+    table = invoke("plan", checkpoint, "--tp", 4, "--nodes", 2, "--top", 2).stdout
+    for words in ("(1.220x)", "Ranks", "Nodes", "of checkpoint", "Tensors that cost most", "covered: "):
+        assert words in table
+
+
+def test_plan_says_what_the_api_says(invoke, checkpoint):
+    found = json.loads(invoke("plan", checkpoint, "--tp", 2, "--replicas", 2, "--nodes", 2, "--json").stdout)
+    plan = ray_streamer.plan(str(checkpoint), 2, replicas=2, num_nodes=2)
+    expected = ray_streamer.summarize(plan).as_dict()
+    assert found.pop("plan_seconds") > 0
+    assert found == json.loads(json.dumps(expected | {"plan_seconds": None}), object_hook=_without_plan_seconds)
+    assert [rank["node"] for rank in found["ranks"]] == [0, 0, 1, 1]
+    assert {"checkpoint_bytes", "needed_bytes", "read_bytes", "amplification", "requests", "plan_hash"} <= set(found)
+
+
+def _without_plan_seconds(value):
+    value.pop("plan_seconds", None)
+    return value
+
+
+def test_rules_of_the_command_line_lay_tensors_out(invoke, stranger):
+    args = ("plan", stranger, "--tp", 2, "--json", "--top", 3, "--rank", 1)
+    assert json.loads(invoke(*args).stdout)["error"]["type"] == "ShardingError"
+    result = invoke(*args, "--rule", "a.*=split:1", "--rule", "*=skip")
+    tensors = {tensor["name"]: tensor for tensor in json.loads(result.stdout)["tensors"]}
+    assert tensors["a.weight"]["result_shape"] == [8, 3]
+    assert tensors["b.weight"]["strategy"] == "skipped"
+    result = invoke(*args, "--rule", "a.*=split:0", "--unmatched", "replicate")
+    tensors = {tensor["name"]: tensor for tensor in json.loads(result.stdout)["tensors"]}
+    assert tensors["a.weight"]["result_shape"] == [4, 6]
+    assert tensors["b.weight"]["strategy"] == "replicated"
+
+
+def test_a_rank_outside_the_mesh_is_wrong_usage(invoke, checkpoint):
+    assert invoke("plan", checkpoint, "--tp", 2, "--rank", 2).exit_code == 2
+
+
+def test_plan_writes_its_tables(invoke, checkpoint, tmp_path):
+    result = invoke("plan", checkpoint, "--tp", 2, "--out", tmp_path / "plan")
+    assert result.exit_code == 0
+    summary = json.loads((tmp_path / "plan" / "summary.json").read_text())
+    assert pq.read_table(tmp_path / "plan" / "blocks.parquet").num_rows == summary["requests"]
+
+
+def test_a_failure_is_one_line_and_exit_code_1(invoke, checkpoint):
+    result = invoke("plan", checkpoint, "--tp", 2, "--memory-limit", 100)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr.startswith("BudgetError: memory_limit of 100 bytes")
+    assert result.stderr.count("\n") == 1
+
+
+def test_verbose_shows_where_an_error_came_from(invoke):
+    for args in (("-v", "inspect", "/nowhere"), ("inspect", "/nowhere", "-v")):
+        stderr = invoke(*args).stderr
+        assert "Traceback" in stderr
+        assert "ObjectMissingError: no such file or folder: /nowhere" in stderr
+    assert "Traceback" not in invoke("inspect", "/nowhere").stderr
+
+
+def test_a_failure_is_one_json_object(invoke):
+    result = invoke("inspect", "/nowhere", "--json")
+    assert result.exit_code == 1
+    error = json.loads(result.stdout)["error"]
+    assert error["type"] == "ObjectMissingError"
+    assert error["message"].startswith("no such file or folder: /nowhere")
+    assert result.stderr == ""
+
+
+def test_an_error_that_nobody_foresaw_is_an_object_too(invoke, checkpoint, monkeypatch):
+    def fail(*_args, **_options):
+        raise ZeroDivisionError("oh")
+
+    monkeypatch.setattr("ray_streamer.checkpoint.open_checkpoint", fail)
+    result = invoke("inspect", checkpoint, "--json")
+    assert result.exit_code == 1
+    assert json.loads(result.stdout) == {"error": {"type": "ZeroDivisionError", "message": "oh"}}
+    assert "Traceback" in result.stderr
+
+
+def test_logs_go_to_stderr_and_end_with_the_command(invoke, checkpoint):
+    result = invoke("inspect", checkpoint, "--json", "-v")
+    assert "INFO ray_streamer.checkpoint.open: opened" in result.stderr
+    json.loads(result.stdout)
+    assert logging.getLogger("ray_streamer").handlers == []
+    assert "INFO" not in invoke("inspect", checkpoint).stderr
+
+
+def test_the_program_starts_quickly_and_without_ray_or_torch(tmp_path):
+    code = "import sys; from ray_streamer.cli import main; main(['plan', '--help'], standalone_mode=False)"
+    code += "; print(sorted({'ray', 'torch', 'pyarrow', 'boto3'} & set(sys.modules)), file=sys.stderr)"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stderr.strip() == "[]"
+
+
+def test_the_version_is_the_packages(invoke):
+    code = "from ray_streamer.cli import main; main()"
+    result = subprocess.run([sys.executable, "-c", code, "--version"], capture_output=True, text=True)
+    assert result.returncode == 0
+    assert result.stdout == f"ray-streamer {version('ray_streamer')}\n"
+
+
+@pytest.mark.parametrize(("args", "code"), [(["inspect", "/nowhere"], 1), (["inspect"], 2), (["--help"], 0)])
+def test_exit_codes_of_the_process(args, code):
+    program = "from ray_streamer.cli import main; main()"
+    assert subprocess.run([sys.executable, "-c", program, *args], capture_output=True).returncode == code
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "text"),
+    [(0, "0 B"), (1023, "1023 B"), (1024, "1 KiB"), (1500, "1.46 KiB"), (10 << 30, "10 GiB"), (1 << 62, "4096 PiB")],
+)
+def test_human_bytes(num_bytes, text):
+    assert human_bytes(num_bytes) == text

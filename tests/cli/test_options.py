@@ -1,0 +1,75 @@
+import pytest
+
+from ray_streamer.cli.rules import parse_rule
+from ray_streamer.errors import ShardingError
+from ray_streamer.settings import Settings
+from ray_streamer.sharding import Replicate, Skip, Split, SplitVocabulary
+
+
+@pytest.mark.parametrize("command", ["inspect", "plan", "load"])
+def test_every_setting_is_an_option_with_its_description(invoke, command):
+    text = " ".join(invoke(command, "--help").stdout.split())
+    for name, field in Settings.model_fields.items():
+        assert f"--{name.replace('_', '-')} " in text
+        assert field.description in text
+    assert "[default: 8 MiB]" in text
+
+
+def test_a_setting_reaches_the_plan(invoke, checkpoint):
+    assert '"block_bytes": 1048576' in invoke("plan", checkpoint, "--tp", 2, "--block-bytes", "1MiB", "--json").stdout
+
+
+def test_an_option_beats_the_environment(invoke, checkpoint, monkeypatch):
+    monkeypatch.setenv("RAY_STREAMER_BLOCK_BYTES", "2MiB")
+    assert '"block_bytes": 2097152' in invoke("plan", checkpoint, "--tp", 2, "--json").stdout
+    assert '"block_bytes": 1048576' in invoke("plan", checkpoint, "--tp", 2, "--block-bytes", "1MiB", "--json").stdout
+
+
+def test_a_bad_variable_is_named(invoke, checkpoint, monkeypatch):
+    monkeypatch.setenv("RAY_STREAMER_CONCURRENCY", "0")
+    result = invoke("plan", checkpoint, "--tp", 2)
+    assert result.exit_code == 1
+    assert "environment variable RAY_STREAMER_CONCURRENCY='0'" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("--memory-limit", "much"),
+        ("--concurrency", "0"),
+        ("--direct-io", "maybe"),
+        ("--block-bytes", "5000"),
+        ("--read-timeout-seconds", "-1"),
+        ("--rule", "*.weight"),
+        ("--rule", "*.weight=split"),
+        ("--rule", "*.weight=split:first"),
+        ("--rule", "=skip"),
+        ("--unmatched", "skip"),
+        ("--tp", "0"),
+    ],
+)
+def test_wrong_usage_is_exit_code_2_and_names_the_option(invoke, option, value):
+    result = invoke("plan", "/nowhere", "--tp", 2, option, value)
+    assert result.exit_code == 2
+    assert f"'{option}'" in result.stderr
+    assert result.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "glob", "placement"),
+    [
+        ("*.q.weight=split:0", "*.q.weight", Split(0)),
+        ("*.o.weight=split:-1", "*.o.weight", Split(-1)),
+        ("odd=name=replicate", "odd=name", Replicate()),
+        ("*.rotary=skip", "*.rotary", Skip()),
+        ("embed= vocabulary", "embed", SplitVocabulary()),
+    ],
+)
+def test_rules(text, glob, placement):
+    rule = parse_rule(text)
+    assert (rule.glob, rule.placement, rule.optional) == (glob, placement, False)
+
+
+def test_a_placement_that_is_none_lists_those_that_are():
+    with pytest.raises(ShardingError, match="split:DIM, vocabulary, replicate or skip"):
+        parse_rule("*=everywhere")
