@@ -32,7 +32,7 @@ class HttpPool:
         self._tls: ssl.SSLContext | None = None
         self._lock = threading.Lock()
         self._idle: dict[_Origin, list[http.client.HTTPConnection]] = {}
-        self._busy: set[http.client.HTTPConnection] = set()
+        self._busy: dict[http.client.HTTPConnection, socket.socket] = {}
         self._is_closed = False
 
     @contextmanager
@@ -52,6 +52,8 @@ class HttpPool:
         finally:
             # A body that ended early leaves a closed response too, with some of its length to come.
             is_reusable = response.isclosed() and not response.length and not response.will_close
+            # Where the server ends the connection, the response owns the socket.
+            response.close()
             self._give_back(origin, connection, is_reusable=is_reusable)
 
     def close(self) -> None:
@@ -60,10 +62,10 @@ class HttpPool:
             self._is_closed = True
             idle = [connection for connections in self._idle.values() for connection in connections]
             self._idle.clear()
-            for connection in self._busy:
-                if connection.sock is not None:
-                    with suppress(OSError):
-                        connection.sock.shutdown(socket.SHUT_RDWR)
+            # Not by `connection.sock`, which is gone when the response owns the socket.
+            for connected in self._busy.values():
+                with suppress(OSError):
+                    connected.shutdown(socket.SHUT_RDWR)
         for connection in idle:
             connection.close()
 
@@ -93,7 +95,7 @@ class HttpPool:
             if not self._idle.get(origin):
                 return None
             connection = self._idle[origin].pop()
-            self._busy.add(connection)
+            self._busy[connection] = connection.sock
             return connection
 
     def _connect(self, origin: _Origin) -> http.client.HTTPConnection:
@@ -108,7 +110,7 @@ class HttpPool:
         connection.sock.settimeout(self._read_timeout_seconds)
         with self._lock:
             if not self._is_closed:
-                self._busy.add(connection)
+                self._busy[connection] = connection.sock
                 return connection
         connection.close()
         raise ConnectionAbortedError("the connection pool is closed")
@@ -121,7 +123,7 @@ class HttpPool:
 
     def _give_back(self, origin: _Origin, connection: http.client.HTTPConnection, *, is_reusable: bool) -> None:
         with self._lock:
-            self._busy.discard(connection)
+            self._busy.pop(connection, None)
             if is_reusable and not self._is_closed:
                 self._idle.setdefault(origin, []).append(connection)
                 return

@@ -146,8 +146,11 @@ def test_direct_reads_leave_the_page_cache_alone(big, open_folder, extent):
 
 
 def test_memory_that_is_not_congruent_is_read_through_the_page_cache(big, open_folder):
-    assert read_at(open_folder(), Extent(0, len(BIG)), skew=8) == BIG
+    storage = open_folder()
+    assert storage.prefers_aligned("big")
+    assert read_at(storage, Extent(0, len(BIG)), skew=8) == BIG
     assert is_cached(big)
+    assert storage.prefers_aligned("big"), "the file system was asked, and refused"
 
 
 def test_direct_io_off_reads_through_the_page_cache(big, open_folder):

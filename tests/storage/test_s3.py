@@ -9,6 +9,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,12 +24,18 @@ from ray_streamer.errors import (
 )
 from ray_streamer.extent import Extent
 from ray_streamer.settings import Settings
-from ray_streamer.storage import open_storage
+from ray_streamer.storage import open_storage, s3_client
 from ray_streamer.storage.s3_client import SignedUrls
 from ray_streamer.testing.faults import Fault, FaultProxy
 from ray_streamer.testing.storage_suite import CONTENT, StorageContract, read
 
 _numbers = itertools.count()
+
+
+@pytest.fixture
+def only_on_the_gateway(s3_server):
+    if s3_server.kind != "rgw":
+        pytest.skip("moto believes everybody, counts nothing and keeps no connection")
 
 
 @dataclass
@@ -43,7 +50,7 @@ class BucketPlace:
 
 
 @pytest.fixture(scope="session")
-def s3_client(s3_server):
+def boto3_client(s3_server):
     client = s3_server.client()
     client.create_bucket(Bucket="storage-tests")
     yield client
@@ -51,9 +58,9 @@ def s3_client(s3_server):
 
 
 @pytest.fixture
-def place(s3_client, s3_credentials):
+def place(boto3_client, s3_credentials):
     prefix = f"prefix {next(_numbers)}/llama+ü"
-    return BucketPlace(f"s3://storage-tests/{prefix}", s3_client, "storage-tests", prefix)
+    return BucketPlace(f"s3://storage-tests/{prefix}", boto3_client, "storage-tests", prefix)
 
 
 class TestS3Contract(StorageContract):
@@ -142,9 +149,8 @@ def test_a_prefix_that_does_not_exist_is_empty(place, open_s3):
     assert open_s3(place.uri + "/nowhere").list() == []
 
 
+@pytest.mark.usefixtures("only_on_the_gateway")
 def test_each_byte_is_sent_once(s3_server, place, open_s3, etag):
-    if s3_server.kind != "rgw":
-        pytest.skip("only the gateway counts")
     storage = open_s3(place.uri)
     before = s3_server.requests(), s3_server.bytes_sent()
     extents = [Extent(start, min(start + 100_000, len(CONTENT))) for start in range(0, len(CONTENT), 100_000)]
@@ -154,6 +160,7 @@ def test_each_byte_is_sent_once(s3_server, place, open_s3, etag):
     assert s3_server.requests() - before[0] == len(extents)
 
 
+@pytest.mark.usefixtures("only_on_the_gateway")
 def test_connections_are_kept(place, open_s3, etag, proxy):
     storage = open_s3(place.uri, s3_endpoint_url=proxy.url)
     for start in range(20):
@@ -161,6 +168,7 @@ def test_connections_are_kept(place, open_s3, etag, proxy):
     assert (len(proxy.ranges), proxy.num_connections) == (20, 1)
 
 
+@pytest.mark.usefixtures("only_on_the_gateway")
 def test_a_refused_request_keeps_its_connection(place, open_s3, etag, proxy):
     storage = open_s3(place.uri, s3_endpoint_url=proxy.url)
     for _ in range(3):
@@ -311,6 +319,17 @@ def test_an_expired_signature_is_renewed_once(place, open_s3, etag, proxy):
         read(storage, "a", WHOLE, etag)
 
 
+@pytest.mark.usefixtures("only_on_the_gateway")
+def test_a_signature_that_expired_early_is_renewed(place, open_s3, etag, monkeypatch):
+    """As when the credentials that signed it end before it does."""
+    monkeypatch.setattr(s3_client, "_SIGNED_FOR_SECONDS", 1)
+    monkeypatch.setattr(s3_client, "time", SimpleNamespace(monotonic=lambda: 0.0))
+    storage = open_s3(place.uri)
+    assert read(storage, "a", Extent(0, 5), etag) == CONTENT[:5]
+    time.sleep(2.1)  # the server's clock decides, in whole seconds
+    assert read(storage, "a", Extent(5, 9), etag) == CONTENT[5:9]
+
+
 def test_signed_urls_are_renewed_at_half_of_their_life(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
@@ -333,16 +352,10 @@ def test_signed_urls_are_renewed_at_half_of_their_life(monkeypatch):
     assert signed[0] == ("a", 3600)
 
 
-@pytest.fixture
-def only_with_signatures(s3_server):
-    if s3_server.kind != "rgw":
-        pytest.skip("moto believes everybody")
-
-
 SECRET = "notthesecretkeynotthesecretkey"
 
 
-@pytest.mark.usefixtures("only_with_signatures")
+@pytest.mark.usefixtures("only_on_the_gateway")
 @pytest.mark.parametrize(
     ("access_key", "words"),
     [("unknownaccesskey", "InvalidAccessKeyId"), ("testaccesskey", "AccessDenied|SignatureDoesNotMatch")],
@@ -386,7 +399,7 @@ def test_unknown_profile(open_s3):
         open_s3("s3://bucket/a", s3_profile="nobody")
 
 
-@pytest.mark.usefixtures("only_with_signatures")
+@pytest.mark.usefixtures("only_on_the_gateway")
 def test_unsigned(place, open_s3, etag, monkeypatch):
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
