@@ -40,7 +40,7 @@ from ray_streamer.errors import ClusterError, StartupTimeoutError
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-# What is free in a group is reported to the driver late; a group that looks full is looked at again for this long.
+# What is free in a group is reported late, for a new group too; one that looks full is looked at again for this long.
 _REPORT_DELAY_SECONDS = 1.5
 
 
@@ -118,11 +118,10 @@ def _seats_in_given(
     _wait_until_ready(group, num_ranks, options, deadline)
     if options.bundle_indices is not None:
         return tuple(_bundle_seat(group, index) for index in options.bundle_indices)
-    free = _sizes(_free_bundles(group, bundles), options.bundle, num_ranks)
-    # Whoever holds the rest may be leaving: the ranks then wait for it, as for everything at start.
-    chosen = choose_bundles(free, _bundle_nodes(group), num_ranks) or choose_bundles(
-        sizes, _bundle_nodes(group), num_ranks
-    )
+    chosen = _choose_free(group, bundles, options.bundle, num_ranks)
+    if chosen is None:
+        # Whoever holds the rest may be leaving: the ranks wait for it, as for everything at start.
+        chosen = choose_bundles(sizes, _bundle_nodes(group), num_ranks)
     assert chosen is not None
     return tuple(_bundle_seat(group, index) for index in chosen)
 
@@ -132,14 +131,20 @@ def _seats_in_current(group: PlacementGroup, num_ranks: int, bundle: Mapping[str
     bundles = _bundles(group)
     if sum(_sizes(bundles, bundle, num_ranks)) < num_ranks:
         return None
+    chosen = _choose_free(group, bundles, bundle, num_ranks)
+    return None if chosen is None else tuple(_bundle_seat(group, index) for index in chosen)
+
+
+def _choose_free(
+    group: PlacementGroup, bundles: Sequence[Mapping[str, float]], need: Mapping[str, float], num_ranks: int
+) -> tuple[int, ...] | None:
+    """Bundles for the ranks in what others leave free, or None when that is too little."""
     deadline = Deadline(_REPORT_DELAY_SECONDS)
     while True:
-        free = _sizes(_free_bundles(group, bundles), bundle, num_ranks)
+        free = _sizes(_free_bundles(group, bundles), need, num_ranks)
         chosen = choose_bundles(free, _bundle_nodes(group), num_ranks)
-        if chosen is not None:
-            return tuple(_bundle_seat(group, index) for index in chosen)
-        if not deadline.remaining_seconds:
-            return None
+        if chosen is not None or not deadline.remaining_seconds:
+            return chosen
         time.sleep(0.1)
 
 
@@ -154,7 +159,10 @@ def _seats_in_own(
     if not options.wait_for_nodes:
         check_room(strategy, rooms, num_ranks, options.bundle)
     selectors = [dict(options.label_selector)] * num_ranks
-    group = placement_group([options.bundle] * num_ranks, strategy=strategy, bundle_label_selector=selectors)
+    try:
+        group = placement_group([options.bundle] * num_ranks, strategy=strategy, bundle_label_selector=selectors)
+    except (TypeError, ValueError) as error:
+        raise ClusterError(f"Ray refuses this placement group: {error}") from error
     resources.callback(_remove, group)
     _wait_until_ready(group, num_ranks, options, deadline)
     return tuple(_bundle_seat(group, index) for index in range(num_ranks))

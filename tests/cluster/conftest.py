@@ -35,6 +35,15 @@ def ray_cluster() -> Iterator[str]:
 
 
 @pytest.fixture
+def idle_cluster(ray_cluster: str, wait_until: Callable[[Callable[[], bool], float], None]) -> Iterator[str]:
+    """The same cluster, all of it free again after the test: where Ray puts the next group depends on it."""
+    import ray
+
+    yield ray_cluster
+    wait_until(lambda: ray.available_resources().get("CPU") == ray.cluster_resources()["CPU"], 10)
+
+
+@pytest.fixture
 def wait_until() -> Callable[[Callable[[], bool], float], None]:
     """Poll a condition until it holds; fail after so many seconds."""
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     Check = Callable[..., None]
 
-pytestmark = pytest.mark.usefixtures("ray_cluster")
+pytestmark = pytest.mark.usefixtures("idle_cluster")
 
 # The actors cannot import a test module; they get its classes by value.
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     MakeGroup = Callable[..., PlacementGroup]
 
-pytestmark = pytest.mark.usefixtures("ray_cluster")
+pytestmark = pytest.mark.usefixtures("idle_cluster")
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
@@ -44,6 +44,9 @@ class Worker:
 class Caller:
     """An actor that starts a group of its own."""
 
+    def is_here(self) -> bool:
+        return True
+
     def start(self, num_ranks: int, options: PlacementOptions) -> tuple[list[str | None], tuple[Any, ...]]:
         with WorkerGroup(Worker, num_ranks, placement=options, startup_timeout_seconds=60) as group:
             return group.call("seat"), group.nodes
@@ -62,10 +65,6 @@ def make_group() -> Iterator[MakeGroup]:
     yield make
     for group in made:
         remove_placement_group(group)
-    deadline = time.monotonic() + 10
-    while ray.available_resources().get("CPU") != 4:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 def start(num_ranks: int, *, timeout: float = 60, **options: Any) -> WorkerGroup:
@@ -96,6 +95,16 @@ def test_a_group_that_fits_one_node_of_the_callers_group_stays_on_it(make_group:
     given = make_group([{"CPU": 1}, {"CPU": 2}], "STRICT_SPREAD")
     with start(2, placement_group=given) as group:
         assert group.nodes == ((0, 1),)
+
+
+def test_bundles_that_others_hold_are_left_out(make_group: MakeGroup, wait_until: Callable[..., None]) -> None:
+    given = make_group([{"CPU": 1}] * 3, "SPREAD")
+    neighbour = Caller.options(num_cpus=1, scheduling_strategy=PlacementGroupSchedulingStrategy(given, 0)).remote()
+    assert ray.get(neighbour.is_here.remote())
+    wait_until(lambda: ray.available_resources().get(f"CPU_group_{given.id.hex()}") == 2, 20)
+    with start(2, placement_group=given, timeout=20) as group:
+        assert len(group.call("seat")) == 2
+    ray.kill(neighbour)
 
 
 def test_bundle_indices_give_the_rank_order(make_group: MakeGroup) -> None:
@@ -166,6 +175,11 @@ def test_what_can_never_fit_is_refused_at_once(num_ranks: int, options: dict[str
     assert time.monotonic() - started < 1
     assert "wait_for_nodes=True" in str(caught.value)
     assert not isinstance(caught.value, StartupTimeoutError)
+
+
+def test_a_label_that_ray_refuses_is_a_cluster_error() -> None:
+    with pytest.raises(ClusterError, match="Ray refuses"):
+        start(1, label_selector={"zone": "in(far"}, wait_for_nodes=True)
 
 
 def test_labels_choose_the_node() -> None:
