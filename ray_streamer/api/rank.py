@@ -180,7 +180,8 @@ def _plan_for_rank(uri: str, arguments: RankArguments) -> tuple[Membership, Read
 
 
 def _options(membership: Membership, plan: ReadPlan, settings: Settings) -> RankOptions:
-    neighbours = plan.topology.nodes[plan.topology.node_of(membership.rank)]
+    node_number = plan.topology.node_of(membership.rank)
+    neighbours = plan.topology.nodes[node_number]
     memory_limit = rank_memory_limit(
         memory_limit=settings.memory_limit,
         node_memory_limit=settings.node_memory_limit,
@@ -191,7 +192,8 @@ def _options(membership: Membership, plan: ReadPlan, settings: Settings) -> Rank
         # The plan was made before this rank knew its memory; one block is the least.
         memory_limit = max(memory_limit, plan.limits.block_bytes)
     return RankOptions(
-        session=membership.session,
+        # Several nodes may share a machine, and with it the names of sockets.
+        session=f"{membership.session}/{node_number}",
         node=f"{socket.gethostname()} (process {os.getpid()})",
         concurrency=settings.concurrency,
         memory_limit=memory_limit,

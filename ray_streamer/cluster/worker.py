@@ -68,7 +68,8 @@ class LoadWorker:
         """
         self._context = None
         options = RankOptions(
-            session=session,
+            # Several nodes may share a machine, and with it the names of sockets.
+            session=f"{session}/{plan.topology.node_of(self._rank)}",
             node=node,
             concurrency=self._request.settings.concurrency,
             memory_limit=memory_limit,

@@ -10,7 +10,7 @@ class RankOptions:
     """How one rank loads.
 
     Attributes:
-        session: Secret shared by the ranks of this load.
+        session: Secret shared by the ranks of this load on this node, and by no others.
         node: Name of the node, for errors.
         concurrency: Reads in flight.
         memory_limit: Staging bytes; -1 for as much as the plan can use.
