@@ -71,11 +71,11 @@ class CpuDevice:
 
 
 def copy_piece(source: NDArray[np.uint8], piece: Piece, target: NDArray[np.uint8]) -> None:
-    """Moves one piece from a block's bytes to a tensor's bytes."""
-    if piece.num_runs == 1:
-        source_stop, target_stop = piece.source_start + piece.run_bytes, piece.target_start + piece.run_bytes
-        target[piece.target_start : target_stop] = source[piece.source_start : source_stop]
-        return
+    """Moves one piece from a block's bytes to a tensor's bytes.
+
+    Raises:
+        ValueError: It does not lie within both; slices would be cut to what is there, or repeated, in silence.
+    """
     shape = (piece.num_runs, piece.run_bytes)
     rows = np.ndarray(shape, np.uint8, source, piece.source_start, (piece.source_stride, 1))
     np.copyto(np.ndarray(shape, np.uint8, target, piece.target_start, (piece.target_stride, 1)), rows)

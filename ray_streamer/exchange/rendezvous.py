@@ -218,7 +218,7 @@ def _greeted_link(connection: socket.socket, hello: Hello, missing: set[int]) ->
     try:
         message, fds, _, _ = socket.recv_fds(connection, MAX_MESSAGE_BYTES, 1, socket.MSG_CMSG_CLOEXEC)
     except ConnectionError:
-        return None
+        message, fds = b"", []
     try:
         if not message or message[0] != Kind.HELLO:
             logger.warning("turned a process away that connected and said %r", message[:20])

@@ -21,7 +21,6 @@ from ray_streamer.device import open_device
 from ray_streamer.dtypes import dtype_named
 from ray_streamer.planning.limits import ReadLimits
 from ray_streamer.planning.read_plan import plan_reads
-from ray_streamer.planning.topology import Topology
 from ray_streamer.rank.load import RankLoad
 from ray_streamer.rank.options import RankOptions
 from ray_streamer.settings import Settings
@@ -34,6 +33,7 @@ if TYPE_CHECKING:
     from ray_streamer.checkpoint import CheckpointIndex
     from ray_streamer.extent import Extent
     from ray_streamer.planning.read_plan import ReadPlan
+    from ray_streamer.planning.topology import Topology
     from ray_streamer.storage.base import Storage
 
 HANG_SECONDS = 60.0
@@ -245,19 +245,20 @@ _sessions: list[str] = []
 
 
 def _sockets_named(sessions: list[str]) -> list[str]:
-    names = [line.split("@")[-1] for line in Path("/proc/net/unix").read_text().splitlines() if "@ray_streamer/" in line]
+    names = [
+        line.split("@")[-1] for line in Path("/proc/net/unix").read_text().splitlines() if "@ray_streamer/" in line
+    ]
     return [name for name in names if any(session in name for session in sessions)]
 
 
-@dataclass(frozen=True)
 class Ranks:
     """The verbs of this file, as one fixture."""
 
-    write: Callable[..., Path] = staticmethod(_write)
-    plan: Callable[..., ReadPlan] = staticmethod(_plan)
-    prepare: Callable[..., Running] = staticmethod(_prepare)
-    nothing_left: Callable[[], Any] = staticmethod(_nothing_left)
-    sockets_named: Callable[[list[str]], list[str]] = staticmethod(_sockets_named)
+    write = staticmethod(_write)
+    plan = staticmethod(_plan)
+    prepare = staticmethod(_prepare)
+    nothing_left = staticmethod(_nothing_left)
+    sockets_named = staticmethod(_sockets_named)
 
 
 @pytest.fixture(scope="session")

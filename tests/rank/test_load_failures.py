@@ -8,7 +8,6 @@ import traceback
 from typing import TYPE_CHECKING
 
 import pytest
-import torch
 
 from ray_streamer.device.cpu import CpuDevice
 from ray_streamer.errors import (
@@ -25,6 +24,8 @@ from ray_streamer.sharding.slices import TensorSlice
 from ray_streamer.stream.arena import Arena
 
 if TYPE_CHECKING:
+    import torch
+
     from ray_streamer.planning.read_plan import ReadPlan
 
 GATE_SECONDS = 30.0

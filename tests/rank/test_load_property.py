@@ -11,6 +11,7 @@ from collections import Counter
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -21,8 +22,10 @@ from safetensors import safe_open
 from ray_streamer.dtypes import dtype_named
 from ray_streamer.planning.topology import Topology
 from ray_streamer.sharding import Part, Replicate, Skip, Split, SplitVocabulary
-from ray_streamer.sharding.slices import TensorSlice
 from ray_streamer.storage.memory import MemoryStorage
+
+if TYPE_CHECKING:
+    from ray_streamer.sharding.slices import TensorSlice
 
 DTYPE_NAMES = ("U8", "F8_E4M3", "BF16", "F16", "F32", "I64", "F64", "C64", "F4", "F6_E2M3")
 PACKED_STEP = {"F4": 2, "F6_E2M3": 4}
