@@ -129,8 +129,8 @@ class _Meeting:
 
     def _close_connections(self, _type: object, error: BaseException | None, _traceback: object) -> None:
         for key in list(self._selector.get_map().values()):
-            if key.fileobj is not self._listener:
-                key.fileobj.close()
+            if key.data is not None:
+                key.data.close()
         if error is not None:
             for link in self.links.values():
                 link.close()
@@ -146,11 +146,11 @@ class _Meeting:
     def answer(self, timeout_seconds: float) -> None:
         """Takes what comes in: connections, and what their other ends say."""
         for key, _ in self._selector.select(timeout_seconds):
-            if key.fileobj is self._listener:
+            if key.data is None:
                 with contextlib.suppress(BlockingIOError):
                     self._introduce(self._listener.accept()[0])
             else:
-                self._recognise(key.fileobj)
+                self._recognise(key.data)
 
     def _introduce(self, connection: socket.socket) -> bool:
         """Says HELLO to a process of the same user; whether it was let in."""
@@ -164,7 +164,7 @@ class _Meeting:
             logger.warning("turned a connection to session %s away: %s", self._session, error)
             connection.close()
             return False
-        self._selector.register(connection, selectors.EVENT_READ)
+        self._selector.register(connection, selectors.EVENT_READ, connection)
         return True
 
     def _recognise(self, connection: socket.socket) -> None:
