@@ -35,7 +35,8 @@ docs: $(VENV)/.test-installed
 
 # Debian's python3 makes an environment without pip unless python3-venv is installed; its own pip then fills it.
 $(BIN)/python:
-	$(PYTHON) -m venv $(VENV) || { $(PYTHON) -m venv --clear --without-pip $(VENV) \
+	@echo "making $(VENV)"
+	@$(PYTHON) -m venv $(VENV) || { $(PYTHON) -m venv --clear --without-pip $(VENV) \
 		&& $(PYTHON) -m pip --python $(VENV)/bin/python install --quiet pip; }
 
 # The stamp is newer than what decides the installation, so that nothing is installed twice.

@@ -24,7 +24,7 @@ def count_parameters(context: ray_streamer.RankContext) -> int:
 
 @serve.deployment(
     ray_actor_options={"num_cpus": 1},
-    placement_group_bundles=[{"CPU": 1}] * (1 + TP),
+    placement_group_bundles=[{"CPU": 1.0}] * (1 + TP),
     placement_group_strategy="STRICT_PACK",
 )
 class Model:

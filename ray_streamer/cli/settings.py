@@ -46,7 +46,8 @@ class _SettingType(click.ParamType):
 
     def __init__(self, name: str, field: FieldInfo) -> None:
         self.name = name
-        self._adapter: TypeAdapter[Any] = TypeAdapter(Annotated[field.annotation, field])
+        annotation: Any = Annotated[field.annotation, field]
+        self._adapter: TypeAdapter[Any] = TypeAdapter(annotation)
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """The value, or wrong usage."""

@@ -128,7 +128,7 @@ def run_demo(options: DemoOptions, announce: Callable[[str], None]) -> Demo:
 
 def _prepare(folder: Path, num_bytes: int, announce: Callable[[str], None]) -> Path:
     layout = demo_layout(num_bytes)
-    checkpoint = folder / f"llama-{layout.total_bytes // 1_000_000}-mb"
+    checkpoint = folder.resolve() / f"llama-{layout.total_bytes // 1_000_000}-mb"
     is_new = make_checkpoint(checkpoint, layout)
     num_layers = layout.config["num_hidden_layers"]
     announce(
@@ -187,5 +187,5 @@ def _load(
     placement = PlacementOptions(runtime_env={"env_vars": dict(environment)} if environment else None)
     with load_sharded(uri, options.tp, settings=settings, placement=placement) as model:
         announce("comparing every tensor of every rank with safetensors")
-        proofs = model.run(prove, str(checkpoint.resolve()))
+        proofs = model.run(prove, str(checkpoint))
         return DemoLoad(storage=storage, must_read=must_read, report=model.stats(), proofs=tuple(proofs))

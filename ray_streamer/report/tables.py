@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 def new_console() -> Console:
     """A console on stdout; in a file or pipe it is wide enough for every table, however narrow the terminal."""
-    console = Console()
+    # Names of tensors and files may look like markup.
+    console = Console(markup=False, highlight=False)
     if not console.is_terminal:
         console.width = max(console.width, 160)
     return console
@@ -40,17 +41,16 @@ def print_checkpoint(summary: CheckpointSummary) -> None:
     console = new_console()
     model = summary.model_type or "model_type unknown"
     console.print(
-        f"[bold]{summary.uri}[/bold] ({model}): {summary.num_tensors} tensors, {human_bytes(summary.checkpoint_bytes)}, "
+        f"{summary.uri} ({model}): {summary.num_tensors} tensors, {human_bytes(summary.checkpoint_bytes)}, "
         f"{len(summary.files)} files",
-        highlight=False,
     )
     console.print(_shares_table("Files", "file", summary.files, summary.checkpoint_bytes))
     console.print(_shares_table("Dtypes", "dtype", summary.dtypes, summary.checkpoint_bytes))
     if summary.placements:
         console.print(_shares_table("Placements", "placement", summary.placements, summary.checkpoint_bytes))
-        console.print(f"tp that works: {', '.join(map(str, summary.legal_tp)) or 'none'}", highlight=False)
+        console.print(f"tp that works: {', '.join(map(str, summary.legal_tp)) or 'none'}")
     else:
-        console.print("No preset for this model: give rules to plan or load it.", highlight=False)
+        console.print("No preset for this model: give rules to plan or load it.")
     if summary.largest:
         table = new_table("Largest tensors", "tensor", "dtype", "shape", "bytes", num_text_columns=2)
         for tensor in summary.largest:
@@ -62,10 +62,9 @@ def print_plan(summary: PlanSummary, tensors: Sequence[TensorReads]) -> None:
     """What `plan` found; `tensors` may be empty."""
     console = new_console()
     console.print(
-        f"[bold]{summary.uri}[/bold]: {human_bytes(summary.read_bytes)} to read for {human_bytes(summary.needed_bytes)} "
+        f"{summary.uri}: {human_bytes(summary.read_bytes)} to read for {human_bytes(summary.needed_bytes)} "
         f"needed ({summary.amplification:.3f}x), {summary.requests} requests of at most "
         f"{human_bytes(summary.block_bytes)}, planned in {summary.plan_seconds:.3f} s, plan {summary.plan_hash[:12]}",
-        highlight=False,
     )
     columns = ("rank", "node", "holds", "reads", "requests", "direct", "from neighbours")
     table = new_table("Ranks", *columns, num_text_columns=2)
@@ -77,7 +76,8 @@ def print_plan(summary: PlanSummary, tensors: Sequence[TensorReads]) -> None:
     if len(summary.nodes) > 1:
         table = new_table("Nodes", "node", "ranks", "needs", "reads", "of checkpoint", num_text_columns=2)
         for node in summary.nodes:
-            ranks = f"{node.ranks[0]}-{node.ranks[-1]}" if len(node.ranks) > 1 else str(node.ranks[0])
+            first, last = min(node.ranks), max(node.ranks)
+            ranks = str(first) if first == last else f"{first}-{last}"
             sizes = human_bytes(node.needed_bytes), human_bytes(node.read_bytes)
             table.add_row(str(node.node), ranks, *sizes, f"{node.checkpoint_fraction:.0%}")
         console.print(table)
@@ -89,18 +89,21 @@ def print_load(report: LoadReport) -> None:
     """What `load` did."""
     console = new_console()
     seconds = ", ".join(f"{phase} {spent:.2f} s" for phase, spent in report.seconds.items())
+    sources = f"{human_bytes(report.bytes_read)} read from storage"
+    if report.page_cache_bytes:
+        sources += f", {human_bytes(report.page_cache_bytes)} out of the page cache"
+    else:
+        sources += f" ({report.amplification:.3f}x)"
     console.print(
-        f"[bold]{report.uri}[/bold]: {human_bytes(report.needed_bytes)} in {report.seconds['load']:.2f} s "
-        f"({report.gigabytes_per_second:.2f} GB/s), {human_bytes(report.bytes_read)} read from storage "
-        f"({report.amplification:.3f}x); {seconds}",
-        highlight=False,
+        f"{report.uri}: {human_bytes(report.needed_bytes)} in {report.seconds['load']:.2f} s "
+        f"({report.gigabytes_per_second:.2f} GB/s), {sources}; {seconds}",
     )
     columns = ("rank", "seconds", "read", "page cache", "delivered", "requests", "peak staging / limit")
     table = new_table("Ranks", *columns)
     shown_node = ""
     for node, rank in zip(report.nodes, report.ranks, strict=True):
         if node != shown_node:
-            table.add_row(f"[bold]{node}[/bold]")
+            table.add_row(node, style="bold")
             shown_node = node
         table.add_row(
             f"  {rank.rank}",

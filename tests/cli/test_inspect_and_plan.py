@@ -49,8 +49,13 @@ def test_tables_show_sizes_and_names(invoke, checkpoint):
     assert "model-00004-of-00004.safetensors" in table
     assert "4001 x 256" in table
     table = invoke("plan", checkpoint, "--tp", 4, "--nodes", 2, "--top", 2).stdout
-    for words in ("(1.220x)", "Ranks", "Nodes", "of checkpoint", "Tensors that cost most", "covered: "):
+    for words in ("(1.220x)", "Ranks", "Nodes", "of checkpoint", "Tensors that cost most", "exact: one run"):
         assert words in table
+
+
+def test_names_that_look_like_markup_are_shown_as_they_are(invoke, tmp_path):
+    save_file({"[red]a[/]": np.zeros(2, np.float32)}, tmp_path / "model.safetensors")
+    assert "[red]a[/]" in invoke("inspect", tmp_path).stdout
 
 
 def test_plan_says_what_the_api_says(invoke, checkpoint):
