@@ -162,11 +162,10 @@ class ShardedModel:
         try:
             self._loaded.set_result(self._load_all())
         except BaseException as error:
-            if self._is_shut_down:
-                # The ranks' deaths were ordered; they are no failure of theirs.
-                error = ClusterError(_SHUT_DOWN)
+            # After a shutdown the ranks' deaths were ordered; they are no failure of theirs.
+            failure = ClusterError(_SHUT_DOWN) if self._is_shut_down else error
             self.shutdown()
-            self._loaded.set_exception(error)
+            self._loaded.set_exception(failure)
 
     def _load_all(self) -> LoadReport:
         times = [time.perf_counter()]

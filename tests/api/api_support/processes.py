@@ -1,0 +1,93 @@
+"""Rank processes that stay: torch is imported once, and each test gives every rank a function to run."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import signal
+from typing import TYPE_CHECKING, Any, Self
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from multiprocessing.connection import Connection
+
+HANG_SECONDS = 60.0
+
+
+class RankProcesses:
+    """Processes that run importable functions on order; use as a context manager.
+
+    Attributes:
+        pids: Their process ids, in rank order.
+    """
+
+    def __init__(self, num_ranks: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipes: list[Connection] = []
+        self._processes: list[Any] = []
+        for _ in range(num_ranks):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(theirs,), daemon=True)
+            process.start()
+            theirs.close()
+            self._pipes.append(ours)
+            self._processes.append(process)
+        self.pids = [process.pid for process in self._processes]
+        for rank in range(num_ranks):
+            assert self.answer(rank) == "ready"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for pipe, process in zip(self._pipes, self._processes, strict=True):
+            pipe.close()
+            process.join(10)
+            process.kill()
+            process.join()
+
+    def order(self, rank: int, function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+        """Let one rank begin; `answer` waits for its result."""
+        self._pipes[rank].send((function, args, kwargs))
+
+    def answer(self, rank: int) -> Any:
+        """What the rank's function returned, or the error that it raised."""
+        assert self._pipes[rank].poll(HANG_SECONDS), f"rank {rank} does not answer"
+        return self._pipes[rank].recv()
+
+    def run(self, function: Callable[..., Any], per_rank: Sequence[dict[str, Any]]) -> list[Any]:
+        """What the function returned, or raised, on each rank, called with that rank's keywords."""
+        for rank, kwargs in enumerate(per_rank):
+            self.order(rank, function, **kwargs)
+        return [self.answer(rank) for rank in range(len(per_rank))]
+
+
+def _serve(pipe: Connection) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for name in [name for name in os.environ if name.startswith(("RAY_STREAMER_", "AWS_"))]:
+        del os.environ[name]
+    import torch
+
+    torch.set_num_threads(1)
+    import ray_streamer.api.rank  # noqa: F401
+
+    pipe.send("ready")
+    while True:
+        try:
+            function, args, kwargs = pipe.recv()
+        except EOFError:
+            return
+        try:
+            outcome = function(*args, **kwargs)
+        except Exception as error:
+            outcome = _portable(error)
+        pipe.send(outcome)
+
+
+def _portable(error: Exception) -> Exception:
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
