@@ -11,6 +11,7 @@ from safetensors.numpy import save_file
 
 import ray_streamer
 from ray_streamer.report.units import human_bytes
+from ray_streamer.testing.checkpoints import llama_layout, write_checkpoint
 
 
 @pytest.fixture
@@ -35,6 +36,16 @@ def test_inspect_counts(invoke, checkpoint):
     for shares in ("files", "dtypes", "placements"):
         assert sum(share["num_bytes"] for share in found[shares]) == found["checkpoint_bytes"]
         assert sum(share["num_tensors"] for share in found[shares]) == 21
+
+
+def test_inspect_shows_what_the_preset_does_not_place(invoke, tmp_path):
+    layout = llama_layout(256, 1, 8, 4, 1024, 4000)
+    strangers = [("model.adapter.weight", "BF16", (4, 8)), ("model.adapter.scale", "F32", (8,))]
+    write_checkpoint(tmp_path, [*layout.tensors, *strangers], config=layout.config)
+    shares = json.loads(invoke("inspect", tmp_path, "--json").stdout)["placements"]
+    num_tensors = {share["name"]: share["num_tensors"] for share in shares}
+    assert num_tensors["no rule"] == 1
+    assert num_tensors["replicated"] == 3 + 1
 
 
 def test_inspect_knows_no_placements_of_an_unknown_model(invoke, stranger):
@@ -84,6 +95,13 @@ def test_rules_of_the_command_line_lay_tensors_out(invoke, stranger):
     tensors = {tensor["name"]: tensor for tensor in json.loads(result.stdout)["tensors"]}
     assert tensors["a.weight"]["result_shape"] == [4, 6]
     assert tensors["b.weight"]["strategy"] == "replicated"
+
+
+@pytest.mark.parametrize(("rank", "rows"), [(0, 2001), (1, 2000)])
+def test_tensors_are_explained_as_one_rank_sees_them(invoke, checkpoint, rank, rows):
+    result = invoke("plan", checkpoint, "--tp", 2, "--top", 21, "--rank", rank, "--json")
+    shapes = {tensor["name"]: tensor["result_shape"] for tensor in json.loads(result.stdout)["tensors"]}
+    assert shapes["lm_head.weight"] == [rows, 256]
 
 
 def test_a_rank_outside_the_mesh_is_wrong_usage(invoke, checkpoint):
