@@ -127,8 +127,8 @@ class WorkerGroup:
     ) -> list[Any]:
         """Run a method of the workers, on all ranks at once, and wait for all; the first failure wins.
 
-        On a failure, and when this process is interrupted, the other ranks' workers are told to `abort(reason)`, given
-        three seconds to return, and the group is shut down.
+        When one rank fails, the others' workers are told to `abort(reason)`, given three seconds to return, and the
+        group is shut down. When this process is interrupted, the group is shut down at once.
 
         Args:
             method: Name of the worker's method.
@@ -160,8 +160,9 @@ class WorkerGroup:
                 )
                 self._watch(calls, chosen, on_progress)
         except BaseException as error:
-            self._abort(calls, error)
-            if not keep_on_failure:
+            if keep_on_failure:
+                self._abort(calls, error)
+            else:
                 self.shutdown()
             raise
         return [calls.results[rank] for rank in chosen]

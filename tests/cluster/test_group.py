@@ -215,7 +215,7 @@ def test_control_answers_while_a_call_blocks() -> None:
         assert isinstance(caught.value.cause, LoadAbortedError)
 
 
-def test_a_killed_actor_is_named_and_everything_is_torn_down(assert_gone: Check) -> None:
+def test_a_killed_actor_is_named_and_everything_is_torn_down(assert_gone: Check, wait_until: Check) -> None:
     with start(3, num_cpus_per_rank=0.5, strategy="SPREAD") as group:
         nodes = [facts.node for facts in group.facts]
         pids = pids_of(group)
@@ -228,10 +228,10 @@ def test_a_killed_actor_is_named_and_everything_is_torn_down(assert_gone: Check)
 
         with pytest.raises(RankFailedError, match=r"rank 2 on node .* failed: actor died") as caught:
             group.call("block", on_progress=when_all_blocked(group, kill))
-        assert time.monotonic() - killed_at < 4
+        assert time.monotonic() - killed_at < 10
         assert (caught.value.rank, caught.value.node) == (2, nodes[2])
         assert_gone(pids)
-        assert placement_group_states() == {"REMOVED"}
+        wait_until(lambda: placement_group_states() == {"REMOVED"}, 10)
     with start(4) as group:
         assert len(group.call("greet")) == 4
 
@@ -279,7 +279,7 @@ def test_ranks_that_ignore_the_abort_are_torn_down_too(assert_gone: Check) -> No
     started = time.monotonic()
     with pytest.raises(RankFailedError, match=r"rank 1 .* ValueError: mine"):
         group.call("fail_or_ignore_abort", 1)
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 10
     assert_gone(pids)
 
 
@@ -319,15 +319,17 @@ def test_a_forgotten_group_is_torn_down(assert_gone: Check, wait_until: Check) -
     del group
     gc.collect()
     assert_gone(pids)
-    wait_until(lambda: placement_group_states() == {"REMOVED"}, 3)
+    wait_until(lambda: placement_group_states() == {"REMOVED"}, 10)
 
 
 def test_a_rank_that_does_not_start_is_named_and_the_half_started_group_goes(wait_until: Check) -> None:
-    with pytest.raises(StartupTimeoutError, match=r"1 of 2 ranks.* startup_timeout_seconds=4: bundle \d of") as caught:
+    with pytest.raises(
+        StartupTimeoutError, match=r"[12] of 2 ranks.* startup_timeout_seconds=4: bundle \d of"
+    ) as caught:
         start(2, SlowConstructor, timeout=4)
     assert "raise startup_timeout_seconds" in str(caught.value)
-    wait_until(lambda: placement_group_states() == {"REMOVED"}, 3)
-    wait_until(lambda: ray.available_resources().get("CPU") == 4, 5)
+    wait_until(lambda: placement_group_states() == {"REMOVED"}, 10)
+    wait_until(lambda: ray.available_resources().get("CPU") == 4, 10)
 
 
 @pytest.mark.parametrize(

@@ -172,7 +172,7 @@ def test_what_can_never_fit_is_refused_at_once(num_ranks: int, options: dict[str
     started = time.monotonic()
     with pytest.raises(ClusterError, match=message) as caught:
         start(num_ranks, **options)
-    assert time.monotonic() - started < 1
+    assert time.monotonic() - started < 5
     assert "wait_for_nodes=True" in str(caught.value)
     assert not isinstance(caught.value, StartupTimeoutError)
 

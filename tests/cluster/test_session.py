@@ -39,7 +39,7 @@ def test_an_address_that_does_not_answer_is_refused_at_once(dead_address: str) -
     started = time.monotonic()
     with pytest.raises(ClusterError, match=f"no Ray cluster answers at address='{dead_address}'.*host:port"):
         connect(dead_address)
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 10
     assert not ray.is_initialized()
 
 
