@@ -140,6 +140,8 @@ def _stream(
             yield item
     finally:
         load.abort(LoadAbortedError(f"the caller of rank {membership.rank} stopped taking tensors"))
+        # Before the threads are waited for: it wakes those that wait for a network.
+        storage.close()
         thread.join()
     report = arguments.get("on_statistics")
     if report is not None:

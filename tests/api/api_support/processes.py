@@ -22,11 +22,11 @@ class RankProcesses:
         pids: Their process ids, in rank order.
     """
 
-    def __init__(self, num_ranks: int) -> None:
+    def __init__(self, num_processes: int) -> None:
         context = multiprocessing.get_context("spawn")
         self._pipes: list[Connection] = []
         self._processes: list[Any] = []
-        for _ in range(num_ranks):
+        for _ in range(num_processes):
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(theirs,), daemon=True)
             process.start()
@@ -34,8 +34,8 @@ class RankProcesses:
             self._pipes.append(ours)
             self._processes.append(process)
         self.pids = [process.pid for process in self._processes]
-        for rank in range(num_ranks):
-            assert self.answer(rank) == "ready"
+        for number in range(num_processes):
+            assert self.answer(number) == "ready"
 
     def __enter__(self) -> Self:
         return self
@@ -47,20 +47,22 @@ class RankProcesses:
             process.kill()
             process.join()
 
-    def order(self, rank: int, function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
-        """Let one rank begin; `answer` waits for its result."""
-        self._pipes[rank].send((function, args, kwargs))
+    def order(
+        self, process: int, function: Callable[..., Any], /, *, environment: dict[str, str] | None = None, **kwargs: Any
+    ) -> None:
+        """Let one process call a function with these variables in its environment; `answer` waits for the result."""
+        self._pipes[process].send((function, kwargs, environment or {}))
 
-    def answer(self, rank: int) -> Any:
-        """What the rank's function returned, or the error that it raised."""
-        assert self._pipes[rank].poll(HANG_SECONDS), f"rank {rank} does not answer"
-        return self._pipes[rank].recv()
+    def answer(self, process: int) -> Any:
+        """What the function returned, or the error that it raised."""
+        assert self._pipes[process].poll(HANG_SECONDS), f"process {process} does not answer"
+        return self._pipes[process].recv()
 
     def run(self, function: Callable[..., Any], per_rank: Sequence[dict[str, Any]]) -> list[Any]:
-        """What the function returned, or raised, on each rank, called with that rank's keywords."""
-        for rank, kwargs in enumerate(per_rank):
-            self.order(rank, function, **kwargs)
-        return [self.answer(rank) for rank in range(len(per_rank))]
+        """What the function returned, or raised, in each process, each called with keywords of its own."""
+        for process, kwargs in enumerate(per_rank):
+            self.order(process, function, **kwargs)
+        return [self.answer(process) for process in range(len(per_rank))]
 
 
 def _serve(pipe: Connection) -> None:
@@ -75,13 +77,16 @@ def _serve(pipe: Connection) -> None:
     pipe.send("ready")
     while True:
         try:
-            function, args, kwargs = pipe.recv()
+            function, kwargs, environment = pipe.recv()
         except EOFError:
             return
+        os.environ.update(environment)
         try:
-            outcome = function(*args, **kwargs)
+            outcome = function(**kwargs)
         except Exception as error:
             outcome = _portable(error)
+        for name in environment:
+            del os.environ[name]
         pipe.send(outcome)
 
 

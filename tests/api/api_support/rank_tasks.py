@@ -1,0 +1,123 @@
+"""What rank processes do on order; every function runs in a process of its own and gives back small values."""
+
+from __future__ import annotations
+
+import gc
+import os
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import ray_streamer
+from api_support import oracle
+from ray_streamer.errors import DeviceError
+
+
+def load(uri: str, folder: str, *, tp_index: int, **arguments: Any) -> list[str]:
+    """Load and compare; gives the names of wrong tensors."""
+    tensors = ray_streamer.load_rank(uri, **arguments)
+    return oracle.faults(tensors, folder, tp_index=tp_index, tp=arguments.get("tp", 2))
+
+
+def load_in_process_group(uri: str, folder: str, *, store: str, rank: int, world_size: int, **arguments: Any) -> Any:
+    """Load twice as a member of a torch.distributed process group; gives both times the names of wrong tensors."""
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
+    try:
+        return [
+            oracle.faults(ray_streamer.load_rank(uri, **arguments), folder, tp_index=rank, tp=world_size)
+            for _ in range(2)
+        ]
+    finally:
+        dist.destroy_process_group()
+
+
+def load_into_own_memory(uri: str, folder: str, *, rank: int, names: list[str], **arguments: Any) -> dict[str, bool]:
+    """Load some tensors into memory of the caller's; gives what holds afterwards."""
+    plan = ray_streamer.plan(uri, arguments["world_size"])
+    out = {}
+    for name in names:
+        position = plan.index.position(name)
+        shape = plan.slice_of(position, rank).shape
+        out[name] = torch.full(shape, 1, dtype=getattr(torch, plan.index.dtype_of(position).torch_name))
+    statistics: list[Any] = []
+    tensors = ray_streamer.load_rank(uri, rank=rank, out=out, on_statistics=statistics.append, **arguments)
+    return {
+        "right": not oracle.faults(tensors, folder, tp_index=rank, tp=arguments["world_size"]),
+        "same tensors": all(tensors[name] is out[name] for name in names),
+        "statistics": [each.rank for each in statistics] == [rank]
+        and statistics[0].bytes_delivered == sum(tensor.nbytes for tensor in tensors.values()),
+    }
+
+
+def stream(uri: str, folder: str, *, rank: int, **arguments: Any) -> dict[str, Any]:
+    """Take every tensor, each compared as it comes; gives the names in order and those that were wrong by then."""
+    names, wrong = [], []
+    for name, tensor in ray_streamer.stream_rank(uri, rank=rank, **arguments):
+        names.append(name)
+        if name in oracle.faults({name: tensor}, folder, tp_index=rank, tp=arguments["world_size"]):
+            wrong.append(name)
+    return {"names": names, "wrong": wrong}
+
+
+def stream_all(uri: str, **arguments: Any) -> list[str]:
+    """Take every tensor; gives their names."""
+    return [name for name, _ in ray_streamer.stream_rank(uri, **arguments)]
+
+
+def stream_one_and_close(uri: str, *, gate: str, **arguments: Any) -> dict[str, Any]:
+    """Take one tensor and no more; gives what this process had before, during and after, and the seconds of closing."""
+    before = possessions()
+    stream = ray_streamer.stream_rank(uri, **arguments)
+    name, _ = next(stream)
+    wait_at(gate)
+    during = possessions()
+    started = time.monotonic()
+    stream.close()
+    seconds = time.monotonic() - started
+    return {"name": name, "before": before, "during": during, "after": possessions(), "seconds": seconds}
+
+
+def stream_one_and_raise(uri: str, *, gate: str, **arguments: Any) -> None:
+    """Take one tensor and fail in the loop."""
+    for name, _ in ray_streamer.stream_rank(uri, **arguments):
+        wait_at(gate)
+        raise LookupError(f"no place for {name}")
+
+
+def wait_at(gate: str) -> None:
+    """Wait until the test opens this pipe."""
+    with open(gate) as pipe:
+        pipe.read()
+
+
+def load_with_wrong_out(uri: str, **arguments: Any) -> tuple[str, list[str]]:
+    """Fail before anything is read; gives the message, and what is left of the load."""
+    before = possessions()
+    try:
+        ray_streamer.load_rank(uri, out={"model.norm.weight": torch.empty(3)}, **arguments)
+    except DeviceError as error:
+        message = str(error)
+    return message, sorted(set(possessions()) - set(before))
+
+
+def possessions() -> list[str]:
+    """Threads of the package, its arenas and sockets, and the shard files that are open, in this process."""
+    gc.collect()
+    threads = [thread.name for thread in threading.enumerate() if thread.name.startswith("ray_streamer")]
+    maps = [
+        line.split()[5] for line in Path("/proc/self/maps").read_text().splitlines() if "ray_streamer-arena" in line
+    ]
+    files = []
+    for fd in os.listdir("/proc/self/fd"):
+        try:
+            target = os.readlink(f"/proc/self/fd/{fd}")
+        except FileNotFoundError:
+            continue
+        if target.startswith(("socket:", "/memfd:ray_streamer")) or target.endswith(".safetensors"):
+            files.append(target)
+    return sorted([*threads, *maps, *files])

@@ -1,0 +1,301 @@
+"""`load_rank` and `stream_rank` in processes that Ray knows nothing of."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import signal
+import time
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from api_support import oracle, rank_tasks
+from api_support.processes import RankProcesses
+
+import ray_streamer
+from ray_streamer.errors import (
+    ClusterError,
+    DeviceError,
+    ObjectMissingError,
+    RankFailedError,
+    SettingsError,
+    StartupTimeoutError,
+)
+from ray_streamer.testing.faults import Fault, FaultProxy
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+READ_TIMEOUT_SECONDS = 6.0
+
+STALLED = [
+    pytest.param(0, READ_TIMEOUT_SECONDS / 2, id="while-the-failed-rank-waits-for-the-network"),
+    # A rank hears of it when its own read returns.
+    pytest.param(1, READ_TIMEOUT_SECONDS * 2, id="while-the-other-rank-waits-for-the-network"),
+]
+"""Which of two ranks waits for a body that does not come, and how long the other's failure may take to be told."""
+
+NAMES = ["model.embed_tokens.weight", "model.layers.0.self_attn.o_proj.weight", "model.norm.weight", "model.scale"]
+
+
+@pytest.fixture(params=["page-cache", "reads"])
+def settings(request: pytest.FixtureRequest) -> ray_streamer.Settings:
+    return ray_streamer.Settings(
+        page_cache="on" if request.param == "page-cache" else "off",
+        memory_limit=1 << 20,
+        concurrency=3,
+        startup_timeout_seconds=30,
+    )
+
+
+@pytest.fixture
+def numbered() -> list[dict[str, Any]]:
+    """The arguments by which two processes become ranks of one load."""
+    session = secrets.token_hex(8)
+    return [{"rank": rank, "world_size": 2, "session": session} for rank in range(2)]
+
+
+def launched(*, local_world_size: int = 2) -> list[dict[str, str]]:
+    """What torchrun puts into the environment of two processes."""
+    return [
+        {
+            "RANK": str(rank),
+            "WORLD_SIZE": "2",
+            "LOCAL_RANK": str(rank % local_world_size),
+            "LOCAL_WORLD_SIZE": str(local_world_size),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": "29511",
+        }
+        for rank in range(2)
+    ]
+
+
+def test_ranks_from_the_environment_of_a_launcher(
+    pair: RankProcesses, checkpoint: Any, settings: ray_streamer.Settings
+) -> None:
+    common = {"uri": checkpoint.uri, "folder": checkpoint.uri, "settings": settings}
+    ranks = [{"environment": launched()[rank], "tp_index": rank, **common} for rank in range(2)]
+    assert pair.run(rank_tasks.load, ranks) == [[], []]
+    # The second load of the same processes is a session of its own.
+    assert pair.run(rank_tasks.load, ranks) == [[], []]
+
+
+def test_two_nodes_that_share_a_machine_stay_apart(pair: RankProcesses, checkpoint: Any) -> None:
+    environments = launched(local_world_size=1)
+    common = {"uri": checkpoint.uri, "folder": checkpoint.uri}
+    ranks = [{"environment": environments[rank], "tp_index": rank, **common} for rank in range(2)]
+    assert pair.run(rank_tasks.load, ranks) == [[], []]
+
+
+def test_ranks_from_arguments(
+    pair: RankProcesses, checkpoint: Any, settings: ray_streamer.Settings, numbered: list[dict[str, Any]]
+) -> None:
+    common = {"uri": checkpoint.uri, "folder": checkpoint.uri, "settings": settings}
+    ranks = [{"tp_index": rank, **numbered[rank], **common} for rank in range(2)]
+    assert pair.run(rank_tasks.load, ranks) == [[], []]
+
+
+def test_replicas(pair: RankProcesses, checkpoint: Any, numbered: list[dict[str, Any]]) -> None:
+    ranks = [{"uri": checkpoint.uri, "folder": checkpoint.uri, "tp": 1, "tp_index": 0, **each} for each in numbered]
+    assert pair.run(rank_tasks.load, ranks) == [[], []]
+
+
+def test_ranks_from_a_process_group(pair: RankProcesses, checkpoint: Any, tmp_path: Path) -> None:
+    common = {"uri": checkpoint.uri, "folder": checkpoint.uri, "store": str(tmp_path / "store"), "world_size": 2}
+    ranks = [{"rank": rank, **common} for rank in range(2)]
+    assert pair.run(rank_tasks.load_in_process_group, ranks) == [[[], []], [[], []]]
+
+
+def test_a_process_group_meets_the_planning_error_of_its_first_rank(pair: RankProcesses, tmp_path: Path) -> None:
+    common = {"uri": str(tmp_path / "nothing"), "folder": "", "store": str(tmp_path / "store"), "world_size": 2}
+    errors = pair.run(rank_tasks.load_in_process_group, [{"rank": rank, **common} for rank in range(2)])
+    assert [type(error) for error in errors] == [ObjectMissingError] * 2
+    assert all("nothing" in str(error) for error in errors)
+
+
+def test_a_world_of_one(checkpoint: Any) -> None:
+    assert oracle.faults(ray_streamer.load_rank(checkpoint.uri), checkpoint.uri) == []
+    streamed = dict(ray_streamer.stream_rank(checkpoint.uri, settings=ray_streamer.Settings(page_cache="off")))
+    assert oracle.faults(streamed, checkpoint.uri) == []
+
+
+def test_tensors_land_in_memory_of_the_caller(
+    pair: RankProcesses, checkpoint: Any, settings: ray_streamer.Settings, numbered: list[dict[str, Any]]
+) -> None:
+    common = {"uri": checkpoint.uri, "folder": checkpoint.uri, "names": NAMES, "settings": settings}
+    holds = {"right": True, "same tensors": True, "statistics": True}
+    assert pair.run(rank_tasks.load_into_own_memory, [each | common for each in numbered]) == [holds, holds]
+
+
+def test_memory_of_the_caller_that_does_not_fit_leaves_nothing(pair: RankProcesses, checkpoint: Any) -> None:
+    pair.order(0, rank_tasks.load_with_wrong_out, uri=checkpoint.uri)
+    message, left = pair.answer(0)
+    assert "out['model.norm.weight'] on rank 0 must have shape (256,) and dtype torch.bfloat16, got (3,)" in message
+    assert left == []
+
+
+def test_a_stream_gives_each_tensor_once_and_complete(
+    pair: RankProcesses, checkpoint: Any, settings: ray_streamer.Settings, numbered: list[dict[str, Any]]
+) -> None:
+    common = {"uri": checkpoint.uri, "folder": checkpoint.uri, "settings": settings}
+    for streamed in pair.run(rank_tasks.stream, [each | common for each in numbered]):
+        assert Counter(streamed["names"]) == Counter(checkpoint.names)
+        assert streamed["wrong"] == []
+
+
+class Endless:
+    """A checkpoint of which one body never ends, so that no rank can be done.
+
+    Attributes:
+        gate: A pipe at which ranks wait until `stalled`.
+    """
+
+    def __init__(self, server: Any, uri: str, proxy: FaultProxy, gate: str) -> None:
+        self._server, self._uri, self._proxy = server, uri, proxy
+        self.gate = gate
+
+    def arguments(self, *, is_stalled: bool) -> dict[str, Any]:
+        """What a rank is given, one that waits for that body or one whose reads all succeed."""
+        endpoint_url = self._proxy.url if is_stalled else self._server.endpoint_url
+        settings = ray_streamer.Settings(
+            s3_endpoint_url=endpoint_url, concurrency=2, memory_limit=1 << 20, read_timeout_seconds=READ_TIMEOUT_SECONDS
+        )
+        if is_stalled:
+            ray_streamer.plan(self._uri, settings=settings)
+            # The rank reads the headers and one block, and then waits for the second one.
+            self._proxy.fail_next(*[Fault()] * (len(self._proxy.ranges) + 1), Fault(body_bytes=1000, end="stall"))
+        return {"uri": self._uri, "settings": settings, "environment": self._server.environment()}
+
+    def wait_until_stalled(self) -> None:
+        self._proxy.wait_until_stalled()
+
+    def open_gate(self) -> None:
+        """Let whoever waits at the gate go on, when the load is in its middle."""
+        self.wait_until_stalled()
+        with open(self.gate, "w"):
+            pass
+
+
+@pytest.fixture
+def endless(checkpoint: Any, s3_credentials: Any, tmp_path: Path) -> Iterator[Endless]:
+    uri = s3_credentials.upload_folder(checkpoint.folder, "endless")
+    os.mkfifo(tmp_path / "gate")
+    with FaultProxy(s3_credentials.endpoint_url) as proxy:
+        yield Endless(s3_credentials, uri, proxy, str(tmp_path / "gate"))
+
+
+def test_a_stream_that_is_closed_early_leaves_nothing(pair: RankProcesses, checkpoint: Any, endless: Endless) -> None:
+    pair.order(0, rank_tasks.stream_one_and_close, gate=endless.gate, **endless.arguments(is_stalled=True))
+    endless.open_gate()
+    closed = pair.answer(0)
+    assert closed["name"] in checkpoint.names
+    assert [name for name in closed["during"] if name.startswith("ray_streamer-0-read")]
+    assert closed["after"] == closed["before"]
+    assert closed["seconds"] < READ_TIMEOUT_SECONDS / 2
+
+
+@pytest.mark.parametrize(("stalled", "max_seconds"), STALLED)
+def test_a_rank_that_fails_in_its_loop_is_named_by_the_other(
+    pair: RankProcesses, endless: Endless, numbered: list[dict[str, Any]], stalled: int, max_seconds: float
+) -> None:
+    arguments = [each | endless.arguments(is_stalled=rank == stalled) for rank, each in enumerate(numbered)]
+    pair.order(0, rank_tasks.stream_one_and_raise, gate=endless.gate, **arguments[0])
+    pair.order(1, rank_tasks.stream_all, **arguments[1])
+    endless.open_gate()
+    started = time.monotonic()
+    assert type(pair.answer(0)) is LookupError
+    told = pair.answer(1)
+    assert time.monotonic() - started < max_seconds
+    assert type(told) is RankFailedError
+    assert told.rank == 0
+    assert "the caller of rank 0 stopped taking tensors" in str(told)
+
+
+@pytest.mark.parametrize(("stalled", "max_seconds"), STALLED)
+def test_a_rank_that_is_killed_is_named_by_the_other(
+    pair: RankProcesses, endless: Endless, numbered: list[dict[str, Any]], stalled: int, max_seconds: float
+) -> None:
+    arguments = [each | endless.arguments(is_stalled=rank == stalled) for rank, each in enumerate(numbered)]
+    with RankProcesses(1) as victim:
+        victim.order(0, rank_tasks.stream_all, **arguments[0])
+        pair.order(1, rank_tasks.stream_all, **arguments[1])
+        endless.wait_until_stalled()
+        os.kill(victim.pids[0], signal.SIGKILL)
+        started = time.monotonic()
+        told = pair.answer(1)
+    assert time.monotonic() - started < max_seconds
+    assert type(told) is RankFailedError
+    assert told.rank == 0
+
+
+def test_a_rank_that_does_not_come_is_named(checkpoint: Any) -> None:
+    settings = ray_streamer.Settings(startup_timeout_seconds=0.2)
+    with pytest.raises(StartupTimeoutError, match=r"ranks \[1\] .* startup_timeout_seconds=0\.2"):
+        ray_streamer.load_rank(checkpoint.uri, rank=0, world_size=2, session=secrets.token_hex(8), settings=settings)
+
+
+def test_ranks_with_different_plans_are_told_apart(
+    pair: RankProcesses, checkpoint: Any, numbered: list[dict[str, Any]]
+) -> None:
+    common = {"uri": checkpoint.uri, "folder": checkpoint.uri, "tp_index": 0}
+    ranks = [
+        numbered[rank] | common | {"settings": ray_streamer.Settings(block_bytes=size, startup_timeout_seconds=20)}
+        for rank, size in enumerate((64 << 10, 32 << 10))
+    ]
+    for error in pair.run(rank_tasks.load, ranks):
+        assert isinstance(error, ClusterError)
+        assert "give every rank the same uri, rules and limits" in str(error)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        pytest.param({"rank": 0}, "give rank and world_size, or neither", id="rank-alone"),
+        pytest.param({"world_size": 2}, "give rank and world_size, or neither", id="world-size-alone"),
+        pytest.param({"rank": 0, "world_size": 2}, "give session", id="no-session"),
+        pytest.param({"rank": 2, "world_size": 2, "session": "s"}, "rank=2 world_size=2", id="rank-out-of-range"),
+        pytest.param({"rank": -1, "world_size": 2, "session": "s"}, "rank=-1", id="negative-rank"),
+        pytest.param(
+            {"rank": 0, "world_size": 3, "local_world_size": 2, "session": "s"},
+            "local_world_size=2",
+            id="nodes-of-different-sizes",
+        ),
+        pytest.param(
+            {"rank": 0, "world_size": 2, "local_world_size": 0, "session": "s"}, "local_world_size=0", id="empty-nodes"
+        ),
+        pytest.param({"rank": 0, "world_size": 1, "tp": 2}, "tp=2 does not divide the 1 ranks", id="tp-too-large"),
+        pytest.param({"rank": 0, "world_size": 1, "tp": 0}, "tp=0 does not divide", id="tp-zero"),
+    ],
+)
+def test_a_place_that_cannot_be(checkpoint: Any, arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(SettingsError, match=message):
+        ray_streamer.load_rank(checkpoint.uri, **arguments)
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        pytest.param({"RANK": "0"}, id="no-world-size"),
+        pytest.param({"WORLD_SIZE": "2"}, id="no-rank"),
+        pytest.param({"RANK": "zero", "WORLD_SIZE": "2"}, id="no-number"),
+    ],
+)
+def test_an_environment_that_says_half(
+    checkpoint: Any, environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SettingsError, match="RANK, WORLD_SIZE and LOCAL_WORLD_SIZE must be whole numbers, all or none"):
+        ray_streamer.load_rank(checkpoint.uri)
+
+
+def test_arguments_that_do_not_exist_are_not_ignored(checkpoint: Any) -> None:
+    with pytest.raises(TypeError, match=r"unknown arguments \['memory_limit'\]"):
+        ray_streamer.load_rank(checkpoint.uri, memory_limit=1 << 20)
+
+
+def test_a_device_that_does_not_exist(checkpoint: Any) -> None:
+    with pytest.raises(DeviceError, match="'tpu' is not supported"):
+        ray_streamer.load_rank(checkpoint.uri, device="tpu")
