@@ -15,8 +15,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import threading
-import traceback
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -27,14 +25,15 @@ from ray_streamer.planning.limits import AS_MUCH_AS_USEFUL
 from ray_streamer.planning.rank_plan import Block, Piece, RankPlan
 from ray_streamer.rank.inbox import Announced, Inbox
 from ray_streamer.rank.neighbourhood import Neighbourhood
+from ray_streamer.rank.remains import clear_frames
 from ray_streamer.rank.statistics import Counters, RankStatistics
 from ray_streamer.stream.arena import Arena
+from ray_streamer.stream.countdown import Countdown
 from ray_streamer.stream.stop import StopSignal
 from ray_streamer.stream.threads import TaskThreads
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
-    from types import FrameType
 
     import torch
     from numpy.typing import NDArray
@@ -87,9 +86,7 @@ class RankLoad:
         self._neighbours = Neighbourhood([], None)
         self._views: dict[int, NDArray[np.uint8]] = {}
         self._counters = Counters()
-        self._num_left = 0
-        self._left = threading.Condition()
-        self._stop.on_set(self._wake)
+        self._blocks_left = Countdown(self._stop)
 
     def run(self) -> dict[str, torch.Tensor]:
         """Loads this rank's tensors.
@@ -109,7 +106,7 @@ class RankLoad:
                 self._stream_and_give_back()
             tensors = self._results.tensors()
         except BaseException as error:
-            _clear_frames(error)
+            clear_frames(error)
             raise
         finally:
             self._results.forget()
@@ -201,20 +198,14 @@ class RankLoad:
         own_reads = reads[~np.isin(self._mine.files_of(reads), viewed)].tolist()
         num_copies = int((is_viewed | is_announced).sum())
         self._inbox.open(taken[is_viewed].tolist(), int(is_announced.sum()))
-        self._num_left = len(own_reads) + num_copies
+        self._blocks_left.start(len(own_reads) + num_copies)
         num_copiers = min(num_copies, MAX_COPIERS, max(1, len(os.sched_getaffinity(0)) // len(self._mine.neighbours)))
         num_readers = min(len(own_reads), self._options.concurrency)
         name = f"ray_streamer-{self._mine.rank}"
         readers = TaskThreads(f"{name}-read", num_readers, own_reads, self._read, self._stop)
         copiers = TaskThreads(f"{name}-copy", num_copiers, self._inbox, self._take, self._stop)
         with readers, copiers:
-            self._wait_for_blocks()
-
-    def _wait_for_blocks(self) -> None:
-        with self._left:
-            while self._num_left:
-                self._stop.check()
-                self._left.wait()
+            self._blocks_left.wait()
 
     def _read(self, number: int) -> None:
         """Reads one block of this rank and delivers it."""
@@ -284,14 +275,7 @@ class RankLoad:
     def _settle(self, pieces: list[Piece]) -> None:
         """One block less to wait for."""
         self._results.settle(pieces)
-        with self._left:
-            self._num_left -= 1
-            if not self._num_left:
-                self._left.notify_all()
-
-    def _wake(self) -> None:
-        with self._left:
-            self._left.notify_all()
+        self._blocks_left.count()
 
     def _log(self) -> None:
         statistics = self.statistics()
@@ -303,21 +287,6 @@ class RankLoad:
             statistics.num_requests,
             sum(statistics.seconds.values()),
         )
-
-
-def _clear_frames(error: BaseException | None) -> None:
-    """Drops what the ended calls held: their views would keep arenas mapped for as long as somebody keeps the error."""
-    while error is not None:
-        for frame, _ in traceback.walk_tb(error.__traceback__):
-            _clear_with_callers(frame)
-        error = error.__cause__ or error.__context__
-
-
-def _clear_with_callers(frame: FrameType | None) -> None:
-    while frame is not None:
-        with contextlib.suppress(RuntimeError):  # it runs still
-            frame.clear()
-        frame = frame.f_back
 
 
 def _cpu_seconds() -> float:

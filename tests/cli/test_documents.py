@@ -88,7 +88,7 @@ def test_the_settings_page_is_not_stale():
 def test_the_cluster_file_follows_rays_schema():
     ray_folder = Path(importlib.util.find_spec("ray").origin).parent
     schema = json.loads((ray_folder / "autoscaler" / "ray-schema.json").read_text())
-    cluster = yaml.safe_load((ROOT / "examples" / "cluster.yaml").read_text())
+    cluster = yaml.safe_load((ROOT / "cluster.yaml").read_text())
     validate(cluster, schema)
     assert cluster["head_node_type"] in cluster["available_node_types"]
     workers = [node for name, node in cluster["available_node_types"].items() if name != cluster["head_node_type"]]

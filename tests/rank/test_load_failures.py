@@ -22,6 +22,7 @@ from ray_streamer.errors import (
 from ray_streamer.planning.topology import Topology
 from ray_streamer.sharding.slices import TensorSlice
 from ray_streamer.stream.arena import Arena
+from ray_streamer.stream.countdown import Countdown
 
 if TYPE_CHECKING:
     import torch
@@ -331,7 +332,7 @@ def test_an_interrupt_ends_the_load_at_once(ranks, shared_plan, monkeypatch):
     def interrupt(self) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(type(running.loads[0]), "_wait_for_blocks", interrupt)
+    monkeypatch.setattr(Countdown, "wait", interrupt)
     # Without the signal the only reader would wait for ever: somebody else holds the only slot.
     monkeypatch.setattr(Arena, "__enter__", _enter_and_take_the_only_slot(Arena.__enter__))
     (outcome,) = running.start().join()
