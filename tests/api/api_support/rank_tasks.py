@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import os
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 import ray_streamer
 from api_support import oracle
 from ray_streamer.errors import DeviceError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 
 def load(uri: str, folder: str, *, tp_index: int, **arguments: Any) -> list[str]:
@@ -38,12 +42,7 @@ def load_in_process_group(uri: str, folder: str, *, store: str, rank: int, world
 
 def load_into_own_memory(uri: str, folder: str, *, rank: int, names: list[str], **arguments: Any) -> dict[str, bool]:
     """Load some tensors into memory of the caller's; gives what holds afterwards."""
-    plan = ray_streamer.plan(uri, arguments["world_size"])
-    out = {}
-    for name in names:
-        position = plan.index.position(name)
-        shape = plan.slice_of(position, rank).shape
-        out[name] = torch.full(shape, 1, dtype=getattr(torch, plan.index.dtype_of(position).torch_name))
+    out = own_tensors(uri, rank=rank, world_size=arguments["world_size"], names=names)
     statistics: list[Any] = []
     tensors = ray_streamer.load_rank(uri, rank=rank, out=out, on_statistics=statistics.append, **arguments)
     return {
@@ -52,6 +51,45 @@ def load_into_own_memory(uri: str, folder: str, *, rank: int, names: list[str], 
         "statistics": [each.rank for each in statistics] == [rank]
         and statistics[0].bytes_delivered == sum(tensor.nbytes for tensor in tensors.values()),
     }
+
+
+def own_tensors(uri: str, *, rank: int, world_size: int, names: Iterable[str] | None = None) -> dict[str, torch.Tensor]:
+    """Tensors of ones, shaped like what the rank will hold."""
+    plan = ray_streamer.plan(uri, world_size)
+    tensors: dict[str, torch.Tensor] = {}
+    for name in plan.index.names if names is None else names:
+        position = plan.index.position(name)
+        held = plan.slice_of(position, rank)
+        if held is not None:
+            tensors[name] = torch.ones(held.shape, dtype=getattr(torch, plan.index.dtype_of(position).torch_name))
+    return tensors
+
+
+_M_MMAP_THRESHOLD = -3
+
+_held: dict[str, torch.Tensor] = {}
+
+
+def hold_own_tensors(uri: str, *, rank: int, world_size: int) -> None:
+    """Hold memory for all tensors of this rank, touched."""
+    _held.update(own_tensors(uri, rank=rank, world_size=world_size))
+
+
+def load_into_held(uri: str, **arguments: Any) -> Any:
+    """Load into what is held, or into fresh tensors that are held then; gives this rank's statistics."""
+    statistics: list[Any] = []
+    _held.update(ray_streamer.load_rank(uri, out=dict(_held), on_statistics=statistics.append, **arguments))
+    return statistics[0]
+
+
+def free() -> None:
+    """Hold nothing, and give back to the system what is free, now and whenever a tensor goes."""
+    _held.clear()
+    gc.collect()
+    libc = ctypes.CDLL(None)
+    # Without a fixed threshold, glibc learns to keep large pieces for itself.
+    libc.mallopt(_M_MMAP_THRESHOLD, 128 << 10)
+    libc.malloc_trim(0)
 
 
 def stream(uri: str, folder: str, *, rank: int, **arguments: Any) -> dict[str, Any]:

@@ -1,0 +1,119 @@
+"""Staging memory is what the user allowed, seen from outside of the ranks, whatever the size of the checkpoint.
+
+While ranks load, what the kernel counts for their processes is sampled: anonymous memory, and shared memory that they map,
+whether it was touched or not. What comes on top of the tensors is staging and overhead.
+"""
+
+from __future__ import annotations
+
+import secrets
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import pytest
+from api_support import rank_tasks
+
+import ray_streamer
+from ray_streamer.testing.checkpoints import write_checkpoint
+from ray_streamer.testing.layouts import llama_layout
+
+if TYPE_CHECKING:
+    from api_support.processes import RankProcesses
+
+MIB = 1 << 20
+SLACK_BYTES = 4 * MIB
+"""What a rank may need beside staging: threads, plan, buffers of the interpreter. It does not depend on the checkpoint."""
+
+
+class PeakMemory:
+    """Samples the memory of processes for the length of a `with` block.
+
+    Attributes:
+        baseline_bytes: At the beginning.
+        peak_bytes: The most that was seen.
+    """
+
+    def __init__(self, pids: list[int]) -> None:
+        self._pids = pids
+        self._is_over = threading.Event()
+        self._thread = threading.Thread(target=self._sample)
+        self.baseline_bytes = self.peak_bytes = self.now()
+
+    def now(self) -> int:
+        """Anonymous bytes of all the processes, and the size of every piece of shared memory that one of them maps."""
+        return sum(map(_anonymous_bytes, self._pids)) + sum(_shared_bytes(self._pids).values())
+
+    def _sample(self) -> None:
+        while not self._is_over.wait(0.002):
+            self.peak_bytes = max(self.peak_bytes, self.now())
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._is_over.set()
+        self._thread.join()
+
+
+def _anonymous_bytes(pid: int) -> int:
+    (line,) = [line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("RssAnon:")]
+    return int(line.split()[1]) << 10
+
+
+def _shared_bytes(pids: list[int]) -> dict[str, int]:
+    """Size of each mapped piece of shared memory by its inode, however many processes map it."""
+    sizes: dict[str, int] = {}
+    for pid in pids:
+        for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
+            addresses, _, _, _, inode, *path = line.split(maxsplit=5)
+            if path and path[0].startswith(("/memfd:", "/dev/shm/", "/dev/zero", "/SYSV")):
+                start, stop = (int(address, 16) for address in addresses.split("-"))
+                sizes[inode] = max(stop - start, sizes.get(inode, 0))
+    return sizes
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Two of one shape, of 61 and 196 MiB."""
+    uris = {}
+    for name, layers in (("small", 2), ("large", 8)):
+        layout = llama_layout(hidden=1024, layers=layers, heads=16, kv_heads=8, intermediate=2816, vocab=4001)
+        folder = write_checkpoint(tmp_path_factory.mktemp(name), layout.tensors, num_files=2, config=layout.config)
+        uris[name] = str(folder)
+    return uris
+
+
+def measure(
+    pair: RankProcesses, uri: str, settings: ray_streamer.Settings, *, own_memory: bool
+) -> tuple[int, list[Any]]:
+    """Bytes that both ranks together needed on top of their tensors, and each rank's statistics."""
+    places = [{"uri": uri, "rank": rank, "world_size": 2} for rank in range(2)]
+    session = {"settings": settings, "session": secrets.token_hex(8)}
+    pair.run(rank_tasks.free, [{}, {}])
+    if own_memory:
+        pair.run(rank_tasks.hold_own_tensors, places)
+    with PeakMemory(pair.pids) as memory:
+        statistics = pair.run(rank_tasks.load_into_held, [place | session for place in places])
+    tensor_bytes = 0 if own_memory else sum(rank.bytes_delivered for rank in statistics)
+    assert memory.now() - memory.baseline_bytes <= tensor_bytes + 2 * SLACK_BYTES
+    pair.run(rank_tasks.free, [{}, {}])
+    return memory.peak_bytes - memory.baseline_bytes - tensor_bytes, statistics
+
+
+@pytest.mark.parametrize("own_memory", [pytest.param(True, id="own-memory"), pytest.param(False, id="fresh-tensors")])
+@pytest.mark.parametrize("limit_bytes", [4 * MIB, 32 * MIB])
+def test_staging_is_what_was_allowed_whatever_the_checkpoint(
+    pair: RankProcesses, checkpoints: dict[str, str], limit_bytes: int, own_memory: bool
+) -> None:
+    settings = ray_streamer.Settings(page_cache="off", memory_limit=limit_bytes, concurrency=8)
+    for uri in checkpoints.values():
+        extra_bytes, statistics = measure(pair, uri, settings, own_memory=own_memory)
+        for rank in statistics:
+            assert rank.memory_limit == limit_bytes
+            assert limit_bytes // 2 <= rank.peak_staging_bytes <= limit_bytes
+        # Both arenas, each once, and an overhead that is the same for both checkpoints.
+        assert extra_bytes <= 2 * (limit_bytes + SLACK_BYTES)
+        # What was measured does contain the arenas; fresh tensors fill up while the arenas go.
+        assert extra_bytes >= 2 * limit_bytes or not own_memory
