@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 import threading
 from collections import Counter
 
@@ -11,7 +12,14 @@ import pytest
 
 from ray_streamer.errors import RankFailedError
 from ray_streamer.exchange.hub import Hub
-from ray_streamer.exchange.messages import Failure, Kind, encode_failure, encode_numbers
+from ray_streamer.exchange.messages import (
+    MAX_MESSAGE_BYTES,
+    Failure,
+    Kind,
+    decode_numbers,
+    encode_failure,
+    encode_numbers,
+)
 from ray_streamer.stream.stop import StopSignal
 
 SECONDS = 30.0
@@ -67,7 +75,7 @@ def pair(linked):
     ends: list[End] = []
     num_descriptors = len(os.listdir("/proc/self/fd"))
     yield connect
-    closing = [threading.Thread(target=end.hub.close) for end in ends]
+    closing = [threading.Thread(target=end.hub.close, daemon=True) for end in ends]
     for thread in closing:
         thread.start()
     for thread in closing:
@@ -86,7 +94,7 @@ def _finish_together(*ends: End) -> list[BaseException | None]:
         except BaseException as error:
             outcomes[position] = error
 
-    threads = [threading.Thread(target=finish, args=(position,)) for position in range(len(ends))]
+    threads = [threading.Thread(target=finish, args=(position,), daemon=True) for position in range(len(ends))]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -120,7 +128,10 @@ def test_thousands_of_announcements_both_ways_through_tiny_buffers(pair, send_by
             if block % 3 == 0:
                 end.hub.release(other, block)
 
-    threads = [threading.Thread(target=flood, args=(left, 1)), threading.Thread(target=flood, args=(right, 0))]
+    threads = [
+        threading.Thread(target=flood, args=(left, 1), daemon=True),
+        threading.Thread(target=flood, args=(right, 0), daemon=True),
+    ]
     for thread in threads:
         thread.start()
     for end in (left, right):
@@ -159,18 +170,30 @@ def test_viewed_files(pair, files):
     assert _finish_together(left, right) == [None, None]
 
 
-def test_done_is_said_after_everything_else(pair):
-    """What is queued when a rank finishes arrives before its DONE, and its closing cuts nothing off."""
-    left, right = pair(send_bytes=1)
+def test_done_is_said_after_everything_else_and_closing_cuts_nothing_off(linked):
+    """The neighbour needs nothing more and says so before it has read anything."""
+    link, other = linked(send_bytes=1)
+    end = End([link], 0)
     for block in range(5000):
-        left.hub.announce(block, 0, (1,))
-    assert _finish_together(left, right) == [None, None]
-    assert len(right.announced) == 5000
+        end.hub.announce(block, 0, (1,))
+    other.socket.send(bytes([Kind.DONE]))
+    end.hub.finish()
+    closing = threading.Thread(target=end.hub.close, daemon=True)
+    closing.start()
+    other.socket.settimeout(SECONDS)
+    heard = []
+    while message := other.socket.recv(MAX_MESSAGE_BYTES):
+        heard.append(message)
+    closing.join(SECONDS)
+    assert [message[0] for message in heard] == [Kind.ANNOUNCE] * (len(heard) - 1) + [Kind.DONE]
+    numbers = [number for message in heard[:-1] for number in decode_numbers(message[1:])]
+    assert numbers[::2] == list(range(5000))
+    other.close()
 
 
 def test_finish_waits_for_the_slowest(pair):
     left, right = pair()
-    waiting = threading.Thread(target=left.hub.finish)
+    waiting = threading.Thread(target=left.hub.finish, daemon=True)
     waiting.start()
     waiting.join(0.05)
     assert waiting.is_alive()
@@ -256,22 +279,20 @@ def test_last_words_count_though_the_socket_broke_before_they_were_read(linked):
 
 def test_last_words_count_though_sending_broke_first(linked):
     link, other = linked()
-    other.socket.send(encode_failure(Failure(rank=21, node="n", reason="LookupError: last words")))
-    other.socket.close()
-    end = End.__new__(End)
-    end.stop = StopSignal()
-    # Every look at the sockets finds something to send.
-    end.hub = Hub(
-        [link],
-        rank=20,
-        ranks=RANKS,
-        node="n",
-        on_announce=lambda *_: None,
-        on_release=lambda _: None,
-        stop=end.stop,
-    )
-    for block in range(1000):
-        end.hub.announce(block, 0, (1,))
+
+    class Breaking(socket.socket):
+        """The other end fails, says so and closes between our look at the sockets and our sending."""
+
+        def send(self, *message) -> int:
+            if other.socket.fileno() >= 0:
+                other.socket.send(encode_failure(Failure(rank=21, node="n", reason="LookupError: last words")))
+                other.socket.close()
+            return super().send(*message)
+
+    link.socket = Breaking(fileno=link.socket.detach())
+    link.socket.setblocking(False)
+    end = End([link], 0)
+    end.hub.announce(1, 0, (1,))
     error = end.wait_for_stop()
     assert isinstance(error, RankFailedError)
     assert error.cause == "LookupError: last words"
@@ -285,7 +306,7 @@ def test_farewell_does_not_wait_for_a_neighbour_that_reads_nothing(linked):
         while True:
             link.socket.send(b"\x05" * 1000)
     end.stop.set(LookupError("nobody listens"))
-    closing = threading.Thread(target=end.hub.close)
+    closing = threading.Thread(target=end.hub.close, daemon=True)
     closing.start()
     closing.join(SECONDS)
     assert not closing.is_alive()

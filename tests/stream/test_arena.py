@@ -32,7 +32,7 @@ def _in_thread(call) -> tuple[threading.Thread, list]:
         except BaseException as error:
             outcome.append(error)
 
-    thread = threading.Thread(target=run)
+    thread = threading.Thread(target=run, daemon=True)
     thread.start()
     return thread, outcome
 
