@@ -28,7 +28,10 @@ test: $(VENV)/.test-installed
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 bench: $(VENV)/.test-installed
-	$(BIN)/python benchmarks/compare.py
+	$(BIN)/python benchmarks/plan_deepseek.py
+	$(BIN)/python benchmarks/compare.py s3
+	$(BIN)/python benchmarks/compare.py disk --state warm
+	$(BIN)/python benchmarks/compare.py disk --state cold
 
 docs: $(VENV)/.test-installed
 	$(BIN)/python docs/write_settings.py

@@ -21,10 +21,11 @@ from pathlib import Path
 from typing import Any
 
 from contenders import CONTENDERS, Task
-from harness import Measurement, Ranks, drop_page_cache, warm_page_cache
+from harness import Measurement, Ranks, warm_page_cache
 from rich.console import Console
 from rich.table import Table
 
+from ray_streamer.demo.checkpoint import drop_page_cache
 from ray_streamer.testing.checkpoints import llama_layout, write_checkpoint
 from ray_streamer.testing.s3_server import start_s3_server
 

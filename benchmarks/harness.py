@@ -125,15 +125,6 @@ class PeakMemory:
         self.peak_bytes = max(self.peak_bytes, self._now())
 
 
-def drop_page_cache(folder: Path) -> None:
-    """Drops the pages of a folder's files, so that the next run reads the disk."""
-    for path in folder.iterdir():
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        os.close(descriptor)
-
-
 def warm_page_cache(folder: Path) -> None:
     """Reads a folder's files, so that the next run finds them in memory."""
     for path in folder.iterdir():

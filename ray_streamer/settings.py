@@ -80,10 +80,11 @@ class Settings(BaseSettings):
         Raises:
             SettingsError: A value, given or from the environment, cannot be used; names each one.
         """
+        given = {name: value for name, value in explicit.items() if value is not None}
         try:
-            return cls(**{name: value for name, value in explicit.items() if value is not None})
+            return cls(**given)
         except ValidationError as error:
-            raise SettingsError(_explain(error, set(explicit))) from None
+            raise SettingsError(_explain(error, set(given))) from None
 
     def override(self, **explicit: Any) -> Self:
         """These settings with some replaced; arguments that are None count as not given.
@@ -91,7 +92,9 @@ class Settings(BaseSettings):
         Raises:
             SettingsError: A value cannot be used.
         """
-        return type(self).resolve(**self.model_dump() | {k: v for k, v in explicit.items() if v is not None})
+        return type(self).resolve(
+            **self.model_dump() | {name: value for name, value in explicit.items() if value is not None}
+        )
 
 
 def _explain(error: ValidationError, explicit: set[str]) -> str:
