@@ -363,7 +363,8 @@ def test_a_dead_rank_is_restarted_in_its_seat_and_the_others_keep_running() -> N
 
 def test_a_live_rank_may_be_restarted(assert_gone: Check) -> None:
     with start(2) as group:
-        old = pids_of(group)
+        old, handles = pids_of(group), group.actors
         group.restart(0)
+        assert group.actors[0] != handles[0]
         assert_gone(old[:1])
         assert group.call("greet", ranks=[0]) == [(0, "", ())]

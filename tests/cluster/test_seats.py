@@ -71,11 +71,14 @@ def start(num_ranks: int, *, timeout: float = 60, **options: Any) -> WorkerGroup
     return WorkerGroup(Worker, num_ranks, placement=PlacementOptions(**options), startup_timeout_seconds=timeout)
 
 
-def test_the_callers_group_is_used_and_left_standing(make_group: MakeGroup) -> None:
+def test_the_callers_group_is_used_and_left_standing(make_group: MakeGroup, assert_gone: Callable[..., None]) -> None:
     given = make_group([{"CPU": 1}] * 3, "SPREAD")
     with start(3, placement_group=given) as group:
+        handles = group.actors
         assert group.call("seat") == [given.id.hex()] * 3
         assert sorted(map(len, group.nodes)) == [1, 2]
+    assert_gone(facts.pid for facts in group.facts)
+    assert len(handles) == 3
     assert placement_group_table(given)["state"] == "CREATED"
 
 
@@ -175,6 +178,11 @@ def test_what_can_never_fit_is_refused_at_once(num_ranks: int, options: dict[str
     assert time.monotonic() - started < 5
     assert "wait_for_nodes=True" in str(caught.value)
     assert not isinstance(caught.value, StartupTimeoutError)
+
+
+def test_ranks_that_reserve_nothing_sit_on_the_drivers_node() -> None:
+    with start(3, num_cpus_per_rank=0) as group:
+        assert {facts.node_id for facts in group.facts} == {ray.get_runtime_context().get_node_id()}
 
 
 def test_a_label_that_ray_refuses_is_a_cluster_error() -> None:
