@@ -15,7 +15,7 @@ from ray_streamer.planning.rank_plan import Block, Piece, RankPlan
 from ray_streamer.planning.read_plan import plan_reads
 from ray_streamer.planning.topology import Topology
 from ray_streamer.sharding import Replicate, Skip, Split, SplitVocabulary
-from ray_streamer.sharding.slices import SliceTable
+from ray_streamer.sharding.slices import SliceTable, TensorSlice
 
 PIECE_FIELDS = Piece._fields
 
@@ -36,6 +36,10 @@ def _plans(draw, make_checkpoint):
             name = f"{file}.{number}"
             tensors_by_file[-1].append((name, draw(st.sampled_from(["U8", "F32", "I64"])), shape))
             slices[name] = tuple(placement.slice_of(shape, tp_index=rank, tp=num_ranks) for rank in range(num_ranks))
+            if draw(st.booleans()):
+                # The first rank holds some rows twice, so a block that is its own may hold two pieces.
+                rows = (0, shape[0] // 2)
+                slices[name] = (TensorSlice.parts(shape, dim=0, parts=(rows, rows)), *slices[name][1:])
     index = make_checkpoint(tensors_by_file).index
     limits = ReadLimits(
         block_bytes=4096,

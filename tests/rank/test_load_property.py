@@ -11,7 +11,6 @@ from collections import Counter
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -22,10 +21,8 @@ from safetensors import safe_open
 from ray_streamer.dtypes import dtype_named
 from ray_streamer.planning.topology import Topology
 from ray_streamer.sharding import Part, Replicate, Skip, Split, SplitVocabulary
+from ray_streamer.sharding.slices import TensorSlice
 from ray_streamer.storage.memory import MemoryStorage
-
-if TYPE_CHECKING:
-    from ray_streamer.sharding.slices import TensorSlice
 
 DTYPE_NAMES = ("U8", "F8_E4M3", "BF16", "F16", "F32", "I64", "F64", "C64", "F4", "F6_E2M3")
 PACKED_STEP = {"F4": 2, "F6_E2M3": 4}
@@ -80,6 +77,10 @@ def _patterns(draw, shape: tuple[int, ...], dtype: str, tp: int, num_ranks: int)
     )
     if cuts_a_byte:
         pattern = tuple(SplitVocabulary(0).slice_of(shape, tp_index=rank % tp, tp=tp) for rank in range(num_ranks))
+    if shape and draw(st.integers(0, 5)) == 0:
+        # Nothing forbids to hold the same rows twice.
+        rows = (0, shape[0] // 2) if dtype not in PACKED_STEP or len(shape) > 1 else (0, shape[0])
+        pattern = (TensorSlice.parts(shape, dim=0, parts=(rows, rows)), *pattern[1:])
     # Some ranks want nothing of a tensor that others want.
     absent = draw(st.sets(st.integers(0, num_ranks - 1), max_size=2))
     return tuple(None if rank in absent else part for rank, part in enumerate(pattern))
