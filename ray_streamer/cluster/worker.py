@@ -113,7 +113,12 @@ class LoadWorker:
 
     def run(self, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
         """Calls `function(context, *args)` beside the tensors."""
-        return function(self._loaded(), *args)
+        try:
+            return function(self._loaded(), *args)
+        finally:
+            # An abort meant for this call, since another rank's function failed, ends nothing.
+            with self._lock:
+                self._abort_reason = None
 
     def take_bytes(self, name: str) -> bytes:
         """The bytes of this rank's slice of a tensor.

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import ctypes
-import mmap
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from ray_streamer.device.base import Result
+from ray_streamer.device.host_memory import HostMemory
 from ray_streamer.errors import DeviceError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from numpy.typing import NDArray
 
@@ -21,20 +20,15 @@ if TYPE_CHECKING:
     from ray_streamer.dtypes import DType
     from ray_streamer.planning.rank_plan import Piece
 
-HUGE_PAGE_BYTES = 2 << 20
-"""Tensors of at least two such pages ask for them: first touch then costs a fraction of the page faults."""
-
 
 class CpuDevice:
     """See `Device`; every copy is done when `deliver` returns."""
 
     name = "cpu"
 
-    def empty(self, dtype: DType, shape: tuple[int, ...]) -> torch.Tensor:
-        """See `Device.empty`."""
-        tensor = torch.empty(dtype.torch_shape(shape), dtype=getattr(torch, dtype.torch_name))
-        _advise_huge_pages(tensor)
-        return tensor
+    def allocator(self, specs: Sequence[tuple[DType, tuple[int, ...]]]) -> Callable[[int], torch.Tensor]:
+        """See `Device.allocator`."""
+        return HostMemory(specs).tensor
 
     def result(self, tensor: torch.Tensor) -> Result:
         """See `Device.result`."""
@@ -79,14 +73,3 @@ def copy_piece(source: NDArray[np.uint8], piece: Piece, target: NDArray[np.uint8
     shape = (piece.num_runs, piece.run_bytes)
     rows = np.ndarray(shape, np.uint8, source, piece.source_start, (piece.source_stride, 1))
     np.copyto(np.ndarray(shape, np.uint8, target, piece.target_start, (piece.target_stride, 1)), rows)
-
-
-_LIBC = ctypes.CDLL(None, use_errno=True)
-
-
-def _advise_huge_pages(tensor: torch.Tensor) -> None:
-    """Best effort: a kernel that refuses only makes the first touch slower."""
-    first = -(-tensor.data_ptr() // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES
-    num_bytes = tensor.data_ptr() + tensor.nbytes - first
-    if num_bytes >= HUGE_PAGE_BYTES:
-        _LIBC.madvise(ctypes.c_void_p(first), ctypes.c_size_t(num_bytes), mmap.MADV_HUGEPAGE)

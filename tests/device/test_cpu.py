@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from ray_streamer.device import open_device
 from ray_streamer.device.base import Copy
-from ray_streamer.device.cpu import HUGE_PAGE_BYTES, CpuDevice, copy_piece
-from ray_streamer.dtypes import DTYPES
+from ray_streamer.device.cpu import CpuDevice, copy_piece
+from ray_streamer.dtypes import DTYPES, dtype_named
 from ray_streamer.errors import DeviceError
 from ray_streamer.planning.rank_plan import Piece
 
@@ -27,7 +27,7 @@ def test_every_dtype_lies_in_memory_as_in_the_file(dtype, shape):
     if num_bits % 8:
         pytest.skip("not whole bytes: no file holds it")
     device = CpuDevice()
-    result = device.result(device.empty(dtype, shape))
+    result = device.result(device.allocator([(dtype, shape)])(0))
     tensor, host_bytes = result
     assert tensor.dtype == getattr(torch, dtype.torch_name)
     assert tuple(tensor.shape) == dtype.torch_shape(shape)
@@ -57,7 +57,7 @@ def _bytes(tensor: torch.Tensor) -> bytes:
 
 def test_a_delivered_tensor_reads_as_numbers():
     device = CpuDevice()
-    result = device.result(device.empty(next(dtype for dtype in DTYPES if dtype.name == "F32"), (2, 3)))
+    result = device.result(device.allocator([(dtype_named("F32"), (2, 3))])(0))
     numbers = np.array([[1.5, -2, 3], [4, 5, 6]], dtype="<f4")
     device.deliver(numbers.view(np.uint8).ravel(), [Copy(_lone(24), result)], lambda _: None)
     assert torch.equal(result.tensor, torch.from_numpy(numbers))
@@ -110,23 +110,6 @@ def test_a_failed_copy_is_said_once_to_done():
     device.deliver(np.ones(8, np.uint8), [Copy(_lone(8), result)], outcomes.append)
     assert len(outcomes) == 1
     assert isinstance(outcomes[0], ValueError)
-
-
-@pytest.mark.parametrize(
-    "num_bytes", [HUGE_PAGE_BYTES - 1, HUGE_PAGE_BYTES, 2 * HUGE_PAGE_BYTES, 5 * HUGE_PAGE_BYTES + 12345]
-)
-def test_advice_on_huge_pages_changes_no_content(num_bytes):
-    """Neither of the tensor nor of what lies around it."""
-    from ray_streamer.device import cpu
-
-    pool = torch.from_numpy(np.random.default_rng(1).integers(0, 256, num_bytes + 9000, dtype=np.uint8))
-    before = pool.clone()
-    cpu._advise_huge_pages(pool[4567 : 4567 + num_bytes])
-    assert torch.equal(pool, before)
-    device = CpuDevice()
-    result = device.result(device.empty(next(dtype for dtype in DTYPES if dtype.name == "U8"), (num_bytes,)))
-    device.deliver(before.numpy(), [Copy(_lone(num_bytes, source=17), result)], lambda _: None)
-    assert torch.equal(result.tensor, before[17 : 17 + num_bytes])
 
 
 def test_memory_of_the_caller_lies_where_its_view_says():
