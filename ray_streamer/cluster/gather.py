@@ -29,7 +29,7 @@ def assemble(
         ShardingError: The slices leave a part of the tensor open.
     """
     device = CpuDevice()
-    tensor, host_bytes = device.result(device.allocator([(dtype, shape)])(0))
+    tensor, host_bytes = device.result(device.empty(dtype, shape))
     assert host_bytes is not None
     is_filled = np.zeros(host_bytes.nbytes, dtype=bool)
     for tensor_slice, part in zip(slices, parts, strict=True):

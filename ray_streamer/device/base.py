@@ -45,16 +45,8 @@ class Device(Protocol):
 
     name: str
 
-    def allocator(self, specs: Sequence[tuple[DType, tuple[int, ...]]]) -> Callable[[int], torch.Tensor]:
-        """Prepares to make tensors that are used together.
-
-        Args:
-            specs: dtype and shape, in logical elements, of every tensor that may be made, in the checkpoint's order.
-
-        Returns:
-            A function that makes tensor number i of `specs`, contiguous and with undefined content. It is called by one
-            thread at a time, at most once for each i, in any order; a tensor takes memory only when it is made.
-        """
+    def empty(self, dtype: DType, shape: tuple[int, ...]) -> torch.Tensor:
+        """A contiguous tensor of `shape` logical elements whose content is undefined."""
         ...
 
     def result(self, tensor: torch.Tensor) -> Result:

@@ -8,11 +8,10 @@ import numpy as np
 import torch
 
 from ray_streamer.device.base import Result
-from ray_streamer.device.host_memory import HostMemory
 from ray_streamer.errors import DeviceError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from numpy.typing import NDArray
 
@@ -26,9 +25,9 @@ class CpuDevice:
 
     name = "cpu"
 
-    def allocator(self, specs: Sequence[tuple[DType, tuple[int, ...]]]) -> Callable[[int], torch.Tensor]:
-        """See `Device.allocator`."""
-        return HostMemory(specs).tensor
+    def empty(self, dtype: DType, shape: tuple[int, ...]) -> torch.Tensor:
+        """See `Device.empty`."""
+        return torch.empty(dtype.torch_shape(shape), dtype=getattr(torch, dtype.torch_name))
 
     def result(self, tensor: torch.Tensor) -> Result:
         """See `Device.result`."""

@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     import torch
 
     from ray_streamer.device.base import Device
-    from ray_streamer.dtypes import DType
     from ray_streamer.planning.rank_plan import Piece, RankPlan
     from ray_streamer.planning.read_plan import ReadPlan
 
@@ -56,8 +55,6 @@ class Results:
             if plan.slice_of(tensor, self._rank) is not None
         }
         self._results: dict[int, Result] = {}
-        self._positions = {tensor: position for position, tensor in enumerate(self._missing)}
-        self._allocate = device.allocator([self._spec(tensor) for tensor in self._missing])
         self.delivered_bytes = 0
         self._take_out(out or {})
 
@@ -71,7 +68,7 @@ class Results:
             raise DeviceError(f"out names tensors that rank {self._rank} does not hold: {', '.join(unknown[:5])}")
         for name, given in out.items():
             dtype = self._plan.index.dtype_of(held[name])
-            expected = (dtype.torch_shape(self._spec(held[name])[1]), getattr(torch, dtype.torch_name))
+            expected = (self._result_shape(held[name]), getattr(torch, dtype.torch_name))
             if (tuple(given.shape), given.dtype) != expected:
                 raise DeviceError(
                     f"out[{name!r}] on rank {self._rank} must have shape {expected[0]} and dtype {expected[1]}, "
@@ -80,17 +77,19 @@ class Results:
             self._device.check_target(name, given)
             self._results[held[name]] = self._device.result(given)
 
-    def _spec(self, tensor: int) -> tuple[DType, tuple[int, ...]]:
+    def _result_shape(self, tensor: int) -> tuple[int, ...]:
         tensor_slice = self._plan.slice_of(tensor, self._rank)
         assert tensor_slice is not None
-        return self._plan.index.dtype_of(tensor), tensor_slice.shape
+        return self._plan.index.dtype_of(tensor).torch_shape(tensor_slice.shape)
 
     def result(self, tensor: int) -> Result:
         """The result at position `tensor` of the index, allocated if need be."""
         with self._lock:
             result = self._results.get(tensor)
             if result is None:
-                made = self._allocate(self._positions[tensor])
+                tensor_slice = self._plan.slice_of(tensor, self._rank)
+                assert tensor_slice is not None
+                made = self._device.empty(self._plan.index.dtype_of(tensor), tensor_slice.shape)
                 result = self._results[tensor] = self._device.result(made)
             return result
 
@@ -128,6 +127,5 @@ class Results:
         return {names[tensor]: self._results[tensor].tensor for tensor in self._missing}
 
     def forget(self) -> None:
-        """Lets go of the tensors and of the memory for them: they are the caller's now, or nobody's."""
+        """Lets go of the tensors: they are the caller's now, or nobody's."""
         self._results.clear()
-        del self._allocate

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from ray_streamer.device import open_device
 from ray_streamer.device.base import Copy
 from ray_streamer.device.cpu import CpuDevice, copy_piece
-from ray_streamer.dtypes import DTYPES, dtype_named
+from ray_streamer.dtypes import DTYPES
 from ray_streamer.errors import DeviceError
 from ray_streamer.planning.rank_plan import Piece
 
@@ -27,7 +27,7 @@ def test_every_dtype_lies_in_memory_as_in_the_file(dtype, shape):
     if num_bits % 8:
         pytest.skip("not whole bytes: no file holds it")
     device = CpuDevice()
-    result = device.result(device.allocator([(dtype, shape)])(0))
+    result = device.result(device.empty(dtype, shape))
     tensor, host_bytes = result
     assert tensor.dtype == getattr(torch, dtype.torch_name)
     assert tuple(tensor.shape) == dtype.torch_shape(shape)
@@ -57,7 +57,7 @@ def _bytes(tensor: torch.Tensor) -> bytes:
 
 def test_a_delivered_tensor_reads_as_numbers():
     device = CpuDevice()
-    result = device.result(device.allocator([(dtype_named("F32"), (2, 3))])(0))
+    result = device.result(device.empty(next(dtype for dtype in DTYPES if dtype.name == "F32"), (2, 3)))
     numbers = np.array([[1.5, -2, 3], [4, 5, 6]], dtype="<f4")
     device.deliver(numbers.view(np.uint8).ravel(), [Copy(_lone(24), result)], lambda _: None)
     assert torch.equal(result.tensor, torch.from_numpy(numbers))

@@ -119,8 +119,8 @@ def test_a_copy_error_of_the_cpu_device(ranks, shared_plan):
     plan = shared_plan(1)
 
     class ShortDevice(CpuDevice):
-        def allocator(self, specs):
-            return super().allocator([(dtype, tuple(size // 2 for size in shape)) for dtype, shape in specs])
+        def empty(self, dtype, shape):
+            return super().empty(dtype, tuple(size // 2 for size in shape))
 
     running = ranks.prepare(plan, devices={0: ShortDevice()}, prefers_aligned=True).start()
     (outcome,) = running.join()
