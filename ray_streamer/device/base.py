@@ -61,6 +61,10 @@ class Device(Protocol):
         """
         ...
 
+    def landing(self, result: Result, start: int, stop: int) -> NDArray[np.uint8] | None:
+        """Bytes `start` to `stop` of a result, where a read may land directly; None when only copies reach it."""
+        ...
+
     def adopt(self, memory: memoryview) -> None:
         """Prepares staging memory, one's own or a neighbour's, for copies; called once for each arena before its use."""
         ...

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from ray_streamer.device.base import Result
+from ray_streamer.device.first_touch import fault_in
 from ray_streamer.errors import DeviceError
 
 if TYPE_CHECKING:
@@ -45,6 +46,13 @@ class CpuDevice:
                 f"out[{name!r}] is not contiguous: shape {tuple(tensor.shape)}, strides {tensor.stride()}"
             )
 
+    def landing(self, result: Result, start: int, stop: int) -> NDArray[np.uint8]:
+        """See `Device.landing`."""
+        assert result.host_bytes is not None
+        memory = result.host_bytes[start:stop]
+        fault_in(memory)
+        return memory
+
     def adopt(self, memory: memoryview) -> None:
         """See `Device.adopt`; host memory needs nothing."""
 
@@ -69,6 +77,8 @@ def copy_piece(source: NDArray[np.uint8], piece: Piece, target: NDArray[np.uint8
     Raises:
         ValueError: It does not lie within both; slices would be cut to what is there, or repeated, in silence.
     """
+    target_bytes = (piece.num_runs - 1) * piece.target_stride + piece.run_bytes
+    fault_in(target[piece.target_start : piece.target_start + target_bytes])
     shape = (piece.num_runs, piece.run_bytes)
     rows = np.ndarray(shape, np.uint8, source, piece.source_start, (piece.source_stride, 1))
     np.copyto(np.ndarray(shape, np.uint8, target, piece.target_start, (piece.target_stride, 1)), rows)

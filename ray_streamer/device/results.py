@@ -1,4 +1,4 @@
-"""Which tensors does a rank get, and when is one complete? Allocation on first use, bytes counted down to zero."""
+"""Which tensors does a rank get, and when is one complete? Allocated before the first read, bytes counted down to zero."""
 
 from __future__ import annotations
 
@@ -57,6 +57,9 @@ class Results:
         self._results: dict[int, Result] = {}
         self.delivered_bytes = 0
         self._take_out(out or {})
+        # All before the first read, and in the caller's thread: memory that is not there is found missing at once, and
+        # threads that allocate one by one get in each other's way in the kernel.
+        self._results |= {tensor: self._allocate(tensor) for tensor in self._missing if tensor not in self._results}
 
     def _take_out(self, out: Mapping[str, torch.Tensor]) -> None:
         import torch
@@ -82,16 +85,14 @@ class Results:
         assert tensor_slice is not None
         return self._plan.index.dtype_of(tensor).torch_shape(tensor_slice.shape)
 
+    def _allocate(self, tensor: int) -> Result:
+        tensor_slice = self._plan.slice_of(tensor, self._rank)
+        assert tensor_slice is not None
+        return self._device.result(self._device.empty(self._plan.index.dtype_of(tensor), tensor_slice.shape))
+
     def result(self, tensor: int) -> Result:
-        """The result at position `tensor` of the index, allocated if need be."""
-        with self._lock:
-            result = self._results.get(tensor)
-            if result is None:
-                tensor_slice = self._plan.slice_of(tensor, self._rank)
-                assert tensor_slice is not None
-                made = self._device.empty(self._plan.index.dtype_of(tensor), tensor_slice.shape)
-                result = self._results[tensor] = self._device.result(made)
-            return result
+        """The result at position `tensor` of the index."""
+        return self._results[tensor]
 
     def copies(self, pieces: list[Piece]) -> list[Copy]:
         """`pieces` with the results that they go to."""
@@ -100,7 +101,6 @@ class Results:
     def complete_empty(self) -> None:
         """Completes the tensors that have no bytes."""
         for tensor in [tensor for tensor, num_bytes in self._missing.items() if num_bytes == 0]:
-            self.result(tensor)
             self._complete(tensor)
 
     def settle(self, pieces: list[Piece]) -> None:

@@ -234,8 +234,8 @@ class RankLoad:
         piece = self._mine.exclusive_piece(block.number)
         if piece is None or self._storage.prefers_aligned(self._plan.index.files[block.file].path):
             return None
-        host_bytes = self._results.result(piece.tensor).host_bytes
-        return None if host_bytes is None else host_bytes[piece.target_start : piece.target_start + piece.run_bytes]
+        result = self._results.result(piece.tensor)
+        return self._device.landing(result, piece.target_start, piece.target_start + piece.run_bytes)
 
     def _read_into(self, block: Block, buffer: memoryview) -> None:
         shard_file = self._plan.index.files[block.file]
