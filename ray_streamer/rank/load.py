@@ -55,7 +55,7 @@ class RankLoad:
     Args:
         plan: The whole plan; equal on all ranks.
         rank: This rank.
-        storage: Open on the plan's checkpoint; stays open.
+        storage: Open on the plan's checkpoint. A load that fails closes it: that wakes reads which wait for a network.
         device: Where the tensors go.
         options: See `RankOptions`.
         out: Tensors of the caller, filled in place; see `Results`.
@@ -87,6 +87,7 @@ class RankLoad:
         self._views: dict[int, NDArray[np.uint8]] = {}
         self._counters = Counters()
         self._blocks_left = Countdown(self._stop)
+        self._stop.on_set(storage.close)
 
     def run(self) -> dict[str, torch.Tensor]:
         """Loads this rank's tensors.
@@ -152,7 +153,8 @@ class RankLoad:
                 self._stream()
             except BaseException as error:
                 self._stop.set(error)
-                raise
+                # Raises what ended the load, rather than what came of it here, such as a storage that was closed.
+                self._stop.check()
 
     def _stream(self) -> None:
         with self._counters.timed("connect"):

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from ray_streamer.checkpoint import locate, open_checkpoint
 from ray_streamer.checkpoint.index import CheckpointIndex
 from ray_streamer.device import check_device_name
-from ray_streamer.errors import SettingsError
+from ray_streamer.errors import SettingsError, ShardingError
 from ray_streamer.planning.limits import (
     FILESYSTEM_MIN_RUN_BYTES,
     OBJECT_STORE_MIN_RUN_BYTES,
@@ -47,9 +47,16 @@ class RuleSlices:
     rules: ShardRules = field(default_factory=ShardRules)
     unmatched: Unmatched = "error"
 
+    def __post_init__(self) -> None:
+        if self.unmatched not in get_args(Unmatched):
+            raise SettingsError(f"unmatched is one of {', '.join(get_args(Unmatched))}, not {self.unmatched!r}")
+
     def __call__(self, index: CheckpointIndex, mesh: Mesh) -> SliceTable:
         """Every rank's slices; see `resolve_slices` for what is refused."""
-        rules = ShardRules.for_config(index.config, first=self.rules)
+        try:
+            rules = ShardRules.for_config(index.config, first=self.rules)
+        except ShardingError as error:
+            raise ShardingError(f"{index.uri}: {error}") from error
         return resolve_slices(index, rules, mesh, unmatched=self.unmatched)
 
 

@@ -32,8 +32,7 @@ READ_TIMEOUT_SECONDS = 6.0
 
 STALLED = [
     pytest.param(0, READ_TIMEOUT_SECONDS / 2, id="while-the-failed-rank-waits-for-the-network"),
-    # A rank hears of it when its own read returns.
-    pytest.param(1, READ_TIMEOUT_SECONDS * 2, id="while-the-other-rank-waits-for-the-network"),
+    pytest.param(1, READ_TIMEOUT_SECONDS / 2, id="while-the-other-rank-waits-for-the-network"),
 ]
 """Which of two ranks waits for a body that does not come, and how long the other's failure may take to be told."""
 
