@@ -99,9 +99,8 @@ def check_equal(runs: dict[str, list[Measurement]]) -> None:
 
 def table(result: dict[str, Any]) -> Table:
     """Medians, and ratios to this project."""
-    shown = Table(
-        title=f"{result['storage']} {result['state']}, tp={result['tp']}, {result['checkpoint_bytes']:,} bytes"
-    )
+    source = "local S3 server" if result["storage"] == "s3" else f"disk, {result['state']}"
+    shown = Table(title=f"{source}, tp={result['tp']}, {result['checkpoint_bytes']:,} bytes")
     for heading in ("contender", "seconds", "min-max", "ratio", "CPU s", "extra MiB", "bytes sent / checkpoint"):
         shown.add_column(heading, justify="left" if heading == "contender" else "right")
     first = median(next(iter(result["runs"].values())), "seconds")
@@ -136,7 +135,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     result = run(options)
-    Console(stderr=options.json).print(table(result))
+    Console(stderr=options.json, width=120).print(table(result))
     if options.json:
         json.dump(result, sys.stdout)
 
