@@ -214,7 +214,7 @@ class RankLoad:
         block = self._mine.block(number)
         target = self._direct_target(block)
         if target is not None:
-            self._read_into(block, memoryview(target))
+            self._read_into(block, target.data)
             self._counters.add(direct_bytes=block.extent.num_bytes)
             self._settle(self._mine.pieces(number))
             return
