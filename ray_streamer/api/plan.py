@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ray_streamer.planning.limits import DEFAULT_MEMORY_LIMIT, rank_memory_limit
+from ray_streamer.planning.limits import DEFAULT_MEMORY_LIMIT, share_memory
 from ray_streamer.planning.topology import Topology
 from ray_streamer.rank.request import LoadRequest, slice_source
 from ray_streamer.settings import Settings
@@ -65,13 +65,9 @@ def plan(
 
 def assumed_limits(topology: Topology, settings: Settings) -> tuple[int, ...]:
     """Staging bytes of every rank on nodes of which nothing is known but that they have enough memory."""
-    limits = [0] * topology.num_ranks
-    for ranks in topology.nodes:
-        for rank in ranks:
-            limits[rank] = rank_memory_limit(
-                memory_limit=settings.memory_limit,
-                node_memory_limit=settings.node_memory_limit,
-                available_bytes=4 * DEFAULT_MEMORY_LIMIT * len(ranks),
-                num_local_ranks=len(ranks),
-            )
-    return tuple(limits)
+    return share_memory(
+        topology,
+        memory_limit=settings.memory_limit,
+        node_memory_limit=settings.node_memory_limit,
+        available_bytes=[4 * DEFAULT_MEMORY_LIMIT * len(ranks) for ranks in topology.nodes],
+    )

@@ -14,7 +14,7 @@ from ray_streamer.cluster.gather import assemble
 from ray_streamer.cluster.group import WorkerGroup
 from ray_streamer.cluster.worker import LoadWorker
 from ray_streamer.errors import ClusterError, RankFailedError, RayStreamerError
-from ray_streamer.planning.limits import rank_memory_limit
+from ray_streamer.planning.limits import share_memory
 from ray_streamer.planning.topology import Topology
 from ray_streamer.report.load_report import LoadReport
 
@@ -180,8 +180,13 @@ class ShardedModel:
         if self._is_shut_down:
             raise ClusterError(_SHUT_DOWN)
         times.append(time.perf_counter())
-        self._memory_limits = _share_memory(group, request)
         topology = Topology(group.nodes)
+        self._memory_limits = share_memory(
+            topology,
+            memory_limit=request.settings.memory_limit,
+            node_memory_limit=request.settings.node_memory_limit,
+            available_bytes=[min(group.facts[rank].available_memory_bytes for rank in ranks) for ranks in group.nodes],
+        )
         plan = self._plan = _plan(group, topology, self._memory_limits)
         self._plan_ref = ray.put(plan)
         times.append(time.perf_counter())
@@ -221,17 +226,3 @@ def _plan(group: WorkerGroup, topology: Topology, memory_limits: tuple[int, ...]
         if isinstance(error.cause, RayStreamerError):
             raise error.cause from error
         raise
-
-
-def _share_memory(group: WorkerGroup, request: LoadRequest) -> tuple[int, ...]:
-    """Every rank's staging limit: its share of what its node has and of what the user allows."""
-    limits = [0] * group.num_ranks
-    for ranks in group.nodes:
-        for rank in ranks:
-            limits[rank] = rank_memory_limit(
-                memory_limit=request.settings.memory_limit,
-                node_memory_limit=request.settings.node_memory_limit,
-                available_bytes=min(group.facts[local].available_memory_bytes for local in ranks),
-                num_local_ranks=len(ranks),
-            )
-    return tuple(limits)

@@ -7,8 +7,14 @@ limit holds as many slots as there are concurrent reads, down to a floor under w
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from ray_streamer.errors import BudgetError, PlanError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from ray_streamer.planning.topology import Topology
 
 PAGE_BYTES = 4096
 MIN_BLOCK_BYTES = 256 << 10
@@ -74,6 +80,29 @@ def rank_memory_limit(
     # The least that works may still be more than the node allows: then the share is the limit, to be refused or kept.
     least_is_too_much = memory_limit == 0 and share < MIN_BLOCK_BYTES
     return share if least_is_too_much else min(memory_limit, share)
+
+
+def share_memory(
+    topology: Topology, *, memory_limit: int | None, node_memory_limit: int | None, available_bytes: Sequence[int]
+) -> tuple[int, ...]:
+    """Every rank's `rank_memory_limit`, in rank order.
+
+    Args:
+        topology: Which ranks share a node.
+        memory_limit: As in `rank_memory_limit`.
+        node_memory_limit: As in `rank_memory_limit`.
+        available_bytes: Memory that is free on each node of the topology.
+    """
+    limits = [0] * topology.num_ranks
+    for ranks, available in zip(topology.nodes, available_bytes, strict=True):
+        for rank in ranks:
+            limits[rank] = rank_memory_limit(
+                memory_limit=memory_limit,
+                node_memory_limit=node_memory_limit,
+                available_bytes=available,
+                num_local_ranks=len(ranks),
+            )
+    return tuple(limits)
 
 
 def fit_block_bytes(*, memory_limit: int, block_bytes: int, concurrency: int) -> int:

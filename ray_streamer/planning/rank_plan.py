@@ -119,10 +119,6 @@ class RankPlan:
         """The one contiguous piece that is all of block `number`, when this rank alone takes it; else None."""
         return self.pieces(number)[0] if self._is_exclusive[number] else None
 
-    def num_exclusive(self, numbers: NDArray[np.int64]) -> int:
-        """How many of the blocks have an `exclusive_piece`."""
-        return int(self._is_exclusive[numbers].sum())
-
     def files(self) -> list[int]:
         """Files that the node reads."""
         return np.unique(self._blocks["file"]).tolist()
