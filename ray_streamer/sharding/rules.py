@@ -16,8 +16,9 @@ from functools import cache
 from typing import Any, Self
 
 from ray_streamer.errors import ShardingError
+from ray_streamer.sharding.families import family_of
 from ray_streamer.sharding.placement import Placement
-from ray_streamer.sharding.presets import family_of, preset_for
+from ray_streamer.sharding.presets import preset_for
 
 _Matcher = Callable[[str], re.Match[str] | None]
 

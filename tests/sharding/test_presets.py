@@ -26,7 +26,7 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3ForConditionalGener
 
 from ray_streamer.checkpoint.index import CheckpointIndex
 from ray_streamer.sharding import Box, Mesh, ShardRules, Split, SplitVocabulary, TensorSlice, legal_tp, resolve_slices
-from ray_streamer.sharding.presets import FAMILIES
+from ray_streamer.sharding.families import FAMILIES
 from ray_streamer.testing import layouts
 
 if TYPE_CHECKING:

@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from ray_streamer.errors import ShardingError
+from ray_streamer.sharding.anatomy import Anatomy
+
+MIXTRAL = {"model_type": "mixtral", "num_hidden_layers": 2, "num_local_experts": 8}
+GEMMA3 = {"model_type": "gemma3", "text_config": {"num_hidden_layers": 34}}
+
+
+@pytest.mark.parametrize(
+    ("config", "name", "layer"),
+    [
+        pytest.param(MIXTRAL, "model.layers.1.self_attn.q_proj.weight", 1, id="in-a-layer"),
+        pytest.param(MIXTRAL, "layers.1.self_attn.q_proj.weight", 1, id="without-prefix"),
+        pytest.param(MIXTRAL, "model.embed_tokens.weight", None, id="outside"),
+        pytest.param(MIXTRAL, "model.my_layers.1.weight", None, id="another-word"),
+        pytest.param(GEMMA3, "language_model.model.layers.33.mlp.up_proj.weight", 33, id="language-model"),
+        pytest.param(GEMMA3, "vision_tower.vision_model.encoder.layers.3.mlp.fc1.weight", None, id="tower"),
+    ],
+)
+def test_layers(config: dict[str, Any], name: str, layer: int | None) -> None:
+    assert Anatomy.of(config).layer_of(name) == layer
+
+
+@pytest.mark.parametrize(
+    ("name", "before", "after"),
+    [
+        ("model.embed_tokens.weight", True, False),
+        ("model.norm.weight", False, True),
+        ("lm_head.weight", False, True),
+        ("model.layers.0.input_layernorm.weight", False, False),
+        ("model.layers.0.post_attention_layernorm.weight", False, False),
+    ],
+)
+def test_what_lies_before_the_layers_and_after_them(name: str, before: bool, after: bool) -> None:
+    anatomy = Anatomy.of(MIXTRAL)
+    assert (anatomy.is_before_layers(name), anatomy.is_after_layers(name)) == (before, after)
+
+
+def test_experts_have_numbers_where_a_model_has_experts() -> None:
+    anatomy = Anatomy.of(MIXTRAL)
+    assert anatomy.num_experts == 8
+    assert anatomy.expert_of("model.layers.1.block_sparse_moe.experts.7.w1.weight") == 7
+    assert anatomy.expert_of("model.layers.1.block_sparse_moe.gate.weight") is None
+    llama = Anatomy.of({"model_type": "llama", "num_hidden_layers": 2})
+    assert llama.num_experts == 0
+    assert llama.expert_of("model.layers.1.block_sparse_moe.experts.7.w1.weight") is None
+
+
+@pytest.mark.parametrize("num_layers", [None, 0, "2", True])
+def test_a_number_of_layers_is_needed(num_layers: object) -> None:
+    with pytest.raises(ShardingError, match=r"llama model needs a number for num_hidden_layers"):
+        Anatomy.of({"model_type": "llama", "num_hidden_layers": num_layers})
+
+
+def test_an_unknown_family_has_no_anatomy() -> None:
+    with pytest.raises(ShardingError, match=r"no preset for model_type 'nobody'"):
+        Anatomy.of({"model_type": "nobody"})
