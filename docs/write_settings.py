@@ -6,21 +6,34 @@ from pathlib import Path
 from typing import Literal, get_args, get_origin
 
 from ray_streamer.cli.settings import default_text
-from ray_streamer.settings import ENV_PREFIX, Settings
+from ray_streamer.settings import ALIASES, ENV_PREFIX, Settings
 
 PAGE = Path(__file__).with_name("settings.md")
 
 _HEAD = f"""\
 # Settings
 
-One value for each setting, in this order: an argument, the environment variable `{ENV_PREFIX}NAME`, the default. In Python,
+One value for each setting, in this order: an argument, the environment variable `{ENV_PREFIX}NAME`, a variable of Run:ai's
+streamer (below), the default. In Python,
 `Settings.resolve(block_bytes="4MiB")` makes the settings for `settings=...`; `concurrency`, `memory_limit` and
 `node_memory_limit` are arguments of `load_sharded` as well. On the command line, `block_bytes` is `--block-bytes`.
-Byte sizes accept text such as `512MiB`.
+Byte sizes accept text such as `512MiB`. A value that cannot be used is an error that names where it came from. Credentials have no
+command line option; how S3 is reached is told in [s3.md](s3.md).
 
 This page is made by `make docs`.
 
 | setting | default | meaning |
+|---|---|---|
+"""
+
+_ALIAS_HEAD = f"""
+## Variables of Run:ai's streamer
+
+Whoever moves from Run:ai Model Streamer can keep the environment: these variables are read where `{ENV_PREFIX}NAME` is not set.
+`AWS_*` variables mean what they mean to boto3. Others of `RUNAI_STREAMER_*` have no counterpart and are not read; among them
+`RUNAI_STREAMER_OBJ_CONCURRENCY`, which counts clients that keep many requests each, where `concurrency` counts requests.
+
+| variable | setting | difference |
 |---|---|---|
 """
 
@@ -33,7 +46,8 @@ def render() -> str:
         if get_origin(field.annotation) is Literal:
             meaning += f" One of {', '.join(f'`{choice}`' for choice in get_args(field.annotation))}."
         rows.append(f"| `{name}` | {default_text(field) or 'unset'} | {meaning} |\n")
-    return _HEAD + "".join(rows)
+    aliases = [f"| `{alias.variable}` | `{alias.setting}` | {alias.note} |\n" for alias in ALIASES]
+    return _HEAD + "".join(rows) + _ALIAS_HEAD + "".join(aliases)
 
 
 if __name__ == "__main__":

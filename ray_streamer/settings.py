@@ -1,17 +1,24 @@
 """Which knobs are there, what are their defaults, and where does a value come from?
 
-One value for each knob, in this order: an explicit argument, the environment variable `RAY_STREAMER_<NAME>`, the default
-below. Leaf functions never read the environment; they take what they need as arguments.
+One value for each knob, in this order: an explicit argument, the environment variable `RAY_STREAMER_<NAME>`, a variable
+of another loader that means the same (`ALIASES`), the default below. Leaf functions never read the environment; they
+take what they need as arguments.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+import os
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, get_args
 
-from pydantic import BeforeValidator, ByteSize, Field, TypeAdapter, ValidationError
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import AfterValidator, BeforeValidator, ByteSize, Field, SecretStr, TypeAdapter, ValidationError
+from pydantic import model_validator as validates_model
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from ray_streamer.errors import SettingsError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 MIB = 1 << 20
 ENV_PREFIX = "RAY_STREAMER_"
@@ -19,9 +26,85 @@ ENV_PREFIX = "RAY_STREAMER_"
 _BYTE_SIZE: TypeAdapter[ByteSize] = TypeAdapter(ByteSize)
 
 
+@dataclass(frozen=True, slots=True)
+class Alias:
+    """A variable of Run:ai's streamer that is read where ours is not set.
+
+    Attributes:
+        variable: Its name.
+        setting: Field of `Settings` that it sets.
+        note: How its meaning differs there.
+        meanings: Values that are written otherwise here, None = as if it were not set; other values are taken as they are.
+    """
+
+    variable: str
+    setting: str
+    note: str
+    meanings: Mapping[str, str | None] = field(default_factory=dict)
+
+    def value(self) -> str | None:
+        """What the variable says, in this package's words; None when it is unset or empty."""
+        text = os.environ.get(self.variable) or None
+        return self.meanings.get(text.lower(), text) if text else None
+
+
+ALIASES = (
+    Alias(
+        "RUNAI_STREAMER_CONCURRENCY",
+        "concurrency",
+        "There: threads of a process, or clients with many requests each. Here: requests in flight per rank.",
+    ),
+    Alias(
+        "RUNAI_STREAMER_MEMORY_LIMIT",
+        "memory_limit",
+        "There: host buffers of a process, or of a whole node in distributed mode; at least the largest tensor, which is "
+        "also what 0 means; 40 GB unless set. Here: staging per rank, one block being enough.",
+    ),
+    Alias(
+        "RUNAI_STREAMER_CHUNK_BYTESIZE",
+        "block_bytes",
+        "There: raised to 2 MiB for files and 5 MiB for objects. Here: any multiple of 4096.",
+    ),
+    Alias(
+        "RUNAI_STREAMER_S3_TIMEOUT",
+        "retry_deadline_seconds",
+        "There: 0 leaves the time to the library below. Here: 0 in this variable counts as unset.",
+        {"0": None},
+    ),
+    Alias("RUNAI_STREAMER_S3_ENDPOINT", "s3_endpoint_url", "The same; it comes before AWS_ENDPOINT_URL."),
+    Alias(
+        "RUNAI_STREAMER_S3_USE_VIRTUAL_ADDRESSING",
+        "s3_addressing",
+        "There: virtual unless set. Here: 1 is `virtual`, 0 is `path`, unset is `auto`.",
+        {"1": "virtual", "true": "virtual", "0": "path", "false": "path"},
+    ),
+    Alias("RUNAI_STREAMER_S3_UNSIGNED", "s3_unsigned", "The same."),
+)
+"""The one table of foreign names; `docs/settings.md` repeats it."""
+
+
+class _AliasSource(PydanticBaseSettingsSource):
+    """Values of `ALIASES`, for pydantic-settings."""
+
+    def get_field_value(self, field: Any, field_name: str) -> tuple[Any, str, bool]:
+        found = [alias.value() for alias in ALIASES if alias.setting == field_name]
+        return next((value for value in found if value is not None), None), field_name, False
+
+    def __call__(self) -> dict[str, Any]:
+        values = {alias.setting: self.get_field_value(None, alias.setting)[0] for alias in ALIASES}
+        return {name: value for name, value in values.items() if value is not None}
+
+
 def _parse_memory_limit(value: Any) -> int:
     """Bytes, with text such as "512MiB" allowed, or -1."""
     return -1 if str(value).strip() == "-1" else int(_BYTE_SIZE.validate_python(value))
+
+
+def _refuse_user(url: str) -> str:
+    """A user name in an address would show up in errors and logs."""
+    if "@" in url:
+        raise ValueError("credentials do not belong into an address; see s3_access_key_id and s3_secret_access_key")
+    return url
 
 
 class Settings(BaseSettings):
@@ -30,7 +113,9 @@ class Settings(BaseSettings):
     Attributes are documented by their `description`; `ray-streamer load --help` and `docs/settings.md` repeat them.
     """
 
-    model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, frozen=True, extra="forbid", env_ignore_empty=True)
+    model_config = SettingsConfigDict(
+        env_prefix=ENV_PREFIX, frozen=True, extra="forbid", env_ignore_empty=True, hide_input_in_errors=True
+    )
 
     concurrency: int = Field(default=16, ge=1, le=1024, description="Reads in flight per rank.")
     memory_limit: Annotated[int, BeforeValidator(_parse_memory_limit)] | None = Field(
@@ -64,7 +149,9 @@ class Settings(BaseSettings):
     retry_deadline_seconds: float = Field(
         default=120.0, ge=0, description="How long one read may be tried again after a passing fault."
     )
-    s3_endpoint_url: str | None = Field(default=None, description="S3 endpoint; unset = AWS_ENDPOINT_URL[_S3] or AWS.")
+    s3_endpoint_url: Annotated[str, AfterValidator(_refuse_user)] | None = Field(
+        default=None, description="S3 endpoint; unset = AWS_ENDPOINT_URL[_S3] or AWS."
+    )
     s3_region: str | None = Field(default=None, description="S3 region; unset = botocore's own search.")
     s3_profile: str | None = Field(default=None, description="Profile of the AWS configuration files.")
     s3_addressing: Literal["auto", "path", "virtual"] = Field(
@@ -72,6 +159,40 @@ class Settings(BaseSettings):
     )
     s3_unsigned: bool = Field(default=False, description="Send no credentials: public buckets.")
     s3_ca_bundle: str | None = Field(default=None, description="CA file for https endpoints; unset = AWS_CA_BUNDLE.")
+    s3_requester_pays: bool = Field(default=False, description="Pay for requests to buckets whose owner does not.")
+    s3_access_key_id: SecretStr | None = Field(
+        default=None,
+        min_length=1,
+        description="Secret, for all ranks; unset = each node's own credentials, as boto3 finds them.",
+    )
+    s3_secret_access_key: SecretStr | None = Field(
+        default=None, min_length=1, description="Secret; goes with s3_access_key_id."
+    )
+    s3_session_token: SecretStr | None = Field(
+        default=None, min_length=1, description="Secret; of temporary keys only."
+    )
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Where values come from, the first before the others; called by pydantic-settings."""
+        return init_settings, env_settings, _AliasSource(settings_cls)
+
+    @validates_model(mode="after")
+    def _check_credentials(self) -> Self:
+        if (self.s3_access_key_id is None) != (self.s3_secret_access_key is None):
+            raise ValueError("s3_access_key_id and s3_secret_access_key go together; give both or none")
+        if self.s3_session_token is not None and self.s3_access_key_id is None:
+            raise ValueError("s3_session_token needs the s3_access_key_id and s3_secret_access_key that it came with")
+        if self.s3_unsigned and (self.s3_access_key_id is not None or self.s3_requester_pays):
+            raise ValueError("s3_unsigned sends no credentials; give it, or keys and s3_requester_pays, not both")
+        return self
 
     @classmethod
     def resolve(cls, **explicit: Any) -> Self:
@@ -97,13 +218,34 @@ class Settings(BaseSettings):
         )
 
 
+SECRET_SETTINGS = frozenset(
+    name for name, info in Settings.model_fields.items() if SecretStr in get_args(info.annotation)
+)
+"""Settings that no output shows and that no command line takes, since command lines are public."""
+
+
 def _explain(error: ValidationError, explicit: set[str]) -> str:
     lines: list[str] = []
     for fault in error.errors(include_url=False):
-        name = str(fault["loc"][0]) if fault["loc"] else "settings"
-        given = explicit and name in explicit
-        origin = name if given else f"environment variable {ENV_PREFIX}{name.upper()}"
-        line = f"{origin}={fault.get('input')!r}: {fault['msg']}"
+        if not fault["loc"]:
+            line = fault["msg"]
+        else:
+            name = str(fault["loc"][0])
+            line = f"{_origin(name, explicit)}={_shown(name, fault['input'])}: {fault['msg']}"
         if line not in lines:
             lines.append(line)
     return "; ".join(lines)
+
+
+def _origin(name: str, explicit: set[str]) -> str:
+    """The argument or variable that gave a setting its value."""
+    if name in explicit:
+        return name
+    variables = [f"{ENV_PREFIX}{name.upper()}", *(alias.variable for alias in ALIASES if alias.setting == name)]
+    return f"environment variable {next((found for found in variables if os.environ.get(found)), variables[0])}"
+
+
+def _shown(name: str, value: Any) -> str:
+    """The value, unless it could be a secret: what belongs to a misspelt name may be one, and so may a user in a url."""
+    is_secret = name in SECRET_SETTINGS or name not in Settings.model_fields or "@" in str(value)
+    return "(not shown)" if is_secret else repr(value)

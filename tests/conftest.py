@@ -20,7 +20,7 @@ os.environ["AWS_EC2_METADATA_DISABLED"] = "true"
 def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """No setting or credential of the machine reaches a test."""
     for name in os.environ:
-        if name.startswith(("RAY_STREAMER_", "AWS_")):
+        if name.startswith(("RAY_STREAMER_", "RUNAI_STREAMER_", "AWS_")):
             monkeypatch.delenv(name)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     # A home directory may hold credentials too.

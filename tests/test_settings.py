@@ -1,11 +1,14 @@
-"""One value for each knob: argument, then environment, then default; a bad one is blamed on where it came from."""
+"""One value for each knob: argument, then environment, then another loader's variable, then default; a bad one is blamed
+on where it came from, and secrets are shown nowhere."""
 
 from __future__ import annotations
+
+import pickle
 
 import pytest
 
 from ray_streamer.errors import SettingsError
-from ray_streamer.settings import MIB, Settings
+from ray_streamer.settings import ALIASES, MIB, SECRET_SETTINGS, Settings
 
 
 def test_an_argument_beats_the_environment_beats_the_default(monkeypatch):
@@ -55,3 +58,102 @@ def test_override_keeps_what_is_not_given(monkeypatch):
     )
     with pytest.raises(SettingsError, match="concurrency=0"):
         settings.override(concurrency=0)
+
+
+ALIAS_CASES = [
+    ("RUNAI_STREAMER_CONCURRENCY", "20", "concurrency", 20),
+    ("RUNAI_STREAMER_MEMORY_LIMIT", "1073741824", "memory_limit", 1 << 30),
+    ("RUNAI_STREAMER_MEMORY_LIMIT", "-1", "memory_limit", -1),
+    ("RUNAI_STREAMER_MEMORY_LIMIT", "0", "memory_limit", 0),
+    ("RUNAI_STREAMER_CHUNK_BYTESIZE", "16777216", "block_bytes", 16 * MIB),
+    ("RUNAI_STREAMER_S3_TIMEOUT", "30", "retry_deadline_seconds", 30.0),
+    ("RUNAI_STREAMER_S3_TIMEOUT", "0", "retry_deadline_seconds", 120.0),
+    ("RUNAI_STREAMER_S3_ENDPOINT", "http://minio:9000", "s3_endpoint_url", "http://minio:9000"),
+    ("RUNAI_STREAMER_S3_USE_VIRTUAL_ADDRESSING", "0", "s3_addressing", "path"),
+    ("RUNAI_STREAMER_S3_USE_VIRTUAL_ADDRESSING", "1", "s3_addressing", "virtual"),
+    ("RUNAI_STREAMER_S3_UNSIGNED", "1", "s3_unsigned", True),
+    ("RUNAI_STREAMER_S3_UNSIGNED", "0", "s3_unsigned", False),
+    ("RUNAI_STREAMER_S3_UNSIGNED", "", "s3_unsigned", False),
+]
+
+
+@pytest.mark.parametrize(("variable", "text", "name", "value"), ALIAS_CASES)
+def test_variables_of_another_loader_are_understood(monkeypatch, variable, text, name, value):
+    monkeypatch.setenv(variable, text)
+    assert getattr(Settings.resolve(), name) == value
+    assert Settings.resolve() == Settings.resolve(**{name: value})
+
+
+def test_every_alias_is_tried_above():
+    assert {case[0] for case in ALIAS_CASES} == {alias.variable for alias in ALIASES}
+    assert {alias.setting for alias in ALIASES} <= set(Settings.model_fields)
+
+
+def test_own_variables_and_arguments_come_before_those_of_another_loader(monkeypatch):
+    monkeypatch.setenv("RUNAI_STREAMER_CONCURRENCY", "20")
+    monkeypatch.setenv("RAY_STREAMER_CONCURRENCY", "30")
+    assert Settings.resolve().concurrency == 30
+    assert Settings.resolve(concurrency=40).concurrency == 40
+    monkeypatch.setenv("RAY_STREAMER_CONCURRENCY", "")
+    assert Settings.resolve().concurrency == 20
+
+
+@pytest.mark.parametrize(
+    ("variable", "text"),
+    [
+        ("RUNAI_STREAMER_CONCURRENCY", "2000"),
+        ("RUNAI_STREAMER_MEMORY_LIMIT", "-7"),
+        ("RUNAI_STREAMER_CHUNK_BYTESIZE", "2097153"),
+        ("RUNAI_STREAMER_S3_USE_VIRTUAL_ADDRESSING", "perhaps"),
+    ],
+)
+def test_a_bad_variable_of_another_loader_is_named(monkeypatch, variable, text):
+    monkeypatch.setenv(variable, text)
+    with pytest.raises(SettingsError, match=rf"^environment variable {variable}='{text}'"):
+        Settings.resolve()
+
+
+KEYS = {
+    "s3_access_key_id": "PLANTEDKEY",
+    "s3_secret_access_key": "PLANTEDSECRET",
+    "s3_session_token": "PLANTEDTOKEN",
+}
+
+
+def test_secrets_are_known_and_hidden():
+    assert set(KEYS) == SECRET_SETTINGS
+    settings = Settings.resolve(**KEYS).override(concurrency=3)
+    for text in (repr(settings), str(settings), settings.model_dump_json(), str(settings.model_dump())):
+        assert "PLANTED" not in text
+    there = pickle.loads(pickle.dumps(settings))
+    assert {name: getattr(there, name).get_secret_value() for name in KEYS} == KEYS
+
+
+def test_secrets_from_variables(monkeypatch):
+    for name, value in KEYS.items():
+        monkeypatch.setenv(f"RAY_STREAMER_{name.upper()}", value)
+    assert Settings.resolve() == Settings.resolve(**KEYS)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"s3_secret_access_key": 12345}, "s3_secret_access_key="),
+        ({"s3_secret_acces_key": "PLANTEDSECRET"}, "s3_secret_acces_key="),
+        ({"s3_secret_access_key": "PLANTEDSECRET"}, "go together"),
+        ({"s3_access_key_id": "PLANTEDKEY"}, "go together"),
+        ({"s3_session_token": "PLANTEDTOKEN"}, "s3_session_token needs"),
+        ({**KEYS, "s3_unsigned": True}, "s3_unsigned"),
+        ({**KEYS, "concurrency": 0}, "concurrency=0"),
+        ({"s3_unsigned": True, "s3_requester_pays": True}, "s3_unsigned.*s3_requester_pays"),
+        ({"s3_endpoint_url": "http://key:PLANTEDSECRET@minio:9000"}, "s3_endpoint_url=.*credentials"),
+    ],
+)
+def test_what_is_wrong_with_secrets_is_told_without_them(given, words):
+    with pytest.raises(SettingsError, match=words) as caught:
+        Settings.resolve(**given)
+    error = caught.value
+    while error is not None:
+        for value in ("PLANTED", "12345"):
+            assert value not in f"{error} {error!r}"
+        error = error.__cause__ or error.__context__

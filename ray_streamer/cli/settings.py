@@ -1,4 +1,7 @@
-"""How do the fields of `Settings` become options? One option each, made from name, type, default and description."""
+"""How do the fields of `Settings` become options? One option each, made from name, type, default and description.
+
+Secrets have none, since everybody on a machine sees its command lines; their variables do.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from pydantic import ByteSize, TypeAdapter, ValidationError
 
 from ray_streamer.cli.command import SettingOption
 from ray_streamer.report.units import human_bytes
-from ray_streamer.settings import Settings
+from ray_streamer.settings import SECRET_SETTINGS, Settings
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -19,15 +22,16 @@ if TYPE_CHECKING:
 
 
 def with_settings(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Adds an option for every setting; the function gets the resolved `settings`."""
+    """Adds an option for every setting but secrets; the function gets the resolved `settings`."""
+    shown = {name: field for name, field in Settings.model_fields.items() if name not in SECRET_SETTINGS}
 
     @functools.wraps(function)
     def call(*args: Any, **options: Any) -> Any:
-        values = {name: options.pop(name) for name in Settings.model_fields}
+        values = {name: options.pop(name) for name in shown}
         given = {name: value for name, value in values.items() if value is not None}
         return function(*args, settings=Settings.resolve(**given), **options)
 
-    for name, field in reversed(Settings.model_fields.items()):
+    for name, field in reversed(shown.items()):
         call = _option(name, field)(call)
     return call
 

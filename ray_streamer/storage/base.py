@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
 if TYPE_CHECKING:
+    from pydantic import SecretStr
+
     from ray_streamer.extent import Extent
 
 
@@ -40,6 +42,10 @@ class StorageSettings(Protocol):
     s3_addressing: Literal["auto", "path", "virtual"]
     s3_unsigned: bool
     s3_ca_bundle: str | None
+    s3_requester_pays: bool
+    s3_access_key_id: SecretStr | None
+    s3_secret_access_key: SecretStr | None
+    s3_session_token: SecretStr | None
 
 
 class Storage(Protocol):

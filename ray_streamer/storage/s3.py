@@ -17,7 +17,7 @@ from ray_streamer.storage.base import ObjectInfo, check_buffer
 from ray_streamer.storage.http_pool import HttpPool, receive_into
 from ray_streamer.storage.retry import PassingFault, Patience
 from ray_streamer.storage.s3_answer import Refusal, faults_translated, range_of
-from ray_streamer.storage.s3_client import S3Location, SignedUrls, open_access
+from ray_streamer.storage.s3_client import SignedUrls, open_access
 
 if TYPE_CHECKING:
     import http.client
@@ -37,12 +37,13 @@ class S3Storage:
 
     def __init__(self, uri: str, settings: StorageSettings) -> None:
         self.uri = uri
-        self._location = S3Location.parse(uri)
         access = open_access(uri, settings)
+        self._access = access
+        self._location = access.location
         self._client = access.client
         self._endpoint = access.endpoint
         self._deadline_seconds = settings.retry_deadline_seconds
-        self._urls = SignedUrls(self._sign)
+        self._urls = SignedUrls(access.sign, in_a_session=access.location.is_directory_bucket)
         self._pool = HttpPool(
             connect_timeout_seconds=settings.connect_timeout_seconds,
             read_timeout_seconds=settings.read_timeout_seconds,
@@ -111,11 +112,12 @@ class S3Storage:
 
         def attempt() -> list[str]:
             with self._faults_translated(f"listing {self.uri}"):
-                found = pages.paginate(Bucket=self._location.bucket, Prefix=folder + prefix, Delimiter="/")
+                found = pages.paginate(**self._access.arguments, Prefix=self._location.listable(prefix), Delimiter="/")
                 return [entry["Key"].removeprefix(folder) for page in found for entry in page.get("Contents", ())]
 
         # A key that ends with "/" stands for a folder in the consoles of object stores.
-        return sorted(path for path in self._run(attempt) if path and not path.endswith("/"))
+        listed = self._run(attempt)
+        return sorted(path for path in listed if path.startswith(prefix) and path and not path.endswith("/"))
 
     def close(self) -> None:
         """See `Storage`; reads in flight end with `StorageError`."""
@@ -135,7 +137,7 @@ class S3Storage:
         """One GET for the bytes `asked`; the answer's head has been checked when the block begins."""
         what = self._name(path, asked)
         # The last byte is inclusive in HTTP (RFC 9110, section 14.1.2), and nowhere else.
-        headers = {"Range": f"bytes={asked.start}-{asked.stop - 1}"}
+        headers = {"Range": f"bytes={asked.start}-{asked.stop - 1}", **self._access.headers}
         if etag:
             headers["If-Match"] = etag
         key = self._location.key_of(path)
@@ -153,14 +155,10 @@ class S3Storage:
     def _ask_info(self, path: str) -> ObjectInfo:
         def attempt() -> ObjectInfo:
             with self._faults_translated(self._name(path)):
-                head = self._client.head_object(Bucket=self._location.bucket, Key=self._location.key_of(path))
+                head = self._client.head_object(**self._access.arguments, Key=self._location.key_of(path))
                 return ObjectInfo(head["ContentLength"], head.get("ETag", ""))
 
         return self._run(attempt)
-
-    def _sign(self, key: str, seconds: int) -> str:
-        what = {"Bucket": self._location.bucket, "Key": key}
-        return str(self._client.generate_presigned_url("get_object", Params=what, ExpiresIn=seconds))
 
     def _faults_translated(self, what: str) -> AbstractContextManager[None]:
         return faults_translated(what, endpoint=self._endpoint, has_answered=self._has_answered)

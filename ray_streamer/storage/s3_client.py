@@ -7,6 +7,7 @@ and never part of a message.
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from dataclasses import dataclass
@@ -20,54 +21,48 @@ from botocore.exceptions import BotoCoreError, ProfileNotFound
 from botocore.httpsession import get_cert_path
 
 from ray_streamer.errors import AccessError, SettingsError
+from ray_streamer.storage.s3_location import S3Location
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from pydantic import SecretStr
+
     from ray_streamer.storage.base import StorageSettings
 
 _SIGNED_FOR_SECONDS = 3600
-
-
-@dataclass(frozen=True, slots=True)
-class S3Location:
-    """A folder-like prefix in a bucket.
-
-    >>> S3Location.parse("s3://models/llama/").key_of("config.json")
-    'llama/config.json'
-    """
-
-    bucket: str
-    prefix: str
-
-    @classmethod
-    def parse(cls, uri: str) -> S3Location:
-        """The location that `s3://bucket/prefix` names; nothing is percent-decoded.
-
-        Raises:
-            SettingsError: There is no bucket in it.
-        """
-        bucket, _, prefix = uri.partition("://")[2].partition("/")
-        if not bucket:
-            raise SettingsError(f"{uri} names no bucket; give s3://bucket/prefix")
-        return cls(bucket, prefix.rstrip("/"))
-
-    def key_of(self, path: str) -> str:
-        """The key of a path relative to the prefix."""
-        return f"{self.prefix}/{path}" if self.prefix else path
+_SESSION_SECONDS = 300
+_SESSION_RENEWED_AFTER_SECONDS = 30
+_USER_OF_A_URL = re.compile(r"//[^/@\s]*@")
 
 
 @dataclass(frozen=True, slots=True)
 class S3Access:
-    """A boto3 client, and the CA file by which it trusts https endpoints."""
+    """A boto3 client for one bucket, and what its signed urls need besides.
+
+    Attributes:
+        client: The boto3 client.
+        location: Bucket and prefix.
+        ca_file: By which https endpoints are trusted.
+        arguments: Of every call about the bucket or its objects.
+        headers: To be sent with signed urls, whose signature covers them.
+    """
 
     client: Any
+    location: S3Location
     ca_file: str
+    arguments: dict[str, str]
+    headers: dict[str, str]
 
     @property
     def endpoint(self) -> str:
         """Where requests go, before a bucket is put in front."""
         return str(self.client.meta.endpoint_url)
+
+    def sign(self, key: str, seconds: int) -> str:
+        """A url of the object `key` that is good for so long, if the credentials are."""
+        what = {**self.arguments, "Key": key}
+        return str(self.client.generate_presigned_url("get_object", Params=what, ExpiresIn=seconds))
 
 
 def open_access(uri: str, settings: StorageSettings) -> S3Access:
@@ -75,45 +70,94 @@ def open_access(uri: str, settings: StorageSettings) -> S3Access:
 
     Raises:
         AccessError: There is no such profile.
-        SettingsError: boto3 cannot use the endpoint, region or CA file.
+        SettingsError: The uri names no bucket, or boto3 cannot use the endpoint, region or CA file.
     """
-    config = Config(
-        signature_version=UNSIGNED if settings.s3_unsigned else "s3v4",
+    location = S3Location.parse(uri)
+    try:
+        session = botocore.session.Session(profile=settings.s3_profile)
+        ca_file = settings.s3_ca_bundle or session.get_config_variable("ca_bundle") or get_cert_path(True)
+        client = boto3.Session(
+            botocore_session=session,
+            region_name=settings.s3_region,
+            aws_access_key_id=_revealed(settings.s3_access_key_id),
+            aws_secret_access_key=_revealed(settings.s3_secret_access_key),
+            aws_session_token=_revealed(settings.s3_session_token),
+        ).client(
+            "s3",
+            endpoint_url=settings.s3_endpoint_url,
+            verify=settings.s3_ca_bundle,
+            config=_client_config(location, settings),
+        )
+    except ProfileNotFound as error:
+        raise AccessError(f"cannot open {uri}: {error}; see s3_profile and AWS_PROFILE") from error
+    except (BotoCoreError, ValueError) as error:
+        message = _USER_OF_A_URL.sub("//", str(error))
+        raise SettingsError(f"cannot open {uri}: {message}; see s3_endpoint_url, s3_region and AWS_*") from None
+    if "@" in client.meta.endpoint_url:
+        raise SettingsError(f"cannot open {uri}: AWS_ENDPOINT_URL has credentials in it; use AWS_ACCESS_KEY_ID instead")
+    client.meta.events.register_first("before-endpoint-resolution.s3", _keep_to_the_region)
+    pays = settings.s3_requester_pays
+    return S3Access(
+        client,
+        location,
+        ca_file,
+        arguments={"Bucket": location.bucket} | ({"RequestPayer": "requester"} if pays else {}),
+        headers={"x-amz-request-payer": "requester"} if pays else {},
+    )
+
+
+def _client_config(location: S3Location, settings: StorageSettings) -> Config:
+    if settings.s3_unsigned:
+        signature_version: Any = UNSIGNED
+    else:
+        # Buckets that say by themselves how to sign are not told; of the others boto3 would sign urls in the old way.
+        signature_version = None if location.chooses_signature else "s3v4"
+    return Config(
+        signature_version=signature_version,
         connect_timeout=settings.connect_timeout_seconds,
         read_timeout=settings.read_timeout_seconds,
         # Attempts are counted in one place, see `retry`.
         retries={"total_max_attempts": 1, "mode": "standard"},
         s3={"addressing_style": settings.s3_addressing},
+        # Stores other than Amazon's do not all know the headers of the newer checksums.
+        request_checksum_calculation="when_required",
+        response_checksum_validation="when_required",
     )
-    try:
-        session = botocore.session.Session(profile=settings.s3_profile)
-        ca_file = settings.s3_ca_bundle or session.get_config_variable("ca_bundle") or get_cert_path(True)
-        client = boto3.Session(botocore_session=session, region_name=settings.s3_region).client(
-            "s3", endpoint_url=settings.s3_endpoint_url, verify=settings.s3_ca_bundle, config=config
-        )
-    except ProfileNotFound as error:
-        raise AccessError(f"cannot open {uri}: {error}; see s3_profile and AWS_PROFILE") from error
-    except (BotoCoreError, ValueError) as error:
-        raise SettingsError(f"cannot open {uri}: {error}; see s3_endpoint_url, s3_region and AWS_*") from error
-    return S3Access(client, ca_file)
+
+
+def _keep_to_the_region(context: dict[str, Any], **_: Any) -> None:
+    """Sign urls for the bucket's region: those of the global endpoint are redirected while a bucket is young.
+
+    boto3 asks for the global one when `addressing_style` is "auto". Source: botocore 1.44, `_should_use_global_endpoint`.
+    """
+    context["use_global_endpoint"] = False
+
+
+def _revealed(secret: SecretStr | None) -> str | None:
+    return secret.get_secret_value() if secret else None
 
 
 class SignedUrls:
-    """One url per object, signed once and renewed at half of its life; safe to call from many threads."""
+    """One url per object, signed once and renewed at half of its life; safe to call from many threads.
 
-    def __init__(self, sign: Callable[[str, int], str]) -> None:
+    Where the bucket opens a session for its signatures, which lasts five minutes, urls are renewed much earlier.
+    """
+
+    def __init__(self, sign: Callable[[str, int], str], *, in_a_session: bool = False) -> None:
         self._sign = sign
+        self._signed_for_seconds = _SESSION_SECONDS if in_a_session else _SIGNED_FOR_SECONDS
+        self._renewed_after_seconds = _SESSION_RENEWED_AFTER_SECONDS if in_a_session else _SIGNED_FOR_SECONDS / 2
         self._lock = threading.Lock()
         self._urls: dict[str, tuple[str, float]] = {}
 
     def url_of(self, key: str) -> str:
-        """A url that is good for at least half an hour, unless the credentials end before."""
+        """A url that is good for long enough to finish a request with it, unless the credentials end before."""
         now = time.monotonic()
         with self._lock:
             url, signed_at = self._urls.get(key, ("", now))
-        if url and now - signed_at < _SIGNED_FOR_SECONDS / 2:
+        if url and now - signed_at < self._renewed_after_seconds:
             return url
-        url = self._sign(key, _SIGNED_FOR_SECONDS)
+        url = self._sign(key, self._signed_for_seconds)
         with self._lock:
             self._urls[key] = url, now
         return url

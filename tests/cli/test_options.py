@@ -2,7 +2,7 @@ import pytest
 
 from ray_streamer.cli.rules import parse_rule
 from ray_streamer.errors import ShardingError
-from ray_streamer.settings import Settings
+from ray_streamer.settings import SECRET_SETTINGS, Settings
 from ray_streamer.sharding import Replicate, Skip, Split, SplitVocabulary
 
 
@@ -10,8 +10,9 @@ from ray_streamer.sharding import Replicate, Skip, Split, SplitVocabulary
 def test_every_setting_is_an_option_with_its_description(invoke, command):
     text = " ".join(invoke(command, "--help").stdout.split())
     for name, field in Settings.model_fields.items():
-        assert f"--{name.replace('_', '-')} " in text
-        assert field.description in text
+        has_option = name not in SECRET_SETTINGS
+        assert (f"--{name.replace('_', '-')} " in text) is has_option
+        assert (field.description in text) is has_option
     assert "[default: 8 MiB]" in text
 
 
@@ -30,6 +31,9 @@ def test_a_bad_variable_is_named(invoke, checkpoint, monkeypatch):
     result = invoke("plan", checkpoint, "--tp", 2)
     assert result.exit_code == 1
     assert "environment variable RAY_STREAMER_CONCURRENCY='0'" in result.stderr
+    monkeypatch.delenv("RAY_STREAMER_CONCURRENCY")
+    monkeypatch.setenv("RUNAI_STREAMER_CONCURRENCY", "0")
+    assert "environment variable RUNAI_STREAMER_CONCURRENCY='0'" in invoke("plan", checkpoint, "--tp", 2).stderr
 
 
 @pytest.mark.parametrize(
