@@ -1,5 +1,64 @@
-"""Assertions of the shared suite are explained as those of tests are."""
+"""Places in buckets to write to, and storages that are closed afterwards."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import Any
 
 import pytest
 
+from ray_streamer.settings import Settings
+from ray_streamer.storage import open_storage
+
+# Assertions of the shared suite are explained as those of tests are.
 pytest.register_assert_rewrite("ray_streamer.testing.storage_suite")
+
+_numbers = itertools.count()
+
+
+@dataclass
+class BucketPlace:
+    """A prefix in a bucket, to which a client of boto3 writes."""
+
+    uri: str
+    client: Any
+    bucket: str
+    prefix: str
+
+    def write(self, path: str, content: bytes) -> None:
+        self.client.put_object(Bucket=self.bucket, Key=f"{self.prefix}/{path}".lstrip("/"), Body=content)
+
+
+@pytest.fixture
+def only_on_the_gateway(s3_server):
+    if s3_server.kind != "rgw":
+        pytest.skip("moto believes everybody, counts nothing and keeps no connection")
+
+
+@pytest.fixture(scope="session")
+def boto3_client(s3_server):
+    client = s3_server.client()
+    client.create_bucket(Bucket="storage-tests")
+    yield client
+    client.close()
+
+
+@pytest.fixture
+def place(boto3_client, s3_credentials):
+    prefix = f"prefix {next(_numbers)}/llama+ü"
+    return BucketPlace(f"s3://storage-tests/{prefix}", boto3_client, "storage-tests", prefix)
+
+
+@pytest.fixture
+def open_s3():
+    """A function that opens a storage for the length of a test."""
+    opened = []
+
+    def open_s3(uri, **settings):
+        opened.append(open_storage(uri, Settings.resolve(**{"retry_deadline_seconds": 5.0, **settings})))
+        return opened[-1]
+
+    yield open_s3
+    for storage in opened:
+        storage.close()

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
 import pickle
 import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
@@ -23,63 +20,16 @@ from ray_streamer.errors import (
     ThrottledError,
 )
 from ray_streamer.extent import Extent
-from ray_streamer.settings import Settings
-from ray_streamer.storage import open_storage, s3_client
+from ray_streamer.storage import s3_client
 from ray_streamer.storage.s3_client import SignedUrls
 from ray_streamer.testing.faults import Fault, FaultProxy
 from ray_streamer.testing.storage_suite import CONTENT, StorageContract, read
-
-_numbers = itertools.count()
-
-
-@pytest.fixture
-def only_on_the_gateway(s3_server):
-    if s3_server.kind != "rgw":
-        pytest.skip("moto believes everybody, counts nothing and keeps no connection")
-
-
-@dataclass
-class BucketPlace:
-    uri: str
-    client: Any
-    bucket: str
-    prefix: str
-
-    def write(self, path: str, content: bytes) -> None:
-        self.client.put_object(Bucket=self.bucket, Key=f"{self.prefix}/{path}".lstrip("/"), Body=content)
-
-
-@pytest.fixture(scope="session")
-def boto3_client(s3_server):
-    client = s3_server.client()
-    client.create_bucket(Bucket="storage-tests")
-    yield client
-    client.close()
-
-
-@pytest.fixture
-def place(boto3_client, s3_credentials):
-    prefix = f"prefix {next(_numbers)}/llama+ü"
-    return BucketPlace(f"s3://storage-tests/{prefix}", boto3_client, "storage-tests", prefix)
 
 
 class TestS3Contract(StorageContract):
     @pytest.fixture
     def place(self, place):
         return place
-
-
-@pytest.fixture
-def open_s3():
-    opened = []
-
-    def open_s3(uri, **settings):
-        opened.append(open_storage(uri, Settings.resolve(**{"retry_deadline_seconds": 5.0, **settings})))
-        return opened[-1]
-
-    yield open_s3
-    for storage in opened:
-        storage.close()
 
 
 @pytest.fixture
