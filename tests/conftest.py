@@ -32,7 +32,7 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 def s3_server() -> Iterator[S3Server]:
     """A real S3 server for the whole session; tests share it, so each uses a bucket or prefix of its own."""
     try:
-        server = start_s3_server()
+        server = start_s3_server(tls=True)
     except S3ServerUnavailableError as error:
         pytest.skip(str(error))
     with server:

@@ -1,7 +1,8 @@
 """How does one start Ceph's RADOS Gateway, a complete S3 server, without root, systemd or a cluster?
 
 One monitor, one object store in memory, one gateway, all on 127.0.0.1 and below one folder. Data lives in memory, about
-twice its size, and is gone at the end.
+twice its size, and is gone at the end. Buckets are also served in host names, as BUCKET.s3.localhost, for whoever makes
+that name mean this machine.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import subprocess
 import uuid
 from typing import Any
 
+from ray_streamer.testing.certificates import make_certificates
 from ray_streamer.testing.s3_server import Kind, S3Server, free_port
 
 _PROGRAMS = ("radosgw", "ceph-mon", "ceph-osd", "radosgw-admin", "ceph", "monmaptool")
@@ -76,8 +78,8 @@ debug osd = 0/0
 debug memstore = 0/0
 [client.rgw]
 rgw data = {folder}/rgw
-rgw frontends = beast tcp_nodelay=1 endpoint=127.0.0.1:{port}
-rgw dns name = localhost
+rgw frontends = beast tcp_nodelay=1 endpoint=127.0.0.1:{port}{tls_endpoint}
+rgw dns name = s3.localhost
 rgw get obj window size = 16777216
 rgw put obj min window size = 16777216
 rgw thread pool size = 128
@@ -115,6 +117,7 @@ class RadosGateway(S3Server):
                 osd_uuid=osd_uuid,
                 mon_port=mon_port,
                 port=self._port,
+                tls_endpoint=self._tls_endpoint() if self._wants_tls else "",
                 store_bytes=_STORE_BYTES,
             )
         )
@@ -125,12 +128,15 @@ class RadosGateway(S3Server):
         self._run("ceph", *self._conf, "osd", "new", osd_uuid)
         self._run("ceph-osd", *self._conf, "-i", "0", "--mkfs")
         self.spawn("ceph-osd", *self._conf, "-i", "0", "-f")
-        keys = (f"--access-key={self.access_key}", f"--secret-key={self.secret_key}")
-        self._run(
-            "radosgw-admin", *self._conf, "-n", "client.rgw", "user", "create", "--uid=test", "--display-name=t", *keys
-        )
+        self.add_user("test", self.access_key, self.secret_key)
         self.spawn("radosgw", *self._conf, "-n", "client.rgw", "-f")
         self.wait_until_it_answers()
+
+    def add_user(self, name: str, access_key: str, secret_key: str) -> None:
+        """Make a user who owns nothing yet."""
+        keys = (f"--access-key={access_key}", f"--secret-key={secret_key}")
+        user = (f"--uid={name}", f"--display-name={name}")
+        self._run("radosgw-admin", *self._conf, "-n", "client.rgw", "user", "create", *user, *keys)
 
     def bytes_sent(self) -> int:
         """Body bytes of all objects that GET asked for so far."""
@@ -141,6 +147,13 @@ class RadosGateway(S3Server):
     def requests(self) -> int:
         """Object GET and HEAD requests so far, failed ones included."""
         return int(self._counters()["get"])
+
+    def _tls_endpoint(self) -> str:
+        """The frontend's options for https."""
+        port, certificates = free_port(), make_certificates(self.folder)
+        self.tls_endpoint_url = f"https://127.0.0.1:{port}"
+        self.ca_file = certificates.ca_file
+        return f" ssl_endpoint=127.0.0.1:{port} ssl_certificate={certificates.server_file}"
 
     @property
     def _conf(self) -> tuple[str, str]:

@@ -36,6 +36,8 @@ class S3Server(ABC):
     Attributes:
         kind: Which program serves.
         endpoint_url: `http://127.0.0.1:PORT`.
+        tls_endpoint_url: The same data at `https://127.0.0.1:PORT`; None unless it was asked for and the server can do both.
+        ca_file: What to trust there.
         access_key: The one user's access key.
         secret_key: The one user's secret key.
         region: Region to sign for.
@@ -43,13 +45,16 @@ class S3Server(ABC):
 
     kind: Kind
 
-    def __init__(self, folder: Path, port: int) -> None:
+    def __init__(self, folder: Path, port: int, *, tls: bool = False) -> None:
         self.folder = folder
         self.endpoint_url = f"http://127.0.0.1:{port}"
         self.access_key = "testaccesskey"
         self.secret_key = "testsecretkey0123456789"
         self.region = "us-east-1"
+        self.tls_endpoint_url: str | None = None
+        self.ca_file: Path | None = None
         self._port = port
+        self._wants_tls = tls
         self._processes: list[subprocess.Popen[bytes]] = []
 
     @abstractmethod
@@ -182,8 +187,12 @@ class MotoServer(S3Server):
         raise NotImplementedError("moto does not count requests; install radosgw for that")
 
 
-def start_s3_server(kind: Literal["auto", "rgw", "moto"] = "auto") -> S3Server:
+def start_s3_server(kind: Literal["auto", "rgw", "moto"] = "auto", *, tls: bool = False) -> S3Server:
     """Start a server in about two seconds; use it in a `with` block, which stops it.
+
+    Args:
+        kind: Which program; "auto" = RADOS Gateway where it is installed.
+        tls: Serve https too, on another port, where the program can; needs the package `trustme`.
 
     Raises:
         S3ServerUnavailableError: Its programs are not installed.
@@ -201,7 +210,7 @@ def start_s3_server(kind: Literal["auto", "rgw", "moto"] = "auto") -> S3Server:
         )
     server_class = MotoServer if kind == "moto" or missing else RadosGateway
     # Unix socket paths are short, so the folder is not put below a long test path.
-    server = server_class(Path(tempfile.mkdtemp(prefix="s3-server-")), free_port())
+    server = server_class(Path(tempfile.mkdtemp(prefix="s3-server-")), free_port(), tls=tls)
     atexit.register(server.stop)
     try:
         server.start()
