@@ -141,6 +141,11 @@ class Settings(BaseSettings):
     page_cache: Literal["auto", "on", "off"] = Field(
         default="auto", description="Copy from a mapping of a local file: auto = when it is in the page cache."
     )
+    device_scratch_bytes: ByteSize = Field(
+        default=ByteSize(0),
+        description="GPU memory beyond the tensors, per rank, in which rows of very short runs are cut; 0 = such rows are packed "
+        "on the host.",
+    )
     startup_timeout_seconds: float = Field(
         default=300.0, gt=0, description="How long ranks may take to be placed, started and connected."
     )

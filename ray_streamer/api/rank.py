@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     import torch
 
     from ray_streamer.api.membership import Membership
+    from ray_streamer.device.base import Device
     from ray_streamer.planning.read_plan import ReadPlan
     from ray_streamer.rank.request import SliceSource
     from ray_streamer.rank.statistics import RankStatistics
@@ -46,7 +47,7 @@ class RankArguments(TypedDict, total=False):
         rules: As in `load_sharded`.
         slices: As in `load_sharded`.
         unmatched: As in `load_sharded`.
-        device: As in `load_sharded`.
+        device: "cpu"; "cuda", torch's current device; or "cuda:N".
         settings: Every knob, equal on all ranks; from the environment when unset.
         out: Contiguous tensors of this rank by name, filled in place; tensors not named are allocated. After an error their
             content is undefined.
@@ -102,24 +103,32 @@ def stream_rank(uri: str, **arguments: Unpack[RankArguments]) -> Iterator[tuple[
     Raises:
         RayStreamerError: As `load_rank`; tensors that were yielded before are complete.
     """
-    membership, plan, request = _plan_for_rank(uri, arguments)
+    membership, request = _request_of_rank(uri, arguments)
+    # First: a GPU starts in the background, while the headers are read.
+    device = open_device(request.device, device_scratch_bytes=request.settings.device_scratch_bytes)
+    plan = _plan(membership, request)
     storage = request.open_storage()
     try:
-        yield from _stream(membership, plan, request, storage, arguments)
+        yield from _stream(membership, plan, request.settings, storage, device, arguments)
     finally:
         storage.close()
 
 
 def _stream(
-    membership: Membership, plan: ReadPlan, request: LoadRequest, storage: Storage, arguments: RankArguments
+    membership: Membership,
+    plan: ReadPlan,
+    settings: Settings,
+    storage: Storage,
+    device: Device,
+    arguments: RankArguments,
 ) -> Iterator[tuple[str, torch.Tensor]]:
     completed: queue.SimpleQueue[tuple[str, torch.Tensor] | BaseException | None] = queue.SimpleQueue()
     load = RankLoad(
         plan,
         membership.rank,
         storage,
-        open_device(request.device),
-        _options(membership, plan, request.settings),
+        device,
+        _options(membership, plan, settings),
         out=arguments.get("out"),
         on_complete=lambda name, tensor: completed.put((name, tensor)),
     )
@@ -148,7 +157,7 @@ def _stream(
         report(load.statistics())
 
 
-def _plan_for_rank(uri: str, arguments: RankArguments) -> tuple[Membership, ReadPlan, LoadRequest]:
+def _request_of_rank(uri: str, arguments: RankArguments) -> tuple[Membership, LoadRequest]:
     unknown = arguments.keys() - RankArguments.__annotations__.keys()
     if unknown:
         raise TypeError(f"unknown arguments {sorted(unknown)}; there are {sorted(RankArguments.__annotations__)}")
@@ -172,13 +181,17 @@ def _plan_for_rank(uri: str, arguments: RankArguments) -> tuple[Membership, Read
         settings=settings,
         device=arguments.get("device", "cpu"),
     )
+    return membership, request
+
+
+def _plan(membership: Membership, request: LoadRequest) -> ReadPlan:
     # A limit that all ranks know without asking each other, so that all make the same plan.
-    limits = assumed_limits(membership.topology, settings)
+    limits = assumed_limits(membership.topology, request.settings)
 
     def make() -> ReadPlan:
         return request.plan(membership.topology, memory_limits=limits)
 
-    return membership, make() if membership.share is None else membership.share(make), request
+    return make() if membership.share is None else membership.share(make)
 
 
 def _options(membership: Membership, plan: ReadPlan, settings: Settings) -> RankOptions:

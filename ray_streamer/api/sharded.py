@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from ray_streamer.cluster.model import ShardedModel
 from ray_streamer.cluster.placement import PlacementOptions
 from ray_streamer.cluster.session import connect
+from ray_streamer.device import is_cuda
 from ray_streamer.rank.request import LoadRequest, slice_source
 from ray_streamer.settings import Settings
 from ray_streamer.sharding.mesh import Mesh
@@ -49,7 +50,7 @@ def load_sharded(
         rules: Glob of tensor names -> placement, before the preset that the checkpoint's config.json names.
         slices: Instead of rules: a picklable callable (index, mesh) -> `SliceTable`.
         unmatched: "error", or "replicate" for tensors of two or more dimensions without a rule.
-        device: Where the tensors go: "cpu".
+        device: Where the tensors go: "cpu", or "cuda", the GPU that Ray assigns to each rank; see `PlacementOptions`.
         concurrency: Reads in flight per rank.
         memory_limit: Staging bytes per rank: N or text such as "512MiB" = at most N; 0 = the least that works; -1 = as much
             as the plan can use; unset = the smaller of 1 GiB and a quarter of the node's available memory over its ranks.
@@ -66,7 +67,7 @@ def load_sharded(
 
     Raises:
         SettingsError: An argument or environment variable cannot mean anything.
-        DeviceError: This version cannot deliver to `device`.
+        DeviceError: This version knows no such `device`; where a rank has none, `RankFailedError` says so.
         BudgetError: The memory limit cannot work; names the smallest that would.
         CheckpointError: The checkpoint is malformed.
         ShardingError: A tensor has no rule, or cannot be cut over `tp` ranks; lists the sizes that would work.
@@ -83,7 +84,7 @@ def load_sharded(
         ),
         device=device,
     )
-    placement = placement or PlacementOptions()
+    placement = (placement or PlacementOptions()).for_device(is_gpu=is_cuda(device))
     num_cpus = math.ceil(request.mesh.num_ranks * placement.num_cpus_per_rank)
     connect(address, num_local_cpus=max(num_cpus, os.cpu_count() or 1))
     return ShardedModel(request, placement, wait=wait, on_progress=on_progress)

@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 @click.argument("uri")
 @click.option("--tp", type=click.IntRange(1), required=True, help="Ranks that share one copy of the model.")
 @click.option("--replicas", type=click.IntRange(1), default=1, show_default=True, help="Copies of the model.")
-@click.option("--device", default="cpu", show_default=True, help="Where the tensors go.")
+@click.option("--device", default="cpu", show_default=True, help="Where the tensors go: cpu or cuda.")
 @click.option("--num-cpus-per-rank", type=float, default=1.0, show_default=True, help="CPUs that each rank reserves.")
-@click.option("--num-gpus-per-rank", type=float, default=0.0, show_default=True, help="GPUs that each rank reserves.")
+@click.option("--num-gpus-per-rank", type=float, help="GPUs that each rank reserves; unset = 1 on GPUs, else none.")
 @click.option(
     "--strategy",
     type=click.Choice(get_args(Strategy)),
@@ -59,7 +59,7 @@ def command(
     replicas: int,
     device: str,
     num_cpus_per_rank: float,
-    num_gpus_per_rank: float,
+    num_gpus_per_rank: float | None,
     strategy: Strategy,
     address: str | None,
     report_file: Path | None,

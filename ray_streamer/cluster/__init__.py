@@ -3,6 +3,7 @@
     session     which Ray does this process speak to?
     placement   where may the ranks run, and is there room? (arithmetic, no Ray)
     seats       the reservations that Ray gives for it
+    gpus        which GPU is this rank's?
     facts       what does a rank see of its machine?
     shell       the actor around an ordinary worker object
     failures    which of several errors is the cause?

@@ -219,7 +219,7 @@ class WorkerGroup:
         try:
             return RankActor.options(
                 num_cpus=self._placement.num_cpus_per_rank,
-                num_gpus=self._placement.num_gpus_per_rank,
+                num_gpus=self._placement.num_gpus_per_rank or 0,
                 resources=dict(self._placement.resources),
                 runtime_env=self._placement.runtime_env,
                 scheduling_strategy=seat.scheduling_strategy,

@@ -7,8 +7,8 @@ node.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from ray_streamer.errors import ClusterError, SettingsError
 
@@ -29,7 +29,8 @@ class PlacementOptions:
 
     Attributes:
         num_cpus_per_rank: May be a fraction, or 0 to reserve none.
-        num_gpus_per_rank: A fraction of one GPU, or a whole number.
+        num_gpus_per_rank: A fraction of one GPU, or a whole number; unset = 1 where tensors go to a GPU, else none. With 0,
+            ranks take the device that torch makes current: placing them is the caller's part then.
         resources: Custom resources of each rank.
         placement_group: The caller's; used, never removed. Without one, the group that the calling actor is in is used
             when it has room, else an own one is made.
@@ -41,7 +42,7 @@ class PlacementOptions:
     """
 
     num_cpus_per_rank: float = 1
-    num_gpus_per_rank: float = 0
+    num_gpus_per_rank: float | None = None
     resources: Mapping[str, float] = field(default_factory=dict)
     placement_group: PlacementGroup | None = None
     strategy: Strategy = "auto"
@@ -57,7 +58,8 @@ class PlacementOptions:
         for name, amount in self._amounts().items():
             if amount != 0 and amount < 1 / _UNITS:
                 raise SettingsError(f"{name}={amount!r} per rank: need 0 or at least {1 / _UNITS}")
-        if self.num_gpus_per_rank > 1 and self.num_gpus_per_rank != int(self.num_gpus_per_rank):
+        num_gpus = self.num_gpus_per_rank or 0
+        if num_gpus > 1 and num_gpus != int(num_gpus):
             raise SettingsError(f"num_gpus_per_rank={self.num_gpus_per_rank!r}: above 1 it must be a whole number")
         if self.bundle_indices is not None and self.placement_group is None:
             raise SettingsError(f"bundle_indices={list(self.bundle_indices)!r} need the placement_group they belong to")
@@ -69,8 +71,12 @@ class PlacementOptions:
         """What one rank reserves; empty when it reserves nothing."""
         return {name: amount for name, amount in self._amounts().items() if amount > 0}
 
+    def for_device(self, *, is_gpu: bool) -> Self:
+        """The same, with the number of GPUs decided."""
+        return self if self.num_gpus_per_rank is not None else replace(self, num_gpus_per_rank=1 if is_gpu else 0)
+
     def _amounts(self) -> dict[str, float]:
-        return {"CPU": self.num_cpus_per_rank, "GPU": self.num_gpus_per_rank, **self.resources}
+        return {"CPU": self.num_cpus_per_rank, "GPU": self.num_gpus_per_rank or 0, **self.resources}
 
 
 @dataclass(frozen=True, slots=True)

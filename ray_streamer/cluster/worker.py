@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from typing import TYPE_CHECKING, Any
 
+from ray_streamer.cluster.gpus import assigned_device
 from ray_streamer.device import open_device
 from ray_streamer.errors import ClusterError, LoadAbortedError
 from ray_streamer.planning.read_plan import plan_reads
@@ -42,7 +43,10 @@ class LoadWorker:
         self._rank = rank
         self._request = request
         # Opened here, so that what the device imports and starts is done, and refused, before anything is read.
-        self._device = open_device(request.device)
+        # A GPU starts in the background, while rank 0 reads the headers and plans.
+        self._device = open_device(
+            assigned_device(request.device), device_scratch_bytes=request.settings.device_scratch_bytes
+        )
         self._lock = threading.Lock()
         self._load: RankLoad | None = None
         self._abort_reason: str | None = None
@@ -83,7 +87,7 @@ class LoadWorker:
         finally:
             storage.close()
         self._context = RankContext(
-            rank=self._rank, mesh=self._request.mesh, device=self._request.device, node=node, tensors=tensors
+            rank=self._rank, mesh=self._request.mesh, device=self._device.name, node=node, tensors=tensors
         )
         return load.statistics()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 from ray_streamer.errors import DeviceError
@@ -10,26 +11,36 @@ if TYPE_CHECKING:
     from ray_streamer.device.base import Device
 
 
+def is_cuda(name: str) -> bool:
+    """Whether a device's name is that of a GPU."""
+    return name.partition(":")[0] == "cuda"
+
+
 def check_device_name(name: str) -> None:
     """Refuses a device that `open_device` knows nothing of, without opening it: the device may be on another machine.
 
     Raises:
         DeviceError: This version cannot deliver to that device.
     """
-    if name != "cpu":
-        raise DeviceError(f'device {name!r} is not supported by this version: give device="cpu"')
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise DeviceError(f'device {name!r} is not supported by this version: give device="cpu" or device="cuda"')
 
 
-def open_device(name: str) -> Device:
-    """The device that `name` stands for.
+def open_device(name: str, *, device_scratch_bytes: int = 0) -> Device:
+    """The device that `name` stands for; a GPU starts in the background.
 
     Args:
-        name: "cpu".
+        name: "cpu"; "cuda", torch's current device; or "cuda:N", the N-th that this process sees.
+        device_scratch_bytes: Device memory beyond the tensors that a GPU may use.
 
     Raises:
-        DeviceError: This version cannot deliver to that device.
+        DeviceError: This version cannot deliver to that device, or there is none.
     """
     check_device_name(name)
+    if is_cuda(name):
+        from ray_streamer.device.cuda import open_cuda
+
+        return open_cuda(name, device_scratch_bytes=device_scratch_bytes)
     from ray_streamer.device.cpu import CpuDevice
 
     return CpuDevice()

@@ -41,9 +41,16 @@ class Copy(NamedTuple):
 
 
 class Device(Protocol):
-    """Where the tensors of one rank live; safe to call from many threads."""
+    """Where the tensors of one rank live; safe to call from many threads.
+
+    Attributes:
+        name: How messages name it.
+        wants_staging: Whether copies out of an adopted arena are so much faster than copies out of a mapping that files in the
+            page cache are read into the arena, too.
+    """
 
     name: str
+    wants_staging: bool
 
     def empty(self, dtype: DType, shape: tuple[int, ...]) -> torch.Tensor:
         """A contiguous tensor of `shape` logical elements whose content is undefined."""
@@ -61,12 +68,22 @@ class Device(Protocol):
         """
         ...
 
+    def follow_caller(self) -> None:
+        """Orders all later copies behind what the calling thread has given the device to do.
+
+        Called when the results are prepared, by the thread that asked for the load: their memory may be in use until then.
+        """
+        ...
+
     def landing(self, result: Result, start: int, stop: int) -> NDArray[np.uint8] | None:
         """Bytes `start` to `stop` of a result, where a read may land directly; None when only copies reach it."""
         ...
 
     def adopt(self, memory: memoryview) -> None:
-        """Prepares staging memory, one's own or a neighbour's, for copies; called once for each arena before its use."""
+        """Prepares staging memory, one's own or a neighbour's, for copies; called once for each arena before its use.
+
+        The memory must stay mapped until `close`.
+        """
         ...
 
     def deliver(self, source: NDArray[np.uint8], copies: Sequence[Copy], done: Done) -> None:
@@ -80,5 +97,5 @@ class Device(Protocol):
         ...
 
     def close(self) -> None:
-        """Waits for copies under way and gives back what `adopt` took."""
+        """Waits for copies under way and gives back what `adopt` took; the device may serve another load."""
         ...

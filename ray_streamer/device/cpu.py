@@ -25,6 +25,7 @@ class CpuDevice:
     """See `Device`; every copy is done when `deliver` returns."""
 
     name = "cpu"
+    wants_staging = False
 
     def empty(self, dtype: DType, shape: tuple[int, ...]) -> torch.Tensor:
         """See `Device.empty`."""
@@ -45,6 +46,9 @@ class CpuDevice:
             raise DeviceError(
                 f"out[{name!r}] is not contiguous: shape {tuple(tensor.shape)}, strides {tensor.stride()}"
             )
+
+    def follow_caller(self) -> None:
+        """See `Device.follow_caller`; host memory is the caller's own to order."""
 
     def landing(self, result: Result, start: int, stop: int) -> NDArray[np.uint8]:
         """See `Device.landing`."""

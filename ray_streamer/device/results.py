@@ -60,6 +60,7 @@ class Results:
         # All before the first read, and in the caller's thread: memory that is not there is found missing at once, and
         # threads that allocate one by one get in each other's way in the kernel.
         self._results |= {tensor: self._allocate(tensor) for tensor in self._missing if tensor not in self._results}
+        device.follow_caller()
 
     def _take_out(self, out: Mapping[str, torch.Tensor]) -> None:
         import torch

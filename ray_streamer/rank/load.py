@@ -148,13 +148,21 @@ class RankLoad:
             owned.callback(lambda: self._neighbours.close())
             owned.callback(self._views.clear)
             # Ends first: its copies under way read what the others give back.
-            owned.callback(self._device.close)
+            owned.callback(self._close_device)
             try:
                 self._stream()
             except BaseException as error:
                 self._stop.set(error)
                 # Raises what ended the load, rather than what came of it here, such as a storage that was closed.
                 self._stop.check()
+        self._stop.check()
+
+    def _close_device(self) -> None:
+        """What fails here is a failure of the load, unless there was one before."""
+        try:
+            self._device.close()
+        except BaseException as error:
+            self._stop.set(error)
 
     def _stream(self) -> None:
         with self._counters.timed("connect"):
@@ -178,7 +186,8 @@ class RankLoad:
         """Files that all ranks of the node copy from a mapping; the node's first rank says which."""
         files = self._plan.index.files
         if self._mine.local_rank == 0:
-            viewed = [file for file in self._mine.files() if self._storage.is_resident(files[file].path)]
+            candidates = [] if self._device.wants_staging else self._mine.files()
+            viewed = [file for file in candidates if self._storage.is_resident(files[file].path)]
             self._neighbours.tell_viewed(viewed)
         else:
             viewed = self._neighbours.wait_viewed()

@@ -1,5 +1,7 @@
 """Random checkpoints, slices, nodes and limits: what the ranks hold is what safetensors itself gives, each byte read once.
 
+Any of the ranks may have a CUDA device, on a runtime that moves bytes as late as it may.
+
 The oracle is `safetensors.safe_open().get_slice()`, which reads the files on disk without any of our code; the dtypes that it
 cannot slice are sliced as numpy bytes.
 """
@@ -11,6 +13,8 @@ from collections import Counter
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from random import Random
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -23,6 +27,10 @@ from ray_streamer.planning.topology import Topology
 from ray_streamer.sharding import Part, Replicate, Skip, Split, SplitVocabulary
 from ray_streamer.sharding.slices import TensorSlice
 from ray_streamer.storage.memory import MemoryStorage
+from ray_streamer.testing.fake_cuda import FakeCuda, open_fake_cuda
+
+if TYPE_CHECKING:
+    from ray_streamer.device.cuda import CudaDevice
 
 DTYPE_NAMES = ("U8", "F8_E4M3", "BF16", "F16", "F32", "I64", "F64", "C64", "F4", "F6_E2M3")
 PACKED_STEP = {"F4": 2, "F6_E2M3": 4}
@@ -43,6 +51,10 @@ class Case:
     is_in_memory: bool
     resident_files: set[int]
     prefers_aligned: bool
+    cuda_ranks: set[int]
+    short_run_bytes: int
+    device_scratch_bytes: int
+    seed: int
 
 
 @st.composite
@@ -130,6 +142,10 @@ def cases(draw) -> Case:
         is_in_memory=draw(st.booleans()),
         resident_files=draw(st.sets(st.integers(0, 2), max_size=1)),
         prefers_aligned=draw(st.booleans()),
+        cuda_ranks=draw(st.sets(st.sampled_from(range(num_ranks)))) if draw(st.booleans()) else set(),
+        short_run_bytes=draw(st.sampled_from([0, 64, 1 << 20])),
+        device_scratch_bytes=draw(st.sampled_from([0, 0, 300, 1 << 14])),
+        seed=draw(st.integers(0, 99)),
     )
 
 
@@ -208,7 +224,9 @@ def _check_reads(plan, storages, case: Case) -> None:
         node_plan = plan.node_plans[plan.node_plan_ids[node]]
         paths = [file.path for file in plan.index.files]
         reads = [read for rank in ranks for read in storages[rank].reads]
-        rows = [row for row in node_plan.blocks.to_pylist() if row["file"] not in case.resident_files]
+        # A GPU prefers staged memory, and the node's first rank decides.
+        viewed_files = set() if ranks[0] in case.cuda_ranks else case.resident_files
+        rows = [row for row in node_plan.blocks.to_pylist() if row["file"] not in viewed_files]
         planned = [(paths[row["file"]], row["start"], row["stop"]) for row in rows]
         assert Counter((path, extent.start, extent.stop) for path, extent in reads) == Counter(planned)
         assert all(extent.num_bytes <= case.block_bytes for _, extent in reads)
@@ -216,7 +234,7 @@ def _check_reads(plan, storages, case: Case) -> None:
         for path, extent in reads:
             num_reads[paths.index(path)][extent.start : extent.stop] += 1
         for file, (file_reads, file_wanted) in enumerate(zip(num_reads, _wanted(plan, ranks), strict=True)):
-            if file in case.resident_files:
+            if file in viewed_files:
                 assert not file_reads.any()
                 continue
             assert (file_reads <= 1).all()
@@ -235,7 +253,25 @@ def _check_statistics(running, memory_limit: int) -> None:
         assert statistics.direct_bytes <= statistics.bytes_read
 
 
-@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+def _cuda_devices(case: Case) -> tuple[dict[int, CudaDevice], list[FakeCuda]]:
+    libraries = {rank: FakeCuda(random=Random(case.seed + rank)) for rank in sorted(case.cuda_ranks)}
+    devices = {
+        rank: open_fake_cuda(
+            library, short_run_bytes=case.short_run_bytes, device_scratch_bytes=case.device_scratch_bytes
+        )
+        for rank, library in libraries.items()
+    }
+    return devices, list(libraries.values())
+
+
+def _check_devices(libraries: list[FakeCuda]) -> None:
+    for library in libraries:
+        assert not library.faults
+        assert not library.locked
+        assert not library.num_pending
+
+
+@settings(max_examples=70, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(case=cases())
 def test_every_rank_holds_what_safetensors_gives(case, ranks):
     with tempfile.TemporaryDirectory() as temporary:
@@ -255,8 +291,10 @@ def test_every_rank_holds_what_safetensors_gives(case, ranks):
         )
         memory_limit = case.num_slots * case.block_bytes
         with ranks.nothing_left():
+            devices, libraries = _cuda_devices(case)
             running = ranks.prepare(
                 plan,
+                devices=devices,
                 memory_limit=memory_limit,
                 concurrency=case.concurrency,
                 resident_paths={file.path for n, file in enumerate(plan.index.files) if n in case.resident_files},
@@ -266,3 +304,4 @@ def test_every_rank_holds_what_safetensors_gives(case, ranks):
         _check_tensors(plan, folder, tensors)
         _check_reads(plan, running.storages, case)
         _check_statistics(running, memory_limit)
+        _check_devices(libraries)

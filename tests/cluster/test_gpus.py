@@ -1,0 +1,107 @@
+"""Which GPU a rank takes: rules on made-up environments, and what a real Ray assigns on a node that says it has two."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+from ray_streamer import PlacementOptions, load_sharded
+from ray_streamer.cluster.gpus import assigned_device, choose_device
+from ray_streamer.cluster.group import WorkerGroup
+from ray_streamer.errors import DeviceError, RankFailedError
+from ray_streamer.testing.checkpoints import TensorSpec, write_checkpoint
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+NOSET = "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES"
+
+
+@pytest.mark.parametrize(
+    ("assigned", "environment", "expected"),
+    [
+        pytest.param(["3"], {"CUDA_VISIBLE_DEVICES": "3"}, "cuda:0", id="ray-hides-the-others"),
+        pytest.param(["3"], {}, "cuda:3", id="ray-hides-nothing"),
+        pytest.param(["7"], {"CUDA_VISIBLE_DEVICES": "4, 7"}, "cuda:1", id="the-node-shows-some"),
+        pytest.param(["GPU-b"], {"CUDA_VISIBLE_DEVICES": "GPU-a,GPU-b"}, "cuda:1", id="named-by-uuid"),
+        pytest.param(["1"], {"HIP_VISIBLE_DEVICES": "0,1"}, "cuda:1", id="amd"),
+        pytest.param(["1"], {"CUDA_VISIBLE_DEVICES": "1", "HIP_VISIBLE_DEVICES": "0,1"}, "cuda:0", id="both"),
+        pytest.param(["2", "5"], {"CUDA_VISIBLE_DEVICES": "2,5"}, "cuda:0", id="several-gpus-of-one-rank"),
+        pytest.param([], {"CUDA_VISIBLE_DEVICES": "0,1"}, "cuda", id="nothing-assigned"),
+    ],
+)
+def test_the_assigned_gpu_among_the_visible(assigned: list[str], environment: dict[str, str], expected: str) -> None:
+    assert choose_device(assigned, environment) == expected
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"CUDA_VISIBLE_DEVICES": "0,1"}, r"Ray assigned GPU 'GPU-b', but CUDA_VISIBLE_DEVICES='0,1' hides it"),
+        ({}, r"Ray assigned GPU 'GPU-b', which has no number here: set CUDA_VISIBLE_DEVICES"),
+    ],
+)
+def test_a_gpu_that_cannot_be_found_is_refused(environment: dict[str, str], message: str) -> None:
+    with pytest.raises(DeviceError, match=message):
+        choose_device(["GPU-b"], environment)
+
+
+@pytest.mark.parametrize(
+    ("given", "is_gpu", "expected"),
+    [(None, True, 1), (None, False, 0), (0.25, True, 0.25), (0, True, 0), (2, False, 2)],
+)
+def test_ranks_with_a_gpu_reserve_one_unless_told_otherwise(given: Any, is_gpu: bool, expected: float) -> None:
+    options = PlacementOptions(num_gpus_per_rank=given, num_cpus_per_rank=3).for_device(is_gpu=is_gpu)
+    assert options == PlacementOptions(num_gpus_per_rank=expected, num_cpus_per_rank=3)
+
+
+class Looker:
+    """Says what a rank sees."""
+
+    def __init__(self, rank: int) -> None:
+        pass
+
+    def look(self) -> tuple[str, str | None]:
+        return assigned_device("cuda"), os.environ.get("CUDA_VISIBLE_DEVICES")
+
+
+@pytest.fixture(scope="module")
+def gpu_node() -> Iterator[None]:
+    """A node of a real Ray that says that it has two GPUs."""
+    import ray
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster()
+    cluster.add_node(num_cpus=4, num_gpus=2, node_ip_address="127.0.0.2", include_dashboard=False)
+    try:
+        ray.init(address=cluster.address, _node_ip_address="127.0.0.2", log_to_driver=False, logging_level="ERROR")
+        yield
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+
+
+def _look(num_ranks: int, **placement: Any) -> list[tuple[str, str | None]]:
+    options = PlacementOptions(num_cpus_per_rank=0.5, **placement)
+    with WorkerGroup(Looker, num_ranks, placement=options, startup_timeout_seconds=60) as group:
+        return sorted(group.call("look"))
+
+
+@pytest.mark.usefixtures("gpu_node")
+def test_ray_assigns_whole_gpus_shared_ones_and_hides_them_or_not() -> None:
+    assert _look(2, num_gpus_per_rank=1) == [("cuda:0", "0"), ("cuda:0", "1")]
+    shown = _look(3, num_gpus_per_rank=0.5, runtime_env={"env_vars": {NOSET: "1"}})
+    assert [device for device, _ in shown] in (["cuda:0", "cuda:0", "cuda:1"], ["cuda:0", "cuda:1", "cuda:1"])
+
+
+@pytest.mark.usefixtures("gpu_node")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_rank_whose_torch_sees_no_gpu_says_so(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, [TensorSpec("a", "F32", (4, 4))], num_files=1, config={})
+    with pytest.raises(RankFailedError, match=r"device 'cuda:0': torch .* sees no CUDA device") as caught:
+        load_sharded(str(tmp_path), 2, device="cuda", unmatched="replicate")
+    assert isinstance(caught.value.cause, DeviceError)
