@@ -13,7 +13,7 @@ from ray_streamer.sharding.mesh import Mesh
 if TYPE_CHECKING:
     from ray_streamer.planning.read_plan import ReadPlan
     from ray_streamer.rank.request import SliceSource
-    from ray_streamer.sharding.resolve import Unmatched
+    from ray_streamer.sharding.groups import Unmatched
     from ray_streamer.sharding.rules import RulesLike
 
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from ray_streamer.planning.read_plan import ReadPlan
     from ray_streamer.rank.request import SliceSource
     from ray_streamer.rank.statistics import RankStatistics
-    from ray_streamer.sharding.resolve import Unmatched
+    from ray_streamer.sharding.groups import Unmatched
     from ray_streamer.sharding.rules import RulesLike
     from ray_streamer.storage.base import Storage
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from ray_streamer.rank.request import SliceSource
     from ray_streamer.rank.statistics import RankStatistics
-    from ray_streamer.sharding.resolve import Unmatched
+    from ray_streamer.sharding.groups import Unmatched
     from ray_streamer.sharding.rules import RulesLike
 
 

@@ -132,6 +132,10 @@ class CheckpointIndex:
         """
         return self._positions[name]
 
+    def find(self, name: str) -> int | None:
+        """The row of tensor `name`; None when there is no such tensor."""
+        return self._positions.get(name)
+
     def shape_of(self, position: int) -> tuple[int, ...]:
         """Logical elements of the tensor at `position`, without padding."""
         return tuple(self.shapes[position, : self.num_dims[position]].tolist())

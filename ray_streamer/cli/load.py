@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ray_streamer.report.progress import ProgressBar
     from ray_streamer.settings import Settings
     from ray_streamer.sharding import Rule
-    from ray_streamer.sharding.resolve import Unmatched
+    from ray_streamer.sharding.groups import Unmatched
 
 
 @click.command("load", cls=Command)

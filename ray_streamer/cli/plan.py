@@ -15,7 +15,7 @@ from ray_streamer.cli.settings import with_settings
 if TYPE_CHECKING:
     from ray_streamer.settings import Settings
     from ray_streamer.sharding import Rule
-    from ray_streamer.sharding.resolve import Unmatched
+    from ray_streamer.sharding.groups import Unmatched
 
 
 @click.command("plan", cls=Command)

@@ -20,8 +20,9 @@ from ray_streamer.planning.limits import (
     fit_block_bytes,
 )
 from ray_streamer.planning.read_plan import ReadPlan, plan_reads
+from ray_streamer.sharding.groups import Unmatched
 from ray_streamer.sharding.mesh import Mesh
-from ray_streamer.sharding.resolve import Unmatched, resolve_slices
+from ray_streamer.sharding.resolve import resolve_slices
 from ray_streamer.sharding.rules import ShardRules
 from ray_streamer.sharding.slices import SliceTable
 from ray_streamer.storage import open_storage

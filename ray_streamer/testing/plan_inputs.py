@@ -6,7 +6,7 @@ The index is made from headers alone, so that a checkpoint of 700 GB can be plan
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -37,7 +37,11 @@ DEEPSEEK_V3_RULES = ShardRules(
 
 
 def header_only_index(
-    tensors: Sequence[TensorSpec], *, num_files: int, uri: str = "memory://layout"
+    tensors: Sequence[TensorSpec],
+    *,
+    num_files: int,
+    config: dict[str, Any] | None = None,
+    uri: str = "memory://layout",
 ) -> CheckpointIndex:
     """The index of a checkpoint of `tensors`, spread in order over `num_files` with about as many tensors each."""
     bounds = np.linspace(0, len(tensors), num_files + 1).astype(int).tolist()
@@ -49,4 +53,4 @@ def header_only_index(
         path = f"model-{number:05}-of-{num_files:05}.safetensors"
         files.append(ShardFile(path, len(head) + sum(spec.num_bytes for spec in specs), "layout"))
         headers.append(parse_header(head, file=path, size_bytes=files[-1].size_bytes))
-    return CheckpointIndex.from_headers(uri, files, headers)
+    return CheckpointIndex.from_headers(uri, files, headers, config=config)

@@ -1,0 +1,144 @@
+"""How does a tensor lie that belongs to a weight, such as its scales? As the weight does, counted in other steps.
+
+Quantized checkpoints store a weight as several tensors: packed words, one scale for each channel, group or block, packed
+zero points. A rule speaks of the weight, in its logical elements; here every edge of the weight's slices is carried over
+to the stored tensor's dimensions. An edge that falls inside a step (the middle of a 128 x 128 block, of a packed word)
+is refused: half of a step means nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ray_streamer.sharding.placement import Placement, Replicate, Skip
+from ray_streamer.sharding.slices import Box, TensorSlice
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+@dataclass(frozen=True, slots=True)
+class StoredDim:
+    """One dimension of a stored tensor: `steps` of its indices hold what belongs to `elements` of the weight's.
+
+    Attributes:
+        weight_dim: Dimension of the weight that it counts; None when it counts none, and every rank holds all of it.
+        elements: Neighbouring elements of the weight that cannot be told apart here.
+        steps: Stored indices that they take: 1 for scales and packed words, 3 for 32 elements of 3 bits in words of 32.
+        uncut: Why no rank may hold a part of this dimension; empty when it may.
+    """
+
+    weight_dim: int | None
+    elements: int = 1
+    steps: int = 1
+    uncut: str = ""
+
+    def edge(self, edge: int, weight_size: int, stored_size: int) -> int | None:
+        """The stored index at which what belongs to the weight's index `edge` begins; None inside of a step.
+
+        The last step may be a shorter one: the end of the weight is the end of what is stored.
+
+        >>> [StoredDim(0, elements=128).edge(edge, 576, 5) for edge in (0, 128, 288, 576)]
+        [0, 1, None, 5]
+        """
+        if edge == weight_size:
+            return stored_size
+        steps, rest = divmod(edge * self.steps, self.elements)
+        return None if rest else steps
+
+
+@dataclass(frozen=True, slots=True)
+class Companion(Placement):
+    """The tensor lies as the weight that it belongs to.
+
+    >>> from ray_streamer.sharding.placement import Split
+    >>> scales = Companion(Split(1), (512, 1024), (StoredDim(0, 128), StoredDim(1, 128)))
+    >>> scales.slice_of((4, 8), tp_index=1, tp=2).boxes
+    (Box(starts=(0, 4), stops=(4, 8), lands=(0, 0)),)
+
+    Attributes:
+        weight: How the weight lies.
+        weight_shape: Logical elements of the weight.
+        dims: What each dimension of the stored tensor counts.
+    """
+
+    weight: Placement
+    weight_shape: tuple[int, ...]
+    dims: tuple[StoredDim, ...]
+
+    def refusal(self, shape: tuple[int, ...], tp: int) -> str | None:
+        """Why the weight, or this tensor with it, cannot be placed on `tp` ranks, or None when it can."""
+        if refused := self.weight.refusal(self.weight_shape, tp):
+            return refused
+        held = (self.weight.slice_of(self.weight_shape, tp_index=index, tp=tp) for index in range(tp))
+        refusals = (self._refusal_of(part, shape) for part in held if part is not None)
+        return next((refused for refused in refusals if refused), None)
+
+    def slice_of(self, shape: tuple[int, ...], *, tp_index: int, tp: int) -> TensorSlice | None:
+        """What belongs to the weight's slice of the rank at `tp_index`."""
+        part = self.weight.slice_of(self.weight_shape, tp_index=tp_index, tp=tp)
+        if part is None:
+            return None
+        # Boxes of the weight that differ in dimensions only which this tensor does not count are one box of it.
+        boxes = dict.fromkeys(
+            Box(*zip(*(self._edges(dim, size, box) for dim, size in zip(self.dims, shape, strict=True)), strict=True))
+            if shape
+            else Box((), (), ())
+            for box in part.boxes
+        )
+        return TensorSlice(tuple(self._result_sizes(part, shape)), tuple(boxes))
+
+    def _edges(self, dim: StoredDim, size: int, box: Box) -> tuple[int, int, int]:
+        """Start, stop and landing index of one stored dimension; only for boxes that are not refused."""
+        if dim.weight_dim is None:
+            return 0, size, 0
+        at, whole = dim.weight_dim, self.weight_shape[dim.weight_dim]
+        start, stop = dim.edge(box.starts[at], whole, size), dim.edge(box.stops[at], whole, size)
+        assert start is not None
+        assert stop is not None
+        return start, stop, box.lands[at] * dim.steps // dim.elements
+
+    def _result_sizes(self, part: TensorSlice, shape: tuple[int, ...]) -> Iterator[int]:
+        for dim, size in zip(self.dims, shape, strict=True):
+            yield size if dim.weight_dim is None else -(-part.shape[dim.weight_dim] * dim.steps // dim.elements)
+
+    def _refusal_of(self, part: TensorSlice, shape: tuple[int, ...]) -> str | None:
+        for number, (dim, size) in enumerate(zip(self.dims, shape, strict=True)):
+            if dim.weight_dim is None:
+                continue
+            whole = self.weight_shape[dim.weight_dim]
+            for box in part.boxes:
+                start, stop, land = (edges[dim.weight_dim] for edges in (box.starts, box.stops, box.lands))
+                if dim.uncut and (start, stop) != (0, whole):
+                    return dim.uncut
+                torn = next((edge for edge in (start, stop) if dim.edge(edge, whole, size) is None), None)
+                if torn is None and land * dim.steps % dim.elements:
+                    torn = start
+                if torn is not None:
+                    return (
+                        f"the weight is cut at index {torn} of its dimension {dim.weight_dim}, inside of the"
+                        f" {dim.elements} that dimension {number} holds together"
+                    )
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class Uncut(Placement):
+    """A stored form that cannot be cut: held whole where its weight is replicated, skipped where it is skipped.
+
+    Attributes:
+        weight: How the weight should lie.
+        reason: Why there is no part of it.
+    """
+
+    weight: Placement
+    reason: str
+
+    def refusal(self, shape: tuple[int, ...], tp: int) -> str | None:
+        """Why, unless there is nothing to cut."""
+        return None if tp == 1 or isinstance(self.weight, Replicate | Skip) else self.reason
+
+    def slice_of(self, shape: tuple[int, ...], *, tp_index: int, tp: int) -> TensorSlice | None:
+        """All of it, or nothing."""
+        return None if isinstance(self.weight, Skip) else TensorSlice.whole(shape)
