@@ -14,9 +14,10 @@ transformers 5.23 and vLLM 0.33 (`vllm/model_executor/parameter.py`) read them.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import TYPE_CHECKING, NamedTuple
 
-from ray_streamer.dtypes import DTYPE_CODES, DTYPES
+from ray_streamer.dtypes import DTYPE_CODES
 from ray_streamer.sharding.stored_form import HOLDERS, WHOLE, QuantizationHints, StoredForm, StoredPart, forms_of
 
 if TYPE_CHECKING:
@@ -38,9 +39,7 @@ _APPENDED = (
     "blocks",
     "scales",
 )
-_UNDER = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", "quant_state")
-
-_ENDINGS = (*(f".{part}" for part in (*_BESIDE, *_UNDER)), *(f"_{part}" for part in _APPENDED))
+_UNDER = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
 
 
 class PartOfWeight(NamedTuple):
@@ -65,13 +64,17 @@ def parts_of_weights(index: CheckpointIndex, rules: ShardRules, rule_ids: list[i
     if not _may_be_quantized(index, rule_ids):
         return {}
     weights = _weights(index)
-    rule_of_weight = dict(zip(weights, rules.first_matches(tuple(weights)), strict=True))
+    unnamed = tuple(weight for weight, parts in weights.items() if WHOLE not in parts)
+    rule_of_unnamed = dict(zip(unnamed, rules.first_matches(unnamed), strict=True))
     found: dict[int, PartOfWeight] = {}
     for weight, parts, forms in _forms(index, weights):
-        rule_id = rule_of_weight[weight]
-        for part, tensor in parts.items() if rule_id >= 0 else ():
-            if rule_ids[tensor] < 0 or (part == WHOLE and not forms[part].is_plain):
-                found[tensor] = PartOfWeight(rule_id, forms[part])
+        whole = parts.get(WHOLE)
+        rule_id = rule_of_unnamed[weight] if whole is None else rule_ids[whole]
+        if rule_id < 0:
+            continue
+        for part, tensor in parts.items():
+            if rule_ids[tensor] < 0 or (tensor == whole and forms.is_packed):
+                found[tensor] = PartOfWeight(rule_id, forms.of_parts[part])
     return found
 
 
@@ -88,17 +91,24 @@ def _split(name: str) -> tuple[str, str] | None:
     >>> _split("q_proj.qzeros"), _split("q_proj.weight_scale_inv"), _split("q_proj.weight")
     (('q_proj.weight', 'qzeros'), ('q_proj.weight', 'scale_inv'), None)
     """
-    if ".quant_state." in name:
-        return name.partition(".quant_state.")[0], "quant_state"
-    if not name.endswith(_ENDINGS):
-        return None
-    owner, _, last = name.rpartition(".")
+    owner, dot, last = name.rpartition(".")
+    found = _split_last(last)
+    if found is not None:
+        weight_last, part = found
+        return f"{owner}{dot}{weight_last}" if weight_last else owner, part
+    owner, found_state, _ = name.partition(".quant_state.")
+    return (owner, "quant_state") if found_state else None
+
+
+@cache
+def _split_last(last: str) -> tuple[str, str] | None:
+    """The same for the last component of a name; an empty one of the weight's name when the weight's whole name comes before."""
     if last in _BESIDE:
-        return f"{owner}.weight", last
+        return "weight", last
     if last in _UNDER:
-        return owner, last
-    part = max((part for part in _APPENDED if name.endswith(f"_{part}")), key=len)
-    return name[: -len(part) - 1], part
+        return "", last
+    part = max((part for part in _APPENDED if last.endswith(f"_{part}")), key=len, default=None)
+    return (last[: -len(part) - 1], part) if part else None
 
 
 def _weights(index: CheckpointIndex) -> dict[str, dict[str, int]]:
@@ -111,21 +121,29 @@ def _weights(index: CheckpointIndex) -> dict[str, dict[str, int]]:
     for weight, parts in weights.items():
         if (tensor := index.find(weight)) is not None:
             parts[WHOLE] = tensor
-    return {weight: parts for weight, parts in weights.items() if any(holder in parts for holder in HOLDERS)}
+    return {weight: parts for weight, parts in weights.items() if not HOLDERS.isdisjoint(parts)}
 
 
-def _forms(
-    index: CheckpointIndex, weights: dict[str, dict[str, int]]
-) -> Iterator[tuple[str, dict[str, int], dict[str, StoredForm]]]:
+class _Forms(NamedTuple):
+    """The forms of a weight's parts, and whether the tensor that bears its name is not the weight element by element."""
+
+    of_parts: dict[str, StoredForm]
+    is_packed: bool
+
+
+def _forms(index: CheckpointIndex, weights: dict[str, dict[str, int]]) -> Iterator[tuple[str, dict[str, int], _Forms]]:
     """Each weight with its parts' forms; weights whose parts are alike share them."""
     hints = QuantizationHints.of(index.config)
-    shapes, num_dims, codes = index.shapes.tolist(), index.num_dims.tolist(), index.dtype_codes.tolist()
-    known: dict[tuple[object, ...], dict[str, StoredForm]] = {}
+    stored = list(
+        zip(index.dtype_codes.tolist(), index.num_dims.tolist(), map(tuple, index.shapes.tolist()), strict=True)
+    )
+    known: dict[tuple[object, ...], _Forms] = {}
     for weight, parts in weights.items():
-        alike = tuple(
-            (part, codes[tensor], tuple(shapes[tensor][: num_dims[tensor]])) for part, tensor in parts.items()
-        )
+        alike = (*parts, *map(stored.__getitem__, parts.values()))
         if alike not in known:
-            stored = {part: StoredPart(DTYPES[code].name, shape) for part, code, shape in alike}
-            known[alike] = forms_of(stored, hints)
+            described = {
+                part: StoredPart(index.dtype_of(tensor).name, index.shape_of(tensor)) for part, tensor in parts.items()
+            }
+            forms = forms_of(described, hints)
+            known[alike] = _Forms(forms, WHOLE in forms and not forms[WHOLE].is_plain)
         yield weight, parts, known[alike]

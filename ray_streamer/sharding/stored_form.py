@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 WHOLE = ""
 """The part of a weight that bears its name."""
 
-HOLDERS = (WHOLE, "packed", "blocks", "qweight")
-"""Parts that hold a weight's elements; exactly one of them is stored."""
+HOLDERS: frozenset[str] = frozenset({WHOLE, "packed", "blocks", "qweight"})
+"""Parts that hold a weight's elements; one of them is stored."""
 
 _WORD_BITS = 32
 _BYTE_WIDE = {"U8", "F8_E4M3", "F8_E8M0"}
@@ -106,8 +106,8 @@ def forms_of(parts: Mapping[str, StoredPart], hints: QuantizationHints) -> dict[
     """
     if "absmax" in parts:
         return dict.fromkeys(parts, StoredForm((), None, _BITSANDBYTES))
-    holder = next(part for part in HOLDERS if part in parts)
-    find = {WHOLE: _plain_or_packed, "packed": _words, "blocks": _blocks, "qweight": _rows_or_columns}[holder]
+    finders = {WHOLE: _plain_or_packed, "packed": _words, "blocks": _blocks, "qweight": _rows_or_columns}
+    holder, find = next((part, find) for part, find in finders.items() if part in parts)
     held = find(parts, hints)
     if held.dims is None:
         return dict.fromkeys(parts, held)
