@@ -36,6 +36,7 @@ if TYPE_CHECKING:
         Skip,
         SliceTable,
         Split,
+        SplitGroups,
         SplitVocabulary,
         TensorSlice,
     )
@@ -57,6 +58,7 @@ _HOMES = {
     "Skip": "sharding",
     "SliceTable": "sharding",
     "Split": "sharding",
+    "SplitGroups": "sharding",
     "SplitVocabulary": "sharding",
     "TensorSlice": "sharding",
     "load_rank": "api.rank",
@@ -83,6 +85,7 @@ __all__ = [
     "Skip",
     "SliceTable",
     "Split",
+    "SplitGroups",
     "SplitVocabulary",
     "TensorSlice",
     "load_rank",

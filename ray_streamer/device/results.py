@@ -5,6 +5,8 @@ from __future__ import annotations
 import threading
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from ray_streamer.device.base import Copy, Result
 from ray_streamer.errors import DeviceError
 
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
     from ray_streamer.device.base import Device
     from ray_streamer.planning.rank_plan import Piece, RankPlan
     from ray_streamer.planning.read_plan import ReadPlan
+    from ray_streamer.sharding.slices import TensorSlice
 
     OnComplete = Callable[[str, torch.Tensor], None]
 
@@ -60,6 +63,7 @@ class Results:
         # All before the first read, and in the caller's thread: memory that is not there is found missing at once, and
         # threads that allocate one by one get in each other's way in the kernel.
         self._results |= {tensor: self._allocate(tensor) for tensor in self._missing if tensor not in self._results}
+        self._zero_padding()
         device.follow_caller()
 
     def _take_out(self, out: Mapping[str, torch.Tensor]) -> None:
@@ -81,15 +85,27 @@ class Results:
             self._device.check_target(name, given)
             self._results[held[name]] = self._device.result(given)
 
-    def _result_shape(self, tensor: int) -> tuple[int, ...]:
+    def _slice_of(self, tensor: int) -> TensorSlice:
         tensor_slice = self._plan.slice_of(tensor, self._rank)
         assert tensor_slice is not None
-        return self._plan.index.dtype_of(tensor).torch_shape(tensor_slice.shape)
+        return tensor_slice
+
+    def _result_shape(self, tensor: int) -> tuple[int, ...]:
+        return self._plan.index.dtype_of(tensor).torch_shape(self._slice_of(tensor).shape)
 
     def _allocate(self, tensor: int) -> Result:
-        tensor_slice = self._plan.slice_of(tensor, self._rank)
-        assert tensor_slice is not None
-        return self._device.result(self._device.empty(self._plan.index.dtype_of(tensor), tensor_slice.shape))
+        return self._device.result(self._device.empty(self._plan.index.dtype_of(tensor), self._slice_of(tensor).shape))
+
+    def _zero_padding(self) -> None:
+        """Zeroes what no box of a slice fills, as it is with a padded vocabulary."""
+        table = self._plan.slices
+        held = [pattern[self._rank] for pattern in table.patterns]
+        padded = [at for at, part in enumerate(held) if part is not None and part.reach != part.shape]
+        for tensor in np.flatnonzero(np.isin(table.pattern_ids, padded)).tolist():
+            reach = self._plan.index.dtype_of(tensor).torch_shape(self._slice_of(tensor).reach)
+            target = self._results[tensor].tensor
+            for dim, (filled, size) in enumerate(zip(reach, tuple(target.shape), strict=True)):
+                target.narrow(dim, filled, size - filled).zero_()
 
     def result(self, tensor: int) -> Result:
         """The result at position `tensor` of the index."""

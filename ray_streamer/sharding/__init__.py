@@ -5,7 +5,8 @@
 """
 
 from ray_streamer.sharding.mesh import Mesh
-from ray_streamer.sharding.placement import Part, Placement, Replicate, Skip, Split, SplitVocabulary
+from ray_streamer.sharding.part import Part
+from ray_streamer.sharding.placement import Placement, Replicate, Skip, Split, SplitGroups, SplitVocabulary
 from ray_streamer.sharding.resolve import legal_tp, resolve_slices
 from ray_streamer.sharding.rules import Rule, ShardRules
 from ray_streamer.sharding.slices import Box, SlicePattern, SliceTable, TensorSlice
@@ -22,6 +23,7 @@ __all__ = [
     "SlicePattern",
     "SliceTable",
     "Split",
+    "SplitGroups",
     "SplitVocabulary",
     "TensorSlice",
     "legal_tp",

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, Self
 
-from ray_streamer.errors import ShardingError
 from ray_streamer.sharding.families import Family, family_or_refuse
+from ray_streamer.sharding.sizes import Sizes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -49,18 +49,12 @@ class Anatomy:
             ShardingError: No known family, or no number of layers.
         """
         family = family_or_refuse(config)
-        text = config.get(family.text_config) or {} if family.text_config else config
-        sizes = family.defaults | {key: value for key, value in text.items() if value is not None}
-        num_layers = sizes.get("num_hidden_layers")
-        if not isinstance(num_layers, int) or isinstance(num_layers, bool) or num_layers < 1:
-            raise ShardingError(
-                f"config.json of a {config['model_type']} model needs a number for num_hidden_layers, got {num_layers!r}"
-            )
+        sizes = Sizes(family, config)
         return cls(
             family=family,
-            num_layers=num_layers,
-            num_experts=next((int(sizes[key]) for key in family.num_experts if key in sizes), 0),
-            num_draft_layers=int(sizes.get(family.num_draft_layers, 1)) if family.num_draft_layers else 0,
+            num_layers=sizes.layers,
+            num_experts=sizes.experts,
+            num_draft_layers=sizes.draft_layers,
         )
 
     def layer_of(self, name: str) -> int | None:

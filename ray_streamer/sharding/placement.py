@@ -5,7 +5,8 @@ holds. Names, dtypes and the other axes of the mesh do not appear here. Which pl
 the rules.
 
 The conventions are those of Megatron-LM and of vLLM 0.33 (`vllm/model_executor/layers/linear.py`), which agree on whole
-heads, on shared key-value heads and on fused projections; the vocabulary is cut as transformers 5.23 cuts it.
+heads, on shared key-value heads and on fused projections, and those of transformers 5.23, which cuts what does not
+divide into chunks that are not alike. What the layouts of a model family make of them is said in `presets`.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 from ray_streamer.errors import ShardingError
+from ray_streamer.sharding.part import Part, as_parts, check_grain, check_parts, chunk, first_refusal, is_count
 from ray_streamer.sharding.slices import TensorSlice
 
 
@@ -52,57 +54,8 @@ class Skip(Placement):
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
-    """A run of indices that is split among the ranks on its own: evenly, or on whole attention heads.
-
-    Attributes:
-        size: Indices in the part.
-        heads: The part is this many heads of equal size; each rank holds as many whole ones as the others.
-        kv_heads: The same, but fewer heads than ranks are shared: each head is then held by tp / kv_heads neighbouring
-            ranks, as grouped-query attention needs it for keys and values.
-
-    Raises:
-        ShardingError: A number is out of range, or `heads` and `kv_heads` are both given.
-    """
-
-    size: int
-    heads: int | None = None
-    kv_heads: int | None = None
-
-    def __post_init__(self) -> None:
-        _check_heads(self, self.heads, self.kv_heads)
-        if not _is_count(self.size, least=0):
-            raise ShardingError(f"a part needs a size of at least 0: {self!r}")
-
-    def refusal(self, tp: int) -> str | None:
-        """Why this part cannot be split over `tp` ranks, or None when it can."""
-        heads = self.heads or self.kv_heads
-        if heads and self.size % heads:
-            return f"{self.size} indices are not {heads} heads of equal size"
-        if self.kv_heads and tp % self.kv_heads and self.kv_heads % tp:
-            return f"{self.kv_heads} key-value heads neither divide among nor share out over tp={tp}"
-        if self.heads and self.heads % tp:
-            return f"{self.heads} heads do not divide among tp={tp}"
-        return f"{self.size} indices do not divide among tp={tp}" if not heads and self.size % tp else None
-
-    def range_of(self, tp_index: int, tp: int) -> tuple[int, int]:
-        """First index and one past the last that the rank at `tp_index` holds, counted within the part.
-
-        >>> [Part(8, kv_heads=2).range_of(index, 4) for index in range(4)]
-        [(0, 4), (0, 4), (4, 8), (4, 8)]
-        """
-        if self.kv_heads and self.kv_heads < tp:
-            width = self.size // self.kv_heads
-            start = width * (tp_index // (tp // self.kv_heads))
-        else:
-            width = self.size // tp
-            start = width * tp_index
-        return start, start + width
-
-
-@dataclass(frozen=True, slots=True)
 class Split(Placement):
-    """Each rank holds an equal share of one dimension.
+    """Each rank holds a share of one dimension, an equal one unless `unit` is given.
 
     >>> Split(0, parts=(4, 2)).slice_of((6, 8), tp_index=1, tp=2).boxes  # doctest: +NORMALIZE_WHITESPACE
     (Box(starts=(2, 0), stops=(4, 8), lands=(0, 0)),
@@ -112,29 +65,27 @@ class Split(Placement):
         dim: Dimension of the checkpoint's tensor; negative counts from the last.
         heads: The dimension is this many attention heads; only whole heads are cut off.
         kv_heads: The same for keys and values; fewer heads than ranks are shared, see `Part`.
+        unit: So many indices stay together; the last ranks may hold less than others, or nothing, see `Part`.
         parts: A fused tensor: sizes (or `Part`s) of the sub-blocks that make up the dimension, such as the q, k and v
             of a fused projection. Each one is split on its own, and a rank's shares lie one after the other in its
             result.
 
     Raises:
-        ShardingError: A number is out of range, or more than one of `heads`, `kv_heads` and `parts` is given.
+        ShardingError: A number is out of range, or more than one of `heads`, `kv_heads`, `unit` and `parts` is given.
     """
 
     dim: int
     heads: int | None = None
     kv_heads: int | None = None
     parts: tuple[int | Part, ...] = ()
+    unit: int | None = None
 
     def __post_init__(self) -> None:
         _check_dim(self, self.dim)
-        _check_heads(self, self.heads, self.kv_heads)
-        if not isinstance(self.parts, tuple):
-            raise ShardingError(f"parts are a tuple of sizes, such as (4096, 1024, 1024): {self!r}")
-        if self.parts and (self.heads or self.kv_heads):
-            raise ShardingError(f"a split in parts has the heads in its parts, not beside them: {self!r}")
-        for part in self.parts:
-            if not isinstance(part, Part):
-                Part(part)
+        check_grain(self, self.heads, self.kv_heads, self.unit)
+        check_parts(self, self.parts)
+        if self.parts and (self.heads or self.kv_heads or self.unit):
+            raise ShardingError(f"a split in parts has heads and units in its parts, not beside them: {self!r}")
 
     def refusal(self, shape: tuple[int, ...], tp: int) -> str | None:
         """Why a tensor of `shape` cannot be split over `tp` ranks, or None when it can."""
@@ -142,11 +93,7 @@ class Split(Placement):
             return absent
         dim = self.dim % len(shape)
         parts = self._parts_of(shape[dim])
-        total = sum(part.size for part in parts)
-        if total != shape[dim]:
-            return f"dimension {dim} has {shape[dim]} indices, but its parts make {total}"
-        refusals = (part.refusal(tp) for part in parts)
-        return next((f"dimension {dim}: {refusal}" for refusal in refusals if refusal), None)
+        return _wrong_total(shape, dim, sum(part.size for part in parts)) or first_refusal(dim, parts, tp)
 
     def slice_of(self, shape: tuple[int, ...], *, tp_index: int, tp: int) -> TensorSlice:
         """The share of the rank at `tp_index`."""
@@ -161,8 +108,86 @@ class Split(Placement):
 
     def _parts_of(self, size: int) -> tuple[Part, ...]:
         if not self.parts:
-            return (Part(size, self.heads, self.kv_heads),)
-        return tuple(part if isinstance(part, Part) else Part(part) for part in self.parts)
+            return (Part(size, self.heads, self.kv_heads, self.unit),)
+        return as_parts(self.parts)
+
+
+@dataclass(frozen=True, slots=True)
+class SplitGroups(Placement):
+    """A fused dimension in which attention heads take turns: groups of equal build, each with its own queries, key and value.
+
+    Each rank holds whole groups; where there are fewer groups than ranks, neighbouring ranks share a group, and its
+    parts are split among them.
+
+    >>> SplitGroups(0, groups=2, parts=(2, 1, 1)).slice_of((8,), tp_index=1, tp=2).boxes
+    (Box(starts=(4,), stops=(8,), lands=(0,)),)
+
+    Attributes:
+        dim: Dimension of the checkpoint's tensor; negative counts from the last.
+        groups: How many there are.
+        parts: Sizes (or `Part`s) of what makes up one group; `Part`s say how ranks that share a group split them.
+        apart: Whether a rank's result holds the first parts of all its groups, then all second parts and so on; else the
+            groups stay as they are.
+
+    Raises:
+        ShardingError: A number is out of range, or there are no parts.
+    """
+
+    dim: int
+    groups: int
+    parts: tuple[int | Part, ...]
+    apart: bool = False
+
+    def __post_init__(self) -> None:
+        _check_dim(self, self.dim)
+        check_parts(self, self.parts)
+        if not self.parts or not is_count(self.groups, least=1):
+            raise ShardingError(f"at least one group and one part are needed: {self!r}")
+
+    def refusal(self, shape: tuple[int, ...], tp: int) -> str | None:
+        """Why a tensor of `shape` cannot be split over `tp` ranks, or None when it can."""
+        if absent := _absent_dim(shape, self.dim):
+            return absent
+        dim = self.dim % len(shape)
+        if wrong := _wrong_total(shape, dim, self.groups * self._group_size()):
+            return wrong
+        if self.groups % tp == 0:
+            return None
+        if tp % self.groups:
+            return f"dimension {dim}: {self.groups} groups of heads neither divide among nor share out over tp={tp}"
+        return first_refusal(dim, as_parts(self.parts), tp // self.groups)
+
+    def slice_of(self, shape: tuple[int, ...], *, tp_index: int, tp: int) -> TensorSlice:
+        """The share of the rank at `tp_index`."""
+        dim = self.dim % len(shape)
+        size = self._group_size()
+        if self.groups % tp:
+            group, share = divmod(tp_index, tp // self.groups)
+            ranges = [
+                (start + part.range_of(share, tp // self.groups)[0], start + part.range_of(share, tp // self.groups)[1])
+                for start, part in self._starts(group * size)
+            ]
+            return TensorSlice.parts(shape, dim=dim, parts=tuple(ranges))
+        mine = range(self.groups // tp * tp_index, self.groups // tp * (tp_index + 1))
+        if not self.apart:
+            return TensorSlice.along(shape, dim=dim, start=mine.start * size, stop=mine.stop * size)
+        ranges = [
+            (group * size + start, group * size + start + part.size)
+            for start, part in self._starts(0)
+            for group in mine
+        ]
+        return TensorSlice.parts(shape, dim=dim, parts=tuple(ranges))
+
+    def _group_size(self) -> int:
+        return sum(part.size for part in as_parts(self.parts))
+
+    def _starts(self, offset: int) -> list[tuple[int, Part]]:
+        """Where each part of the group that starts at `offset` starts."""
+        starts: list[tuple[int, Part]] = []
+        for part in as_parts(self.parts):
+            starts.append((offset, part))
+            offset += part.size
+        return starts
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,44 +195,54 @@ class SplitVocabulary(Placement):
     """Each rank holds a chunk of the vocabulary; the last ranks' chunks may be shorter, or empty.
 
     Chunks have ceil(size / tp) indices as long as there are any: the rule of `torch.chunk`, and of transformers 5.23
-    for embeddings and heads. Nothing is padded.
+    for embeddings and heads. With `pad_to`, as in vLLM 0.33, all ranks hold as many: the vocabulary is taken as
+    rounded up to a multiple of `pad_to`, and what the checkpoint does not have is zero.
 
     >>> [SplitVocabulary().slice_of((9, 4), tp_index=index, tp=4).shape for index in range(4)]
     [(3, 4), (3, 4), (3, 4), (0, 4)]
+    >>> SplitVocabulary(pad_to=8).slice_of((9, 4), tp_index=2, tp=4)  # doctest: +NORMALIZE_WHITESPACE
+    TensorSlice(shape=(4, 4), boxes=(Box(starts=(8, 0), stops=(9, 4), lands=(0, 0)),))
+
+    Raises:
+        ShardingError: A number is out of range.
     """
 
     dim: int = 0
+    pad_to: int | None = None
 
     def __post_init__(self) -> None:
         _check_dim(self, self.dim)
+        if self.pad_to is not None and not is_count(self.pad_to, least=1):
+            raise ShardingError(f"a vocabulary is padded to a multiple of at least 1: {self!r}")
 
     def refusal(self, shape: tuple[int, ...], tp: int) -> str | None:
         """Why a tensor of `shape` cannot be split over `tp` ranks, or None when it can."""
-        return _absent_dim(shape, self.dim)
+        if absent := _absent_dim(shape, self.dim):
+            return absent
+        padded = self._padded(shape[self.dim])
+        if self.pad_to and padded % tp:
+            return f"dimension {self.dim % len(shape)}: {padded} indices with padding do not divide among tp={tp}"
+        return None
 
     def slice_of(self, shape: tuple[int, ...], *, tp_index: int, tp: int) -> TensorSlice:
         """The chunk of the rank at `tp_index`."""
         dim = self.dim % len(shape)
-        chunk = -(-shape[dim] // tp)
-        start = min(tp_index * chunk, shape[dim])
-        return TensorSlice.along(shape, dim=dim, start=start, stop=min(start + chunk, shape[dim]))
+        start, stop = chunk(self._padded(shape[dim]), 1, tp_index, tp)
+        rows = TensorSlice.along(shape, dim=dim, start=min(start, shape[dim]), stop=min(stop, shape[dim]))
+        return TensorSlice(tuple(stop - start if axis == dim else size for axis, size in enumerate(shape)), rows.boxes)
+
+    def _padded(self, size: int) -> int:
+        return size if self.pad_to is None else -(-size // self.pad_to) * self.pad_to
 
 
 def _absent_dim(shape: tuple[int, ...], dim: int) -> str | None:
     return None if -len(shape) <= dim < len(shape) else f"it has {len(shape)} dimensions, none is number {dim}"
 
 
+def _wrong_total(shape: tuple[int, ...], dim: int, total: int) -> str | None:
+    return None if total == shape[dim] else f"dimension {dim} has {shape[dim]} indices, but its parts make {total}"
+
+
 def _check_dim(owner: object, dim: int) -> None:
     if not isinstance(dim, int) or isinstance(dim, bool):
         raise ShardingError(f"a dimension is a whole number: {owner!r}")
-
-
-def _check_heads(owner: object, heads: int | None, kv_heads: int | None) -> None:
-    if heads is not None and kv_heads is not None:
-        raise ShardingError(f"heads and kv_heads exclude each other: {owner!r}")
-    if not all(count is None or _is_count(count, least=1) for count in (heads, kv_heads)):
-        raise ShardingError(f"a number of heads must be at least 1: {owner!r}")
-
-
-def _is_count(value: object, *, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least

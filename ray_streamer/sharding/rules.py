@@ -18,7 +18,7 @@ from typing import Any, Self
 from ray_streamer.errors import ShardingError
 from ray_streamer.sharding.families import family_of
 from ray_streamer.sharding.placement import Placement
-from ray_streamer.sharding.presets import preset_for
+from ray_streamer.sharding.presets import Layout, preset_for
 
 _Matcher = Callable[[str], re.Match[str] | None]
 
@@ -66,7 +66,7 @@ class ShardRules:
     >>> from ray_streamer.sharding import Replicate, ShardRules, Split
     >>> rules = ShardRules({"*.q_proj.weight": Split(0)}) + ShardRules({"*": Replicate()}, optional=True)
     >>> [rules.placement_of(name) for name in ("layers.7.q_proj.weight", "norm.weight")]
-    [Split(dim=0, heads=None, kv_heads=None, parts=()), Replicate()]
+    [Split(dim=0, heads=None, kv_heads=None, parts=(), unit=None), Replicate()]
     """
 
     rules: tuple[Rule, ...]
@@ -84,13 +84,22 @@ class ShardRules:
         object.__setattr__(self, "rules", tuple(_rules_of(rules, optional=optional)))
 
     @classmethod
-    def for_config(cls, config: Mapping[str, Any] | None, *, first: RulesLike = ()) -> Self:
+    def for_config(
+        cls,
+        config: Mapping[str, Any] | None,
+        *,
+        first: RulesLike = (),
+        layout: Layout = "generic",
+        drafts: bool = False,
+    ) -> Self:
         """The preset for the model that `config`, a parsed config.json, describes.
 
         Args:
             config: Needs `model_type` and the sizes that its family splits by; None when the checkpoint has none.
             first: Rules that go before the preset's. With them, a model of no known family is no error: they stand
                 alone, and what they do not match is for `resolve_slices` to refuse.
+            layout: What the tensors are for; see `presets`.
+            drafts: Whether what only multi-token prediction uses is loaded, too.
 
         Raises:
             ShardingError: There is no preset and nothing in `first`, or the config lacks a size.
@@ -99,7 +108,7 @@ class ShardRules:
         if before.rules and family_of(config) is None:
             logger.warning("no preset for model_type %r: the given rules stand alone", config.get("model_type"))
             return before
-        return before + cls(preset_for(config), optional=True)
+        return before + cls(preset_for(config, layout=layout, drafts=drafts), optional=True)
 
     def __add__(self, later: ShardRules) -> Self:
         return type(self)((*self.rules, *later.rules))

@@ -52,7 +52,9 @@ class Box:
 
 @dataclass(frozen=True, slots=True)
 class TensorSlice:
-    """What one rank holds of one tensor: a result of `shape` filled by `boxes`, disjoint and without holes.
+    """What one rank holds of one tensor: a result of `shape` filled by `boxes`, which are disjoint.
+
+    They fill it without holes from the first index of each dimension; what lies behind them is zero.
 
     >>> TensorSlice.along((8, 4), dim=0, start=2, stop=4).boxes[0]
     Box(starts=(2, 0), stops=(4, 4), lands=(0, 0))
@@ -60,6 +62,12 @@ class TensorSlice:
 
     shape: tuple[int, ...]
     boxes: tuple[Box, ...]
+
+    @property
+    def reach(self) -> tuple[int, ...]:
+        """How many indices of each dimension of the result the boxes fill."""
+        ends = [[land + size for land, size in zip(box.lands, box.shape, strict=True)] for box in self.boxes]
+        return tuple(max(along, default=0) for along in zip(*ends, strict=True)) if ends else (0,) * len(self.shape)
 
     @classmethod
     def whole(cls, shape: tuple[int, ...]) -> TensorSlice:

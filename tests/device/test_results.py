@@ -16,6 +16,7 @@ from ray_streamer.planning.limits import ReadLimits
 from ray_streamer.planning.rank_plan import RankPlan
 from ray_streamer.planning.read_plan import plan_reads
 from ray_streamer.planning.topology import Topology
+from ray_streamer.sharding import SplitVocabulary
 from ray_streamer.sharding.slices import SliceTable, TensorSlice
 from ray_streamer.testing.checkpoints import TensorSpec, serialize_header
 
@@ -101,3 +102,25 @@ def test_forgotten_tensors_belong_to_whoever_has_them(plan):
     results.copies(mine.pieces(int(mine.taken[0])))
     results.forget()
     assert results.delivered_bytes == 0
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["allocated", "out"])
+def test_what_no_box_fills_is_zero(given):
+    spec = TensorSpec("vocabulary", "F32", (9, 4))
+    head = serialize_header([spec])
+    file = ShardFile("f", len(head) + spec.num_bytes, "e")
+    header = parse_header(head, file="f", size_bytes=file.size_bytes)
+    index = CheckpointIndex.from_headers("memory://padded", [file], [header])
+    placement = SplitVocabulary(pad_to=8)
+    pattern = tuple(placement.slice_of(spec.shape, tp_index=at, tp=4) for at in range(4))
+    table = SliceTable.from_slices(index, {"vocabulary": pattern}, num_ranks=4)
+    limits = ReadLimits(block_bytes=4096, min_run_bytes=1 << 20, max_gap_bytes=1 << 20)
+    padded = plan_reads(index, table, Topology.even(4), limits)
+    for rank, num_rows in enumerate((4, 4, 1, 0)):
+        out = {"vocabulary": torch.full((4, 4), 7.0)} if given else None
+        results, mine = _results(padded, rank, out=out)
+        tensor = results.result(0).tensor
+        assert tensor.shape == (4, 4)
+        assert int(mine.tensor_bytes[0]) == num_rows * 16
+        assert not tensor[num_rows:].any()
+        assert out is None or bool((tensor[:num_rows] == 7).all())

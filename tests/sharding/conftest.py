@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,6 +16,9 @@ from ray_streamer.dtypes import DTYPE_CODES
 
 if TYPE_CHECKING:
     from ray_streamer.sharding import TensorSlice
+
+# Helpers that other processes import, too.
+sys.path.append(str(Path(__file__).parent))
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -43,8 +48,10 @@ def _cut(tensor: torch.Tensor, part: TensorSlice) -> torch.Tensor:
         target = tuple(slice(land, land + size) for land, size in zip(box.lands, box.shape, strict=True))
         assert result[target].isnan().all(), "two boxes land on one element"
         result[target] = tensor[source]
-    assert not result.isnan().any(), "no box lands on an element of the result"
-    return result
+    filled = result[tuple(slice(reach) for reach in part.reach)]
+    assert not filled.isnan().any(), "no box lands on an element of the result"
+    assert int(filled.numel()) == int((~result.isnan()).sum()), "a box lands behind the reach"
+    return result.nan_to_num(0.0)
 
 
 @pytest.fixture(scope="session")

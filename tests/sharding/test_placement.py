@@ -12,7 +12,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ray_streamer.errors import ShardingError
-from ray_streamer.sharding import Part, Placement, Replicate, Skip, Split, SplitVocabulary, TensorSlice
+from ray_streamer.sharding import (
+    Part,
+    Placement,
+    Replicate,
+    Skip,
+    Split,
+    SplitGroups,
+    SplitVocabulary,
+    TensorSlice,
+)
 
 Cut = Callable[[torch.Tensor, TensorSlice], torch.Tensor]
 
@@ -106,6 +115,54 @@ def test_fused_gate_up_is_halved_in_each_half(cut: Cut) -> None:
         assert torch.equal(cut(fused, part), torch.cat([gate.chunk(4)[rank], up.chunk(4)[rank]]))
 
 
+@pytest.mark.parametrize(("size", "unit"), [(100, 1), (96, 32), (90 * 32, 32), (64, 64), (12, 4), (0, 4)])
+@pytest.mark.parametrize("tp", [1, 3, 4, 8])
+def test_units_stay_together_and_are_dealt_as_torch_chunk_deals(cut: Cut, size: int, unit: int, tp: int) -> None:
+    tensor = numbered(size, 2)
+    chunks = [chunk.flatten(0, 1) for chunk in torch.chunk(tensor.reshape(-1, unit, 2), tp)] if size else []
+    chunks += [tensor[:0]] * (tp - len(chunks))
+    for part, chunk in zip(slices(Split(0, unit=unit), tuple(tensor.shape), tp), chunks, strict=True):
+        assert torch.equal(cut(tensor, part), chunk)
+
+
+@pytest.mark.parametrize("tp", [2, 4])
+def test_parts_of_units_are_chunks_of_each_part(cut: Cut, tp: int) -> None:
+    gate, up = numbered(10, 3), numbered(10, 3) + 100
+    placement = Split(0, parts=(Part(10, unit=1), Part(10, unit=1)))
+    for rank, part in enumerate(slices(placement, (20, 3), tp)):
+        expected = torch.cat([gate.chunk(tp)[rank], up.chunk(tp)[rank]])
+        assert torch.equal(cut(torch.cat([gate, up]), part), expected)
+
+
+@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("tp", [1, 2, 4, 8])
+@pytest.mark.parametrize("tail", [(), (3,)], ids=["bias", "weight"])
+def test_heads_that_take_turns(cut: Cut, tp: int, apart: bool, tail: tuple[int, ...]) -> None:
+    groups, queries, width = 4, 2, 5
+    tensor = numbered(groups * (queries + 2) * width, *tail)
+    by_group = tensor.reshape(groups, queries + 2, width, *tail)
+    parts = (Part(queries * width, heads=queries), Part(width, kv_heads=1), Part(width, kv_heads=1))
+    placement = SplitGroups(0, groups=groups, parts=parts, apart=apart)
+    for rank, part in enumerate(slices(placement, tuple(tensor.shape), tp)):
+        if tp > groups:
+            group = by_group[rank // 2]
+            expected = torch.cat([group[rank % 2], group[queries], group[queries + 1]])
+        else:
+            mine = by_group.chunk(tp)[rank]
+            sorted_out = [mine[:, :queries], mine[:, queries : queries + 1], mine[:, queries + 1 :]]
+            pieces = [piece.flatten(0, 2) for piece in sorted_out] if apart else [mine.flatten(0, 2)]
+            expected = torch.cat(pieces)
+        assert torch.equal(cut(tensor, part), expected)
+
+
+@pytest.mark.parametrize(("size", "tp"), [(130, 2), (130, 4), (64, 8), (1, 64), (0, 4)])
+def test_a_padded_vocabulary_has_rows_of_zeros_at_the_end(cut: Cut, size: int, tp: int) -> None:
+    tensor = numbered(size, 3) + 1
+    padded = torch.cat([tensor, tensor.new_zeros(-size % 64, 3)])
+    for rank, part in enumerate(slices(SplitVocabulary(pad_to=64), (size, 3), tp)):
+        assert torch.equal(cut(tensor, part), padded.reshape(tp, -1, 3)[rank])
+
+
 @pytest.mark.parametrize("shape", [(), (3,), (4, 0), (2, 3, 4)])
 def test_replicate_is_whole_and_skip_is_nothing(cut: Cut, shape: tuple[int, ...]) -> None:
     tensor = numbered(*shape)
@@ -120,10 +177,18 @@ def placed(draw: st.DrawFn) -> tuple[Placement, tuple[int, ...], int, int]:
     shape = draw(st.lists(st.integers(0, 4), min_size=1, max_size=3))
     dim = draw(st.integers(0, len(shape) - 1))
     signed = draw(st.sampled_from([dim, dim - len(shape)]))
-    kind = draw(st.sampled_from(["even", "vocabulary", "heads", "kv_heads", "shared", "parts"]))
+    kind = draw(st.sampled_from(["even", "vocabulary", "heads", "kv_heads", "shared", "parts", "units", "groups"]))
     times = draw(st.integers(1, 3))
     if kind == "vocabulary":
         return SplitVocabulary(signed), tuple(shape), tp, 1
+    if kind == "units":
+        unit = draw(st.integers(1, 3))
+        shape[dim] *= unit
+        return Split(signed, unit=unit), tuple(shape), tp, 1
+    if kind == "groups":
+        sizes = tuple(draw(st.lists(st.integers(0, 3), min_size=1, max_size=3)))
+        shape[dim] = tp * times * sum(sizes)
+        return SplitGroups(signed, tp * times, sizes, draw(st.booleans())), tuple(shape), tp, 1
     if kind == "parts":
         sizes = [tp * size for size in draw(st.lists(st.integers(0, 3), min_size=1, max_size=4))]
         shape[dim] = sum(sizes)
@@ -160,6 +225,12 @@ def test_ranks_cover_every_element_equally_often(cut: Cut, case: tuple[Placement
         pytest.param(Split(0, kv_heads=6), (24, 2), 4, "6 key-value heads neither", id="kv-heads-do-not-divide"),
         pytest.param(Split(0, kv_heads=4), (24, 2), 6, "4 key-value heads neither", id="kv-heads-do-not-share-out"),
         pytest.param(Split(0, parts=(4, 4)), (9, 2), 2, "has 9 indices, but its parts make 8", id="parts-too-short"),
+        pytest.param(Split(0, unit=4), (10, 2), 2, "10 indices are not whole units of 4", id="half-a-unit"),
+        pytest.param(SplitVocabulary(pad_to=4), (9, 2), 8, "12 indices with padding do not", id="padding-uneven"),
+        pytest.param(SplitGroups(0, 4, (2, 1)), (10, 2), 2, "10 indices, but its parts make 12", id="groups-too-short"),
+        pytest.param(SplitGroups(0, 4, (2, 1)), (12, 2), 6, "4 groups of heads neither", id="groups-do-not-share-out"),
+        pytest.param(SplitGroups(0, 4, (2, 1)), (12, 2), 8, "1 indices do not divide", id="shared-group-uneven"),
+        pytest.param(SplitGroups(2, 4, (2, 1)), (12, 2), 8, "it has 2 dimensions", id="groups-no-such-dim"),
         pytest.param(Split(0, parts=(3, 5)), (8, 2), 2, "3 indices do not divide", id="part-uneven-though-sum-is-even"),
     ],
 )
@@ -177,6 +248,11 @@ def test_refusals_say_why(placement: Placement, shape: tuple[int, ...], tp: int,
         pytest.param(lambda: SplitVocabulary(1.0), "a dimension is a whole number", id="vocabulary-dim-is-a-float"),
         pytest.param(lambda: Split(0, heads=0), "at least 1", id="no-heads"),
         pytest.param(lambda: Split(0, kv_heads="8"), "at least 1", id="heads-are-text"),
+        pytest.param(lambda: Split(0, unit=0), "at least 1", id="empty-unit"),
+        pytest.param(lambda: Split(0, unit=4, heads=4), "exclude each other", id="unit-and-heads"),
+        pytest.param(lambda: SplitVocabulary(pad_to=0), "multiple of at least 1", id="no-padding"),
+        pytest.param(lambda: SplitGroups(0, 0, (1,)), "at least one group", id="no-groups"),
+        pytest.param(lambda: SplitGroups(0, 1, ()), "one part are needed", id="groups-of-nothing"),
         pytest.param(lambda: Split(0, heads=4, kv_heads=4), "exclude each other", id="heads-of-both-kinds"),
         pytest.param(lambda: Split(0, heads=4, parts=(4, 4)), "in its parts, not beside", id="heads-beside-parts"),
         pytest.param(lambda: Split(0, parts=2), "tuple of sizes", id="parts-are-a-number"),
@@ -190,7 +266,8 @@ def test_placements_that_mean_nothing_are_refused(make: Callable[[], object], me
 
 
 @pytest.mark.parametrize(
-    "placement", [Split(0, parts=(4, Part(2, kv_heads=1))), SplitVocabulary(), Replicate(), Skip()]
+    "placement",
+    [Split(0, parts=(4, Part(2, kv_heads=1))), SplitGroups(0, 2, (4, 2)), SplitVocabulary(), Replicate(), Skip()],
 )
 def test_placements_are_values(placement: Placement) -> None:
     assert pickle.loads(pickle.dumps(placement)) == placement

@@ -8,25 +8,37 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import pytest
 import torch
+from family_support.tiny_models import MODEL_TYPES, VOCABULARY, config_of, model_of, save_model
 from safetensors.torch import load_file, save_file
 from torch import distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 from transformers.distributed import DistributedConfig
 from transformers.distributed.tensor_parallel import apply_tensor_parallelism
 from transformers.initialization import no_tie_weights
-from transformers.models.gemma3.modeling_gemma3 import Gemma3ForConditionalGeneration
 
 from ray_streamer.checkpoint.index import CheckpointIndex
-from ray_streamer.sharding import Box, Mesh, ShardRules, Split, SplitVocabulary, TensorSlice, legal_tp, resolve_slices
+from ray_streamer.errors import ShardingError
+from ray_streamer.sharding import (
+    Box,
+    Mesh,
+    ShardRules,
+    Split,
+    SplitGroups,
+    SplitVocabulary,
+    TensorSlice,
+    legal_tp,
+    resolve_slices,
+)
 from ray_streamer.sharding.families import FAMILIES
+from ray_streamer.sharding.presets import Layout
 from ray_streamer.testing import layouts
 
 if TYPE_CHECKING:
@@ -35,55 +47,18 @@ if TYPE_CHECKING:
 IndexOf = Callable[..., CheckpointIndex]
 Cut = Callable[[torch.Tensor, TensorSlice], torch.Tensor]
 
-VOCABULARY = 130
-SIZES: dict[str, Any] = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 2,
-    "vocab_size": VOCABULARY,
-    "pad_token_id": 0,
-}
-EXTRA: dict[str, dict[str, Any]] = {
-    "llama": {"attention_bias": False, "mlp_bias": False},
-    "mistral": {"head_dim": 8},
-    "qwen2": {},
-    "qwen3": {"head_dim": 8, "attention_bias": False},
-    "gemma2": {"head_dim": 8, "query_pre_attn_scalar": 8},
-    "gemma3_text": {"head_dim": 8, "query_pre_attn_scalar": 8},
-    "phi3": {},
-    "mixtral": {"num_local_experts": 3, "num_experts_per_tok": 2},
-    "qwen3_moe": {
-        "head_dim": 8,
-        "num_experts": 3,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": 24,
-        "mlp_only_layers": [1],
-    },
-}
-VISION = {
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "image_size": 16,
-    "patch_size": 8,
-}
+ADD_UP = (
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "gemma2",
+    "gemma3_text",
+    "phi3",
+    "mixtral",
+    "qwen3_moe",
+)
 SPLIT_ALIKE = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text")
-
-
-def config_of(model_type: str, **changes: Any) -> PreTrainedConfig:
-    if model_type == "gemma3":
-        text = SIZES | EXTRA["gemma3_text"] | changes
-        return AutoConfig.for_model("gemma3", text_config=text, vision_config=VISION, mm_tokens_per_image=1)
-    return AutoConfig.for_model(model_type, **(SIZES | EXTRA[model_type] | changes))
-
-
-def model_of(config: PreTrainedConfig) -> PreTrainedModel:
-    if config.model_type == "gemma3":
-        return Gemma3ForConditionalGeneration(config)
-    return AutoModelForCausalLM.from_config(config, attn_implementation="eager", experts_implementation="eager")
 
 
 @dataclass(frozen=True)
@@ -101,12 +76,8 @@ def saved(tmp_path_factory: pytest.TempPathFactory, index_of: IndexOf) -> Callab
 
     def save(model_type: str) -> Saved:
         if model_type not in known:
-            torch.manual_seed(0)
-            model = model_of(config_of(model_type)).double().eval()
-            for parameter in model.parameters():
-                nn.init.normal_(parameter, std=0.2)
             folder = tmp_path_factory.mktemp(model_type)
-            model.save_pretrained(folder)
+            model = save_model(model_type, folder, torch.float64)
             tensors = load_file(folder / "model.safetensors")
             shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
             config = AutoConfig.from_pretrained(folder).to_dict()
@@ -116,16 +87,90 @@ def saved(tmp_path_factory: pytest.TempPathFactory, index_of: IndexOf) -> Callab
     return save
 
 
-@pytest.mark.parametrize("model_type", sorted(FAMILIES))
-def test_every_tensor_that_transformers_writes_has_a_rule(model_type: str, saved: Callable[[str], Saved]) -> None:
+OLD_NAMES: dict[str, dict[str, tuple[int, ...]]] = {
+    "bloom": {"word_embeddings.weight": (VOCABULARY, 64), "h.0.self_attention.query_key_value.weight": (192, 64)},
+    "deepseek_v2": {"model.layers.0.self_attn.q_proj.weight": (128, 64)},
+    "gemma4": {
+        "model.audio_tower.layers.0.self_attn.q_proj.weight": (16, 16),
+        "model.embed_audio.embedding_projection.weight": (64, 16),
+        "model.language_model.layers.1.self_attn.v_proj.weight": (128, 64),
+    },
+    "gpt2": {"wte.weight": (VOCABULARY, 64), "h.0.attn.bias": (1, 1, 32, 32), "h.0.attn.masked_bias": ()},
+    "gpt_neox": {
+        "gpt_neox.layers.0.attention.bias": (1, 1, 32, 32),
+        "gpt_neox.layers.0.attention.masked_bias": (),
+        "gpt_neox.layers.0.attention.rotary_emb.inv_freq": (4,),
+    },
+    "gpt_oss": {
+        "model.layers.0.mlp.experts.gate_up_proj_blocks": (3, 192, 2, 16),
+        "model.layers.0.mlp.experts.gate_up_proj_scales": (3, 192, 2),
+        "model.layers.0.mlp.experts.down_proj_blocks": (3, 64, 3, 16),
+        "model.layers.0.mlp.experts.down_proj_scales": (3, 64, 3),
+    },
+}
+"""What published checkpoints hold that transformers does not write any more."""
+DRAFTS: dict[str, dict[str, tuple[int, ...]]] = {
+    "deepseek_v3": {
+        "model.layers.2.embed_tokens.weight": (VOCABULARY, 64),
+        "model.layers.2.eh_proj.weight": (64, 128),
+        "model.layers.2.shared_head.head.weight": (VOCABULARY, 64),
+        "model.layers.2.shared_head.norm.weight": (64,),
+        "model.layers.2.self_attn.kv_b_proj.weight": (128, 16),
+        "model.layers.2.mlp.experts.1.down_proj.weight": (64, 32),
+    },
+    "qwen3_next": {
+        "mtp.fc.weight": (64, 128),
+        "mtp.norm.weight": (64,),
+        "mtp.layers.0.self_attn.o_proj.weight": (64, 64),
+    },
+}
+DRAFTS["glm4_moe"] = {name: shape for name, shape in DRAFTS["deepseek_v3"].items() if "kv_b_proj" not in name}
+"""What published checkpoints hold for multi-token prediction."""
+
+
+def test_there_is_a_tiny_model_of_every_family() -> None:
+    assert set(MODEL_TYPES) == set(FAMILIES)
+
+
+@pytest.mark.parametrize("layout", get_args(Layout))
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_every_tensor_that_transformers_writes_has_a_rule(
+    model_type: str, layout: Layout, saved: Callable[[str], Saved]
+) -> None:
     index = saved(model_type).index
-    rules = ShardRules.for_config(index.config)
-    table = resolve_slices(index, rules, Mesh(tp=2))
-    placed = {rule for rule in rules.first_matches(index.names) if rule >= 0}
-    idle = {rules.rules[position].glob for position in range(len(rules)) if position not in placed}
-    # What a family's own checkpoint has no use for: biases, heads tied to embeddings, the text model's lack of towers.
-    assert not {glob for glob in idle if not glob.endswith(".bias")} - {"*lm_head.weight"}
+    if layout == "transformers" and FAMILIES[model_type].transformers is None:
+        with pytest.raises(ShardingError, match=f"transformers has no tensor-parallel plan for {model_type} models"):
+            ShardRules.for_config(index.config, layout=layout)
+        return
+    table = resolve_slices(index, ShardRules.for_config(index.config, layout=layout), Mesh(tp=2))
     assert sum(part is None for pattern in table.patterns for part in pattern) == 0
+
+
+def test_every_glob_of_every_family_names_a_tensor_of_some_model(saved: Callable[[str], Saved]) -> None:
+    used: set[str] = set()
+    known: set[str] = set()
+    for model_type in MODEL_TYPES:
+        index = saved(model_type).index
+        names = (*index.names, *OLD_NAMES.get(model_type, ()), *DRAFTS.get(model_type, ()))
+        for layout in ("generic", "transformers") if FAMILIES[model_type].transformers is not None else ("generic",):
+            rules = ShardRules.for_config(index.config, layout=layout, drafts=layout == "generic")
+            known |= {rule.glob for rule in rules if not rule.glob.endswith(".bias")}
+            used |= {rules.rules[position].glob for position in rules.first_matches(names) if position >= 0}
+    assert known - used == set()
+
+
+@pytest.mark.parametrize("model_type", sorted({**OLD_NAMES, **DRAFTS}))
+def test_published_names_have_rules(
+    model_type: str, saved: Callable[[str], Saved], index_of: IndexOf, cut: Cut
+) -> None:
+    config = saved(model_type).index.config
+    names = OLD_NAMES.get(model_type, {}) | DRAFTS.get(model_type, {})
+    index = index_of(names, config=config)
+    for drafts in (False, True):
+        table = resolve_slices(index, ShardRules.for_config(config, drafts=drafts), Mesh(tp=2))
+        held = {name for tensor, name in enumerate(index.names) if table.slice_of(tensor, 0) is not None}
+        masks = {name for name in names if name.endswith((".attn.bias", ".attention.bias", ".masked_bias"))}
+        assert held == names.keys() - masks - (set() if drafts else DRAFTS.get(model_type, {}).keys())
 
 
 @pytest.mark.parametrize("prefix", ["language_model.model.", "model.language_model."])
@@ -142,6 +187,35 @@ def test_gemma3_names_with_either_prefix_are_split_and_towers_are_not(prefix: st
     table = resolve_slices(index_of(names), rules, Mesh(tp=8))
     shapes = [table.slice_of(tensor, 7).shape for tensor in range(len(names))]
     assert shapes == [(8, 16), (0, 16), *list(names.values())[2:]]
+
+
+@pytest.mark.parametrize("published", [False, True], ids=["written-by-transformers", "published"])
+def test_gemma4_has_layers_with_other_key_value_heads(published: bool, saved: Callable[[str], Saved]) -> None:
+    config = dict(saved("gemma4_text").index.config or {})
+    if published:
+        del config["per_layer_config"]
+        config |= {"num_global_key_value_heads": 8, "global_head_dim": 16}
+    rules = ShardRules.for_config(config)
+    placements = [rules.placement_of(f"model.layers.{layer}.self_attn.k_proj.weight") for layer in range(2)]
+    assert placements == [Split(0, kv_heads=4), Split(0, kv_heads=8)]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "groups"),
+    [
+        pytest.param({"new_decoder_architecture": True, "num_kv_heads": 8}, 8, id="falcon-40b"),
+        pytest.param({"new_decoder_architecture": True, "n_head_kv": 8}, 8, id="falcon-40b-first-names"),
+        pytest.param({"num_kv_heads": 16, "multi_query": True}, 1, id="falcon-7b"),
+        pytest.param({}, 1, id="falcon-7b-defaults"),
+        pytest.param({"multi_query": False}, 16, id="falcon-rw"),
+    ],
+)
+def test_falcons_have_three_ways_to_fuse(sizes: dict[str, Any], groups: int) -> None:
+    config = {"model_type": "falcon", "num_attention_heads": 16, "hidden_size": 64, "num_hidden_layers": 2} | sizes
+    placement = ShardRules.for_config(config).placement_of("transformer.h.0.self_attention.query_key_value.weight")
+    assert isinstance(placement, SplitGroups)
+    assert placement.groups == groups
+    assert placement.refusal(((16 + 2 * groups) * 4, 64), groups) is None
 
 
 def test_sizes_that_gemma3_leaves_out_are_those_of_transformers() -> None:
@@ -206,7 +280,7 @@ def _box_of(parameter: torch.Tensor, mesh: Any) -> Box:
 
 
 @pytest.mark.parametrize("tp", [2, 4, 8])
-@pytest.mark.parametrize("model_type", sorted(EXTRA))
+@pytest.mark.parametrize("model_type", ADD_UP)
 def test_ranks_modules_add_up_to_the_whole_models(
     model_type: str, tp: int, saved: Callable[[str], Saved], cut: Cut, tmp_path: Path
 ) -> None:
@@ -231,7 +305,7 @@ def test_ranks_modules_add_up_to_the_whole_models(
         for name, (arguments, keywords, _) in calls.items():
             with torch.no_grad():
                 sums[name] += _first(modules[name](*arguments, **keywords))
-    assert len(calls) == 2 * SIZES["num_hidden_layers"]
+    assert len(calls) == 2 * 2
     for name, (_, _, output) in calls.items():
         torch.testing.assert_close(sums[name], output, rtol=1e-9, atol=1e-9, msg=name)
 
@@ -283,10 +357,10 @@ def _first(output: Any) -> torch.Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
-def test_attention_outputs_are_cut_between_heads() -> None:
-    for model_type in sorted(FAMILIES):
-        rules = ShardRules.for_config(config_of(model_type).to_dict())
-        assert rules.placement_of("model.layers.0.self_attn.o_proj.weight") == Split(1, heads=8)
+@pytest.mark.parametrize("model_type", ADD_UP)
+def test_attention_outputs_are_cut_between_heads(model_type: str) -> None:
+    rules = ShardRules.for_config(config_of(model_type).to_dict())
+    assert rules.placement_of("model.layers.0.self_attn.o_proj.weight") == Split(1, heads=8)
 
 
 @pytest.mark.parametrize(

@@ -8,13 +8,18 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ray_streamer.errors import ShardingError
-from ray_streamer.sharding.families.catalogue import FAMILIES
-from ray_streamer.sharding.families.family import Family, Role
+from ray_streamer.sharding.families.classics import CLASSICS
+from ray_streamer.sharding.families.dense import DENSE
+from ray_streamer.sharding.families.family import Family, Meaning, Role, Weight
+from ray_streamer.sharding.families.mixtures import MIXTURES
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["FAMILIES", "Family", "Role", "family_of", "family_or_refuse"]
+__all__ = ["FAMILIES", "Family", "Meaning", "Role", "Weight", "family_of", "family_or_refuse"]
+
+FAMILIES: dict[str, Family] = DENSE | MIXTURES | CLASSICS
+"""Model type, as config.json spells it -> family."""
 
 
 def family_of(config: Mapping[str, Any]) -> Family | None:

@@ -7,17 +7,51 @@ from enum import Enum, auto
 
 
 class Role(Enum):
-    """What a linear module does with its input; weights are [outputs, inputs]."""
+    """What a tensor does; heads and halves are told by a config's sizes."""
 
     QUERY = auto()
     KEY_VALUE = auto()
     FUSED_QKV = auto()
+    """All queries, then all keys, then all values."""
+    GROUPED_QKV = auto()
+    """For each key-value head its queries, its key and its value."""
     ATTENTION_OUTPUT = auto()
     COLUMN_PARALLEL = auto()
     FUSED_GATE_UP = auto()
+    """All of the gate, then all of the up projection."""
     ROW_PARALLEL = auto()
     VOCABULARY = auto()
+    LINEAR_KEY_GROUPS = auto()
+    """Linear attention: for each key head its query, its key and what belongs to its value heads."""
+    LINEAR_VALUES = auto()
+    """Linear attention: one run of indices for each value head."""
+    LINEAR_FUSED_QKV = auto()
+    """Linear attention: all queries, then all keys, then all values."""
+    LINEAR_OUTPUT = auto()
+    CONTIGUOUS = auto()
+    """One run of outputs per rank, whatever they are made up of; whoever runs the model gathers them."""
     REPLICATED = auto()
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """A tensor whose dimensions are not [outputs, inputs].
+
+    Attributes:
+        role: What it does.
+        outputs: Dimension that counts outputs.
+        inputs: Dimension that counts inputs.
+        unit: Indices that must stay together, such as a quantization block; ranks then hold whole units, the last ones
+            less than others or nothing. None when each must hold an equal share.
+    """
+
+    role: Role
+    outputs: int = 0
+    inputs: int = 1
+    unit: int | None = None
+
+
+Meaning = Role | Weight
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,8 +61,12 @@ class Family:
     All globs are those of `fnmatch` and see whole tensor names, unless they are said to name modules.
 
     Attributes:
-        modules: Glob of a module's name -> its role.
+        modules: Glob of a module's name -> what its weight does; its bias is as long as the outputs.
+        tensors: Glob of a tensor -> what it does; for those that are no linear module's weight or bias.
+        skipped: Globs of what old checkpoints hold beside weights, such as causal masks; never read.
         towers: Globs of all tensors of other modalities' parts, which are replicated and come before everything else.
+        transformers: Where the tensor-parallel plan of transformers differs: glob of a tensor -> what it does there;
+            None when transformers has no plan.
         text_config: Key of the config that holds the language model's sizes; None when they are at the top.
         defaults: Sizes that the family's config.json may leave out.
         layers: Component of a name that the number of a layer follows.
@@ -42,12 +80,15 @@ class Family:
         drafts: Globs of further tensors that only multi-token prediction uses.
     """
 
-    modules: dict[str, Role]
+    modules: dict[str, Meaning]
+    tensors: dict[str, Meaning] = field(default_factory=dict[str, Meaning])
+    skipped: tuple[str, ...] = ()
     towers: tuple[str, ...] = ()
+    transformers: dict[str, Meaning] | None = field(default_factory=dict[str, Meaning])
     text_config: str | None = None
     defaults: dict[str, int] = field(default_factory=dict[str, int])
     layers: str = "layers"
-    first_stage: tuple[str, ...] = ("*embed_tokens.*",)
+    first_stage: tuple[str, ...] = ("*embed_tokens*",)
     last_stage: tuple[str, ...] = ("*lm_head.*", "*norm.*")
     experts: str = "experts"
     stacked_experts: tuple[str, ...] = ()

@@ -1,0 +1,126 @@
+"""How large is a model? What a config.json says of heads, layers and experts, whatever it calls them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from ray_streamer.errors import ShardingError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from ray_streamer.sharding.families import Family
+
+_OTHER_NAMES = {
+    "num_hidden_layers": ("n_layer",),
+    "num_attention_heads": ("n_head",),
+    "num_key_value_heads": ("num_kv_heads", "n_head_kv"),
+    "hidden_size": ("n_embd", "n_embed"),
+}
+"""What older configs call a size."""
+
+
+class Sizes:
+    """The sizes of one model, looked up when asked for: in its config, else in its family's defaults.
+
+    Args:
+        family: Says where in the config they are, and what it may leave out.
+        config: A parsed config.json with a `model_type`.
+
+    Raises:
+        ShardingError: By every property: the config does not say, or not as a number of at least 1.
+    """
+
+    def __init__(self, family: Family, config: Mapping[str, Any]) -> None:
+        text = (config.get(family.text_config) or {}) if family.text_config else config
+        self._values = {**family.defaults, **{key: value for key, value in text.items() if value is not None}}
+        self._model_type = config["model_type"]
+        self._family = family
+
+    def _value(self, key: str) -> Any:
+        return next((self._values[name] for name in (key, *_OTHER_NAMES.get(key, ())) if name in self._values), None)
+
+    def _size(self, key: str) -> int:
+        value = self._value(key)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ShardingError(f"config.json of a {self._model_type} model needs a number for {key}, got {value!r}")
+        return value
+
+    @property
+    def layers(self) -> int:
+        """Layers of the model itself."""
+        return self._size("num_hidden_layers")
+
+    @property
+    def draft_layers(self) -> int:
+        """Layers for multi-token prediction, numbered on after the model's own; 1 where such a config does not say."""
+        key = self._family.num_draft_layers
+        return (self._size(key) if self._value(key) else 0 if self._value(key) == 0 else 1) if key else 0
+
+    @property
+    def experts(self) -> int:
+        """Routed experts of a layer that has any; 0 when there are none."""
+        key = next((key for key in self._family.num_experts if self._value(key) is not None), None)
+        return self._size(key) if key else 0
+
+    @property
+    def heads(self) -> int:
+        """Attention heads."""
+        return self._size("num_attention_heads")
+
+    @property
+    def kv_heads(self) -> int:
+        """Key-value heads."""
+        return self.heads if self._value("num_key_value_heads") is None else self._size("num_key_value_heads")
+
+    @property
+    def other_kv_heads(self) -> dict[int, int]:
+        """Number of a layer -> its key-value heads, for layers that have not `kv_heads` of them, as in Gemma 4."""
+        if "per_layer_config" in self._values:
+            layers = self._values["per_layer_config"].items()
+            return {
+                int(number): sizes["num_key_value_heads"] for number, sizes in layers if "num_key_value_heads" in sizes
+            }
+        if not self._values.get("attention_k_eq_v") or "num_global_key_value_heads" not in self._values:
+            return {}
+        kinds = enumerate(self._values.get("layer_types", ()))
+        return {number: self._size("num_global_key_value_heads") for number, kind in kinds if kind == "full_attention"}
+
+    @property
+    def head_dim(self) -> int:
+        """Indices of an attention head."""
+        return self._size("hidden_size") // self.heads if self._value("head_dim") is None else self._size("head_dim")
+
+    @property
+    def qkv_groups(self) -> int:
+        """Groups of a projection in which heads take turns: each has one key-value head."""
+        if self._values.get("new_decoder_architecture"):
+            return self.kv_heads
+        return 1 if self._values.get("multi_query") else self.heads
+
+    @property
+    def intermediate(self) -> int:
+        """Indices between the two halves of an expert, or of the MLP where there are no experts."""
+        return self._size(
+            "moe_intermediate_size" if self.experts and "moe_intermediate_size" in self._values else "intermediate_size"
+        )
+
+    @property
+    def linear_key_heads(self) -> int:
+        """Key heads of linear attention."""
+        return self._size("linear_num_key_heads")
+
+    @property
+    def linear_value_heads(self) -> int:
+        """Value heads of linear attention."""
+        return self._size("linear_num_value_heads")
+
+    @property
+    def linear_key_size(self) -> int:
+        """Indices of all keys of linear attention."""
+        return self.linear_key_heads * self._size("linear_key_head_dim")
+
+    @property
+    def linear_value_size(self) -> int:
+        """Indices of all values of linear attention."""
+        return self.linear_value_heads * self._size("linear_value_head_dim")

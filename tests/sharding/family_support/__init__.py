@@ -1,0 +1,1 @@
+"""Tiny models of every family, and other people's ways to load them."""
