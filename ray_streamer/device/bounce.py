@@ -124,7 +124,7 @@ class DeviceScratch:
         for first in range(0, piece.num_runs, rows_at_once):
             num_runs = min(rows_at_once, piece.num_runs - first)
             span = (num_runs - 1) * piece.source_stride + piece.run_bytes
-            if 1:
+            with self._lock:
                 self._runtime.copy(scratch, source + first * piece.source_stride, span)
                 self._runtime.cut_rows(
                     target + first * piece.target_stride,

@@ -279,6 +279,33 @@ def test_short_rows_of_many_blocks_share_the_chunks():
     assert not library.faults
 
 
+def test_rows_of_many_blocks_are_cut_in_one_scratch():
+    """What one thread copies into the scratch is cut before another thread's rows overwrite it."""
+    library = FakeCuda()
+    device = open_fake_cuda(library, device_scratch_bytes=2000)
+    device.follow_caller()
+    piece = Piece(0, 0, 100, 50, 400, 0, 100)
+    sources = [_random_bytes(49 * 400 + 100 + number) for number in range(8 * 10)]
+    tensors = [torch.zeros(50 * 100, dtype=torch.uint8) for _ in sources]
+    outcomes = [Outcome() for _ in sources]
+    start = threading.Barrier(8)
+
+    def work(first: int) -> None:
+        start.wait(WAIT_SECONDS)
+        for number in range(first, len(sources), 8):
+            device.deliver(sources[number], [Copy(piece, device.result(tensors[number]))], outcomes[number])
+
+    threads = [threading.Thread(target=work, args=(first,)) for first in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(WAIT_SECONDS)
+    assert [outcome.error for outcome in outcomes] == [None] * len(sources)
+    for source, tensor in zip(sources, tensors, strict=True):
+        assert np.array_equal(tensor.numpy(), np.ndarray((50, 100), np.uint8, source, 0, (400, 1)).ravel())
+    device.close()
+
+
 def test_a_device_serves_one_load_after_the_other():
     library = FakeCuda()
     device = open_fake_cuda(library)

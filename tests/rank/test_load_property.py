@@ -20,14 +20,13 @@ import numpy as np
 import torch
 from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
-from safetensors import safe_open
 
-from ray_streamer.dtypes import dtype_named
 from ray_streamer.planning.topology import Topology
 from ray_streamer.sharding import Part, Replicate, Skip, Split, SplitVocabulary
 from ray_streamer.sharding.slices import TensorSlice
 from ray_streamer.storage.memory import MemoryStorage
 from ray_streamer.testing.fake_cuda import FakeCuda, open_fake_cuda
+from ray_streamer.testing.oracle import bytes_of, cut_by_safetensors, cut_bytes
 
 if TYPE_CHECKING:
     from ray_streamer.device.cuda import CudaDevice
@@ -149,39 +148,6 @@ def cases(draw) -> Case:
     )
 
 
-def _sliced_by_safetensors(path: Path, name: str, held: TensorSlice) -> torch.Tensor:
-    with safe_open(path, "pt") as file:
-        lazy = file.get_slice(name)
-        if not held.shape:
-            return lazy[...]
-        result = torch.empty(held.shape, dtype=lazy[tuple(slice(0, 0) for _ in held.shape)].dtype)
-        for box in held.boxes:
-            target = tuple(slice(land, land + size) for land, size in zip(box.lands, box.shape, strict=True))
-            result[target] = lazy[tuple(map(slice, box.starts, box.stops))]
-        return result
-
-
-def _sliced_by_numpy(data: bytes, dtype: str, shape: tuple[int, ...], held: TensorSlice) -> bytes:
-    """Slices of packed dtypes lie on whole bytes, so the last dimension can be counted in bytes."""
-    num_bits = dtype_named(dtype).num_bits
-
-    def in_bytes(indices: tuple[int, ...]) -> tuple[int, ...]:
-        return (*indices[:-1], indices[-1] * num_bits // 8)
-
-    whole = np.frombuffer(data, np.uint8).reshape(in_bytes(shape))
-    result = np.zeros(in_bytes(held.shape), np.uint8)
-    for box in held.boxes:
-        target = tuple(
-            slice(land, land + size) for land, size in zip(in_bytes(box.lands), in_bytes(box.shape), strict=True)
-        )
-        result[target] = whole[tuple(map(slice, in_bytes(box.starts), in_bytes(box.stops)))]
-    return result.tobytes()
-
-
-def _raw(tensor: torch.Tensor) -> bytes:
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy()).tobytes() if tensor.numel() else b""
-
-
 def _check_tensors(plan, folder: Path, tensors_by_rank) -> None:
     index = plan.index
     for rank, tensors in enumerate(tensors_by_rank):
@@ -197,11 +163,11 @@ def _check_tensors(plan, folder: Path, tensors_by_rank) -> None:
                 extent = index.extent_of(position)
                 data = path.read_bytes()[extent.start : extent.stop]
                 assert tuple(tensor.shape) == dtype.torch_shape(held.shape)
-                assert _raw(tensor) == _sliced_by_numpy(data, dtype.name, index.shape_of(position), held)
+                assert bytes_of(tensor) == cut_bytes(data, dtype.name, index.shape_of(position), held)
             else:
-                expected = _sliced_by_safetensors(path, name, held)
+                expected = cut_by_safetensors(path, name, held)
                 assert (tensor.shape, tensor.dtype) == (expected.shape, expected.dtype)
-                assert _raw(tensor) == _raw(expected)
+                assert bytes_of(tensor) == bytes_of(expected)
 
 
 def _wanted(plan, ranks: tuple[int, ...]) -> list[np.ndarray]:
