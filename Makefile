@@ -1,6 +1,7 @@
 # make demo    load a checkpoint over a local Ray from disk and from S3, and prove every slice
 # make test    lint, and the whole test suite
 # make bench   side by side with other ways to load
+# make gpu-check  what this project does on a GPU of this machine: right, how fast, and next to whom
 # make docs    pages that are made from the sources
 # make clean   what the above left, but for the sources
 #
@@ -12,12 +13,13 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 PIP_ARGS ?=
 DEMO_ARGS ?=
+GPU_CHECK_ARGS ?=
 PYTEST_ARGS ?=
 
 BIN := $(VENV)/bin
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt
 
-.PHONY: demo test bench docs clean
+.PHONY: demo test bench gpu-check docs clean
 
 demo: $(VENV)/.demo-installed
 	$(BIN)/ray-streamer demo $(DEMO_ARGS)
@@ -32,6 +34,10 @@ bench: $(VENV)/.test-installed
 	$(BIN)/python benchmarks/compare.py s3
 	$(BIN)/python benchmarks/compare.py disk --state warm
 	$(BIN)/python benchmarks/compare.py disk --state cold
+
+# Installs nothing: a GPU machine has its own torch, and may have no way to the package index.
+gpu-check:
+	PYTHONPATH=. $(or $(wildcard $(BIN)/python),python3) benchmarks/gpu_check $(GPU_CHECK_ARGS)
 
 docs: $(VENV)/.test-installed
 	$(BIN)/python docs/write_settings.py

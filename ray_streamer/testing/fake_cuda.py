@@ -49,7 +49,7 @@ class FakeCuda:
     Args:
         random: Decides how many queued copies are made before anybody waits for them; None = none.
         failures: Status of the n-th call of a function, counted from 1, by its name: `{("MemcpyAsync", 3): 700}`.
-        on_wait: Called with an event before it is waited for, outside of all locks; may block.
+        before: What to do before a call of a function, by its name, outside of all locks; may block.
 
     Attributes:
         calls: All calls so far.
@@ -64,9 +64,9 @@ class FakeCuda:
         *,
         random: Random | None = None,
         failures: dict[tuple[str, int], int] | None = None,
-        on_wait: Callable[[int], None] | None = None,
+        before: dict[str, Callable[[], Any]] | None = None,
     ) -> None:
-        self._random, self._failures, self._on_wait = random, failures or {}, on_wait
+        self._random, self._failures, self._before = random, failures or {}, before or {}
         self._lock = threading.RLock()
         self._thread = threading.local()
         self._queue: deque[Callable[[], None]] = deque()
@@ -80,8 +80,8 @@ class FakeCuda:
 
     def call(self, name: str, *arguments: Any) -> int:
         """See `CudaLibrary.call`."""
-        if name == "EventSynchronize" and self._on_wait is not None:
-            self._on_wait(arguments[0])
+        if name in self._before:
+            self._before[name]()
         with self._lock:
             self.calls.append(Recorded(name, arguments))
             status = self._failures.get((name, self.count(name)), 0)

@@ -45,7 +45,7 @@ def cut_bytes(data: bytes, dtype: str, shape: tuple[int, ...], held: TensorSlice
     num_bits = dtype_named(dtype).num_bits
 
     def in_bytes(indices: tuple[int, ...]) -> tuple[int, ...]:
-        return (*indices[:-1], indices[-1] * num_bits // 8)
+        return (*indices[:-1], *(last * num_bits // 8 for last in indices[-1:]))
 
     whole = np.frombuffer(data, np.uint8).reshape(in_bytes(shape))
     result = np.zeros(in_bytes(held.shape), np.uint8)

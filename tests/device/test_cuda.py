@@ -119,7 +119,7 @@ def test_the_kind_of_copy_follows_the_length_of_a_run(piece, scratch, calls):
 def test_nothing_is_done_before_its_event():
     """The source is given back when the copy engine has read it, no sooner."""
     may_fire = threading.Event()
-    library = FakeCuda(on_wait=lambda event: may_fire.wait(WAIT_SECONDS))
+    library = FakeCuda(before={"EventSynchronize": lambda: may_fire.wait(WAIT_SECONDS)})
     device = open_fake_cuda(library)
     source, tensor = _random_bytes(5000), torch.zeros(5000, dtype=torch.uint8)
     device.adopt(memoryview(source))
@@ -154,6 +154,24 @@ def test_memory_is_locked_before_its_first_copy_and_unlocked_after_its_last():
     flags = [call.arguments[2] for call in library.calls if call.name == "HostRegister"]
     assert flags == [1, 1 | 8], "portable; what is mapped read-only is locked as read-only"
     assert not library.faults
+
+
+def test_a_copy_waits_until_its_source_is_locked():
+    """Even when locking takes long: a copy out of pageable memory would hold up the thread that queues it."""
+    copied, locked_at_copy = threading.Event(), []
+
+    def before_copy() -> None:
+        locked_at_copy.append(len(library.locked))
+        copied.set()
+
+    # Gives a copy that does not wait the time to show itself.
+    library = FakeCuda(before={"HostRegister": lambda: copied.wait(0.2), "MemcpyAsync": before_copy})
+    device = open_fake_cuda(library)
+    source, tensor = _random_bytes(100), torch.zeros(100, dtype=torch.uint8)
+    device.adopt(memoryview(source))
+    assert _deliver(device, source, [Copy(_lone(100), device.result(tensor))]).error is None
+    assert locked_at_copy == [1]
+    device.close()
 
 
 def test_a_device_that_knows_no_read_only_memory_takes_it_plainly():

@@ -61,7 +61,7 @@ def test_no_block_is_read_into_a_slot_whose_event_has_not_fired(ranks, halves_pl
             Watch.num_read = count
             seen.append(Watch.num_read - Watch.num_fired)
 
-    def on_wait(event) -> None:
+    def on_wait() -> None:
         with lock:
             Watch.num_fired += 1
 
@@ -72,7 +72,7 @@ def test_no_block_is_read_into_a_slot_whose_event_has_not_fired(ranks, halves_pl
         min_run_bytes=4096,
         max_gap_bytes=4096,
     )
-    library = FakeCuda(on_wait=on_wait)
+    library = FakeCuda(before={"EventSynchronize": on_wait})
     device = open_fake_cuda(library, short_run_bytes=0)
     running = ranks.prepare(
         alone, memory_limit=3 * 4096, concurrency=8, devices={0: device}, before_read={0: before_read}
@@ -174,7 +174,7 @@ def test_a_read_that_fails_while_copies_are_under_way(ranks, halves_plan):
             failed.set()
             raise error
 
-    libraries = [FakeCuda(on_wait=lambda event: failed.wait(GATE_SECONDS)), FakeCuda()]
+    libraries = [FakeCuda(before={"EventSynchronize": lambda: failed.wait(GATE_SECONDS)}), FakeCuda()]
     with ranks.nothing_left():
         devices = {rank: open_fake_cuda(library) for rank, library in enumerate(libraries)}
         running = ranks.prepare(
@@ -189,11 +189,11 @@ def test_a_read_that_fails_while_copies_are_under_way(ranks, halves_plan):
 def test_abort_in_the_middle_leaves_nothing(ranks, halves_plan):
     copying, aborted = threading.Event(), threading.Event()
 
-    def on_wait(event) -> None:
+    def on_wait() -> None:
         copying.set()
         assert aborted.wait(GATE_SECONDS)
 
-    libraries = [FakeCuda(on_wait=on_wait), FakeCuda(random=Random(1))]
+    libraries = [FakeCuda(before={"EventSynchronize": on_wait}), FakeCuda(random=Random(1))]
     error = LoadAbortedError("rank 7 failed")
     with ranks.nothing_left():
         devices = {rank: open_fake_cuda(library) for rank, library in enumerate(libraries)}
