@@ -44,7 +44,7 @@ def load_sharded(
     """Loads a safetensors checkpoint tensor-parallel into a group of Ray actors, each byte read once per node.
 
     Args:
-        uri: Folder or prefix, one `.safetensors` file, or one index json: a path, `file://` or `s3://`.
+        uri: Folder or prefix, one `.safetensors` file, or one index json: a path, `file://`, `s3://`, `gs://`, `abfss://` or `hdfs://`.
         tp: Ranks that share one copy of the model.
         replicas: Copies of the model; `tp * replicas` ranks are started.
         rules: Glob of tensor names -> placement, before the preset that the checkpoint's config.json names.

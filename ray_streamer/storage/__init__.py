@@ -13,7 +13,7 @@ _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 
 
 def open_storage(uri: str, settings: StorageSettings) -> Storage:
-    """The storage of a folder or prefix: `/path`, `file:///path`, `s3://bucket/prefix` or `memory://name`.
+    """The storage of a folder or prefix: `/path`, `file:///path`, `s3://bucket/prefix`, `memory://name`, or what pyarrow opens.
 
     Opens nothing yet: what is wrong with the place itself shows at the first read. The caller closes it.
 
@@ -34,7 +34,11 @@ def open_storage(uri: str, settings: StorageSettings) -> Storage:
         from ray_streamer.storage.memory import MemoryStorage
 
         return MemoryStorage(uri, settings)
+    if scheme in ("gs", "gcs", "abfs", "abfss", "hdfs", "viewfs"):
+        from ray_streamer.storage.arrow import open_arrow
+
+        return open_arrow(uri, settings)
     raise SettingsError(
-        f"no storage for {uri}: scheme {scheme}:// is not known; give a path, file:///path, s3://bucket/prefix "
-        "or memory://name"
+        f"no storage for {uri}: scheme {scheme}:// is not known; give a path, file:///path, s3://bucket/prefix, "
+        "gs://, abfss:// or hdfs://, or memory://name"
     )
