@@ -34,7 +34,7 @@ class RankStatistics:
         memory_limit: Staging memory that this rank was allowed.
         wait_seconds: Seconds that reader threads waited for a free slot, summed over threads.
         read_seconds: Seconds that reader threads spent in storage, summed over threads.
-        copy_seconds: Seconds spent in copies, summed over threads.
+        copy_seconds: Seconds spent in copies, summed over threads; on a GPU, in queueing them.
         cpu_seconds: User and system seconds of the process during the load.
     """
 

@@ -98,6 +98,25 @@ def test_every_arena_is_locked_once_on_each_rank(ranks, halves_plan):
     _check_given_back(*libraries)
 
 
+def test_reads_begin_while_memory_is_being_locked(ranks, halves_plan):
+    """Locking ends only when a read has begun: one that waited for it would wait for ever."""
+    expected = ranks.prepare(halves_plan).start().tensors()
+    reading = threading.Event()
+    waited: list[bool] = []
+    library = FakeCuda(before={"HostRegister": lambda: waited.append(reading.wait(GATE_SECONDS))})
+    tensors = (
+        ranks.prepare(
+            halves_plan,
+            devices={0: open_fake_cuda(library)},
+            before_read={0: lambda path, extent, count: reading.set()},
+        )
+        .start()
+        .tensors()
+    )
+    assert all(waited)
+    assert _equal(tensors[0], expected[0])
+
+
 def test_given_tensors_are_filled_where_they_are(ranks, halves_plan):
     expected = ranks.prepare(halves_plan).start().tensors()
     library = FakeCuda()
