@@ -48,7 +48,7 @@ class PlacementOptions:
     strategy: Strategy = "auto"
     bundle_indices: Sequence[int] | None = None
     label_selector: Mapping[str, str] = field(default_factory=dict)
-    runtime_env: Mapping[str, Any] | None = None
+    runtime_env: Mapping[str, Any] | None = field(default=None, repr=False)  # may hold credentials
     wait_for_nodes: bool = False
 
     def __post_init__(self) -> None:

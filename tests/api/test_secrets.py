@@ -1,0 +1,127 @@
+"""Keys reach the ranks and the store, and nothing else: no plan, report, repr, log, error or line of output."""
+
+from __future__ import annotations
+
+import io
+import logging
+import pickle
+import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import ray
+from click.testing import CliRunner
+
+import ray_streamer
+from ray_streamer import PlacementOptions, Settings
+from ray_streamer.cli import main
+from ray_streamer.errors import AccessError, RankFailedError, RayStreamerError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+WRONG_SECRET = "plantedwrongsecret0123456789"
+TOKEN = "plantedsessiontoken0123456789"
+
+
+@pytest.fixture
+def uri(checkpoint: Any, s3_server: Any) -> str:
+    return s3_server.upload_folder(checkpoint.folder, "secrets", "model")
+
+
+@pytest.fixture
+def settings(s3_server: Any) -> Settings:
+    """Everything that is needed to read, and nothing of it in the environment."""
+    return Settings.resolve(
+        s3_endpoint_url=s3_server.endpoint_url,
+        s3_access_key_id=s3_server.access_key,
+        s3_secret_access_key=s3_server.secret_key,
+        memory_limit="1MiB",
+        concurrency=4,
+    )
+
+
+@pytest.fixture
+def wrong_settings(settings: Settings, s3_server: Any) -> Settings:
+    if s3_server.kind != "rgw":
+        pytest.skip("moto believes everybody")
+    return settings.override(s3_secret_access_key=WRONG_SECRET, s3_session_token=TOKEN, retry_deadline_seconds=1)
+
+
+@pytest.fixture
+def assert_clean(s3_server: Any) -> Callable[..., None]:
+    """None of these texts or pickles holds a key, or a signature, which is as good as one for a while."""
+    secrets = (s3_server.access_key, s3_server.secret_key, WRONG_SECRET, TOKEN, "X-Amz-Signature=")
+
+    def check(*outputs: str | bytes) -> None:
+        for output in outputs:
+            text = output if isinstance(output, str) else output.decode("latin-1")
+            assert text
+            for secret in secrets:
+                assert secret not in text, f"{secret} in {text[:2000]}"
+
+    return check
+
+
+@pytest.fixture
+def everything_logged() -> Iterator[io.StringIO]:
+    """What our loggers say when they say everything."""
+    written = io.StringIO()
+    handler = logging.StreamHandler(written)
+    logger = logging.getLogger("ray_streamer")
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.DEBUG)
+    yield written
+    logger.removeHandler(handler)
+    logger.setLevel(level)
+
+
+def everything_said(error: BaseException) -> tuple[str, bytes]:
+    """An error with all that caused it, and as it travels."""
+    return "".join(traceback.format_exception(error)) + repr(error), pickle.dumps(error)
+
+
+def test_a_load_in_this_process(uri, settings, wrong_settings, assert_clean, everything_logged) -> None:
+    plan = ray_streamer.plan(uri, settings=settings)
+    tensors = ray_streamer.load_rank(uri, rank=0, world_size=1, settings=settings)
+    assert tensors.keys() == set(plan.index.names)
+    assert_clean(repr(plan), pickle.dumps(plan), repr(settings), everything_logged.getvalue())
+    with pytest.raises(RayStreamerError) as caught:
+        ray_streamer.load_rank(uri, rank=0, world_size=1, settings=wrong_settings)
+    assert isinstance(caught.value, AccessError)
+    assert_clean(*everything_said(caught.value), everything_logged.getvalue())
+
+
+def test_a_load_over_ray(local_ray: None, uri, settings, wrong_settings, assert_clean, everything_logged) -> None:
+    with ray_streamer.load_sharded(uri, tp=2, settings=settings) as model:
+        report = model.stats()
+        assert report.bytes_read > 0
+        assert_clean(repr(model), repr(report), str(report.as_dict()), pickle.dumps(report))
+    with pytest.raises(RayStreamerError) as caught:
+        ray_streamer.load_sharded(uri, tp=2, settings=wrong_settings)
+    assert isinstance(caught.value, AccessError)
+    assert isinstance(caught.value.__cause__, RankFailedError)
+    assert_clean(*everything_said(caught.value), everything_logged.getvalue())
+    logs = Path(ray._private.worker.global_worker.node.get_logs_dir_path())
+    assert_clean(*(path.read_bytes() for path in logs.rglob("*") if path.is_file() and path.stat().st_size))
+
+
+def test_the_command_line(uri, settings, s3_server, assert_clean, monkeypatch) -> None:
+    monkeypatch.setenv("RAY_STREAMER_S3_ENDPOINT_URL", s3_server.endpoint_url)
+    monkeypatch.setenv("RAY_STREAMER_S3_ACCESS_KEY_ID", s3_server.access_key)
+    monkeypatch.setenv("RAY_STREAMER_S3_SECRET_ACCESS_KEY", s3_server.secret_key)
+    for arguments in (["plan", uri, "--tp", "2", "--json"], ["plan", uri, "--tp", "2"], ["inspect", uri, "--json"]):
+        result = CliRunner().invoke(main, arguments)
+        assert result.exit_code == 0, result.output
+        assert_clean(result.output)
+    monkeypatch.delenv("RAY_STREAMER_S3_ACCESS_KEY_ID")
+    result = CliRunner().invoke(main, ["plan", uri, "--tp", "2"])
+    assert result.exit_code == 1
+    assert "go together" in result.output
+    assert_clean(result.output)
+
+
+def test_an_environment_for_the_actors_is_not_shown(s3_server: Any, assert_clean) -> None:
+    assert_clean(repr(PlacementOptions(runtime_env={"env_vars": s3_server.environment()})))
