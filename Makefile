@@ -41,6 +41,7 @@ gpu-check:
 
 docs: $(VENV)/.test-installed
 	$(BIN)/python docs/write_settings.py
+	$(BIN)/python docs/write_families.py
 
 # Debian's python3 makes an environment without pip unless python3-venv is installed; its own pip then fills it.
 $(BIN)/python:

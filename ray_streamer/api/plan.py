@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from ray_streamer.planning.read_plan import ReadPlan
     from ray_streamer.rank.request import SliceSource
     from ray_streamer.sharding.groups import Unmatched
+    from ray_streamer.sharding.presets import Layout
     from ray_streamer.sharding.rules import RulesLike
 
 
@@ -26,6 +27,8 @@ def plan(
     rules: RulesLike | None = None,
     slices: SliceSource | None = None,
     unmatched: Unmatched = "error",
+    layout: Layout = "generic",
+    drafts: bool = False,
     settings: Settings | None = None,
 ) -> ReadPlan:
     """Plans a load without loading; only headers are read, and Ray is not used.
@@ -38,6 +41,8 @@ def plan(
         rules: As in `load_sharded`.
         slices: As in `load_sharded`.
         unmatched: As in `load_sharded`.
+        layout: As in `load_sharded`.
+        drafts: As in `load_sharded`.
         settings: Every knob; from the environment when unset. Without a memory limit, that of a large node is assumed.
 
     Returns:
@@ -55,7 +60,7 @@ def plan(
     request = LoadRequest(
         uri=uri,
         mesh=Mesh(tp=tp, dp=replicas),
-        slices=slice_source(rules, slices, unmatched),
+        slices=slice_source(rules, slices, unmatched=unmatched, layout=layout, drafts=drafts),
         settings=settings,
         device="cpu",
     )

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from ray_streamer.rank.request import SliceSource
     from ray_streamer.rank.statistics import RankStatistics
     from ray_streamer.sharding.groups import Unmatched
+    from ray_streamer.sharding.presets import Layout
     from ray_streamer.sharding.rules import RulesLike
     from ray_streamer.storage.base import Storage
 
@@ -47,6 +48,8 @@ class RankArguments(TypedDict, total=False):
         rules: As in `load_sharded`.
         slices: As in `load_sharded`.
         unmatched: As in `load_sharded`.
+        layout: As in `load_sharded`.
+        drafts: As in `load_sharded`.
         device: "cpu"; "cuda", torch's current device; or "cuda:N".
         settings: Every knob, equal on all ranks; from the environment when unset.
         out: Contiguous tensors of this rank by name, filled in place; tensors not named are allocated. After an error their
@@ -62,6 +65,8 @@ class RankArguments(TypedDict, total=False):
     rules: RulesLike | None
     slices: SliceSource | None
     unmatched: Unmatched
+    layout: Layout
+    drafts: bool
     device: str
     settings: Settings | None
     out: Mapping[str, torch.Tensor] | None
@@ -177,7 +182,13 @@ def _request_of_rank(uri: str, arguments: RankArguments) -> tuple[Membership, Lo
     request = LoadRequest(
         uri=uri,
         mesh=Mesh(tp=tp, dp=num_ranks // tp),
-        slices=slice_source(arguments.get("rules"), arguments.get("slices"), arguments.get("unmatched", "error")),
+        slices=slice_source(
+            arguments.get("rules"),
+            arguments.get("slices"),
+            unmatched=arguments.get("unmatched", "error"),
+            layout=arguments.get("layout", "generic"),
+            drafts=arguments.get("drafts", False),
+        ),
         settings=settings,
         device=arguments.get("device", "cpu"),
     )

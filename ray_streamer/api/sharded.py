@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ray_streamer.rank.request import SliceSource
     from ray_streamer.rank.statistics import RankStatistics
     from ray_streamer.sharding.groups import Unmatched
+    from ray_streamer.sharding.presets import Layout
     from ray_streamer.sharding.rules import RulesLike
 
 
@@ -31,6 +32,8 @@ def load_sharded(
     rules: RulesLike | None = None,
     slices: SliceSource | None = None,
     unmatched: Unmatched = "error",
+    layout: Layout = "generic",
+    drafts: bool = False,
     device: str = "cpu",
     concurrency: int | None = None,
     memory_limit: int | str | None = None,
@@ -50,6 +53,9 @@ def load_sharded(
         rules: Glob of tensor names -> placement, before the preset that the checkpoint's config.json names.
         slices: Instead of rules: a picklable callable (index, mesh) -> `SliceTable`.
         unmatched: "error", or "replicate" for tensors of two or more dimensions without a rule.
+        layout: Which preset: "generic" as Megatron-LM, "transformers" as its tensor-parallel plan, "vllm" as its layers hold
+            their tensors; see docs/families.md.
+        drafts: Whether what only multi-token prediction uses is loaded, too.
         device: Where the tensors go: "cpu", or "cuda", the GPU that Ray assigns to each rank; see `PlacementOptions`.
         concurrency: Reads in flight per rank.
         memory_limit: Staging bytes per rank: N or text such as "512MiB" = at most N; 0 = the least that works; -1 = as much
@@ -78,7 +84,7 @@ def load_sharded(
     request = LoadRequest(
         uri=uri,
         mesh=Mesh(tp=tp, dp=replicas),
-        slices=slice_source(rules, slices, unmatched),
+        slices=slice_source(rules, slices, unmatched=unmatched, layout=layout, drafts=drafts),
         settings=(settings or Settings.resolve()).override(
             concurrency=concurrency, memory_limit=memory_limit, node_memory_limit=node_memory_limit
         ),

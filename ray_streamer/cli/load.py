@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from ray_streamer.settings import Settings
     from ray_streamer.sharding import Rule
     from ray_streamer.sharding.groups import Unmatched
+    from ray_streamer.sharding.presets import Layout
 
 
 @click.command("load", cls=Command)
@@ -65,6 +66,8 @@ def command(
     report_file: Path | None,
     rules: tuple[Rule, ...] | None,
     unmatched: Unmatched,
+    layout: Layout,
+    drafts: bool,
     as_json: bool,
     settings: Settings,
 ) -> None:
@@ -84,6 +87,8 @@ def command(
             replicas=replicas,
             rules=rules,
             unmatched=unmatched,
+            layout=layout,
+            drafts=drafts,
             device=device,
             settings=settings,
             placement=placement,

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ray_streamer.settings import Settings
     from ray_streamer.sharding import Rule
     from ray_streamer.sharding.groups import Unmatched
+    from ray_streamer.sharding.presets import Layout
 
 
 @click.command("plan", cls=Command)
@@ -46,6 +47,8 @@ def command(
     out: Path | None,
     rules: tuple[Rule, ...] | None,
     unmatched: Unmatched,
+    layout: Layout,
+    drafts: bool,
     as_json: bool,
     settings: Settings,
 ) -> None:
@@ -59,7 +62,17 @@ def command(
     from ray_streamer.planning.explain import summarize, write_plan
     from ray_streamer.planning.tensor_reads import explain_tensors
 
-    plan = make_plan(uri, tp, replicas=replicas, num_nodes=nodes, rules=rules, unmatched=unmatched, settings=settings)
+    plan = make_plan(
+        uri,
+        tp,
+        replicas=replicas,
+        num_nodes=nodes,
+        rules=rules,
+        unmatched=unmatched,
+        layout=layout,
+        drafts=drafts,
+        settings=settings,
+    )
     if out is not None:
         write_plan(plan, out)
     summary = summarize(plan)

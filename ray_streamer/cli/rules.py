@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
 from ray_streamer.errors import ShardingError
 from ray_streamer.sharding import Placement, Replicate, Rule, Skip, Split, SplitVocabulary
+from ray_streamer.sharding.presets import Layout
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -54,7 +55,7 @@ class _RuleType(click.ParamType):
 
 
 def with_rules(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Adds `--rule` as argument `rules`, None when there are none, and `--unmatched`."""
+    """Adds `--rule` as argument `rules`, None when there are none, `--unmatched`, `--layout` and `--drafts`."""
     unmatched = click.option(
         "--unmatched",
         type=click.Choice(["error", "replicate"]),
@@ -62,6 +63,14 @@ def with_rules(function: Callable[..., Any]) -> Callable[..., Any]:
         show_default=True,
         help="What becomes of tensors of two or more dimensions without a rule.",
     )
+    layout = click.option(
+        "--layout",
+        type=click.Choice(get_args(Layout)),
+        default="generic",
+        show_default=True,
+        help="What the tensors are for, and so which preset; see docs/families.md.",
+    )
+    drafts = click.option("--drafts", is_flag=True, help="Also load what only multi-token prediction uses.")
     rule = click.option(
         "--rule",
         "rules",
@@ -71,4 +80,4 @@ def with_rules(function: Callable[..., Any]) -> Callable[..., Any]:
         help="How tensors lie whose name matches the glob, before the preset that config.json names; may be given "
         f"again, the first match decides. Placements: {_GRAMMAR}.",
     )
-    return rule(unmatched(function))
+    return rule(layout(drafts(unmatched(function))))

@@ -22,6 +22,7 @@ from ray_streamer.planning.limits import (
 from ray_streamer.planning.read_plan import ReadPlan, plan_reads
 from ray_streamer.sharding.groups import Unmatched
 from ray_streamer.sharding.mesh import Mesh
+from ray_streamer.sharding.presets import Layout
 from ray_streamer.sharding.resolve import resolve_slices
 from ray_streamer.sharding.rules import ShardRules
 from ray_streamer.sharding.slices import SliceTable
@@ -43,19 +44,24 @@ class RuleSlices:
     Attributes:
         rules: The caller's.
         unmatched: What becomes of tensors of two or more dimensions that no rule matches.
+        layout: What the tensors are for, and so which preset.
+        drafts: Whether what only multi-token prediction uses is loaded, too.
     """
 
     rules: ShardRules = field(default_factory=ShardRules)
     unmatched: Unmatched = "error"
+    layout: Layout = "generic"
+    drafts: bool = False
 
     def __post_init__(self) -> None:
-        if self.unmatched not in get_args(Unmatched):
-            raise SettingsError(f"unmatched is one of {', '.join(get_args(Unmatched))}, not {self.unmatched!r}")
+        for name, value, kind in (("unmatched", self.unmatched, Unmatched), ("layout", self.layout, Layout)):
+            if value not in get_args(kind):
+                raise SettingsError(f"{name} is one of {', '.join(get_args(kind))}, not {value!r}")
 
     def __call__(self, index: CheckpointIndex, mesh: Mesh) -> SliceTable:
         """Every rank's slices; see `resolve_slices` for what is refused."""
         try:
-            rules = ShardRules.for_config(index.config, first=self.rules)
+            rules = ShardRules.for_config(index.config, first=self.rules, layout=self.layout, drafts=self.drafts)
         except ShardingError as error:
             raise ShardingError(f"{index.uri}: {error}") from error
         return resolve_slices(index, rules, mesh, unmatched=self.unmatched)
@@ -124,15 +130,24 @@ def _fit(memory_limit: int, settings: Settings) -> int:
     )
 
 
-def slice_source(rules: Any, slices: SliceSource | None, unmatched: Unmatched) -> SliceSource:
+def slice_source(
+    rules: Any,
+    slices: SliceSource | None,
+    *,
+    unmatched: Unmatched = "error",
+    layout: Layout = "generic",
+    drafts: bool = False,
+) -> SliceSource:
     """The one slice source that the arguments of a load describe.
 
     Raises:
-        SettingsError: Both rules and slices are given.
+        SettingsError: Slices are given together with what chooses among rules.
         ShardingError: `rules` are not rules.
     """
     if slices is None:
-        return RuleSlices(ShardRules(rules or ()), unmatched)
+        return RuleSlices(ShardRules(rules or ()), unmatched, layout, drafts)
     if rules is not None:
         raise SettingsError("give rules or slices, not both: slices say all that rules could")
+    if layout != "generic" or drafts:
+        raise SettingsError(f"layout={layout!r} and drafts={drafts} choose a preset; slices need none")
     return slices

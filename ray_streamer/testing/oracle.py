@@ -33,7 +33,8 @@ def cut_by_safetensors(path: Path, name: str, held: TensorSlice) -> torch.Tensor
         lazy = file.get_slice(name)
         if not held.shape:
             return lazy[...]
-        result = torch.empty(held.shape, dtype=lazy[tuple(slice(0, 0) for _ in held.shape)].dtype)
+        # What no box fills is zero.
+        result = torch.zeros(held.shape, dtype=lazy[tuple(slice(0, 0) for _ in held.shape)].dtype)
         for box in held.boxes:
             target = tuple(slice(land, land + size) for land, size in zip(box.lands, box.shape, strict=True))
             result[target] = lazy[tuple(map(slice, box.starts, box.stops))]

@@ -182,6 +182,18 @@ def expect(error: BaseException, error_class: type[Exception], says: list[str]) 
         pytest.param(
             {"unmatched": "ignore"}, SettingsError, ["error, replicate", "'ignore'"], id="unmatched-of-no-kind"
         ),
+        pytest.param(
+            {"layout": "megatron"},
+            SettingsError,
+            ["layout is one of generic, transformers, vllm", "'megatron'"],
+            id="layout-of-no-kind",
+        ),
+        pytest.param(
+            {"layout": "vllm", "slices": lambda index, mesh: None},
+            SettingsError,
+            ["layout='vllm'", "choose a preset", "slices need none"],
+            id="layout-and-slices",
+        ),
     ],
 )
 def test_an_argument_that_cannot_be(

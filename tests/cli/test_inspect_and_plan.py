@@ -97,6 +97,26 @@ def test_rules_of_the_command_line_lay_tensors_out(invoke, stranger):
     assert tensors["b.weight"]["strategy"] == "replicated"
 
 
+@pytest.fixture
+def drafting(tmp_path):
+    """A model with a layer for multi-token prediction after its own."""
+    tensors = [
+        ("model.embed_tokens.weight", "F32", (130, 8)),
+        ("model.layers.0.self_attn.q_proj.weight", "F32", (8, 8)),
+        ("model.layers.1.self_attn.q_proj.weight", "F32", (8, 8)),
+    ]
+    config = {"model_type": "glm4_moe", "num_hidden_layers": 1, "num_attention_heads": 2, "n_routed_experts": 4}
+    return write_checkpoint(tmp_path / "drafting", tensors, config=config)
+
+
+@pytest.mark.parametrize(("options", "rows", "held"), [((), 65, False), (("--layout", "vllm", "--drafts"), 96, True)])
+def test_layouts_and_drafts(invoke, drafting, options, rows, held):
+    result = invoke("plan", drafting, "--tp", 2, "--json", "--top", 3, "--rank", 1, *options)
+    tensors = {tensor["name"]: tensor for tensor in json.loads(result.stdout)["tensors"]}
+    assert tensors["model.embed_tokens.weight"]["result_shape"] == [rows, 8]
+    assert (tensors["model.layers.1.self_attn.q_proj.weight"]["strategy"] != "skipped") is held
+
+
 @pytest.mark.parametrize(("rank", "rows"), [(0, 2001), (1, 2000)])
 def test_tensors_are_explained_as_one_rank_sees_them(invoke, checkpoint, rank, rows):
     result = invoke("plan", checkpoint, "--tp", 2, "--top", 21, "--rank", rank, "--json")

@@ -49,6 +49,7 @@ def test_a_bad_variable_is_named(invoke, checkpoint, monkeypatch):
         ("--rule", "*.weight=split:first"),
         ("--rule", "=skip"),
         ("--unmatched", "skip"),
+        ("--layout", "megatron"),
         ("--tp", "0"),
     ],
 )

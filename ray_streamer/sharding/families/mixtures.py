@@ -60,6 +60,16 @@ _LLAMA4_EXPERTS: dict[str, Meaning] = {
     "*.experts.gate_up_proj": Weight(Role.FUSED_GATE_UP, outputs=2, inputs=1),
     "*.experts.down_proj": Weight(Role.ROW_PARALLEL, outputs=2, inputs=1),
 }
+_LLAMA4_TOWER_PLAN: dict[str, Meaning] = {
+    "*vision_model.patch_embedding.linear.*": Role.CONTIGUOUS,
+    "*vision_model.*.self_attn.q_proj.*": Role.CONTIGUOUS,
+    "*vision_model.*.self_attn.k_proj.*": Role.CONTIGUOUS,
+    "*vision_model.*.self_attn.v_proj.*": Role.CONTIGUOUS,
+    "*vision_model.*.self_attn.o_proj.weight": Role.ROW_PARALLEL,
+    "*vision_model.vision_adapter.mlp.fc1.*": Role.CONTIGUOUS,
+    "*vision_model.vision_adapter.mlp.fc2.weight": Role.ROW_PARALLEL,
+    "*multi_modal_projector.linear_1.*": Role.CONTIGUOUS,
+}
 _LLAMA4 = Family(
     modules=_LLAMA4_MODULES,
     tensors=_LLAMA4_EXPERTS,
@@ -80,6 +90,16 @@ _GPT_OSS_EXPERTS: dict[str, Meaning] = {
     "*.self_attn.sinks": Role.QUERY,
 }
 
+_GEMMA4_PLAN: dict[str, Meaning] = {"*embed_tokens_per_layer.*": Role.REPLICATED}
+_GEMMA4_TOWER_PLAN: dict[str, Meaning] = {
+    "*vision_tower.*.self_attn.q_proj.linear.*": Role.CONTIGUOUS,
+    "*vision_tower.*.self_attn.k_proj.linear.*": Role.CONTIGUOUS,
+    "*vision_tower.*.self_attn.v_proj.linear.*": Role.CONTIGUOUS,
+    "*vision_tower.*.self_attn.o_proj.linear.weight": Role.ROW_PARALLEL,
+    "*vision_tower.*.mlp.gate_proj.linear.*": Role.CONTIGUOUS,
+    "*vision_tower.*.mlp.up_proj.linear.*": Role.CONTIGUOUS,
+    "*vision_tower.*.mlp.down_proj.linear.weight": Role.ROW_PARALLEL,
+}
 _GEMMA4 = Family(
     modules=LLAMA
     | {
@@ -93,7 +113,7 @@ _GEMMA4 = Family(
         "*.experts.gate_up_proj": Weight(Role.FUSED_GATE_UP, outputs=1, inputs=2),
         "*.experts.down_proj": Weight(Role.ROW_PARALLEL, outputs=1, inputs=2),
     },
-    transformers={"*embed_tokens_per_layer.*": Role.REPLICATED},
+    transformers=_GEMMA4_PLAN,
     first_stage=("*embed_tokens*", "*per_layer_model_projection.*", "*per_layer_projection_norm.*"),
     stacked_experts=("*.experts.gate_up_proj", "*.experts.down_proj"),
     num_experts=("num_experts",),
@@ -155,7 +175,12 @@ MIXTURES: dict[str, Family] = {
         num_draft_layers="num_nextn_predict_layers",
     ),
     "llama4_text": _LLAMA4,
-    "llama4": replace(_LLAMA4, towers=("*vision_model.*", "*multi_modal_projector.*"), text_config="text_config"),
+    "llama4": replace(
+        _LLAMA4,
+        towers=("*vision_model.*", "*multi_modal_projector.*"),
+        transformers=_LLAMA4_TOWER_PLAN,
+        text_config="text_config",
+    ),
     "gpt_oss": Family(
         modules=VOCABULARY | ATTENTION | {"*.mlp.router": Role.REPLICATED},
         tensors=_GPT_OSS_EXPERTS,
@@ -167,6 +192,7 @@ MIXTURES: dict[str, Family] = {
     "gemma4": replace(
         _GEMMA4,
         towers=("*vision_tower.*", "*audio_tower.*", "*embed_vision.*", "*embed_audio.*"),
+        transformers=_GEMMA4_PLAN | _GEMMA4_TOWER_PLAN,
         text_config="text_config",
     ),
     "granitemoe": _GRANITE_MOE,

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -168,11 +168,17 @@ def config_of(model_type: str, **changes: Any) -> PreTrainedConfig:
     return AutoConfig.for_model(model_type, **((_SIZES | EXTRA[model_type] if own is None else own) | changes))
 
 
+def model_class(model_type: str) -> type[PreTrainedModel]:
+    """The class of models of `model_type` with a head for text."""
+    mapping = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING if model_type in _WITH_TOWERS else MODEL_FOR_CAUSAL_LM_MAPPING
+    return mapping[type(AutoConfig.for_model(model_type))]
+
+
 def model_of(config: PreTrainedConfig) -> PreTrainedModel:
     """A model of this config, with a head for text."""
-    if config.model_type in _WITH_TOWERS:
-        return MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)](config)
-    return AutoModelForCausalLM.from_config(config, attn_implementation="eager", experts_implementation="eager")
+    return model_class(config.model_type)._from_config(
+        config, attn_implementation="eager", experts_implementation="eager"
+    )
 
 
 def random_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:

@@ -1,0 +1,167 @@
+"""Writes docs/families.md: the families from their data, the oracles from a run of the tests' own comparison.
+
+python docs/write_families.py                loads every tiny model on two and on four ranks; about a minute
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from ray_streamer.sharding.families import FAMILIES, Family, Role, Weight
+
+PAGE = Path(__file__).with_name("families.md")
+SUPPORT = Path(__file__).parents[1] / "tests" / "sharding"
+ORACLES = ("transformers", "torch DCP", "get_slice, generic", "get_slice, vllm", "forward")
+
+_HEAD = """\
+# Model families
+
+Which part of each tensor a rank holds follows from `model_type` in the checkpoint's config.json. A family is a few lines of data in
+`ray_streamer/sharding/families`; names are those on disk, with any prefix. Other models: `rules=`.
+
+This page is made by `make docs`; a test checks that it is current.
+
+## Layouts
+
+`layout=` says what the tensors are for. Names and dtypes are always the checkpoint's.
+
+| | `generic` | `transformers` | `vllm` |
+|---|---|---|---|
+| convention | Megatron-LM | the tensor-parallel plan of transformers 5.23 | the layers of vLLM 0.33 |
+| vocabulary | ceil(size / tp) rows, the last ranks fewer | the same | rounded up to a multiple of 64, equal shares, rows that the checkpoint does not have are zero |
+| fewer key-value heads than ranks | neighbours share a head | refused | neighbours share a head |
+| dimensions that do not divide | refused | cut as `torch.chunk` does, but between heads | refused |
+| q, k, v in one tensor (`qkv_proj`, `c_attn`) | each part cut by itself | Phi-3: one run of rows; its module gathers them | each part cut by itself |
+| heads in turn (`query_key_value`) | whole groups, in their order | the same (GPT-NeoX) | sorted into queries, keys, values |
+| gate and up in one tensor | each half cut by itself | experts: the same; Phi-3, GLM: one run of rows | each half cut by itself |
+| gpt-oss experts | whole blocks of 32, the last ranks fewer | whole on every rank: it has no plan for them | whole blocks of 32, the last ranks fewer |
+| latent attention (DeepSeek) | by heads | V2 by heads, V3 whole | by heads |
+| what the plan does not name | | whole on every rank | |
+
+A bias that belongs to rows that are summed is whole on every rank, never divided: whoever runs the model adds it once.
+vLLM goes on from there: it joins q, k, v and gate, up of separate tensors, and turns Llama 4's queries and keys for its rotary
+embedding; neither is done here. Layers for multi-token prediction are not read unless `drafts=True`.
+
+## Families
+
+| model_type | cut by heads | columns | rows | vocabulary | special |
+|---|---|---|---|---|---|
+"""
+
+_ORACLES = """
+## Compared with others
+
+Every family is made with tiny sizes by transformers' own class and saved by transformers; then each rank of 2 and of 4 loads it as
+ray_streamer does and as others do. Cells say how many tensors were compared, and how many of them are cut; every bit is alike on every rank.
+
+- transformers: `from_pretrained` with its own tensor-parallel plan over gloo; ours with `layout="transformers"`.
+- torch DCP: `HuggingFaceStorageReader` into tensors distributed as transformers does, where its names are those on disk.
+- get_slice: safetensors cuts each box; this tells that the right bytes came, not that the rule is right.
+- forward: the tensor-parallel model of transformers with our slices in place of its own gives the whole model's logits
+  (float32, rtol 1e-4, atol 1e-5).
+
+"""
+
+_COLUMNS: dict[Role, int] = {
+    Role.QUERY: 0,
+    Role.KEY_VALUE: 0,
+    Role.ATTENTION_OUTPUT: 0,
+    Role.COLUMN_PARALLEL: 1,
+    Role.ROW_PARALLEL: 2,
+    Role.VOCABULARY: 3,
+}
+
+
+def render(findings: list[dict[str, Any]]) -> str:
+    """The page; `findings` are those of tests/sharding/family_support/oracle_run.py."""
+    return _HEAD + "".join(_family_rows()) + _ORACLES + "".join(_oracle_rows(findings)) + "".join(_quantized(findings))
+
+
+def _family_rows() -> list[str]:
+    alike: dict[str, list[str]] = defaultdict(list)
+    for model_type, family in FAMILIES.items():
+        alike[" | ".join(_family_cells(family))].append(f"`{model_type}`")
+    return [f"| {', '.join(model_types)} | {cells} |\n" for cells, model_types in alike.items()]
+
+
+def _family_cells(family: Family) -> list[str]:
+    cells: list[list[str]] = [[], [], [], [], []]
+    for glob, meaning in (family.modules | family.tensors).items():
+        weight = meaning if isinstance(meaning, Weight) else Weight(meaning)
+        name = glob.removeprefix("*.").removeprefix("*").removeprefix("self_attn.")
+        if weight.role in _COLUMNS and weight == Weight(weight.role):
+            cells[_COLUMNS[weight.role]].append(name)
+        elif weight.role is not Role.REPLICATED:
+            cells[4].append(f"{name}: {_described(weight)}")
+    cells[4] += [f"{glob}: not read" for glob in family.skipped]
+    if family.num_draft_layers or family.drafts:
+        cells[4].append("multi-token prediction: not read unless asked")
+    if family.towers:
+        cells[4].append("other modalities: whole")
+    if family.transformers is None:
+        cells[4].append("no plan in transformers")
+    return [", ".join(f"`{name}`" if " " not in name else name for name in cell) for cell in cells]
+
+
+def _described(weight: Weight) -> str:
+    words = weight.role.name.lower().replace("_", " ")
+    where = f" [dimension {weight.inputs if weight.role is Role.ROW_PARALLEL else weight.outputs}]"
+    unit = f" in units of {weight.unit}" if weight.unit else ""
+    return words + (where if weight != Weight(weight.role) else "") + unit
+
+
+def _oracle_rows(findings: list[dict[str, Any]]) -> list[str]:
+    rows = ["| model_type | tp | " + " | ".join(ORACLES) + " |\n", "|---" * (2 + len(ORACLES)) + "|\n"]
+    cells = _cells(findings)
+    for model_type, tp in sorted({(model_type, tp) for model_type, tp, _ in cells}):
+        shown = [cells.get((model_type, tp, oracle), "") for oracle in ORACLES]
+        rows.append(f"| `{model_type}` | {tp} | " + " | ".join(shown) + " |\n")
+    return rows
+
+
+def _quantized(findings: list[dict[str, Any]]) -> list[str]:
+    rows = [
+        "\nQuantized weights, as numbers after dequantization:\n\n| model_type | tp | oracle | weights |\n|---|---|---|---|\n"
+    ]
+    for (model_type, tp, oracle), cell in sorted(_cells(findings).items()):
+        if oracle not in ORACLES:
+            rows.append(f"| `{model_type}` | {tp} | {oracle} | {cell} |\n")
+    return rows
+
+
+def _cells(findings: list[dict[str, Any]]) -> dict[tuple[str, int, str], str]:
+    by_cell: dict[tuple[str, int, str], list[dict[str, Any]]] = defaultdict(list)
+    for finding in findings:
+        by_cell[finding["model_type"], finding["tp"], finding["oracle"]].append(finding)
+    return {key: _cell(key[2], ranks) for key, ranks in by_cell.items()}
+
+
+def _cell(oracle: str, ranks: list[dict[str, Any]]) -> str:
+    wrong = sorted({name for finding in ranks for name in finding["wrong"]})
+    if wrong:
+        return f"DIFFERENT: {', '.join(wrong)}"
+    if oracle == "forward":
+        return "same logits"
+    return f"{ranks[0]['compared']}, {max(finding['cut'] for finding in ranks)} cut"
+
+
+def run_oracles(folder: Path) -> list[dict[str, Any]]:
+    """What every rank found; see tests/sharding/family_support/oracle_run.py."""
+    command = [sys.executable, str(SUPPORT / "family_support" / "oracle_run.py"), str(folder)]
+    environment = os.environ | {"PYTHONPATH": str(SUPPORT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=False)
+    if done.returncode:
+        raise RuntimeError(f"the comparison failed:\n{done.stderr[-4000:]}")
+    return json.loads((folder / "oracles.json").read_text())
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as scratch:
+        PAGE.write_text(render(run_oracles(Path(scratch))), encoding="utf-8")

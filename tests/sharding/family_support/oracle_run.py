@@ -1,0 +1,218 @@
+"""Loads every tiny model on every rank as ray_streamer does and as others do, and compares bit for bit.
+
+    python oracle_run.py FOLDER     checkpoints go to FOLDER, and what was found to FOLDER/oracles.json
+
+One process imports what costs seconds and forks the ranks, first two, then four: each a member of a gloo group. Others are:
+
+- transformers: `from_pretrained` with its own tensor-parallel plan; local shards, under their names on disk. Ours are those of
+  `layout="transformers"`.
+- torch DCP: its reader for Hugging Face files, into tensors distributed as transformers distributes them.
+- dequantized: torch DCP's reader for FP8 files, and transformers' conversion of MXFP4, applied to the whole and to slices.
+- get_slice: safetensors cuts each box, for every layout; this tells whether the right bytes came, not whether the rule is right.
+- forward: not a slice, but what the model makes of them: the tensor-parallel model of transformers with our slices in place
+  of its own, against the whole model.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import sys
+import traceback
+import warnings
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+from safetensors.torch import load_file
+from torch import distributed
+from torch.distributed.tensor import DTensor
+
+import ray_streamer
+from family_support import others, quantized
+from family_support.tiny_models import MODEL_TYPES, model_class, save_model
+from ray_streamer.sharding.families import FAMILIES
+from ray_streamer.testing.oracle import bytes_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from transformers import PreTrainedModel
+
+    from family_support.others import Tensors
+
+TP_SIZES = (2, 4)
+FORWARD = ("llama", "qwen3", "mixtral", "gemma3_text")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """What one rank found about one model: tensors compared, those of them that were cut, and what differs."""
+
+    model_type: str
+    oracle: str
+    tp: int
+    rank: int
+    compared: int = 0
+    cut: int = 0
+    wrong: list[str]
+
+
+def main(folder: Path) -> None:
+    """Writes the checkpoints, starts the ranks, and gathers what they found."""
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    for model_type in MODEL_TYPES:
+        save_model(model_type, folder / model_type)
+    quantized.save_fp8(folder / "fp8")
+    quantized.save_mxfp4(folder / "mxfp4")
+    findings = [finding for tp in TP_SIZES for finding in _run_ranks(folder, tp)]
+    (folder / "oracles.json").write_text(json.dumps(findings))
+
+
+def _run_ranks(folder: Path, tp: int) -> Iterator[dict[str, Any]]:
+    context = multiprocessing.get_context("fork")
+    ranks = [context.Process(target=_run_rank, args=(folder, rank, tp)) for rank in range(tp)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join()
+    for rank in range(tp):
+        yield from json.loads((folder / f"{tp}-{rank}.json").read_text())
+
+
+def _run_rank(folder: Path, rank: int, tp: int) -> None:
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(tp), "LOCAL_RANK": str(rank)}
+    store = distributed.FileStore(str(folder / f"store-{tp}"), tp)
+    distributed.init_process_group("gloo", store=store, rank=rank, world_size=tp)
+    findings: list[Finding] = []
+    try:
+        for model_type in MODEL_TYPES:
+            findings += _compare_with_all(model_type, folder / model_type, rank, tp)
+        findings.append(_compare_fp8(folder / "fp8", rank, tp))
+        findings.append(_compare_mxfp4(folder / "mxfp4", rank, tp))
+    except Exception:
+        findings.append(Finding(model_type="", oracle="", tp=tp, rank=rank, wrong=[traceback.format_exc()]))
+    (folder / f"{tp}-{rank}.json").write_text(json.dumps([asdict(finding) for finding in findings]))
+    # A rank that failed leaves the others in a collective; they are ended when it is gone.
+    distributed.destroy_process_group()
+
+
+def _compare_with_all(model_type: str, folder: Path, rank: int, tp: int) -> Iterator[Finding]:
+    whole = load_file(folder / "model.safetensors")
+
+    def compare(oracle: str, ours: Tensors, theirs: Tensors) -> Finding:
+        names = theirs.keys() & whole.keys()
+        wrong = sorted(name for name in names if not _is_equal(ours.get(name), theirs[name]))
+        cut = sum(name in ours and ours[name].shape != whole[name].shape for name in names)
+        return Finding(
+            model_type=model_type, oracle=oracle, tp=tp, rank=rank, compared=len(names), cut=cut, wrong=wrong
+        )
+
+    for layout in ("generic", "vllm"):
+        plan = ray_streamer.plan(str(folder), tp=tp, layout=layout)
+        theirs = others.sliced_by_safetensors(folder, plan, rank)
+        yield compare(f"get_slice, {layout}", _load(folder, rank, tp, layout), theirs)
+    if FAMILIES[model_type].transformers is None:
+        return
+    ours = _load(folder, rank, tp, "transformers")
+    model = others.load_by_transformers(model_type, folder, tp)
+    yield compare("transformers", ours, others.local_shards(model))
+    yield compare("torch DCP", ours, others.read_by_dcp(folder, model, whole))
+    if model_type in FORWARD:
+        wrong = [] if _gives_the_same_logits(model_type, folder, model, ours) else ["logits"]
+        yield Finding(model_type=model_type, oracle="forward", tp=tp, rank=rank, compared=len(ours), wrong=wrong)
+
+
+def _load(folder: Path, rank: int, tp: int, layout: Any) -> Tensors:
+    session = f"{folder}-{layout}-{tp}"
+    return ray_streamer.load_rank(str(folder), rank=rank, world_size=tp, session=session, layout=layout)
+
+
+def _is_equal(ours: torch.Tensor | None, theirs: torch.Tensor) -> bool:
+    if ours is None or (ours.dtype, ours.shape) != (theirs.dtype, theirs.shape):
+        return False
+    return bytes_of(ours) == bytes_of(theirs.contiguous())
+
+
+@torch.no_grad()
+def _gives_the_same_logits(model_type: str, folder: Path, model: PreTrainedModel, ours: Tensors) -> bool:
+    tokens = torch.arange(1, 9)[None]
+    whole = model_class(model_type).from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
+    )
+    expected = whole(tokens, use_cache=False).logits
+    targets = {
+        name: value.to_local() if isinstance(value, DTensor) else value for name, value in model.named_parameters()
+    }
+    for target in targets.values():
+        target.fill_(float("nan"))
+    for name, target in targets.items():
+        # Mixtral's names on disk.
+        on_disk = name.replace(".mlp.", ".block_sparse_moe.") if model_type == "mixtral" else name
+        target.copy_(ours[on_disk] if on_disk in ours else _stacked_experts(on_disk, ours))
+    return torch.allclose(model(tokens, use_cache=False).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+def _stacked_experts(name: str, ours: Tensors) -> torch.Tensor:
+    """Mixtral's experts as transformers holds them in memory: all in one tensor, gate and up behind each other."""
+    prefix, _, kind = name.rpartition(".")
+    parts = ("w1", "w3") if kind == "gate_up_proj" else ("w2",)
+    numbers = range(sum(key.startswith(prefix) for key in ours) // 3)
+    return torch.stack([torch.cat([ours[f"{prefix}.{at}.{part}.weight"] for part in parts]) for at in numbers])
+
+
+def _compare_fp8(folder: Path, rank: int, tp: int) -> Finding:
+    whole = others.dequantized_by_dcp(folder, quantized.FP8_SHAPES)
+    ours = _load(folder, rank, tp, "generic")
+    wrong = [
+        name
+        for name, part in _slices(folder, rank, tp).items()
+        if name in whole and not torch.equal(quantized.dequantize_fp8(ours, name), whole[name][part])
+    ]
+    return _quantized_finding("llama", "torch DCP, dequantized FP8", rank, tp, len(whole), wrong)
+
+
+def _compare_mxfp4(folder: Path, rank: int, tp: int) -> Finding:
+    stored = load_file(folder / "model.safetensors")
+    ours = _load(folder, rank, tp, "generic")
+    wrong: list[str] = []
+    slices = _slices(folder, rank, tp)
+    for name in quantized.MXFP4_SHAPES:
+        experts, rows, blocks, _ = slices[name]
+        if not ours[name].numel():
+            continue
+        whole = quantized.dequantize_mxfp4(stored, name)
+        expected = whole[experts, slice(blocks.start * 32, blocks.stop * 32), rows]
+        if not torch.equal(quantized.dequantize_mxfp4(ours, name), expected):
+            wrong.append(name)
+    return _quantized_finding(
+        "gpt_oss", "transformers, dequantized MXFP4", rank, tp, len(quantized.MXFP4_SHAPES), wrong
+    )
+
+
+def _slices(folder: Path, rank: int, tp: int) -> dict[str, tuple[slice, ...]]:
+    """Where in its tensor each of this rank's slices lies, if it is of four dimensions or two."""
+    plan = ray_streamer.plan(str(folder), tp=tp)
+    found: dict[str, tuple[slice, ...]] = {}
+    for number, name in enumerate(plan.index.names):
+        part = plan.slice_of(number, rank)
+        assert part is not None
+        (box,) = part.boxes
+        if len(box.starts) in (2, 4):
+            found[name] = tuple(map(slice, box.starts, box.stops))
+    return found
+
+
+def _quantized_finding(model_type: str, oracle: str, rank: int, tp: int, compared: int, wrong: list[str]) -> Finding:
+    return Finding(model_type=model_type, oracle=oracle, tp=tp, rank=rank, compared=compared, cut=compared, wrong=wrong)
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    main(Path(sys.argv[1]))
