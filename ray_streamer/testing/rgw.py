@@ -145,7 +145,7 @@ class RadosGateway(S3Server):
         return counters["get_b"] + counters["get_initial_lat"]["avgcount"]
 
     def requests(self) -> int:
-        """Object GET and HEAD requests so far, failed ones included."""
+        """Object GET and HEAD requests so far; refused conditions and ranges count, missing objects do not."""
         return int(self._counters()["get"])
 
     def _tls_endpoint(self) -> str:

@@ -75,7 +75,7 @@ class S3Server(ABC):
 
     @abstractmethod
     def requests(self) -> int:
-        """Object GET and HEAD requests so far, failed ones included, as the server counted them.
+        """Object GET and HEAD requests so far, but for those of missing objects, as the server counted them.
 
         Raises:
             NotImplementedError: This kind of server does not count.

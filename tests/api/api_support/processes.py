@@ -67,7 +67,7 @@ class RankProcesses:
 
 def _serve(pipe: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    for name in [name for name in os.environ if name.startswith(("RAY_STREAMER_", "AWS_"))]:
+    for name in [name for name in os.environ if name.startswith(("RAY_STREAMER_", "RUNAI_STREAMER_", "AWS_"))]:
         del os.environ[name]
     import torch
 
