@@ -146,6 +146,11 @@ class Settings(BaseSettings):
         description="GPU memory beyond the tensors, per rank, in which rows of very short runs are cut; 0 = such rows are packed "
         "on the host.",
     )
+    gpu_direct_storage: Literal["on", "off"] = Field(
+        default="off",
+        description="GPUs read what one rank alone takes in one piece out of local files themselves, through kvikio where it is "
+        "installed.",
+    )
     startup_timeout_seconds: float = Field(
         default=300.0, gt=0, description="How long ranks may take to be placed, started and connected."
     )

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, TypedDict, Unpack
 from ray_streamer.api.membership import find_membership
 from ray_streamer.api.plan import assumed_limits
 from ray_streamer.cluster.facts import measure_available_memory
-from ray_streamer.device import open_device
 from ray_streamer.errors import LoadAbortedError, SettingsError
 from ray_streamer.planning.limits import rank_memory_limit
 from ray_streamer.rank.load import RankLoad
@@ -110,7 +109,7 @@ def stream_rank(uri: str, **arguments: Unpack[RankArguments]) -> Iterator[tuple[
     """
     membership, request = _request_of_rank(uri, arguments)
     # First: a GPU starts in the background, while the headers are read.
-    device = open_device(request.device, device_scratch_bytes=request.settings.device_scratch_bytes)
+    device = request.open_device(request.device)
     plan = _plan(membership, request)
     storage = request.open_storage()
     try:

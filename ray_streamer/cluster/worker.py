@@ -44,9 +44,7 @@ class LoadWorker:
         self._request = request
         # Opened here, so that what the device imports and starts is done, and refused, before anything is read.
         # A GPU starts in the background, while rank 0 reads the headers and plans.
-        self._device = open_device(
-            assigned_device(request.device), device_scratch_bytes=request.settings.device_scratch_bytes
-        )
+        self._device = request.open_device(assigned_device(request.device))
         self._lock = threading.Lock()
         self._load: RankLoad | None = None
         self._abort_reason: str | None = None

@@ -26,12 +26,13 @@ def check_device_name(name: str) -> None:
         raise DeviceError(f'device {name!r} is not supported by this version: give device="cpu" or device="cuda"')
 
 
-def open_device(name: str, *, device_scratch_bytes: int = 0) -> Device:
+def open_device(name: str, *, device_scratch_bytes: int = 0, gpu_direct_storage: bool = False) -> Device:
     """The device that `name` stands for; a GPU starts in the background.
 
     Args:
         name: "cpu"; "cuda", torch's current device; or "cuda:N", the N-th that this process sees.
         device_scratch_bytes: Device memory beyond the tensors that a GPU may use.
+        gpu_direct_storage: Whether a GPU reads local files itself, where kvikio is installed.
 
     Raises:
         DeviceError: This version cannot deliver to that device, or there is none.
@@ -40,7 +41,7 @@ def open_device(name: str, *, device_scratch_bytes: int = 0) -> Device:
     if is_cuda(name):
         from ray_streamer.device.cuda import open_cuda
 
-        return open_cuda(name, device_scratch_bytes=device_scratch_bytes)
+        return open_cuda(name, device_scratch_bytes=device_scratch_bytes, gpu_direct_storage=gpu_direct_storage)
     from ray_streamer.device.cpu import CpuDevice
 
     return CpuDevice()

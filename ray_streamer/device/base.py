@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from ray_streamer.dtypes import DType
+    from ray_streamer.extent import Extent
     from ray_streamer.planning.rank_plan import Piece
 
     Done = Callable[[BaseException | None], None]
@@ -47,10 +48,12 @@ class Device(Protocol):
         name: How messages name it.
         wants_staging: Whether copies out of an adopted arena are so much faster than copies out of a mapping that files in the
             page cache are read into the arena, too.
+        reads_files: Whether `read_file` may be called.
     """
 
     name: str
     wants_staging: bool
+    reads_files: bool
 
     def empty(self, dtype: DType, shape: tuple[int, ...]) -> torch.Tensor:
         """A contiguous tensor of `shape` logical elements whose content is undefined."""
@@ -77,6 +80,15 @@ class Device(Protocol):
 
     def landing(self, result: Result, start: int, stop: int) -> NDArray[np.uint8] | None:
         """Bytes `start` to `stop` of a result, where a read may land directly; None when only copies reach it."""
+        ...
+
+    def read_file(self, file_name: str, extent: Extent, result: Result, target_start: int) -> None:
+        """Reads an extent of a local file into a result, from byte `target_start` of it, past the host's memory.
+
+        Raises:
+            ShortReadError: The file ends before the extent does.
+            DeviceError: The device cannot read it.
+        """
         ...
 
     def adopt(self, memory: memoryview) -> None:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from ray_streamer.device.base import Copy, Done
     from ray_streamer.dtypes import DType
+    from ray_streamer.extent import Extent
     from ray_streamer.planning.rank_plan import Piece
 
 
@@ -26,6 +27,7 @@ class CpuDevice:
 
     name = "cpu"
     wants_staging = False
+    reads_files = False
 
     def empty(self, dtype: DType, shape: tuple[int, ...]) -> torch.Tensor:
         """See `Device.empty`."""
@@ -56,6 +58,10 @@ class CpuDevice:
         memory = result.host_bytes[start:stop]
         fault_in(memory)
         return memory
+
+    def read_file(self, file_name: str, extent: Extent, result: Result, target_start: int) -> None:
+        """See `Device.read_file`; the storage reads into host memory."""
+        raise DeviceError("host memory is read into by the storage")
 
     def adopt(self, memory: memoryview) -> None:
         """See `Device.adopt`; host memory needs nothing."""

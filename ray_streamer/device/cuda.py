@@ -35,7 +35,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from ray_streamer.device.base import Copy, Done
+    from ray_streamer.device.direct_storage import DirectStorage
     from ray_streamer.dtypes import DType
+    from ray_streamer.extent import Extent
     from ray_streamer.planning.rank_plan import Piece
 
 SHORT_RUN_BYTES = 1024
@@ -49,16 +51,24 @@ class CudaDevice:
         runtime: The device's.
         short_run_bytes: Runs below this are packed or cut.
         device_scratch_bytes: Device memory for cutting; 0 = short runs are packed on the host.
+        direct_storage: Reads local files past the host; None = nothing does.
     """
 
     wants_staging = True
 
     def __init__(
-        self, runtime: CudaRuntime, *, short_run_bytes: int = SHORT_RUN_BYTES, device_scratch_bytes: int = 0
+        self,
+        runtime: CudaRuntime,
+        *,
+        short_run_bytes: int = SHORT_RUN_BYTES,
+        device_scratch_bytes: int = 0,
+        direct_storage: DirectStorage | None = None,
     ) -> None:
         self._runtime = runtime
         self._short_run_bytes = short_run_bytes
         self._scratch = DeviceScratch(runtime, device_scratch_bytes)
+        self._direct_storage = direct_storage
+        self.reads_files = direct_storage is not None
         self.name = runtime.name
         self._started = _start_aside(runtime.start)
         self._begin()
@@ -104,9 +114,20 @@ class CudaDevice:
         self._started.result()
         self._scratch.allocate()
         self._runtime.follow_caller()
+        if self.reads_files:
+            # Such reads know no stream: what the caller has queued must be over.
+            _start_aside(self._runtime.drain).result()
 
     def landing(self, result: Result, start: int, stop: int) -> None:
         """See `Device.landing`: no read lands in device memory."""
+
+    def read_file(self, file_name: str, extent: Extent, result: Result, target_start: int) -> None:
+        """See `Device.read_file`."""
+        assert self._direct_storage is not None
+        tensor = result.tensor.detach()
+        raw = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
+        first = tensor.storage_offset() * tensor.itemsize + target_start
+        self._direct_storage.read(file_name, extent, raw[first : first + extent.num_bytes])
 
     def adopt(self, memory: memoryview) -> None:
         """See `Device.adopt`; returns while the memory is being page-locked."""
@@ -174,6 +195,8 @@ class CudaDevice:
             draining.result()
         finally:
             self._scratch.close()
+            if self._direct_storage is not None:
+                self._direct_storage.close()
             self._begin()
 
 
@@ -198,17 +221,19 @@ def _start_aside(start: Callable[[], None]) -> Future[None]:
     return started
 
 
-def open_cuda(name: str, **options: Any) -> CudaDevice:
+def open_cuda(name: str, *, gpu_direct_storage: bool = False, **options: Any) -> CudaDevice:
     """The CUDA device that `name` stands for, which begins to start.
 
     Args:
         name: "cuda" for the one that is torch's current device, "cuda:N" for the N-th that this process sees.
+        gpu_direct_storage: Whether the device reads local files itself, where kvikio is installed.
         options: As of `CudaDevice`.
 
     Raises:
         DeviceError: Torch sees no such device.
     """
     from ray_streamer.device.cuda_library import find_loaded_library
+    from ray_streamer.device.direct_storage import open_direct_storage
 
     if not torch.cuda.is_available():
         built = torch.version.cuda or torch.version.hip
@@ -222,4 +247,6 @@ def open_cuda(name: str, **options: Any) -> CudaDevice:
         raise DeviceError(
             f"device {name!r}: this process sees {torch.cuda.device_count()} CUDA devices, numbered from 0"
         )
-    return CudaDevice(CudaRuntime(find_loaded_library(), torch.device("cuda", index), index), **options)
+    direct_storage = open_direct_storage() if gpu_direct_storage else None
+    runtime = CudaRuntime(find_loaded_library(), torch.device("cuda", index), index)
+    return CudaDevice(runtime, direct_storage=direct_storage, **options)

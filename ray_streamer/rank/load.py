@@ -1,6 +1,6 @@
 """How do a rank's tensors get their bytes? Four kinds of block, each with one way from storage to the tensor.
 
-    own, exclusive, one contiguous piece   read ──────────────────────> tensor                      (no staging)
+    own, exclusive, one contiguous piece   read ──────────────────────> tensor                      (no staging; see `BlockReads`)
     own                                    read ─> slot ─> copies ────> tensor, announced to neighbours who want it
     a neighbour's                          announced ─> copies out of the neighbour's slot ─> tensor, released
     in a file that the page cache holds    copies out of a mapping ───> tensor                      (nobody reads it)
@@ -22,7 +22,8 @@ import numpy as np
 from ray_streamer.device.results import Results
 from ray_streamer.errors import BudgetError, ObjectChangedError
 from ray_streamer.planning.limits import AS_MUCH_AS_USEFUL
-from ray_streamer.planning.rank_plan import Block, Piece, RankPlan
+from ray_streamer.planning.rank_plan import Piece, RankPlan
+from ray_streamer.rank.block_reads import BlockReads
 from ray_streamer.rank.inbox import Announced, Inbox
 from ray_streamer.rank.neighbourhood import Neighbourhood
 from ray_streamer.rank.remains import clear_frames
@@ -86,6 +87,9 @@ class RankLoad:
         self._neighbours = Neighbourhood([], None)
         self._views: dict[int, NDArray[np.uint8]] = {}
         self._counters = Counters()
+        self._reads = BlockReads(
+            plan, self._mine, self._results, storage=storage, device=device, counters=self._counters
+        )
         self._blocks_left = Countdown(self._stop)
         self._stop.on_set(storage.close)
 
@@ -176,7 +180,7 @@ class RankLoad:
         with self._counters.timed("stream"):
             self._results.complete_empty()
             self._move_blocks(viewed)
-            self._check_unchanged(viewed)
+            self._check_unchanged({*viewed, *self._reads.files_of_device})
         with self._counters.timed("finish"):
             self._arena.wait_idle()
             self._neighbours.finish()
@@ -196,9 +200,9 @@ class RankLoad:
             self._views[file] = np.frombuffer(view, dtype=np.uint8)
         return viewed
 
-    def _check_unchanged(self, viewed: list[int]) -> None:
-        """A mapping shows what is written to its file meanwhile; reads find that out themselves."""
-        for file in (self._plan.index.files[number] for number in viewed):
+    def _check_unchanged(self, files: set[int]) -> None:
+        """Mappings and devices show what is written to a file meanwhile; the storage's reads find that out themselves."""
+        for file in (self._plan.index.files[number] for number in files):
             if self._storage.size_and_etag(file.path).etag != file.etag:
                 raise ObjectChangedError(f"{self._plan.index.uri}/{file.path} was written to while it was copied")
 
@@ -221,17 +225,14 @@ class RankLoad:
     def _read(self, number: int) -> None:
         """Reads one block of this rank and delivers it."""
         block = self._mine.block(number)
-        target = self._direct_target(block)
-        if target is not None:
-            self._read_into(block, target.data)
-            self._counters.add(direct_bytes=block.extent.num_bytes)
+        if self._reads.read_directly(block):
             self._settle(self._mine.pieces(number))
             return
         with self._counters.timed("wait_seconds"):
             slot = self._arena.acquire()
         view = self._arena.view(slot, block.extent)
         try:
-            self._read_into(block, view)
+            self._reads.read_into(block, view)
             takers = self._mine.takers(number)
             self._arena.hold(slot, len(takers))
             self._neighbours.announce(number, slot, takers)
@@ -239,20 +240,6 @@ class RankLoad:
             self._arena.release(slot)
             raise
         self._deliver(number, np.frombuffer(view, dtype=np.uint8), lambda: self._arena.release(slot))
-
-    def _direct_target(self, block: Block) -> NDArray[np.uint8] | None:
-        """Memory of the tensor that this block fills, when it may be read right there."""
-        piece = self._mine.exclusive_piece(block.number)
-        if piece is None or self._storage.prefers_aligned(self._plan.index.files[block.file].path):
-            return None
-        result = self._results.result(piece.tensor)
-        return self._device.landing(result, piece.target_start, piece.target_start + piece.run_bytes)
-
-    def _read_into(self, block: Block, buffer: memoryview) -> None:
-        shard_file = self._plan.index.files[block.file]
-        with self._counters.timed("read_seconds"):
-            self._storage.read_into(shard_file.path, block.extent, buffer, etag=shard_file.etag)
-        self._counters.add(bytes_read=block.extent.num_bytes, num_requests=1)
 
     def _take(self, task: Announced | int) -> None:
         """Copies this rank's pieces out of a neighbour's slot or out of a mapping."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from ray_streamer.checkpoint import locate, open_checkpoint
 from ray_streamer.checkpoint.index import CheckpointIndex
-from ray_streamer.device import check_device_name
+from ray_streamer.device import check_device_name, open_device
 from ray_streamer.errors import SettingsError, ShardingError
 from ray_streamer.planning.limits import (
     FILESYSTEM_MIN_RUN_BYTES,
@@ -29,6 +29,7 @@ from ray_streamer.sharding.slices import SliceTable
 from ray_streamer.storage import open_storage
 
 if TYPE_CHECKING:
+    from ray_streamer.device.base import Device
     from ray_streamer.planning.topology import Topology
     from ray_streamer.settings import Settings
     from ray_streamer.storage.base import Storage
@@ -94,6 +95,14 @@ class LoadRequest:
     def open_storage(self) -> Storage:
         """The storage that holds the checkpoint; the caller closes it."""
         return open_storage(locate(self.uri).folder_uri, self.settings)
+
+    def open_device(self, name: str) -> Device:
+        """The device called `name`, as the settings want it; a GPU starts in the background."""
+        return open_device(
+            name,
+            device_scratch_bytes=self.settings.device_scratch_bytes,
+            gpu_direct_storage=self.settings.gpu_direct_storage == "on",
+        )
 
     def plan(self, topology: Topology, *, memory_limits: tuple[int, ...]) -> ReadPlan:
         """Reads the headers and plans.

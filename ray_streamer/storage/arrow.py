@@ -122,6 +122,10 @@ class ArrowStorage:
         """See `Storage`; never here."""
         return False
 
+    def local_path(self, path: str) -> str | None:
+        """See `Storage`; files of remote stores are nowhere here."""
+        return None
+
     def list(self, prefix: str = "") -> list[str]:
         """See `Storage`; empty for a folder that does not exist."""
         self._refuse_closed(prefix)

@@ -104,6 +104,13 @@ class Storage(Protocol):
         """
         ...
 
+    def local_path(self, path: str) -> str | None:
+        """Where the operating system finds the file, for those who read it themselves; None where it is no local file.
+
+        They find out themselves, before or after, whether it is the file that the index saw.
+        """
+        ...
+
     def list(self, prefix: str = "") -> list[str]:
         """Paths that begin with `prefix` and have no further "/", files only, sorted.
 

@@ -87,6 +87,10 @@ class MemoryStorage:
         self._find(path)
         return False
 
+    def local_path(self, path: str) -> str | None:
+        """See `Storage`; there is no file."""
+        return None
+
     def list(self, prefix: str = "") -> list[str]:
         """See `Storage`."""
         folder = _key(self.uri, "")

@@ -77,6 +77,10 @@ class PosixStorage:
         with self._file(path) as file:
             return file.prefers_direct
 
+    def local_path(self, path: str) -> str:
+        """See `Storage`."""
+        return self._full_path(path)
+
     def list(self, prefix: str = "") -> list[str]:
         """See `Storage`."""
         folder, slash, start = prefix.rpartition("/")

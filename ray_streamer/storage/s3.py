@@ -105,6 +105,10 @@ class S3Storage:
         """See `Storage`; never here."""
         return False
 
+    def local_path(self, path: str) -> str | None:
+        """See `Storage`; objects are nowhere here."""
+        return None
+
     def list(self, prefix: str = "") -> list[str]:
         """See `Storage`; empty for a prefix that does not exist."""
         folder = self._location.key_of("")

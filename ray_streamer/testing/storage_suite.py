@@ -11,6 +11,7 @@ from __future__ import annotations
 import pickle
 import random
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import pytest
@@ -175,6 +176,10 @@ class StorageContract:
 
     def test_prefers_aligned_is_only_a_preference(self, storage: Storage) -> None:
         assert storage.prefers_aligned("model.safetensors") in (True, False)
+
+    def test_a_local_path_leads_to_the_file(self, storage: Storage) -> None:
+        path = storage.local_path("model.safetensors")
+        assert path is None or Path(path).read_bytes() == CONTENT
 
     def test_list(self, storage: Storage, place: Place) -> None:
         for path in ("b.json", "a b+ü%20.json", "sub/inner.json"):

@@ -10,11 +10,9 @@ import torch
 from api_support import oracle
 
 import ray_streamer
-from ray_streamer.api import rank as rank_module
-from ray_streamer.cluster import worker as worker_module
 from ray_streamer.cluster.worker import LoadWorker
-from ray_streamer.device import open_device
 from ray_streamer.planning.topology import Topology
+from ray_streamer.rank import request as request_module
 from ray_streamer.rank.request import LoadRequest, RuleSlices
 from ray_streamer.sharding import Mesh
 from ray_streamer.storage.posix import PosixStorage
@@ -34,11 +32,11 @@ def use_library(monkeypatch: pytest.MonkeyPatch) -> Callable[[FakeCuda], None]:
     """Makes "cuda" in this process a device on that runtime."""
 
     def use(library: FakeCuda) -> None:
-        def opened(name: str, **options: Any) -> Device:
-            return open_fake_cuda(library, **options) if name == "cuda" else open_device(name, **options)
+        def opened(name: str, *, gpu_direct_storage: bool, **options: Any) -> Device:
+            assert name == "cuda"
+            return open_fake_cuda(library, **options)
 
-        monkeypatch.setattr(rank_module, "open_device", opened)
-        monkeypatch.setattr(worker_module, "open_device", opened)
+        monkeypatch.setattr(request_module, "open_device", opened)
 
     return use
 

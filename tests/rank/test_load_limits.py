@@ -152,7 +152,7 @@ def test_no_more_reads_than_concurrency_at_once(ranks, tmp_path):
                 under_way[0] -= 1
 
     running = ranks.prepare(plan, memory_limit=64 * 4096, concurrency=3)
-    running.loads[0]._storage = Counting(running.storages[0])
+    running.storages[0]._inner = Counting(running.storages[0]._inner)
     running.start().tensors()
     assert 1 <= most[0] <= 3
 
