@@ -155,9 +155,23 @@ class Settings(BaseSettings):
         default=300.0, gt=0, description="How long ranks may take to be placed, started and connected."
     )
     connect_timeout_seconds: float = Field(default=10.0, gt=0, description="How long a connection may take.")
-    read_timeout_seconds: float = Field(default=30.0, gt=0, description="How long a connection may be silent.")
+    first_byte_timeout_seconds: float = Field(
+        default=30.0, gt=0, description="How long an object store may take until the head of its answer."
+    )
+    stall_timeout_seconds: float = Field(
+        default=30.0, gt=0, description="How long each MiB of an object may take once its answer has begun."
+    )
     retry_deadline_seconds: float = Field(
         default=120.0, ge=0, description="How long one read may be tried again after a passing fault."
+    )
+    hedge_percent: float = Field(
+        default=5.0,
+        ge=0,
+        le=100,
+        description="Extra requests for each hundred that may be sent because an answer of an object store is late.",
+    )
+    max_bandwidth: ByteSize | None = Field(
+        default=None, gt=0, description="Bytes per second from object stores, over all ranks of one node."
     )
     s3_endpoint_url: Annotated[str, AfterValidator(_refuse_user)] | None = Field(
         default=None, description="S3 endpoint; unset = AWS_ENDPOINT_URL[_S3] or AWS."

@@ -111,7 +111,7 @@ def stream_rank(uri: str, **arguments: Unpack[RankArguments]) -> Iterator[tuple[
     # First: a GPU starts in the background, while the headers are read.
     device = request.open_device(request.device)
     plan = _plan(membership, request)
-    storage = request.open_storage()
+    storage = request.open_storage(num_sharers=len(plan.topology.nodes[plan.topology.node_of(membership.rank)]))
     try:
         yield from _stream(membership, plan, request.settings, storage, device, arguments)
     finally:

@@ -69,15 +69,16 @@ class LoadWorker:
             StorageError: A read of this rank failed.
         """
         self._context = None
+        node_number = plan.topology.node_of(self._rank)
         options = RankOptions(
             # Several nodes may share a machine, and with it the names of sockets.
-            session=f"{session}/{plan.topology.node_of(self._rank)}",
+            session=f"{session}/{node_number}",
             node=node,
             concurrency=self._request.settings.concurrency,
             memory_limit=memory_limit,
             startup_timeout_seconds=self._request.settings.startup_timeout_seconds,
         )
-        storage = self._request.open_storage()
+        storage = self._request.open_storage(num_sharers=len(plan.topology.nodes[node_number]))
         try:
             load = RankLoad(plan, self._rank, storage, self._device, options)
             self._begin(load)

@@ -127,6 +127,7 @@ class RankLoad:
         """What this rank has done so far."""
         return RankStatistics.of(
             self._counters,
+            self._storage.statistics(),
             rank=self._mine.rank,
             bytes_delivered=self._results.delivered_bytes,
             bytes_to_deliver=int(self._mine.tensor_bytes.sum()),

@@ -92,9 +92,17 @@ class LoadRequest:
         if self.settings.memory_limit is not None:
             _fit(self.settings.memory_limit, self.settings)
 
-    def open_storage(self) -> Storage:
-        """The storage that holds the checkpoint; the caller closes it."""
-        return open_storage(locate(self.uri).folder_uri, self.settings)
+    def open_storage(self, *, num_sharers: int = 1) -> Storage:
+        """The storage that holds the checkpoint; the caller closes it.
+
+        Args:
+            num_sharers: Ranks of this node that read at the same time, and share its bandwidth.
+        """
+        settings = self.settings
+        if settings.max_bandwidth is not None:
+            share = max(1, settings.max_bandwidth // num_sharers)
+            settings = settings.model_copy(update={"max_bandwidth": share})
+        return open_storage(locate(self.uri).folder_uri, settings)
 
     def open_device(self, name: str) -> Device:
         """The device called `name`, as the settings want it; a GPU starts in the background."""

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from ray_streamer.storage.base import StorageStatistics
+
 PHASES = ("connect", "stream", "finish")
 COUNTED = ("bytes_read", "page_cache_bytes", "direct_bytes", "num_requests")
 TIMED = ("wait_seconds", "read_seconds", "copy_seconds", "cpu_seconds")
@@ -36,6 +38,7 @@ class RankStatistics:
         read_seconds: Seconds that reader threads spent in storage, summed over threads.
         copy_seconds: Seconds spent in copies, summed over threads; on a GPU, in queueing them.
         cpu_seconds: User and system seconds of the process during the load.
+        storage: What it took to get the bytes: retries, second requests and the like.
     """
 
     rank: int
@@ -52,15 +55,17 @@ class RankStatistics:
     read_seconds: float
     copy_seconds: float
     cpu_seconds: float
+    storage: StorageStatistics
 
     @classmethod
-    def of(cls, counters: Counters, **known: int) -> RankStatistics:
+    def of(cls, counters: Counters, storage: StorageStatistics, **known: int) -> RankStatistics:
         """A snapshot of `counters`, with the fields that are kept elsewhere."""
         return cls(
             seconds={phase: counters.seconds(phase) for phase in PHASES},
             **{name: counters.total(name) for name in COUNTED},
             **{name: counters.seconds(name) for name in TIMED},
             **known,
+            storage=storage,
         )
 
     def as_dict(self) -> dict[str, Any]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
+
+from ray_streamer.storage.base import StorageStatistics
 
 if TYPE_CHECKING:
     from ray_streamer.rank.statistics import RankStatistics
@@ -50,6 +52,12 @@ class LoadReport:
         return sum(rank.bytes_delivered for rank in self.ranks)
 
     @property
+    def storage(self) -> StorageStatistics:
+        """What it took all ranks to get the bytes."""
+        names = (field.name for field in fields(StorageStatistics))
+        return StorageStatistics(**{name: sum(getattr(rank.storage, name) for rank in self.ranks) for name in names})
+
+    @property
     def amplification(self) -> float:
         """Bytes requested from storage over bytes needed; below 1 when files came out of the page cache."""
         return self.bytes_read / self.needed_bytes if self.needed_bytes else 1.0
@@ -63,4 +71,5 @@ class LoadReport:
         """Plain values for JSON: every attribute and every total."""
         totals = ("bytes_read", "page_cache_bytes", "bytes_delivered", "amplification", "gigabytes_per_second")
         ranks = [{"node": node, **rank.as_dict()} for node, rank in zip(self.nodes, self.ranks, strict=True)]
-        return asdict(self) | {name: getattr(self, name) for name in totals} | {"ranks": ranks}
+        known = {name: getattr(self, name) for name in totals}
+        return asdict(self) | known | {"storage": asdict(self.storage), "ranks": ranks}

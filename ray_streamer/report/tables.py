@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ray_streamer.planning.tensor_reads import TensorReads
     from ray_streamer.report.checkpoint_summary import CheckpointSummary, Share
     from ray_streamer.report.load_report import LoadReport
+    from ray_streamer.storage.base import StorageStatistics
 
 
 def new_console() -> Console:
@@ -98,6 +99,8 @@ def print_load(report: LoadReport) -> None:
         f"{report.uri}: {human_bytes(report.needed_bytes)} in {report.seconds['load']:.2f} s "
         f"({report.gigabytes_per_second:.2f} GB/s), {sources}; {seconds}",
     )
+    if hardships := _hardships(report.storage):
+        console.print(f"On the way: {hardships}.")
     columns = ("rank", "seconds", "read", "page cache", "delivered", "requests", "peak staging / limit")
     table = new_table("Ranks", *columns)
     shown_node = ""
@@ -115,6 +118,20 @@ def print_load(report: LoadReport) -> None:
             f"{human_bytes(rank.peak_staging_bytes)} / {human_limit(rank.memory_limit)}",
         )
     console.print(table)
+
+
+def _hardships(storage: StorageStatistics) -> str:
+    """What went wrong and was made good; empty when all went well."""
+    counts = (
+        (storage.num_retries, "retries"),
+        (storage.num_throttled, "answers to slow down"),
+        (storage.num_hedges, "late answers asked for twice"),
+        (storage.num_cuts, "late bodies cut"),
+    )
+    told = [f"{count} {what}" for count, what in counts if count]
+    if told:
+        told.append(f"{human_bytes(storage.wasted_bytes)} thrown away")
+    return ", ".join(told)
 
 
 def human_limit(memory_limit: int) -> str:

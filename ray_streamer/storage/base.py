@@ -28,14 +28,39 @@ class ObjectInfo:
     etag: str
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StorageStatistics:
+    """What it took to get the bytes so far; zero where there is no network.
+
+    Attributes:
+        num_connections: Connections that were opened.
+        num_retries: Requests that were sent again after a passing fault.
+        num_throttled: Answers that asked to slow down.
+        num_hedges: Second requests that were sent because an answer was late.
+        num_cuts: Bodies that were late, and went on over another connection at the byte that they had reached.
+        wasted_bytes: Bytes that came and were thrown away.
+    """
+
+    num_connections: int = 0
+    num_retries: int = 0
+    num_throttled: int = 0
+    num_hedges: int = 0
+    num_cuts: int = 0
+    wasted_bytes: int = 0
+
+
 class StorageSettings(Protocol):
     """The settings that backends use; see `ray_streamer.settings.Settings` for what each one means."""
 
     direct_io: Literal["auto", "on", "off"]
     page_cache: Literal["auto", "on", "off"]
+    concurrency: int
     connect_timeout_seconds: float
-    read_timeout_seconds: float
+    first_byte_timeout_seconds: float
+    stall_timeout_seconds: float
     retry_deadline_seconds: float
+    hedge_percent: float
+    max_bandwidth: int | None
     s3_endpoint_url: str | None
     s3_region: str | None
     s3_profile: str | None
@@ -116,6 +141,10 @@ class Storage(Protocol):
 
         A folder that does not exist is an empty list where the store has no folders, else `ObjectMissingError`.
         """
+        ...
+
+    def statistics(self) -> StorageStatistics:
+        """What it took so far; may be asked after `close`, too."""
         ...
 
     def close(self) -> None:

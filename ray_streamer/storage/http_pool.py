@@ -1,119 +1,105 @@
-"""How does a part of a URL's body land in a buffer, without a copy on the way?
-
-Plain HTTP/1.1 GET on connections that are kept alive, one per thread at work. Bodies are received in place: the kernel
-writes into the caller's memory, with the interpreter lock released. Retries, signatures and the meaning of answers are
-not decided here.
-"""
+"""Which connection does the next request go over? An idle one, or a new one that is kept afterwards."""
 
 from __future__ import annotations
 
-import http.client
-import socket
+import fcntl
 import ssl
+import struct
+import termios
 import threading
-from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
+
+from ray_streamer.storage.http_connection import HttpConnection
+from ray_streamer.storage.tcp import Dialer
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    import socket
 
-_Origin = tuple[str, str]
-_PIECE_BYTES = 256 << 10
+    from ray_streamer.storage.http_route import Route
+    from ray_streamer.storage.tally import Tally
 
 
 class HttpPool:
-    """Idle connections, the one used last first, so that a burst's extra connections go stale together."""
+    """Connections, the one used last first, so that a burst's extra connections go stale together.
 
-    def __init__(self, *, connect_timeout_seconds: float, read_timeout_seconds: float, ca_file: str) -> None:
-        self._connect_timeout_seconds = connect_timeout_seconds
-        self._read_timeout_seconds = read_timeout_seconds
+    Safe to call from many threads.
+
+    Args:
+        connect_timeout_seconds: For addresses, proxy and TLS together, each.
+        ca_file: By which https servers are trusted.
+        tally: Where connections and thrown-away bytes are counted.
+        closing: Set before `close`; ends attempts to connect.
+    """
+
+    def __init__(self, *, connect_timeout_seconds: float, ca_file: str, tally: Tally, closing: threading.Event) -> None:
+        self._timeout_seconds = connect_timeout_seconds
         self._ca_file = ca_file
+        self._tally = tally
         self._tls: ssl.SSLContext | None = None
         self._lock = threading.Lock()
-        self._idle: dict[_Origin, list[http.client.HTTPConnection]] = {}
-        self._busy: dict[http.client.HTTPConnection, socket.socket] = {}
-        self._is_closed = False
+        self._closing = closing
+        self._dialer = Dialer(timeout_seconds=connect_timeout_seconds, closing=closing)
+        self._idle: dict[Route, list[HttpConnection]] = {}
+        self._busy: set[HttpConnection] = set()
 
-    @contextmanager
-    def get(self, url: str, headers: Mapping[str, str]) -> Iterator[http.client.HTTPResponse]:
-        """The answer to one GET; the connection is kept when the block has read the whole body.
+    def take_idle(self, route: Route) -> HttpConnection | None:
+        """A connection that was kept and is still alive; the caller gives it back."""
+        while True:
+            with self._lock:
+                if not self._idle.get(route):
+                    return None
+                connection = self._idle[route].pop()
+                self._busy.add(connection)
+            if connection.is_alive():
+                return connection
+            self.give_back(connection, is_reusable=False)
+
+    def connect(self, route: Route) -> HttpConnection:
+        """A new connection; the caller gives it back.
 
         Raises:
-            OSError: The network failed, or `close` was called meanwhile.
-            http.client.HTTPException: The server does not speak HTTP.
+            OSError: It cannot be made, or the pool is closed.
+            h11.RemoteProtocolError: The proxy does not speak HTTP.
         """
-        parts = urlsplit(url)
-        origin = parts.scheme, parts.netloc
-        target = f"{parts.path or '/'}?{parts.query}" if parts.query else parts.path or "/"
-        connection, response = self._ask(origin, target, headers)
+        connected = self._dialer.connect(route.host, route.port)
+        connection = HttpConnection(connected, route, timeout_seconds=self._timeout_seconds)
         try:
-            yield response
-        finally:
-            # A body that ended early leaves a closed response too, with some of its length to come.
-            is_reusable = response.isclosed() and not response.length and not response.will_close
-            # Where the server ends the connection, the response owns the socket.
-            response.close()
-            self._give_back(origin, connection, is_reusable=is_reusable)
+            self._register(connection)
+            if route.is_tunnelled:
+                connection.tunnel()
+            if route.scheme == "https":
+                connection.secure(self._tls_context())
+        except BaseException:
+            self.give_back(connection, is_reusable=False)
+            raise
+        self._tally.add(num_connections=1)
+        return connection
+
+    def give_back(self, connection: HttpConnection, *, is_reusable: bool) -> None:
+        """Keep a connection for the next request, or close it."""
+        with self._lock:
+            self._busy.discard(connection)
+            if is_reusable and not self._closing.is_set():
+                self._idle.setdefault(connection.route, []).append(connection)
+                return
+        self._tally.add(wasted_bytes=_unread_bytes(connection.socket))
+        connection.close()
 
     def close(self) -> None:
-        """Close idle connections, and shut those at work so that their readers wake up with an error."""
+        """Close idle connections, and end those at work so that their readers wake up with an error."""
         with self._lock:
-            self._is_closed = True
             idle = [connection for connections in self._idle.values() for connection in connections]
             self._idle.clear()
-            # Not by `connection.sock`, which is gone when the response owns the socket.
-            for connected in self._busy.values():
-                with suppress(OSError):
-                    connected.shutdown(socket.SHUT_RDWR)
+            for connection in self._busy:
+                connection.abort()
         for connection in idle:
             connection.close()
 
-    def _ask(
-        self, origin: _Origin, target: str, headers: Mapping[str, str]
-    ) -> tuple[http.client.HTTPConnection, http.client.HTTPResponse]:
-        connection = self._take_idle(origin)
-        if connection is not None:
-            # A server may close an idle connection at any time; that says nothing about the request.
-            with suppress(ConnectionError):
-                return connection, self._exchange(origin, connection, target, headers)
-        connection = self._connect(origin)
-        return connection, self._exchange(origin, connection, target, headers)
-
-    def _exchange(
-        self, origin: _Origin, connection: http.client.HTTPConnection, target: str, headers: Mapping[str, str]
-    ) -> http.client.HTTPResponse:
-        try:
-            connection.request("GET", target, headers=dict(headers))
-            return connection.getresponse()
-        except BaseException:
-            self._give_back(origin, connection, is_reusable=False)
-            raise
-
-    def _take_idle(self, origin: _Origin) -> http.client.HTTPConnection | None:
+    def _register(self, connection: HttpConnection) -> None:
         with self._lock:
-            if not self._idle.get(origin):
-                return None
-            connection = self._idle[origin].pop()
-            self._busy[connection] = connection.sock
-            return connection
-
-    def _connect(self, origin: _Origin) -> http.client.HTTPConnection:
-        scheme, netloc = origin
-        if scheme == "https":
-            connection = http.client.HTTPSConnection(
-                netloc, timeout=self._connect_timeout_seconds, context=self._tls_context()
-            )
-        else:
-            connection = http.client.HTTPConnection(netloc, timeout=self._connect_timeout_seconds)
-        connection.connect()
-        connection.sock.settimeout(self._read_timeout_seconds)
-        with self._lock:
-            if not self._is_closed:
-                self._busy[connection] = connection.sock
-                return connection
-        connection.close()
-        raise ConnectionAbortedError("the connection pool is closed")
+            self._busy.add(connection)
+            if self._closing.is_set():
+                raise ConnectionAbortedError("the connection pool is closed")
 
     def _tls_context(self) -> ssl.SSLContext:
         with self._lock:
@@ -121,24 +107,11 @@ class HttpPool:
                 self._tls = ssl.create_default_context(cafile=self._ca_file)
             return self._tls
 
-    def _give_back(self, origin: _Origin, connection: http.client.HTTPConnection, *, is_reusable: bool) -> None:
-        with self._lock:
-            self._busy.pop(connection, None)
-            if is_reusable and not self._is_closed:
-                self._idle.setdefault(origin, []).append(connection)
-                return
-        connection.close()
 
-
-def receive_into(response: http.client.HTTPResponse, buffer: memoryview) -> Iterator[int]:
-    """Receive a body into `buffer`, telling the length of each piece when it has landed; ends early when the body does.
-
-    Of the piece in which a connection fails nothing is known: pieces are small beside a block, large beside a packet.
-    """
-    num_landed = 0
-    while num_landed < len(buffer):
-        num_bytes = response.readinto(buffer[num_landed : num_landed + _PIECE_BYTES])
-        if not num_bytes:
-            return
-        num_landed += num_bytes
-        yield num_bytes
+def _unread_bytes(connected: socket.socket) -> int:
+    """Bytes that the kernel has received and nobody will want."""
+    try:
+        answer = fcntl.ioctl(connected.fileno(), termios.FIONREAD, bytes(4))
+    except (OSError, ValueError):
+        return 0
+    return int(struct.unpack("i", answer)[0])

@@ -11,7 +11,7 @@ import threading
 from typing import TYPE_CHECKING
 
 from ray_streamer.errors import ObjectChangedError, ObjectMissingError, ShortReadError, StorageError
-from ray_streamer.storage.base import ObjectInfo, check_buffer
+from ray_streamer.storage.base import ObjectInfo, StorageStatistics, check_buffer
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -99,6 +99,10 @@ class MemoryStorage:
         if not paths:
             raise ObjectMissingError(f"nothing was put below {self.uri} in this process")
         return sorted(path for path in paths if path.startswith(prefix) and "/" not in path[len(prefix) :])
+
+    def statistics(self) -> StorageStatistics:
+        """See `Storage`; nothing to tell."""
+        return StorageStatistics()
 
     def close(self) -> None:
         """See `Storage`; the files stay."""

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit
 
 from ray_streamer.errors import ObjectChangedError, SettingsError, StorageError
-from ray_streamer.storage.base import ObjectInfo, check_buffer
+from ray_streamer.storage.base import ObjectInfo, StorageStatistics, check_buffer
 from ray_streamer.storage.mounts import mount_of, read_mount_table
 from ray_streamer.storage.posix_file import PosixFile, info_of, os_errors_translated
 
@@ -87,6 +87,10 @@ class PosixStorage:
         with os_errors_translated(self._name(folder)), os.scandir(self._full_path(folder)) as entries:
             names = [entry.name for entry in entries if entry.name.startswith(start) and entry.is_file()]
         return sorted(folder + slash + name for name in names)
+
+    def statistics(self) -> StorageStatistics:
+        """See `Storage`; nothing to tell."""
+        return StorageStatistics()
 
     def close(self) -> None:
         """See `Storage`; reads in flight finish."""

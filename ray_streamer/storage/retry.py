@@ -28,23 +28,39 @@ class PassingFault(Exception):
         message: What happened, where.
         error_class: What it becomes when it does not go away.
         is_worth_one_retry: A second attempt helps at once, or none does.
+        retry_after_seconds: The server's own wish: no attempt before that.
     """
 
     def __init__(
-        self, message: str, *, error_class: type[StorageError] = StorageError, is_worth_one_retry: bool = False
+        self,
+        message: str,
+        *,
+        error_class: type[StorageError] = StorageError,
+        is_worth_one_retry: bool = False,
+        retry_after_seconds: float = 0.0,
     ) -> None:
         super().__init__(message)
         self.message = message
         self.error_class = error_class
         self.is_worth_one_retry = is_worth_one_retry
+        self.retry_after_seconds = retry_after_seconds
 
 
 class Patience:
-    """How long one operation may be tried again; the clock starts at its first fault."""
+    """How long one operation may be tried again; the clock starts at its first fault.
 
-    def __init__(self, *, deadline_seconds: float, closing: threading.Event) -> None:
+    Args:
+        deadline_seconds: Attempts begin no later than that after the first fault.
+        closing: Ends the waiting when it is set.
+        on_retry: Called before each attempt but the first.
+    """
+
+    def __init__(
+        self, *, deadline_seconds: float, closing: threading.Event, on_retry: Callable[[], None] = lambda: None
+    ) -> None:
         self._deadline_seconds = deadline_seconds
         self._closing = closing
+        self._on_retry = on_retry
         self._num_attempts = 0
         self._had_its_one_retry = False
         self._first_fault: float | None = None
@@ -53,7 +69,8 @@ class Patience:
         """Call `attempt` until it returns, and give its result.
 
         Raises:
-            StorageError: The last `PassingFault`, as its own class, when time is up; or the storage was closed.
+            StorageError: The last `PassingFault`, as its own class, when time is up; or the storage was closed; or what
+                `attempt` raised. Says how many attempts there were.
         """
         while True:
             try:
@@ -61,6 +78,9 @@ class Patience:
                 return attempt()
             except PassingFault as fault:
                 self._wait_after(fault)
+            except StorageError as error:
+                raise type(error)(f"{error}; attempt {self._num_attempts}") from error.__cause__
+            self._on_retry()
 
     def _wait_after(self, fault: PassingFault) -> None:
         now = time.monotonic()
@@ -70,14 +90,15 @@ class Patience:
             raise StorageError(f"the storage was closed during a read: {fault.message}") from fault
         if fault.is_worth_one_retry:
             if self._had_its_one_retry:
-                raise fault.error_class(fault.message) from fault
+                raise fault.error_class(f"{fault.message}; attempt {self._num_attempts}") from fault
             self._had_its_one_retry = True
             return
         bound_seconds = min(_FIRST_BOUND_SECONDS * 2 ** (self._num_attempts - 1), _LAST_BOUND_SECONDS)
-        delay_seconds = random.uniform(0, bound_seconds)
+        delay_seconds = max(random.uniform(0, bound_seconds), fault.retry_after_seconds)
         if now + delay_seconds - self._first_fault > self._deadline_seconds:
             raise fault.error_class(
-                f"{fault.message}; attempt {self._num_attempts}, {now - self._first_fault:.1f} s after the first fault "
-                f"and retry_deadline_seconds is {self._deadline_seconds:g}"
+                f"{fault.message}; attempt {self._num_attempts}, {now - self._first_fault:.1f} s after the first fault, "
+                f"the next one would be {delay_seconds:.1f} s later, and retry_deadline_seconds is "
+                f"{self._deadline_seconds:g}"
             ) from fault
         self._closing.wait(delay_seconds)

@@ -1,7 +1,7 @@
 """How are objects of an S3 bucket read?
 
 boto3 finds credentials, endpoint and region, lists and signs; each object's url is signed once and then used for every
-range of it. Bodies come over our own connections (see `http_pool`) into the caller's buffer, each request pinned by
+range of it. Bodies come over our own connections (see `http_client`) into the caller's buffer, each request pinned by
 `If-Match` to the object that the index saw. A body that broke goes on at the byte where it broke.
 """
 
@@ -11,20 +11,23 @@ import threading
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeVar
 
-from ray_streamer.errors import ShortReadError, StorageError
+from ray_streamer.errors import ShortReadError, StorageError, ThrottledError
 from ray_streamer.extent import Extent
 from ray_streamer.storage.base import ObjectInfo, check_buffer
-from ray_streamer.storage.http_pool import HttpPool, receive_into
+from ray_streamer.storage.http_client import HttpClient
+from ray_streamer.storage.lateness import LateBodyError
+from ray_streamer.storage.request_limit import RequestLimit
 from ray_streamer.storage.retry import PassingFault, Patience
 from ray_streamer.storage.s3_answer import Refusal, faults_translated, range_of
 from ray_streamer.storage.s3_client import SignedUrls, open_access
+from ray_streamer.storage.tally import Tally
 
 if TYPE_CHECKING:
-    import http.client
     from collections.abc import Callable, Iterator
     from contextlib import AbstractContextManager
 
-    from ray_streamer.storage.base import StorageSettings
+    from ray_streamer.storage.base import StorageSettings, StorageStatistics
+    from ray_streamer.storage.http_connection import HttpAnswer
     from ray_streamer.storage.s3_answer import ContentRange
 
 _Result = TypeVar("_Result")
@@ -44,11 +47,9 @@ class S3Storage:
         self._endpoint = access.endpoint
         self._deadline_seconds = settings.retry_deadline_seconds
         self._urls = SignedUrls(access.sign, in_a_session=access.location.is_directory_bucket)
-        self._pool = HttpPool(
-            connect_timeout_seconds=settings.connect_timeout_seconds,
-            read_timeout_seconds=settings.read_timeout_seconds,
-            ca_file=access.ca_file,
-        )
+        self._tally = Tally()
+        self._http = HttpClient(settings, ca_file=access.ca_file, tally=self._tally)
+        self._limit = RequestLimit(settings.concurrency)
         self._has_answered = False
         self._closing = threading.Event()
 
@@ -61,11 +62,12 @@ class S3Storage:
         asked = Extent(0, max(1, max_bytes))
 
         def attempt() -> tuple[bytes, ObjectInfo]:
-            with self._answer(path, asked) as (response, given):
+            with self._answer(path, asked) as (answer, given):
                 head = bytearray(given.extent.num_bytes)
-                if sum(receive_into(response, memoryview(head))) < len(head):
+                self._http.receive_into(answer, memoryview(head))
+                if answer.num_received < len(head):
                     raise PassingFault(f"the body of {self._name(path, asked)} ended too early")
-                return bytes(head[:max_bytes]), ObjectInfo(given.size_bytes, response.getheader("ETag", ""))
+                return bytes(head[:max_bytes]), ObjectInfo(given.size_bytes, answer.header("etag"))
 
         try:
             return self._run(attempt)
@@ -82,11 +84,13 @@ class S3Storage:
         def attempt() -> None:
             nonlocal num_landed
             rest = Extent(extent.start + num_landed, extent.stop)
-            with self._answer(path, rest, etag=etag) as (response, given):
+            with self._answer(path, rest, etag=etag) as (answer, given):
                 if given.extent != rest:
                     raise ShortReadError(f"{self._name(path)} ends at {given.size_bytes}, before extent {extent} does")
-                for num_bytes in receive_into(response, view[num_landed:]):
-                    num_landed += num_bytes
+                try:
+                    self._http.receive_into(answer, view[num_landed:])
+                finally:
+                    num_landed += answer.num_received
             if num_landed < extent.num_bytes:
                 raise PassingFault(f"the body of {self._name(path, rest)} ended at byte {extent.start + num_landed}")
 
@@ -123,21 +127,38 @@ class S3Storage:
         listed = self._run(attempt)
         return sorted(path for path in listed if path.startswith(prefix) and path and not path.endswith("/"))
 
+    def statistics(self) -> StorageStatistics:
+        """See `Storage`."""
+        return self._tally.statistics()
+
     def close(self) -> None:
         """See `Storage`; reads in flight end with `StorageError`."""
         self._closing.set()
-        self._pool.close()
+        self._limit.close()
+        self._http.close()
         self._client.close()
 
     def _run(self, attempt: Callable[[], _Result]) -> _Result:
+        """Try until it works; a body that was late goes on at once."""
         if self._closing.is_set():
             raise StorageError(f"{self.uri} is read after its storage was closed")
-        return Patience(deadline_seconds=self._deadline_seconds, closing=self._closing).run(attempt)
+
+        def attempt_or_cut() -> _Result:
+            while True:
+                try:
+                    return attempt()
+                except LateBodyError:
+                    self._tally.add(num_cuts=1)
+
+        patience = Patience(
+            deadline_seconds=self._deadline_seconds,
+            closing=self._closing,
+            on_retry=lambda: self._tally.add(num_retries=1),
+        )
+        return patience.run(attempt_or_cut)
 
     @contextmanager
-    def _answer(
-        self, path: str, asked: Extent, *, etag: str = ""
-    ) -> Iterator[tuple[http.client.HTTPResponse, ContentRange]]:
+    def _answer(self, path: str, asked: Extent, *, etag: str = "") -> Iterator[tuple[HttpAnswer, ContentRange]]:
         """One GET for the bytes `asked`; the answer's head has been checked when the block begins."""
         what = self._name(path, asked)
         # The last byte is inclusive in HTTP (RFC 9110, section 14.1.2), and nowhere else.
@@ -145,16 +166,27 @@ class S3Storage:
         if etag:
             headers["If-Match"] = etag
         key = self._location.key_of(path)
-        with self._faults_translated(what):
+        with self._limit.admit() as number, self._faults_translated(what):
             url = self._urls.url_of(key)
-            with self._pool.get(url, headers) as response:
+            with self._http.get(url, headers) as answer:
                 self._has_answered = True
-                if response.status not in (200, 206):
-                    fault = Refusal.from_response(response).error(what)
-                    if isinstance(fault, PassingFault) and fault.is_worth_one_retry:
-                        self._urls.discard(key, url)
-                    raise fault
-                yield response, range_of(response, asked=asked, etag=etag, what=what)
+                if answer.status not in (200, 206):
+                    raise self._refusal(answer, what, number=number, key=key, url=url)
+                self._limit.climb()
+                yield answer, range_of(answer, asked=asked, etag=etag, what=what)
+
+    def _refusal(
+        self, answer: HttpAnswer, what: str, *, number: int, key: str, url: str
+    ) -> StorageError | PassingFault:
+        """The exception to raise for an answer, with what it means for later requests."""
+        fault = Refusal.from_answer(answer).error(what)
+        if isinstance(fault, PassingFault):
+            if fault.is_worth_one_retry:
+                self._urls.discard(key, url)
+            if fault.error_class is ThrottledError:
+                self._tally.add(num_throttled=1)
+                self._limit.fall(number)
+        return fault
 
     def _ask_info(self, path: str) -> ObjectInfo:
         def attempt() -> ObjectInfo:

@@ -5,14 +5,16 @@ Status and error codes: Amazon S3 API Reference, "Error responses". `Content-Ran
 
 from __future__ import annotations
 
-import http.client
 import re
 import socket
 import ssl
+import time
 from contextlib import contextmanager
 from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any
 
+import h11
 from botocore import exceptions as aws
 
 from ray_streamer.errors import (
@@ -24,10 +26,13 @@ from ray_streamer.errors import (
     ThrottledError,
 )
 from ray_streamer.extent import Extent
+from ray_streamer.storage.lateness import LateBodyError
 from ray_streamer.storage.retry import PassingFault
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
+
+    from ray_streamer.storage.http_connection import HttpAnswer
 
 _MAX_ERROR_BYTES = 64 << 10
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
@@ -59,23 +64,26 @@ class Refusal:
         code: S3's word for it; empty when the answer had no body.
         request_id: What the server's operator can look up.
         region: Where the bucket is, when the server said so.
+        retry_after: The server's wish about the next attempt, as it came.
     """
 
     status: int
     code: str
     request_id: str
     region: str
+    retry_after: str = ""
 
     @classmethod
-    def from_response(cls, response: http.client.HTTPResponse) -> Refusal:
+    def from_answer(cls, answer: HttpAnswer) -> Refusal:
         """What a raw answer says; reads its body, of which S3's message is left out since it may quote the request."""
-        body = response.read(_MAX_ERROR_BYTES)
+        body = answer.read(_MAX_ERROR_BYTES)
         code = re.search(rb"<Code>\s*([\w.]+)\s*</Code>", body)
         return cls(
-            status=response.status,
+            status=answer.status,
             code=code[1].decode() if code else "",
-            request_id=response.getheader("x-amz-request-id", ""),
-            region=response.getheader("x-amz-bucket-region", ""),
+            request_id=answer.header("x-amz-request-id"),
+            region=answer.header("x-amz-bucket-region"),
+            retry_after=answer.header("retry-after"),
         )
 
     @classmethod
@@ -91,6 +99,7 @@ class Refusal:
             code="" if code.isdigit() else code,
             request_id=str(metadata.get("RequestId", headers.get("x-amz-request-id", ""))),
             region=str(headers.get("x-amz-bucket-region", "")),
+            retry_after=str(headers.get("retry-after", "")),
         )
 
     def error(self, what: str) -> StorageError | PassingFault:
@@ -100,7 +109,11 @@ class Refusal:
             # A signature may have expired, or credentials may have changed, since the url was made.
             return PassingFault(f"access refused, {message}", error_class=AccessError, is_worth_one_retry=True)
         if self.status == 429 or self.code in _THROTTLE_CODES or self.status == 503:
-            return PassingFault(f"the store asks to slow down, {message}", error_class=ThrottledError)
+            return PassingFault(
+                f"the store asks to slow down, {message}",
+                error_class=ThrottledError,
+                retry_after_seconds=_seconds_until(self.retry_after),
+            )
         if self.status in (408, 500, 502, 504) or self.code in ("RequestTimeout", "InternalError"):
             return PassingFault(f"the store failed, {message}")
         if self.status == 404:
@@ -110,6 +123,8 @@ class Refusal:
             return ObjectChangedError(f"the object is not the one that the index saw, {message}")
         if self.status == 416:
             return ShortReadError(f"the object ends before the extent begins, {message}")
+        if self.status == 407:
+            return AccessError(f"the proxy wants to know who asks, {message}; put user and password into HTTP_PROXY")
         if self.region:
             return StorageError(f"the bucket is in region {self.region}; set s3_region, {message}")
         return StorageError(f"the store refused, {message}")
@@ -143,25 +158,39 @@ class ContentRange:
         return cls(Extent(int(match[1]), int(match[2]) + 1), int(match[3]))
 
 
-def range_of(response: http.client.HTTPResponse, *, asked: Extent, etag: str | None, what: str) -> ContentRange:
+def range_of(answer: HttpAnswer, *, asked: Extent, etag: str | None, what: str) -> ContentRange:
     """Which bytes a 206 answer brings: those asked for, up to the end of the object.
 
     Raises:
         StorageError: The server answered with other bytes.
         ObjectChangedError: It overlooked `If-Match`.
     """
-    given = ContentRange.parse(response.getheader("Content-Range"))
-    if response.status != 206 or given is None:
+    given = ContentRange.parse(answer.header("content-range"))
+    if answer.status != 206 or given is None:
         raise StorageError(
-            f"{what}: expected 206 with a Content-Range, got {response.status} with "
-            f"{response.getheader('Content-Range')!r}; the server or a proxy ignores ranges"
+            f"{what}: expected 206 with a Content-Range, got {answer.status} with "
+            f"{answer.header('content-range')!r}; the server or a proxy ignores ranges"
         )
-    got_etag = response.getheader("ETag", "")
+    got_etag = answer.header("etag")
     if etag and got_etag and got_etag != etag:
         raise ObjectChangedError(f"{what}: the object is not the one that the index saw: ETag {got_etag}, not {etag}")
     if given.extent != Extent(asked.start, min(asked.stop, given.size_bytes)):
         raise StorageError(f"{what}: the server answered with other bytes, {given.extent} of {given.size_bytes}")
+    if answer.length not in (None, given.extent.num_bytes):
+        raise StorageError(
+            f"{what}: the server announced {answer.length} bytes for {given.extent.num_bytes} bytes of the object"
+        )
     return given
+
+
+def _seconds_until(retry_after: str) -> float:
+    """The meaning of a Retry-After header, seconds or a date (RFC 9110, section 10.2.3); 0 when it has none."""
+    if retry_after.isdecimal():
+        return float(retry_after)
+    try:
+        return max(0.0, parsedate_to_datetime(retry_after).timestamp() - time.time())
+    except ValueError:
+        return 0.0
 
 
 @contextmanager
@@ -175,17 +204,17 @@ def faults_translated(what: str, *, endpoint: str, has_answered: bool) -> Iterat
     """
     try:
         yield
-    except StorageError:
-        # Some of these are OSErrors too.
+    except (StorageError, LateBodyError):
+        # These are OSErrors too, some of them.
         raise
     except aws.ClientError as error:
         raise Refusal.from_client_error(error).error(what) from error
     except (aws.SSLError, ssl.SSLCertVerificationError) as error:
         raise StorageError(f"{endpoint} is not trusted, {what}: {_reason(error)}; set s3_ca_bundle") from error
-    except (aws.HTTPClientError, aws.ConnectionError, OSError, http.client.HTTPException) as error:
+    except (aws.HTTPClientError, aws.ConnectionError, OSError, h11.RemoteProtocolError) as error:
         message = f"no answer from {endpoint}, {what}: {_reason(error)}"
         if isinstance(error, _NOBODY_THERE) and not has_answered:
-            raise StorageError(f"{message}; is s3_endpoint_url right?") from error
+            raise StorageError(f"{message}; is s3_endpoint_url right, and the proxy if there is one?") from error
         raise PassingFault(message) from error
     except _CREDENTIALS_ERRORS as error:
         raise AccessError(f"no AWS credentials for {what} ({_reason(error)}): {_NO_CREDENTIALS}") from error

@@ -119,7 +119,7 @@ def _client_config(location: S3Location, settings: StorageSettings) -> Config:
     return Config(
         signature_version=signature_version,
         connect_timeout=settings.connect_timeout_seconds,
-        read_timeout=settings.read_timeout_seconds,
+        read_timeout=settings.first_byte_timeout_seconds,
         # Attempts are counted in one place, see `retry`.
         retries={"total_max_attempts": 1, "mode": "standard"},
         s3={"addressing_style": settings.s3_addressing},

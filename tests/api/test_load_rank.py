@@ -159,7 +159,10 @@ class Endless:
         """What a rank is given, one that waits for that body or one whose reads all succeed."""
         endpoint_url = self._proxy.url if is_stalled else self._server.endpoint_url
         settings = ray_streamer.Settings(
-            s3_endpoint_url=endpoint_url, concurrency=2, memory_limit=1 << 20, read_timeout_seconds=READ_TIMEOUT_SECONDS
+            s3_endpoint_url=endpoint_url,
+            concurrency=2,
+            memory_limit=1 << 20,
+            stall_timeout_seconds=READ_TIMEOUT_SECONDS,
         )
         if is_stalled:
             ray_streamer.plan(self._uri, settings=settings)

@@ -14,10 +14,16 @@ from gcp_storage_emulator.handlers import buckets
 from gcp_storage_emulator.server import RequestHandler
 from gcp_storage_emulator.storage import Storage
 
-objects = Storage(use_memory_fs=True)
-buckets.create_bucket("models", objects)
-server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(RequestHandler, objects))
-server.daemon_threads = True
-threading.Thread(target=server.serve_forever, daemon=True).start()
-print("{}:{}".format(*server.server_address), flush=True)
-sys.stdin.read()
+
+def main() -> None:
+    objects = Storage(use_memory_fs=True)
+    buckets.create_bucket("models", objects)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(RequestHandler, objects))
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    print("{}:{}".format(*server.server_address), flush=True)
+    sys.stdin.read()
+
+
+if __name__ == "__main__":
+    main()

@@ -139,20 +139,13 @@ def test_an_idle_connection_that_the_server_closed_is_replaced(place, open_s3, e
 @pytest.mark.parametrize("end", ["close", "reset", "stall"])
 @pytest.mark.parametrize("body_bytes", [0, 1, 100_000, 600_000])
 def test_a_broken_body_is_resumed(place, open_s3, etag, proxy, end, body_bytes):
-    storage = open_s3(place.uri, s3_endpoint_url=proxy.url, read_timeout_seconds=0.2)
+    storage = open_s3(place.uri, s3_endpoint_url=proxy.url, stall_timeout_seconds=0.2)
     proxy.fail_next(Fault(body_bytes=body_bytes, end=end))
     assert read(storage, "a", WHOLE, etag) == CONTENT
     assert len(proxy.ranges) == 2
     resumed_at = int(proxy.ranges[1].removeprefix("bytes=").partition("-")[0])
-    piece_bytes = 256 << 10
-    if end == "close":
-        assert resumed_at == body_bytes
-    elif end == "stall":
-        # Of the piece in which it failed nothing is known.
-        assert resumed_at == body_bytes // piece_bytes * piece_bytes
-    else:
-        # A reset also throws away what the kernel had received and not handed over.
-        assert resumed_at in range(0, body_bytes + 1, piece_bytes)
+    # A reset also throws away what the kernel had received and not handed over.
+    assert resumed_at == body_bytes or (end == "reset" and resumed_at < body_bytes)
 
 
 def test_a_body_that_breaks_again_and_again_is_finished(place, open_s3, etag, proxy):
@@ -407,7 +400,9 @@ def test_what_boto3_refuses_is_explained(open_s3, uri, settings, error_class):
 
 
 def test_close_wakes_reads_in_flight(place, open_s3, etag, proxy):
-    storage = open_s3(place.uri, s3_endpoint_url=proxy.url, read_timeout_seconds=600, retry_deadline_seconds=600)
+    storage = open_s3(
+        place.uri, s3_endpoint_url=proxy.url, stall_timeout_seconds=600, hedge_percent=0, retry_deadline_seconds=600
+    )
     proxy.fail_next(Fault(body_bytes=1000, end="stall"))
     errors = []
 

@@ -1,0 +1,158 @@
+"""How does a TCP connection to one of a name's addresses come about, quickly, even when some of them are dead?
+
+Object stores answer at many addresses. Connections are spread over all of them, the least used first; an address that
+did not answer is left alone for a while; and when one is slow to answer the next is tried beside it. Source of the last:
+RFC 8305, "Happy Eyeballs Version 2", section 5.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import select
+import socket
+import threading
+import time
+from collections import Counter, deque
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+_NEXT_AFTER_SECONDS = 0.25
+_DEAD_FOR_SECONDS = 30.0
+# A firewall forgets idle connections after minutes; without probes neither end would know.
+_KEEP_ALIVE = ((socket.TCP_KEEPIDLE, 30), (socket.TCP_KEEPINTVL, 10), (socket.TCP_KEEPCNT, 3))
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """One place to connect to."""
+
+    family: int
+    sockaddr: Any
+
+
+class Dialer:
+    """Opens connections and remembers which addresses were used and which were dead; safe to call from many threads.
+
+    Args:
+        timeout_seconds: How long one connection may take, over all addresses.
+        closing: Ends attempts under way when it is set.
+    """
+
+    def __init__(self, *, timeout_seconds: float, closing: threading.Event) -> None:
+        self._timeout_seconds = timeout_seconds
+        self._closing = closing
+        self._lock = threading.Lock()
+        self._num_uses: Counter[Address] = Counter()
+        self._dead_until: dict[Address, float] = {}
+
+    def connect(self, host: str, port: int) -> socket.socket:
+        """A connection to the first address that answers, ready to use, with a timeout of `timeout_seconds`.
+
+        Raises:
+            OSError: No address answers, in time; the last one's error.
+        """
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        with _Attempts() as attempts:
+            connected = self._race(attempts, self._in_order(dict.fromkeys(Address(info[0], info[4]) for info in found)))
+        connected.settimeout(self._timeout_seconds)
+        connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        connected.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for option, value in _KEEP_ALIVE:
+            connected.setsockopt(socket.IPPROTO_TCP, option, value)
+        return connected
+
+    def _in_order(self, addresses: Iterable[Address]) -> list[Address]:
+        """Living addresses first, then the less used; the first of them counts as used from now on."""
+        now = time.monotonic()
+        with self._lock:
+            ordered = sorted(addresses, key=lambda each: (self._dead_until.get(each, 0.0) > now, self._num_uses[each]))
+            self._num_uses[ordered[0]] += 1
+        return ordered
+
+    def _race(self, attempts: _Attempts, addresses: list[Address]) -> socket.socket:
+        waiting = deque(addresses)
+        deadline = time.monotonic() + self._timeout_seconds
+        error: OSError = TimeoutError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
+        while waiting or attempts:
+            if waiting:
+                attempts.start(waiting.popleft())
+            left_seconds = deadline - time.monotonic()
+            if left_seconds <= 0:
+                break
+            if self._closing.is_set():
+                raise ConnectionAbortedError("the storage is closed")
+            connected = attempts.wait(min(left_seconds, _NEXT_AFTER_SECONDS))
+            if connected is not None:
+                return connected
+            for address, reason in attempts.refused():
+                error = reason
+                self._bury(address)
+        for address in attempts.addresses():
+            self._bury(address)
+        raise error
+
+    def _bury(self, address: Address) -> None:
+        with self._lock:
+            self._dead_until[address] = time.monotonic() + _DEAD_FOR_SECONDS
+
+
+class _Attempts:
+    """Connections that are being made; those that are left at the end of the `with` block are given up."""
+
+    def __init__(self) -> None:
+        self._sockets: dict[int, tuple[socket.socket, Address]] = {}
+        self._refused: list[tuple[Address, OSError]] = []
+        self._poll = select.poll()
+
+    def __len__(self) -> int:
+        return len(self._sockets) + len(self._refused)
+
+    def addresses(self) -> list[Address]:
+        return [address for _, address in self._sockets.values()]
+
+    def start(self, address: Address) -> None:
+        try:
+            connecting = socket.socket(address.family, socket.SOCK_STREAM)
+        except OSError as error:  # a machine without IPv6, for one
+            self._refused.append((address, error))
+            return
+        self._sockets[connecting.fileno()] = connecting, address
+        connecting.setblocking(False)
+        code = connecting.connect_ex(address.sockaddr)
+        if code in (0, errno.EINPROGRESS):
+            self._poll.register(connecting, select.POLLOUT)
+        else:
+            self._refuse(connecting.fileno(), code)
+
+    def wait(self, seconds: float) -> socket.socket | None:
+        """The first connection that is made within so long, which is the caller's now."""
+        # What failed already makes room for the next address at once.
+        for fileno, _ in self._poll.poll(0 if self._refused else 1000 * seconds):
+            self._poll.unregister(fileno)
+            code = self._sockets[fileno][0].getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+            if not code:
+                return self._sockets.pop(fileno)[0]
+            self._refuse(fileno, code)
+        return None
+
+    def refused(self) -> list[tuple[Address, OSError]]:
+        """Attempts that failed since this was asked last."""
+        refused, self._refused = self._refused, []
+        return refused
+
+    def _refuse(self, fileno: int, code: int) -> None:
+        refused, address = self._sockets.pop(fileno)
+        refused.close()
+        # The class that fits the code, such as ConnectionRefusedError.
+        self._refused.append((address, OSError(code, os.strerror(code))))
+
+    def __enter__(self) -> _Attempts:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for connecting, _address in self._sockets.values():
+            connecting.close()

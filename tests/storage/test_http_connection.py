@@ -1,0 +1,132 @@
+"""One exchange over one connection: whatever the framing, the body lands whole, and nothing is read beyond it."""
+
+from __future__ import annotations
+
+import random
+import socket
+import threading
+from contextlib import suppress
+
+import h11
+import pytest
+
+from ray_streamer.storage.http_connection import HttpConnection
+from ray_streamer.storage.http_route import Route
+from ray_streamer.storage.lateness import PieceClock
+
+BODY = random.Random(3).randbytes(300_000)
+SEVERAL = [BODY[start : start + 7777] for start in range(0, len(BODY), 7777)]
+CHUNKED = b"".join(b"%x\r\n%s\r\n" % (len(part), part) for part in SEVERAL) + b"0\r\n\r\n"
+ROUTE = Route("http", "store:80", "store", 80)
+
+
+@pytest.fixture
+def ends():
+    """A connection, and the server's end of it."""
+    ours, theirs = socket.socketpair()
+    connection = HttpConnection(ours, ROUTE, timeout_seconds=30)
+    with theirs:
+        theirs.settimeout(30)
+        yield connection, theirs
+        connection.close()
+
+
+def answer_of(connection, theirs, head: bytes, body: bytes = b"", *, then_end: bool = False):
+    """What the server sends, in another thread, as the answer to one GET."""
+    connection.ask("/object?with=query", {"Range": "bytes=0-9"})
+    request = theirs.recv(65536)
+    assert request.startswith(b"GET /object?with=query HTTP/1.1\r\n")
+    assert b"\r\nHost: store:80\r\n" in request
+    assert b"\r\nRange: bytes=0-9\r\n" in request
+
+    def send():
+        # The client leaves when it has what it wants.
+        with suppress(OSError):
+            theirs.sendall(head + body)
+            if then_end:
+                theirs.shutdown(socket.SHUT_WR)
+
+    sender = threading.Thread(target=send)
+    sender.start()
+    while (answer := connection.receive_head()) is None:
+        pass
+    return answer, sender
+
+
+def receive(answer, num_bytes=300_000):
+    memory = memoryview(bytearray(num_bytes))
+    landed = sum(answer.receive_into(memory, PieceClock(timeout_seconds=30)))
+    assert answer.num_received - landed in range(4096), "what came with the head is no piece"
+    return bytes(memory[: answer.num_received])
+
+
+@pytest.mark.parametrize(
+    ("head", "body", "is_reusable"),
+    [
+        (b"HTTP/1.1 206 Partial\r\nContent-Length: 300000\r\n\r\n", BODY, True),
+        (b"HTTP/1.1 206 Partial\r\nContent-Length: 300000\r\nConnection: close\r\n\r\n", BODY, False),
+        (b"HTTP/1.0 206 Partial\r\nContent-Length: 300000\r\n\r\n", BODY, False),
+        (b"HTTP/1.1 206 Partial\r\nTransfer-Encoding: chunked\r\n\r\n", CHUNKED, True),
+        (b"HTTP/1.1 206 Partial\r\n\r\n", BODY, False),
+        (b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 206 Partial\r\nContent-Length: 300000\r\n\r\n", BODY, True),
+    ],
+)
+def test_every_framing(ends, head, body, is_reusable):
+    for _ in range(2 if is_reusable else 1):
+        answer, sender = answer_of(*ends, head, body, then_end=not is_reusable)
+        assert answer.status == 206
+        assert receive(answer) == BODY
+        sender.join()
+        assert answer.is_reusable == is_reusable
+
+
+def test_a_body_that_ends_early_is_told_by_its_length(ends):
+    answer, sender = answer_of(*ends, b"HTTP/1.1 206 P\r\nContent-Length: 300000\r\n\r\n", BODY[:1234], then_end=True)
+    assert receive(answer) == BODY[:1234]
+    sender.join()
+    assert not answer.is_reusable
+
+
+def test_a_chunked_body_that_ends_early_is_an_error(ends):
+    head = b"HTTP/1.1 206 P\r\nTransfer-Encoding: chunked\r\n\r\n"
+    answer, sender = answer_of(*ends, head, CHUNKED[:1234], then_end=True)
+    with pytest.raises(h11.RemoteProtocolError):
+        receive(answer)
+    sender.join()
+    assert not answer.is_reusable
+
+
+@pytest.mark.parametrize("framing", ["Content-Length: 300000", "Transfer-Encoding: chunked"])
+def test_nothing_is_written_beyond_the_buffer(ends, framing):
+    body = BODY if "Length" in framing else CHUNKED
+    answer, sender = answer_of(*ends, f"HTTP/1.1 206 P\r\n{framing}\r\n\r\n".encode(), body)
+    assert receive(answer, 1000) == BODY[:1000]
+    assert not answer.is_reusable
+    ends[0].close()
+    sender.join()
+
+
+def test_a_short_answer_is_cut_off(ends):
+    answer, sender = answer_of(*ends, b"HTTP/1.1 403 No\r\nX-Amz-Request-Id: 7\r\nContent-Length: 300000\r\n\r\n", BODY)
+    assert (answer.header("x-amz-request-id"), answer.header("etag")) == ("7", "")
+    assert answer.read(100) == BODY[:100]
+    ends[0].close()
+    sender.join()
+
+
+@pytest.mark.parametrize(
+    ("head", "error_class"),
+    [(b"SSH-2.0-OpenSSH\r\n\r\n", h11.RemoteProtocolError), (b"HTTP/1.1 206 Par", ConnectionResetError)],
+)
+def test_what_is_no_answer(ends, head, error_class):
+    with pytest.raises(error_class):
+        answer_of(*ends, head, then_end=True)
+
+
+def test_an_idle_connection_is_alive_while_nothing_comes(ends):
+    connection, theirs = ends
+    assert connection.is_alive()
+    theirs.sendall(b"x")
+    assert not connection.is_alive()
+    theirs.close()
+    assert not connection.is_alive()
