@@ -8,7 +8,7 @@ What is copied how:
 
     contiguous                              one asynchronous copy
     rows of at least SHORT_RUN_BYTES        one strided copy: only the slice's bytes cross the bus
-    shorter rows                            packed on the host, or cut on the device (see `bounce`)
+    shorter rows                            packed on the host, or cut on the device (see `short_runs`)
 
 Results are counted, and handed out, when the host has seen their event: whatever stream uses them then finds all bytes there. The
 other direction is `follow_caller`: memory that torch gives out may still be in use by work that the caller has queued.
@@ -16,15 +16,18 @@ other direction is `follow_caller`: memory that torch gives out may still be in 
 
 from __future__ import annotations
 
+import functools
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ray_streamer.device.base import Result
-from ray_streamer.device.bounce import DeviceScratch, HostBounce
+from ray_streamer.device.cuda_library import find_loaded_library
 from ray_streamer.device.cuda_runtime import MAX_STRIDE_BYTES, CudaRuntime
+from ray_streamer.device.direct_storage import DirectStorage, open_direct_storage
 from ray_streamer.device.page_locks import PageLocks, address_of
+from ray_streamer.device.short_runs import CHUNK_BYTES, DeviceScratch, HostBounce
 from ray_streamer.errors import DeviceError
 
 if TYPE_CHECKING:
@@ -35,7 +38,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from ray_streamer.device.base import Copy, Done
-    from ray_streamer.device.direct_storage import DirectStorage
     from ray_streamer.dtypes import DType
     from ray_streamer.extent import Extent
     from ray_streamer.planning.rank_plan import Piece
@@ -65,7 +67,7 @@ class CudaDevice:
         direct_storage: DirectStorage | None = None,
     ) -> None:
         self._runtime = runtime
-        self._short_run_bytes = short_run_bytes
+        self._short_run_bytes = min(short_run_bytes, CHUNK_BYTES)
         self._scratch = DeviceScratch(runtime, device_scratch_bytes)
         self._direct_storage = direct_storage
         self.reads_files = direct_storage is not None
@@ -232,9 +234,6 @@ def open_cuda(name: str, *, gpu_direct_storage: bool = False, **options: Any) ->
     Raises:
         DeviceError: Torch sees no such device.
     """
-    from ray_streamer.device.cuda_library import find_loaded_library
-    from ray_streamer.device.direct_storage import open_direct_storage
-
     if not torch.cuda.is_available():
         built = torch.version.cuda or torch.version.hip
         reason = (
@@ -248,5 +247,10 @@ def open_cuda(name: str, *, gpu_direct_storage: bool = False, **options: Any) ->
             f"device {name!r}: this process sees {torch.cuda.device_count()} CUDA devices, numbered from 0"
         )
     direct_storage = open_direct_storage() if gpu_direct_storage else None
-    runtime = CudaRuntime(find_loaded_library(), torch.device("cuda", index), index)
-    return CudaDevice(runtime, direct_storage=direct_storage, **options)
+    return CudaDevice(_runtime_of(index), direct_storage=direct_storage, **options)
+
+
+@functools.cache
+def _runtime_of(index: int) -> CudaRuntime:
+    """One for the process: stream and events are made once, however many loads follow each other."""
+    return CudaRuntime(find_loaded_library(), torch.device("cuda", index), index)

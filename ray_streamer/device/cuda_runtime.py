@@ -35,7 +35,7 @@ class CudaRuntime:
 
     Args:
         library: Whose functions are called.
-        device: Where torch puts tensors; `None` as its index means the calling thread's current device.
+        device: Where torch puts tensors.
         index: The device's number in this process.
 
     Attributes:

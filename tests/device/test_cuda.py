@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from ray_streamer.device import check_device_name, is_cuda, open_device
 from ray_streamer.device.base import Copy
-from ray_streamer.device.bounce import CHUNK_BYTES, NUM_CHUNKS
-from ray_streamer.device.cuda import check_bounds
+from ray_streamer.device.cuda import SHORT_RUN_BYTES, check_bounds
 from ray_streamer.device.cuda_library import find_runtime_file
+from ray_streamer.device.short_runs import CHUNK_BYTES, NUM_CHUNKS
 from ray_streamer.dtypes import dtype_named
 from ray_streamer.errors import DeviceError
 from ray_streamer.planning.rank_plan import Piece
@@ -103,15 +103,19 @@ def test_strided_copies_move_what_a_loop_over_bytes_moves(data):
         pytest.param(Piece(0, 0, 64, 4, 4096, 0, 64), 0, ["MemcpyAsync"], id="short rows, packed"),
         pytest.param(Piece(0, 0, 64, 4, 4096, 0, 4096), 0, ["Memcpy2DAsync"], id="short rows to short rows"),
         pytest.param(Piece(0, 0, 64, 4, 4096, 0, 64), 4096, ["MemcpyAsync", "Memcpy2DAsync"] * 4, id="short rows, cut"),
+        pytest.param(
+            Piece(0, 0, CHUNK_BYTES, 2, CHUNK_BYTES + 8, 0, CHUNK_BYTES), 0, ["Memcpy2DAsync"], id="longest rows"
+        ),
         pytest.param(Piece(0, 0, 64, 4, 4096, 0, 64), 4095, ["MemcpyAsync"], id="scratch of less than a row"),
     ],
 )
 def test_the_kind_of_copy_follows_the_length_of_a_run(piece, scratch, calls):
+    short_run_bytes = 1 << 30 if piece.run_bytes == CHUNK_BYTES else SHORT_RUN_BYTES
     library = FakeCuda()
-    device = open_fake_cuda(library, device_scratch_bytes=scratch)
+    device = open_fake_cuda(library, short_run_bytes=short_run_bytes, device_scratch_bytes=scratch)
     device.follow_caller()
-    tensor = torch.zeros(16384, dtype=torch.uint8)
-    assert _deliver(device, _random_bytes(16384), [Copy(piece, device.result(tensor))]).error is None
+    tensor = torch.zeros(3 * CHUNK_BYTES, dtype=torch.uint8)
+    assert _deliver(device, _random_bytes(3 * CHUNK_BYTES), [Copy(piece, device.result(tensor))]).error is None
     assert _names(library, "MemcpyAsync", "Memcpy2DAsync") == calls
     device.close()
 
