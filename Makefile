@@ -29,8 +29,10 @@ test: $(VENV)/.test-installed
 	$(BIN)/ruff format --check
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
-bench: $(VENV)/.test-installed
+bench: $(VENV)/.test-installed $(VENV)/.bench-installed
 	$(BIN)/python benchmarks/plan_deepseek.py
+	$(BIN)/python benchmarks/s3_clients.py
+	$(BIN)/python benchmarks/request_counts.py
 	$(BIN)/python benchmarks/compare.py s3
 	$(BIN)/python benchmarks/compare.py disk --state warm
 	$(BIN)/python benchmarks/compare.py disk --state cold
