@@ -18,13 +18,14 @@ from ray_streamer.sharding.families import FAMILIES, Family, Role, Weight
 
 PAGE = Path(__file__).with_name("families.md")
 SUPPORT = Path(__file__).parents[1] / "tests" / "sharding"
-ORACLES = ("transformers", "torch DCP", "get_slice, generic", "get_slice, vllm", "forward")
+ORACLES = ("transformers", "from_tp_plan", "torch DCP", "get_slice, generic", "get_slice, vllm", "forward")
 
 _HEAD = """\
 # Model families
 
 Which part of each tensor a rank holds follows from `model_type` in the checkpoint's config.json. A family is a few lines of data in
-`ray_streamer/sharding/families`; names are those on disk, with any prefix. Other models: `rules=`.
+`ray_streamer/sharding/families`; names are those on disk, with any prefix. Other models: `rules=`, for
+example `ShardRules.from_tp_plan(model.tp_plan)` from the plan that transformers has of a model on the meta device.
 
 This page is made by `make docs`; a test checks that it is current.
 
@@ -62,6 +63,7 @@ Every family is made with tiny sizes by transformers' own class and saved by tra
 ray_streamer does and as others do. Cells say how many tensors were compared, and how many of them are cut; every bit is alike on every rank.
 
 - transformers: `from_pretrained` with its own tensor-parallel plan over gloo; ours with `layout="transformers"`.
+- from_tp_plan: the same, and ours from `ShardRules.from_tp_plan(model.tp_plan)` alone, where the plan's names are those on disk.
 - torch DCP: `HuggingFaceStorageReader` into tensors distributed as transformers does, where its names are those on disk.
 - get_slice: safetensors cuts each box; this tells that the right bytes came, not that the rule is right.
 - forward: the tensor-parallel model of transformers with our slices in place of its own gives the whole model's logits
@@ -118,28 +120,28 @@ def _described(weight: Weight) -> str:
 
 
 def _oracle_rows(findings: list[dict[str, Any]]) -> list[str]:
-    rows = ["| model_type | tp | " + " | ".join(ORACLES) + " |\n", "|---" * (2 + len(ORACLES)) + "|\n"]
+    rows = ["| model | tp | " + " | ".join(ORACLES) + " |\n", "|---" * (2 + len(ORACLES)) + "|\n"]
     cells = _cells(findings)
-    for model_type, tp in sorted({(model_type, tp) for model_type, tp, _ in cells}):
-        shown = [cells.get((model_type, tp, oracle), "") for oracle in ORACLES]
-        rows.append(f"| `{model_type}` | {tp} | " + " | ".join(shown) + " |\n")
+    for model, tp in sorted({(model, tp) for model, tp, _ in cells}):
+        shown = [cells.get((model, tp, oracle), "") for oracle in ORACLES]
+        rows.append(f"| {model} | {tp} | " + " | ".join(shown) + " |\n")
     return rows
 
 
 def _quantized(findings: list[dict[str, Any]]) -> list[str]:
     rows = [
-        "\nQuantized weights, as numbers after dequantization:\n\n| model_type | tp | oracle | weights |\n|---|---|---|---|\n"
+        "\nQuantized weights, as numbers after dequantization:\n\n| model | tp | oracle | weights |\n|---|---|---|---|\n"
     ]
-    for (model_type, tp, oracle), cell in sorted(_cells(findings).items()):
+    for (model, tp, oracle), cell in sorted(_cells(findings).items()):
         if oracle not in ORACLES:
-            rows.append(f"| `{model_type}` | {tp} | {oracle} | {cell} |\n")
+            rows.append(f"| {model} | {tp} | {oracle} | {cell} |\n")
     return rows
 
 
 def _cells(findings: list[dict[str, Any]]) -> dict[tuple[str, int, str], str]:
     by_cell: dict[tuple[str, int, str], list[dict[str, Any]]] = defaultdict(list)
     for finding in findings:
-        by_cell[finding["model_type"], finding["tp"], finding["oracle"]].append(finding)
+        by_cell[finding["model"], finding["tp"], finding["oracle"]].append(finding)
     return {key: _cell(key[2], ranks) for key, ranks in by_cell.items()}
 
 
@@ -156,7 +158,7 @@ def run_oracles(folder: Path) -> list[dict[str, Any]]:
     """What every rank found; see tests/sharding/family_support/oracle_run.py."""
     command = [sys.executable, str(SUPPORT / "family_support" / "oracle_run.py"), str(folder)]
     environment = os.environ | {"PYTHONPATH": str(SUPPORT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=False)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"the comparison failed:\n{done.stderr[-4000:]}")
     return json.loads((folder / "oracles.json").read_text())

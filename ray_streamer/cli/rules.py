@@ -20,7 +20,7 @@ def parse_rule(text: str) -> Rule:
     """One rule from what people type; the glob may hold `=` itself.
 
     >>> parse_rule("*.q_proj.weight=split:0").placement
-    Split(dim=0, heads=None, kv_heads=None, parts=(), unit=None)
+    Split(dim=0, heads=None, kv_heads=None, parts=(), unit=None, num_parts=1)
 
     Raises:
         ShardingError: It is no rule; says what one looks like.

@@ -69,6 +69,7 @@ class Split(Placement):
         parts: A fused tensor: sizes (or `Part`s) of the sub-blocks that make up the dimension, such as the q, k and v
             of a fused projection. Each one is split on its own, and a rank's shares lie one after the other in its
             result.
+        num_parts: The same for parts of equal size, such as gate and up: how many there are.
 
     Raises:
         ShardingError: A number is out of range, or more than one of `heads`, `kv_heads`, `unit` and `parts` is given.
@@ -79,6 +80,7 @@ class Split(Placement):
     kv_heads: int | None = None
     parts: tuple[int | Part, ...] = ()
     unit: int | None = None
+    num_parts: int = 1
 
     def __post_init__(self) -> None:
         _check_dim(self, self.dim)
@@ -86,6 +88,8 @@ class Split(Placement):
         check_parts(self, self.parts)
         if self.parts and (self.heads or self.kv_heads or self.unit):
             raise ShardingError(f"a split in parts has heads and units in its parts, not beside them: {self!r}")
+        if not is_count(self.num_parts, least=1) or (self.parts and self.num_parts > 1):
+            raise ShardingError(f"num_parts is at least 1, and goes without parts: {self!r}")
 
     def refusal(self, shape: tuple[int, ...], tp: int) -> str | None:
         """Why a tensor of `shape` cannot be split over `tp` ranks, or None when it can."""
@@ -108,7 +112,7 @@ class Split(Placement):
 
     def _parts_of(self, size: int) -> tuple[Part, ...]:
         if not self.parts:
-            return (Part(size, self.heads, self.kv_heads, self.unit),)
+            return (Part(size // self.num_parts, self.heads, self.kv_heads, self.unit),) * self.num_parts
         return as_parts(self.parts)
 
 

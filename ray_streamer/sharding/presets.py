@@ -137,8 +137,7 @@ def _along_outputs(weight: Weight, sizes: Sizes, layout: Layout) -> Placement:
         case Role.GROUPED_QKV:
             return _grouped(sizes, dim, layout)
         case Role.FUSED_GATE_UP:
-            half = Part(sizes.intermediate, unit=_unit(weight, layout))
-            return Split(dim, parts=(half, half))
+            return Split(dim, num_parts=2, unit=_unit(weight, layout))
         case Role.LINEAR_KEY_GROUPS:
             return Split(dim, heads=sizes.linear_key_heads)
         case Role.LINEAR_VALUES:

@@ -99,13 +99,6 @@ class Sizes:
         return 1 if self._values.get("multi_query") else self.heads
 
     @property
-    def intermediate(self) -> int:
-        """Indices between the two halves of an expert, or of the MLP where there are no experts."""
-        return self._size(
-            "moe_intermediate_size" if self.experts and "moe_intermediate_size" in self._values else "intermediate_size"
-        )
-
-    @property
     def linear_key_heads(self) -> int:
         """Key heads of linear attention."""
         return self._size("linear_num_key_heads")

@@ -13,6 +13,9 @@ from ray_streamer.sharding.families import FAMILIES
 if TYPE_CHECKING:
     from types import ModuleType
 
+# All of it happens in one fixture, which takes most of a minute by itself and much longer on a machine that is shared.
+pytestmark = pytest.mark.timeout(900)
+
 Findings = list[dict[str, Any]]
 
 _SCRIPT = Path(__file__).parents[2] / "docs" / "write_families.py"
@@ -38,14 +41,14 @@ def test_every_slice_is_what_others_load(findings: Findings) -> None:
 
 
 def test_every_family_is_compared_on_every_rank(findings: Findings) -> None:
-    found = {(finding["model_type"], finding["oracle"], finding["tp"], finding["rank"]) for finding in findings}
+    found = {(finding["model"], finding["oracle"], finding["tp"], finding["rank"]) for finding in findings}
     ranks = [(tp, rank) for tp in (2, 4) for rank in range(tp)]
     expected = {
         (model_type, oracle, tp, rank)
         for model_type, family in FAMILIES.items()
-        for oracle in ("get_slice, generic", "get_slice, vllm", "transformers", "torch DCP")
+        for oracle in ("get_slice, generic", "get_slice, vllm", "transformers")
         for tp, rank in ranks
-        if family.transformers is not None or oracle.startswith("get_slice")
+        if (family.transformers is not None or oracle != "transformers") and (tp == 4 or oracle != "get_slice, vllm")
     }
     forward = {
         (model_type, "forward", *at) for model_type in ("llama", "qwen3", "mixtral", "gemma3_text") for at in ranks

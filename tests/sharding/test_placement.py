@@ -128,10 +128,10 @@ def test_units_stay_together_and_are_dealt_as_torch_chunk_deals(cut: Cut, size: 
 @pytest.mark.parametrize("tp", [2, 4])
 def test_parts_of_units_are_chunks_of_each_part(cut: Cut, tp: int) -> None:
     gate, up = numbered(10, 3), numbered(10, 3) + 100
-    placement = Split(0, parts=(Part(10, unit=1), Part(10, unit=1)))
-    for rank, part in enumerate(slices(placement, (20, 3), tp)):
-        expected = torch.cat([gate.chunk(tp)[rank], up.chunk(tp)[rank]])
-        assert torch.equal(cut(torch.cat([gate, up]), part), expected)
+    for placement in (Split(0, parts=(Part(10, unit=1), Part(10, unit=1))), Split(0, num_parts=2, unit=1)):
+        for rank, part in enumerate(slices(placement, (20, 3), tp)):
+            expected = torch.cat([gate.chunk(tp)[rank], up.chunk(tp)[rank]])
+            assert torch.equal(cut(torch.cat([gate, up]), part), expected)
 
 
 @pytest.mark.parametrize("apart", [False, True])
@@ -225,6 +225,7 @@ def test_ranks_cover_every_element_equally_often(cut: Cut, case: tuple[Placement
         pytest.param(Split(0, kv_heads=6), (24, 2), 4, "6 key-value heads neither", id="kv-heads-do-not-divide"),
         pytest.param(Split(0, kv_heads=4), (24, 2), 6, "4 key-value heads neither", id="kv-heads-do-not-share-out"),
         pytest.param(Split(0, parts=(4, 4)), (9, 2), 2, "has 9 indices, but its parts make 8", id="parts-too-short"),
+        pytest.param(Split(0, num_parts=2), (9, 2), 2, "9 indices, but its parts make 8", id="unequal-parts"),
         pytest.param(Split(0, unit=4), (10, 2), 2, "10 indices are not whole units of 4", id="half-a-unit"),
         pytest.param(SplitVocabulary(pad_to=4), (9, 2), 8, "12 indices with padding do not", id="padding-uneven"),
         pytest.param(SplitGroups(0, 4, (2, 1)), (10, 2), 2, "10 indices, but its parts make 12", id="groups-too-short"),
@@ -248,6 +249,8 @@ def test_refusals_say_why(placement: Placement, shape: tuple[int, ...], tp: int,
         pytest.param(lambda: SplitVocabulary(1.0), "a dimension is a whole number", id="vocabulary-dim-is-a-float"),
         pytest.param(lambda: Split(0, heads=0), "at least 1", id="no-heads"),
         pytest.param(lambda: Split(0, kv_heads="8"), "at least 1", id="heads-are-text"),
+        pytest.param(lambda: Split(0, num_parts=0), "num_parts is at least 1", id="no-parts"),
+        pytest.param(lambda: Split(0, num_parts=2, parts=(4, 4)), "goes without parts", id="parts-in-two-ways"),
         pytest.param(lambda: Split(0, unit=0), "at least 1", id="empty-unit"),
         pytest.param(lambda: Split(0, unit=4, heads=4), "exclude each other", id="unit-and-heads"),
         pytest.param(lambda: SplitVocabulary(pad_to=0), "multiple of at least 1", id="no-padding"),

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import fnmatch
 import pickle
+from typing import Any
 
 import pytest
 from hypothesis import example, given
@@ -90,12 +91,78 @@ def test_an_unknown_family_is_refused_with_the_known_ones(config: dict[str, obje
         (LLAMA | {"num_key_value_heads": "2"}, "number for num_key_value_heads, got '2'"),
         (LLAMA | {"num_attention_heads": 0}, "number for num_attention_heads, got 0"),
         (LLAMA | {"model_type": "phi3"}, "number for hidden_size, got None"),
-        (LLAMA | {"model_type": "phi3", "head_dim": 4}, "number for intermediate_size, got None"),
     ],
 )
 def test_missing_sizes_are_named(config: dict[str, object], message: str) -> None:
     with pytest.raises(ShardingError, match=message):
         ShardRules.for_config(config)
+
+
+PLAN = {
+    "model.embed_tokens": "embedding_rowwise",
+    "model.layers.*.self_attn.q_proj": "colwise",
+    "model.layers.*.self_attn.o_proj": "rowwise",
+    "model.layers.*.self_attn.q_norm": "replicated_with_grad_allreduce",
+    "model.layers.*.mlp.experts.gate_up_proj": "packed_colwise",
+    "model.layers.*.mlp.experts.down_proj": "rowwise",
+    "model.layers.*.mlp.experts": "moe_tp_experts",
+    "model.layers.*.feed_forward.experts.gate_up_proj": "packed_rowwise",
+    "model.layers.*.feed_forward.experts.down_proj": "colwise",
+    "lm_head": "colwise_gather_output",
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "last"),
+    [
+        ("model.embed_tokens.weight", (10, 8), (1, 8)),
+        ("model.layers.0.self_attn.q_proj.weight", (10, 8), (1, 8)),
+        ("model.layers.0.self_attn.q_proj.bias", (10,), (1,)),
+        ("model.layers.0.self_attn.o_proj.weight", (8, 10), (8, 1)),
+        ("model.layers.0.self_attn.o_proj.bias", (8,), (8,)),
+        ("model.layers.0.self_attn.q_norm.weight", (4,), (4,)),
+        ("model.layers.0.mlp.experts.gate_up_proj", (2, 20, 8), (2, 2, 8)),
+        ("model.layers.0.mlp.experts.down_proj", (2, 8, 10), (2, 8, 1)),
+        ("model.layers.0.mlp.experts.1.gate_proj.weight", (10, 8), (1, 8)),
+        ("model.layers.0.mlp.experts.1.up_proj.weight", (10, 8), (1, 8)),
+        ("model.layers.0.mlp.experts.1.down_proj.weight", (8, 10), (8, 1)),
+        ("model.layers.0.feed_forward.experts.gate_up_proj", (2, 8, 20), (2, 8, 2)),
+        ("model.layers.0.feed_forward.experts.down_proj", (2, 10, 8), (2, 1, 8)),
+        ("language_model.model.layers.0.self_attn.q_proj.weight", (10, 8), (1, 8)),
+        ("lm_head.weight", (10, 8), (1, 8)),
+    ],
+)
+def test_styles_of_a_plan_of_transformers(name: str, shape: tuple[int, ...], last: tuple[int, ...]) -> None:
+    placement = ShardRules.from_tp_plan(PLAN).placement_of(name)
+    assert placement is not None
+    assert placement.refusal(shape, 4) is None
+    # Of 10 indices the four ranks hold 3, 3, 3 and 1.
+    part = placement.slice_of(shape, tp_index=3, tp=4)
+    assert part is not None
+    assert part.shape == last
+
+
+def test_a_plan_leaves_open_what_it_does_not_name() -> None:
+    rules = ShardRules.from_tp_plan(PLAN)
+    assert rules.placement_of("model.layers.0.mlp.gate.weight") is None
+    assert rules.placement_of("model.layers.0.mlp.experts.1.scale_proj.weight") is None
+    assert all(rule.optional for rule in rules)
+
+
+@pytest.mark.parametrize(
+    ("plan", "message"),
+    [
+        pytest.param({}, "a plan maps names of modules to styles", id="empty"),
+        pytest.param(None, "got None", id="none"),
+        pytest.param(["colwise"], r"got \['colwise'\]", id="list"),
+        pytest.param(
+            {"a": "colwise", "b": "sideways"}, "unknown styles .* b: 'sideways'; known are all_reduce", id="style"
+        ),
+    ],
+)
+def test_plans_that_are_none_are_refused(plan: Any, message: str) -> None:
+    with pytest.raises(ShardingError, match=message):
+        ShardRules.from_tp_plan(plan)
 
 
 @pytest.mark.parametrize(

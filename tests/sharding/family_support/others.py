@@ -55,7 +55,8 @@ def read_by_dcp(folder: Path, model: PreTrainedModel, on_disk: Iterable[str]) ->
         for name, tensor in model.state_dict().items()
         if name in names and _is_known_to_dcp(tensor)
     }
-    dcp.load(targets, storage_reader=HuggingFaceStorageReader(path=str(folder)))
+    if targets:
+        dcp.load(targets, storage_reader=HuggingFaceStorageReader(path=str(folder)))
     return _local(targets)
 
 
