@@ -2,48 +2,40 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Unpack
 
+from ray_streamer.api.request import make_request
 from ray_streamer.planning.limits import DEFAULT_MEMORY_LIMIT, share_memory
 from ray_streamer.planning.topology import Topology
-from ray_streamer.rank.request import LoadRequest, slice_source
 from ray_streamer.settings import Settings
-from ray_streamer.sharding.mesh import Mesh
 
 if TYPE_CHECKING:
+    from ray_streamer.api.request import SliceArguments, Stages
     from ray_streamer.planning.read_plan import ReadPlan
-    from ray_streamer.rank.request import SliceSource
-    from ray_streamer.sharding.groups import Unmatched
-    from ray_streamer.sharding.presets import Layout
-    from ray_streamer.sharding.rules import RulesLike
 
 
 def plan(
     uri: str,
     tp: int = 1,
     *,
+    pp: Stages = 1,
+    ep: int | bool = False,
     replicas: int = 1,
     num_nodes: int = 1,
-    rules: RulesLike | None = None,
-    slices: SliceSource | None = None,
-    unmatched: Unmatched = "error",
-    layout: Layout = "generic",
-    drafts: bool = False,
     settings: Settings | None = None,
+    **slicing: Unpack[SliceArguments],
 ) -> ReadPlan:
     """Plans a load without loading; only headers are read, and Ray is not used.
 
     Args:
         uri: As in `load_sharded`.
-        tp: Ranks that share one copy of the model.
-        replicas: Copies of the model.
+        tp: As in `load_sharded`.
+        pp: As in `load_sharded`.
+        ep: As in `load_sharded`.
+        replicas: As in `load_sharded`.
         num_nodes: Nodes over which the ranks are packed in order.
-        rules: As in `load_sharded`.
-        slices: As in `load_sharded`.
-        unmatched: As in `load_sharded`.
-        layout: As in `load_sharded`.
-        drafts: As in `load_sharded`.
         settings: Every knob; from the environment when unset. Without a memory limit, that of a large node is assumed.
+        slicing: `rules`, `slices`, `unmatched`, `layout`, `drafts` and `experts`, as in `load_sharded`.
 
     Returns:
         The plan; `summarize(plan)` gives its figures.
@@ -57,13 +49,7 @@ def plan(
         PlanError: The ranks cannot lie on that many nodes.
     """
     settings = settings or Settings.resolve()
-    request = LoadRequest(
-        uri=uri,
-        mesh=Mesh(tp=tp, dp=replicas),
-        slices=slice_source(rules, slices, unmatched=unmatched, layout=layout, drafts=drafts),
-        settings=settings,
-        device="cpu",
-    )
+    request = make_request(uri, tp=tp, pp=pp, ep=ep, replicas=replicas, settings=settings, device="cpu", **slicing)
     topology = Topology.even(request.mesh.num_ranks, num_nodes)
     return request.plan(topology, memory_limits=assumed_limits(topology, settings))
 

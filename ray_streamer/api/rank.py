@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING, TypedDict, Unpack
 
 from ray_streamer.api.membership import find_membership
 from ray_streamer.api.plan import assumed_limits
+from ray_streamer.api.request import make_request, num_stages, slice_arguments
 from ray_streamer.cluster.facts import measure_available_memory
 from ray_streamer.errors import LoadAbortedError, SettingsError
 from ray_streamer.planning.limits import rank_memory_limit
 from ray_streamer.rank.load import RankLoad
 from ray_streamer.rank.options import RankOptions
-from ray_streamer.rank.request import LoadRequest, slice_source
 from ray_streamer.settings import Settings
-from ray_streamer.sharding.mesh import Mesh
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -25,10 +24,12 @@ if TYPE_CHECKING:
     import torch
 
     from ray_streamer.api.membership import Membership
+    from ray_streamer.api.request import Stages
     from ray_streamer.device.base import Device
     from ray_streamer.planning.read_plan import ReadPlan
-    from ray_streamer.rank.request import SliceSource
+    from ray_streamer.rank.request import LoadRequest, SliceSource
     from ray_streamer.rank.statistics import RankStatistics
+    from ray_streamer.sharding.experts import ExpertsLike
     from ray_streamer.sharding.groups import Unmatched
     from ray_streamer.sharding.presets import Layout
     from ray_streamer.sharding.rules import RulesLike
@@ -39,7 +40,9 @@ class RankArguments(TypedDict, total=False):
     """What `load_rank` and `stream_rank` take beside the uri; everything has a default.
 
     Attributes:
-        tp: Ranks that share one copy of the model; all ranks when unset, else the rest of them are replicas.
+        tp: Ranks that share the tensors of one stage; all ranks of a stage when unset, else the rest of them are replicas.
+        pp: As in `load_sharded`.
+        ep: As in `load_sharded`.
         rank: This process; unset = from torch.distributed when it is initialised, else from the variable RANK.
         world_size: Ranks of the load; given or left out together with `rank`.
         local_world_size: Ranks on each node, numbered in a row; all of them when unset.
@@ -49,6 +52,7 @@ class RankArguments(TypedDict, total=False):
         unmatched: As in `load_sharded`.
         layout: As in `load_sharded`.
         drafts: As in `load_sharded`.
+        experts: As in `load_sharded`.
         device: "cpu"; "cuda", torch's current device; or "cuda:N".
         settings: Every knob, equal on all ranks; from the environment when unset.
         out: Contiguous tensors of this rank by name, filled in place; tensors not named are allocated. After an error their
@@ -57,6 +61,8 @@ class RankArguments(TypedDict, total=False):
     """
 
     tp: int | None
+    pp: Stages
+    ep: int | bool
     rank: int | None
     world_size: int | None
     local_world_size: int | None
@@ -66,6 +72,7 @@ class RankArguments(TypedDict, total=False):
     unmatched: Unmatched
     layout: Layout
     drafts: bool
+    experts: ExpertsLike | None
     device: str
     settings: Settings | None
     out: Mapping[str, torch.Tensor] | None
@@ -171,27 +178,29 @@ def _request_of_rank(uri: str, arguments: RankArguments) -> tuple[Membership, Lo
         arguments.get("local_world_size"),
         arguments.get("session"),
     )
-    num_ranks = membership.topology.num_ranks
-    tp = arguments.get("tp")
+    return membership, _request(uri, arguments, membership.topology.num_ranks)
+
+
+def _request(uri: str, arguments: RankArguments, num_ranks: int) -> LoadRequest:
+    pp, tp = arguments.get("pp", 1), arguments.get("tp")
+    stages = num_stages(pp)
+    if stages < 1 or num_ranks % stages:
+        raise SettingsError(f"pp={stages} does not divide the {num_ranks} ranks of this load")
     if tp is None:
-        tp = num_ranks
-    if tp < 1 or num_ranks % tp:
-        raise SettingsError(f"tp={tp} does not divide the {num_ranks} ranks of this load")
-    settings = arguments.get("settings") or Settings.resolve()
-    request = LoadRequest(
-        uri=uri,
-        mesh=Mesh(tp=tp, dp=num_ranks // tp),
-        slices=slice_source(
-            arguments.get("rules"),
-            arguments.get("slices"),
-            unmatched=arguments.get("unmatched", "error"),
-            layout=arguments.get("layout", "generic"),
-            drafts=arguments.get("drafts", False),
-        ),
-        settings=settings,
+        tp = num_ranks // stages
+    if tp < 1 or num_ranks % (tp * stages):
+        with_pp = f" and pp={stages}" if stages > 1 else ""
+        raise SettingsError(f"tp={tp}{with_pp} does not divide the {num_ranks} ranks of this load")
+    return make_request(
+        uri,
+        tp=tp,
+        pp=pp,
+        ep=arguments.get("ep", False),
+        replicas=num_ranks // (tp * stages),
+        settings=arguments.get("settings") or Settings.resolve(),
         device=arguments.get("device", "cpu"),
+        **slice_arguments(arguments),
     )
-    return membership, request
 
 
 def _plan(membership: Membership, request: LoadRequest) -> ReadPlan:

@@ -6,19 +6,20 @@ import math
 import os
 from typing import TYPE_CHECKING
 
+from ray_streamer.api.request import make_request
 from ray_streamer.cluster.model import ShardedModel
 from ray_streamer.cluster.placement import PlacementOptions
 from ray_streamer.cluster.session import connect
 from ray_streamer.device import is_cuda
-from ray_streamer.rank.request import LoadRequest, slice_source
 from ray_streamer.settings import Settings
-from ray_streamer.sharding.mesh import Mesh
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from ray_streamer.api.request import Stages
     from ray_streamer.rank.request import SliceSource
     from ray_streamer.rank.statistics import RankStatistics
+    from ray_streamer.sharding.experts import ExpertsLike
     from ray_streamer.sharding.groups import Unmatched
     from ray_streamer.sharding.presets import Layout
     from ray_streamer.sharding.rules import RulesLike
@@ -28,12 +29,15 @@ def load_sharded(
     uri: str,
     tp: int = 1,
     *,
+    pp: Stages = 1,
+    ep: int | bool = False,
     replicas: int = 1,
     rules: RulesLike | None = None,
     slices: SliceSource | None = None,
     unmatched: Unmatched = "error",
     layout: Layout = "generic",
     drafts: bool = False,
+    experts: ExpertsLike | None = None,
     device: str = "cpu",
     concurrency: int | None = None,
     memory_limit: int | str | None = None,
@@ -48,14 +52,19 @@ def load_sharded(
 
     Args:
         uri: Folder or prefix, one `.safetensors` file, or one index json: a path, `file://`, `s3://`, `gs://`, `abfss://` or `hdfs://`.
-        tp: Ranks that share one copy of the model.
-        replicas: Copies of the model; `tp * replicas` ranks are started.
+        tp: Ranks that share the tensors of one stage.
+        pp: Stages of layers, as even as can be; or the number of layers of each, such as (31, 30).
+        ep: True = every rank of a replica holds whole experts, a `tp`-th of them, instead of slices of all; a number = over
+            so many groups of ranks, see `Mesh`.
+        replicas: Copies of the model; `tp * pp * replicas` ranks are started.
         rules: Glob of tensor names -> placement, before the preset that the checkpoint's config.json names.
         slices: Instead of rules: a picklable callable (index, mesh) -> `SliceTable`.
         unmatched: "error", or "replicate" for tensors of two or more dimensions without a rule.
         layout: Which preset: "generic" as Megatron-LM, "transformers" as its tensor-parallel plan, "vllm" as its layers hold
             their tensors; see docs/families.md.
         drafts: Whether what only multi-token prediction uses is loaded, too.
+        experts: With `ep`: the experts that each group holds, such as [[0, 1, 4], [2, 3, 4]], or such lists by layer; an
+            expert may be in several.
         device: Where the tensors go: "cpu", or "cuda", the GPU that Ray assigns to each rank; see `PlacementOptions`.
         concurrency: Reads in flight per rank.
         memory_limit: Staging bytes per rank: N or text such as "512MiB" = at most N; 0 = the least that works; -1 = as much
@@ -81,10 +90,18 @@ def load_sharded(
         ClusterError: No cluster, or no room for the ranks.
         RankFailedError: A rank failed while loading; names it, its node and the cause. Nothing is left running then.
     """
-    request = LoadRequest(
-        uri=uri,
-        mesh=Mesh(tp=tp, dp=replicas),
-        slices=slice_source(rules, slices, unmatched=unmatched, layout=layout, drafts=drafts),
+    request = make_request(
+        uri,
+        tp=tp,
+        pp=pp,
+        ep=ep,
+        replicas=replicas,
+        rules=rules,
+        slices=slices,
+        unmatched=unmatched,
+        layout=layout,
+        drafts=drafts,
+        experts=experts,
         settings=(settings or Settings.resolve()).override(
             concurrency=concurrency, memory_limit=memory_limit, node_memory_limit=node_memory_limit
         ),

@@ -6,11 +6,12 @@ import json
 import sys
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
 from ray_streamer.cli.command import Command, json_option, print_json, verbose_option
+from ray_streamer.cli.mesh import with_mesh
 from ray_streamer.cli.rules import with_rules
 from ray_streamer.cli.settings import with_settings
 from ray_streamer.cluster.placement import PlacementOptions, Strategy
@@ -28,8 +29,7 @@ if TYPE_CHECKING:
 
 @click.command("load", cls=Command)
 @click.argument("uri")
-@click.option("--tp", type=click.IntRange(1), required=True, help="Ranks that share one copy of the model.")
-@click.option("--replicas", type=click.IntRange(1), default=1, show_default=True, help="Copies of the model.")
+@with_mesh
 @click.option("--device", default="cpu", show_default=True, help="Where the tensors go: cpu or cuda.")
 @click.option("--num-cpus-per-rank", type=float, default=1.0, show_default=True, help="CPUs that each rank reserves.")
 @click.option("--num-gpus-per-rank", type=float, help="GPUs that each rank reserves; unset = 1 on GPUs, else none.")
@@ -56,8 +56,7 @@ if TYPE_CHECKING:
 @with_settings
 def command(
     uri: str,
-    tp: int,
-    replicas: int,
+    mesh: dict[str, Any],
     device: str,
     num_cpus_per_rank: float,
     num_gpus_per_rank: float | None,
@@ -83,8 +82,7 @@ def command(
     with _progress(uri) as on_progress:
         model = load_sharded(
             uri,
-            tp,
-            replicas=replicas,
+            **mesh,
             rules=rules,
             unmatched=unmatched,
             layout=layout,

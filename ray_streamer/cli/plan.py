@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from ray_streamer.cli.command import Command, json_option, print_json, verbose_option
+from ray_streamer.cli.mesh import with_mesh
 from ray_streamer.cli.rules import with_rules
 from ray_streamer.cli.settings import with_settings
 
@@ -21,8 +22,7 @@ if TYPE_CHECKING:
 
 @click.command("plan", cls=Command)
 @click.argument("uri")
-@click.option("--tp", type=click.IntRange(1), required=True, help="Ranks that share one copy of the model.")
-@click.option("--replicas", type=click.IntRange(1), default=1, show_default=True, help="Copies of the model.")
+@with_mesh
 @click.option(
     "--nodes", type=click.IntRange(1), default=1, show_default=True, help="Nodes that the ranks fill in order."
 )
@@ -39,8 +39,7 @@ if TYPE_CHECKING:
 @with_settings
 def command(
     uri: str,
-    tp: int,
-    replicas: int,
+    mesh: dict[str, Any],
     nodes: int,
     top: int,
     rank: int | None,
@@ -56,23 +55,15 @@ def command(
 
     Only headers are read, and Ray is not needed. Without a memory limit, nodes with enough memory are assumed.
     """
-    if rank is not None and rank >= tp * replicas:
-        raise click.BadParameter(f"{rank} is outside the {tp * replicas} ranks", param_hint="--rank")
     from ray_streamer.api.plan import plan as make_plan
     from ray_streamer.planning.explain import summarize, write_plan
     from ray_streamer.planning.tensor_reads import explain_tensors
 
     plan = make_plan(
-        uri,
-        tp,
-        replicas=replicas,
-        num_nodes=nodes,
-        rules=rules,
-        unmatched=unmatched,
-        layout=layout,
-        drafts=drafts,
-        settings=settings,
+        uri, **mesh, num_nodes=nodes, rules=rules, unmatched=unmatched, layout=layout, drafts=drafts, settings=settings
     )
+    if rank is not None and rank >= plan.topology.num_ranks:
+        raise click.BadParameter(f"{rank} is outside the {plan.topology.num_ranks} ranks", param_hint="--rank")
     if out is not None:
         write_plan(plan, out)
     summary = summarize(plan)

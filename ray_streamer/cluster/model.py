@@ -208,7 +208,7 @@ class ShardedModel:
         seconds = {phase: stop - start for phase, start, stop in zip(phases, times, times[1:], strict=False)}
         return LoadReport(
             uri=self._request.uri,
-            mesh={axis: self.mesh.axis_size(axis) for axis in self.mesh.axes},
+            mesh={axis: self.mesh.axis_size(axis) for axis in self.mesh.axes} | {"ep": self.mesh.ep},
             seconds=seconds | {"total": times[-1] - times[0]},
             checkpoint_bytes=plan.index.total_bytes,
             needed_bytes=sum(plan.node_plans[number].needed_bytes for number in plan.node_plan_ids),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, get_args
 
 from ray_streamer.checkpoint import locate, open_checkpoint
 from ray_streamer.checkpoint.index import CheckpointIndex
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from ray_streamer.device.base import Device
     from ray_streamer.planning.topology import Topology
     from ray_streamer.settings import Settings
+    from ray_streamer.sharding.experts import ExpertsLike
     from ray_streamer.storage.base import Storage
 
 SliceSource = Callable[[CheckpointIndex, Mesh], SliceTable]
@@ -47,12 +48,16 @@ class RuleSlices:
         unmatched: What becomes of tensors of two or more dimensions that no rule matches.
         layout: What the tensors are for, and so which preset.
         drafts: Whether what only multi-token prediction uses is loaded, too.
+        stage_layers: Layers of each stage; as even as can be when unset.
+        experts: Experts of each group, for all layers or by layer; neighbours when unset.
     """
 
     rules: ShardRules = field(default_factory=ShardRules)
     unmatched: Unmatched = "error"
     layout: Layout = "generic"
     drafts: bool = False
+    stage_layers: tuple[int, ...] | None = None
+    experts: ExpertsLike | None = None
 
     def __post_init__(self) -> None:
         for name, value, kind in (("unmatched", self.unmatched, Unmatched), ("layout", self.layout, Layout)):
@@ -65,7 +70,9 @@ class RuleSlices:
             rules = ShardRules.for_config(index.config, first=self.rules, layout=self.layout, drafts=self.drafts)
         except ShardingError as error:
             raise ShardingError(f"{index.uri}: {error}") from error
-        return resolve_slices(index, rules, mesh, unmatched=self.unmatched)
+        return resolve_slices(
+            index, rules, mesh, unmatched=self.unmatched, stage_layers=self.stage_layers, experts=self.experts
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,26 +152,3 @@ def _fit(memory_limit: int, settings: Settings) -> int:
     return fit_block_bytes(
         memory_limit=memory_limit, block_bytes=settings.block_bytes, concurrency=settings.concurrency
     )
-
-
-def slice_source(
-    rules: Any,
-    slices: SliceSource | None,
-    *,
-    unmatched: Unmatched = "error",
-    layout: Layout = "generic",
-    drafts: bool = False,
-) -> SliceSource:
-    """The one slice source that the arguments of a load describe.
-
-    Raises:
-        SettingsError: Slices are given together with what chooses among rules.
-        ShardingError: `rules` are not rules.
-    """
-    if slices is None:
-        return RuleSlices(ShardRules(rules or ()), unmatched, layout, drafts)
-    if rules is not None:
-        raise SettingsError("give rules or slices, not both: slices say all that rules could")
-    if layout != "generic" or drafts:
-        raise SettingsError(f"layout={layout!r} and drafts={drafts} choose a preset; slices need none")
-    return slices

@@ -17,7 +17,7 @@ class LoadReport:
 
     Attributes:
         uri: What was loaded.
-        mesh: Size of each axis.
+        mesh: Size of each axis, and groups of experts (ep).
         seconds: Wall seconds of the driver by phase: `start` (placement and actors), `plan` (headers, slices, plan), `load`
             (until the last rank was done), and their sum `total`.
         checkpoint_bytes: All tensor bytes of the checkpoint.

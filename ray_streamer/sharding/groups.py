@@ -1,4 +1,4 @@
-"""Which tensors are alike? Those of one rule, shape and dtype; and what is wrong with the rules is found on the way.
+"""Which tensors are alike? Those of one rule, shape, dtype and residence; what is wrong with the rules is found on the way.
 
 A rule places a tensor by its name, or, where no rule has that name, as a part of a quantized weight that one has. Rules that
 decide nothing and tensors that have none are listed together.
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from ray_streamer.checkpoint.index import CheckpointIndex
+    from ray_streamer.sharding.mesh import Mesh
+    from ray_streamer.sharding.residence import Residence
     from ray_streamer.sharding.rules import ShardRules
     from ray_streamer.sharding.slices import SlicePattern
     from ray_streamer.sharding.stored_form import StoredForm
@@ -34,33 +36,40 @@ _NUM_SHOWN = 8
 
 @dataclass(frozen=True, slots=True)
 class TensorGroup:
-    """Tensors alike in rule, shape and dtype, hence in slices.
+    """Tensors alike in rule, shape, dtype and residence, hence in slices.
 
     Attributes:
         placement: How they lie.
         shape: Logical elements.
         dtype: As their headers say.
+        residence: Which ranks may hold them.
         tensors: Their positions in the index.
     """
 
     placement: Placement
     shape: tuple[int, ...]
     dtype: DType
+    residence: Residence
     tensors: list[int] = field(default_factory=list[int])
 
-    def refusal(self, tp: int) -> str | None:
-        """Why these tensors cannot be placed on `tp` ranks, or None when they can."""
-        return self.placement.refusal(self.shape, tp) or self._torn_byte(tp)
+    def refusal(self, mesh: Mesh) -> str | None:
+        """Why these tensors cannot be placed on `mesh`, or None when they can."""
+        tp = self.residence.tp(mesh)
+        refused = self.placement.refusal(self.shape, tp) or self._torn_byte(tp)
+        return refused or self.residence.refusal(self.placement, self.shape, mesh)
 
-    def slices(self, tp: int) -> SlicePattern:
-        """One slice for each tp index."""
+    def pattern(self, mesh: Mesh) -> SlicePattern:
+        """One slice for each rank of `mesh`."""
+        return self.residence.pattern(self._shares(self.residence.tp(mesh)), mesh)
+
+    def _shares(self, tp: int) -> SlicePattern:
         return tuple(self.placement.slice_of(self.shape, tp_index=index, tp=tp) for index in range(tp))
 
     def _torn_byte(self, tp: int) -> str | None:
         """Storage moves whole bytes, so a row of a dtype narrower than a byte may be cut at whole bytes only."""
         if self.dtype.num_bits % 8 == 0 or not self.shape:
             return None
-        for box in (box for part in self.slices(tp) if part for box in part.boxes):
+        for box in (box for part in self._shares(tp) if part for box in part.boxes):
             for edge in (box.starts[-1], box.stops[-1]):
                 if edge * self.dtype.num_bits % 8:
                     return f"element {edge} of the last dimension begins inside a byte of packed {self.dtype.name}"
@@ -68,9 +77,15 @@ class TensorGroup:
 
 
 def group_tensors(
-    index: CheckpointIndex, rules: ShardRules, unmatched: Unmatched
+    index: CheckpointIndex, rules: ShardRules, residences: Sequence[Residence], unmatched: Unmatched
 ) -> tuple[list[TensorGroup], NDArray[np.int64]]:
     """The groups, and for each tensor the position of its group.
+
+    Args:
+        index: The checkpoint's tensors.
+        rules: Which placement each name has.
+        residences: Of each tensor; equal ones are one object.
+        unmatched: What becomes of tensors that need a rule and have none.
 
     Raises:
         ShardingError: A rule that is not optional places no tensor, or a tensor has no rule and needs one.
@@ -85,13 +100,22 @@ def group_tensors(
         forms[id(part.form)] = part.form
     _check_rules(index, rules, rule_ids, unmatched)
     ids: dict[tuple[int, ...], int] = {}
-    columns = (rule_ids, form_ids, index.num_dims.tolist(), index.dtype_codes.tolist(), *index.shapes.T.tolist())
+    homes = {id(residence): residence for residence in residences}
+    home_ids = map(id, residences)
+    columns = (
+        rule_ids,
+        form_ids,
+        home_ids,
+        index.num_dims.tolist(),
+        index.dtype_codes.tolist(),
+        *index.shapes.T.tolist(),
+    )
     group_ids = [ids.setdefault(key, len(ids)) for key in zip(*columns, strict=True)]
     groups: list[TensorGroup] = []
-    for rule_id, form_id, num_dims, dtype_code, *sizes in ids:
+    for rule_id, form_id, home_id, num_dims, dtype_code, *sizes in ids:
         placement = rules.rules[rule_id].placement if rule_id >= 0 else Replicate()
         placement = forms[form_id].placed_with(placement) if form_id else placement
-        groups.append(TensorGroup(placement, tuple(sizes[:num_dims]), DTYPES[dtype_code]))
+        groups.append(TensorGroup(placement, tuple(sizes[:num_dims]), DTYPES[dtype_code], homes[home_id]))
     for tensor, group_id in enumerate(group_ids):
         groups[group_id].tensors.append(tensor)
     return groups, np.array(group_ids, dtype=np.int64)

@@ -78,6 +78,12 @@ def parts_of_weights(index: CheckpointIndex, rules: ShardRules, rule_ids: list[i
     return found
 
 
+def weight_of(name: str) -> str | None:
+    """The weight, as rules call it, that a tensor of this name would be a part of; None when it is none by its name."""
+    found = _split(name)
+    return None if found is None else found[0]
+
+
 def _may_be_quantized(index: CheckpointIndex, rule_ids: list[int]) -> bool:
     """Whether a name without a rule looks like a part of a weight, or a weight may be packed in bytes."""
     if (index.dtype_codes == DTYPE_CODES["U8"]).any():

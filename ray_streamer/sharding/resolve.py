@@ -12,14 +12,16 @@ import numpy as np
 
 from ray_streamer.errors import ShardingError
 from ray_streamer.sharding.groups import TensorGroup, group_tensors, named
+from ray_streamer.sharding.mesh import Mesh
+from ray_streamer.sharding.residence import EVERYWHERE, find_residences
 from ray_streamer.sharding.slices import SlicePattern, SliceTable
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from ray_streamer.checkpoint.index import CheckpointIndex
+    from ray_streamer.sharding.experts import ExpertsLike
     from ray_streamer.sharding.groups import Unmatched
-    from ray_streamer.sharding.mesh import Mesh
     from ray_streamer.sharding.rules import ShardRules
 
 LARGEST_TP = 128
@@ -29,35 +31,41 @@ _NUM_SHOWN = 8
 
 
 def resolve_slices(
-    index: CheckpointIndex, rules: ShardRules, mesh: Mesh, *, unmatched: Unmatched = "error"
+    index: CheckpointIndex,
+    rules: ShardRules,
+    mesh: Mesh,
+    *,
+    unmatched: Unmatched = "error",
+    stage_layers: Sequence[int] | None = None,
+    experts: ExpertsLike | None = None,
 ) -> SliceTable:
     """Every rank's slice of every tensor.
 
-    Ranks that differ in other axes than tp hold the same. Tensors of fewer than two dimensions without a rule are
-    replicated.
+    Replicas hold the same, except for experts when `mesh.ep` spans them. Tensors of fewer than two dimensions without a rule
+    are replicated, unless they lie beside a weight that is cut.
 
     Args:
         index: The checkpoint's tensors.
         rules: Which placement each name has.
         mesh: How many ranks, and where each one is.
         unmatched: What becomes of tensors of two or more dimensions without a rule.
+        stage_layers: Layers of each stage; `divide_layers` says when unset.
+        experts: Experts of each group, for all layers or by layer; `divide_experts` says when unset.
 
     Raises:
-        ShardingError: A rule that is not optional places no tensor; a tensor has no rule; or tensors cannot be split
-            over `mesh.tp` ranks, and the message lists the sizes over which the whole checkpoint can.
+        ShardingError: A rule that is not optional places no tensor; a tensor has no rule; layers or experts cannot be divided
+            over the mesh; or tensors cannot be split over `mesh.tp` ranks, and the message lists the sizes over which the
+            whole checkpoint can.
         SettingsError: `unmatched` is neither of its two values.
     """
-    groups, group_ids = group_tensors(index, rules, unmatched)
-    refusals = [(group, refusal) for group in groups if (refusal := group.refusal(mesh.tp))]
+    residences = find_residences(index, mesh, stage_layers=stage_layers, experts=experts)
+    groups, group_ids = group_tensors(index, rules, residences, unmatched)
+    refusals = [(group, refusal) for group in groups if (refusal := group.refusal(mesh))]
     if refusals:
-        raise ShardingError(_cannot_split(index, mesh.tp, refusals, _legal_among(groups)))
-    tp_indices = [mesh.coordinate(rank)["tp"] for rank in range(mesh.num_ranks)]
+        raise ShardingError(_cannot_split(index, mesh, refusals, _legal_among(groups, mesh)))
     ids: dict[SlicePattern, int] = {}
-    pattern_ids = np.empty(len(groups), dtype=np.int32)
-    for position, group in enumerate(groups):
-        by_tp = group.slices(mesh.tp)
-        pattern_ids[position] = ids.setdefault(tuple(by_tp[at] for at in tp_indices), len(ids))
-    return SliceTable(mesh.num_ranks, tuple(ids), pattern_ids[group_ids])
+    numbers = [ids.setdefault(group.pattern(mesh), len(ids)) for group in groups]
+    return SliceTable(mesh.num_ranks, tuple(ids), np.array(numbers, dtype=np.int32)[group_ids])
 
 
 def legal_tp(index: CheckpointIndex, rules: ShardRules, *, unmatched: Unmatched = "error") -> tuple[int, ...]:
@@ -66,15 +74,15 @@ def legal_tp(index: CheckpointIndex, rules: ShardRules, *, unmatched: Unmatched 
     Raises:
         ShardingError: The rules do not fit the checkpoint at any size: as `resolve_slices` says.
     """
-    groups, _ = group_tensors(index, rules, unmatched)
-    return _legal_among(groups)
+    groups, _ = group_tensors(index, rules, [EVERYWHERE] * len(index), unmatched)
+    return _legal_among(groups, Mesh())
 
 
 def _cannot_split(
-    index: CheckpointIndex, tp: int, refusals: Sequence[tuple[TensorGroup, str]], legal: tuple[int, ...]
+    index: CheckpointIndex, mesh: Mesh, refusals: Sequence[tuple[TensorGroup, str]], legal: tuple[int, ...]
 ) -> str:
     num_tensors = sum(len(group.tensors) for group, _ in refusals)
-    lines = [f"{num_tensors} tensors of {index.uri} cannot be split over tp={tp}:"]
+    lines = [f"{num_tensors} tensors of {index.uri} cannot be split over tp={mesh.tp}:"]
     for group, refusal in refusals[:_NUM_SHOWN]:
         alike = f" and {len(group.tensors) - 1} alike" if len(group.tensors) > 1 else ""
         lines.append(f"  {named(index, group.tensors[0])}{alike}: {refusal}")
@@ -84,5 +92,12 @@ def _cannot_split(
     return "\n".join([*lines, works])
 
 
-def _legal_among(groups: Sequence[TensorGroup]) -> tuple[int, ...]:
-    return tuple(tp for tp in range(1, LARGEST_TP + 1) if not any(group.refusal(tp) for group in groups))
+def _legal_among(groups: Sequence[TensorGroup], mesh: Mesh) -> tuple[int, ...]:
+    """Sizes of tp that work with the other sizes of `mesh`; experts that are whole on every rank stay whole."""
+    meshes: list[Mesh] = []
+    for tp in range(1, LARGEST_TP + 1):
+        if mesh.expert_tp == 1 and mesh.ep > 1:
+            meshes.append(Mesh(tp=tp, ep=tp))
+        elif tp % mesh.ep == 0:
+            meshes.append(Mesh(tp=tp, ep=mesh.ep))
+    return tuple(mesh.tp for mesh in meshes if not any(group.refusal(mesh) for group in groups))

@@ -15,7 +15,7 @@ import numpy as np
 from ray_streamer.errors import ShardingError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from numpy.typing import NDArray
 
@@ -91,6 +91,31 @@ class TensorSlice:
             boxes.append(Box(starts, stops, tuple(length if axis == dim else 0 for axis in range(len(shape)))))
             length += stop - start
         return cls(tuple(length if axis == dim else size for axis, size in enumerate(shape)), tuple(boxes))
+
+    def rows(self, rows: Sequence[int]) -> TensorSlice:
+        """Some indices of the first dimension, of which this slice holds all, in the given order.
+
+        >>> TensorSlice.whole((4, 8)).rows((0, 2, 3)).boxes  # doctest: +NORMALIZE_WHITESPACE
+        (Box(starts=(0, 0), stops=(1, 8), lands=(0, 0)),
+         Box(starts=(2, 0), stops=(4, 8), lands=(1, 0)))
+        """
+        boxes = tuple(
+            Box((start, *box.starts[1:]), (stop, *box.stops[1:]), (land, *box.lands[1:]))
+            for land, start, stop in _runs(rows)
+            for box in self.boxes
+        )
+        return TensorSlice((len(rows), *self.shape[1:]), boxes)
+
+
+def _runs(rows: Sequence[int]) -> list[tuple[int, int, int]]:
+    """Runs of neighbours: position of the first, first, one past the last."""
+    runs: list[tuple[int, int, int]] = []
+    for position, row in enumerate(rows):
+        if runs and runs[-1][2] == row:
+            runs[-1] = (runs[-1][0], runs[-1][1], row + 1)
+        else:
+            runs.append((position, row, row + 1))
+    return runs
 
 
 SlicePattern = tuple[TensorSlice | None, ...]

@@ -11,7 +11,7 @@ from safetensors.numpy import save_file
 
 import ray_streamer
 from ray_streamer.report.units import human_bytes
-from ray_streamer.testing.checkpoints import llama_layout, write_checkpoint
+from ray_streamer.testing.checkpoints import llama_layout, mixtral_layout, write_checkpoint
 
 
 @pytest.fixture
@@ -77,6 +77,26 @@ def test_plan_says_what_the_api_says(invoke, checkpoint):
     assert found == json.loads(json.dumps(expected | {"plan_seconds": None}), object_hook=_without_plan_seconds)
     assert [rank["node"] for rank in found["ranks"]] == [0, 0, 1, 1]
     assert {"checkpoint_bytes", "needed_bytes", "read_bytes", "amplification", "requests", "plan_hash"} <= set(found)
+
+
+def test_stages_and_experts_of_the_command_line_are_those_of_the_api(invoke, tmp_path):
+    layout = mixtral_layout(64, 3, 8, 2, 32, 101, experts=4)
+    write_checkpoint(tmp_path, layout.tensors, config=layout.config)
+
+    def summary(*args):
+        found = json.loads(invoke("plan", tmp_path, "--tp", 2, *args, "--json").stdout)
+        return found["plan_hash"], len(found["ranks"])
+
+    def expected(**arguments):
+        plan = ray_streamer.plan(str(tmp_path), 2, **arguments)
+        return plan.plan_hash, plan.topology.num_ranks
+
+    assert summary("--pp", "2", "--ep", "--replicas", 2) == expected(pp=2, ep=True, replicas=2)
+    assert summary("--pp", "1,2", "--ep", "4", "--replicas", 2) == expected(pp=(1, 2), ep=4, replicas=2)
+    assert len({summary("--pp", "1,2"), summary("--pp", "2,1"), summary("--pp", "3"), summary("--ep")}) == 4
+    assert invoke("plan", tmp_path, "--tp", 2, "--pp", "two").exit_code == 2
+    assert invoke("plan", tmp_path, "--tp", 2, "--ep", "0").exit_code == 2
+    assert "ep=3 groups of experts" in invoke("plan", tmp_path, "--tp", 2, "--ep", "3").stderr
 
 
 def _without_plan_seconds(value):

@@ -144,7 +144,7 @@ def sound_load(checkpoint):
     )
     report = LoadReport(
         uri="here",
-        mesh={"tp": 1, "dp": 1},
+        mesh={"tp": 1, "pp": 1, "dp": 1, "ep": 1},
         seconds={"load": 1.0},
         checkpoint_bytes=statistics[0].bytes_read,
         needed_bytes=statistics[0].bytes_read,

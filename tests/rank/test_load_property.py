@@ -22,7 +22,8 @@ from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
 
 from ray_streamer.planning.topology import Topology
-from ray_streamer.sharding import Part, Replicate, Skip, Split, SplitVocabulary
+from ray_streamer.sharding import Mesh, Part, Replicate, Skip, Split, SplitVocabulary
+from ray_streamer.sharding.residence import Residence
 from ray_streamer.sharding.slices import TensorSlice
 from ray_streamer.storage.memory import MemoryStorage
 from ray_streamer.testing.fake_cuda import FakeCuda, open_fake_cuda
@@ -34,6 +35,12 @@ if TYPE_CHECKING:
 DTYPE_NAMES = ("U8", "F8_E4M3", "BF16", "F16", "F32", "I64", "F64", "C64", "F4", "F6_E2M3")
 PACKED_STEP = {"F4": 2, "F6_E2M3": 4}
 """Elements of a packed dtype that fill whole bytes."""
+MESHES = [
+    *(Mesh(tp=tp, dp=dp) for tp in range(1, 5) for dp in (1, 1, 2)),
+    *(Mesh(tp=tp, pp=2, dp=dp) for tp in (1, 2) for dp in (1, 2)),
+    *(Mesh(tp=4, ep=ep) for ep in (2, 4)),
+    *(Mesh(tp=2, pp=pp, dp=2, ep=ep) for pp in (1, 2) for ep in (2, 4)),
+]
 
 
 @dataclass(frozen=True)
@@ -79,9 +86,31 @@ def _placements(draw, shape: tuple[int, ...], tp: int):
 
 
 @st.composite
-def _patterns(draw, shape: tuple[int, ...], dtype: str, tp: int, num_ranks: int) -> tuple[TensorSlice | None, ...]:
+def _residences(draw, shape: tuple[int, ...], mesh: Mesh) -> Residence:
+    """Where a layer's, an expert's or stacked experts' tensor lies, or any other."""
+    stages = draw(st.none() | st.sets(st.integers(0, mesh.pp - 1), min_size=1).map(sorted).map(tuple))
+    kind = draw(st.sampled_from(["any", "any", "expert", "experts"]))
+    if kind == "expert":
+        return Residence(stages, groups=tuple(draw(st.sets(st.integers(0, mesh.ep - 1), min_size=1))))
+    if kind == "any" or not shape or not shape[0]:
+        return Residence(stages)
+    # Every expert is somebody's; some groups hold more of them.
+    rows = [[expert for expert in range(shape[0]) if expert % mesh.ep == group] for group in range(mesh.ep)]
+    more = draw(st.sets(st.integers(0, shape[0] - 1), max_size=3))
+    return Residence(
+        stages, experts=tuple(tuple(sorted({*group, *more}, reverse=draw(st.booleans()))) for group in rows)
+    )
+
+
+@st.composite
+def _patterns(draw, shape: tuple[int, ...], dtype: str, mesh: Mesh) -> tuple[TensorSlice | None, ...]:
+    residence = Residence() if dtype in PACKED_STEP else draw(_residences(shape, mesh))
+    tp, num_ranks = residence.tp(mesh), mesh.num_ranks
     placement = Replicate() if dtype in PACKED_STEP and len(shape) < 2 else draw(_placements(shape, tp))
-    pattern = tuple(placement.slice_of(shape, tp_index=rank % tp, tp=tp) for rank in range(num_ranks))
+    if residence.refusal(placement, shape, mesh):
+        placement = Replicate()
+    shares = [placement.slice_of(shape, tp_index=index, tp=tp) for index in range(tp)]
+    pattern = residence.pattern(shares, mesh)
     step = PACKED_STEP.get(dtype, 1)
     cuts_a_byte = any(
         value % step for part in pattern if part for box in part.boxes for value in (*box.starts[-1:], *box.stops[-1:])
@@ -109,8 +138,8 @@ def _shapes(draw, dtype: str) -> tuple[int, ...]:
 
 @st.composite
 def cases(draw) -> Case:
-    tp, dp = draw(st.integers(1, 4)), draw(st.sampled_from([1, 1, 2]))
-    num_ranks = tp * dp
+    mesh = draw(st.sampled_from(MESHES))
+    num_ranks = mesh.num_ranks
     order = draw(st.permutations(range(num_ranks)))
     bounds = sorted(draw(st.sets(st.integers(1, num_ranks - 1), max_size=2))) if num_ranks > 1 else []
     tensors_by_file: list[list[tuple[str, str, tuple[int, ...]]]] = []
@@ -118,7 +147,7 @@ def cases(draw) -> Case:
 
     def add(name: str, dtype: str, shape: tuple[int, ...]) -> None:
         tensors_by_file[-1].append((name, dtype, shape))
-        slices[name] = draw(_patterns(shape, dtype, tp, num_ranks))
+        slices[name] = draw(_patterns(shape, dtype, mesh))
 
     for file in range(draw(st.integers(1, 3))):
         tensors_by_file.append([])

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import safetensors
 import torch
 
-COLUMN_PARALLEL = ("q_proj.weight", "gate_proj.weight", "up_proj.weight")
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+COLUMN_PARALLEL = ("q_proj.weight", "gate_proj.weight", "up_proj.weight", "w1.weight", "w3.weight")
 """[outputs, inputs]: each rank has an equal share of the outputs."""
 KEY_VALUE = ("k_proj.weight", "v_proj.weight")
 """As above by whole heads; ranks share a head when there are more ranks than heads."""
-ROW_PARALLEL = ("o_proj.weight", "down_proj.weight")
+ROW_PARALLEL = ("o_proj.weight", "down_proj.weight", "w2.weight")
 """Each rank has an equal share of the inputs, which are the columns."""
 VOCABULARY = ("embed_tokens.weight", "lm_head.weight")
 """Each rank has ceil(rows / tp) rows, the last one what is left."""
@@ -37,17 +40,28 @@ def expected_slice(view: Any, name: str, *, tp_index: int, tp: int, kv_heads: in
 
 
 def faults(
-    tensors: dict[str, torch.Tensor], folder: str, *, tp_index: int = 0, tp: int = 1, kv_heads: int = 2
+    tensors: dict[str, torch.Tensor],
+    folder: str,
+    *,
+    tp_index: int = 0,
+    tp: int = 1,
+    kv_heads: int = 2,
+    share_of: Callable[[str], tuple[int, int] | None] | None = None,
 ) -> list[str]:
-    """Names of tensors that differ from the files in `folder` in dtype, shape or any bit, are missing or too many."""
+    """Names of tensors that differ from the files in `folder` in dtype, shape or any bit, are missing or too many.
+
+    `share_of` says for each name (tp_index, tp), where they are not the same for all, and None for what must not be held.
+    """
     wrong: list[str] = []
     seen: set[str] = set()
     for path in sorted(Path(folder).glob("*.safetensors")):
         with safetensors.safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 - not a mapping
+                share = share_of(name) if share_of else (tp_index, tp)
+                if share is None:
+                    continue
                 seen.add(name)
-                view = file.get_slice(name)
-                expected = expected_slice(view, name, tp_index=tp_index, tp=tp, kv_heads=kv_heads)
+                expected = expected_slice(file.get_slice(name), name, tp_index=share[0], tp=share[1], kv_heads=kv_heads)
                 if not is_equal(tensors.get(name), expected):
                     wrong.append(name)
     assert seen, f"no safetensors file in {folder}"

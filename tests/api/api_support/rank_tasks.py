@@ -26,6 +26,14 @@ def load(uri: str, folder: str, *, tp_index: int, **arguments: Any) -> list[str]
     return oracle.faults(tensors, folder, tp_index=tp_index, tp=arguments.get("tp", 2))
 
 
+def names_of_stage(uri: str, **arguments: Any) -> list[str]:
+    """Load a stage of two; gives the names that this rank holds, each complete."""
+    tensors = ray_streamer.load_rank(uri, pp=2, **arguments)
+    wrong = oracle.faults(tensors, uri, share_of=lambda name: (0, 1) if name in tensors else None)
+    assert not wrong
+    return sorted(tensors)
+
+
 def load_in_process_group(uri: str, folder: str, *, store: str, rank: int, world_size: int, **arguments: Any) -> Any:
     """Load twice as a member of a torch.distributed process group; gives both times the names of wrong tensors."""
     import torch.distributed as dist

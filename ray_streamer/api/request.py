@@ -1,0 +1,98 @@
+"""What did the caller ask for? Arguments checked against each other, made one `LoadRequest`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack
+
+from ray_streamer.errors import SettingsError
+from ray_streamer.rank.request import LoadRequest, RuleSlices
+from ray_streamer.sharding.mesh import Mesh
+from ray_streamer.sharding.rules import ShardRules
+
+if TYPE_CHECKING:
+    from ray_streamer.rank.request import SliceSource
+    from ray_streamer.settings import Settings
+    from ray_streamer.sharding.experts import ExpertsLike
+    from ray_streamer.sharding.groups import Unmatched
+    from ray_streamer.sharding.presets import Layout
+    from ray_streamer.sharding.rules import RulesLike
+
+Stages = int | Sequence[int]
+"""How many stages, or the number of layers of each one."""
+
+
+class SliceArguments(TypedDict, total=False):
+    """What says which part of each tensor a rank holds; every one as in `load_sharded`."""
+
+    rules: RulesLike | None
+    slices: SliceSource | None
+    unmatched: Unmatched
+    layout: Layout
+    drafts: bool
+    experts: ExpertsLike | None
+
+
+def slice_arguments(arguments: Mapping[str, Any]) -> SliceArguments:
+    """Those among `arguments` that say which part of each tensor a rank holds."""
+    named: Any = {name: arguments[name] for name in SliceArguments.__annotations__ if name in arguments}
+    return named
+
+
+def make_request(
+    uri: str,
+    *,
+    tp: int,
+    pp: Stages,
+    ep: int | bool,
+    replicas: int,
+    settings: Settings,
+    device: str,
+    **slicing: Unpack[SliceArguments],
+) -> LoadRequest:
+    """The request that the arguments of a load describe.
+
+    Raises:
+        SettingsError: They do not fit together.
+        ShardingError: `rules` are not rules.
+    """
+    # Both are numbers, too, but mean all of tp, and not at all.
+    mesh = Mesh(tp=tp, pp=num_stages(pp), dp=replicas, ep=tp if ep is True else 1 if ep is False else ep)
+    stage_layers = None if isinstance(pp, int) else tuple(pp)
+    return LoadRequest(
+        uri=uri, mesh=mesh, slices=_slice_source(stage_layers, **slicing), settings=settings, device=device
+    )
+
+
+def num_stages(pp: Stages) -> int:
+    """Stages that `pp` asks for.
+
+    Raises:
+        SettingsError: It is neither a number nor a list of them.
+    """
+    if isinstance(pp, int):
+        return pp
+    if not isinstance(pp, Sequence) or isinstance(pp, str) or not pp:
+        raise SettingsError(f"pp is a number of stages, or the number of layers of each, such as (31, 30), got {pp!r}")
+    return len(pp)
+
+
+def _slice_source(stage_layers: tuple[int, ...] | None, **slicing: Unpack[SliceArguments]) -> SliceSource:
+    rules, slices, experts = (slicing.get(name) for name in ("rules", "slices", "experts"))
+    layout, drafts = slicing.get("layout", "generic"), slicing.get("drafts", False)
+    if slices is None:
+        return RuleSlices(
+            rules=ShardRules(rules or ()),
+            unmatched=slicing.get("unmatched", "error"),
+            layout=layout,
+            drafts=drafts,
+            stage_layers=stage_layers,
+            experts=experts,
+        )
+    if rules is not None:
+        raise SettingsError("give rules or slices, not both: slices say all that rules could")
+    if layout != "generic" or drafts:
+        raise SettingsError(f"layout={layout!r} and drafts={drafts} choose a preset; slices need none")
+    if experts is not None or stage_layers is not None:
+        raise SettingsError("with slices, which say all of it, experts and layers of stages are not given")
+    return slices

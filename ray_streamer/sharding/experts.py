@@ -1,0 +1,90 @@
+"""Which ranks hold which experts? Groups of whole experts: neighbours by number, or as somebody balanced them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Self
+
+from ray_streamer.errors import ShardingError
+
+if TYPE_CHECKING:
+    from ray_streamer.sharding.anatomy import Anatomy
+
+Experts = tuple[int, ...]
+
+ExpertsLike = Sequence[Sequence[int]] | Mapping[int, Sequence[Sequence[int]]]
+"""What people write: the experts of each group, for all layers or by layer."""
+
+
+def divide_experts(num_experts: int, ep: int) -> tuple[Experts, ...]:
+    """The experts of each of `ep` groups: neighbours, the first groups one more where they do not divide.
+
+    The linear placement of vLLM 0.33 (`determine_expert_map`).
+
+    >>> divide_experts(5, 2)
+    ((0, 1, 2), (3, 4))
+
+    Raises:
+        ShardingError: There are fewer experts than groups.
+    """
+    if num_experts < ep:
+        raise ShardingError(f"{num_experts} experts are too few for ep={ep}: every group needs one")
+    base, rest = divmod(num_experts, ep)
+    firsts = [group * base + min(group, rest) for group in range(ep + 1)]
+    return tuple(tuple(range(firsts[group], firsts[group + 1])) for group in range(ep))
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertMap:
+    """The experts of each group.
+
+    Attributes:
+        everywhere: Of layers that have no map of their own.
+        by_layer: Of those that have one.
+    """
+
+    everywhere: tuple[Experts, ...]
+    by_layer: Mapping[int, tuple[Experts, ...]]
+
+    @classmethod
+    def of(cls, anatomy: Anatomy, ep: int, experts: ExpertsLike | None) -> Self:
+        """The map that `experts` describes, else one of `divide_experts`.
+
+        Raises:
+            ShardingError: The model has no experts, or too few; or `experts` does not have one list per group, or leaves an
+                expert out.
+        """
+        if not anatomy.num_experts:
+            raise ShardingError(f"ep={ep} divides experts, and the model's config.json names none")
+        if experts is None:
+            return cls(divide_experts(anatomy.num_experts, ep), {})
+        if not isinstance(experts, Mapping):
+            return cls(_checked(experts, anatomy.num_experts, ep, "experts"), {})
+        by_layer = {
+            layer: _checked(groups, anatomy.num_experts, ep, f"experts[{layer!r}]") for layer, groups in experts.items()
+        }
+        if unknown := [
+            layer for layer in by_layer if layer not in range(anatomy.num_layers + anatomy.num_draft_layers)
+        ]:
+            raise ShardingError(f"experts names layer {unknown[0]!r}; the model has {anatomy.num_layers}")
+        return cls(divide_experts(anatomy.num_experts, ep), by_layer)
+
+    def groups_in(self, layer: int | None) -> tuple[Experts, ...]:
+        """The experts of each group in `layer`."""
+        return self.everywhere if layer is None else self.by_layer.get(layer, self.everywhere)
+
+
+def _checked(groups: Any, num_experts: int, ep: int, where: str) -> tuple[Experts, ...]:
+    if not isinstance(groups, Sequence) or not all(isinstance(group, Sequence) for group in groups):
+        raise ShardingError(f"{where} is one list of experts per group, such as [[0, 1], [2, 3]], got {groups!r}")
+    if len(groups) != ep:
+        raise ShardingError(f"{where} has {len(groups)} groups for ep={ep}")
+    for number, group in enumerate(groups):
+        wrong = [expert for expert in group if not isinstance(expert, int) or expert not in range(num_experts)]
+        if wrong or len(set(group)) != len(group):
+            what = f"{wrong[0]!r}, which is none of the {num_experts}" if wrong else "an expert twice"
+            raise ShardingError(f"{where}: group {number} has {what}: {list(group)}")
+    if absent := sorted(set(range(num_experts)) - {expert for group in groups for expert in group}):
+        raise ShardingError(f"{where} leaves out {len(absent)} experts, such as {absent[0]}; some group must hold each")
+    return tuple(tuple(group) for group in groups)
