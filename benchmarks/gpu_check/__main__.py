@@ -33,6 +33,12 @@ def find_missing() -> list[str]:
     return missing
 
 
+def warm_folder(megabytes: int) -> Path:
+    """Shared memory where there is room for the files, else the folder of temporary ones, whose files the page cache holds."""
+    has_room = SHARED_MEMORY.is_dir() and shutil.disk_usage(SHARED_MEMORY).free > 2 * megabytes * 1_000_000
+    return SHARED_MEMORY if has_room else Path(tempfile.gettempdir())
+
+
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """All checks, each printed when it is done."""
     import copies
@@ -46,11 +52,12 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     from table import show
 
     ground = Ground(options.fake or not torch.cuda.is_available(), options.megabytes)
-    result: dict[str, Any] = {"machine": ground.describe()}
+    warm = options.folder or warm_folder(options.megabytes)
+    result: dict[str, Any] = {"machine": ground.describe() | {"folder": str(warm)}}
     show("machine", result["machine"])
     if ground.is_fake:
         print("\nNO MEASUREMENT: no GPU is used, what follows proves only that the check itself runs.")
-    folder = Path(tempfile.mkdtemp(prefix="gpu-check-", dir=options.folder))
+    folder = Path(tempfile.mkdtemp(prefix="gpu-check-", dir=warm))
     try:
         checks = {
             "correctness": lambda: correctness.check(ground, folder / "kinds"),
@@ -81,7 +88,7 @@ def main() -> int:
     parser.add_argument("--megabytes", type=int, default=4000, help="size of the checkpoint")
     parser.add_argument("--processes", type=int, nargs="*", default=[2, 4], help="ranks that share the GPU")
     parser.add_argument(
-        "--folder", type=Path, default=SHARED_MEMORY, help="where warm files are written and removed again"
+        "--folder", type=Path, help="where warm files are written and removed again; unset = shared memory, or /tmp"
     )
     parser.add_argument("--cold-folder", type=Path, help="on a disk: compare with files out of the page cache, too")
     parser.add_argument("--json", type=Path, help="write all figures there")

@@ -8,8 +8,7 @@ from __future__ import annotations
 import mmap
 import os
 import time
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,11 +18,6 @@ from ray_streamer.device.base import Copy
 from ray_streamer.device.page_locks import address_of
 from ray_streamer.dtypes import dtype_named
 from ray_streamer.planning.rank_plan import Piece
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from ray_streamer.device.cuda import CudaDevice
 
 RUN_BYTES = tuple(64 << shift for shift in range(11))
 """64 B to 64 KiB."""
@@ -51,55 +45,42 @@ def ceiling(ground: Ground, num_bytes: int) -> float:
 
 def check(ground: Ground) -> dict[str, Any]:
     """Ceiling, contiguous copies, and a row for each length of run."""
-    num_bytes = max(BLOCK_BYTES, min(ground.megabytes, 512) * MIB // BLOCK_BYTES * BLOCK_BYTES)
+    num_bytes = max(1, min(ground.megabytes, 2048) * MIB // BLOCK_BYTES) * BLOCK_BYTES
+    # Made once, for it is touched page by page; each device locks it anew.
+    source = np.frombuffer(mmap.mmap(-1, num_bytes), np.uint8)
+    source[:] = 1
     top = ceiling(ground, num_bytes)
-    contiguous = Piece(0, 0, BLOCK_BYTES, 1, BLOCK_BYTES, 0, BLOCK_BYTES)
-    with staged(ground, num_bytes, WAYS["engine"]) as (device, source):
-        rate = _rate(ground, device, source, contiguous)
-    runs = [{"run_bytes": run_bytes} | _ways(ground, num_bytes, run_bytes) for run_bytes in RUN_BYTES]
+    contiguous = _rate(ground, WAYS["engine"], source, Piece(0, 0, BLOCK_BYTES, 1, BLOCK_BYTES, 0, BLOCK_BYTES))
     return {
         "pinned_ceiling_gbps": top,
-        "contiguous_gbps": rate,
-        "contiguous_fraction": rate / top,
-        "runs": runs,
+        "contiguous_gbps": contiguous,
+        "contiguous_fraction": contiguous / top,
+        "runs": [_run_lengths(ground, source, run_bytes, top) for run_bytes in RUN_BYTES],
         "page_locks": page_locks(ground),
     }
 
 
-def _ways(ground: Ground, num_bytes: int, run_bytes: int) -> dict[str, float]:
+def _run_lengths(ground: Ground, source: np.ndarray, run_bytes: int, top: float) -> dict[str, Any]:
     stride = run_bytes * STRIDE_IN_RUNS
     piece = Piece(0, 0, run_bytes, BLOCK_BYTES // stride, stride, 0, run_bytes)
-    rates: dict[str, float] = {}
-    for way, options in WAYS.items():
-        with staged(ground, num_bytes, options) as (device, source):
-            rates[f"{way}_gbps"] = _rate(ground, device, source, piece)
-    return rates
+    rates = {f"{way}_gbps": _rate(ground, options, source, piece) for way, options in WAYS.items()}
+    return {"run_bytes": run_bytes, **rates, "engine_fraction": rates["engine_gbps"] / top}
 
 
-def _rate(ground: Ground, device: CudaDevice, source: np.ndarray, piece: Piece) -> float:
+def _rate(ground: Ground, options: dict[str, Any], source: np.ndarray, piece: Piece) -> float:
     """GB/s of wanted bytes, with `piece` taken out of every block of `source`."""
     num_blocks = len(source) // BLOCK_BYTES
+    device = ground.open_device(**options)
     tensor = device.empty(dtype_named("U8"), (num_blocks * piece.num_bytes,))
     device.follow_caller()
+    device.adopt(memoryview(source))
     blocks = []
     for block in range(num_blocks):
         moved = piece._replace(target_start=block * piece.num_bytes)
         blocks.append((source[block * BLOCK_BYTES : (block + 1) * BLOCK_BYTES], [Copy(moved, device.result(tensor))]))
     seconds = median_seconds(lambda: deliver_all(device, blocks), ground.num_rounds)
+    device.close()
     return num_blocks * piece.num_bytes / seconds / 1e9
-
-
-@contextmanager
-def staged(ground: Ground, num_bytes: int, options: dict[str, Any]) -> Iterator[tuple[CudaDevice, np.ndarray]]:
-    """A device and staging memory that it has adopted, filled once."""
-    device = ground.open_device(**options)
-    source = np.frombuffer(mmap.mmap(-1, num_bytes), np.uint8)
-    source[:] = 1
-    device.adopt(memoryview(source))
-    try:
-        yield device, source
-    finally:
-        device.close()
 
 
 def page_locks(ground: Ground) -> dict[str, Any]:
