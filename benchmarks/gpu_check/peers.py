@@ -3,8 +3,9 @@
     whole     every tensor of the checkpoint
     slices    what the first of four ranks holds
 
-Who does not import is said to be missing, who fails says why. The interfaces of fastsafetensors 0.5, runai-model-streamer and
-InstantTensor 0.2 were taken from their documentation and sources; no GPU was at hand to try them.
+Who does not import is said to be missing, who fails or loads something else is named with the reason. The interfaces of fastsafetensors 0.5, runai-model-streamer and
+InstantTensor 0.2 were taken from their documentation and sources. The first two were tried on tensors in host memory; none of the
+three has been run on a GPU yet.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import statistics
 import time
 from typing import TYPE_CHECKING, Any
 
+import torch
 from ground import Ground, load
 from plans import llama_plan
 
@@ -54,42 +56,56 @@ def check(ground: Ground, folder: Path, *, state: str) -> dict[str, Any]:
 
 
 def _compare(ground: Ground, folder: Path, contenders: dict[str, Callable[[], Tensors]], state: str) -> dict[str, Any]:
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    failed: dict[str, str] = {}
-    sums: dict[str, int] = {}
-    for number in range(ground.num_rounds + 1):
-        for name, run in contenders.items():
-            if name in failed:
-                continue
+    """One round that is not counted, in which all must load the same, then the rounds that are."""
+    problems: dict[str, str] = {}
+    expected: Tensors = {}
+    for name, run in contenders.items():
+        try:
+            tensors = run()
+            expected = expected or tensors
+            if not are_equal(tensors, expected):
+                problems[name] = f"loads something else than {next(iter(contenders))}"
+        except ImportError as error:
+            problems[name] = f"not installed ({error})"
+        except Exception as error:
+            problems[name] = f"failed: {type(error).__name__}: {error}"
+    num_bytes = sum(tensor.nbytes for tensor in expected.values())
+    expected = tensors = {}
+    running = {name: run for name, run in contenders.items() if name not in problems}
+    seconds: dict[str, list[float]] = {name: [] for name in running}
+    for _ in range(ground.num_rounds):
+        for name, run in running.items():
             if state == "cold":
                 drop_page_cache(folder)
             started = time.perf_counter()
-            try:
-                tensors = run()
-                ground.synchronize()
-            except ImportError as error:
-                failed[name] = f"not installed ({error})"
-                continue
-            except Exception as error:
-                failed[name] = f"failed: {type(error).__name__}: {error}"
-                continue
-            if number:
-                seconds[name].append(time.perf_counter() - started)
-            sums[name] = sum(tensor.nbytes for tensor in tensors.values())
-            del tensors
-    first = statistics.median(seconds["ray_streamer"]) if seconds["ray_streamer"] else None
+            tensors = run()
+            ground.synchronize()
+            seconds[name].append(time.perf_counter() - started)
+            tensors = {}
+    first = statistics.median(next(iter(seconds.values())))
     return {
-        name: {"problem": failed[name]}
-        if name in failed
-        else {
-            "seconds": statistics.median(taken),
-            "min_seconds": min(taken),
-            "max_seconds": max(taken),
-            "ratio": statistics.median(taken) / first if first else None,
-            "bytes": sums[name],
-        }
-        for name, taken in seconds.items()
+        name: {"problem": problems[name]} if name in problems else _row(seconds[name], first, num_bytes)
+        for name in contenders
     }
+
+
+def _row(seconds: list[float], first: float, num_bytes: int) -> dict[str, float]:
+    median = statistics.median(seconds)
+    return {
+        "seconds": median,
+        "min_seconds": min(seconds),
+        "max_seconds": max(seconds),
+        "ratio": median / first,
+        "gbps": num_bytes / median / 1e9,
+    }
+
+
+def are_equal(left: Tensors, right: Tensors) -> bool:
+    """Whether both have the same tensors, bit for bit."""
+    return left.keys() == right.keys() and all(
+        torch.equal(left[name].reshape(-1).view(torch.uint8), right[name].reshape(-1).view(torch.uint8))
+        for name in right
+    )
 
 
 def drop_page_cache(folder: Path) -> None:
