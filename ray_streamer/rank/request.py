@@ -26,7 +26,7 @@ from ray_streamer.sharding.presets import Layout
 from ray_streamer.sharding.resolve import resolve_slices
 from ray_streamer.sharding.rules import ShardRules
 from ray_streamer.sharding.slices import SliceTable
-from ray_streamer.storage import open_storage
+from ray_streamer.storage import open_storage, scheme_of
 
 if TYPE_CHECKING:
     from ray_streamer.device.base import Device
@@ -96,6 +96,7 @@ class LoadRequest:
     def __post_init__(self) -> None:
         # Refused here, before anything is started or read.
         check_device_name(self.device)
+        scheme_of(self.uri)
         if self.settings.memory_limit is not None:
             _fit(self.settings.memory_limit, self.settings)
 

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import re
-
-from ray_streamer.errors import SettingsError
 from ray_streamer.storage.base import ObjectInfo, Storage, StorageSettings
+from ray_streamer.storage.uri import scheme_of
 
-__all__ = ["ObjectInfo", "Storage", "StorageSettings", "open_storage"]
-
-_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
+__all__ = ["ObjectInfo", "Storage", "StorageSettings", "open_storage", "scheme_of"]
 
 
 def open_storage(uri: str, settings: StorageSettings) -> Storage:
@@ -18,10 +14,9 @@ def open_storage(uri: str, settings: StorageSettings) -> Storage:
     Opens nothing yet: what is wrong with the place itself shows at the first read. The caller closes it.
 
     Raises:
-        SettingsError: No backend knows this uri.
+        SettingsError: No backend knows this uri, or it has credentials in it.
     """
-    match = _SCHEME.match(uri)
-    scheme = match.group(1).lower() if match else "file"
+    scheme = scheme_of(uri)
     if scheme == "file":
         from ray_streamer.storage.posix import PosixStorage
 
@@ -34,11 +29,6 @@ def open_storage(uri: str, settings: StorageSettings) -> Storage:
         from ray_streamer.storage.memory import MemoryStorage
 
         return MemoryStorage(uri, settings)
-    if scheme in ("gs", "gcs", "abfs", "abfss", "hdfs", "viewfs"):
-        from ray_streamer.storage.arrow import open_arrow
+    from ray_streamer.storage.arrow import open_arrow
 
-        return open_arrow(uri, settings)
-    raise SettingsError(
-        f"no storage for {uri}: scheme {scheme}:// is not known; give a path, file:///path, s3://bucket/prefix, "
-        "gs://, abfss:// or hdfs://, or memory://name"
-    )
+    return open_arrow(uri, settings)

@@ -38,15 +38,11 @@ class S3Location:
         """The location that a uri names; nothing is percent-decoded.
 
         Raises:
-            SettingsError: There is no bucket in it, or credentials, which are not repeated.
+            SettingsError: There is no bucket in it.
         """
         rest = uri.partition("://")[2]
         arn = _ARN.match(rest)
         bucket = arn[0] if arn else rest.partition("/")[0]
-        if "@" in bucket:
-            raise SettingsError(
-                "an s3:// uri has credentials in it; use AWS_ACCESS_KEY_ID, or the setting s3_access_key_id"
-            )
         if not bucket:
             raise SettingsError(f"{uri} names no bucket; {_FORM}")
         if bucket.startswith("arn:") and not arn:

@@ -16,7 +16,7 @@ from click.testing import CliRunner
 import ray_streamer
 from ray_streamer import PlacementOptions, Settings
 from ray_streamer.cli import main
-from ray_streamer.errors import AccessError, RankFailedError, RayStreamerError
+from ray_streamer.errors import AccessError, RankFailedError, RayStreamerError, SettingsError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -106,6 +106,12 @@ def test_a_load_over_ray(local_ray: None, uri, settings, wrong_settings, assert_
     assert_clean(*everything_said(caught.value), everything_logged.getvalue())
     logs = Path(ray._private.worker.global_worker.node.get_logs_dir_path())
     assert_clean(*(path.read_bytes() for path in logs.rglob("*") if path.is_file() and path.stat().st_size))
+
+
+def test_credentials_in_a_uri_are_refused_and_not_repeated(assert_clean) -> None:
+    with pytest.raises(SettingsError, match="credentials") as caught:
+        ray_streamer.load_sharded(f"s3://key:{WRONG_SECRET}@models/llama", tp=2)
+    assert_clean(str(caught.value), pickle.dumps(caught.value))
 
 
 def test_the_command_line(uri, settings, s3_server, assert_clean, monkeypatch) -> None:

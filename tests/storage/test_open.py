@@ -48,6 +48,24 @@ def test_unusable_uri(uri, message):
         open_storage(uri, Settings.resolve())
 
 
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "s3://KEY:PLANTED@models/llama",
+        "s3://PLANTED@models/llama",
+        "hdfs://:PLANTED@host/models",
+        "abfss://:PLANTED@account.dfs.core.windows.net/models",
+        "abfss://models@account.dfs.core.windows.net/a?sv=1&sig=PLANTED",
+        "abfss://models@account.dfs.core.windows.net/a?client_secret=PLANTED",
+        "ftp://user:PLANTED@host/models",
+    ],
+)
+def test_credentials_in_a_uri_are_refused_and_not_repeated(uri):
+    with pytest.raises(SettingsError, match=r"credentials.*docs/s3.md") as caught:
+        open_storage(uri, Settings.resolve())
+    assert "PLANTED" not in f"{caught.value} {caught.value.__cause__} {caught.value.__context__}"
+
+
 def test_backends_are_imported_when_used():
     code = "import sys, ray_streamer.storage; print(*{'boto3', 'botocore', 'numpy', 'pyarrow'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "\n"

@@ -1,7 +1,9 @@
-"""The contract again: over TLS, with the bucket in the host name, and against moto; and who pays."""
+"""The contract again: over TLS, with the bucket in the host name, and against moto; who asks, and who pays."""
 
 from __future__ import annotations
 
+import datetime
+import json
 import socket
 from urllib.parse import urlsplit
 
@@ -123,3 +125,37 @@ def test_who_asks_pays(s3_server, place, open_s3):
     storage = open_s3("s3://somebody-pays", **guest, s3_requester_pays=True)
     assert storage.list() == ["a"]
     assert read(storage, "a", Extent(5, 5000), storage.size_and_etag("a").etag) == CONTENT[5:5000]
+
+
+@pytest.mark.usefixtures("only_on_the_gateway")
+def test_keys_that_end_are_replaced_within_a_read(s3_server, place, open_s3, tmp_path, monkeypatch):
+    """The store refuses the first signature; boto3 asks for keys again, since these end soon, and gets good ones."""
+    place.write("a", CONTENT)
+    soon = datetime.datetime.now(datetime.UTC) + datetime.timedelta(seconds=30)
+    for name, secret_key in (("next", "wrongsecretkey0123456789"), ("later", s3_server.secret_key)):
+        keys = {"AccessKeyId": s3_server.access_key, "SecretAccessKey": secret_key, "Expiration": soon.isoformat()}
+        (tmp_path / name).write_text(json.dumps({"Version": 1, **keys}))
+    (tmp_path / "give-keys").write_text(f"cd {tmp_path} && cat next && cp later next")
+    (tmp_path / "config").write_text(f"[profile rotating]\ncredential_process = sh {tmp_path}/give-keys\n")
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    storage = open_s3(place.uri, s3_profile="rotating")
+    assert storage.read_head("a", 10)[0] == CONTENT[:10]
+
+
+def test_a_web_identity_is_exchanged_for_keys(place, open_s3, moto_client, tmp_path, monkeypatch):
+    place.client = moto_client
+    place.write("a", CONTENT)
+    (tmp_path / "token").write_text("header.payload.signature")
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    for name, value in {
+        "AWS_ENDPOINT_URL": moto_client.meta.endpoint_url,
+        "AWS_WEB_IDENTITY_TOKEN_FILE": str(tmp_path / "token"),
+        "AWS_ROLE_ARN": "arn:aws:iam::123456789012:role/reader",
+    }.items():
+        monkeypatch.setenv(name, value)
+    storage = open_s3(place.uri)
+    assert storage.list() == ["a"]
+    assert read(storage, "a", Extent(0, 10), storage.size_and_etag("a").etag) == CONTENT[:10]
