@@ -1,33 +1,25 @@
-"""Presets against transformers 5.23: its own files, its own tensor-parallel plan, and its own modules run on our slices.
+"""Presets against transformers 5.23: the files that it writes, and for fused tensors and experts its modules run on our slices.
 
-Models are tiny but whole: real classes, real names on disk, grouped-query attention, a vocabulary that divides by no tp.
+How slices compare with those of other loaders is in `test_oracles`, how the generic layout computes in `test_generic_layout`.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, get_args
 
 import pytest
 import torch
-from family_support.tiny_models import MODEL_TYPES, VOCABULARY, config_of, model_of, save_model
+from family_support.tiny_models import MODEL_TYPES, VOCABULARY, config_of, save_model
 from safetensors.torch import load_file, save_file
-from torch import distributed, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch import nn
 from transformers import AutoConfig, PreTrainedModel
-from transformers.distributed import DistributedConfig
-from transformers.distributed.tensor_parallel import apply_tensor_parallelism
-from transformers.initialization import no_tie_weights
 
 from ray_streamer.checkpoint.index import CheckpointIndex
 from ray_streamer.errors import ShardingError
 from ray_streamer.sharding import (
-    Box,
     Mesh,
     ShardRules,
     Split,
@@ -47,18 +39,7 @@ if TYPE_CHECKING:
 IndexOf = Callable[..., CheckpointIndex]
 Cut = Callable[[torch.Tensor, TensorSlice], torch.Tensor]
 
-ADD_UP = (
-    "llama",
-    "mistral",
-    "qwen2",
-    "qwen3",
-    "gemma2",
-    "gemma3_text",
-    "phi3",
-    "mixtral",
-    "qwen3_moe",
-)
-SPLIT_ALIKE = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text")
+ADD_UP = ("phi3", "mixtral", "qwen3_moe")
 
 
 @dataclass(frozen=True)
@@ -231,54 +212,6 @@ def test_scales_of_quantized_checkpoints_match_no_rule(model_type: str, saved: C
     assert {rules.placement_of(name) for name in scales} == {None}
 
 
-@pytest.fixture
-def fake_rank() -> Iterator[Callable[[int, int], Any]]:
-    """Makes this process one rank of a tensor-parallel mesh in which nobody else exists."""
-
-    def start(rank: int, tp: int) -> Any:
-        if distributed.is_initialized():
-            distributed.destroy_process_group()
-        distributed.init_process_group("fake", store=FakeStore(), rank=rank, world_size=tp)
-        return init_device_mesh("cpu", (tp,), mesh_dim_names=("tp",))
-
-    yield start
-    distributed.destroy_process_group()
-
-
-@pytest.mark.parametrize("tp", [2, 4])
-@pytest.mark.parametrize(
-    ("model_type", "changes"),
-    [*((name, {}) for name in SPLIT_ALIKE), ("llama", {"attention_bias": True, "mlp_bias": True})],
-)
-def test_slices_are_those_of_transformers_own_plan(
-    model_type: str, changes: dict[str, Any], tp: int, fake_rank: Callable[[int, int], Any], index_of: IndexOf
-) -> None:
-    config = config_of(model_type, num_key_value_heads=4, **changes)
-    for rank in range(tp):
-        mesh = fake_rank(rank, tp)
-        with torch.device("meta"), no_tie_weights():
-            model = model_of(config)
-        plan, *_ = model._resolve_parallel_plans(DistributedConfig(tp_size=tp, tp_plan="auto"))
-        apply_tensor_parallelism(model, mesh, plan)
-        parameters = dict(model.named_parameters())
-        index = index_of({name: tuple(parameter.shape) for name, parameter in parameters.items()})
-        table = resolve_slices(index, ShardRules.for_config(config.to_dict()), Mesh(tp=tp))
-        for tensor, (name, parameter) in enumerate(parameters.items()):
-            part = table.slice_of(tensor, rank)
-            assert part is not None
-            assert part.boxes == (_box_of(parameter, mesh),), name
-            assert part.shape == part.boxes[0].shape
-        assert sum(isinstance(parameter, DTensor) for parameter in parameters.values()) >= 2 + 2 * 7
-
-
-def _box_of(parameter: torch.Tensor, mesh: Any) -> Box:
-    shape, starts = tuple(parameter.shape), (0,) * parameter.ndim
-    if isinstance(parameter, DTensor):
-        shape, starts = compute_local_shape_and_global_offset(parameter.shape, mesh, parameter.placements)
-    stops = tuple(start + size for start, size in zip(starts, shape, strict=True))
-    return Box(tuple(starts), stops, (0,) * parameter.ndim)
-
-
 @pytest.mark.parametrize("tp", [2, 4, 8])
 @pytest.mark.parametrize("model_type", ADD_UP)
 def test_ranks_modules_add_up_to_the_whole_models(
@@ -357,7 +290,7 @@ def _first(output: Any) -> torch.Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
-@pytest.mark.parametrize("model_type", ADD_UP)
+@pytest.mark.parametrize("model_type", ["llama", "phi3", "mixtral"])
 def test_attention_outputs_are_cut_between_heads(model_type: str) -> None:
     rules = ShardRules.for_config(config_of(model_type).to_dict())
     assert rules.placement_of("model.layers.0.self_attn.o_proj.weight") == Split(1, heads=8)

@@ -49,12 +49,13 @@ if TYPE_CHECKING:
     from ray_streamer import CheckpointIndex, Mesh, SliceTable
 
 TP_SIZES = (2, 4)
-UNEVEN = {
+VARIANTS = {
+    "llama, with biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
     "llama, 90 between the halves": ("llama", {"intermediate_size": 90}),
     "mixtral, 90 between the halves": ("mixtral", {"intermediate_size": 90}),
     "phi3, 93 between the halves": ("phi3", {"intermediate_size": 93}),
 }
-"""Models whose sizes do not divide, which transformers cuts all the same."""
+"""Models with biases, and with sizes that do not divide, which transformers cuts all the same."""
 OTHER_NAMES_ON_DISK = {"mixtral", "phimoe", "granitemoe", "gpt_neox", "gemma3", "mistral3", "llama4", "gemma4"}
 """Families whose plan names modules that are called otherwise on disk, or whose towers have layers, too."""
 FORWARD = ("llama", "qwen3", "mixtral", "gemma3_text")
@@ -83,7 +84,7 @@ def main(folder: Path) -> None:
     transformers.logging.disable_progress_bar()
     for model_type in MODEL_TYPES:
         save_model(model_type, folder / model_type)
-    for name, (model_type, sizes) in UNEVEN.items():
+    for name, (model_type, sizes) in VARIANTS.items():
         save_model(model_type, folder / name, **sizes)
     quantized.save_fp8(folder / "fp8")
     quantized.save_mxfp4(folder / "mxfp4")
@@ -116,7 +117,7 @@ def _run_rank(folder: Path, rank: int, tp: int) -> None:
             findings += _compare_slices(folder / model_type, rank, tp)
             if FAMILIES[model_type].transformers is not None:
                 findings += _compare_plans(model_type, folder / model_type, rank, tp)
-        for name, (model_type, _) in UNEVEN.items():
+        for name, (model_type, _) in VARIANTS.items():
             findings += _compare_plans(model_type, folder / name, rank, tp)
         findings.append(_compare_fp8(folder / "fp8", rank, tp))
         findings.append(_compare_mxfp4(folder / "mxfp4", rank, tp))
