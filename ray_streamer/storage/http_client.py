@@ -1,4 +1,4 @@
-"""How is one GET answered in time? On a kept connection, and when the answer is late, by whichever of two comes first.
+"""How is one GET answered in time? On a kept connection, and when the answer is late, by whichever request is first.
 
     ask on A ──── head in time ───────────────────────────> body from A
            └──── late ──> ask on B too ──> first head wins ─> its body; the other connection is shut
@@ -104,11 +104,14 @@ class HttpClient:
             waited_seconds = time.monotonic() - began
             if waited_seconds >= self._first_byte_timeout_seconds:
                 raise TimeoutError(errno.ETIMEDOUT, f"no answer in {self._first_byte_timeout_seconds:g} s")
-            late_after_seconds = self._hedging.heads.late_after_seconds
-            if waited_seconds >= late_after_seconds and not race.is_hedged and self._hedging.spend():
+            # Once more after one time, three times, seven times of what is late: second requests may be unlucky, too.
+            late_after_seconds = self._hedging.heads.late_after_seconds * (2 ** (race.num_hedges + 1) - 1)
+            if waited_seconds >= late_after_seconds and self._hedging.spend():
                 race.hedge()
                 self._tally.add(num_hedges=1)
-            answer = race.wait(min(_LOOK_AGAIN_SECONDS, max(late_after_seconds - waited_seconds, 0.001)))
+                continue
+            left_seconds = late_after_seconds - waited_seconds
+            answer = race.wait(left_seconds if 0 < left_seconds < _LOOK_AGAIN_SECONDS else _LOOK_AGAIN_SECONDS)
             if answer is not None:
                 for seconds in race.latencies:
                     self._hedging.heads.observe(seconds)
@@ -123,10 +126,10 @@ class _Runner:
 
 
 class _Race:
-    """One request on one connection or two; connections that did not win are given up at the end of the `with` block.
+    """One request on one connection or several; those that did not win are given up at the end of the `with` block.
 
     Attributes:
-        is_hedged: Whether a second request was wanted.
+        num_hedges: Requests beside the first one.
         latencies: When an answer has come: seconds that each request had been under way.
     """
 
@@ -134,7 +137,7 @@ class _Race:
         self._pool, self._route, self._target, self._headers = pool, route, target, headers
         self._runners: dict[int, _Runner] = {}
         self._poll = select.poll()
-        self.is_hedged = False
+        self.num_hedges = 0
         self.latencies: list[float] = []
 
     def start(self) -> None:
@@ -149,7 +152,7 @@ class _Race:
 
     def hedge(self) -> None:
         """Ask once more; when that cannot be done, the first request still runs."""
-        self.is_hedged = True
+        self.num_hedges += 1
         with suppress(OSError, h11.RemoteProtocolError):
             self.start()
 
@@ -184,7 +187,7 @@ class _Race:
         except BaseException:
             self._pool.give_back(connection, is_reusable=False)
             raise
-        fileno = connection.socket.fileno()
+        fileno = connection.fileno()
         self._runners[fileno] = _Runner(connection, was_idle, time.monotonic())
         self._poll.register(fileno, select.POLLIN)
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 import socket
-import ssl
 import time
 from contextlib import suppress
 from typing import TYPE_CHECKING
@@ -17,8 +16,10 @@ from typing import TYPE_CHECKING
 import h11
 
 from ray_streamer.storage.lateness import PIECE_BYTES, PieceClock
+from ray_streamer.storage.tls import TlsStream
 
 if TYPE_CHECKING:
+    import ssl
     from collections.abc import Iterator, Mapping
 
     from ray_streamer.storage.http_route import Route
@@ -33,14 +34,15 @@ class HttpConnection:
     """One connection to a server or proxy; one exchange at a time, by one thread, though any thread may `abort` it.
 
     Attributes:
-        socket: Belongs to this object.
+        stream: What is spoken over: the socket, or TLS over it.
         route: Where it leads.
         timeout_seconds: How long anything may take, but for the wait for a head and for a long body.
     """
 
     def __init__(self, connected: socket.socket, route: Route, *, timeout_seconds: float) -> None:
         self.route = route
-        self.socket = connected
+        self._socket = connected
+        self.stream: socket.socket | TlsStream = connected
         self.timeout_seconds = timeout_seconds
         self._protocol = h11.Connection(h11.CLIENT)
 
@@ -61,11 +63,12 @@ class HttpConnection:
             raise ConnectionRefusedError(errno.ECONNREFUSED, f"the proxy answered {event.status_code} to CONNECT")
 
     def secure(self, context: ssl.SSLContext) -> None:
-        """Speak TLS from now on; the server proves its name."""
-        self.socket = context.wrap_socket(
-            self.socket, server_hostname=self.route.server_host, do_handshake_on_connect=False
-        )
-        self.socket.do_handshake()
+        """Speak TLS from now on; see `TlsStream`."""
+        self.stream = TlsStream(self._socket, context, self.route.server_host)
+
+    def fileno(self) -> int:
+        """Of the socket, for polling: `receive_head` leaves nothing behind that the kernel does not know of."""
+        return self._socket.fileno()
 
     def ask(self, target: str, headers: Mapping[str, str]) -> None:
         """Send one GET.
@@ -88,20 +91,20 @@ class HttpConnection:
             OSError: The connection is gone; `ConnectionResetError` too if it ended in order before the head did.
             h11.RemoteProtocolError: The server does not speak HTTP.
         """
-        self.socket.settimeout(0)
+        self.stream.settimeout(0)
         while not isinstance(event := self._protocol.next_event(), h11.Response):
             try:
                 self._feed(event)
-            except (BlockingIOError, ssl.SSLWantReadError):
+            except BlockingIOError:
                 return None
         return HttpAnswer(self, self._protocol, event)
 
     def is_alive(self) -> bool:
         """Whether an idle connection can be used again: nothing may have come meanwhile, not even its end."""
-        self.socket.settimeout(0)
+        self.stream.settimeout(0)
         try:
-            self.socket.recv(1)
-        except (BlockingIOError, ssl.SSLWantReadError):
+            self.stream.recv(1)
+        except BlockingIOError:
             return True
         except OSError:
             return False
@@ -110,23 +113,22 @@ class HttpConnection:
     def abort(self) -> None:
         """End the connection under the thread that uses it, which wakes up with an error."""
         with suppress(OSError):
-            # Not the method of the TLS socket, which would take TLS away from the thread that uses it.
-            socket.socket.shutdown(self.socket, socket.SHUT_RDWR)
+            self._socket.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         """Give the connection back; may be called twice."""
-        self.socket.close()
+        self._socket.close()
 
     def _send(self, request: h11.Request) -> None:
         head, end = self._protocol.send(request), self._protocol.send(h11.EndOfMessage())
-        self.socket.settimeout(self.timeout_seconds)
-        self.socket.sendall((head or b"") + (end or b""))
+        self.stream.settimeout(self.timeout_seconds)
+        self.stream.sendall((head or b"") + (end or b""))
 
     def _feed(self, event: object) -> None:
         """Give h11 what it asks for; other events before a head are of no interest."""
         if event is not h11.NEED_DATA:
             return
-        data = self.socket.recv(_HEAD_BYTES)
+        data = self.stream.recv(_HEAD_BYTES)
         if not data:
             raise ConnectionResetError(errno.ECONNRESET, "the connection ended without an answer")
         self._protocol.receive_data(data)
@@ -208,7 +210,7 @@ class HttpAnswer:
 
         Over TLS this loop turns once for every 16 KiB, so it has no calls that it can do without.
         """
-        connected = self.connection.socket
+        connected = self.connection.stream
         connected.settimeout(clock.begin())
         stop = min(self.num_received + PIECE_BYTES, len(view))
         while self.num_received < stop:
@@ -230,8 +232,8 @@ class HttpAnswer:
         scratch = memoryview(bytearray(_CHUNK_BYTES))
         while not isinstance(event := self._protocol.next_event(), h11.EndOfMessage):
             if event is h11.NEED_DATA:
-                self.connection.socket.settimeout(clock.begin())
-                self._protocol.receive_data(bytes(scratch[: self.connection.socket.recv_into(scratch)]))
+                self.connection.stream.settimeout(clock.begin())
+                self._protocol.receive_data(bytes(scratch[: self.connection.stream.recv_into(scratch)]))
             elif isinstance(event, h11.Data):
                 data = event.data[: len(buffer) - self.num_received]
                 buffer[self.num_received : self.num_received + len(data)] = data

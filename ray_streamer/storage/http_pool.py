@@ -13,8 +13,6 @@ from ray_streamer.storage.http_connection import HttpConnection
 from ray_streamer.storage.tcp import Dialer
 
 if TYPE_CHECKING:
-    import socket
-
     from ray_streamer.storage.http_route import Route
     from ray_streamer.storage.tally import Tally
 
@@ -82,7 +80,7 @@ class HttpPool:
             if is_reusable and not self._closing.is_set():
                 self._idle.setdefault(connection.route, []).append(connection)
                 return
-        self._tally.add(wasted_bytes=_unread_bytes(connection.socket))
+        self._tally.add(wasted_bytes=_unread_bytes(connection))
         connection.close()
 
     def close(self) -> None:
@@ -108,10 +106,10 @@ class HttpPool:
             return self._tls
 
 
-def _unread_bytes(connected: socket.socket) -> int:
+def _unread_bytes(connection: HttpConnection) -> int:
     """Bytes that the kernel has received and nobody will want."""
     try:
-        answer = fcntl.ioctl(connected.fileno(), termios.FIONREAD, bytes(4))
+        answer = fcntl.ioctl(connection.fileno(), termios.FIONREAD, bytes(4))
     except (OSError, ValueError):
         return 0
     return int(struct.unpack("i", answer)[0])

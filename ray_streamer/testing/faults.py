@@ -11,6 +11,7 @@ import socket
 import socketserver
 import struct
 import threading
+import time
 from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, BinaryIO, Literal, Self, cast
@@ -19,7 +20,7 @@ from urllib.parse import urlsplit
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-_COPY_BYTES = 64 << 10
+_COPY_BYTES = 256 << 10
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,9 +30,12 @@ class Fault:
     Attributes:
         status: Answer with this status instead of asking the server; 0 asks it.
         code: S3 error code of that answer.
-        headers: Header lines of the server's answer to replace, by lower-case name.
+        headers: Header lines of the answer to add or replace, by lower-case name.
         body_bytes: Pass on this much of the body, then `end`; None passes on all.
         end: "close" ends the connection in order, "reset" without, "stall" keeps it open and silent.
+        is_mute: Never answer, and keep the connection open.
+        delay_seconds: Answer so much later.
+        bytes_per_second: Pass the body on no faster than that; 0 is as fast as it goes.
     """
 
     status: int = 0
@@ -39,6 +43,9 @@ class Fault:
     headers: tuple[tuple[str, str], ...] = ()
     body_bytes: int | None = None
     end: Literal["close", "reset", "stall"] = "close"
+    is_mute: bool = False
+    delay_seconds: float = 0.0
+    bytes_per_second: float = 0.0
 
 
 class FaultProxy:
@@ -47,6 +54,7 @@ class FaultProxy:
     Attributes:
         url: Where it listens; use it in place of the server's.
         ranges: `Range` headers that came, in order, faulty requests included.
+        num_faults: Of these, requests that met a fault.
         num_connections: Connections that were opened to it.
     """
 
@@ -54,11 +62,13 @@ class FaultProxy:
         parts = urlsplit(server_url)
         self.server_address = (parts.hostname or "127.0.0.1", parts.port or 80)
         self.ranges: list[str] = []
+        self.num_faults = 0
         self.num_connections = 0
         self._faults = deque(faults)
         self._changed = threading.Condition()
         self._connections: set[socket.socket] = set()
         self._num_stalled = 0
+        self._is_over = threading.Event()
         self._listener = _Listener(self)
         self.url = "http://{}:{}".format(*self._listener.server_address)
         self._thread = threading.Thread(
@@ -70,22 +80,44 @@ class FaultProxy:
         with self._changed:
             self._faults.extend(faults)
 
-    def drop_connections(self) -> None:
-        """End every client connection, in order, and return when the handlers are gone."""
+    def forget_faults(self) -> None:
+        """Requests meet no fault from now on."""
         with self._changed:
-            for connection in self._connections:
+            self._faults.clear()
+
+    def drop_connections(self) -> None:
+        """End every client connection, in order, and return when their handlers are gone."""
+        with self._changed:
+            dropped = set(self._connections)
+            for connection in dropped:
                 connection.shutdown(socket.SHUT_RDWR)
-            self._changed.wait_for(lambda: not self._connections, timeout=30)
+            self._changed.wait_for(lambda: not dropped & self._connections, timeout=30)
 
     def wait_for_requests(self, num_requests: int) -> None:
         """Return when so many ranged requests have come."""
         with self._changed:
             self._changed.wait_for(lambda: len(self.ranges) >= num_requests, timeout=30)
 
-    def wait_until_stalled(self) -> None:
-        """Return when some answer has stalled."""
+    def wait_until_stalled(self, num_answers: int = 1) -> None:
+        """Return when so many answers have stalled."""
         with self._changed:
-            self._changed.wait_for(lambda: self._num_stalled > 0, timeout=30)
+            self._changed.wait_for(lambda: self._num_stalled >= num_answers, timeout=30)
+
+    def wait(self, seconds: float) -> None:
+        """Return after so long, or when the proxy ends."""
+        if seconds > 0:
+            self._is_over.wait(seconds)
+
+    @property
+    def num_open(self) -> int:
+        """Connections that clients hold open now."""
+        with self._changed:
+            return len(self._connections)
+
+    def wait_until_left(self) -> None:
+        """Return when all clients have gone."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._connections, timeout=30)
 
     def on_connection(self, connection: socket.socket) -> None:
         """A client came."""
@@ -104,7 +136,9 @@ class FaultProxy:
         with self._changed:
             self.ranges.append(byte_range)
             self._changed.notify_all()
-            return self._faults.popleft() if self._faults else Fault()
+            fault = self._faults.popleft() if self._faults else Fault()
+            self.num_faults += fault != Fault()
+            return fault
 
     def on_stall(self) -> None:
         """An answer went silent."""
@@ -117,6 +151,7 @@ class FaultProxy:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._is_over.set()
         self._listener.shutdown()
         self._listener.server_close()
         self._thread.join()
@@ -156,18 +191,33 @@ class _Connection(socketserver.StreamRequestHandler):
 
     def _serve(self, request: bytes, upstream: socket.socket, answers: BinaryIO) -> bool:
         """Answer one request, faithfully or not; whether the connection goes on."""
-        byte_range = _headers(request).get("range")
-        fault = self.proxy.on_request(byte_range) if byte_range else Fault()
+        headers = _headers(request)
+        fault = self.proxy.on_request(headers["range"]) if "range" in headers else Fault()
+        if fault.is_mute:
+            return self._stall()
+        if fault.delay_seconds:
+            self.proxy.wait(fault.delay_seconds)
         if fault.status:
             self._answer(fault)
             return True
         upstream.sendall(request)
         return self._pass_on(answers, fault, has_body=not request.startswith(b"HEAD"))
 
+    def _stall(self) -> bool:
+        """Say nothing more, until the client goes."""
+        self.proxy.on_stall()
+        self.rfile.read(1)
+        return False
+
     def _answer(self, fault: Fault) -> None:
         body = f"<?xml version='1.0'?><Error><Code>{fault.code}</Code><RequestId>proxy-1</RequestId></Error>".encode()
-        head = f"HTTP/1.1 {fault.status} Fault\r\nx-amz-request-id: proxy-1\r\nContent-Length: {len(body)}\r\n\r\n"
-        self.wfile.write(head.encode() + body)
+        lines = [
+            f"HTTP/1.1 {fault.status} Fault",
+            "x-amz-request-id: proxy-1",
+            f"content-length: {len(body)}",
+            *(f"{name}: {value}" for name, value in fault.headers),
+        ]
+        self.wfile.write("\r\n".join([*lines, "", ""]).encode() + body)
 
     def _pass_on(self, answers: BinaryIO, fault: Fault, *, has_body: bool) -> bool:
         """Pass one answer on, as far as the fault allows; whether the connection goes on."""
@@ -178,19 +228,25 @@ class _Connection(socketserver.StreamRequestHandler):
             head = b"\r\n".join([lines[0], f"{name}: {value}".encode(), *lines[1:]])
         self.wfile.write(head)
         left = num_bytes if fault.body_bytes is None else min(fault.body_bytes, num_bytes)
-        while left and (data := answers.read(min(left, _COPY_BYTES))):
-            self.wfile.write(data)
-            left -= len(data)
+        self._copy(answers, left, fault.bytes_per_second)
         if fault.body_bytes is None:
             return True
         if fault.end == "stall":
-            self.proxy.on_stall()
-            self.rfile.read(1)
+            return self._stall()
         if fault.end == "reset":
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             # The handler's own end would be an orderly one.
             self.connection.close()
         return False
+
+    def _copy(self, answers: BinaryIO, num_bytes: int, bytes_per_second: float) -> None:
+        """Pass on so much of a body, at no more than this rate where there is one."""
+        began, sent = time.monotonic(), 0
+        while sent < num_bytes and (data := answers.read(min(num_bytes - sent, _COPY_BYTES))):
+            self.wfile.write(data)
+            sent += len(data)
+            if bytes_per_second:
+                self.proxy.wait(began + sent / bytes_per_second - time.monotonic())
 
 
 def _read_head(stream: BinaryIO) -> bytes:
