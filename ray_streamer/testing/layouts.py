@@ -53,6 +53,7 @@ class _Decoder(NamedTuple):
     vocab: int
     dtype: str
     tied: bool
+    has_head_norms: bool = False
 
     def weight(self, module: str, *shape: int) -> TensorSpec:
         return TensorSpec(f"{module}.weight", self.dtype, shape)
@@ -64,6 +65,9 @@ class _Decoder(NamedTuple):
         yield self.weight(f"{attention}.k_proj", key, self.hidden)
         yield self.weight(f"{attention}.v_proj", key, self.hidden)
         yield self.weight(f"{attention}.o_proj", self.hidden, query)
+        if self.has_head_norms:
+            yield self.weight(f"{attention}.q_norm", self.head_dim)
+            yield self.weight(f"{attention}.k_norm", self.head_dim)
 
     def swiglu(self, module: str, intermediate: int, names: tuple[str, str, str] | None = None) -> Iterator[TensorSpec]:
         gate, up, down = names or ("gate_proj", "up_proj", "down_proj")
@@ -112,6 +116,32 @@ def llama_layout(
         for layer in _layer_names(layers)
     ]
     config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "intermediate_size": intermediate}
+    return decoder.model(blocks, config)
+
+
+def qwen3_layout(
+    hidden: int,
+    layers: int,
+    heads: int,
+    kv_heads: int,
+    intermediate: int,
+    vocab: int,
+    dtype: str = "BF16",
+    *,
+    head_dim: int = 128,
+) -> ModelLayout:
+    """Qwen3: as Llama, with norms on q and k, and heads wider than hidden / heads. 32B: 5120, 64, 64, 8, 25600, 151936."""
+    decoder = _Decoder(hidden, layers, heads, kv_heads, head_dim, vocab, dtype, False, has_head_norms=True)
+    blocks = [
+        [*decoder.attention(layer), *decoder.swiglu(f"{layer}.mlp", intermediate), *decoder.norms(layer)]
+        for layer in _layer_names(layers)
+    ]
+    config = {
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        "head_dim": head_dim,
+        "intermediate_size": intermediate,
+    }
     return decoder.model(blocks, config)
 
 
@@ -177,13 +207,11 @@ def qwen3_moe_layout(
     head_dim: int = 128,
 ) -> ModelLayout:
     """Qwen3-MoE: norms on q and k, heads wider than hidden / heads. 30B-A3B: 2048, 48, 32, 4, 768, 151936."""
-    decoder = _Decoder(hidden, layers, heads, kv_heads, head_dim, vocab, dtype, False)
+    decoder = _Decoder(hidden, layers, heads, kv_heads, head_dim, vocab, dtype, False, has_head_norms=True)
     blocks: list[list[TensorSpec]] = []
     for layer in _layer_names(layers):
         block = [
             *decoder.attention(layer),
-            decoder.weight(f"{layer}.self_attn.q_norm", head_dim),
-            decoder.weight(f"{layer}.self_attn.k_norm", head_dim),
             decoder.weight(f"{layer}.mlp.gate", experts, hidden),
         ]
         for expert in range(experts):
