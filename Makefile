@@ -33,6 +33,9 @@ bench: $(VENV)/.test-installed $(VENV)/.bench-installed
 	$(BIN)/python benchmarks/plan_deepseek.py
 	$(BIN)/python benchmarks/s3_clients.py
 	$(BIN)/python benchmarks/request_counts.py
+	$(BIN)/python benchmarks/body_path.py
+	$(BIN)/python benchmarks/faults.py
+	$(BIN)/python benchmarks/s3_shape.py
 	$(BIN)/python benchmarks/compare.py s3
 	$(BIN)/python benchmarks/compare.py disk --state warm
 	$(BIN)/python benchmarks/compare.py disk --state cold

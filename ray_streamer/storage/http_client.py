@@ -23,7 +23,7 @@ import h11
 from ray_streamer.storage.bandwidth import Bandwidth
 from ray_streamer.storage.http_pool import HttpPool
 from ray_streamer.storage.http_route import route_of
-from ray_streamer.storage.lateness import Hedging, PieceClock
+from ray_streamer.storage.lateness import PIECE_BYTES, Hedging, PieceClock
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -89,7 +89,9 @@ class HttpClient:
         clock = PieceClock(timeout_seconds=self._stall_timeout_seconds, hedging=self._hedging)
         for num_bytes in answer.receive_into(buffer, clock):
             self._bandwidth.pay(num_bytes)
-        clock.end_body()
+        # What shorter bodies take says little about whole pieces.
+        if answer.num_received >= PIECE_BYTES:
+            clock.end_body()
 
     def close(self) -> None:
         """End all connections; those who wait for one, or for their share of the bandwidth, wake up."""

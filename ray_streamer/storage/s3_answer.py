@@ -78,11 +78,12 @@ class Refusal:
         """What a raw answer says; reads its body, of which S3's message is left out since it may quote the request."""
         body = answer.read(_MAX_ERROR_BYTES)
         code = re.search(rb"<Code>\s*([\w.]+)\s*</Code>", body)
+        region = re.search(rb"<Region>\s*([\w-]+)\s*</Region>", body)
         return cls(
             status=answer.status,
             code=code[1].decode() if code else "",
             request_id=answer.header("x-amz-request-id"),
-            region=answer.header("x-amz-bucket-region"),
+            region=answer.header("x-amz-bucket-region") or (region[1].decode() if region else ""),
             retry_after=answer.header("retry-after"),
         )
 

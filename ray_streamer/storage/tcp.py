@@ -76,6 +76,7 @@ class Dialer:
     def _race(self, attempts: _Attempts, addresses: list[Address]) -> socket.socket:
         waiting = deque(addresses)
         deadline = time.monotonic() + self._timeout_seconds
+        connected: socket.socket | None = None
         error: OSError = TimeoutError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
         while waiting or attempts:
             if waiting:
@@ -86,14 +87,17 @@ class Dialer:
             if self._closing.is_set():
                 raise ConnectionAbortedError("the storage is closed")
             connected = attempts.wait(min(left_seconds, _NEXT_AFTER_SECONDS))
-            if connected is not None:
-                return connected
             for address, reason in attempts.refused():
                 error = reason
                 self._bury(address)
+            if connected is not None:
+                break
+        # What has not answered by now is slow at best.
         for address in attempts.addresses():
             self._bury(address)
-        raise error
+        if connected is None:
+            raise error
+        return connected
 
     def _bury(self, address: Address) -> None:
         with self._lock:

@@ -108,5 +108,7 @@ def test_nodes_of_deepseek_read_their_own_experts_and_no_other(deepseek):
     assert summarize(plan).amplification < 1.02
     alone = summarize(_plan(deepseek, rules, num_nodes=1, tp=16, ep=16))
     assert (
-        alone.read_bytes == alone.needed_bytes == sum(read.num_bytes for read in by_node[0] if ".layers.61." not in read.name)
+        alone.read_bytes
+        == alone.needed_bytes
+        == sum(read.num_bytes for read in by_node[0] if ".layers.61." not in read.name)
     )
