@@ -234,7 +234,10 @@ def test_permanent_refusals_are_not_tried_again(place, open_s3, proxy):
         (Fault(headers=(("content-range", "bytes 1-589947/589948"),)), "answered with other bytes"),
         (Fault(headers=(("content-range", "bytes 0-99/*"),)), "expected 206 with a Content-Range"),
         (Fault(status=418, code="Teapot"), "refused.*HTTP 418 Teapot"),
-        (Fault(status=301, headers=(("x-amz-bucket-region", "eu-west-9"),)), "in region eu-west-9; set s3_region"),
+        (
+            Fault(status=301, code="PermanentRedirect", headers=(("x-amz-bucket-region", "eu-west-9"),)),
+            "in region eu-west-9; set s3_region.*HTTP 301 PermanentRedirect",
+        ),
         # The answer to a signature for another region names the right one in its body.
         (Fault(status=400, code="Malformed</Code><Region>eu-west-9</Region><Code>"), "in region eu-west-9"),
     ],
