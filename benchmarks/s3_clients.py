@@ -142,6 +142,9 @@ def _serve(name: str, task: Task, folder: str, pipe: Connection) -> None:
     except ModuleNotFoundError as error:
         pipe.send(f"missing: {error.name}")
         return
+    except NotImplementedError as error:
+        pipe.send(str(error))
+        return
     except Exception as error:
         pipe.send(f"{type(error).__name__}: {error}")
         return

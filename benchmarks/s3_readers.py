@@ -221,7 +221,7 @@ class S3TorchConnector(_Threads):
     def __init__(self, task: Task) -> None:
         super().__init__(task)
         if task.ca_file:
-            raise NotImplementedError("it trusts the machine's authorities and no other")
+            raise NotImplementedError("takes no CA file")
         from s3torchconnector import S3ClientConfig, S3ReaderConstructor
         from s3torchconnector._s3client import S3Client
 

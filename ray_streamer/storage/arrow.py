@@ -38,8 +38,11 @@ _STORES_WITH_ETAGS = frozenset({"s3", "abfs"})
 """By pyarrow's own names; Google's store has them too, but to open a file there means to begin to download it."""
 
 _REFUSED = re.compile(
-    r"ACCESS_DENIED|PERMISSION_DENIED|UNAUTHENTICATED|SIGNATURE_DOES_NOT|INVALID_ACCESS|\b40[13]\b|redential"
+    r"ACCESS_DENIED|PERMISSION_DENIED|UNAUTHENTICATED|SIGNATURE_DOES_NOT|INVALID_ACCESS"
+    r"|(status|status code:|\]) 40[13]\b|AzureCredential|Default Credentials"
 )
+"""What the stores' libraries say, in pyarrow's words, to whom they do not know."""
+
 _QUERY = re.compile(r"\?\S+")
 
 
