@@ -222,7 +222,7 @@ class HttpAnswer:
             if not num_bytes:
                 return False
             self.num_received += num_bytes
-            if time.monotonic() >= clock.due:
+            if time.monotonic() >= clock.due and self.num_received < stop:
                 connected.settimeout(clock.extend())
         clock.end()
         return True

@@ -84,6 +84,9 @@ class S3Storage:
         def attempt() -> None:
             nonlocal num_landed
             rest = Extent(extent.start + num_landed, extent.stop)
+            if not rest.num_bytes:
+                # The fault came after the last byte.
+                return
             with self._answer(path, rest, etag=etag) as (answer, given):
                 if given.extent != rest:
                     raise ShortReadError(f"{self._name(path)} ends at {given.size_bytes}, before extent {extent} does")

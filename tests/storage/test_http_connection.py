@@ -130,3 +130,31 @@ def test_an_idle_connection_is_alive_while_nothing_comes(ends):
     assert not connection.is_alive()
     theirs.close()
     assert not connection.is_alive()
+
+
+class RunOut:
+    """A clock on which everything is late, and nothing may be late."""
+
+    due = 0.0
+
+    def begin(self) -> float:
+        return 30.0
+
+    def extend(self) -> float:
+        raise TimeoutError("late")
+
+    def end(self) -> None:
+        pass
+
+
+def test_a_body_that_is_complete_is_never_late(ends):
+    ours, theirs = ends
+    ours.ask("/", {})
+    theirs.recv(65536)
+    theirs.sendall(b"HTTP/1.1 206 P\r\nContent-Length: 1000\r\n\r\n")
+    while (answer := ours.receive_head()) is None:
+        pass
+    theirs.sendall(BODY[:1000])
+    memory = memoryview(bytearray(1000))
+    assert sum(answer.receive_into(memory, RunOut())) == 1000
+    assert bytes(memory) == BODY[:1000]

@@ -157,6 +157,19 @@ def test_a_body_that_breaks_again_and_again_is_finished(place, open_s3, etag, pr
     ]
 
 
+def test_a_fault_after_the_last_byte_asks_for_nothing(place, open_s3, etag, proxy, monkeypatch):
+    storage = open_s3(place.uri, s3_endpoint_url=proxy.url)
+    receive_into = storage._http.receive_into
+
+    def receive_and_fail(answer, buffer):
+        receive_into(answer, buffer)
+        raise ConnectionResetError
+
+    monkeypatch.setattr(storage._http, "receive_into", receive_and_fail)
+    assert read(storage, "a", WHOLE, etag) == CONTENT
+    assert len(proxy.ranges) == 1
+
+
 def test_a_broken_head_is_read_again(place, open_s3, etag, proxy):
     storage = open_s3(place.uri, s3_endpoint_url=proxy.url)
     proxy.fail_next(Fault(body_bytes=100), Fault(status=500, code="InternalError"))
