@@ -18,7 +18,15 @@ from ray_streamer.sharding.families import FAMILIES, Family, Role, Weight
 
 PAGE = Path(__file__).with_name("families.md")
 SUPPORT = Path(__file__).parents[1] / "tests" / "sharding"
-ORACLES = ("transformers", "from_tp_plan", "torch DCP", "get_slice, generic", "get_slice, vllm", "forward")
+ORACLES = (
+    "transformers",
+    "from_tp_plan",
+    "torch DCP",
+    "get_slice, generic",
+    "get_slice, vllm",
+    "transformers, ep",
+    "forward",
+)
 
 _HEAD = """\
 # Model families
@@ -66,6 +74,7 @@ ray_streamer does and as others do. Cells say how many tensors were compared, an
 - from_tp_plan: the same, and ours from `ShardRules.from_tp_plan(model.tp_plan)` alone, where the plan's names are those on disk.
 - torch DCP: `HuggingFaceStorageReader` into tensors distributed as transformers does, where its names are those on disk.
 - get_slice: safetensors cuts each box; this tells that the right bytes came, not that the rule is right.
+- transformers, ep: its expert-parallel plan beside the tensor-parallel one; ours with `ep=True`: whole experts, a share on each rank.
 - forward: the tensor-parallel model of transformers with our slices in place of its own gives the whole model's logits
   (float32, rtol 1e-4, atol 1e-5).
 

@@ -83,10 +83,10 @@ OLD_NAMES: dict[str, dict[str, tuple[int, ...]]] = {
         "gpt_neox.layers.0.attention.rotary_emb.inv_freq": (4,),
     },
     "gpt_oss": {
-        "model.layers.0.mlp.experts.gate_up_proj_blocks": (3, 192, 2, 16),
-        "model.layers.0.mlp.experts.gate_up_proj_scales": (3, 192, 2),
-        "model.layers.0.mlp.experts.down_proj_blocks": (3, 64, 3, 16),
-        "model.layers.0.mlp.experts.down_proj_scales": (3, 64, 3),
+        "model.layers.0.mlp.experts.gate_up_proj_blocks": (4, 192, 2, 16),
+        "model.layers.0.mlp.experts.gate_up_proj_scales": (4, 192, 2),
+        "model.layers.0.mlp.experts.down_proj_blocks": (4, 64, 3, 16),
+        "model.layers.0.mlp.experts.down_proj_scales": (4, 64, 3),
     },
 }
 """What published checkpoints hold that transformers does not write any more."""

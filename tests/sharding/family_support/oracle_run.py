@@ -6,6 +6,7 @@ One process imports what costs seconds and forks the ranks, first two, then four
 
 - transformers: `from_pretrained` with its own tensor-parallel plan; local shards, under their names on disk. Ours are those of
   `layout="transformers"`.
+- transformers, ep: the same with its expert-parallel plan; ours with `ep=True`.
 - from_tp_plan: the same, and ours from the rules that `ShardRules.from_tp_plan` makes of that plan.
 - torch DCP: its reader for Hugging Face files, into tensors distributed as transformers distributes them.
 - dequantized: torch DCP's reader for FP8 files, and transformers' conversion of MXFP4, applied to the whole and to slices.
@@ -23,7 +24,7 @@ import os
 import sys
 import traceback
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,6 +59,7 @@ VARIANTS = {
 """Models with biases, and with sizes that do not divide, which transformers cuts all the same."""
 OTHER_NAMES_ON_DISK = {"mixtral", "phimoe", "granitemoe", "gpt_neox", "gemma3", "mistral3", "llama4", "gemma4"}
 """Families whose plan names modules that are called otherwise on disk, or whose towers have layers, too."""
+EXPERT_PARALLEL = ("mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss")
 FORWARD = ("llama", "qwen3", "mixtral", "gemma3_text")
 
 
@@ -117,6 +119,8 @@ def _run_rank(folder: Path, rank: int, tp: int) -> None:
             findings += _compare_slices(folder / model_type, rank, tp)
             if FAMILIES[model_type].transformers is not None:
                 findings += _compare_plans(model_type, folder / model_type, rank, tp)
+        for model_type in EXPERT_PARALLEL:
+            findings.append(_compare_experts(model_type, folder / model_type, rank, tp))
         for name, (model_type, _) in VARIANTS.items():
             findings += _compare_plans(model_type, folder / name, rank, tp)
         findings.append(_compare_fp8(folder / "fp8", rank, tp))
@@ -150,6 +154,15 @@ def _compare_plans(model_type: str, folder: Path, rank: int, tp: int) -> Iterato
         yield Finding(model=folder.name, oracle="forward", tp=tp, rank=rank, compared=len(ours), wrong=wrong)
 
 
+def _compare_experts(model_type: str, folder: Path, rank: int, tp: int) -> Finding:
+    model = others.load_by_transformers(model_type, folder, tp, ep=tp)
+    theirs = others.local_shards(model, first_expert=4 // tp * rank)
+    ours = _load(folder, rank, tp, "transformers", ep=True)
+    finding = _finding(folder, "transformers, ep", rank, tp, ours, theirs)
+    # A rank must not hold others' experts either.
+    return replace(finding, wrong=sorted({*finding.wrong, *(ours.keys() - theirs.keys())}))
+
+
 def _finding(folder: Path, oracle: str, rank: int, tp: int, ours: Tensors, theirs: Tensors) -> Finding:
     whole = load_file(folder / "model.safetensors")
     names = theirs.keys() & whole.keys()
@@ -158,9 +171,9 @@ def _finding(folder: Path, oracle: str, rank: int, tp: int, ours: Tensors, their
     return Finding(model=folder.name, oracle=oracle, tp=tp, rank=rank, compared=len(names), cut=cut, wrong=wrong)
 
 
-def _load(folder: Path, rank: int, tp: int, layout: Any) -> Tensors:
-    session = f"{folder}-{layout}-{tp}"
-    return ray_streamer.load_rank(str(folder), rank=rank, world_size=tp, session=session, layout=layout)
+def _load(folder: Path, rank: int, tp: int, layout: Any, *, ep: bool = False) -> Tensors:
+    session = f"{os.getppid()}-{folder.name}-{layout}-{tp}-{ep}"
+    return ray_streamer.load_rank(str(folder), rank=rank, world_size=tp, session=session, layout=layout, ep=ep)
 
 
 def _load_by_plan(folder: Path, plan: dict[str, str], rank: int, tp: int) -> Tensors:
@@ -170,7 +183,7 @@ def _load_by_plan(folder: Path, plan: dict[str, str], rank: int, tp: int) -> Ten
         # Without the family's preset, which would go on where the plan says nothing.
         return resolve_slices(index, rules, mesh, unmatched="replicate")
 
-    session = f"{folder}-plan-{tp}"
+    session = f"{os.getppid()}-{folder.name}-plan-{tp}"
     return ray_streamer.load_rank(str(folder), rank=rank, world_size=tp, session=session, slices=slices)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,10 +26,12 @@ if TYPE_CHECKING:
 
 Tensors = dict[str, torch.Tensor]
 
+_EXPERT = re.compile(r"experts\.([0-9]+)\.")
 
-def load_by_transformers(model_type: str, folder: Path, tp: int) -> PreTrainedModel:
+
+def load_by_transformers(model_type: str, folder: Path, tp: int, *, ep: int | None = None) -> PreTrainedModel:
     """The model as transformers distributes it itself over the ranks of this process' group."""
-    config = DistributedConfig(tp_size=tp, tp_plan="auto")
+    config = DistributedConfig(tp_size=tp, tp_plan="auto", ep_size=ep)
     return model_class(model_type).from_pretrained(
         folder,
         distributed_config=config,
@@ -38,9 +41,10 @@ def load_by_transformers(model_type: str, folder: Path, tp: int) -> PreTrainedMo
     )
 
 
-def local_shards(model: PreTrainedModel) -> Tensors:
-    """What this rank holds of a distributed model, by names on disk."""
-    return revert_weight_conversion(model, _local(model.state_dict()))
+def local_shards(model: PreTrainedModel, *, first_expert: int = 0) -> Tensors:
+    """What this rank holds of a distributed model, by names on disk; its experts are numbered from `first_expert`."""
+    tensors = revert_weight_conversion(model, _local(model.state_dict()))
+    return {_EXPERT.sub(lambda at: f"experts.{int(at[1]) + first_expert}.", name): tensors[name] for name in tensors}
 
 
 def _local(tensors: Mapping[str, Any]) -> Tensors:

@@ -28,8 +28,8 @@ FP8_SHAPES = {
     f"{_LAYER}mlp.down_proj.weight": (512, 1024),
 }
 MXFP4_SHAPES = {
-    f"{_LAYER}mlp.experts.gate_up_proj_blocks": (3, 192, 64),
-    f"{_LAYER}mlp.experts.down_proj_blocks": (3, 64, 96),
+    f"{_LAYER}mlp.experts.gate_up_proj_blocks": (4, 192, 64),
+    f"{_LAYER}mlp.experts.down_proj_blocks": (4, 64, 96),
 }
 """Stored weights and the shapes that they have once dequantized."""
 

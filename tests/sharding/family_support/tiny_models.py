@@ -29,8 +29,8 @@ _SIZES: dict[str, Any] = {
     "eos_token_id": 2,
 }
 _HEAD = {"head_dim": 8}
-_EXPERTS = {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
-_LOCAL_EXPERTS = {"num_local_experts": 3, "num_experts_per_tok": 2}
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+_LOCAL_EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
 _LATENT = {
     "num_key_value_heads": 8,
     "q_lora_rank": 16,
@@ -49,7 +49,7 @@ _ROUTED = {
     "topk_group": 1,
 }
 _LLAMA4 = _HEAD | {
-    "num_local_experts": 3,
+    "num_local_experts": 4,
     "num_experts_per_tok": 1,
     "intermediate_size_mlp": 80,
     "interleave_moe_layer_step": 2,
@@ -71,7 +71,7 @@ _GEMMA4 = _HEAD | {
     "hidden_size_per_layer_input": 8,
     "vocab_size_per_layer_input": VOCABULARY,
     "enable_moe_block": True,
-    "num_experts": 3,
+    "num_experts": 4,
     "top_k_experts": 2,
     "moe_intermediate_size": 32,
 }
@@ -113,7 +113,7 @@ EXTRA: dict[str, dict[str, Any]] = {
     "olmo": {},
     "olmo2": {},
     "olmo3": {},
-    "olmoe": {"num_experts": 3, "num_experts_per_tok": 2},
+    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
     "granite": {},
     "granitemoe": _LOCAL_EXPERTS,
     "cohere": {"use_qk_norm": True},
