@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, BinaryIO, Literal, Self, cast
 from urllib.parse import urlsplit
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
 _COPY_BYTES = 256 << 10
 
@@ -95,13 +95,17 @@ class FaultProxy:
 
     def wait_for_requests(self, num_requests: int) -> None:
         """Return when so many ranged requests have come."""
-        with self._changed:
-            self._changed.wait_for(lambda: len(self.ranges) >= num_requests, timeout=30)
+        self._wait_for(lambda: len(self.ranges) >= num_requests, f"{num_requests} requests")
 
     def wait_until_stalled(self, num_answers: int = 1) -> None:
         """Return when so many answers have stalled."""
+        self._wait_for(lambda: self._num_stalled >= num_answers, f"{num_answers} stalled answers")
+
+    def _wait_for(self, has_come: Callable[[], bool], what: str) -> None:
         with self._changed:
-            self._changed.wait_for(lambda: self._num_stalled >= num_answers, timeout=30)
+            # Long: processes that are to send the requests may still have to start, on a machine with other work.
+            if not self._changed.wait_for(has_come, timeout=120):
+                raise TimeoutError(f"no {what} within 120 s; there were {len(self.ranges)} requests")
 
     def wait(self, seconds: float) -> None:
         """Return after so long, or when the proxy ends."""
