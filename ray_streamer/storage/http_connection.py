@@ -232,8 +232,7 @@ class HttpAnswer:
         scratch = memoryview(bytearray(_CHUNK_BYTES))
         while not isinstance(event := self._protocol.next_event(), h11.EndOfMessage):
             if event is h11.NEED_DATA:
-                self.connection.stream.settimeout(clock.begin())
-                self._protocol.receive_data(bytes(scratch[: self.connection.stream.recv_into(scratch)]))
+                self._protocol.receive_data(bytes(scratch[: self._receive_some(scratch, clock)]))
             elif isinstance(event, h11.Data):
                 data = event.data[: len(buffer) - self.num_received]
                 buffer[self.num_received : self.num_received + len(data)] = data
@@ -242,3 +241,12 @@ class HttpAnswer:
                 if len(data) < len(event.data):
                     return
         self._has_ended = True
+
+    def _receive_some(self, view: memoryview, clock: PieceClock) -> int:
+        """What comes next, 0 at the end of the connection; takes as long as a piece may."""
+        self.connection.stream.settimeout(clock.begin())
+        while True:
+            try:
+                return self.connection.stream.recv_into(view)
+            except TimeoutError:
+                self.connection.stream.settimeout(clock.extend())

@@ -158,3 +158,41 @@ def test_a_body_that_is_complete_is_never_late(ends):
     memory = memoryview(bytearray(1000))
     assert sum(answer.receive_into(memory, RunOut())) == 1000
     assert bytes(memory) == BODY[:1000]
+
+
+class Patient:
+    """A clock that has more to give; the server sends the rest when it does."""
+
+    due = float("inf")
+
+    def __init__(self, send_rest) -> None:
+        self._send_rest = send_rest
+
+    def begin(self) -> float:
+        return 0.01
+
+    def extend(self) -> float:
+        self._send_rest()
+        self._send_rest = lambda: None
+        return 30.0
+
+    def end(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("head", "body"),
+    [
+        (b"HTTP/1.1 206 P\r\nContent-Length: 300000\r\n\r\n", BODY),
+        (b"HTTP/1.1 206 P\r\nTransfer-Encoding: chunked\r\n\r\n", CHUNKED),
+    ],
+)
+def test_a_silence_that_the_clock_allows(ends, head, body):
+    answer, sender = answer_of(*ends, head, body[:1000])
+    sender.join()
+    rest = threading.Thread(target=ends[1].sendall, args=(body[1000:],))
+    memory = memoryview(bytearray(len(BODY)))
+    for _ in answer.receive_into(memory, Patient(rest.start)):
+        pass
+    rest.join()
+    assert memory == BODY
