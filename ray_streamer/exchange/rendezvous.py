@@ -9,6 +9,7 @@ meeting goes on: names of abstract sockets can be read by every process of the m
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import logging
 import mmap
 import os
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.005
+_MAX_SESSION_BYTES = 64
 _CREDENTIALS = struct.Struct("3i")
 
 
@@ -182,6 +184,9 @@ class _Meeting:
 
 
 def _address(session: str, local_rank: int) -> bytes:
+    # A socket's name has room for 107 bytes; a session is as long as whoever named it liked.
+    if len(session.encode()) > _MAX_SESSION_BYTES:
+        session = hashlib.sha256(session.encode()).hexdigest()
     return f"\0ray_streamer/{session}/{local_rank}".encode()
 
 

@@ -94,6 +94,15 @@ def test_ranks_without_an_arena_send_none(meet, session):
     _close(meetings)
 
 
+def test_a_session_may_be_longer_than_the_name_of_a_socket(meet, session):
+    for name in (f"{session}/{'long' * 100}/0", f"{session}/{'long' * 100}/1"):
+        meetings = [meet(name, rank, 2) for rank in range(2)]
+        for meeting in meetings:
+            assert len(meeting.join()) == 1
+            assert meeting.error is None
+        _close(meetings)
+
+
 def test_the_absent_rank_is_named_by_all_and_nobody_else_is(meet, session):
     meetings = [meet(session, rank, 4, timeout_seconds=0.3) for rank in (0, 2, 3)]
     for meeting in meetings:
