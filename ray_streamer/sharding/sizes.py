@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ray_streamer.errors import ShardingError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from ray_streamer.sharding.families import Family
 
 _OTHER_NAMES = {
@@ -32,16 +31,23 @@ class Sizes:
     """
 
     def __init__(self, family: Family, config: Mapping[str, Any]) -> None:
-        text = (config.get(family.text_config) or {}) if family.text_config else config
-        self._values = {**family.defaults, **{key: value for key, value in text.items() if value is not None}}
         self._model_type = config["model_type"]
         self._family = family
+        text = self._object(family.text_config, config.get(family.text_config)) if family.text_config else config
+        self._values = {**family.defaults, **{key: value for key, value in text.items() if value is not None}}
+
+    def _object(self, key: str, value: Any) -> Mapping[str, Any]:
+        if value is not None and not isinstance(value, Mapping):
+            raise ShardingError(f"config.json of a {self._model_type} model needs an object for {key}, got {value!r}")
+        return value or {}
 
     def _value(self, key: str) -> Any:
         return next((self._values[name] for name in (key, *_OTHER_NAMES.get(key, ())) if name in self._values), None)
 
     def _size(self, key: str) -> int:
-        value = self._value(key)
+        return self._count(key, self._value(key))
+
+    def _count(self, key: str, value: Any) -> int:
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ShardingError(f"config.json of a {self._model_type} model needs a number for {key}, got {value!r}")
         return value
@@ -55,7 +61,9 @@ class Sizes:
     def draft_layers(self) -> int:
         """Layers for multi-token prediction, numbered on after the model's own; 1 where such a config does not say."""
         key = self._family.num_draft_layers
-        return (self._size(key) if self._value(key) else 0 if self._value(key) == 0 else 1) if key else 0
+        if key is None or self._value(key) == 0:
+            return 0
+        return 1 if self._value(key) is None else self._size(key)
 
     @property
     def experts(self) -> int:
@@ -76,10 +84,17 @@ class Sizes:
     @property
     def other_kv_heads(self) -> dict[int, int]:
         """Number of a layer -> its key-value heads, for layers that have not `kv_heads` of them, as in Gemma 4."""
-        if "per_layer_config" in self._values:
-            layers = self._values["per_layer_config"].items()
+        if layers := self._object("per_layer_config", self._values.get("per_layer_config")):
+            if not all(str(number).isdecimal() for number in layers):
+                raise ShardingError(f"per_layer_config of config.json needs numbers of layers, got {sorted(layers)}")
+            heads = {
+                number: self._object(f"layer {number}", sizes).get("num_key_value_heads")
+                for number, sizes in layers.items()
+            }
             return {
-                int(number): sizes["num_key_value_heads"] for number, sizes in layers if "num_key_value_heads" in sizes
+                int(number): self._count(f"num_key_value_heads of layer {number}", count)
+                for number, count in heads.items()
+                if count is not None
             }
         if not self._values.get("attention_k_eq_v") or "num_global_key_value_heads" not in self._values:
             return {}

@@ -181,6 +181,27 @@ def test_gemma4_has_layers_with_other_key_value_heads(published: bool, saved: Ca
     assert placements == [Split(0, kv_heads=4), Split(0, kv_heads=8)]
 
 
+def test_gpt_oss_experts_are_cut_in_blocks_of_32(index_of: IndexOf) -> None:
+    """2880 indices are 90 blocks: at tp 8 seven ranks hold 12 and the last one 6, in both ways to store them."""
+    prefix = "model.layers.0.mlp.experts."
+    local = {
+        "gate_up_proj_blocks": ((128, 5760, 90, 16), (128, 768, 90, 16), (128, 384, 90, 16)),
+        "gate_up_proj_scales": ((128, 5760, 90), (128, 768, 90), (128, 384, 90)),
+        "gate_up_proj_bias": ((128, 5760), (128, 768), (128, 384)),
+        "down_proj_blocks": ((128, 2880, 90, 16), (128, 2880, 12, 16), (128, 2880, 6, 16)),
+        "down_proj_scales": ((128, 2880, 90), (128, 2880, 12), (128, 2880, 6)),
+        "down_proj_bias": ((128, 2880), (128, 2880), (128, 2880)),
+        "gate_up_proj": ((128, 2880, 5760), (128, 2880, 768), (128, 2880, 384)),
+        "down_proj": ((128, 2880, 2880), (128, 384, 2880), (128, 192, 2880)),
+    }
+    config = {"model_type": "gpt_oss", "num_attention_heads": 64, "num_key_value_heads": 8, "num_local_experts": 128}
+    index = index_of({prefix + name: shapes[0] for name, shapes in local.items()}, dtype="U8", config=config)
+    table = resolve_slices(index, ShardRules.for_config(config), Mesh(tp=8))
+    for tensor, name in enumerate(index.names):
+        held = [table.slice_of(tensor, rank) for rank in (0, 7)]
+        assert tuple(part.shape for part in held if part) == local[name.removeprefix(prefix)][1:], name
+
+
 @pytest.mark.parametrize(
     ("sizes", "groups"),
     [

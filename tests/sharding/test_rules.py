@@ -91,6 +91,18 @@ def test_an_unknown_family_is_refused_with_the_known_ones(config: dict[str, obje
         (LLAMA | {"num_key_value_heads": "2"}, "number for num_key_value_heads, got '2'"),
         (LLAMA | {"num_attention_heads": 0}, "number for num_attention_heads, got 0"),
         (LLAMA | {"model_type": "phi3"}, "number for hidden_size, got None"),
+        (
+            LLAMA | {"model_type": "gemma3", "text_config": [1]},
+            r"gemma3 model needs an object for text_config, got \[1\]",
+        ),
+        (LLAMA | {"model_type": "gemma4_text", "per_layer_config": 5}, "needs an object for per_layer_config, got 5"),
+        (LLAMA | {"model_type": "gemma4_text", "per_layer_config": {"3": 5}}, "needs an object for layer 3, got 5"),
+        (
+            LLAMA | {"model_type": "gemma4_text", "per_layer_config": {"3": {"num_key_value_heads": "8"}}},
+            "number for num_key_value_heads of layer 3, got '8'",
+        ),
+        (LLAMA | {"model_type": "gemma4_text", "per_layer_config": {"x": {}}}, r"needs numbers of layers, got \['x'\]"),
+        (LLAMA | {"model_type": "deepseek_v3"}, "number for num_hidden_layers, got None"),
     ],
 )
 def test_missing_sizes_are_named(config: dict[str, object], message: str) -> None:
