@@ -125,7 +125,7 @@ class RadosGateway(S3Server):
         self._run("monmaptool", "--create", "--fsid", fsid, "--addv", "a", f"[v2:127.0.0.1:{mon_port}]", monmap)
         self._run("ceph-mon", *self._conf, "-i", "a", "--mkfs", "--monmap", monmap)
         self.spawn("ceph-mon", *self._conf, "-i", "a", "-f")
-        self._run("ceph", *self._conf, "osd", "new", osd_uuid)
+        self._run("ceph", *self._conf, "--connect-timeout", "40", "osd", "new", osd_uuid)
         self._run("ceph-osd", *self._conf, "-i", "0", "--mkfs")
         self.spawn("ceph-osd", *self._conf, "-i", "0", "-f")
         self.add_user("test", self.access_key, self.secret_key)

@@ -8,6 +8,7 @@ Python.
 from __future__ import annotations
 
 import atexit
+import secrets
 import shutil
 import socket
 import subprocess
@@ -16,6 +17,7 @@ import tempfile
 import time
 from abc import ABC, abstractmethod
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
     import os
 
 Kind = Literal["rgw", "moto"]
+
+_START_ATTEMPTS = 3
 
 
 class S3ServerUnavailableError(RuntimeError):
@@ -209,6 +213,14 @@ def start_s3_server(kind: Literal["auto", "rgw", "moto"] = "auto", *, tls: bool 
             "no S3 server here; apt-get install radosgw ceph-mon ceph-osd, or pip install 'moto[server]'"
         )
     server_class = MotoServer if kind == "moto" or missing else RadosGateway
+    for _ in range(_START_ATTEMPTS - 1):
+        # Somebody else may take a port between its choice and its use.
+        with suppress(RuntimeError):
+            return _start(server_class, tls=tls)
+    return _start(server_class, tls=tls)
+
+
+def _start(server_class: type[S3Server], *, tls: bool) -> S3Server:
     # Unix socket paths are short, so the folder is not put below a long test path.
     server = server_class(Path(tempfile.mkdtemp(prefix="s3-server-")), free_port(), tls=tls)
     atexit.register(server.stop)
@@ -221,7 +233,12 @@ def start_s3_server(kind: Literal["auto", "rgw", "moto"] = "auto", *, tls: bool 
 
 
 def free_port() -> int:
-    """A TCP port of 127.0.0.1 that nobody uses at this moment."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A TCP port of 127.0.0.1 that nobody uses at this moment, and that no outgoing connection gets by chance.
+
+    The kernel takes ports of outgoing connections from 32768 on, so a port from there may be gone before a server has it.
+    """
+    while True:
+        port = 10_000 + secrets.randbelow(32_768 - 10_000)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
