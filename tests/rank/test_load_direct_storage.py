@@ -82,6 +82,17 @@ def test_one_piece_goes_straight_and_rows_are_staged(ranks, specs, tmp_path) -> 
     assert statistics.bytes_delivered == statistics.bytes_to_deliver
 
 
+def test_what_the_caller_has_queued_is_over_before_the_first_read(ranks, specs, tmp_path) -> None:
+    """Such a read knows no stream, so the stream that follows the caller's is waited for when the results are prepared."""
+    plan = _plan(ranks, str(ranks.write(tmp_path, [specs])))
+    library = FakeCuda()
+    device = open_fake_cuda(library, direct_storage=DirectStorage(HostFile))
+    running = ranks.prepare(plan, devices={0: device})
+    names = [call.name for call in library.calls if call.name.startswith("Stream")]
+    assert names[-2:] == ["StreamWaitEvent", "StreamSynchronize"]
+    running.start().tensors()
+
+
 def test_a_storage_without_files_takes_the_normal_way(ranks, specs, tmp_path) -> None:
     folder = ranks.write(tmp_path, [specs])
     uri = "memory://direct-storage"
