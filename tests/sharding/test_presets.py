@@ -6,6 +6,7 @@ How slices compare with those of other loaders is in `test_oracles`, how the gen
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, get_args
@@ -125,6 +126,27 @@ def test_every_tensor_that_transformers_writes_has_a_rule(
         return
     table = resolve_slices(index, ShardRules.for_config(index.config, layout=layout), Mesh(tp=2))
     assert sum(part is None for pattern in table.patterns for part in pattern) == 0
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_every_tensor_lies_on_the_stage_of_its_layer_or_beside_the_layers(
+    model_type: str, saved: Callable[[str], Saved]
+) -> None:
+    index = saved(model_type).index
+    table = resolve_slices(index, ShardRules.for_config(index.config), Mesh(pp=2))
+    stages = {
+        name: {rank for rank in range(2) if table.slice_of(tensor, rank)} for tensor, name in enumerate(index.names)
+    }
+    layer = re.compile(r"^(?!.*(?:vision|projector)).*\b(?:layers|h)\.([01])\.")
+    in_layers = {name: int(found[1]) for name in index.names if (found := layer.match(name))}
+    assert {name: stages[name] for name in in_layers} == {name: {stage} for name, stage in in_layers.items()}
+    embeddings = [name for name in index.names if re.search(r"embed_tokens\.|wte|word_embeddings\.|embed_in", name)]
+    heads = [name for name in index.names if re.search(r"lm_head|embed_out", name)]
+    assert embeddings
+    assert all(0 in stages[name] for name in embeddings)
+    # Without a head of its own the last stage needs the embedding.
+    assert all(1 in stages[name] for name in heads or embeddings)
+    assert all(stages.values())
 
 
 def test_every_glob_of_every_family_names_a_tensor_of_some_model(saved: Callable[[str], Saved]) -> None:
