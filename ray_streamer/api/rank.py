@@ -30,8 +30,10 @@ if TYPE_CHECKING:
     from ray_streamer.rank.request import LoadRequest, SliceSource
     from ray_streamer.rank.statistics import RankStatistics
     from ray_streamer.sharding.experts import ExpertsLike
+    from ray_streamer.sharding.fuse import FuseLike
     from ray_streamer.sharding.groups import Unmatched
     from ray_streamer.sharding.presets import Layout
+    from ray_streamer.sharding.rename import RenameLike
     from ray_streamer.sharding.rules import RulesLike
     from ray_streamer.storage.base import Storage
 
@@ -53,6 +55,8 @@ class RankArguments(TypedDict, total=False):
         layout: As in `load_sharded`.
         drafts: As in `load_sharded`.
         experts: As in `load_sharded`.
+        fuse: As in `load_sharded`.
+        rename: As in `load_sharded`.
         device: "cpu"; "cuda", torch's current device; or "cuda:N".
         settings: Every knob, equal on all ranks; from the environment when unset.
         out: Contiguous tensors of this rank by name, filled in place; tensors not named are allocated. After an error their
@@ -73,6 +77,8 @@ class RankArguments(TypedDict, total=False):
     layout: Layout
     drafts: bool
     experts: ExpertsLike | None
+    fuse: FuseLike
+    rename: RenameLike | None
     device: str
     settings: Settings | None
     out: Mapping[str, torch.Tensor] | None

@@ -14,8 +14,10 @@ if TYPE_CHECKING:
     from ray_streamer.rank.request import SliceSource
     from ray_streamer.settings import Settings
     from ray_streamer.sharding.experts import ExpertsLike
+    from ray_streamer.sharding.fuse import FuseLike
     from ray_streamer.sharding.groups import Unmatched
     from ray_streamer.sharding.presets import Layout
+    from ray_streamer.sharding.rename import RenameLike
     from ray_streamer.sharding.rules import RulesLike
 
 Stages = int | Sequence[int]
@@ -23,7 +25,7 @@ Stages = int | Sequence[int]
 
 
 class SliceArguments(TypedDict, total=False):
-    """What says which part of each tensor a rank holds; every one as in `load_sharded`."""
+    """What says which part of each tensor a rank holds, and in which results; every one as in `load_sharded`."""
 
     rules: RulesLike | None
     slices: SliceSource | None
@@ -31,6 +33,8 @@ class SliceArguments(TypedDict, total=False):
     layout: Layout
     drafts: bool
     experts: ExpertsLike | None
+    fuse: FuseLike
+    rename: RenameLike | None
 
 
 def slice_arguments(arguments: Mapping[str, Any]) -> SliceArguments:
@@ -60,7 +64,13 @@ def make_request(
     mesh = Mesh(tp=tp, pp=num_stages(pp), dp=replicas, ep=tp if ep is True else 1 if ep is False else ep)
     stage_layers = None if isinstance(pp, int) else tuple(pp)
     return LoadRequest(
-        uri=uri, mesh=mesh, slices=_slice_source(stage_layers, **slicing), settings=settings, device=device
+        uri=uri,
+        mesh=mesh,
+        slices=_slice_source(stage_layers, **slicing),
+        settings=settings,
+        device=device,
+        fuse=slicing.get("fuse", False),
+        rename=slicing.get("rename"),
     )
 
 

@@ -20,8 +20,10 @@ if TYPE_CHECKING:
     from ray_streamer.rank.request import SliceSource
     from ray_streamer.rank.statistics import RankStatistics
     from ray_streamer.sharding.experts import ExpertsLike
+    from ray_streamer.sharding.fuse import FuseLike
     from ray_streamer.sharding.groups import Unmatched
     from ray_streamer.sharding.presets import Layout
+    from ray_streamer.sharding.rename import RenameLike
     from ray_streamer.sharding.rules import RulesLike
 
 
@@ -38,6 +40,8 @@ def load_sharded(
     layout: Layout = "generic",
     drafts: bool = False,
     experts: ExpertsLike | None = None,
+    fuse: FuseLike = False,
+    rename: RenameLike | None = None,
     device: str = "cpu",
     concurrency: int | None = None,
     memory_limit: int | str | None = None,
@@ -65,6 +69,9 @@ def load_sharded(
         drafts: Whether what only multi-token prediction uses is loaded, too.
         experts: With `ep`: the experts that each group holds, such as [[0, 1, 4], [2, 3, 4]], or such lists by layer; an
             expert may be in several.
+        fuse: True = q, k and v projections land in one qkv_proj, gate and up in one gate_up_proj, where a model has them
+            apart; or fused module's name -> names of its modules, in order.
+        rename: Results' names: pairs of a regular expression and its replacement, applied in turn; or name -> name, picklable.
         device: Where the tensors go: "cpu", or "cuda", the GPU that Ray assigns to each rank; see `PlacementOptions`.
         concurrency: Reads in flight per rank.
         memory_limit: Staging bytes per rank: N or text such as "512MiB" = at most N; 0 = the least that works; -1 = as much
@@ -102,6 +109,8 @@ def load_sharded(
         layout=layout,
         drafts=drafts,
         experts=experts,
+        fuse=fuse,
+        rename=rename,
         settings=(settings or Settings.resolve()).override(
             concurrency=concurrency, memory_limit=memory_limit, node_memory_limit=node_memory_limit
         ),

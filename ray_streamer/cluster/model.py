@@ -125,7 +125,8 @@ class ShardedModel:
                 holders.setdefault(tensor_slice, rank)
         if not holders:
             raise KeyError(f"no rank holds any of {name!r}")
-        parts = self._ready().call("take_bytes", name, ranks=list(holders.values()), keep_on_failure=True)
+        taken = self.plan.results.name_of(position)
+        parts = self._ready().call("take_bytes", taken, ranks=list(holders.values()), keep_on_failure=True)
         return assemble(index.dtype_of(position), index.shape_of(position), list(holders), parts)
 
     def restart(self, rank: int) -> RankStatistics:

@@ -52,31 +52,39 @@ class Results:
         self._device = device
         self._on_complete = on_complete
         self._lock = threading.Lock()
-        self._missing: dict[int, int] = {
-            tensor: int(rank_plan.tensor_bytes[tensor])
-            for tensor in range(len(plan.index))
-            if plan.slice_of(tensor, self._rank) is not None
-        }
+        table = plan.results
+        self._names, self._result_ids = table.names, table.result_ids.tolist()
+        # By result: bytes to come, and one of the tensors that land there, which tells shape and dtype.
+        self._missing: dict[int, int] = {}
+        self._examples: dict[int, int] = {}
+        for tensor in range(len(plan.index)):
+            if plan.slice_of(tensor, self._rank) is not None:
+                number = self._result_ids[tensor]
+                self._missing[number] = self._missing.get(number, 0) + int(rank_plan.tensor_bytes[tensor])
+                self._examples.setdefault(number, tensor)
+        self._num_members = np.bincount(table.result_ids, minlength=len(table.names))
         self._results: dict[int, Result] = {}
         self.delivered_bytes = 0
         self._take_out(out or {})
         # All before the first read, and in the caller's thread: memory that is not there is found missing at once, and
         # threads that allocate one by one get in each other's way in the kernel.
-        self._results |= {tensor: self._allocate(tensor) for tensor in self._missing if tensor not in self._results}
+        self._results |= {
+            number: self._allocate(tensor) for number, tensor in self._examples.items() if number not in self._results
+        }
         self._zero_padding()
         device.follow_caller()
 
     def _take_out(self, out: Mapping[str, torch.Tensor]) -> None:
         import torch
 
-        names = self._plan.index.names
-        held = {names[tensor]: tensor for tensor in self._missing}
+        held = {self._names[number]: number for number in self._missing}
         unknown = sorted(out.keys() - held.keys())
         if unknown:
             raise DeviceError(f"out names tensors that rank {self._rank} does not hold: {', '.join(unknown[:5])}")
         for name, given in out.items():
-            dtype = self._plan.index.dtype_of(held[name])
-            expected = (self._result_shape(held[name]), getattr(torch, dtype.torch_name))
+            tensor = self._examples[held[name]]
+            dtype = self._plan.index.dtype_of(tensor)
+            expected = (self._result_shape(tensor), getattr(torch, dtype.torch_name))
             if (tuple(given.shape), given.dtype) != expected:
                 raise DeviceError(
                     f"out[{name!r}] on rank {self._rank} must have shape {expected[0]} and dtype {expected[1]}, "
@@ -97,51 +105,53 @@ class Results:
         return self._device.result(self._device.empty(self._plan.index.dtype_of(tensor), self._slice_of(tensor).shape))
 
     def _zero_padding(self) -> None:
-        """Zeroes what no box of a slice fills, as it is with a padded vocabulary."""
+        """Zeroes what no box of a slice fills, as it is with a padded vocabulary; results of several tensors have no such."""
         table = self._plan.slices
         held = [pattern[self._rank] for pattern in table.patterns]
         padded = [at for at, part in enumerate(held) if part is not None and part.reach != part.shape]
         for tensor in np.flatnonzero(np.isin(table.pattern_ids, padded)).tolist():
             reach = self._plan.index.dtype_of(tensor).torch_shape(self._slice_of(tensor).reach)
-            target = self._results[tensor].tensor
+            if self._num_members[self._result_ids[tensor]] > 1:
+                continue
+            target = self.result(tensor).tensor
             for dim, (filled, size) in enumerate(zip(reach, tuple(target.shape), strict=True)):
                 target.narrow(dim, filled, size - filled).zero_()
 
     def result(self, tensor: int) -> Result:
-        """The result at position `tensor` of the index."""
-        return self._results[tensor]
+        """The result in which the tensor at position `tensor` of the index lands."""
+        return self._results[self._result_ids[tensor]]
 
     def copies(self, pieces: list[Piece]) -> list[Copy]:
         """`pieces` with the results that they go to."""
         return [Copy(piece, self.result(piece.tensor)) for piece in pieces]
 
     def complete_empty(self) -> None:
-        """Completes the tensors that have no bytes."""
-        for tensor in [tensor for tensor, num_bytes in self._missing.items() if num_bytes == 0]:
-            self._complete(tensor)
+        """Completes the results that have no bytes."""
+        for number in [number for number, num_bytes in self._missing.items() if num_bytes == 0]:
+            self._complete(number)
 
     def settle(self, pieces: list[Piece]) -> None:
-        """Counts delivered pieces; completes the tensors whose last byte was among them."""
+        """Counts delivered pieces; completes the results whose last byte was among them."""
         completed: list[int] = []
         with self._lock:
             for piece in pieces:
-                self._missing[piece.tensor] -= piece.num_bytes
+                number = self._result_ids[piece.tensor]
+                self._missing[number] -= piece.num_bytes
                 self.delivered_bytes += piece.num_bytes
-                if self._missing[piece.tensor] == 0:
-                    completed.append(piece.tensor)
-        for tensor in completed:
-            self._complete(tensor)
+                if self._missing[number] == 0:
+                    completed.append(number)
+        for number in completed:
+            self._complete(number)
 
-    def _complete(self, tensor: int) -> None:
+    def _complete(self, number: int) -> None:
         if self._on_complete is not None:
-            self._on_complete(self._plan.index.names[tensor], self._results[tensor].tensor)
+            self._on_complete(self._names[number], self._results[number].tensor)
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """All tensors by name, in the order of the index; call it when nothing is missing."""
-        names = self._plan.index.names
-        unfinished = [names[tensor] for tensor, num_bytes in self._missing.items() if num_bytes]
+        """All results by name, in the order of the index; call it when nothing is missing."""
+        unfinished = [self._names[number] for number, num_bytes in self._missing.items() if num_bytes]
         assert not unfinished, f"tensors without all their bytes: {unfinished[:5]}"
-        return {names[tensor]: self._results[tensor].tensor for tensor in self._missing}
+        return {self._names[number]: self._results[number].tensor for number in self._missing}
 
     def forget(self) -> None:
         """Lets go of the tensors: they are the caller's now, or nobody's."""

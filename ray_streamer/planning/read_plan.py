@@ -18,6 +18,7 @@ from ray_streamer.errors import PlanError
 from ray_streamer.planning.assign import assign_readers
 from ray_streamer.planning.cover import cover_node, cut_blocks, kinds_of
 from ray_streamer.planning.pieces import cut_pieces
+from ray_streamer.sharding.result_table import ResultTable
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -84,12 +85,20 @@ class ReadPlan:
         return self.slices.slice_of(tensor, rank)
 
     @property
+    def results(self) -> ResultTable:
+        """In which results slices land."""
+        return self.slices.results or ResultTable.of(self.index)
+
+    @property
     def plan_hash(self) -> str:
         """Hex digest over every input and every row; equal plans have equal hashes."""
         digest = hashlib.blake2b(digest_size=16)
         digest.update(repr((PLAN_VERSION, self.index.fingerprint(), self.topology, self.limits)).encode())
         digest.update(repr((self.slices.num_ranks, self.slices.patterns, self.node_plan_ids)).encode())
         digest.update(np.ascontiguousarray(self.slices.pattern_ids).data)
+        if self.slices.results is not None:
+            digest.update(repr(self.slices.results.names).encode())
+            digest.update(np.ascontiguousarray(self.slices.results.result_ids).data)
         for node_plan in self.node_plans:
             for table in (node_plan.blocks, node_plan.pieces):
                 for name in table.column_names:

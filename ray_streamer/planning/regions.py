@@ -39,6 +39,8 @@ def regions_of(tensor_slice: TensorSlice, shape: tuple[int, ...], num_bits: int)
     Raises:
         PlanError: A box leaves the tensor or the result, or cuts inside a byte.
     """
+    # A scalar's slot in a row of them: the missing dimensions are the outer ones.
+    shape = (1,) * (len(tensor_slice.shape) - len(shape)) + shape
     regions: list[Region] = []
     for box in tensor_slice.boxes:
         _check_box(box, shape, tensor_slice.shape)

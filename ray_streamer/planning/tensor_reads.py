@@ -42,8 +42,8 @@ class TensorReads:
         dtype: As its header says.
         shape: Logical elements in the checkpoint.
         num_bytes: Bytes in the checkpoint.
-        result_shape: What the rank asked about holds; None without a rank, or when it holds nothing.
-        result_bytes: Bytes of that result; without a rank, of all ranks' results.
+        result_shape: Shape of the result in which the rank asked about holds it; None without a rank, or when it holds nothing.
+        result_bytes: Bytes of the tensor in that result; without a rank, in all ranks' results.
         needed_bytes: Bytes that the rank's node wants; without a rank, summed over all nodes.
         read_bytes: Bytes of the tensor that the rank's node reads; without a rank, summed over all nodes.
         strategy: How it is read; without a rank, on the node that reads most beyond its need.
@@ -155,7 +155,7 @@ class _Verdict(NamedTuple):
 def _judge_kind(kind: TensorKind, wants: tuple[_Want, ...], plan: ReadPlan, rank: int | None) -> _Verdict:
     pattern = plan.slices.patterns[kind.pattern_id]
     held = pattern if rank is None else (pattern[rank],)
-    result_bytes = sum(prod(part.shape) for part in held if part is not None) * kind.num_bits // 8
+    result_bytes = sum(part.num_elements for part in held if part is not None) * kind.num_bits // 8
     num_bytes = prod(kind.shape) * kind.num_bits // 8
     strategy: Strategy
     if all(part is None for part in held):
@@ -180,7 +180,7 @@ def _judge_kind(kind: TensorKind, wants: tuple[_Want, ...], plan: ReadPlan, rank
 def _judge_node(want: _Want, num_bytes: int, num_elements: int, min_run_bytes: int) -> tuple[Strategy, str]:
     if want.needed_bytes == num_bytes:
         num_ranks = len(want.slices)
-        if num_ranks > 1 and all(part is not None and prod(part.shape) == num_elements for part in want.slices):
+        if num_ranks > 1 and all(part is not None and part.num_elements == num_elements for part in want.slices):
             return "replicated", f"all {num_ranks} ranks of the node hold all {num_bytes:,} bytes: read once for all"
         return "whole", f"the ranks of the node hold all {num_bytes:,} bytes between them"
     wanted = f"{want.needed_bytes:,} of {num_bytes:,} bytes are wanted"

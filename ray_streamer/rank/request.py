@@ -20,9 +20,11 @@ from ray_streamer.planning.limits import (
     fit_block_bytes,
 )
 from ray_streamer.planning.read_plan import ReadPlan, plan_reads
+from ray_streamer.sharding.fuse import FuseLike, checked_fusions, fuse_slices
 from ray_streamer.sharding.groups import Unmatched
 from ray_streamer.sharding.mesh import Mesh
 from ray_streamer.sharding.presets import Layout
+from ray_streamer.sharding.rename import RenameLike, rename_results, renaming
 from ray_streamer.sharding.resolve import resolve_slices
 from ray_streamer.sharding.rules import ShardRules
 from ray_streamer.sharding.slices import SliceTable
@@ -85,6 +87,8 @@ class LoadRequest:
         slices: Who says which part of each tensor a rank holds.
         settings: Every knob, resolved where the request was made.
         device: Where the tensors go.
+        fuse: Which modules' tensors land in common results.
+        rename: What results are called.
     """
 
     uri: str
@@ -92,8 +96,13 @@ class LoadRequest:
     slices: SliceSource
     settings: Settings
     device: str
+    fuse: FuseLike = False
+    rename: RenameLike | None = None
 
     def __post_init__(self) -> None:
+        checked_fusions(self.fuse)
+        if self.rename is not None:
+            renaming(self.rename)
         # Refused here, before anything is started or read.
         check_device_name(self.device)
         scheme_of(self.uri)
@@ -146,7 +155,11 @@ class LoadRequest:
         limits = ReadLimits(
             block_bytes=block_bytes, min_run_bytes=min_run_bytes, max_gap_bytes=self.settings.max_gap_bytes
         )
-        return plan_reads(index, self.slices(index, self.mesh), topology, limits)
+        return plan_reads(index, self._slices_in_results(index), topology, limits)
+
+    def _slices_in_results(self, index: CheckpointIndex) -> SliceTable:
+        table = fuse_slices(index, self.slices(index, self.mesh), self.fuse)
+        return table if self.rename is None else rename_results(index, table, self.rename)
 
 
 def _fit(memory_limit: int, settings: Settings) -> int:

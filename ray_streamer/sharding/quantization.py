@@ -78,6 +78,12 @@ def parts_of_weights(index: CheckpointIndex, rules: ShardRules, rule_ids: list[i
     return found
 
 
+def stored_forms(index: CheckpointIndex) -> dict[int, StoredForm]:
+    """How the tensors of quantized weights hold them: position in the index -> form, without those of any other tensor."""
+    found = _forms(index, _weights(index))
+    return {tensor: forms.of_parts[part] for _, parts, forms in found for part, tensor in parts.items()}
+
+
 def weight_of(name: str) -> str | None:
     """The weight, as rules call it, that a tensor of this name would be a part of; None when it is none by its name."""
     found = _split(name)

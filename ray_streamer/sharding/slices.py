@@ -8,6 +8,7 @@ slice per rank) and one pattern number per tensor. Planning and streaming know n
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import prod
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from ray_streamer.checkpoint.index import CheckpointIndex
+    from ray_streamer.sharding.result_table import ResultTable
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +56,8 @@ class Box:
 class TensorSlice:
     """What one rank holds of one tensor: a result of `shape` filled by `boxes`, which are disjoint.
 
-    They fill it without holes from the first index of each dimension; what lies behind them is zero.
+    They fill it without holes from the first index of each dimension; what lies behind them is zero. A result that several
+    tensors share has the shape that all of them fill, each its own boxes.
 
     >>> TensorSlice.along((8, 4), dim=0, start=2, stop=4).boxes[0]
     Box(starts=(2, 0), stops=(4, 4), lands=(0, 0))
@@ -62,6 +65,11 @@ class TensorSlice:
 
     shape: tuple[int, ...]
     boxes: tuple[Box, ...]
+
+    @property
+    def num_elements(self) -> int:
+        """Elements of the tensor that land in the result."""
+        return sum(prod(box.shape) for box in self.boxes)
 
     @property
     def reach(self) -> tuple[int, ...]:
@@ -130,11 +138,13 @@ class SliceTable:
         num_ranks: Ranks of the mesh.
         patterns: Distinct answers, each with one entry per rank.
         pattern_ids: For each tensor, in index order, its position in `patterns`; int32 of shape (num_tensors,).
+        results: Where slices land; None when each tensor has a result of its own, under its own name.
     """
 
     num_ranks: int
     patterns: tuple[SlicePattern, ...]
     pattern_ids: NDArray[np.int32] = field(repr=False)
+    results: ResultTable | None = None
 
     def __post_init__(self) -> None:
         for pattern in self.patterns:

@@ -1,0 +1,61 @@
+"""What are results called? As in the checkpoint, or as a caller's rule or function says; no two alike."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from ray_streamer.errors import ShardingError
+from ray_streamer.sharding.result_table import ResultTable
+
+if TYPE_CHECKING:
+    from ray_streamer.checkpoint.index import CheckpointIndex
+    from ray_streamer.sharding.slices import SliceTable
+
+RenameLike = Mapping[str, str] | Iterable[tuple[str, str]] | Callable[[str], str]
+"""What people write: regular expression -> replacement, each applied in turn as `re.sub` does; or name -> name."""
+
+
+def renaming(rename: RenameLike) -> Callable[[str], str]:
+    r"""The function that `rename` describes.
+
+    >>> renaming({r"^model\.": "", r"\.self_attn\.": ".attention."})("model.layers.0.self_attn.q_proj.weight")
+    'layers.0.attention.q_proj.weight'
+
+    Raises:
+        ShardingError: It is neither a function nor pairs of an expression and its replacement, or an expression is wrong.
+    """
+    if callable(rename):
+        return rename
+    pairs: list[Any] = list(rename.items() if isinstance(rename, Mapping) else rename)
+    try:
+        expressions = [(re.compile(expression), replacement) for expression, replacement in pairs]
+    except (re.error, TypeError, ValueError) as error:
+        raise ShardingError(f"rename needs pairs of a regular expression and its replacement: {error}") from error
+
+    def apply(name: str) -> str:
+        for expression, replacement in expressions:
+            name = expression.sub(replacement, name)
+        return name
+
+    return apply
+
+
+def rename_results(index: CheckpointIndex, table: SliceTable, rename: RenameLike) -> SliceTable:
+    """The same slices, in results with other names.
+
+    Raises:
+        ShardingError: Two results would have one name, or one a name that is none; names them.
+    """
+    results, apply = table.results or ResultTable.of(index), renaming(rename)
+    origins: dict[str, str] = {}
+    for name in results.names:
+        new = apply(name)
+        if not isinstance(new, str) or not new:
+            raise ShardingError(f"rename makes {new!r} of {name}: a name is text")
+        if new in origins:
+            raise ShardingError(f"rename makes {new} of both {origins[new]} and {name}")
+        origins[new] = name
+    return replace(table, results=ResultTable(tuple(origins), results.result_ids))
