@@ -94,7 +94,8 @@ def _modules(family: Family, sizes: Sizes, layout: Layout) -> Iterator[tuple[str
 def _other_key_values(family: Family, glob: str, sizes: Sizes, layout: Layout) -> Iterator[tuple[str, Placement]]:
     """Rules for single layers that have another number of key-value heads than the rest."""
     for number, kv_heads in sizes.other_kv_heads.items():
-        yield f"*{family.layers}.{number}{glob.removeprefix('*')}.*", _key_value(kv_heads, 0, layout)
+        for kind in ("weight", "bias"):
+            yield f"*{family.layers}.{number}{glob.removeprefix('*')}.{kind}", _key_value(kv_heads, 0, layout)
 
 
 def _weight(meaning: Meaning) -> Weight:

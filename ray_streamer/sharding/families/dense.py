@@ -22,7 +22,7 @@ _FUSED_MLP: dict[str, Meaning] = {
     "*.mlp.down_proj": Role.ROW_PARALLEL,
 }
 # transformers gathers what a fused projection gives before it tells the halves apart.
-_GATHERED_MLP: dict[str, Meaning] = {"*.mlp.gate_up_proj.*": Role.CONTIGUOUS}
+_GATHERED_MLP: dict[str, Meaning] = {"*.mlp.gate_up_proj.weight": Role.CONTIGUOUS}
 VISION = ("*vision_tower.*", "*multi_modal_projector.*")
 _GEMMA3_DEFAULTS = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "num_hidden_layers": 26}
 
@@ -54,7 +54,7 @@ DENSE: dict[str, Family] = {
         modules=VOCABULARY
         | {"*.self_attn.qkv_proj": Role.FUSED_QKV, "*.self_attn.o_proj": Role.ATTENTION_OUTPUT}
         | _FUSED_MLP,
-        transformers=_GATHERED_MLP | {"*.self_attn.qkv_proj.*": Role.CONTIGUOUS},
+        transformers=_GATHERED_MLP | {"*.self_attn.qkv_proj.weight": Role.CONTIGUOUS},
     ),
     "glm": Family(modules=VOCABULARY | ATTENTION | _FUSED_MLP, transformers=_GATHERED_MLP),
     "glm4": Family(modules=VOCABULARY | ATTENTION | _FUSED_MLP, transformers=_GATHERED_MLP),

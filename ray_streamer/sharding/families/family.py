@@ -66,7 +66,7 @@ class Family:
         skipped: Globs of what old checkpoints hold beside weights, such as causal masks; never read.
         towers: Globs of all tensors of other modalities' parts, which are replicated and come before everything else.
         transformers: Where the tensor-parallel plan of transformers differs: glob of a tensor -> what it does there;
-            None when transformers has no plan.
+            None when transformers has no plan. What is cut is named to the end: scales go with their weights.
         text_config: Key of the config that holds the language model's sizes; None when they are at the top.
         defaults: Sizes that the family's config.json may leave out.
         layers: Component of a name that the number of a layer follows.

@@ -61,14 +61,17 @@ _LLAMA4_EXPERTS: dict[str, Meaning] = {
     "*.experts.down_proj": Weight(Role.ROW_PARALLEL, outputs=2, inputs=1),
 }
 _LLAMA4_TOWER_PLAN: dict[str, Meaning] = {
-    "*vision_model.patch_embedding.linear.*": Role.CONTIGUOUS,
-    "*vision_model.*.self_attn.q_proj.*": Role.CONTIGUOUS,
-    "*vision_model.*.self_attn.k_proj.*": Role.CONTIGUOUS,
-    "*vision_model.*.self_attn.v_proj.*": Role.CONTIGUOUS,
+    "*vision_model.patch_embedding.linear.weight": Role.CONTIGUOUS,
+    "*vision_model.*.self_attn.q_proj.weight": Role.CONTIGUOUS,
+    "*vision_model.*.self_attn.q_proj.bias": Role.CONTIGUOUS,
+    "*vision_model.*.self_attn.k_proj.weight": Role.CONTIGUOUS,
+    "*vision_model.*.self_attn.k_proj.bias": Role.CONTIGUOUS,
+    "*vision_model.*.self_attn.v_proj.weight": Role.CONTIGUOUS,
+    "*vision_model.*.self_attn.v_proj.bias": Role.CONTIGUOUS,
     "*vision_model.*.self_attn.o_proj.weight": Role.ROW_PARALLEL,
-    "*vision_model.vision_adapter.mlp.fc1.*": Role.CONTIGUOUS,
+    "*vision_model.vision_adapter.mlp.fc1.weight": Role.CONTIGUOUS,
     "*vision_model.vision_adapter.mlp.fc2.weight": Role.ROW_PARALLEL,
-    "*multi_modal_projector.linear_1.*": Role.CONTIGUOUS,
+    "*multi_modal_projector.linear_1.weight": Role.CONTIGUOUS,
 }
 _LLAMA4 = Family(
     modules=_LLAMA4_MODULES,
@@ -92,12 +95,12 @@ _GPT_OSS_EXPERTS: dict[str, Meaning] = {
 
 _GEMMA4_PLAN: dict[str, Meaning] = {"*embed_tokens_per_layer.*": Role.REPLICATED}
 _GEMMA4_TOWER_PLAN: dict[str, Meaning] = {
-    "*vision_tower.*.self_attn.q_proj.linear.*": Role.CONTIGUOUS,
-    "*vision_tower.*.self_attn.k_proj.linear.*": Role.CONTIGUOUS,
-    "*vision_tower.*.self_attn.v_proj.linear.*": Role.CONTIGUOUS,
+    "*vision_tower.*.self_attn.q_proj.linear.weight": Role.CONTIGUOUS,
+    "*vision_tower.*.self_attn.k_proj.linear.weight": Role.CONTIGUOUS,
+    "*vision_tower.*.self_attn.v_proj.linear.weight": Role.CONTIGUOUS,
     "*vision_tower.*.self_attn.o_proj.linear.weight": Role.ROW_PARALLEL,
-    "*vision_tower.*.mlp.gate_proj.linear.*": Role.CONTIGUOUS,
-    "*vision_tower.*.mlp.up_proj.linear.*": Role.CONTIGUOUS,
+    "*vision_tower.*.mlp.gate_proj.linear.weight": Role.CONTIGUOUS,
+    "*vision_tower.*.mlp.up_proj.linear.weight": Role.CONTIGUOUS,
     "*vision_tower.*.mlp.down_proj.linear.weight": Role.ROW_PARALLEL,
 }
 _GEMMA4 = Family(
@@ -154,8 +157,8 @@ MIXTURES: dict[str, Family] = {
         },
         tensors={"*.linear_attn.A_log": Role.LINEAR_VALUES, "*.linear_attn.dt_bias": Role.LINEAR_VALUES},
         transformers={
-            "*.linear_attn.in_proj_*": Role.CONTIGUOUS,
-            "*.linear_attn.out_proj.*": Role.CONTIGUOUS,
+            "*.linear_attn.in_proj_*.weight": Role.CONTIGUOUS,
+            "*.linear_attn.out_proj.weight": Role.CONTIGUOUS,
             "*.linear_attn.*": Role.REPLICATED,
         },
         num_experts=("num_experts",),
@@ -184,7 +187,7 @@ MIXTURES: dict[str, Family] = {
     "gpt_oss": Family(
         modules=VOCABULARY | ATTENTION | {"*.mlp.router": Role.REPLICATED},
         tensors=_GPT_OSS_EXPERTS,
-        transformers={"*lm_head.*": Role.VOCABULARY, "*": Role.REPLICATED},
+        transformers={"*lm_head.weight": Role.VOCABULARY, "*": Role.REPLICATED},
         stacked_experts=("*.experts.*",),
         num_experts=("num_local_experts",),
     ),
