@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from ray_streamer.planning.read_plan import ReadPlan
     from ray_streamer.rank.request import LoadRequest, SliceSource
     from ray_streamer.rank.statistics import RankStatistics
+    from ray_streamer.sharding.cast import DTypeLike
     from ray_streamer.sharding.experts import ExpertsLike
     from ray_streamer.sharding.fuse import FuseLike
     from ray_streamer.sharding.groups import Unmatched
@@ -57,6 +58,7 @@ class RankArguments(TypedDict, total=False):
         experts: As in `load_sharded`.
         fuse: As in `load_sharded`.
         rename: As in `load_sharded`.
+        dtype: As in `load_sharded`.
         device: "cpu"; "cuda", torch's current device; or "cuda:N".
         settings: Every knob, equal on all ranks; from the environment when unset.
         out: Contiguous tensors of this rank by name, filled in place; tensors not named are allocated. After an error their
@@ -79,6 +81,7 @@ class RankArguments(TypedDict, total=False):
     experts: ExpertsLike | None
     fuse: FuseLike
     rename: RenameLike | None
+    dtype: DTypeLike
     device: str
     settings: Settings | None
     out: Mapping[str, torch.Tensor] | None

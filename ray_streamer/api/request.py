@@ -13,6 +13,7 @@ from ray_streamer.sharding.rules import ShardRules
 if TYPE_CHECKING:
     from ray_streamer.rank.request import SliceSource
     from ray_streamer.settings import Settings
+    from ray_streamer.sharding.cast import DTypeLike
     from ray_streamer.sharding.experts import ExpertsLike
     from ray_streamer.sharding.fuse import FuseLike
     from ray_streamer.sharding.groups import Unmatched
@@ -35,6 +36,7 @@ class SliceArguments(TypedDict, total=False):
     experts: ExpertsLike | None
     fuse: FuseLike
     rename: RenameLike | None
+    dtype: DTypeLike
 
 
 def slice_arguments(arguments: Mapping[str, Any]) -> SliceArguments:
@@ -71,6 +73,7 @@ def make_request(
         device=device,
         fuse=slicing.get("fuse", False),
         rename=slicing.get("rename"),
+        dtype=slicing.get("dtype"),
     )
 
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from ray_streamer.api.request import Stages
     from ray_streamer.rank.request import SliceSource
     from ray_streamer.rank.statistics import RankStatistics
+    from ray_streamer.sharding.cast import DTypeLike
     from ray_streamer.sharding.experts import ExpertsLike
     from ray_streamer.sharding.fuse import FuseLike
     from ray_streamer.sharding.groups import Unmatched
@@ -42,6 +43,7 @@ def load_sharded(
     experts: ExpertsLike | None = None,
     fuse: FuseLike = False,
     rename: RenameLike | None = None,
+    dtype: DTypeLike = None,
     device: str = "cpu",
     concurrency: int | None = None,
     memory_limit: int | str | None = None,
@@ -72,6 +74,8 @@ def load_sharded(
         fuse: True = q, k and v projections land in one qkv_proj, gate and up in one gate_up_proj, where a model has them
             apart; or fused module's name -> names of its modules, in order.
         rename: Results' names: pairs of a regular expression and its replacement, applied in turn; or name -> name, picklable.
+        dtype: "bfloat16", "float16", "float32" or "float64", or glob of names -> dtype: floating tensors of 16 bits and more are
+            cast on their way in, by torch; tensors of quantized weights stay as they are.
         device: Where the tensors go: "cpu", or "cuda", the GPU that Ray assigns to each rank; see `PlacementOptions`.
         concurrency: Reads in flight per rank.
         memory_limit: Staging bytes per rank: N or text such as "512MiB" = at most N; 0 = the least that works; -1 = as much
@@ -111,6 +115,7 @@ def load_sharded(
         experts=experts,
         fuse=fuse,
         rename=rename,
+        dtype=dtype,
         settings=(settings or Settings.resolve()).override(
             concurrency=concurrency, memory_limit=memory_limit, node_memory_limit=node_memory_limit
         ),

@@ -127,7 +127,7 @@ class ShardedModel:
             raise KeyError(f"no rank holds any of {name!r}")
         taken = self.plan.results.name_of(position)
         parts = self._ready().call("take_bytes", taken, ranks=list(holders.values()), keep_on_failure=True)
-        return assemble(index.dtype_of(position), index.shape_of(position), list(holders), parts)
+        return assemble(self.plan.results.dtype_of(index, position), index.shape_of(position), list(holders), parts)
 
     def restart(self, rank: int) -> RankStatistics:
         """Replaces one rank's actor, dead or alive, and loads its slices again; the other ranks keep theirs.

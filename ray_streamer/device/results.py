@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import torch
 
     from ray_streamer.device.base import Device
+    from ray_streamer.dtypes import DType
     from ray_streamer.planning.rank_plan import Piece, RankPlan
     from ray_streamer.planning.read_plan import ReadPlan
     from ray_streamer.sharding.slices import TensorSlice
@@ -52,7 +53,7 @@ class Results:
         self._device = device
         self._on_complete = on_complete
         self._lock = threading.Lock()
-        table = plan.results
+        table = self._table = plan.results
         self._names, self._result_ids = table.names, table.result_ids.tolist()
         # By result: bytes to come, and one of the tensors that land there, which tells shape and dtype.
         self._missing: dict[int, int] = {}
@@ -83,7 +84,7 @@ class Results:
             raise DeviceError(f"out names tensors that rank {self._rank} does not hold: {', '.join(unknown[:5])}")
         for name, given in out.items():
             tensor = self._examples[held[name]]
-            dtype = self._plan.index.dtype_of(tensor)
+            dtype = self._dtype_of(tensor)
             expected = (self._result_shape(tensor), getattr(torch, dtype.torch_name))
             if (tuple(given.shape), given.dtype) != expected:
                 raise DeviceError(
@@ -99,10 +100,10 @@ class Results:
         return tensor_slice
 
     def _result_shape(self, tensor: int) -> tuple[int, ...]:
-        return self._plan.index.dtype_of(tensor).torch_shape(self._slice_of(tensor).shape)
+        return self._dtype_of(tensor).torch_shape(self._slice_of(tensor).shape)
 
     def _allocate(self, tensor: int) -> Result:
-        return self._device.result(self._device.empty(self._plan.index.dtype_of(tensor), self._slice_of(tensor).shape))
+        return self._device.result(self._device.empty(self._dtype_of(tensor), self._slice_of(tensor).shape))
 
     def _zero_padding(self) -> None:
         """Zeroes what no box of a slice fills, as it is with a padded vocabulary; results of several tensors have no such."""
@@ -110,12 +111,25 @@ class Results:
         held = [pattern[self._rank] for pattern in table.patterns]
         padded = [at for at, part in enumerate(held) if part is not None and part.reach != part.shape]
         for tensor in np.flatnonzero(np.isin(table.pattern_ids, padded)).tolist():
-            reach = self._plan.index.dtype_of(tensor).torch_shape(self._slice_of(tensor).reach)
+            reach = self._dtype_of(tensor).torch_shape(self._slice_of(tensor).reach)
             if self._num_members[self._result_ids[tensor]] > 1:
                 continue
             target = self.result(tensor).tensor
             for dim, (filled, size) in enumerate(zip(reach, tuple(target.shape), strict=True)):
                 target.narrow(dim, filled, size - filled).zero_()
+
+    def _dtype_of(self, tensor: int) -> DType:
+        return self._table.dtype_of(self._plan.index, tensor)
+
+    def is_cast(self, tensor: int) -> bool:
+        """Whether the tensor's elements are cast on their way into their result."""
+        return self._result_ids[tensor] in self._table.casts
+
+    def stored_dtype(self, tensor: int) -> torch.dtype:
+        """The dtype of the tensor's elements in the checkpoint."""
+        import torch
+
+        return getattr(torch, self._plan.index.dtype_of(tensor).torch_name)
 
     def result(self, tensor: int) -> Result:
         """The result in which the tensor at position `tensor` of the index lands."""

@@ -97,7 +97,7 @@ class ReadPlan:
         digest.update(repr((self.slices.num_ranks, self.slices.patterns, self.node_plan_ids)).encode())
         digest.update(np.ascontiguousarray(self.slices.pattern_ids).data)
         if self.slices.results is not None:
-            digest.update(repr(self.slices.results.names).encode())
+            digest.update(repr((self.slices.results.names, sorted(self.slices.results.casts.items()))).encode())
             digest.update(np.ascontiguousarray(self.slices.results.result_ids).data)
         for node_plan in self.node_plans:
             for table in (node_plan.blocks, node_plan.pieces):

@@ -50,7 +50,9 @@ class BlockReads:
     def read_directly(self, block: Block) -> bool:
         """Reads a block to where it belongs, without staging; whether that was possible."""
         piece = self._mine.exclusive_piece(block.number)
-        if piece is None or not (self._read_onto_device(block, piece) or self._read_into_tensor(block, piece)):
+        if piece is None or self._results.is_cast(piece.tensor):
+            return False
+        if not (self._read_onto_device(block, piece) or self._read_into_tensor(block, piece)):
             return False
         self._counters.add(direct_bytes=block.extent.num_bytes)
         return True

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ray_streamer.device.cast import Casts
 from ray_streamer.device.results import Results
 from ray_streamer.errors import BudgetError, ObjectChangedError
 from ray_streamer.planning.limits import AS_MUCH_AS_USEFUL
@@ -81,6 +82,7 @@ class RankLoad:
         self._plan, self._storage, self._device, self._options = plan, storage, device, options
         self._mine = RankPlan.of(plan, rank)
         self._results = Results(plan, self._mine, device, out=out, on_complete=on_complete)
+        self._casts = Casts(self._results)
         self._stop = StopSignal()
         self._inbox = Inbox(self._stop)
         self._arena = Arena(self._num_slots(), plan.limits.block_bytes, self._stop)
@@ -269,7 +271,11 @@ class RankLoad:
                 self._stop.set(failure)
 
         with self._counters.timed("copy_seconds"):
-            self._device.deliver(source, self._results.copies(pieces), done)
+            copies = self._results.copies(self._casts.deliver(source, pieces))
+            if copies:
+                self._device.deliver(source, copies, done)
+            else:
+                done(None)
 
     def _settle(self, pieces: list[Piece]) -> None:
         """One block less to wait for."""

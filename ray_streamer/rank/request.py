@@ -20,6 +20,7 @@ from ray_streamer.planning.limits import (
     fit_block_bytes,
 )
 from ray_streamer.planning.read_plan import ReadPlan, plan_reads
+from ray_streamer.sharding.cast import DTypeLike, cast_results, checked_dtypes
 from ray_streamer.sharding.fuse import FuseLike, checked_fusions, fuse_slices
 from ray_streamer.sharding.groups import Unmatched
 from ray_streamer.sharding.mesh import Mesh
@@ -89,6 +90,7 @@ class LoadRequest:
         device: Where the tensors go.
         fuse: Which modules' tensors land in common results.
         rename: What results are called.
+        dtype: What results are cast to.
     """
 
     uri: str
@@ -98,11 +100,14 @@ class LoadRequest:
     device: str
     fuse: FuseLike = False
     rename: RenameLike | None = None
+    dtype: DTypeLike = None
 
     def __post_init__(self) -> None:
         checked_fusions(self.fuse)
         if self.rename is not None:
             renaming(self.rename)
+        if self.dtype is not None:
+            checked_dtypes(self.dtype)
         # Refused here, before anything is started or read.
         check_device_name(self.device)
         scheme_of(self.uri)
@@ -159,6 +164,8 @@ class LoadRequest:
 
     def _slices_in_results(self, index: CheckpointIndex) -> SliceTable:
         table = fuse_slices(index, self.slices(index, self.mesh), self.fuse)
+        if self.dtype is not None:
+            table = cast_results(index, table, self.dtype)
         return table if self.rename is None else rename_results(index, table, self.rename)
 
 

@@ -58,4 +58,4 @@ def rename_results(index: CheckpointIndex, table: SliceTable, rename: RenameLike
         if new in origins:
             raise ShardingError(f"rename makes {new} of both {origins[new]} and {name}")
         origins[new] = name
-    return replace(table, results=ResultTable(tuple(origins), results.result_ids))
+    return replace(table, results=replace(results, names=tuple(origins)))

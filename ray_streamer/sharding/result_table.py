@@ -7,10 +7,15 @@ from typing import TYPE_CHECKING, Self
 
 import numpy as np
 
+from ray_streamer.dtypes import dtype_named
+
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from numpy.typing import NDArray
 
     from ray_streamer.checkpoint.index import CheckpointIndex
+    from ray_streamer.dtypes import DType
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -20,10 +25,12 @@ class ResultTable:
     Attributes:
         names: Of each result; no two alike.
         result_ids: For each tensor, in index order, its position in `names`; int32 of shape (num_tensors,).
+        casts: Position in `names` -> dtype, for results of another dtype than the checkpoint's.
     """
 
     names: tuple[str, ...]
     result_ids: NDArray[np.int32] = field(repr=False)
+    casts: Mapping[int, str] = field(default_factory=dict[int, str])
 
     @classmethod
     def of(cls, index: CheckpointIndex) -> Self:
@@ -33,3 +40,8 @@ class ResultTable:
     def name_of(self, tensor: int) -> str:
         """What the result is called that the tensor lands in."""
         return self.names[self.result_ids[tensor]]
+
+    def dtype_of(self, index: CheckpointIndex, tensor: int) -> DType:
+        """The dtype of the result that the tensor lands in."""
+        cast = self.casts.get(int(self.result_ids[tensor]))
+        return index.dtype_of(tensor) if cast is None else dtype_named(cast)

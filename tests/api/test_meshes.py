@@ -131,6 +131,10 @@ def test_fused_results_stream_complete_and_land_in_memory_of_the_caller(mixtral:
     plain = ray_streamer.load_rank(str(mixtral))
     parts = [plain[name.replace("qkv_proj", f"{part}_proj")] for part in "qkv"]
     assert oracle.is_equal(mine, torch.cat(parts))
+    cast = ray_streamer.load_rank(str(mixtral), dtype={"*.q_proj.*": torch.float64, "*": "float32"})
+    assert {tensor.dtype for tensor in cast.values()} == {torch.float32, torch.float64}
+    assert all(torch.equal(cast[name].isnan(), plain[name].isnan()) for name in plain)
+    assert all(torch.equal(cast[name].nan_to_num().float(), plain[name].float().nan_to_num()) for name in plain)
     with pytest.raises(DeviceError, match=r"out names tensors that rank 0 does not hold: .*q_proj"):
         ray_streamer.load_rank(str(mixtral), out={name.replace("qkv", "q"): mine}, **arguments)
 
