@@ -34,7 +34,7 @@ class Fault:
         body_bytes: Pass on this much of the body, then `end`; None passes on all.
         end: "close" ends the connection in order, "reset" without, "stall" keeps it open and silent.
         is_mute: Never answer, and keep the connection open.
-        delay_seconds: Answer so much later.
+        delay_seconds: The answer begins so long after the request, or later when the server takes longer.
         bytes_per_second: Pass the body on no faster than that; 0 is as fast as it goes.
     """
 
@@ -91,7 +91,7 @@ class FaultProxy:
             dropped = set(self._connections)
             for connection in dropped:
                 connection.shutdown(socket.SHUT_RDWR)
-            self._changed.wait_for(lambda: not dropped & self._connections, timeout=30)
+        self._wait_for(lambda: not dropped & self._connections, "end of the dropped connections")
 
     def wait_for_requests(self, num_requests: int) -> None:
         """Return when so many ranged requests have come."""
@@ -112,16 +112,9 @@ class FaultProxy:
         if seconds > 0:
             self._is_over.wait(seconds)
 
-    @property
-    def num_open(self) -> int:
-        """Connections that clients hold open now."""
-        with self._changed:
-            return len(self._connections)
-
     def wait_until_left(self) -> None:
         """Return when all clients have gone."""
-        with self._changed:
-            self._changed.wait_for(lambda: not self._connections, timeout=30)
+        self._wait_for(lambda: not self._connections, "end of all connections")
 
     def on_connection(self, connection: socket.socket) -> None:
         """A client came."""
@@ -199,13 +192,13 @@ class _Connection(socketserver.StreamRequestHandler):
         fault = self.proxy.on_request(headers["range"]) if "range" in headers else Fault()
         if fault.is_mute:
             return self._stall()
-        if fault.delay_seconds:
-            self.proxy.wait(fault.delay_seconds)
+        not_before = time.monotonic() + fault.delay_seconds
         if fault.status:
+            self.proxy.wait(fault.delay_seconds)
             self._answer(fault)
             return True
         upstream.sendall(request)
-        return self._pass_on(answers, fault, has_body=not request.startswith(b"HEAD"))
+        return self._pass_on(answers, fault, has_body=not request.startswith(b"HEAD"), not_before=not_before)
 
     def _stall(self) -> bool:
         """Say nothing more, until the client goes."""
@@ -223,9 +216,10 @@ class _Connection(socketserver.StreamRequestHandler):
         ]
         self.wfile.write("\r\n".join([*lines, "", ""]).encode() + body)
 
-    def _pass_on(self, answers: BinaryIO, fault: Fault, *, has_body: bool) -> bool:
-        """Pass one answer on, as far as the fault allows; whether the connection goes on."""
+    def _pass_on(self, answers: BinaryIO, fault: Fault, *, has_body: bool, not_before: float) -> bool:
+        """Pass one answer on, as far and as early as the fault allows; whether the connection goes on."""
         head = _read_head(answers)
+        self.proxy.wait(not_before - time.monotonic())
         num_bytes = int(_headers(head).get("content-length", 0)) if has_body else 0
         for name, value in fault.headers:
             lines = [line for line in head.split(b"\r\n") if not line.lower().startswith(name.encode() + b":")]
