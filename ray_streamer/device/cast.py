@@ -21,10 +21,12 @@ if TYPE_CHECKING:
 
 
 class Casts:
-    """The casts of one rank's load; safe to call from many threads."""
+    """The casts of one rank's load; made in the caller's thread, then safe to call from many threads."""
 
     def __init__(self, results: Results) -> None:
         self._results = results
+        # The caller's own: what it has queued for memory that it gave back, or lent, comes before what is written here.
+        self._stream = torch.cuda.current_stream(results.device) if results.device.type == "cuda" else None
         self._lock = threading.Lock()
         self._parts: dict[tuple[int, int], dict[int, int]] = {}
 
@@ -78,6 +80,7 @@ class Casts:
         # A copy of our own: staged memory may be read-only, and elements in it not aligned.
         values = torch.from_numpy(np.array(rows, order="C")).view(self._results.stored_dtype(tensor))
         flat = self._results.result(tensor).tensor.view(-1)
-        flat.as_strided(tuple(values.shape), (stride, 1), flat.storage_offset() + element).copy_(values)
-        if flat.is_cuda:
-            torch.cuda.synchronize(flat.device)
+        with torch.cuda.stream(self._stream):
+            flat.as_strided(tuple(values.shape), (stride, 1), flat.storage_offset() + element).copy_(values)
+        if self._stream is not None:
+            self._stream.synchronize()

@@ -121,6 +121,13 @@ class Results:
     def _dtype_of(self, tensor: int) -> DType:
         return self._table.dtype_of(self._plan.index, tensor)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the results lie; the host when there are none."""
+        import torch
+
+        return next((result.tensor.device for result in self._results.values()), torch.device("cpu"))
+
     def is_cast(self, tensor: int) -> bool:
         """Whether the tensor's elements are cast on their way into their result."""
         return self._result_ids[tensor] in self._table.casts
