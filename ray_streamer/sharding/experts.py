@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Self
 
 from ray_streamer.errors import ShardingError
@@ -46,6 +46,12 @@ class ExpertMap:
 
     everywhere: tuple[Experts, ...]
     by_layer: Mapping[int, tuple[Experts, ...]]
+    _holders: dict[int | None, dict[int, tuple[int, ...]]] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        # Asked for every expert's every tensor, so turned around once.
+        maps = {None: self.everywhere, **self.by_layer}
+        object.__setattr__(self, "_holders", {layer: _groups_by_expert(groups) for layer, groups in maps.items()})
 
     @classmethod
     def of(cls, anatomy: Anatomy, ep: int, experts: ExpertsLike | None) -> Self:
@@ -73,6 +79,18 @@ class ExpertMap:
     def groups_in(self, layer: int | None) -> tuple[Experts, ...]:
         """The experts of each group in `layer`."""
         return self.everywhere if layer is None else self.by_layer.get(layer, self.everywhere)
+
+    def groups_of(self, expert: int, layer: int | None) -> tuple[int, ...]:
+        """The groups that hold `expert` in `layer`, or in any layer when it has no map of its own."""
+        return self._holders[layer if layer in self.by_layer else None][expert]
+
+
+def _groups_by_expert(groups: tuple[Experts, ...]) -> dict[int, tuple[int, ...]]:
+    holders: dict[int, tuple[int, ...]] = {}
+    for group, experts in enumerate(groups):
+        for expert in experts:
+            holders[expert] = (*holders.get(expert, ()), group)
+    return holders
 
 
 def _checked(groups: Any, num_experts: int, ep: int, where: str) -> tuple[Experts, ...]:

@@ -103,11 +103,10 @@ def _residence_of(name: str, anatomy: Anatomy, pipeline: Pipeline | None, expert
     stages = None if pipeline is None else pipeline.stages_of(name)
     if expert_map is None:
         return Residence(stages)
-    by_group = expert_map.groups_in(anatomy.layer_of(name))
-    expert = anatomy.expert_of(name)
+    layer, expert = anatomy.layer_of(name), anatomy.expert_of(name)
     if expert is not None:
         if expert >= anatomy.num_experts:
             raise ShardingError(f"{name} is of expert {expert}; config.json names {anatomy.num_experts} experts")
-        return Residence(stages, groups=tuple(group for group, experts in enumerate(by_group) if expert in experts))
+        return Residence(stages, groups=expert_map.groups_of(expert, layer))
     is_stacked = anatomy.is_stacked_experts(name) or anatomy.is_stacked_experts(weight_of(name) or "")
-    return Residence(stages, experts=by_group if is_stacked else None)
+    return Residence(stages, experts=expert_map.groups_in(layer) if is_stacked else None)
