@@ -96,7 +96,7 @@ def test_what_kvikio_refuses(storage: DirectStorage, tmp_path: Path) -> None:
 
 def test_without_kvikio_nothing_changes_and_one_line_says_so(monkeypatch, caplog) -> None:
     monkeypatch.setitem(sys.modules, "kvikio", None)
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, logger="ray_streamer"):
         assert open_direct_storage() is None
     assert len(caplog.records) == 1
     assert "gpu_direct_storage=on has no effect: kvikio does not import" in caplog.text
