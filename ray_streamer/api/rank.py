@@ -6,11 +6,11 @@ import os
 import queue
 import socket
 import threading
-from typing import TYPE_CHECKING, TypedDict, Unpack
+from typing import TYPE_CHECKING, Unpack
 
 from ray_streamer.api.membership import find_membership
 from ray_streamer.api.plan import assumed_limits
-from ray_streamer.api.request import make_request, num_stages, slice_arguments
+from ray_streamer.api.request import SliceArguments, make_request, num_stages, slice_arguments
 from ray_streamer.cluster.facts import measure_available_memory
 from ray_streamer.errors import LoadAbortedError, SettingsError
 from ray_streamer.planning.limits import rank_memory_limit
@@ -27,20 +27,13 @@ if TYPE_CHECKING:
     from ray_streamer.api.request import Stages
     from ray_streamer.device.base import Device
     from ray_streamer.planning.read_plan import ReadPlan
-    from ray_streamer.rank.request import LoadRequest, SliceSource
+    from ray_streamer.rank.request import LoadRequest
     from ray_streamer.rank.statistics import RankStatistics
-    from ray_streamer.sharding.cast import DTypeLike
-    from ray_streamer.sharding.experts import ExpertsLike
-    from ray_streamer.sharding.fuse import FuseLike
-    from ray_streamer.sharding.groups import Unmatched
-    from ray_streamer.sharding.presets import Layout
-    from ray_streamer.sharding.rename import RenameLike
-    from ray_streamer.sharding.rules import RulesLike
     from ray_streamer.storage.base import Storage
 
 
-class RankArguments(TypedDict, total=False):
-    """What `load_rank` and `stream_rank` take beside the uri; everything has a default.
+class RankArguments(SliceArguments, total=False):
+    """What `load_rank` and `stream_rank` take beside the uri, those of `SliceArguments` included; everything has a default.
 
     Attributes:
         tp: Ranks that share the tensors of one stage; all ranks of a stage when unset, else the rest of them are replicas.
@@ -50,15 +43,6 @@ class RankArguments(TypedDict, total=False):
         world_size: Ranks of the load; given or left out together with `rank`.
         local_world_size: Ranks on each node, numbered in a row; all of them when unset.
         session: With `rank`: a name that the ranks of this load share and no other load on these machines uses.
-        rules: As in `load_sharded`.
-        slices: As in `load_sharded`.
-        unmatched: As in `load_sharded`.
-        layout: As in `load_sharded`.
-        drafts: As in `load_sharded`.
-        experts: As in `load_sharded`.
-        fuse: As in `load_sharded`.
-        rename: As in `load_sharded`.
-        dtype: As in `load_sharded`.
         device: "cpu"; "cuda", torch's current device; or "cuda:N".
         settings: Every knob, equal on all ranks; from the environment when unset.
         out: Contiguous tensors of this rank by name, filled in place; tensors not named are allocated. After an error their
@@ -73,15 +57,6 @@ class RankArguments(TypedDict, total=False):
     world_size: int | None
     local_world_size: int | None
     session: str | None
-    rules: RulesLike | None
-    slices: SliceSource | None
-    unmatched: Unmatched
-    layout: Layout
-    drafts: bool
-    experts: ExpertsLike | None
-    fuse: FuseLike
-    rename: RenameLike | None
-    dtype: DTypeLike
     device: str
     settings: Settings | None
     out: Mapping[str, torch.Tensor] | None

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
+from ray_streamer.errors import DeviceError
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
@@ -111,3 +113,15 @@ class Device(Protocol):
     def close(self) -> None:
         """Waits for copies under way and gives back what `adopt` took; the device may serve another load."""
         ...
+
+
+def check_out(name: str, tensor: torch.Tensor, *, is_here: bool, device_name: str) -> None:
+    """Refuses a tensor of the caller's that is elsewhere or not contiguous.
+
+    Raises:
+        DeviceError: Names the tensor.
+    """
+    if not is_here:
+        raise DeviceError(f"out[{name!r}] lies on {tensor.device}, the load was asked to deliver to {device_name}")
+    if not tensor.is_contiguous():
+        raise DeviceError(f"out[{name!r}] is not contiguous: shape {tuple(tensor.shape)}, strides {tensor.stride()}")

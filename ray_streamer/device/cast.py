@@ -42,8 +42,7 @@ class Casts:
 
     def _deliver_piece(self, source: NDArray[np.uint8], piece: Piece) -> None:
         size = self._results.stored_dtype(piece.tensor).itemsize
-        shape = (piece.num_runs, piece.run_bytes)
-        rows = np.ndarray(shape, np.uint8, source, piece.source_start, (piece.source_stride, 1))
+        rows = piece.rows_of(source)
         if piece.num_runs > 1:
             # Whole runs of the tensor, and so whole elements.
             self._write(piece.tensor, piece.target_start // size, piece.target_stride // size, rows)

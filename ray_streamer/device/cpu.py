@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from ray_streamer.device.base import Result
+from ray_streamer.device.base import Result, check_out
 from ray_streamer.device.first_touch import fault_in
 from ray_streamer.errors import DeviceError
 
@@ -42,12 +42,7 @@ class CpuDevice:
 
     def check_target(self, name: str, tensor: torch.Tensor) -> None:
         """See `Device.check_target`."""
-        if tensor.device.type != "cpu":
-            raise DeviceError(f"out[{name!r}] lies on {tensor.device}, the load was asked to deliver to cpu")
-        if not tensor.is_contiguous():
-            raise DeviceError(
-                f"out[{name!r}] is not contiguous: shape {tuple(tensor.shape)}, strides {tensor.stride()}"
-            )
+        check_out(name, tensor, is_here=tensor.device.type == "cpu", device_name=self.name)
 
     def follow_caller(self) -> None:
         """See `Device.follow_caller`; host memory is the caller's own to order."""
@@ -89,6 +84,5 @@ def copy_piece(source: NDArray[np.uint8], piece: Piece, target: NDArray[np.uint8
     """
     target_bytes = (piece.num_runs - 1) * piece.target_stride + piece.run_bytes
     fault_in(target[piece.target_start : piece.target_start + target_bytes])
-    shape = (piece.num_runs, piece.run_bytes)
-    rows = np.ndarray(shape, np.uint8, source, piece.source_start, (piece.source_stride, 1))
-    np.copyto(np.ndarray(shape, np.uint8, target, piece.target_start, (piece.target_stride, 1)), rows)
+    rows = piece.rows_of(source)
+    np.copyto(np.ndarray(rows.shape, np.uint8, target, piece.target_start, (piece.target_stride, 1)), rows)

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ray_streamer.device.base import Result
+from ray_streamer.device.base import Result, check_out
 from ray_streamer.device.cuda_library import find_loaded_library
 from ray_streamer.device.cuda_runtime import MAX_STRIDE_BYTES, CudaRuntime
 from ray_streamer.device.direct_storage import DirectStorage, open_direct_storage
@@ -104,12 +104,7 @@ class CudaDevice:
 
     def check_target(self, name: str, tensor: torch.Tensor) -> None:
         """See `Device.check_target`."""
-        if tensor.device != self._runtime.torch_device:
-            raise DeviceError(f"out[{name!r}] lies on {tensor.device}, the load was asked to deliver to {self.name}")
-        if not tensor.is_contiguous():
-            raise DeviceError(
-                f"out[{name!r}] is not contiguous: shape {tuple(tensor.shape)}, strides {tensor.stride()}"
-            )
+        check_out(name, tensor, is_here=tensor.device == self._runtime.torch_device, device_name=self.name)
 
     def follow_caller(self) -> None:
         """See `Device.follow_caller`."""

@@ -63,7 +63,6 @@ class Results:
                 number = self._result_ids[tensor]
                 self._missing[number] = self._missing.get(number, 0) + int(rank_plan.tensor_bytes[tensor])
                 self._examples.setdefault(number, tensor)
-        self._num_members = np.bincount(table.result_ids, minlength=len(table.names))
         self._results: dict[int, Result] = {}
         self.delivered_bytes = 0
         self._take_out(out or {})
@@ -110,10 +109,10 @@ class Results:
         table = self._plan.slices
         held = [pattern[self._rank] for pattern in table.patterns]
         padded = [at for at, part in enumerate(held) if part is not None and part.reach != part.shape]
-        for tensor in np.flatnonzero(np.isin(table.pattern_ids, padded)).tolist():
+        num_members = np.bincount(self._table.result_ids)
+        is_alone = num_members[self._table.result_ids] == 1
+        for tensor in np.flatnonzero(np.isin(table.pattern_ids, padded) & is_alone).tolist():
             reach = self._dtype_of(tensor).torch_shape(self._slice_of(tensor).reach)
-            if self._num_members[self._result_ids[tensor]] > 1:
-                continue
             target = self.result(tensor).tensor
             for dim, (filled, size) in enumerate(zip(reach, tuple(target.shape), strict=True)):
                 target.narrow(dim, filled, size - filled).zero_()

@@ -54,9 +54,7 @@ class HostBounce:
     def copy(self, source: NDArray[np.uint8], piece: Piece, target: int) -> None:
         """Packs a piece whose runs lie side by side at the address `target`, and queues the copies; waits for idle chunks."""
         self._map()
-        rows = np.ndarray(
-            (piece.num_runs, piece.run_bytes), np.uint8, source, piece.source_start, (piece.source_stride, 1)
-        )
+        rows = piece.rows_of(source)
         rows_per_chunk = CHUNK_BYTES // piece.run_bytes
         for first in range(0, piece.num_runs, rows_per_chunk):
             some = rows[first : first + rows_per_chunk]

@@ -48,6 +48,15 @@ class Piece(NamedTuple):
         """Bytes that the copy moves."""
         return self.run_bytes * self.num_runs
 
+    def rows_of(self, block: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """The runs where they lie in the block's bytes, without a copy; shape (num_runs, run_bytes).
+
+        Raises:
+            ValueError: They do not lie within the block.
+        """
+        shape = (self.num_runs, self.run_bytes)
+        return np.ndarray(shape, np.uint8, block, self.source_start, (self.source_stride, 1))
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RankPlan:

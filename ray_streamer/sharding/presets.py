@@ -57,9 +57,9 @@ def preset_for(config: Mapping[str, Any], *, layout: Layout = "generic", drafts:
     return [
         *((glob, Skip()) for glob in family.skipped),
         *(() if drafts else _without_drafts(family, sizes)),
-        *(_exceptions(family, sizes) if layout == "transformers" else ()),
+        *(_tensors(family.transformers or {}, sizes, layout) if layout == "transformers" else ()),
         *((glob, Replicate()) for glob in family.towers),
-        *_tensors(family, sizes, layout),
+        *_tensors(family.tensors, sizes, layout),
         *_modules(family, sizes, layout),
     ]
 
@@ -71,14 +71,8 @@ def _without_drafts(family: Family, sizes: Sizes) -> Iterator[tuple[str, Placeme
         yield f"*{family.layers}.{number}.*", Skip()
 
 
-def _exceptions(family: Family, sizes: Sizes) -> Iterator[tuple[str, Placement]]:
-    """What the plan of transformers says of some tensors."""
-    for glob, meaning in (family.transformers or {}).items():
-        yield glob, _placement(_weight(meaning), sizes, "transformers")
-
-
-def _tensors(family: Family, sizes: Sizes, layout: Layout) -> Iterator[tuple[str, Placement]]:
-    for glob, meaning in family.tensors.items():
+def _tensors(meanings: Mapping[str, Meaning], sizes: Sizes, layout: Layout) -> Iterator[tuple[str, Placement]]:
+    for glob, meaning in meanings.items():
         yield glob, _placement(_weight(meaning), sizes, layout)
 
 

@@ -27,7 +27,7 @@ from ray_streamer.errors import (
     StorageError,
 )
 from ray_streamer.extent import Extent
-from ray_streamer.storage.base import ObjectInfo, StorageStatistics, check_buffer
+from ray_streamer.storage.base import ObjectInfo, RemoteStorage, StorageStatistics, check_buffer
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -59,7 +59,7 @@ class _OpenFile:
     info: ObjectInfo
 
 
-class ArrowStorage:
+class ArrowStorage(RemoteStorage):
     """Files below one folder of a pyarrow filesystem.
 
     Args:
@@ -67,8 +67,6 @@ class ArrowStorage:
         filesystem: Which store.
         root: The folder's path in it.
     """
-
-    is_remote = True
 
     def __init__(self, uri: str, filesystem: fs.FileSystem, root: str) -> None:
         self.uri = uri
@@ -109,22 +107,6 @@ class ArrowStorage:
         if extent.stop > opened.info.size_bytes:
             raise ShortReadError(f"{self._name(path)} ends at {opened.info.size_bytes}, before extent {extent} does")
         self._fill(path, extent, buffer.cast("B"), opened)
-
-    def is_resident(self, path: str) -> bool:
-        """See `Storage`; never here."""
-        return False
-
-    def view(self, path: str, *, etag: str) -> memoryview:
-        """See `Storage`; never here."""
-        raise StorageError(f"{self._name(path)} is in a remote store, which lends no memory")
-
-    def prefers_aligned(self, path: str) -> bool:
-        """See `Storage`; never here."""
-        return False
-
-    def local_path(self, path: str) -> str | None:
-        """See `Storage`; files of remote stores are nowhere here."""
-        return None
 
     def list(self, prefix: str = "") -> list[str]:
         """See `Storage`; empty for a folder that does not exist."""

@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
+from ray_streamer.errors import StorageError
+
 if TYPE_CHECKING:
     from pydantic import SecretStr
 
@@ -153,6 +155,29 @@ class Storage(Protocol):
         Reads in flight finish, or end with `StorageError` where they would wait for a network; later ones raise it.
         """
         ...
+
+
+class RemoteStorage:
+    """What all backends have in common whose files are on somebody else's machine."""
+
+    uri: str
+    is_remote = True
+
+    def is_resident(self, path: str) -> bool:
+        """See `Storage`; never here."""
+        return False
+
+    def view(self, path: str, *, etag: str) -> memoryview:
+        """See `Storage`; never here."""
+        raise StorageError(f"{self.uri.rstrip('/')}/{path} is in a remote store, which lends no memory")
+
+    def prefers_aligned(self, path: str) -> bool:
+        """See `Storage`; never here."""
+        return False
+
+    def local_path(self, path: str) -> str | None:
+        """See `Storage`; remote files are nowhere here."""
+        return None
 
 
 def check_buffer(extent: Extent, buffer: memoryview) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from ray_streamer.errors import ShortReadError, StorageError, ThrottledError
 from ray_streamer.extent import Extent
-from ray_streamer.storage.base import ObjectInfo, check_buffer
+from ray_streamer.storage.base import ObjectInfo, RemoteStorage, check_buffer
 from ray_streamer.storage.http_client import HttpClient
 from ray_streamer.storage.lateness import LateBodyError
 from ray_streamer.storage.request_limit import RequestLimit
@@ -33,10 +33,8 @@ if TYPE_CHECKING:
 _Result = TypeVar("_Result")
 
 
-class S3Storage:
+class S3Storage(RemoteStorage):
     """Objects below one prefix of one bucket."""
-
-    is_remote = True
 
     def __init__(self, uri: str, settings: StorageSettings) -> None:
         self.uri = uri
@@ -99,22 +97,6 @@ class S3Storage:
 
         if extent.num_bytes:
             self._run(attempt)
-
-    def is_resident(self, path: str) -> bool:
-        """See `Storage`; never here."""
-        return False
-
-    def view(self, path: str, *, etag: str) -> memoryview:
-        """See `Storage`; never here."""
-        raise StorageError(f"{self._name(path)} is in an object store, which lends no memory")
-
-    def prefers_aligned(self, path: str) -> bool:
-        """See `Storage`; never here."""
-        return False
-
-    def local_path(self, path: str) -> str | None:
-        """See `Storage`; objects are nowhere here."""
-        return None
 
     def list(self, prefix: str = "") -> list[str]:
         """See `Storage`; empty for a prefix that does not exist."""

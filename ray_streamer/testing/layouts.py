@@ -79,6 +79,13 @@ class _Decoder(NamedTuple):
         yield self.weight(f"{layer}.input_layernorm", self.hidden)
         yield self.weight(f"{layer}.post_attention_layernorm", self.hidden)
 
+    def dense_blocks(self, intermediate: int) -> list[list[TensorSpec]]:
+        """Layers of attention and one SwiGLU."""
+        return [
+            [*self.attention(layer), *self.swiglu(f"{layer}.mlp", intermediate), *self.norms(layer)]
+            for layer in _layer_names(self.layers)
+        ]
+
     def model(self, blocks: list[list[TensorSpec]], config: dict[str, Any]) -> ModelLayout:
         """Embedding, `blocks`, final norm and head, and a config with the shared keys."""
         tensors = [self.weight("model.embed_tokens", self.vocab, self.hidden)]
@@ -111,12 +118,8 @@ def llama_layout(
 ) -> ModelLayout:
     """Llama: grouped-query attention, dense SwiGLU. Sizes of Llama-3-70B: 8192, 80, 64, 8, 28672, 128256."""
     decoder = _Decoder(hidden, layers, heads, kv_heads, hidden // heads, vocab, dtype, tied)
-    blocks = [
-        [*decoder.attention(layer), *decoder.swiglu(f"{layer}.mlp", intermediate), *decoder.norms(layer)]
-        for layer in _layer_names(layers)
-    ]
     config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "intermediate_size": intermediate}
-    return decoder.model(blocks, config)
+    return decoder.model(decoder.dense_blocks(intermediate), config)
 
 
 def qwen3_layout(
@@ -132,17 +135,13 @@ def qwen3_layout(
 ) -> ModelLayout:
     """Qwen3: as Llama, with norms on q and k, and heads wider than hidden / heads. 32B: 5120, 64, 64, 8, 25600, 151936."""
     decoder = _Decoder(hidden, layers, heads, kv_heads, head_dim, vocab, dtype, False, has_head_norms=True)
-    blocks = [
-        [*decoder.attention(layer), *decoder.swiglu(f"{layer}.mlp", intermediate), *decoder.norms(layer)]
-        for layer in _layer_names(layers)
-    ]
     config = {
         "architectures": ["Qwen3ForCausalLM"],
         "model_type": "qwen3",
         "head_dim": head_dim,
         "intermediate_size": intermediate,
     }
-    return decoder.model(blocks, config)
+    return decoder.model(decoder.dense_blocks(intermediate), config)
 
 
 def phi3_layout(

@@ -10,6 +10,7 @@ import pytest
 
 from ray_streamer.settings import Settings
 from ray_streamer.storage import open_storage
+from ray_streamer.testing.faults import FaultProxy
 
 # Assertions of the shared suite are explained as those of tests are.
 pytest.register_assert_rewrite("ray_streamer.testing.storage_suite")
@@ -48,6 +49,20 @@ def boto3_client(s3_server):
 def place(boto3_client, s3_credentials):
     prefix = f"prefix {next(_numbers)}/llama+ü"
     return BucketPlace(f"s3://storage-tests/{prefix}", boto3_client, "storage-tests", prefix)
+
+
+@pytest.fixture
+def proxy(s3_server):
+    with FaultProxy(s3_server.endpoint_url) as proxy:
+        yield proxy
+
+
+@pytest.fixture
+def etag(place):
+    from ray_streamer.testing.storage_suite import CONTENT  # not before its assertions are registered, above
+
+    place.write("a", CONTENT)
+    return place.client.head_object(Bucket=place.bucket, Key=f"{place.prefix}/a")["ETag"]
 
 
 @pytest.fixture

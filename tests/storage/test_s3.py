@@ -32,18 +32,6 @@ class TestS3Contract(StorageContract):
         return place
 
 
-@pytest.fixture
-def proxy(s3_server):
-    with FaultProxy(s3_server.endpoint_url) as proxy:
-        yield proxy
-
-
-@pytest.fixture
-def etag(place):
-    place.write("a", CONTENT)
-    return place.client.head_object(Bucket=place.bucket, Key=f"{place.prefix}/a")["ETag"]
-
-
 WHOLE = Extent(0, len(CONTENT))
 
 

@@ -9,22 +9,10 @@ import pytest
 from ray_streamer.errors import StorageError, ThrottledError
 from ray_streamer.extent import Extent
 from ray_streamer.storage import lateness
-from ray_streamer.testing.faults import Fault, FaultProxy
+from ray_streamer.testing.faults import Fault
 from ray_streamer.testing.storage_suite import CONTENT, read
 
 WHOLE = Extent(0, len(CONTENT))
-
-
-@pytest.fixture
-def proxy(s3_server):
-    with FaultProxy(s3_server.endpoint_url) as proxy:
-        yield proxy
-
-
-@pytest.fixture
-def etag(place):
-    place.write("a", CONTENT)
-    return place.client.head_object(Bucket=place.bucket, Key=f"{place.prefix}/a")["ETag"]
 
 
 @pytest.fixture
