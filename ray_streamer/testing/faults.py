@@ -14,8 +14,10 @@ import threading
 import time
 from collections import deque
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, BinaryIO, Literal, Self, cast
+from typing import TYPE_CHECKING, BinaryIO, Literal, cast
 from urllib.parse import urlsplit
+
+from ray_streamer.testing.loopback import Listener, LoopbackServer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -48,7 +50,7 @@ class Fault:
     bytes_per_second: float = 0.0
 
 
-class FaultProxy:
+class FaultProxy(LoopbackServer):
     """A proxy on 127.0.0.1 for one server, for the length of a `with` block.
 
     Attributes:
@@ -69,11 +71,8 @@ class FaultProxy:
         self._connections: set[socket.socket] = set()
         self._num_stalled = 0
         self._is_over = threading.Event()
-        self._listener = _Listener(self)
-        self.url = "http://{}:{}".format(*self._listener.server_address)
-        self._thread = threading.Thread(
-            target=self._listener.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True
-        )
+        super().__init__(_Connection)
+        self.url = f"http://{self.address}"
 
     def fail_next(self, *faults: Fault) -> None:
         """Give these faults to the next ranged requests."""
@@ -143,25 +142,9 @@ class FaultProxy:
             self._num_stalled += 1
             self._changed.notify_all()
 
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *reason: object) -> None:
         self._is_over.set()
-        self._listener.shutdown()
-        self._listener.server_close()
-        self._thread.join()
-
-
-class _Listener(socketserver.ThreadingTCPServer):
-    daemon_threads = True
-    block_on_close = False
-    request_queue_size = 128
-
-    def __init__(self, proxy: FaultProxy) -> None:
-        self.proxy = proxy
-        super().__init__(("127.0.0.1", 0), _Connection)
+        super().__exit__(*reason)
 
 
 class _Connection(socketserver.StreamRequestHandler):
@@ -171,7 +154,7 @@ class _Connection(socketserver.StreamRequestHandler):
 
     @property
     def proxy(self) -> FaultProxy:
-        return cast(_Listener, self.server).proxy
+        return cast(FaultProxy, cast(Listener, self.server).owner)
 
     def handle(self) -> None:
         self.proxy.on_connection(self.connection)

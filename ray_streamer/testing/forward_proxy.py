@@ -10,46 +10,27 @@ import socket
 import socketserver
 import threading
 from contextlib import suppress
-from typing import Self, cast
+from typing import cast
 from urllib.parse import urlsplit
+
+from ray_streamer.testing.loopback import Listener, LoopbackServer
 
 _USER, _PASSWORD = "me@corp", "s3:cret/"
 _QUOTED = "me%40corp:s3%3Acret%2F"
 
 
-class ForwardProxy:
+class ForwardProxy(LoopbackServer):
     """On 127.0.0.1, for the length of a `with` block; serves only those who know the password.
 
     Attributes:
-        address: Host and port.
         url: With user and password, as in HTTP_PROXY.
         requests: First lines of requests, without what follows a "?".
     """
 
     def __init__(self) -> None:
+        super().__init__(_Connection)
         self.requests: list[str] = []
-        self._listener = _Listener(self)
-        self.address = "{}:{}".format(*self._listener.server_address)
         self.url = f"http://{_QUOTED}@{self.address}"
-        self._thread = threading.Thread(target=self._listener.serve_forever, kwargs={"poll_interval": 0.02})
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._listener.shutdown()
-        self._listener.server_close()
-        self._thread.join()
-
-
-class _Listener(socketserver.ThreadingTCPServer):
-    daemon_threads = True
-    block_on_close = False
-
-    def __init__(self, proxy: ForwardProxy) -> None:
-        self.proxy = proxy
-        super().__init__(("127.0.0.1", 0), _Connection)
 
 
 class _Connection(socketserver.StreamRequestHandler):
@@ -68,7 +49,7 @@ class _Connection(socketserver.StreamRequestHandler):
         if not lines:
             return False
         method, target, _ = lines[0].decode().split()
-        cast(_Listener, self.server).proxy.requests.append(f"{method} {target.partition('?')[0]}")
+        cast(ForwardProxy, cast(Listener, self.server).owner).requests.append(f"{method} {target.partition('?')[0]}")
         if b"Basic " + base64.b64encode(f"{_USER}:{_PASSWORD}".encode()) not in b"".join(lines):
             self.wfile.write(b"HTTP/1.1 407 Who\r\nContent-Length: 0\r\n\r\n")
             return True
