@@ -18,6 +18,7 @@ ORDER = (
     ("errors", "settings", "extent", "dtypes"),
     ("storage",),
     ("checkpoint",),
+    ("slices",),
     ("sharding",),
     ("planning",),
     ("stream",),
