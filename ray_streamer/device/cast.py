@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from ray_streamer.device.caller_memory import writable_alias
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
@@ -78,7 +80,7 @@ class Casts:
             return
         # A copy of our own: staged memory may be read-only, and elements in it not aligned.
         values = torch.from_numpy(np.array(rows, order="C")).view(self._results.stored_dtype(tensor))
-        flat = self._results.result(tensor).tensor.view(-1)
+        flat = writable_alias(self._results.result(tensor).tensor).view(-1)
         with torch.cuda.stream(self._stream):
             flat.as_strided(tuple(values.shape), (stride, 1), flat.storage_offset() + element).copy_(values)
         if self._stream is not None:

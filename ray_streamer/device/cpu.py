@@ -31,13 +31,13 @@ class CpuDevice:
 
     def empty(self, dtype: DType, shape: tuple[int, ...]) -> torch.Tensor:
         """See `Device.empty`."""
-        return torch.empty(dtype.torch_shape(shape), dtype=getattr(torch, dtype.torch_name))
+        return torch.empty(dtype.torch_shape(shape), dtype=getattr(torch, dtype.torch_name), device="cpu")
 
     def result(self, tensor: torch.Tensor) -> Result:
         """See `Device.result`."""
         # Storage bytes rather than `view(uint8)`: packed and complex dtypes and scalars have no such view.
         first = tensor.storage_offset() * tensor.itemsize
-        raw = torch.empty(0, dtype=torch.uint8).set_(tensor.detach().untyped_storage())
+        raw = torch.empty(0, dtype=torch.uint8, device="cpu").set_(tensor.detach().untyped_storage())
         return Result(tensor, raw[first : first + tensor.nbytes].numpy())
 
     def check_target(self, name: str, tensor: torch.Tensor) -> None:

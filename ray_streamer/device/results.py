@@ -8,6 +8,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ray_streamer.device.base import Copy, Result
+from ray_streamer.device.caller_memory import (
+    refuse_modes,
+    refuse_overlaps,
+    refuse_unwritable,
+    without_tied_names,
+    writable_alias,
+)
 from ray_streamer.errors import DeviceError
 
 if TYPE_CHECKING:
@@ -77,10 +84,11 @@ class Results:
     def _take_out(self, out: Mapping[str, torch.Tensor]) -> None:
         import torch
 
+        refuse_modes()
+        for name, given in out.items():
+            refuse_unwritable(name, given)
         held = {self._names[number]: number for number in self._missing}
-        unknown = sorted(out.keys() - held.keys())
-        if unknown:
-            raise DeviceError(f"out names tensors that rank {self._rank} does not hold: {', '.join(unknown[:5])}")
+        out = without_tied_names(out, held, rank=self._rank)
         for name, given in out.items():
             tensor = self._examples[held[name]]
             dtype = self._dtype_of(tensor)
@@ -91,7 +99,8 @@ class Results:
                     f"got {tuple(given.shape)} and {given.dtype}"
                 )
             self._device.check_target(name, given)
-            self._results[held[name]] = self._device.result(given)
+        refuse_overlaps(out)
+        self._results |= {held[name]: self._device.result(given) for name, given in out.items()}
 
     def _slice_of(self, tensor: int) -> TensorSlice:
         tensor_slice = self._plan.slice_of(tensor, self._rank)
@@ -113,7 +122,7 @@ class Results:
         is_alone = num_members[self._table.result_ids] == 1
         for tensor in np.flatnonzero(np.isin(table.pattern_ids, padded) & is_alone).tolist():
             reach = self._dtype_of(tensor).torch_shape(self._slice_of(tensor).reach)
-            target = self.result(tensor).tensor
+            target = writable_alias(self.result(tensor).tensor)
             for dim, (filled, size) in enumerate(zip(reach, tuple(target.shape), strict=True)):
                 target.narrow(dim, filled, size - filled).zero_()
 

@@ -1,0 +1,105 @@
+"""May the tensors that the caller gives be written, and by whose leave? Checked before the first read.
+
+A tensor of the caller's may be a parameter that requires grad, an inference tensor, or one of two names of a tied weight. All of
+them are plain memory, so they are written through an alias that knows nothing of autograd. What is no plain memory (DTensor,
+FakeTensor, sparse, conjugated) is refused by name.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import TYPE_CHECKING
+
+import torch
+
+from ray_streamer.errors import DeviceError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+
+def writable_alias(tensor: torch.Tensor) -> torch.Tensor:
+    """The memory of `tensor` as a tensor that in-place operations may write: no gradient, no inference tensor.
+
+    Any thread may call it, inside `torch.inference_mode()` or outside. It shares storage, offset, shape and strides.
+    """
+    with torch.inference_mode(False), torch.no_grad():
+        plain = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+        return plain.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.size(), tensor.stride())
+
+
+def refuse_modes() -> None:
+    """Refuses to load where torch would make tensors without memory, whatever device they are asked for.
+
+    Raises:
+        DeviceError: A mode such as FakeTensorMode is active.
+    """
+    made = torch.empty(0, device="cpu")
+    if type(made) is not torch.Tensor:
+        raise DeviceError(f"torch makes {type(made).__name__}s here, which have no memory; load outside of that mode")
+
+
+def refuse_unwritable(name: str, tensor: torch.Tensor) -> None:
+    """Refuses what is not plain memory that `shape` and `stride` describe.
+
+    Raises:
+        DeviceError: Names the tensor, and what to give instead.
+    """
+    if not isinstance(tensor, torch.Tensor):
+        raise DeviceError(f"out[{name!r}] must be a torch.Tensor, got {type(tensor).__name__}")
+    # A class that dispatches operations itself keeps its memory elsewhere; parameters, and subclasses of them, do not.
+    if type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+        has_local = hasattr(tensor, "to_local")
+        advice = f"give {name}.to_local()" if has_local else "give the plain tensor that holds its memory"
+        raise DeviceError(f"out[{name!r}] is a {type(tensor).__name__}, not plain memory; {advice}")
+    if tensor.layout is not torch.strided or tensor.is_quantized:
+        kind = "quantized" if tensor.is_quantized else str(tensor.layout).removeprefix("torch.")
+        raise DeviceError(f"out[{name!r}] is {kind}; give a dense tensor")
+    if tensor.is_conj() or tensor.is_neg():
+        raise DeviceError(f"out[{name!r}] is a conjugated or negated view; give the tensor that it is a view of")
+    last = sum((size - 1) * stride for size, stride in zip(tensor.size(), tensor.stride(), strict=True))
+    stop_bytes = (tensor.storage_offset() + last + 1) * tensor.itemsize if tensor.numel() else 0
+    if tensor.untyped_storage().nbytes() < stop_bytes:
+        raise DeviceError(
+            f"out[{name!r}] has no memory: its storage was freed, as FSDP does; gather the parameter first"
+        )
+
+
+def without_tied_names(out: Mapping[str, torch.Tensor], held: Iterable[str], *, rank: int) -> dict[str, torch.Tensor]:
+    """`out` less the names that the checkpoint lacks because they are second names of a tensor that it has.
+
+    The state dict of a model with tied embeddings has two names for one memory; the checkpoint has one of them.
+
+    Raises:
+        DeviceError: Another name is not held by this rank; lists them.
+    """
+    held = set(held)
+    known = {name: tensor for name, tensor in out.items() if name in held}
+    memories = {_memory(tensor) for tensor in known.values()}
+    unknown = sorted(name for name, tensor in out.items() if name not in held and _memory(tensor) not in memories)
+    if unknown:
+        raise DeviceError(f"out names tensors that rank {rank} does not hold: {', '.join(unknown[:5])}")
+    return known
+
+
+def refuse_overlaps(out: Mapping[str, torch.Tensor]) -> None:
+    """Refuses two contiguous tensors that share bytes: which of them would be right at the end is chance.
+
+    Raises:
+        DeviceError: Names both.
+    """
+    spans = sorted(
+        (str(tensor.device), tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes, name)
+        for name, tensor in out.items()
+        if tensor.nbytes
+    )
+    for (device, _, stop, name), (other_device, start, _, other) in itertools.pairwise(spans):
+        if device == other_device and start < stop:
+            raise DeviceError(
+                f"out[{name!r}] and out[{other!r}] share memory, and the checkpoint holds both; leave one of them out, "
+                "or give each its own memory"
+            )
+
+
+def _memory(tensor: torch.Tensor) -> tuple[object, ...]:
+    return str(tensor.device), tensor.data_ptr(), tensor.dtype, tuple(tensor.size()), tensor.stride()
