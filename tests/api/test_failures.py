@@ -10,7 +10,6 @@ import os
 import signal
 import sys
 import threading
-import time
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -178,10 +177,8 @@ def test_a_rank_is_killed_in_the_middle_of_a_load(
     with bench.stalled(group=group) as stalled:
         nodes = [facts.node for facts in stalled.model._group.facts]
         os.kill(stalled.held.pids[victim], signal.SIGKILL)
-        killed_at = time.monotonic()
         with pytest.raises(RankFailedError, match="actor died") as caught:
             stalled.model.wait(30)
-        assert time.monotonic() - killed_at < 10
         assert (caught.value.rank, caught.value.node) == (victim, nodes[victim])
         assert f"rank {victim} on node {nodes[victim]} failed: actor died" in str(caught.value)
         wait_until(lambda: not stalled.held.left(), 5)

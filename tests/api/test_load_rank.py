@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import secrets
 import signal
-import time
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
@@ -28,13 +27,14 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-READ_TIMEOUT_SECONDS = 6.0
+READ_TIMEOUT_SECONDS = 600.0
+"""Longer than any test may take: whoever waited for it would be found hanging."""
 
 STALLED = [
-    pytest.param(0, READ_TIMEOUT_SECONDS / 2, id="while-the-failed-rank-waits-for-the-network"),
-    pytest.param(1, READ_TIMEOUT_SECONDS / 2, id="while-the-other-rank-waits-for-the-network"),
+    pytest.param(0, id="while-the-failed-rank-waits-for-the-network"),
+    pytest.param(1, id="while-the-other-rank-waits-for-the-network"),
 ]
-"""Which of two ranks waits for a body that does not come, and how long the other's failure may take to be told."""
+"""Which of two ranks waits for a body that does not come."""
 
 NAMES = ["model.embed_tokens.weight", "model.layers.0.self_attn.o_proj.weight", "model.norm.weight", "model.scale"]
 
@@ -195,29 +195,26 @@ def test_a_stream_that_is_closed_early_leaves_nothing(pair: RankProcesses, check
     assert closed["name"] in checkpoint.names
     assert [name for name in closed["during"] if name.startswith("ray_streamer-0-read")]
     assert closed["after"] == closed["before"]
-    assert closed["seconds"] < READ_TIMEOUT_SECONDS / 2
 
 
-@pytest.mark.parametrize(("stalled", "max_seconds"), STALLED)
+@pytest.mark.parametrize("stalled", STALLED)
 def test_a_rank_that_fails_in_its_loop_is_named_by_the_other(
-    pair: RankProcesses, endless: Endless, numbered: list[dict[str, Any]], stalled: int, max_seconds: float
+    pair: RankProcesses, endless: Endless, numbered: list[dict[str, Any]], stalled: int
 ) -> None:
     arguments = [each | endless.arguments(is_stalled=rank == stalled) for rank, each in enumerate(numbered)]
     pair.order(0, rank_tasks.stream_one_and_raise, gate=endless.gate, **arguments[0])
     pair.order(1, rank_tasks.stream_all, **arguments[1])
     endless.open_gate()
-    started = time.monotonic()
     assert type(pair.answer(0)) is LookupError
     told = pair.answer(1)
-    assert time.monotonic() - started < max_seconds
     assert type(told) is RankFailedError
     assert told.rank == 0
     assert "the caller of rank 0 stopped taking tensors" in str(told)
 
 
-@pytest.mark.parametrize(("stalled", "max_seconds"), STALLED)
+@pytest.mark.parametrize("stalled", STALLED)
 def test_a_rank_that_is_killed_is_named_by_the_other(
-    pair: RankProcesses, endless: Endless, numbered: list[dict[str, Any]], stalled: int, max_seconds: float
+    pair: RankProcesses, endless: Endless, numbered: list[dict[str, Any]], stalled: int
 ) -> None:
     arguments = [each | endless.arguments(is_stalled=rank == stalled) for rank, each in enumerate(numbered)]
     with RankProcesses(1) as victim:
@@ -225,9 +222,7 @@ def test_a_rank_that_is_killed_is_named_by_the_other(
         pair.order(1, rank_tasks.stream_all, **arguments[1])
         endless.wait_until_stalled()
         os.kill(victim.pids[0], signal.SIGKILL)
-        started = time.monotonic()
         told = pair.answer(1)
-    assert time.monotonic() - started < max_seconds
     assert type(told) is RankFailedError
     assert told.rank == 0
 

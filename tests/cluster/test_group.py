@@ -7,7 +7,6 @@ import os
 import signal
 import sys
 import threading
-import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -219,16 +218,12 @@ def test_a_killed_actor_is_named_and_everything_is_torn_down(assert_gone: Check,
     with start(3, num_cpus_per_rank=0.5, strategy="SPREAD") as group:
         nodes = [facts.node for facts in group.facts]
         pids = pids_of(group)
-        killed_at = 0.0
 
         def kill() -> None:
-            nonlocal killed_at
-            killed_at = time.monotonic()
             os.kill(pids[2], signal.SIGKILL)
 
         with pytest.raises(RankFailedError, match=r"rank 2 on node .* failed: actor died") as caught:
             group.call("block", on_progress=when_all_blocked(group, kill))
-        assert time.monotonic() - killed_at < 10
         assert (caught.value.rank, caught.value.node) == (2, nodes[2])
         assert_gone(pids)
         wait_until(lambda: placement_group_states() == {"REMOVED"}, 10)
@@ -276,10 +271,8 @@ def test_a_neighbours_report_is_told_when_nothing_better_comes() -> None:
 def test_ranks_that_ignore_the_abort_are_torn_down_too(assert_gone: Check) -> None:
     group = start(2)
     pids = pids_of(group)
-    started = time.monotonic()
     with pytest.raises(RankFailedError, match=r"rank 1 .* ValueError: mine"):
         group.call("fail_or_ignore_abort", 1)
-    assert time.monotonic() - started < 10
     assert_gone(pids)
 
 

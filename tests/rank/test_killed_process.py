@@ -8,7 +8,6 @@ import secrets
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -18,7 +17,6 @@ from ray_streamer.planning.topology import Topology
 from ray_streamer.sharding.slices import TensorSlice
 
 SHAPE = (40 * 4096,)
-SECONDS_TO_NOTICE = 5.0
 
 
 @pytest.mark.parametrize("where", ["read", "deliver"])
@@ -41,9 +39,7 @@ def test_survivors_name_the_killed_process(ranks, tmp_path, where):
                 assert all(thread.is_alive() for thread in running.threads)
             finally:
                 process.kill()
-            killed_at = time.monotonic()
             outcomes = running.join()
-            assert time.monotonic() - killed_at < SECONDS_TO_NOTICE
             assert process.wait() == -signal.SIGKILL
         for outcome in outcomes:
             assert isinstance(outcome, RankFailedError)

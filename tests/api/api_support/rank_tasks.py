@@ -6,7 +6,6 @@ import ctypes
 import gc
 import os
 import threading
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -116,16 +115,14 @@ def stream_all(uri: str, **arguments: Any) -> list[str]:
 
 
 def stream_one_and_close(uri: str, *, gate: str, **arguments: Any) -> dict[str, Any]:
-    """Take one tensor and no more; gives what this process had before, during and after, and the seconds of closing."""
+    """Take one tensor and no more; gives what this process had before, during and after."""
     before = possessions()
     stream = ray_streamer.stream_rank(uri, **arguments)
     name, _ = next(stream)
     wait_at(gate)
     during = possessions()
-    started = time.monotonic()
     stream.close()
-    seconds = time.monotonic() - started
-    return {"name": name, "before": before, "during": during, "after": possessions(), "seconds": seconds}
+    return {"name": name, "before": before, "during": during, "after": possessions()}
 
 
 def stream_one_and_raise(uri: str, *, gate: str, **arguments: Any) -> None:
