@@ -3,6 +3,7 @@
     move          one copy between two strided views: the checkpoint's tensor and a result
     result        one tensor that a rank ends with
     rank_slices   all results of one rank, and the moves that fill them
+    rank_sources  what its neighbours need to know of that: which parts of which tensors it reads
 
 Rules (`sharding/`) are one source of these values, an engine's own loader (`capture/`) is another. Everything here is pure:
 no I/O, no torch.
@@ -10,6 +11,17 @@ no I/O, no torch.
 
 from ray_streamer.slices.move import Move, Side
 from ray_streamer.slices.rank_slices import RankSlices, SliceSource
-from ray_streamer.slices.result import ResultSpec
+from ray_streamer.slices.rank_sources import RankSources, SourceView
+from ray_streamer.slices.result import ResultForm, ResultSpec, ResultSpecs
 
-__all__ = ["Move", "RankSlices", "ResultSpec", "Side", "SliceSource"]
+__all__ = [
+    "Move",
+    "RankSlices",
+    "RankSources",
+    "ResultForm",
+    "ResultSpec",
+    "ResultSpecs",
+    "Side",
+    "SliceSource",
+    "SourceView",
+]

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ray_streamer.errors import PlanError
-from ray_streamer.slices import Move, RankSlices, ResultSpec, Side
+from ray_streamer.slices import Move, RankSlices, RankSources, ResultSpec, ResultSpecs, Side
 from ray_streamer.slices.move import row_major
 
 NUMBERS = st.integers(0, 1 << 40)
@@ -57,30 +57,37 @@ def test_row_major_strides_are_those_of_numpy(shape):
 
 
 @given(st.data())
-def test_slices_cross_between_processes_unchanged(data):
-    specs = [
-        ResultSpec(name=f"r{at}", dtype="BF16", shape=(2, 3), strides=data.draw(st.sampled_from([None, (1, 2)])))
-        for at in range(data.draw(st.integers(1, 3)))
-    ]
+def test_what_a_rank_reads_crosses_between_processes_unchanged(data):
     patterns = data.draw(st.lists(st.lists(MOVES, max_size=3).map(tuple), min_size=1, max_size=3))
     num_rows = data.draw(st.integers(0, 5))
     rows = [data.draw(st.lists(st.integers(0, room - 1), min_size=num_rows, max_size=num_rows))
-            for room in (100, len(specs), len(patterns), 1 << 40)]  # fmt: skip
-    said = RankSlices(
-        tuple(specs),
-        tuple(patterns),
-        *(np.array(column, dtype=dtype) for column, dtype in zip(rows, ("i4", "i4", "i4", "i8"), strict=True)),
-    )
-    heard = RankSlices.from_bytes(said.to_bytes())
-    assert (heard.results, heard.patterns) == (said.results, said.patterns)
-    for name in ("tensor_ids", "result_ids", "pattern_ids", "target_offsets"):
-        assert getattr(heard, name).tolist() == getattr(said, name).tolist()
+            for room in (100, 1, len(patterns), 1 << 40)]  # fmt: skip
+    columns = (np.array(column, dtype=dtype) for column, dtype in zip(rows, ("i4", "i4", "i4", "i8"), strict=True))
+    said = RankSlices([ResultSpec(name="r", dtype="BF16", shape=(2, 3))], tuple(patterns), *columns)
+    heard = RankSources.from_bytes(RankSources.of(said).to_bytes())
+    assert heard.tensor_ids.tolist() == rows[0]
+    assert [
+        [(view.shape, view.side) for view in heard.patterns[pattern]] for pattern in heard.pattern_ids.tolist()
+    ] == [[(move.shape, move.source) for move in patterns[pattern]] for pattern in rows[2]]
 
 
 @pytest.mark.parametrize("data", [b"", b"garbage", b"\xff" * 64])
-def test_bytes_that_are_no_slices_are_refused(data):
-    with pytest.raises(PlanError, match="cannot be read"):
-        RankSlices.from_bytes(data)
+def test_bytes_that_are_no_sources_are_refused(data):
+    with pytest.raises(PlanError, match="cannot be parsed"):
+        RankSources.from_bytes(data)
+
+
+def test_results_are_kept_as_columns_and_read_as_specs():
+    specs = [
+        ResultSpec(name="a", dtype="BF16", shape=(2, 3)),
+        ResultSpec(name="b", dtype="BF16", shape=(2, 3)),
+        ResultSpec(name="c", dtype="BF16", shape=(2, 3), strides=(1, 2), zeroes_holes=False),
+    ]
+    kept = ResultSpecs.of(specs)
+    assert list(kept) == specs
+    assert kept[1:] == tuple(specs[1:])
+    assert len(kept.forms) == 2
+    assert kept.form_of(2).memory_strides == (1, 2)
 
 
 def test_columns_that_point_nowhere_are_refused():
@@ -93,5 +100,15 @@ def test_columns_that_point_nowhere_are_refused():
         RankSlices((spec,), ((),), one, one + 1, one, offsets)
     with pytest.raises(PlanError, match="pattern_ids"):
         RankSlices((spec,), (), one, one, one, offsets)
-    with pytest.raises(PlanError, match="one name"):
+    with pytest.raises(PlanError, match="one name: a"):
         RankSlices((spec, spec), ((),), one, one, one, offsets)
+    with pytest.raises(PlanError, match="form_ids"):
+        ResultSpecs(("a",), (spec.form,), one + 1)
+    with pytest.raises(PlanError, match="names of results"):
+        ResultSpecs(("a",), (spec.form,), two)
+    with pytest.raises(PlanError, match="pattern_ids"):
+        RankSources((), one, one)
+    with pytest.raises(PlanError, match="negative"):
+        RankSources(((),), one - 1, one)
+    with pytest.raises(PlanError, match="have 2 patterns"):
+        RankSources(((),), one, two)
