@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Unpack
 from ray_streamer.api.membership import find_membership
 from ray_streamer.api.plan import assumed_limits
 from ray_streamer.api.request import SliceArguments, make_request, num_stages, slice_arguments
-from ray_streamer.cluster.facts import measure_available_memory
 from ray_streamer.errors import LoadAbortedError, SettingsError
+from ray_streamer.machine import measure_available_memory
 from ray_streamer.planning.limits import rank_memory_limit
 from ray_streamer.rank.load import RankLoad
 from ray_streamer.rank.options import RankOptions

@@ -12,8 +12,8 @@ import click
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
 from ray_streamer.cli.command import SettingOption
-from ray_streamer.report.units import human_bytes
 from ray_streamer.settings import SECRET_SETTINGS, Settings
+from ray_streamer.units import human_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -15,7 +15,8 @@ from typing import Any
 import ray
 import ray.util
 
-from ray_streamer.cluster.facts import RankFacts, count_cpus, measure_available_memory
+from ray_streamer.cluster.facts import RankFacts
+from ray_streamer.machine import count_cpus, measure_available_memory
 
 # One for the driver's progress polls, one so that an abort never queues behind them.
 _CONTROL_THREADS = 2

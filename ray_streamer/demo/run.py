@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from ray_streamer.demo.checkpoint import demo_layout, drop_page_cache, make_checkpoint
 from ray_streamer.demo.proof import Proof, prove
 from ray_streamer.errors import RayStreamerError
-from ray_streamer.report.units import human_bytes
 from ray_streamer.settings import Settings
 from ray_streamer.testing.s3_server import S3ServerUnavailableError, start_s3_server
+from ray_streamer.units import human_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

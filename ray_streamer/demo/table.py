@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ray_streamer.report.tables import human_limit, new_table
-from ray_streamer.report.units import human_bytes
+from ray_streamer.units import human_bytes
 
 if TYPE_CHECKING:
     from rich.table import Table

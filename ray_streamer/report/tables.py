@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
-from ray_streamer.report.units import human_bytes
+from ray_streamer.units import human_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -10,8 +10,8 @@ import pytest
 from safetensors.numpy import save_file
 
 import ray_streamer
-from ray_streamer.report.units import human_bytes
 from ray_streamer.testing.checkpoints import llama_layout, mixtral_layout, write_checkpoint
+from ray_streamer.units import human_bytes
 
 
 @pytest.fixture

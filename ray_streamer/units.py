@@ -1,0 +1,39 @@
+"""How do people read numbers? Bytes with a binary unit, as the settings accept them; one file, two files."""
+
+from __future__ import annotations
+
+_UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
+
+
+def human_bytes(num_bytes: float) -> str:
+    """A byte count with three or more significant digits, less what is zero.
+
+    >>> [human_bytes(count) for count in (0, 1000, 64 << 20, 1234567890)]
+    ['0 B', '1000 B', '64 MiB', '1.15 GiB']
+    """
+    power = 0
+    while abs(num_bytes) >= 1024 and power < len(_UNITS) - 1:
+        num_bytes, power = num_bytes / 1024, power + 1
+    digits = 2 if num_bytes < 10 else 1 if num_bytes < 100 else 0
+    text = f"{num_bytes:.{digits}f}"
+    return f"{text.rstrip('0').rstrip('.') if digits else text} {_UNITS[power]}"
+
+
+def exact_bytes(num_bytes: int) -> str:
+    """A byte count that people can type back: in the largest unit that divides it, else with the bytes beside it.
+
+    >>> [exact_bytes(count) for count in (8 << 20, 65536, 262143, 1536)]
+    ['8 MiB', '64 KiB', '256 KiB (262143 bytes)', '1.5 KiB']
+    """
+    text = human_bytes(num_bytes)
+    number, unit = text.split()
+    return text if float(number) * 1024 ** _UNITS.index(unit) == num_bytes else f"{text} ({num_bytes} bytes)"
+
+
+def counted(number: int, noun: str) -> str:
+    """A number of things, with an "s" unless it is one of them.
+
+    >>> counted(1, "file"), counted(2, "file"), counted(0, "file")
+    ('1 file', '2 files', '0 files')
+    """
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
