@@ -12,10 +12,11 @@ from ray_streamer.settings import Settings
 if TYPE_CHECKING:
     from ray_streamer.api.request import SliceArguments, Stages
     from ray_streamer.planning.read_plan import ReadPlan
+    from ray_streamer.storage import UriLike
 
 
 def plan(
-    uri: str,
+    uri: UriLike,
     tp: int = 1,
     *,
     pp: Stages = 1,

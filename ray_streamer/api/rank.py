@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from ray_streamer.planning.read_plan import ReadPlan
     from ray_streamer.rank.request import LoadRequest
     from ray_streamer.rank.statistics import RankStatistics
+    from ray_streamer.storage import UriLike
     from ray_streamer.storage.base import Storage
 
 
@@ -63,7 +64,7 @@ class RankArguments(SliceArguments, total=False):
     on_statistics: Callable[[RankStatistics], None] | None
 
 
-def load_rank(uri: str, **arguments: Unpack[RankArguments]) -> dict[str, torch.Tensor]:
+def load_rank(uri: UriLike, **arguments: Unpack[RankArguments]) -> dict[str, torch.Tensor]:
     """Loads this process's slices; every rank of the load calls it, and ranks of a node read for each other.
 
     Args:
@@ -82,7 +83,7 @@ def load_rank(uri: str, **arguments: Unpack[RankArguments]) -> dict[str, torch.T
     return dict(stream_rank(uri, **arguments))
 
 
-def stream_rank(uri: str, **arguments: Unpack[RankArguments]) -> Iterator[tuple[str, torch.Tensor]]:
+def stream_rank(uri: UriLike, **arguments: Unpack[RankArguments]) -> Iterator[tuple[str, torch.Tensor]]:
     """As `load_rank`, but yields each tensor as it becomes complete, while the others still load.
 
     Planning and every check come before the first tensor. Closing the iterator early ends the load; its neighbours then
@@ -152,7 +153,7 @@ def _stream(
         report(load.statistics())
 
 
-def _request_of_rank(uri: str, arguments: RankArguments) -> tuple[Membership, LoadRequest]:
+def _request_of_rank(uri: UriLike, arguments: RankArguments) -> tuple[Membership, LoadRequest]:
     unknown = arguments.keys() - RankArguments.__annotations__.keys()
     if unknown:
         raise TypeError(f"unknown arguments {sorted(unknown)}; there are {sorted(RankArguments.__annotations__)}")
@@ -165,7 +166,7 @@ def _request_of_rank(uri: str, arguments: RankArguments) -> tuple[Membership, Lo
     return membership, _request(uri, arguments, membership.topology.num_ranks)
 
 
-def _request(uri: str, arguments: RankArguments, num_ranks: int) -> LoadRequest:
+def _request(uri: UriLike, arguments: RankArguments, num_ranks: int) -> LoadRequest:
     pp, tp = arguments.get("pp", 1), arguments.get("tp")
     stages = num_stages(pp)
     if stages < 1 or num_ranks % stages:

@@ -9,6 +9,7 @@ from ray_streamer.errors import SettingsError
 from ray_streamer.rank.request import LoadRequest, RuleSlices
 from ray_streamer.sharding.mesh import Mesh
 from ray_streamer.sharding.rules import ShardRules
+from ray_streamer.storage import absolute_uri
 
 if TYPE_CHECKING:
     from ray_streamer.rank.request import SliceSource
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from ray_streamer.sharding.presets import Layout
     from ray_streamer.sharding.rename import RenameLike
     from ray_streamer.sharding.rules import RulesLike
+    from ray_streamer.storage import UriLike
 
 Stages = int | Sequence[int]
 """How many stages, or the number of layers of each one."""
@@ -46,7 +48,7 @@ def slice_arguments(arguments: Mapping[str, Any]) -> SliceArguments:
 
 
 def make_request(
-    uri: str,
+    uri: UriLike,
     *,
     tp: int,
     pp: Stages,
@@ -58,15 +60,17 @@ def make_request(
 ) -> LoadRequest:
     """The request that the arguments of a load describe.
 
+    A local path is made absolute here, where the caller speaks: on the ranks it may mean another folder.
+
     Raises:
-        SettingsError: They do not fit together.
+        SettingsError: They do not fit together, or `uri` is none.
         ShardingError: `rules` are not rules.
     """
     # Both are numbers, too, but mean all of tp, and not at all.
     mesh = Mesh(tp=tp, pp=num_stages(pp), dp=replicas, ep=tp if ep is True else 1 if ep is False else ep)
     stage_layers = None if isinstance(pp, int) else tuple(pp)
     return LoadRequest(
-        uri=uri,
+        uri=absolute_uri(uri),
         mesh=mesh,
         slices=_slice_source(stage_layers, **slicing),
         settings=settings,

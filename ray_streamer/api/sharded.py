@@ -26,10 +26,11 @@ if TYPE_CHECKING:
     from ray_streamer.sharding.presets import Layout
     from ray_streamer.sharding.rename import RenameLike
     from ray_streamer.sharding.rules import RulesLike
+    from ray_streamer.storage import UriLike
 
 
 def load_sharded(
-    uri: str,
+    uri: UriLike,
     tp: int = 1,
     *,
     pp: Stages = 1,
@@ -57,7 +58,8 @@ def load_sharded(
     """Loads a safetensors checkpoint tensor-parallel into a group of Ray actors, each byte read once per node.
 
     Args:
-        uri: Folder or prefix, one `.safetensors` file, or one index json: a path, `file://`, `s3://`, `gs://`, `abfss://` or `hdfs://`.
+        uri: Folder or prefix, one `.safetensors` file, or one index json: a path, of the caller's
+            folder when it is relative and with `~` for homes, `file://`, `s3://`, `gs://`, `abfss://` or `hdfs://`.
         tp: Ranks that share the tensors of one stage.
         pp: Stages of layers, as even as can be; or the number of layers of each, such as (31, 30).
         ep: True = every rank of a replica holds whole experts, a `tp`-th of them, instead of slices of all; a number = over

@@ -26,8 +26,9 @@ def command(uri: str, top: int, as_json: bool, settings: Settings) -> None:
     """
     from ray_streamer.checkpoint import locate, open_checkpoint
     from ray_streamer.report.checkpoint_summary import summarize_checkpoint
-    from ray_streamer.storage import open_storage
+    from ray_streamer.storage import absolute_uri, open_storage
 
+    uri = absolute_uri(uri)
     storage = open_storage(locate(uri).folder_uri, settings)
     try:
         index = open_checkpoint(uri, storage, concurrency=settings.concurrency)

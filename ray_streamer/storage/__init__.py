@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from ray_streamer.storage.base import ObjectInfo, Storage, StorageSettings
-from ray_streamer.storage.uri import scheme_of
+from ray_streamer.storage.uri import UriLike, absolute_uri, scheme_of
 
-__all__ = ["ObjectInfo", "Storage", "StorageSettings", "open_storage", "scheme_of"]
+__all__ = ["ObjectInfo", "Storage", "StorageSettings", "UriLike", "absolute_uri", "open_storage", "scheme_of"]
 
 
-def open_storage(uri: str, settings: StorageSettings) -> Storage:
+def open_storage(uri: UriLike, settings: StorageSettings) -> Storage:
     """The storage of a folder or prefix: `/path`, `file:///path`, `s3://bucket/prefix`, `memory://name`, or what pyarrow opens.
 
-    Opens nothing yet: what is wrong with the place itself shows at the first read. The caller closes it.
+    A local path is taken as `absolute_uri` takes it. Opens nothing yet: what is wrong with the place itself shows at the first read. The caller closes it.
 
     Raises:
         SettingsError: No backend knows this uri, or it has credentials in it.
     """
+    uri = absolute_uri(uri)
     scheme = scheme_of(uri)
     if scheme == "file":
         from ray_streamer.storage.posix import PosixStorage

@@ -81,7 +81,7 @@ class Storage(Protocol):
     All methods raise `ObjectMissingError`, `AccessError` and `StorageError` for what their names say.
 
     Attributes:
-        uri: The folder or prefix, as given.
+        uri: The folder or prefix; an absolute path for a local one, else as given.
         is_remote: Whether each request costs a round trip to an object store.
     """
 

@@ -14,12 +14,12 @@ import os
 import threading
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
-from urllib.parse import unquote, urlsplit
 
-from ray_streamer.errors import ObjectChangedError, SettingsError, StorageError
+from ray_streamer.errors import ObjectChangedError, StorageError
 from ray_streamer.storage.base import ObjectInfo, StorageStatistics, check_buffer
 from ray_streamer.storage.mounts import mount_of, read_mount_table
 from ray_streamer.storage.posix_file import PosixFile, info_of, os_errors_translated
+from ray_streamer.storage.uri import absolute_uri
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -34,8 +34,7 @@ class PosixStorage:
     is_remote = False
 
     def __init__(self, uri: str, settings: StorageSettings) -> None:
-        self.uri = uri
-        self._folder = _folder_of(uri)
+        self.uri = self._folder = absolute_uri(uri)
         self._settings = settings
         self._mounts = read_mount_table()
         self._lock = threading.Lock()
@@ -141,15 +140,3 @@ class PosixStorage:
 
     def _name(self, path: str) -> str:
         return f"{self.uri.rstrip('/')}/{path}" if path else self.uri
-
-
-def _folder_of(uri: str) -> str:
-    """The absolute path that a plain path or `file://` uri names."""
-    if not uri.lower().startswith("file://"):
-        if not uri:
-            raise SettingsError("an empty path names no folder; give '.' for the current one")
-        return os.path.abspath(uri)
-    parts = urlsplit(uri)
-    if parts.netloc not in ("", "localhost"):
-        raise SettingsError(f"{uri} names host {parts.netloc!r}; a local folder is file:///path, with three slashes")
-    return unquote(parts.path)

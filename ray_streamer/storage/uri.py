@@ -1,17 +1,27 @@
-"""Which backend does a uri mean, and may the uri be repeated in plans, reports, logs and errors?"""
+"""Which place does a uri mean, and may the uri be repeated in plans, reports, logs and errors?
+
+`absolute_uri` is asked where the caller speaks, once: a relative path means the caller's folder, and `~` the caller's home, not
+those of the ranks. `scheme_of` chooses the backend.
+"""
 
 from __future__ import annotations
 
+import os
 import re
-from urllib.parse import parse_qsl
+from urllib.parse import parse_qsl, unquote
 
 from ray_streamer.errors import SettingsError
 
 ARROW_SCHEMES = frozenset({"gs", "gcs", "abfs", "abfss", "hdfs", "viewfs"})
 """What pyarrow opens."""
 
+UriLike = str | os.PathLike[str]
+"""What the caller may say: text, or a path object for a local path."""
+
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 _SCHEMES = ARROW_SCHEMES | {"file", "memory", "s3"}
+_COLLAPSED = re.compile(rf"({'|'.join(sorted(_SCHEMES - {'file'}))}):/[^/]", re.IGNORECASE)
+_FILE_NAMES = (".safetensors", ".json")
 _SECRET_OPTIONS = frozenset(
     {"sig", "sas_token", "client_secret", "account_key", "access_key", "secret_key", "password"}
 )
@@ -44,3 +54,61 @@ def scheme_of(uri: str) -> str:
             "gs://, abfss:// or hdfs://, or memory://name"
         )
     return scheme
+
+
+def absolute_uri(uri: UriLike) -> str:
+    """`uri` as every other process understands it: a local path made absolute, anything else as it is.
+
+    A relative path begins at the current folder, `~` and `~user` are home folders, and `file:` uris become plain paths. `..` and
+    symbolic links stay, since they may lead elsewhere on another node.
+
+    >>> absolute_uri("file:///models/my%20model/"), absolute_uri("s3://bucket/model")
+    ('/models/my model', 's3://bucket/model')
+
+    Raises:
+        SettingsError: It is no uri, or it has credentials in it.
+    """
+    if not isinstance(uri, (str, os.PathLike)):
+        raise SettingsError(f"a uri is text or a path, got {type(uri).__name__}: {uri!r}")
+    text = os.fsdecode(uri)
+    collapsed = _COLLAPSED.match(text)
+    if collapsed:
+        raise SettingsError(
+            f"a uri has one slash after {collapsed[1]}:, as pathlib makes it; give it as text: {collapsed[1]}://..."
+        )
+    if scheme_of(text) != "file":
+        return text
+    path = _path_of(text)
+    if not path:
+        raise SettingsError("an empty path names no folder; give '.' for the current one")
+    if "\0" in path:
+        raise SettingsError(f"a path cannot contain a null character: {path!r}")
+    parts = [part for part in os.path.join(_current_folder(path), path).split("/") if part not in ("", ".")]
+    # Only a slash at its end tells a folder of such a name from a file.
+    is_named_like_a_file = path.endswith("/") and bool(parts) and parts[-1].endswith(_FILE_NAMES)
+    return "/" + "/".join(parts) + ("/" if is_named_like_a_file else "")
+
+
+def _path_of(uri: str) -> str:
+    """The path that a plain path or `file:` uri (RFC 8089) means, with home folders expanded."""
+    if not uri.lower().startswith(("file:/", "file://")):
+        return os.path.expanduser(uri)
+    rest = uri[len("file:") :]
+    if not rest.startswith("//"):
+        return unquote(rest)
+    host, slash, path = rest[2:].partition("/")
+    if host.startswith("~"):
+        return os.path.expanduser(unquote(host + slash + path))
+    if host.lower() not in ("", "localhost"):
+        raise SettingsError(f"{uri} names host {host!r}; a local folder is file:///path, with three slashes")
+    return unquote(slash + path)
+
+
+def _current_folder(path: str) -> str:
+    """Where a relative path begins."""
+    try:
+        return "/" if path.startswith("/") else os.getcwd()
+    except FileNotFoundError:
+        raise SettingsError(
+            f"{path} is relative to the current folder, which was deleted; give an absolute path"
+        ) from None

@@ -55,6 +55,17 @@ def test_inspect_knows_no_placements_of_an_unknown_model(invoke, stranger):
     assert "No preset for this model" in invoke("inspect", stranger).stdout
 
 
+@pytest.mark.parametrize("said", ["stranger", "./stranger/", "~/stranger", "stranger/model.safetensors"])
+@pytest.mark.parametrize("command", ["inspect", "plan"])
+def test_relative_paths_and_homes_are_the_callers(invoke, stranger, monkeypatch, command, said):
+    monkeypatch.setenv("HOME", str(stranger.parent))
+    monkeypatch.chdir(stranger.parent)
+    rules = ("--tp", 1, "--rule", "*=replicate") if command == "plan" else ()
+    result = invoke(command, said.replace("stranger", stranger.name), *rules, "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["uri"].startswith(str(stranger))
+
+
 def test_tables_show_sizes_and_names(invoke, checkpoint):
     table = invoke("inspect", checkpoint).stdout
     assert "model-00004-of-00004.safetensors" in table

@@ -332,6 +332,51 @@ def test_symbolic_links_are_followed(tmp_path, open_folder):
     assert storage.read_head("model.safetensors", 10)[0] == b"abc"
 
 
+def test_a_missing_file_says_what_is_in_the_way(tmp_path, open_folder):
+    (tmp_path / "dangling").symlink_to("nowhere")
+    (tmp_path / "file").write_bytes(b"abc")
+    (tmp_path / "loop").symlink_to("loop")
+    storage = open_folder()
+    for path, message in {
+        "dangling": f"{tmp_path}/dangling is a link to nowhere, which does not exist",
+        "dangling/model": f"{tmp_path}/dangling is a link to nowhere, which does not exist",
+        "file/model": f"{tmp_path}/file is a file",
+        "sub/model": rf"{tmp_path}/sub/model on host {os.uname().nodename}$",
+        "loop": r"loop on host .* \(ELOOP\)",
+    }.items():
+        with pytest.raises(StorageError, match=message) as caught:
+            storage.read_head(path, 1)
+        assert isinstance(caught.value, ObjectMissingError) == (path != "loop")
+
+
+def test_a_folder_that_may_not_be_entered_is_named_with_user_and_host(tmp_path, open_folder, monkeypatch):
+    def refusing(*_, **__):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    storage = open_folder()
+    message = (
+        rf"user {os.geteuid()} is not allowed to read {tmp_path}.* on host {os.uname().nodename}: Permission denied"
+    )
+    monkeypatch.setattr(os, "scandir", refusing)
+    with pytest.raises(AccessError, match=message):
+        storage.list()
+    monkeypatch.setattr(os, "stat", refusing)
+    with pytest.raises(AccessError, match=message):
+        storage.size_and_etag("a")
+
+
+def test_a_stale_handle_of_a_file_server_is_a_change(big, open_folder, monkeypatch):
+    storage = open_folder()
+    etag = storage.size_and_etag("big").etag
+
+    def stale(*_):
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr(os, "preadv", stale)
+    with pytest.raises(ObjectChangedError, match=r"big on host .* deleted or replaced on its server"):
+        storage.read_into("big", Extent(0, 10), memoryview(bytearray(10)), etag=etag)
+
+
 def test_close_gives_descriptors_and_mappings_back(big, tmp_path):
     def open_ones() -> list[str]:
         maps = [line for line in Path("/proc/self/maps").read_text().splitlines() if str(tmp_path) in line]
