@@ -26,9 +26,14 @@ with its attributes, since errors cross process borders.
 
 from __future__ import annotations
 
+from ray_streamer.wording import printable
+
 
 class RayStreamerError(Exception):
-    """Base of every error that this package raises on purpose."""
+    """Base of every error that this package raises on purpose; its text holds nothing that a terminal obeys."""
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 class SettingsError(RayStreamerError, ValueError):

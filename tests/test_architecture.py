@@ -15,7 +15,7 @@ PACKAGE = Path(ray_streamer.__file__).parent
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 ORDER = (
-    ("errors", "settings", "extent", "dtypes", "units", "machine"),
+    ("errors", "settings", "extent", "dtypes", "units", "machine", "wording"),
     ("storage",),
     ("checkpoint",),
     ("slices",),
@@ -47,7 +47,7 @@ HOMES = {
 }
 """Packages that may import a foreign one when they run; naming its types is free."""
 
-FOUNDATION_OF_STORAGE = {"errors", "extent", "units", "storage"}
+FOUNDATION_OF_STORAGE = {"errors", "extent", "units", "wording", "storage"}
 
 
 def imports_of(path: Path, *, with_types: bool) -> set[str]:

@@ -12,16 +12,16 @@ Everything about one tensor's JSON is checked in a loop; everything arithmetic o
 
 from __future__ import annotations
 
-import reprlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ray_streamer.checkpoint.strict_json import MalformedJsonError, parse_strict, shown
+from ray_streamer.checkpoint.strict_json import MalformedJsonError, parse_strict
 from ray_streamer.dtypes import DTYPE_CODES, DTYPES
 from ray_streamer.errors import HeaderError
 from ray_streamer.extent import Extent
+from ray_streamer.wording import brief, shown
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -159,15 +159,13 @@ def _check_entry(name: str, entry: Any, file: str) -> None:
         _check_fields(name, entry, file)
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if type(dtype) is not str or dtype not in DTYPE_CODES:
-        raise _broken(file, name, f"dtype must be one of {', '.join(DTYPE_CODES)}, got {reprlib.repr(dtype)}")
+        raise _broken(file, name, f"dtype must be one of {', '.join(DTYPE_CODES)}, got {brief(dtype)}")
     if type(shape) is not list or not all(map(_is_count, shape)):
-        raise _broken(file, name, f"shape must be a list of integers from 0 to 2**62 - 1, got {reprlib.repr(shape)}")
+        raise _broken(file, name, f"shape must be a list of integers from 0 to 2**62 - 1, got {brief(shape)}")
     if len(shape) > MAX_DIMS:
         raise _broken(file, name, f"shape has {len(shape)} dimensions, above the limit of {MAX_DIMS}")
     if type(offsets) is not list or len(offsets) != 2 or not all(map(_is_count, offsets)):
-        raise _broken(
-            file, name, f"data_offsets must be a pair of integers from 0 to 2**62 - 1, got {reprlib.repr(offsets)}"
-        )
+        raise _broken(file, name, f"data_offsets must be a pair of integers from 0 to 2**62 - 1, got {brief(offsets)}")
 
 
 def _check_fields(name: str, entry: dict[str, Any], file: str) -> None:
@@ -179,7 +177,7 @@ def _check_fields(name: str, entry: dict[str, Any], file: str) -> None:
         value = entry[key]
         is_plain = abs(value) < 1e308 if isinstance(value, int | float) else value is None or isinstance(value, str)
         if not is_plain:
-            raise _broken(file, name, f"unknown field {shown(key)} must be a plain value, got {reprlib.repr(value)}")
+            raise _broken(file, name, f"unknown field {shown(key)} must be a plain value, got {brief(value)}")
 
 
 def _is_count(value: Any) -> bool:

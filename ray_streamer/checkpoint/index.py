@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ray_streamer.checkpoint.strict_json import shown
 from ray_streamer.dtypes import DTYPES, DType
 from ray_streamer.errors import CheckpointError
 from ray_streamer.extent import Extent
+from ray_streamer.wording import shown
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

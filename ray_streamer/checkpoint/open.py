@@ -8,7 +8,6 @@ reported does not depend on timing: of several broken files, it is the first by 
 
 from __future__ import annotations
 
-import json
 import logging
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ray_streamer.checkpoint.header import MAX_HEADER_BYTES, header_extent, parse_header
 from ray_streamer.checkpoint.index import CheckpointIndex, ShardFile
 from ray_streamer.checkpoint.location import locate
+from ray_streamer.checkpoint.strict_json import MalformedJsonError, parse_lenient
 from ray_streamer.checkpoint.weight_map import cross_check, listed, parse_weight_map
 from ray_streamer.errors import CheckpointError, ObjectMissingError
 from ray_streamer.extent import Extent
@@ -123,16 +123,10 @@ def _read_config(storage: Storage) -> dict[str, Any] | None:
         data = _read_json_file(storage, CONFIG_NAME)
     except ObjectMissingError:
         return None
-    # Not strict: transformers writes Infinity into some of these.
     try:
-        config = json.loads(data.decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(
-            f"{_full_name(storage, CONFIG_NAME)} is not valid JSON: {error}; fetch it again"
-        ) from None
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{_full_name(storage, CONFIG_NAME)} must be a JSON object, got {type(config).__name__}")
-    return config
+        return parse_lenient(data)
+    except MalformedJsonError as error:
+        raise CheckpointError(f"{_full_name(storage, CONFIG_NAME)} {error}; fetch it again") from None
 
 
 def _read_headers(

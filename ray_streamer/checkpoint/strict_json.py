@@ -1,14 +1,24 @@
 """How is JSON from outside read, when a lenient reader would guess?
 
 Python's reader keeps the last of repeated keys, and accepts NaN, integers written as -0 and halves of surrogate pairs.
-Headers and index json must not mean two things to two readers, so all of these are refused.
+Headers and index json must not mean two things to two readers, so all of these are refused. A config.json may hold them:
+transformers writes Infinity into some. What no reader should have to bear is refused in all: nesting without end, numbers
+of thousands of digits.
 """
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from ray_streamer.wording import shown
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+MAX_DEPTH = 100
+"""How deep values of a config.json may lie in each other; models have a tenth of it."""
 
 
 class MalformedJsonError(ValueError):
@@ -29,14 +39,35 @@ def parse_strict(data: bytes) -> dict[str, Any]:
         value = _parse(text)
     except (ValueError, RecursionError) as error:
         raise MalformedJsonError(f"is not valid JSON: {error}") from None
+    return _checked_object(value)
+
+
+def parse_lenient(data: bytes) -> dict[str, Any]:
+    """The JSON object in `data`, with whatever Python's reader accepts, nested at most `MAX_DEPTH` deep.
+
+    Raises:
+        MalformedJsonError: Not UTF-8, not JSON, not an object, or nested deeper.
+    """
+    try:
+        value = json.loads(data.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise MalformedJsonError(f"is not valid JSON: {error}") from None
+    level: list[Any] = [value]
+    for _ in range(MAX_DEPTH):
+        level = [inner for outer in level for inner in _inner_values(outer)]
+        if not level:
+            return _checked_object(value)
+    raise MalformedJsonError(f"is nested deeper than {MAX_DEPTH} levels")
+
+
+def _inner_values(value: Any) -> Iterable[Any]:
+    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+
+
+def _checked_object(value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise MalformedJsonError(f"must be a JSON object, got {type(value).__name__}")
     return value
-
-
-def shown(name: str) -> str:
-    """A name from outside, quoted and short enough for a message."""
-    return ascii(name) if len(name) <= 120 else f"{name[:80]!a}... ({len(name)} characters)"
 
 
 def _parse(text: str) -> Any:

@@ -84,9 +84,10 @@ def summarize_checkpoint(index: CheckpointIndex, *, top: int) -> CheckpointSumma
     placements, tp_sizes = _placements(index, sizes)
     # Equal sizes in the order of the files, so that the same checkpoint always gives the same list.
     largest = np.argsort(-sizes, kind="stable")[:top].tolist()
+    model_type = (index.config or {}).get("model_type")
     return CheckpointSummary(
         uri=index.uri,
-        model_type=(index.config or {}).get("model_type"),
+        model_type=model_type if isinstance(model_type, str) else None,
         checkpoint_bytes=index.total_bytes,
         num_tensors=len(index),
         fingerprint=index.fingerprint(),

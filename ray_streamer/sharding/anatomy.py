@@ -98,7 +98,7 @@ def _any_of(globs: tuple[str, ...]) -> Callable[[str], bool]:
 
 @cache
 def _number_pattern(component: str) -> Callable[[str], re.Match[str] | None]:
-    return re.compile(rf"(?:^|\.){re.escape(component)}\.([0-9]+)(?:\.|$)").search
+    return re.compile(rf"(?:^|\.){re.escape(component)}\.([0-9]{{1,9}})(?:\.|$)").search
 
 
 def _number_after(component: str, name: str) -> int | None:

@@ -16,6 +16,7 @@ from ray_streamer.dtypes import DTYPES, DType
 from ray_streamer.errors import SettingsError, ShardingError
 from ray_streamer.sharding.placement import Placement, Replicate, Skip
 from ray_streamer.sharding.quantization import parts_of_weights
+from ray_streamer.wording import printable
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -170,7 +171,7 @@ def _glob_of(name: str) -> str:
 
 def named(index: CheckpointIndex, tensor: int) -> str:
     """A tensor as messages show it: name and shape."""
-    return f"{index.names[tensor]} {list(index.shape_of(tensor))}"
+    return f"{printable(index.names[tensor], one_line=True)} {list(index.shape_of(tensor))}"
 
 
 def _shown(items: Sequence[str], num_all: int) -> str:

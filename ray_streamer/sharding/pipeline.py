@@ -8,6 +8,7 @@ from itertools import accumulate
 from typing import TYPE_CHECKING, Self
 
 from ray_streamer.errors import ShardingError
+from ray_streamer.wording import counted
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -78,7 +79,7 @@ class Pipeline:
         found = {anatomy.layer_of(name) for name in index.names}
         if absent := [layer for layer in range(anatomy.num_layers) if layer not in found]:
             raise ShardingError(
-                f"{index.uri} has no tensors in {len(absent)} of its {anatomy.num_layers} layers, such as layer {absent[0]}; "
+                f"{index.uri} has no tensors in {len(absent)} of its {counted(anatomy.num_layers, 'layer')}, such as layer {absent[0]}; "
                 "a pipeline needs to know where every layer is"
             )
         return pipeline

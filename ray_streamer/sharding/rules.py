@@ -20,6 +20,7 @@ from ray_streamer.sharding.families import family_of
 from ray_streamer.sharding.placement import Placement
 from ray_streamer.sharding.presets import Layout, preset_for
 from ray_streamer.sharding.tp_plan import rules_of_plan
+from ray_streamer.wording import brief
 
 _Matcher = Callable[[str], object]
 """Something true when the name matches."""
@@ -108,7 +109,7 @@ class ShardRules:
         """
         before, config = cls(first), config or {}
         if before.rules and family_of(config) is None:
-            logger.warning("no preset for model_type %r: the given rules stand alone", config.get("model_type"))
+            logger.warning("no preset for model_type %s: the given rules stand alone", brief(config.get("model_type")))
             return before
         return before + cls(preset_for(config, layout=layout, drafts=drafts), optional=True)
 

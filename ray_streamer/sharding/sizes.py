@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ray_streamer.errors import ShardingError
+from ray_streamer.wording import brief, shown
 
 if TYPE_CHECKING:
     from ray_streamer.sharding.families import Family
@@ -18,6 +20,14 @@ _OTHER_NAMES = {
 }
 """What older configs call a size."""
 
+_LAYER_NUMBER = re.compile(r"[0-9]{1,9}")
+
+MAX_SIZE = 2**31 - 1
+MAX_LAYERS = 4096
+MAX_DRAFT_LAYERS = 64
+MAX_EXPERTS = 1 << 16
+"""What is done for each layer or expert that a config.json claims is bounded by these; models have a hundredth of it."""
+
 
 class Sizes:
     """The sizes of one model, looked up when asked for: in its config, else in its family's defaults.
@@ -27,7 +37,7 @@ class Sizes:
         config: A parsed config.json with a `model_type`.
 
     Raises:
-        ShardingError: By every property: the config does not say, or not as a number of at least 1.
+        ShardingError: By every property: the config does not say, or not as a number of at least 1 that a model can have.
     """
 
     def __init__(self, family: Family, config: Mapping[str, Any]) -> None:
@@ -38,24 +48,28 @@ class Sizes:
 
     def _object(self, key: str, value: Any) -> Mapping[str, Any]:
         if value is not None and not isinstance(value, Mapping):
-            raise ShardingError(f"config.json of a {self._model_type} model needs an object for {key}, got {value!r}")
+            raise ShardingError(
+                f"config.json of a {self._model_type} model needs an object for {key}, got {brief(value)}"
+            )
         return value or {}
 
     def _value(self, key: str) -> Any:
         return next((self._values[name] for name in (key, *_OTHER_NAMES.get(key, ())) if name in self._values), None)
 
-    def _size(self, key: str) -> int:
-        return self._count(key, self._value(key))
+    def _size(self, key: str, *, largest: int = MAX_SIZE) -> int:
+        return self._count(key, self._value(key), largest=largest)
 
-    def _count(self, key: str, value: Any) -> int:
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ShardingError(f"config.json of a {self._model_type} model needs a number for {key}, got {value!r}")
+    def _count(self, key: str, value: Any, *, largest: int = MAX_SIZE) -> int:
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= largest:
+            raise ShardingError(
+                f"config.json of a {self._model_type} model needs a number for {key} from 1 to {largest}, got {brief(value)}"
+            )
         return value
 
     @property
     def layers(self) -> int:
         """Layers of the model itself."""
-        return self._size("num_hidden_layers")
+        return self._size("num_hidden_layers", largest=MAX_LAYERS)
 
     @property
     def draft_layers(self) -> int:
@@ -63,13 +77,13 @@ class Sizes:
         key = self._family.num_draft_layers
         if key is None or self._value(key) == 0:
             return 0
-        return 1 if self._value(key) is None else self._size(key)
+        return 1 if self._value(key) is None else self._size(key, largest=MAX_DRAFT_LAYERS)
 
     @property
     def experts(self) -> int:
         """Routed experts of a layer that has any; 0 when there are none."""
         key = next((key for key in self._family.num_experts if self._value(key) is not None), None)
-        return self._size(key) if key else 0
+        return self._size(key, largest=MAX_EXPERTS) if key else 0
 
     @property
     def heads(self) -> int:
@@ -84,22 +98,29 @@ class Sizes:
     @property
     def other_kv_heads(self) -> dict[int, int]:
         """Number of a layer -> its key-value heads, for layers that have not `kv_heads` of them, as in Gemma 4."""
-        if layers := self._object("per_layer_config", self._values.get("per_layer_config")):
-            if not all(str(number).isdecimal() for number in layers):
-                raise ShardingError(f"per_layer_config of config.json needs numbers of layers, got {sorted(layers)}")
-            heads = {
-                number: self._object(f"layer {number}", sizes).get("num_key_value_heads")
-                for number, sizes in layers.items()
-            }
-            return {
-                int(number): self._count(f"num_key_value_heads of layer {number}", count)
-                for number, count in heads.items()
-                if count is not None
-            }
+        if sizes_of := self._object("per_layer_config", self._values.get("per_layer_config")):
+            return dict(
+                self._kv_heads_of_layer(number, sizes) for number, sizes in sizes_of.items() if _has_kv_heads(sizes)
+            )
         if not self._values.get("attention_k_eq_v") or "num_global_key_value_heads" not in self._values:
             return {}
-        kinds = enumerate(self._values.get("layer_types", ()))
-        return {number: self._size("num_global_key_value_heads") for number, kind in kinds if kind == "full_attention"}
+        kinds = self._values.get("layer_types", ())
+        if not isinstance(kinds, list | tuple) or len(kinds) > self.layers:
+            raise ShardingError(
+                f"config.json of a {self._model_type} model needs a list of {self.layers} kinds for layer_types, "
+                f"got {brief(kinds)}"
+            )
+        heads = self._size("num_global_key_value_heads")
+        return {number: heads for number, kind in enumerate(kinds) if kind == "full_attention"}
+
+    def _kv_heads_of_layer(self, number: str, sizes: Any) -> tuple[int, int]:
+        """One entry of `per_layer_config`, whose keys are numbers of layers."""
+        if not _LAYER_NUMBER.fullmatch(number) or int(number) >= self.layers:
+            raise ShardingError(
+                f"per_layer_config of config.json needs numbers of layers below {self.layers}, got {shown(number)}"
+            )
+        heads = self._object(f"layer {number}", sizes)["num_key_value_heads"]
+        return int(number), self._count(f"num_key_value_heads of layer {number}", heads)
 
     @property
     def head_dim(self) -> int:
@@ -132,3 +153,7 @@ class Sizes:
     def linear_value_size(self) -> int:
         """Indices of all values of linear attention."""
         return self.linear_value_heads * self._size("linear_value_head_dim")
+
+
+def _has_kv_heads(sizes: Any) -> bool:
+    return not isinstance(sizes, Mapping) or sizes.get("num_key_value_heads") is not None

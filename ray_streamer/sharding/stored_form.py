@@ -27,6 +27,7 @@ _WORD_BITS = 32
 _BYTE_WIDE = {"U8", "F8_E4M3", "F8_E8M0"}
 _BLOCK_KEYS = ("weight_block_size", "block_structure", "group_size", "q_group_size")
 _BIT_KEYS = ("bits", "num_bits", "w_bit")
+_LARGEST_HINT = 1 << 20
 
 _BITSANDBYTES = (
     "bitsandbytes stores a 4-bit weight flat and without its shape, so no rank's part can be told: let every rank hold it "
@@ -106,8 +107,9 @@ def forms_of(parts: Mapping[str, StoredPart], hints: QuantizationHints) -> dict[
     """
     if "absmax" in parts:
         return dict.fromkeys(parts, StoredForm((), None, _BITSANDBYTES))
-    finders = {WHOLE: _plain_or_packed, "packed": _words, "blocks": _blocks, "qweight": _rows_or_columns}
-    holder, find = next((part, find) for part, find in finders.items() if part in parts)
+    holder, find = next((part, find) for part, find in _FINDERS.items() if part in parts)
+    if unusual := _unusual_shape(holder, parts):
+        return dict.fromkeys(parts, StoredForm((), None, unusual))
     held = find(parts, hints)
     if held.dims is None:
         return dict.fromkeys(parts, held)
@@ -122,6 +124,14 @@ def forms_of(parts: Mapping[str, StoredPart], hints: QuantizationHints) -> dict[
         )
         forms[part] = StoredForm(held.weight_shape, dims, reason)
     return forms
+
+
+def _unusual_shape(holder: str, parts: Mapping[str, StoredPart]) -> str | None:
+    """Why the holder of a weight does not have a shape of its kind; None when it does."""
+    shape = parts[holder].shape
+    if holder == WHOLE or (all(shape) and len(shape) == _NUM_DIMS.get(holder, max(1, len(shape)))):
+        return None
+    return f"the shape {list(shape)} is none of a weight that is stored as {holder}"
 
 
 def _plain_or_packed(parts: Mapping[str, StoredPart], hints: QuantizationHints) -> StoredForm:
@@ -160,13 +170,15 @@ def _packed_dim(dim: int, word_bits: int, bits: int) -> StoredDim:
 def _rows_or_columns(parts: Mapping[str, StoredPart], hints: QuantizationHints) -> StoredForm:
     """GPTQ packs inputs, AWQ outputs; the columns of the scales, one for each output, tell which. Both are transposed."""
     (rows, columns), scales, zeros = parts["qweight"].shape, parts.get("scales"), parts.get("qzeros")
-    if scales is None or len(scales.shape) != 2:
+    if scales is None or len(scales.shape) != 2 or not all(scales.shape):
         return StoredForm((), None, "qweight has no scales of two dimensions beside it")
     outputs = scales.shape[1]
     if columns != outputs:
         bits = _WORD_BITS * columns // outputs
+        if not bits:
+            return StoredForm((), None, f"qweight has {columns} columns for {outputs} outputs")
         return StoredForm((outputs, rows), (StoredDim(1), _packed_dim(0, _WORD_BITS, bits)))
-    bits = _WORD_BITS * zeros.shape[1] // outputs if zeros else min(hints.bits, default=0)
+    bits = _WORD_BITS * zeros.shape[-1] // outputs if zeros and zeros.shape else min(hints.bits, default=0)
     if not bits:
         return StoredForm((), None, "neither qzeros nor config.json say how many bits an element of qweight has")
     return StoredForm((outputs, rows * _WORD_BITS // bits), (_packed_dim(1, _WORD_BITS, bits), StoredDim(0)))
@@ -195,19 +207,26 @@ def _dims_of(
         return (StoredDim(None),) * len(shape)
     if part == "g_idx":
         return (StoredDim(1),) if shape == weight_shape[1:] else None
-    if part in ("qzeros", "scales"):
+    if part in ("qzeros", "scales") and len(shape) == 2:
         groups = _counted(shape[:1], weight_shape[1:], hints, first_dim=1)
-        outputs = (
-            StoredDim(0) if part == "scales" else _packed_dim(0, _WORD_BITS, _WORD_BITS * shape[1] // weight_shape[0])
+        outputs = StoredDim(0) if part == "scales" else _packed_outputs(shape[1], weight_shape)
+        return (_grouped(groups[0], is_in_order=hints.is_in_order), outputs) if groups and outputs else None
+    if part == "zero_point" and dtype == "I32" and shape:
+        groups, outputs = (
+            _counted(shape[1:], weight_shape[1:], hints, first_dim=1),
+            _packed_outputs(shape[0], weight_shape),
         )
-        return groups and (_grouped(groups[0], is_in_order=hints.is_in_order), outputs)
-    if part == "zero_point" and dtype == "I32":
-        groups = _counted(shape[1:], weight_shape[1:], hints, first_dim=1)
-        return groups and (_packed_dim(0, _WORD_BITS, _WORD_BITS * shape[0] // weight_shape[0]), *groups)
+        return (outputs, *groups) if groups and outputs else None
     dims = _counted(shape, weight_shape, hints)
     if dims and "packed" in parts and len(dims) > 1:
         return *dims[:-1], _grouped(dims[-1], is_in_order="g_idx" not in parts)
     return dims
+
+
+def _packed_outputs(num_words: int, weight_shape: tuple[int, ...]) -> StoredDim | None:
+    """The outputs of a weight, packed in words; None when there are too few words for them."""
+    bits = _WORD_BITS * num_words // weight_shape[0] if weight_shape and weight_shape[0] else 0
+    return _packed_dim(0, _WORD_BITS, bits) if bits else None
 
 
 def _grouped(dim: StoredDim, *, is_in_order: bool) -> StoredDim:
@@ -245,12 +264,18 @@ def _block_elements(size: int, whole: int, hints: QuantizationHints) -> int | No
 
 
 def _numbers(value: Any, keys: Sequence[str]) -> Iterator[int]:
-    """Every whole number that stands under one of `keys`, however deep."""
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            numbers = (inner if isinstance(inner, list) else [inner]) if key in keys else []
-            yield from (number for number in numbers if isinstance(number, int) and not isinstance(number, bool))
-            yield from _numbers(inner, keys)
-    elif isinstance(value, list):
-        for inner in value:
-            yield from _numbers(inner, keys)
+    """Every whole number from 1 on that stands under one of `keys`, however deep, and that a block or word may have."""
+    unseen = [value]
+    while unseen:
+        found = unseen.pop()
+        if isinstance(found, list):
+            unseen.extend(found)
+        elif isinstance(found, dict):
+            unseen.extend(found.values())
+            for inner in (found[key] for key in keys if key in found):
+                numbers = inner if isinstance(inner, list) else [inner]
+                yield from (number for number in numbers if type(number) is int and 1 <= number <= _LARGEST_HINT)
+
+
+_FINDERS = {WHOLE: _plain_or_packed, "packed": _words, "blocks": _blocks, "qweight": _rows_or_columns}
+_NUM_DIMS = {"blocks": 4, "qweight": 2}

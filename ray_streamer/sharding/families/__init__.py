@@ -12,6 +12,7 @@ from ray_streamer.sharding.families.classics import CLASSICS
 from ray_streamer.sharding.families.dense import DENSE
 from ray_streamer.sharding.families.family import Family, Meaning, Role, Weight
 from ray_streamer.sharding.families.mixtures import MIXTURES
+from ray_streamer.wording import brief
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -37,7 +38,7 @@ def family_or_refuse(config: Mapping[str, Any]) -> Family:
     family = family_of(config)
     if family is None:
         raise ShardingError(
-            f"no preset for model_type {config.get('model_type')!r} of config.json; known are "
+            f"no preset for model_type {brief(config.get('model_type'))} of config.json; known are "
             f"{', '.join(sorted(FAMILIES))}. Give rules of your own, for example "
             'rules={"*.q_proj.weight": Split(0), "*.o_proj.weight": Split(1)}'
         )
