@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ray_streamer.planning.groups import group_rows
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
@@ -26,10 +28,10 @@ def assign_readers(wants: NDArray[np.bool_], num_bytes: NDArray[np.int64]) -> ND
     is_own = num_takers == 1
     loads = np.bincount(readers[is_own], weights=num_bytes[is_own], minlength=wants.shape[1]).astype(np.int64)
     shared = np.flatnonzero(~is_own)
-    circles, circle_ids = np.unique(np.packbits(wants[shared], axis=1), axis=0, return_inverse=True)
-    members = [np.flatnonzero(row) for row in np.unpackbits(circles, axis=1, count=wants.shape[1])]
-    for circle in sorted(range(len(members)), key=lambda circle: len(members[circle])):
-        blocks = shared[circle_ids.ravel() == circle]
+    circle_ids, examples = group_rows(list(wants[shared].T))
+    members = [np.flatnonzero(row) for row in wants[shared[examples]]]
+    for circle in sorted(range(len(members)), key=lambda circle: (len(members[circle]), members[circle].tolist())):
+        blocks = shared[circle_ids == circle]
         readers[blocks] = _share_out(num_bytes[blocks].tolist(), members[circle].tolist(), loads)
     return readers
 

@@ -1,0 +1,185 @@
+"""Which reads, by which rank of a node, and who takes what was read? One row per storage request.
+
+A node plan is a pure function of the index, of what the node's own ranks read, and of limits: same inputs, same rows, same hash, in
+every process. Where the bytes of a block go is no part of it: each rank knows that of itself (`rank_plan`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Self
+
+import numpy as np
+import pyarrow as pa
+
+from ray_streamer.errors import PlanError
+from ray_streamer.planning.assign import assign_readers
+from ray_streamer.planning.limits import ReadLimits
+from ray_streamer.planning.reads import BlockColumns, cover_node, cut_blocks, kinds_of, meet, spans_by_kind, tensor_keys
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+    from ray_streamer.checkpoint.index import CheckpointIndex
+    from ray_streamer.planning.reads import TensorKinds
+    from ray_streamer.slices.rank_sources import RankSources
+
+PLAN_VERSION = 2
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class NodePlan:
+    """Reads of one node; ranks are local.
+
+    Attributes:
+        limits: The sizes that shaped it.
+        blocks: Storage requests in file order; none is larger than `limits.block_bytes`.
+        readers: Local rank that reads each block; int16.
+        takers: Whether a local rank takes something out of a block, shape (num_blocks, num_local_ranks).
+        needed_bytes: Bytes of the checkpoint that at least one local rank wants.
+        plan_hash: Hex digest of the checkpoint, the limits and every row; equal plans have equal hashes.
+    """
+
+    limits: ReadLimits
+    blocks: BlockColumns = field(repr=False)
+    readers: NDArray[np.int16] = field(repr=False)
+    takers: NDArray[np.bool_] = field(repr=False)
+    needed_bytes: int
+    plan_hash: str
+
+    @property
+    def num_local_ranks(self) -> int:
+        """Ranks of the node."""
+        return self.takers.shape[1]
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes that the node reads from storage."""
+        return int((self.blocks.stops - self.blocks.starts).sum())
+
+    def to_bytes(self) -> bytes:
+        """The plan as it crosses to the node's other ranks; `from_bytes` reads it."""
+        packed = np.packbits(self.takers, axis=1)
+        rows = pa.table(
+            {
+                "file": self.blocks.file_ids.astype(np.int32),
+                "start": self.blocks.starts,
+                "stop": self.blocks.stops,
+                "reader": self.readers,
+                **{f"takers_{at}": np.ascontiguousarray(packed[:, at]) for at in range(packed.shape[1])},
+            }
+        )
+        said = {
+            "limits": asdict(self.limits),
+            "num_local_ranks": self.num_local_ranks,
+            "needed_bytes": self.needed_bytes,
+            "plan_hash": self.plan_hash,
+        }
+        sink = pa.BufferOutputStream()
+        rows = rows.replace_schema_metadata({"node_plan": json.dumps(said)})
+        with pa.ipc.new_stream(sink, rows.schema, options=pa.ipc.IpcWriteOptions(compression="zstd")) as writer:
+            writer.write_table(rows)
+        return sink.getvalue().to_pybytes()
+
+    @classmethod
+    def from_bytes(cls, data: bytes | memoryview) -> Self:
+        """The plan that `to_bytes` wrote.
+
+        Raises:
+            PlanError: This is none.
+        """
+        try:
+            table = pa.ipc.open_stream(pa.py_buffer(data)).read_all().combine_chunks()
+            said = json.loads((table.schema.metadata or {})[b"node_plan"])
+            num_ranks = int(said["num_local_ranks"])
+            packed = np.column_stack([table.column(f"takers_{at}").to_numpy() for at in range(-(-num_ranks // 8))])
+            blocks = BlockColumns(*(table.column(name).to_numpy() for name in ("file", "start", "stop")))
+            return cls(
+                limits=ReadLimits(**said["limits"]),
+                blocks=blocks,
+                readers=table.column("reader").to_numpy(),
+                takers=np.unpackbits(packed, axis=1, count=num_ranks).astype(bool),
+                needed_bytes=int(said["needed_bytes"]),
+                plan_hash=str(said["plan_hash"]),
+            )
+        except (pa.ArrowException, OSError, KeyError, ValueError, TypeError) as error:
+            raise PlanError(f"a node's plan cannot be parsed: {type(error).__name__}: {error}") from error
+
+
+def plan_node(index: CheckpointIndex, sources: Sequence[RankSources], limits: ReadLimits) -> NodePlan:
+    """Plans the reads of one node.
+
+    Args:
+        index: The checkpoint's tensors; nothing is read.
+        sources: What each local rank reads; ranks that read the same may share one object, which costs less.
+        limits: Sizes; see `ReadLimits`.
+
+    Raises:
+        PlanError: A rank reads what the checkpoint does not have, or inside a byte.
+    """
+    for local_rank, rank_sources in enumerate(sources):
+        check_sources(index, rank_sources, local_rank)
+    kinds = kinds_of(index, sources)
+    cover = cover_node(kinds, limits)
+    blocks = cut_blocks(index, kinds, cover, limits)
+    takers = _takers(index, kinds, blocks, sources)
+    # Blocks that hold nothing but a gap are not read.
+    is_wanted = takers.any(axis=1)
+    blocks = BlockColumns(*(column[is_wanted] for column in (blocks.file_ids, blocks.starts, blocks.stops)))
+    takers = takers[is_wanted]
+    readers = assign_readers(takers, blocks.stops - blocks.starts)
+    needed_bytes = int(cover.needed_bytes[kinds.kind_ids].sum())
+    digest = hashlib.blake2b(digest_size=16)
+    digest.update(repr((PLAN_VERSION, index.fingerprint(), limits, len(sources), needed_bytes)).encode())
+    for column in (blocks.file_ids, blocks.starts, blocks.stops, readers, takers):
+        digest.update(np.ascontiguousarray(column).data)
+    return NodePlan(limits, blocks, readers, takers, needed_bytes, digest.hexdigest())
+
+
+def check_sources(index: CheckpointIndex, sources: RankSources, local_rank: int) -> None:
+    """Refuses views that leave their tensors.
+
+    Raises:
+        PlanError: Names the rank and the tensor.
+    """
+    if len(sources.tensor_ids) and int(sources.tensor_ids.max()) >= len(index):
+        raise PlanError(
+            f"local rank {local_rank} reads tensor {sources.tensor_ids.max()} of {len(index)} in {index.uri}"
+        )
+    spans = [max((view.side.span(view.shape)[1] for view in pattern), default=0) for pattern in sources.patterns]
+    needed = np.array(spans, dtype=np.int64)[sources.pattern_ids] if spans else np.zeros(0, np.int64)
+    beyond = np.flatnonzero(needed > index.shapes.prod(axis=1)[sources.tensor_ids])
+    if len(beyond):
+        row = int(beyond[0])
+        tensor = int(sources.tensor_ids[row])
+        raise PlanError(
+            f"local rank {local_rank} reads {int(needed[row])} elements of {index.names[tensor]!r}, which has the shape "
+            f"{index.shape_of(tensor)}"
+        )
+
+
+def _takers(
+    index: CheckpointIndex, kinds: TensorKinds, blocks: BlockColumns, sources: Sequence[RankSources]
+) -> NDArray[np.bool_]:
+    takers = np.zeros((len(blocks), len(sources)), dtype=bool)
+    keys = tensor_keys(index)
+    first_alike: dict[int, int] = {}
+    for local_rank, rank_sources in enumerate(sources):
+        alike = first_alike.setdefault(id(rank_sources), local_rank)
+        if alike != local_rank:
+            takers[:, local_rank] = takers[:, alike]
+            continue
+        spans = spans_by_kind(kinds, local_rank)
+        owners, rows = spans.expand(kinds.kind_ids)
+        start, run, count, stride = (spans.columns[name][rows] for name in ("start", "run_bytes", "num_runs", "stride"))
+        pairs = meet(blocks, keys[owners] + start, (count - 1) * stride + run)
+        run, stride = run[pairs.owner], stride[pairs.owner]
+        before = pairs.low // stride
+        # A block may lie between two runs: it begins behind one, and ends before the next.
+        has_bytes = (pairs.low - before * stride < run) | ((before + 1) * stride < pairs.high)
+        takers[pairs.block[has_bytes], local_rank] = True
+    return takers

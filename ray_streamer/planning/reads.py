@@ -1,0 +1,271 @@
+"""Which bytes of the checkpoint must one node read? Union, cover, merge, cut.
+
+    what each local rank reads ─> kinds of tensors ─> spans ─> extents ─> merged over small gaps ─> cut on the grid ─> blocks
+
+Tensors of which every rank wants the same views share one answer relative to their first byte (a kind), so the work in Python is
+per kind (tens of them) and the work per tensor is done on columns.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ray_streamer.dtypes import DTYPES
+from ray_streamer.planning.coverage import num_covered
+from ray_streamer.planning.groups import group_rows
+from ray_streamer.planning.wanted import extents_of, join_spans, source_bytes, spans_of
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+    from ray_streamer.checkpoint.index import CheckpointIndex
+    from ray_streamer.planning.limits import ReadLimits
+    from ray_streamer.planning.wanted import Span
+    from ray_streamer.slices.rank_sources import RankSources, SourceView
+
+    Column = NDArray[np.int64]
+
+FILE_SHIFT = 44
+"""A byte of a checkpoint is one integer, file << 44 | offset, so that one sort order and one search serve all files."""
+
+_OFFSET_MASK = (1 << FILE_SHIFT) - 1
+_NOTHING = 0
+
+Want = tuple["SourceView", ...]
+"""Distinct views of one tensor that a rank reads."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Ragged:
+    """Rows of integers grouped by kind: kind `k` owns rows `firsts[k]` to `firsts[k + 1]`.
+
+    Attributes:
+        firsts: Row offsets, one more than there are kinds.
+        columns: Named columns of equal length.
+    """
+
+    firsts: Column
+    columns: dict[str, Column]
+
+    @classmethod
+    def from_rows(cls, groups: Sequence[Sequence[tuple[int, ...]]], names: tuple[str, ...]) -> Ragged:
+        """Rows in order of their group; every row has one integer per name."""
+        firsts = np.zeros(len(groups) + 1, dtype=np.int64)
+        np.cumsum([len(group) for group in groups], out=firsts[1:])
+        flat = np.array([row for group in groups for row in group], dtype=np.int64).reshape(-1, len(names))
+        return cls(firsts, {name: np.ascontiguousarray(flat[:, column]) for column, name in enumerate(names)})
+
+    def expand(self, kind_ids: Column) -> tuple[Column, Column]:
+        """One row per (member, row of its kind): positions in `kind_ids` and row numbers here."""
+        counts = np.diff(self.firsts)[kind_ids]
+        owners = np.repeat(np.arange(len(kind_ids), dtype=np.int64), counts)
+        first_of_owner = np.cumsum(counts) - counts
+        rows = np.arange(len(owners), dtype=np.int64) + np.repeat(self.firsts[kind_ids] - first_of_owner, counts)
+        return owners, rows
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TensorKinds:
+    """Every tensor's kind.
+
+    Attributes:
+        wants: For each kind what each local rank wants of such a tensor.
+        num_bits: For each kind the bits of an element.
+        examples: For each kind a tensor.
+        kind_ids: For each tensor of the index its kind.
+    """
+
+    wants: tuple[tuple[Want, ...], ...]
+    num_bits: tuple[int, ...]
+    examples: tuple[int, ...]
+    kind_ids: Column = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class NodeCover:
+    """What one node reads, relative to the tensors, kind by kind.
+
+    Attributes:
+        extents: What to read, sorted and disjoint; columns `start` and `stop`, in bytes from the tensor's first.
+        needed_bytes: The bytes that at least one local rank wants.
+        shortest_runs: The shortest run of those bytes, which decides how it is read; 0 when nothing is wanted.
+    """
+
+    extents: Ragged
+    needed_bytes: Column
+    shortest_runs: Column
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class BlockColumns:
+    """Blocks of one node in file order: disjoint, each within one cell of the grid.
+
+    Attributes:
+        file_ids: File of each block.
+        starts: First byte in that file.
+        stops: One past the last byte.
+    """
+
+    file_ids: Column
+    starts: Column
+    stops: Column
+
+    @property
+    def keys(self) -> Column:
+        """First byte of each block as one ascending integer over all files."""
+        return (self.file_ids.astype(np.int64) << FILE_SHIFT) + self.starts
+
+    def __len__(self) -> int:
+        """Number of blocks."""
+        return len(self.starts)
+
+
+def kinds_of(index: CheckpointIndex, sources: Sequence[RankSources]) -> TensorKinds:
+    """Groups the tensors of `index` by what every local rank wants of them, and by element width."""
+    ids: dict[Want, int] = {(): _NOTHING}
+    columns: dict[int, Column] = {}
+    for rank_sources in sources:
+        if id(rank_sources) not in columns:
+            columns[id(rank_sources)] = _want_ids(rank_sources, len(index), ids)
+    bits = np.array([dtype.num_bits for dtype in DTYPES], dtype=np.int64)[index.dtype_codes]
+    kind_ids, examples = group_rows([bits, *columns.values()])
+    by_rank = [columns[id(rank_sources)][examples].tolist() for rank_sources in sources]
+    listed = list(ids)
+    wants = [tuple(listed[number] for number in numbers) for numbers in zip(*by_rank, strict=True)]
+    return TensorKinds(tuple(wants), tuple(bits[examples].tolist()), tuple(examples.tolist()), kind_ids)
+
+
+def _want_ids(sources: RankSources, num_tensors: int, ids: dict[Want, int]) -> Column:
+    """For each tensor the number in `ids`, which is added to, of what the rank wants of it."""
+    column = np.full(num_tensors, _NOTHING, dtype=np.int64)
+    of_pattern = [ids.setdefault(_distinct(pattern), len(ids)) for pattern in sources.patterns]
+    column[sources.tensor_ids] = np.array(of_pattern, dtype=np.int64)[sources.pattern_ids]
+    is_repeated = np.bincount(sources.tensor_ids, minlength=num_tensors)[sources.tensor_ids] > 1
+    parts: dict[int, set[int]] = {}
+    rows = zip(sources.tensor_ids[is_repeated].tolist(), sources.pattern_ids[is_repeated].tolist(), strict=True)
+    for tensor, pattern in rows:
+        parts.setdefault(tensor, set()).add(pattern)
+
+    @cache
+    def joined(patterns: frozenset[int]) -> int:
+        views = _distinct(view for pattern in sorted(patterns) for view in sources.patterns[pattern])
+        return ids.setdefault(views, len(ids))
+
+    for tensor, patterns in parts.items():
+        column[tensor] = joined(frozenset(patterns))
+    return column
+
+
+def _distinct(views: Any) -> Want:
+    return tuple(
+        sorted(
+            {view for view in views if 0 not in view.shape},
+            key=lambda view: (view.shape, view.side.offset, view.side.strides),
+        )
+    )
+
+
+def cover_node(kinds: TensorKinds, limits: ReadLimits) -> NodeCover:
+    """The extents that hold what the local ranks want, and how much of them that is."""
+    extents: list[list[tuple[int, int]]] = []
+    needed: list[int] = []
+    shortest_runs: list[int] = []
+    for wants, num_bits in zip(kinds.wants, kinds.num_bits, strict=True):
+        views = _distinct(view for want in wants for view in want)
+        joined = join_spans({span for view in views for span in spans_of(view, num_bits)})
+        extents.append(extents_of(joined, limits.min_run_bytes))
+        needed.append(num_covered([nested for view in views for nested in source_bytes(view, num_bits)]))
+        shortest_runs.append(min((span.run_bytes for span in joined), default=0))
+    return NodeCover(
+        Ragged.from_rows(extents, ("start", "stop")),
+        np.array(needed, dtype=np.int64),
+        np.array(shortest_runs, dtype=np.int64),
+    )
+
+
+def spans_by_kind(kinds: TensorKinds, local_rank: int) -> Ragged:
+    """What one rank wants of each kind of tensor; columns are the fields of `Span`."""
+    spans = [_spans_of_want(wants[local_rank], bits) for wants, bits in zip(kinds.wants, kinds.num_bits, strict=True)]
+    return Ragged.from_rows(spans, ("start", "run_bytes", "num_runs", "stride"))
+
+
+def _spans_of_want(want: Want, num_bits: int) -> list[Span]:
+    return join_spans({span for view in want for span in spans_of(view, num_bits)})
+
+
+def tensor_keys(index: CheckpointIndex) -> Column:
+    """First byte of each tensor as one ascending integer over all files."""
+    return (index.file_ids.astype(np.int64) << FILE_SHIFT) + index.starts
+
+
+def cut_blocks(index: CheckpointIndex, kinds: TensorKinds, cover: NodeCover, limits: ReadLimits) -> BlockColumns:
+    """The covering extents of all tensors, merged over small gaps, then cut where the grid cuts them."""
+    owners, rows = cover.extents.expand(kinds.kind_ids)
+    bases = tensor_keys(index)[owners]
+    starts = bases + cover.extents.columns["start"][rows]
+    stops = bases + cover.extents.columns["stop"][rows]
+    if not len(starts):
+        return BlockColumns(starts, starts, stops)
+    # However large a gap may be, extents of different files never meet.
+    is_apart = (starts[1:] - stops[:-1] > limits.max_gap_bytes) | (
+        starts[1:] >> FILE_SHIFT != starts[:-1] >> FILE_SHIFT
+    )
+    is_first = np.concatenate([[True], is_apart])
+    starts, stops = starts[is_first], stops[np.append(is_first[1:], True)]
+    return _cut_on_grid(starts >> FILE_SHIFT, starts & _OFFSET_MASK, stops & _OFFSET_MASK, limits.block_bytes)
+
+
+def _cut_on_grid(file_ids: Column, starts: Column, stops: Column, block_bytes: int) -> BlockColumns:
+    first_cells = starts // block_bytes
+    counts = (stops - 1) // block_bytes - first_cells + 1
+    owners = np.repeat(np.arange(len(starts), dtype=np.int64), counts)
+    cells = np.arange(len(owners), dtype=np.int64) + (first_cells - (np.cumsum(counts) - counts))[owners]
+    return BlockColumns(
+        file_ids[owners],
+        np.maximum(starts[owners], cells * block_bytes),
+        np.minimum(stops[owners], (cells + 1) * block_bytes),
+    )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Meeting:
+    """Pairs of something that spans bytes of the checkpoint and a block that it overlaps.
+
+    Attributes:
+        owner: Which one of the spans.
+        block: Number of the block.
+        low: First byte that both have, from the span's first.
+        high: One past the last byte that both have.
+        base: First byte of the block, from the span's first; may be negative.
+    """
+
+    owner: Column
+    block: Column
+    low: Column
+    high: Column
+    base: Column
+
+
+def meet(blocks: BlockColumns, starts: Column, lengths: Column) -> Meeting:
+    """Every pair of a span and a block that overlap; each span's first and last byte lie in blocks.
+
+    Args:
+        blocks: Blocks in file order.
+        starts: Keys of the spans' first bytes; see `tensor_keys`.
+        lengths: Bytes from the first to the last of each span; above 0.
+    """
+    keys = blocks.keys
+    first = np.searchsorted(keys, starts, side="right") - 1
+    last = np.searchsorted(keys, starts + lengths - 1, side="right") - 1
+    counts = last - first + 1
+    owner = np.repeat(np.arange(len(starts), dtype=np.int64), counts)
+    block = np.arange(len(owner), dtype=np.int64) + (first - (np.cumsum(counts) - counts))[owner]
+    base = keys[block] - starts[owner]
+    high = base + (blocks.stops - blocks.starts)[block]
+    return Meeting(owner, block, np.maximum(base, 0), np.minimum(high, lengths[owner]), base)
