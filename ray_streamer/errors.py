@@ -6,6 +6,7 @@
     │   ├── HeaderError          one file's safetensors header is malformed
     │   └── IndexMismatchError   index json and headers disagree
     ├── ShardingError            no rule, or a rule that cannot cut this tensor
+    ├── CaptureError             an engine's loader did what cannot be followed
     ├── PlanError                slices, topology and checkpoint do not fit together
     ├── StorageError             bytes did not come from storage
     │   ├── ObjectMissingError   no such file or object                           (also FileNotFoundError)
@@ -54,6 +55,10 @@ class IndexMismatchError(CheckpointError):
 
 class ShardingError(RayStreamerError):
     """No rule for a tensor, or a rule that cannot cut it; lists the tensors."""
+
+
+class CaptureError(RayStreamerError):
+    """An engine's loader did what cannot be followed; names tensor and operation."""
 
 
 class PlanError(RayStreamerError):

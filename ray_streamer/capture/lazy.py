@@ -1,0 +1,97 @@
+"""What does a loader get instead of a tensor of the checkpoint? A tensor that knows everything but its values.
+
+Every operation on it comes to the recorder that made it. What its own Python methods would do with raw memory, which it has
+not, is answered with real values.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+
+from ray_streamer.capture.strided import Strided
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from ray_streamer.capture.memory import Memory
+    from ray_streamer.capture.recorder import Recorder
+
+
+class LazyTensor(torch.Tensor):
+    """A view of a memory that was not read yet. Made by `Recorder`; behaves as a plain tensor without gradient."""
+
+    # Tensor has attributes called data, names, real, grad and so on, and loaders set some of their own.
+    _lazy_recorder: Recorder
+    _lazy_memory: Memory
+    _lazy_shadow: torch.Tensor
+
+    @staticmethod
+    def __new__(cls: type[LazyTensor], recorder: Recorder, memory: Memory, shadow: torch.Tensor) -> LazyTensor:
+        """A view of `memory` whose sizes, strides and offset are those of `shadow`, a view of a meta tensor like it."""
+        made = torch.Tensor._make_wrapper_subclass(
+            cls,
+            shadow.shape,
+            strides=shadow.stride(),
+            storage_offset=shadow.storage_offset(),
+            dtype=shadow.dtype,
+            device=memory.device,
+        )
+        made._lazy_recorder, made._lazy_memory, made._lazy_shadow = recorder, memory, shadow
+        return made
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Hands the operation to the recorder of the first lazy tensor among the arguments."""
+        lazy = next(found for found in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(found, LazyTensor))
+        return lazy._lazy_recorder.run(func, args, kwargs or {})
+
+    @property
+    def _lazy_view(self) -> Strided:
+        shadow = self._lazy_shadow
+        return Strided(tuple(shadow.shape), tuple(shadow.stride()), int(shadow.storage_offset()))
+
+    def _lazy_real(self) -> torch.Tensor:
+        """The same view of real memory, which may be written to through it."""
+        return self._lazy_recorder.real(self, is_written=True)
+
+    def __repr__(self, *, tensor_contents: object = None) -> str:
+        """Names the tensor of the checkpoint, and reads nothing."""
+        names = ", ".join(self._lazy_memory.tensors[:3])
+        return f"LazyTensor({names}, shape={tuple(self.shape)}, dtype={self.dtype})"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """A lazy copy."""
+        copied = self.clone()
+        memo[id(self)] = copied
+        return copied
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickles as a plain tensor with its values."""
+        return self._lazy_real().clone().__reduce_ex__(protocol)
+
+    def __array__(self, dtype: Any = None) -> Any:
+        """A numpy array of the values."""
+        return self._lazy_real().__array__(dtype)
+
+
+def _with_values(name: str) -> Callable[..., Any]:
+    method = getattr(torch.Tensor, name)
+
+    def called(self: LazyTensor, *args: Any, **kwargs: Any) -> Any:
+        return method(self._lazy_real(), *args, **kwargs)
+
+    called.__name__, called.__doc__ = name, f"As `torch.Tensor.{name}`, of the values, which are read if need be."
+    return called
+
+
+RAW_ACCESS = ("numpy", "tolist", "data_ptr", "untyped_storage", "storage", "__dlpack__")
+"""Methods of a tensor that reach its memory past torch's dispatcher."""
+
+for _name in RAW_ACCESS:
+    setattr(LazyTensor, _name, _with_values(_name))

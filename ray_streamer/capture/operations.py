@@ -1,0 +1,79 @@
+"""What kind of operation is this, for one who records? Said by its schema, and for a few that need no values by name."""
+
+from __future__ import annotations
+
+from enum import Enum, auto
+from functools import cache
+from typing import Any
+
+import torch
+
+_aten = torch.ops.aten
+
+
+class Kind(Enum):
+    """How an operation treats its arguments' values."""
+
+    VIEW = auto()
+    """Gives views of an argument; reads nothing."""
+    COPY_INTO = auto()
+    """`target.copy_(source)`."""
+    DUPLICATE = auto()
+    """New memory with an argument's values, perhaps of another dtype or on another device."""
+    JOIN = auto()
+    """New memory with several arguments' values, next to each other."""
+    SHAPE_ONLY = auto()
+    """New memory of an argument's shape and dtype, whose values do not matter."""
+    QUESTION = auto()
+    """About the tensor, not its values; a lazy tensor's answer is no."""
+    RESHAPES_IN_PLACE = auto()
+    """Changes sizes, strides or the storage of an argument itself."""
+    OTHER = auto()
+    """Reads values, writes them, or both."""
+
+
+_BY_NAME = {
+    _aten._unsafe_view: Kind.VIEW,
+    _aten._reshape_alias: Kind.VIEW,
+    _aten.copy_: Kind.COPY_INTO,
+    _aten.clone: Kind.DUPLICATE,
+    _aten._to_copy: Kind.DUPLICATE,
+    _aten.cat: Kind.JOIN,
+    _aten.stack: Kind.JOIN,
+    _aten.is_pinned: Kind.QUESTION,
+    **dict.fromkeys(
+        (
+            _aten.empty_like,
+            _aten.zeros_like,
+            _aten.ones_like,
+            _aten.full_like,
+            _aten.rand_like,
+            _aten.randn_like,
+            _aten.new_empty,
+            _aten.new_empty_strided,
+            _aten.new_zeros,
+            _aten.new_ones,
+            _aten.new_full,
+        ),
+        Kind.SHAPE_ONLY,
+    ),
+}
+
+
+@cache
+def kind_of(func: Any) -> Kind:
+    """The kind of an operation as `__torch_dispatch__` gets it: an overload of torch's or of anybody's library."""
+    named = _BY_NAME.get(getattr(func, "overloadpacket", None))
+    if named is not None and (named is Kind.COPY_INTO or not func._schema.is_mutable):
+        return named
+    if torch.Tag.inplace_view in getattr(func, "tags", ()):
+        return Kind.RESHAPES_IN_PLACE
+    return Kind.VIEW if getattr(func, "is_view", False) else Kind.OTHER
+
+
+@cache
+def written_arguments(func: Any) -> frozenset[int | str]:
+    """Positions and names of the arguments that the operation writes to."""
+    arguments = func._schema.arguments
+    written = [(at, said.name) for at, said in enumerate(arguments) if said.alias_info and said.alias_info.is_write]
+    return frozenset(key for pair in written for key in pair)

@@ -1,0 +1,119 @@
+"""Which copies into real memory were recorded and not made yet, and which of them does an operation meet?
+
+Kept by storage, sorted by their first byte, so that the 768 copies into a stacked parameter of 256 experts are not all compared
+with each other. Each storage is kept alive: its address must not be given to another tensor while it stands for a copy's target.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from dataclasses import dataclass, field
+from itertools import count
+from typing import TYPE_CHECKING
+
+from ray_streamer.capture.strided import Strided, may_meet
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import torch
+
+    from ray_streamer.capture.memory import Piece
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Copy:
+    """One recorded copy: `piece` of the checkpoint goes to strided elements of a real storage.
+
+    Attributes:
+        piece: Where the elements come from; its other steps are those of the target.
+        storage: The target's.
+        dtype: Of the target's elements.
+        offset: Of its first element, in elements from the storage's first byte.
+        device: The target's.
+        extent: The target's bytes in the storage.
+    """
+
+    piece: Piece
+    storage: torch.UntypedStorage
+    dtype: torch.dtype
+    offset: int
+    device: torch.device
+    extent: Strided
+
+    @property
+    def target(self) -> Strided:
+        """The target's view, in elements."""
+        loops = self.piece.loops
+        return Strided(tuple(loop.size for loop in loops), tuple(loop.other_step for loop in loops), self.offset)
+
+    @property
+    def source(self) -> Strided:
+        """The view of the checkpoint's tensor, in elements."""
+        loops = self.piece.loops
+        return Strided(tuple(loop.size for loop in loops), tuple(loop.step for loop in loops), self.piece.offset)
+
+
+@dataclass(slots=True)
+class _Storage:
+    longest: int = 0
+    copies: list[tuple[int, int, Copy]] = field(default_factory=list)
+
+
+class Pending:
+    """The recorded copies of a capture; no two of them write the same byte, if the recorder keeps it so."""
+
+    def __init__(self) -> None:
+        self._by_storage: dict[int, _Storage] = {}
+        self._numbers = count()
+
+    def __iter__(self) -> Iterator[Copy]:
+        """All copies, in the order in which they were recorded."""
+        entries = [entry for storage in self._by_storage.values() for entry in storage.copies]
+        return (copy for _, _, copy in sorted(entries, key=lambda entry: entry[1]))
+
+    def __bool__(self) -> bool:
+        """Whether there is any copy."""
+        return bool(self._by_storage)
+
+    def add(self, copy: Copy) -> None:
+        """Keeps `copy` until it is removed."""
+        storage = self._by_storage.setdefault(copy.storage._cdata, _Storage())
+        insort(storage.copies, (copy.extent.start, next(self._numbers), copy))
+        storage.longest = max(storage.longest, copy.extent.stop - copy.extent.start)
+
+    def remove(self, copy: Copy) -> None:
+        """Forgets `copy`, which was added before."""
+        key = copy.storage._cdata
+        copies = self._by_storage[key].copies
+        at = bisect_left(copies, (copy.extent.start, -1))
+        while copies[at][2] is not copy:
+            at += 1
+        del copies[at]
+        if not copies:
+            del self._by_storage[key]
+
+    def knows(self, tensor: torch.Tensor) -> bool:
+        """Whether any copy goes to the storage of `tensor`."""
+        return tensor.untyped_storage()._cdata in self._by_storage
+
+    def meeting(self, tensor: torch.Tensor) -> list[Copy]:
+        """Copies that may write an element of `tensor`."""
+        if not self.knows(tensor):
+            return []
+        view = Strided(tuple(tensor.shape), tuple(tensor.stride()), tensor.storage_offset())
+        return self.meeting_bytes(tensor.untyped_storage(), view.in_bytes(tensor.element_size()))
+
+    def meeting_bytes(self, storage: torch.UntypedStorage, extent: Strided) -> list[Copy]:
+        """Copies that may write a byte of `extent`."""
+        found = self._by_storage.get(storage._cdata)
+        if found is None:
+            return []
+        first = bisect_left(found.copies, (extent.start - found.longest, -1))
+        stop = bisect_left(found.copies, (extent.stop, -1))
+        return [copy for _, _, copy in found.copies[first:stop] if may_meet(copy.extent, extent)]
+
+    def in_storage(self, tensor: torch.Tensor) -> list[Copy]:
+        """All copies into the storage of `tensor`."""
+        found = self._by_storage.get(tensor.untyped_storage()._cdata)
+        return [copy for _, _, copy in found.copies] if found else []

@@ -1,0 +1,258 @@
+"""What does an operation of the loader do to what is recorded? Each one comes here, with lazy tensors or with real ones.
+
+    views of a lazy tensor            are lazy, and read nothing
+    copies of a lazy tensor           into new memory are lazy; into real memory they are written down, and nothing is written
+    anything else with a lazy tensor  reads the tensors that it stands for, whole, now
+    real memory                       that is read or overwritten where a copy was written down: that copy is made first
+
+So a loader that nobody knew is slower, never wrong.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from ray_streamer.capture.lazy import LazyTensor
+from ray_streamer.capture.memory import Memory, Place, seen
+from ray_streamer.capture.operations import Kind, kind_of, written_arguments
+from ray_streamer.capture.pending import Copy, Pending
+from ray_streamer.capture.strided import Loop, Strided, holds
+from ray_streamer.errors import CaptureError
+from ray_streamer.slices.move import row_major
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from ray_streamer.capture.memory import Piece
+    from ray_streamer.capture.whole_tensors import WholeTensors
+
+CASTABLE = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
+"""Elements of these dtypes are cast to each other on their way into a result, bit for bit as `copy_` does."""
+
+_BATCH_BYTES = 256 << 20
+"""Whole tensors that are read at once for copies that must be made early."""
+
+
+class Recorder:
+    """What one rank's loader did so far.
+
+    Attributes:
+        pending: Copies that are written down.
+        early: Tensors of copies that had to be made at once, since the loader touched their target again.
+        reasons: For each tensor that was read whole for its values: the operation that first needed them.
+    """
+
+    def __init__(self, whole: WholeTensors) -> None:
+        self.pending = Pending()
+        self.early: dict[str, None] = {}
+        self.reasons: dict[str, str] = {}
+        self._whole = whole
+
+    def lazy(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, *, is_plannable: bool) -> LazyTensor:
+        """The tensor `name` of the checkpoint, not read yet."""
+        place = Place(name, dtype, Strided(shape, row_major(shape), 0))
+        memory = Memory(shape, dtype, torch.device("cpu"), [place], is_plannable=is_plannable)
+        return LazyTensor(self, memory, torch.empty(shape, dtype=dtype, device="meta"))
+
+    def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The operation's outcome, as the loader sees it."""
+        kind = kind_of(func)
+        lazies = [found for found in pytree.tree_leaves((args, kwargs)) if isinstance(found, LazyTensor)]
+        if not lazies:
+            return self._run_on_real(kind, func, args, kwargs)
+        outcome = self._run_lazily(kind, func, args, kwargs, lazies)
+        return self._run_with_values(kind, func, args, kwargs) if outcome is None else outcome
+
+    def real(self, lazy: LazyTensor, *, is_written: bool, reason: str = "its memory") -> torch.Tensor:
+        """The view of real memory that `lazy` stands for; of memory of our own when it is to be written to."""
+        memory = lazy._lazy_memory
+        if memory.value is None:
+            for name in memory.tensors:
+                self.reasons.setdefault(name, reason)
+        value = memory.own(self._whole) if is_written else memory.read(self._whole)
+        return seen(value, lazy._lazy_view)
+
+    def make_early(self, copies: Sequence[Copy]) -> None:
+        """Makes copies now that were only written down."""
+        waiting = defaultdict(list)
+        for copy in copies:
+            waiting[copy.piece.place.tensor].append(copy)
+        for names in self._whole.batches(list(waiting), batch_bytes=_BATCH_BYTES):
+            values = self._whole.read(names)
+            for name in names:
+                self.early[name] = None
+                for copy in waiting[name]:
+                    self.pending.remove(copy)
+                    target_of(copy).copy_(seen(values[name], copy.source))
+
+    def record(self, target: torch.Tensor, lazy: LazyTensor) -> bool:
+        """Writes down that `lazy` is copied into `target`; False when that cannot be written down."""
+        memory = lazy._lazy_memory
+        if not is_plain(target) or not self._is_castable(memory, target.dtype):
+            return False
+        if not target.numel():
+            return True
+        shadow = lazy._lazy_shadow.expand(target.shape)
+        source = Strided(tuple(shadow.shape), tuple(shadow.stride()), int(shadow.storage_offset()))
+        pieces = memory.pieces(source, target.stride())
+        if pieces is None or Strided(source.shape, tuple(target.stride()), 0).repeats:
+            return False
+        whole = Strided(tuple(target.shape), tuple(target.stride()), target.storage_offset())
+        self._make_room(target, whole.in_bytes(target.element_size()))
+        for piece in pieces:
+            self.pending.add(_copy_of(piece, target))
+        return True
+
+    def _make_room(self, target: torch.Tensor, extent: Strided) -> None:
+        """What is written where something else is to be written now is made first, or forgotten if nothing of it will remain."""
+        for older in self.pending.meeting_bytes(target.untyped_storage(), extent):
+            if holds(extent, older.extent):
+                self.pending.remove(older)
+            else:
+                self.make_early([older])
+
+    def _run_lazily(self, kind: Kind, func: Any, args: Any, kwargs: Any, lazies: list[LazyTensor]) -> Any:
+        """The outcome without any values; None when they are needed."""
+        lazy = lazies[0]
+        if kind is Kind.VIEW and len(lazies) == 1:
+            return self._view(lazy, func, args, kwargs)
+        if kind is Kind.SHAPE_ONLY:
+            shadows, named = pytree.tree_map_only(LazyTensor, lambda found: found._lazy_shadow, (args, kwargs))
+            return func(*shadows, **{**named, "device": named.get("device") or lazy.device})
+        if kind is Kind.QUESTION:
+            return False
+        if kind is Kind.DUPLICATE:
+            return self._duplicate(lazy, func, args, kwargs)
+        if kind is Kind.JOIN and len(lazies) == len(args[0]):
+            return self._join(lazies, func, args, kwargs)
+        if kind is Kind.COPY_INTO and not isinstance(args[0], LazyTensor):
+            if args[0].is_meta:
+                return func(args[0], lazy._lazy_shadow)
+            return args[0] if self.record(args[0], lazy) else None
+        if kind is Kind.RESHAPES_IN_PLACE and isinstance(args[0], LazyTensor):
+            raise CaptureError(f"the loader called {func} on {lazy!r}, which cannot change its shape in place")
+        return None
+
+    def _view(self, lazy: LazyTensor, func: Any, args: Any, kwargs: Any) -> Any:
+        shadow = lazy._lazy_shadow
+        shadows, named = pytree.tree_map_only(LazyTensor, lambda found: found._lazy_shadow, (args, kwargs))
+        outcome = func(*shadows, **named)
+        made = pytree.tree_leaves(outcome)
+        storage = shadow.untyped_storage()._cdata
+        if any(view.dtype != shadow.dtype or view.untyped_storage()._cdata != storage for view in made):
+            return None
+        return pytree.tree_map_only(torch.Tensor, lambda view: LazyTensor(self, lazy._lazy_memory, view), outcome)
+
+    def _duplicate(self, lazy: LazyTensor, func: Any, args: Any, kwargs: Any) -> LazyTensor | None:
+        memory = lazy._lazy_memory
+        dtype, device = kwargs.get("dtype") or lazy.dtype, torch.device(kwargs.get("device") or lazy.device)
+        if device.type == "meta" or kwargs.get("pin_memory") or not self._is_castable(memory, dtype):
+            return None
+        asked = {name: value for name, value in kwargs.items() if name not in ("device", "non_blocking")}
+        shape_of_copy = func(lazy._lazy_shadow, *args[1:], **asked)
+        # Copies keep the order of their dimensions in memory, so the new memory is row-major in that order.
+        order = sorted(range(shape_of_copy.dim()), key=lambda dim: -shape_of_copy.stride(dim))
+        place = self._place_of(lazy._lazy_shadow.permute(order), memory)
+        if place is None:
+            return None
+        shape = tuple(shape_of_copy.shape[dim] for dim in order)
+        inverse = [order.index(dim) for dim in range(len(order))]
+        shadow = torch.empty(shape, dtype=dtype, device="meta").permute(inverse)
+        return LazyTensor(self, Memory(shape, dtype, device, [place]), shadow)
+
+    def _join(self, lazies: list[LazyTensor], func: Any, args: Any, kwargs: Any) -> LazyTensor | None:
+        shadows = [lazy._lazy_shadow for lazy in lazies]
+        joined = func(shadows, *args[1:], **kwargs)
+        dim = args[1] if len(args) > 1 else kwargs.get("dim", 0)
+        if func.overloadpacket is torch.ops.aten.stack:
+            dim %= joined.dim()
+            shadows = [shadow.unsqueeze(dim) for shadow in shadows]
+        dim %= joined.dim()
+        kept = [(shadow, lazy) for shadow, lazy in zip(shadows, lazies, strict=True) if shadow.numel()]
+        if len({lazy.dtype for lazy in lazies}) > 1 or len({lazy.device for lazy in lazies}) > 1 or not kept:
+            return None
+        places = [self._place_of(shadow, lazy._lazy_memory) for shadow, lazy in kept]
+        if any(place is None or place.dtype != joined.dtype for place in places):
+            return None
+        lengths = [shadow.shape[dim] for shadow, _ in kept]
+        shape = tuple(joined.shape)
+        memory = Memory(shape, joined.dtype, lazies[0].device, [p for p in places if p], lengths=lengths, dim=dim)
+        return LazyTensor(self, memory, torch.empty(shape, dtype=joined.dtype, device="meta"))
+
+    def _place_of(self, shadow: torch.Tensor, memory: Memory) -> Place | None:
+        """Where in one tensor of the checkpoint the elements of that view of `memory` are, in row-major order."""
+        view = Strided(tuple(shadow.shape), tuple(shadow.stride()), int(shadow.storage_offset()))
+        pieces = memory.pieces(view, row_major(view.shape)) if shadow.numel() else None
+        if not pieces or len(pieces) > 1:
+            return None
+        loops = pieces[0].loops or (Loop(1, 1, 1),)
+        found = Strided(tuple(loop.size for loop in loops), tuple(loop.step for loop in loops), pieces[0].offset)
+        return Place(pieces[0].place.tensor, pieces[0].place.dtype, found)
+
+    def _is_castable(self, memory: Memory, dtype: torch.dtype) -> bool:
+        if dtype == memory.dtype:
+            return True
+        return not memory.is_cast and {dtype, memory.dtype} <= CASTABLE
+
+    def _run_with_values(self, kind: Kind, func: Any, args: Any, kwargs: Any) -> Any:
+        written = written_arguments(func)
+        lazies: dict[int, LazyTensor] = {}
+
+        def valued(lazy: LazyTensor, is_written: bool) -> torch.Tensor:
+            tensor = self.real(lazy, is_written=is_written, reason=str(func))
+            lazies[id(tensor)] = lazy
+            return tensor
+
+        def with_values(key: int | str, value: Any) -> Any:
+            # What a view of real memory is written to later, nobody would see.
+            is_written = key in written or kind is Kind.VIEW or kind is Kind.RESHAPES_IN_PLACE
+            return pytree.tree_map_only(LazyTensor, lambda lazy: valued(lazy, is_written), value)
+
+        real = tuple(with_values(at, value) for at, value in enumerate(args))
+        named = {name: with_values(name, value) for name, value in kwargs.items()}
+        outcome = self._run_on_real(kind, func, real, named)
+        return pytree.tree_map_only(torch.Tensor, lambda tensor: lazies.get(id(tensor), tensor), outcome)
+
+    def _run_on_real(self, kind: Kind, func: Any, args: Any, kwargs: Any) -> Any:
+        if self.pending and kind not in (Kind.VIEW, Kind.SHAPE_ONLY, Kind.QUESTION):
+            meets = self.pending.in_storage if kind is Kind.RESHAPES_IN_PLACE else self.pending.meeting
+            for tensor in pytree.tree_leaves((args, kwargs)):
+                if is_plain(tensor):
+                    self.make_early(meets(tensor))
+        return func(*args, **kwargs)
+
+
+def is_plain(tensor: Any) -> bool:
+    """Whether this is a tensor whose elements lie in a storage as its strides say."""
+    return (
+        isinstance(tensor, torch.Tensor)
+        and type(tensor).__torch_dispatch__ is torch.Tensor.__torch_dispatch__
+        and tensor.layout is torch.strided
+        and not tensor.is_meta
+        and not tensor.is_conj()
+        and not tensor.is_neg()
+    )
+
+
+def target_of(copy: Copy) -> torch.Tensor:
+    """The view of real memory that `copy` goes to."""
+    return whole_storage(copy.storage, copy.dtype, copy.device).as_strided(
+        copy.target.shape, copy.target.strides, copy.target.offset
+    )
+
+
+def whole_storage(storage: torch.UntypedStorage, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """All of a storage, as elements of one dtype."""
+    return torch.empty(0, dtype=dtype, device=device).set_(storage)
+
+
+def _copy_of(piece: Piece, target: torch.Tensor) -> Copy:
+    offset = target.storage_offset() + piece.other_offset
+    loops = piece.loops
+    view = Strided(tuple(loop.size for loop in loops), tuple(loop.other_step for loop in loops), offset)
+    extent = view.in_bytes(target.element_size())
+    return Copy(piece, target.untyped_storage(), target.dtype, offset, target.device, extent)

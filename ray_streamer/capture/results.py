@@ -1,0 +1,128 @@
+"""What did a captured loader fill, as the slices of its rank? Copies into storages become moves into named results.
+
+A result is the parameter or buffer that holds a copy's elements; where several share a storage (tied weights), the first name
+has it. What the loader filled that has no name among the targets, and that somebody still holds, is a result all the same.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from ray_streamer.capture.lazy import LazyTensor
+from ray_streamer.capture.recorder import is_plain, whole_storage
+from ray_streamer.capture.strided import Strided, holds
+from ray_streamer.dtypes import DTYPES
+from ray_streamer.errors import CaptureError
+from ray_streamer.slices import Move, RankSlices, ResultSpec, Side
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from ray_streamer.capture.pending import Copy
+    from ray_streamer.checkpoint import CheckpointIndex
+
+NAMES_OF_DTYPES = {getattr(torch, dtype.torch_name): dtype.name for dtype in reversed(DTYPES) if not dtype.is_packed}
+"""What safetensors calls a torch dtype whose elements are one each."""
+
+
+@dataclass(slots=True)
+class _Result:
+    tensor: torch.Tensor
+    moves: dict[int, list[Move]] = field(default_factory=lambda: defaultdict(list))
+
+
+def slices_of(
+    index: CheckpointIndex, copies: Iterable[Copy], targets: Mapping[str, torch.Tensor]
+) -> tuple[RankSlices, dict[str, torch.Tensor]]:
+    """The slices that `copies` say, and the real memory of each of their results.
+
+    Args:
+        index: Of the checkpoint whose tensors were captured.
+        copies: No two of which write the same byte.
+        targets: Parameters and buffers by name; the first name of shared memory is the result's.
+
+    Raises:
+        CaptureError: A target is itself a tensor of the checkpoint that was not read.
+    """
+    named = _by_storage(targets)
+    results: dict[str, _Result] = {}
+    for copy in copies:
+        name, tensor = _result_of(copy, named, results)
+        if tensor is None:
+            continue
+        result = results.setdefault(name, _Result(tensor))
+        result.moves[index.position(copy.piece.place.tensor)].append(_move_of(copy, tensor))
+    return _rank_slices(results), {name: result.tensor for name, result in results.items()}
+
+
+def _by_storage(targets: Mapping[str, torch.Tensor]) -> dict[int, list[tuple[str, torch.Tensor]]]:
+    named: dict[int, list[tuple[str, torch.Tensor]]] = defaultdict(list)
+    for name, tensor in targets.items():
+        if isinstance(tensor, LazyTensor):
+            raise CaptureError(f"{name} is {tensor!r} itself, of which no values were read; copy it into a real tensor")
+        if is_plain(tensor):
+            named[tensor.untyped_storage()._cdata].append((name, tensor))
+    return named
+
+
+def _result_of(
+    copy: Copy, named: dict[int, list[tuple[str, torch.Tensor]]], results: dict[str, _Result]
+) -> tuple[str, torch.Tensor | None]:
+    """Name and memory of the result that has the copy's elements; no memory when nobody holds it any more."""
+    candidates = named.get(copy.storage._cdata, [])
+    for name, tensor in candidates:
+        if tensor.dtype == copy.dtype and _has(tensor, copy):
+            return name, tensor
+    # Ours is one of the two, the other is the reference that Python keeps of the same storage.
+    if not candidates and not _is_held(copy.storage):
+        return "", None
+    name = f"{candidates[0][0] if candidates else 'unnamed'} ({copy.storage._cdata:x} as {NAMES_OF_DTYPES[copy.dtype]})"
+    known = results.get(name)
+    return name, known.tensor if known else whole_storage(copy.storage, copy.dtype, copy.device)
+
+
+def _has(tensor: torch.Tensor, copy: Copy) -> bool:
+    view = Strided(tuple(tensor.shape), tuple(tensor.stride()), tensor.storage_offset())
+    return not view.repeats and holds(view, copy.target)
+
+
+def _is_held(storage: torch.UntypedStorage) -> bool:
+    return torch._C._storage_Use_Count(storage._cdata) > 1
+
+
+def _move_of(copy: Copy, tensor: torch.Tensor) -> Move:
+    source, target = copy.source, copy.target
+    offset = target.offset - tensor.storage_offset()
+    return Move(source.shape, Side(source.offset, source.strides), Side(offset, target.strides))
+
+
+def _rank_slices(results: dict[str, _Result]) -> RankSlices:
+    """Rows whose patterns begin at 0, so that equal moves of many tensors and places are one pattern."""
+    specs = tuple(_spec(name, result.tensor) for name, result in results.items())
+    patterns: dict[tuple[Move, ...], int] = {}
+    rows: list[tuple[int, int, int, int]] = []
+    for number, result in enumerate(results.values()):
+        for tensor, moves in result.moves.items():
+            start = min(move.target.offset for move in moves)
+            shifted = tuple(
+                Move(move.shape, move.source, Side(move.target.offset - start, move.target.strides)) for move in moves
+            )
+            rows.append((tensor, number, patterns.setdefault(shifted, len(patterns)), start))
+    table = np.array(rows, dtype=np.int64).reshape(-1, 4)
+    ids = [np.ascontiguousarray(table[:, at], dtype=np.int32) for at in range(3)]
+    return RankSlices(specs, tuple(patterns), *ids, np.ascontiguousarray(table[:, 3]))
+
+
+def _spec(name: str, tensor: torch.Tensor) -> ResultSpec:
+    return ResultSpec(
+        name=name,
+        dtype=NAMES_OF_DTYPES[tensor.dtype],
+        shape=tuple(tensor.shape),
+        strides=tuple(tensor.stride()),
+        zeroes_holes=False,
+    )
