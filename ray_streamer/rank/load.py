@@ -21,7 +21,7 @@ import numpy as np
 
 from ray_streamer.device.cast import Casts
 from ray_streamer.device.results import Results
-from ray_streamer.errors import BudgetError, ObjectChangedError
+from ray_streamer.errors import BudgetError
 from ray_streamer.planning.limits import AS_MUCH_AS_USEFUL
 from ray_streamer.planning.rank_plan import Piece, RankPlan
 from ray_streamer.rank.block_reads import BlockReads
@@ -206,8 +206,7 @@ class RankLoad:
     def _check_unchanged(self, files: set[int]) -> None:
         """Mappings and devices show what is written to a file meanwhile; the storage's reads find that out themselves."""
         for file in (self._plan.index.files[number] for number in files):
-            if self._storage.size_and_etag(file.path).etag != file.etag:
-                raise ObjectChangedError(f"{self._plan.index.uri}/{file.path} was written to while it was copied")
+            self._storage.check_unchanged(file.path, etag=file.etag)
 
     def _move_blocks(self, viewed: list[int]) -> None:
         reads, taken = self._mine.reads, self._mine.taken
@@ -252,6 +251,8 @@ class RankLoad:
             self._deliver(task.block, source, lambda: self._neighbours.release(task.owner, task.slot))
             return
         block = self._mine.block(task)
+        # A file that was cut short by now would end the process instead.
+        self._check_unchanged({block.file})
         source = self._views[block.file][block.extent.start : block.extent.stop]
         self._counters.add(page_cache_bytes=sum(piece.num_bytes for piece in self._mine.pieces(task)))
         self._deliver(task, source, lambda: None)

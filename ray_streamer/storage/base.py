@@ -23,7 +23,7 @@ class ObjectInfo:
 
     Attributes:
         size_bytes: Length of the file.
-        etag: Opaque; equal for equal content only within one storage.
+        etag: Opaque to everyone but the storage that made it, which also says what of it is compared where.
     """
 
     size_bytes: int
@@ -116,11 +116,20 @@ class Storage(Protocol):
     def view(self, path: str, *, etag: str) -> memoryview:
         """The whole file as read-only memory, whether it is resident or not; belongs to the storage, valid until `close`.
 
-        Whoever copies from it asks `size_and_etag` again afterwards: the memory shows what is written to the file later.
+        Whoever copies from it asks `check_unchanged` afterwards: the memory shows what is written to the file later. It
+        asks before each copy, too: a file that is cut short kills whoever touches the missing part of its memory (SIGBUS).
 
         Raises:
             ObjectChangedError: The file is not the one with `etag`.
             StorageError: This storage cannot lend a file as memory; then `is_resident` says no.
+        """
+        ...
+
+    def check_unchanged(self, path: str, *, etag: str) -> None:
+        """For whoever read the file past `read_into`, by `view` or `local_path`: whether it still is the one with `etag`.
+
+        Raises:
+            ObjectChangedError: It is another one by now, or was written to.
         """
         ...
 
@@ -134,7 +143,7 @@ class Storage(Protocol):
     def local_path(self, path: str) -> str | None:
         """Where the operating system finds the file, for those who read it themselves; None where it is no local file.
 
-        They find out themselves, before or after, whether it is the file that the index saw.
+        They ask `check_unchanged` afterwards whether it is the file that the index saw.
         """
         ...
 
@@ -170,6 +179,10 @@ class RemoteStorage:
     def view(self, path: str, *, etag: str) -> memoryview:
         """See `Storage`; never here."""
         raise StorageError(f"{self.uri.rstrip('/')}/{path} is in a remote store, which lends no memory")
+
+    def check_unchanged(self, path: str, *, etag: str) -> None:
+        """See `Storage`; nobody else reads a remote file."""
+        raise StorageError(f"{self.uri.rstrip('/')}/{path} is in a remote store, which nobody reads past this storage")
 
     def prefers_aligned(self, path: str) -> bool:
         """See `Storage`; never here."""

@@ -82,6 +82,10 @@ class MemoryStorage:
         """See `Storage`; the file itself."""
         return memoryview(self._find(path, etag=etag)[0]).toreadonly()
 
+    def check_unchanged(self, path: str, *, etag: str) -> None:
+        """See `Storage`."""
+        self._find(path, etag=etag)
+
     def prefers_aligned(self, path: str) -> bool:
         """See `Storage`."""
         self._find(path)

@@ -6,8 +6,9 @@ anywhere; a page fault or an O_DIRECT read on a network file system may cost a r
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
+
+import psutil
 
 _ON_DISK = frozenset(
     {"bcachefs", "btrfs", "erofs", "exfat", "ext2", "ext3", "ext4", "f2fs", "jfs", "nilfs2", "ntfs3", "overlay"}
@@ -38,20 +39,10 @@ class Mount:
         """Whether it keeps its data in this machine's memory."""
         return self.kind in _IN_MEMORY
 
-
-def parse_mount_table(text: str) -> tuple[Mount, ...]:
-    r"""The mounts in `text`, which has the format of `/proc/self/mountinfo` (proc(5)).
-
-    >>> parse_mount_table(r"36 35 98:0 / /my\040disk rw,noatime master:1 - ext4 /dev/vda rw")
-    (Mount(point='/my disk', kind='ext4'),)
-    """
-    mounts: list[Mount] = []
-    for line in text.splitlines():
-        fields, _, file_system = line.partition(" - ")
-        # White space and backslashes in a path are written as three octal digits.
-        point = re.sub(r"\\([0-7]{3})", lambda octal: chr(int(octal[1], 8)), fields.split()[4])
-        mounts.append(Mount(point, file_system.split()[0]))
-    return tuple(mounts)
+    @property
+    def keeps_change_times(self) -> bool:
+        """Whether the time of a change of status is the file's; file systems in user space often make it up."""
+        return not self.kind.startswith("fuse") and self.kind != "unknown"
 
 
 def mount_of(path: str, mounts: tuple[Mount, ...]) -> Mount:
@@ -68,7 +59,6 @@ def mount_of(path: str, mounts: tuple[Mount, ...]) -> Mount:
 def read_mount_table() -> tuple[Mount, ...]:
     """The mounts that this process sees now; empty where the kernel tells nothing."""
     try:
-        with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as table:
-            return parse_mount_table(table.read())
+        return tuple(Mount(part.mountpoint, part.fstype) for part in psutil.disk_partitions(all=True))
     except OSError:
         return ()

@@ -10,26 +10,29 @@ Three ways, chosen per file:
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from ray_streamer.errors import ObjectChangedError, StorageError
+from ray_streamer.errors import ObjectChangedError
 from ray_streamer.storage.base import ObjectInfo, StorageStatistics, check_buffer
+from ray_streamer.storage.file_identity import FileIdentity
 from ray_streamer.storage.mounts import mount_of, read_mount_table
-from ray_streamer.storage.posix_file import PosixFile, info_of, os_errors_translated
+from ray_streamer.storage.open_files import OpenFiles, num_places
+from ray_streamer.storage.os_errors import os_errors_translated
+from ray_streamer.storage.posix_file import PosixFile
 from ray_streamer.storage.uri import absolute_uri
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from ray_streamer.extent import Extent
     from ray_streamer.storage.base import StorageSettings
 
+logger = logging.getLogger(__name__)
+
 
 class PosixStorage:
-    """Files of one folder; a file stays open from its first use until `close`."""
+    """Files of one folder; a bounded number of them is open at once, see `OpenFiles`."""
 
     is_remote = False
 
@@ -37,44 +40,44 @@ class PosixStorage:
         self.uri = self._folder = absolute_uri(uri)
         self._settings = settings
         self._mounts = read_mount_table()
+        self._open_files = OpenFiles(num_places(settings.concurrency))
         self._lock = threading.Lock()
-        self._files: dict[str, PosixFile] = {}
-        self._replaced: list[PosixFile] = []
-        self._is_closed = False
+        # Every version that was read, the newest last: others may be reading an older one, or hold its mapping.
+        self._versions: dict[str, list[PosixFile]] = {}
+        # Etags that were compared with a version, and found to mean it.
+        self._accepted: dict[tuple[str, str], PosixFile] = {}
+        self._has_told_of_copies = False
 
     def size_and_etag(self, path: str) -> ObjectInfo:
-        """See `Storage`; the identity is size, time of modification and inode."""
-        name = self._name(path)
-        with os_errors_translated(name):
-            return info_of(os.stat(self._full_path(path)), name=name)
+        """See `Storage`; what the etag says, and what of it is compared, tells `FileIdentity`."""
+        return self._look(path).info
 
     def read_head(self, path: str, max_bytes: int) -> tuple[bytes, ObjectInfo]:
         """See `Storage`; always looks at the file that the path leads to now."""
-        with self._file(path, etag=self.size_and_etag(path).etag) as file:
-            return file.read_head(max_bytes), file.info
+        file = self._file(path, etag=self._look(path).info.etag)
+        return file.read_head(max_bytes), file.info
 
     def read_into(self, path: str, extent: Extent, buffer: memoryview, *, etag: str) -> None:
         """See `Storage`."""
         check_buffer(extent, buffer)
         if extent.num_bytes:
-            with self._file(path, etag=etag) as file:
-                file.read_into(extent, buffer.cast("B"))
+            self._file(path, etag=etag).read_into(extent, buffer.cast("B"))
 
     def is_resident(self, path: str) -> bool:
         """See `Storage`; found out once per file."""
-        with self._file(path) as file:
-            return file.is_resident
+        return self._newest(path).is_resident
 
     def view(self, path: str, *, etag: str) -> memoryview:
         """See `Storage`; a mapping."""
-        with self._file(path, etag=etag) as file:
-            file.check_unchanged()
-            return file.mapping()
+        return self._file(path, etag=etag).mapping()
+
+    def check_unchanged(self, path: str, *, etag: str) -> None:
+        """See `Storage`."""
+        self._file(path, etag=etag).check_unchanged()
 
     def prefers_aligned(self, path: str) -> bool:
         """See `Storage`; true for files that are read by O_DIRECT."""
-        with self._file(path) as file:
-            return file.prefers_direct
+        return self._newest(path).prefers_direct
 
     def local_path(self, path: str) -> str:
         """See `Storage`."""
@@ -83,7 +86,8 @@ class PosixStorage:
     def list(self, prefix: str = "") -> list[str]:
         """See `Storage`."""
         folder, slash, start = prefix.rpartition("/")
-        with os_errors_translated(self._name(folder)), os.scandir(self._full_path(folder)) as entries:
+        full_path = self._full_path(folder)
+        with os_errors_translated(full_path), os.scandir(full_path) as entries:
             names = [entry.name for entry in entries if entry.name.startswith(start) and entry.is_file()]
         return sorted(folder + slash + name for name in names)
 
@@ -93,50 +97,75 @@ class PosixStorage:
 
     def close(self) -> None:
         """See `Storage`; reads in flight finish."""
+        self._open_files.close()
         with self._lock:
-            self._is_closed = True
-            files = [*self._files.values(), *self._replaced]
-            self._files.clear()
-            self._replaced.clear()
+            files = [file for versions in self._versions.values() for file in versions]
+            self._versions.clear()
+            self._accepted.clear()
         for file in files:
             file.close()
 
-    @contextmanager
-    def _file(self, path: str, *, etag: str | None = None) -> Iterator[PosixFile]:
-        """The open file at `path`, in use for the length of the block.
+    def _look(self, path: str) -> FileIdentity:
+        """What the path leads to now."""
+        full_path = self._full_path(path)
+        with os_errors_translated(full_path):
+            return FileIdentity.of(os.stat(full_path), path=full_path)
+
+    def _newest(self, path: str) -> PosixFile:
+        """The version that was read last; opens the file if none was."""
+        versions = self._versions.get(path)
+        return versions[-1] if versions else self._open(path)
+
+    def _file(self, path: str, *, etag: str) -> PosixFile:
+        """The version of the file that the etag means.
 
         Raises:
-            ObjectChangedError: It is not the one with `etag`.
+            ObjectChangedError: The file at `path` is another one.
         """
-        file = self._files.get(path)
-        if file is None or (etag is not None and file.info.etag != etag):
-            file = self._open(path, etag)
-        with file.in_use():
-            yield file
+        accepted = self._accepted.get((path, etag))
+        if accepted is not None:
+            return accepted
+        expected = FileIdentity.parse(etag)
+        known = [file for file in self._versions.get(path, []) if expected and not _contradiction(file, expected)]
+        file = known[-1] if known else self._open(path)
+        self._check(file, expected, etag)
+        self._accepted[path, etag] = file
+        return file
 
-    def _open(self, path: str, etag: str | None) -> PosixFile:
-        name, full_path = self._name(path), self._full_path(path)
-        mount = mount_of(os.path.realpath(full_path), self._mounts)
-        opened = PosixFile(full_path, name=name, mount=mount, settings=self._settings)
-        if etag is not None and opened.info.etag != etag:
-            opened.close()
-            raise ObjectChangedError(f"{name} was replaced or written to: got etag {opened.info.etag}, expected {etag}")
+    def _check(self, file: PosixFile, expected: FileIdentity | None, etag: str) -> None:
+        """Refuses a file that is not the expected one, and tells once when only its size can say so."""
+        if expected is None:
+            raise ObjectChangedError(f"{file} is not the file that the index saw: its etag {etag!r} is no local file's")
+        contradiction = _contradiction(file, expected)
+        host = os.uname().nodename
+        if contradiction is not None:
+            raise ObjectChangedError(f"{file} on host {host} was replaced or written to: it {contradiction}")
+        if file.identity.is_other_copy(expected, file.mount) and not self._has_told_of_copies:
+            self._has_told_of_copies = True
+            logger.warning(
+                "%s on host %s has the size that the index saw on another host, and another time of modification. It is "
+                "taken for this host's own copy of the same checkpoint: names and sizes are compared, contents are not",
+                file,
+                host,
+            )
+
+    def _open(self, path: str) -> PosixFile:
+        """The file that the path leads to now: a version that is known already, or a new one."""
+        full_path = self._full_path(path)
+        with os_errors_translated(full_path):
+            mount = mount_of(os.path.realpath(full_path), self._mounts)
+        opened = PosixFile(full_path, mount=mount, settings=self._settings, open_files=self._open_files)
         with self._lock:
-            if self._is_closed:
-                opened.close()
-                raise StorageError(f"{name} is read after its storage was closed")
-            current = self._files.get(path)
-            if current is not None and current.info.etag == opened.info.etag:
-                opened.close()
-                return current
-            if current is not None:
-                # Others may be reading it, or hold its mapping.
-                self._replaced.append(current)
-            self._files[path] = opened
+            versions = self._versions.setdefault(path, [])
+            if versions and not _contradiction(opened, versions[-1].identity):
+                self._open_files.discard(opened)
+                return versions[-1]
+            versions.append(opened)
             return opened
 
     def _full_path(self, path: str) -> str:
-        return os.path.join(self._folder, path)
+        return os.path.join(self._folder, path) if path else self._folder
 
-    def _name(self, path: str) -> str:
-        return f"{self.uri.rstrip('/')}/{path}" if path else self.uri
+
+def _contradiction(file: PosixFile, expected: FileIdentity) -> str | None:
+    return file.identity.contradicts(expected, file.mount)

@@ -349,23 +349,49 @@ def _enter_and_take_the_only_slot(enter):
     return entered
 
 
-def test_a_file_that_changes_while_it_is_copied_from_a_mapping(ranks, tmp_path):
+def _write_in_place(path, modified_ns):
+    """Rewrites one byte and sets the time of modification; the kernel's clock moves on in between."""
+    before = path.stat()
+    while path.stat().st_ctime_ns == before.st_ctime_ns:
+        with path.open("r+b") as stream:
+            stream.seek(-1, os.SEEK_END)
+            stream.write(b"x")
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns if modified_ns is None else modified_ns))
+
+
+def _cut_short(path, _):
+    os.truncate(path, 4096)
+
+
+@pytest.mark.parametrize(
+    ("change", "modified_ns", "message"),
+    [
+        pytest.param(_write_in_place, 1, "was modified at 1970-01-01", id="other-time"),
+        pytest.param(_write_in_place, None, "given its old time of modification back", id="old-time"),
+        pytest.param(_cut_short, None, "has 4 KiB, expected", id="cut-short"),
+    ],
+)
+@pytest.mark.parametrize("is_mapped", [True, False], ids=["mapped", "read"])
+def test_a_file_that_changes_while_it_is_copied(ranks, tmp_path, change, modified_ns, message, is_mapped):
+    """Changed after the first block was delivered: a mapping would show it, or end the process where the file is cut short."""
     folder = ranks.write(tmp_path, [[("large", "U8", (NUM_BYTES,))]])
     path = folder / "00000.safetensors"
     plan = ranks.plan(str(folder), {"large": (TensorSlice.whole((NUM_BYTES,)),)}, topology=Topology.even(1))
+    changes = iter([change])
 
     class WritingDevice(CpuDevice):
         def deliver(self, source, copies, done) -> None:
-            with path.open("r+b") as stream:
-                stream.seek(-1, os.SEEK_END)
-                stream.write(b"x")
-            os.utime(path, ns=(1, 1))
             super().deliver(source, copies, done)
+            for change_it in changes:
+                change_it(path, modified_ns)
 
-    running = ranks.prepare(plan, devices={0: WritingDevice()}, resident_paths=[path.name]).start()
-    (outcome,) = running.join()
+    devices = {0: WritingDevice()}
+    resident_paths = [path.name] if is_mapped else []
+    options = {"devices": devices, "resident_paths": resident_paths, "prefers_aligned": True, "concurrency": 1}
+    (outcome,) = ranks.prepare(plan, **options).start().join()
     assert isinstance(outcome, ObjectChangedError)
-    assert "00000.safetensors was written to while it was copied" in str(outcome)
+    assert "00000.safetensors on host" in str(outcome)
+    assert message in str(outcome)
 
 
 def test_errors_keep_their_lines(ranks, shared_plan):

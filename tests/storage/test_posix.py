@@ -15,7 +15,7 @@ from ray_streamer.errors import AccessError, ObjectChangedError, ObjectMissingEr
 from ray_streamer.extent import Extent
 from ray_streamer.settings import Settings
 from ray_streamer.storage import open_storage, residency
-from ray_streamer.storage.mounts import Mount, mount_of, parse_mount_table, read_mount_table
+from ray_streamer.storage.mounts import Mount, mount_of, read_mount_table
 from ray_streamer.storage.residency import count_cached_pages, is_page_cached, seems_page_cached
 from ray_streamer.testing.storage_suite import CONTENT, StorageContract
 
@@ -296,7 +296,7 @@ def test_a_folder_is_not_a_file(tmp_path, open_folder):
     (tmp_path / "sub").mkdir()
     storage = open_folder()
     for ask in (lambda: storage.size_and_etag("sub"), lambda: storage.is_resident("sub")):
-        with pytest.raises(StorageError, match=r"sub is not a regular file"):
+        with pytest.raises(StorageError, match=r"sub on host .* is a folder"):
             ask()
 
 
@@ -426,13 +426,22 @@ def test_close_waits_for_no_read_and_breaks_none(big, open_folder, monkeypatch):
     ],
 )
 def test_mount_of(path, kind):
-    table = r"""22 1 254:0 / / rw,relatime shared:1 - ext4 /dev/vda rw
-30 22 0:40 / /mnt/lustre rw - lustre 10.0.0.1@tcp:/fs rw
-31 22 254:1 / /mnt/my\040disk rw,noatime - xfs /dev/vdb rw
-32 22 254:2 / /mnt/twice rw - ext4 /dev/vdc rw
-33 32 0:41 / /mnt/twice rw master:2 shared:3 - nfs4 server:/export rw
-"""
-    assert mount_of(path, parse_mount_table(table)).kind == kind
+    mounts = (
+        Mount("/", "ext4"),
+        Mount("/mnt/lustre", "lustre"),
+        Mount("/mnt/my disk", "xfs"),
+        Mount("/mnt/twice", "ext4"),
+        Mount("/mnt/twice", "nfs4"),
+    )
+    assert mount_of(path, mounts).kind == kind
+
+
+def test_the_mounts_of_this_machine(tmp_path):
+    mounts = read_mount_table()
+    assert mount_of("/proc/self/status", mounts) == Mount("/proc", "proc")
+    assert mount_of(os.path.realpath(tmp_path), mounts).kind != "unknown"
+    lines = Path("/proc/self/mountinfo").read_text().splitlines()
+    assert len(mounts) == len(lines)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,133 @@
+"""Every node has its own copy of the checkpoint, or all share one: what loads, what is refused, and what is told."""
+
+from __future__ import annotations
+
+import os
+import shutil
+
+import pytest
+
+from ray_streamer.errors import ObjectChangedError
+from ray_streamer.extent import Extent
+from ray_streamer.settings import Settings
+from ray_streamer.storage import file_identity, open_storage
+from ray_streamer.storage.mounts import Mount
+
+FILES = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+LATER_NS = 7_000_000_123
+
+
+@pytest.fixture
+def etags(tmp_path):
+    """What the node that read the headers saw of its copy."""
+    (tmp_path / "first").mkdir()
+    for name in FILES:
+        (tmp_path / "first" / name).write_bytes(name.encode() * 100)
+    storage = open_storage(str(tmp_path / "first"), Settings.resolve())
+    etags = {name: storage.read_head(name, 8)[1].etag for name in FILES}
+    storage.close()
+    return etags
+
+
+@pytest.fixture
+def other_node(tmp_path, monkeypatch):
+    """A function that opens a copy as a process of another node would."""
+    opened = []
+
+    def open_copy(copy, *, kind=None, **settings):
+        copy(tmp_path / "first", tmp_path / "second")
+        monkeypatch.setattr(file_identity, "_this_machine", lambda: "other")
+        if kind is not None:
+            monkeypatch.setattr("ray_streamer.storage.posix.read_mount_table", lambda: (Mount("/", kind),))
+        opened.append(open_storage(str(tmp_path / "second"), Settings.resolve(**settings)))
+        return opened[-1]
+
+    yield open_copy
+    for storage in opened:
+        storage.close()
+
+
+def _with_times(source, target):
+    shutil.copytree(source, target)
+
+
+def _with_times_in_seconds(source, target):
+    shutil.copytree(source, target)
+    for path in target.iterdir():
+        os.utime(path, (path.stat().st_mtime_ns // 10**9,) * 2)
+
+
+def _without_times(source, target):
+    shutil.copytree(source, target, copy_function=shutil.copyfile)
+    for path in target.iterdir():
+        status = path.stat()
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + LATER_NS))
+
+
+def _linked(source, target):
+    shutil.copytree(source, target, copy_function=os.link)
+
+
+def _cut(source, target):
+    _with_times(source, target)
+    os.truncate(target / FILES[1], 99)
+
+
+def _read_all(storage, etags):
+    for name, etag in etags.items():
+        content = name.encode() * 100
+        memory = bytearray(len(content))
+        storage.read_into(name, Extent(0, len(content)), memoryview(memory), etag=etag)
+        assert memory == content
+        assert storage.view(name, etag=etag) == content
+        storage.check_unchanged(name, etag=etag)
+
+
+@pytest.mark.parametrize("copy", [_with_times, _with_times_in_seconds, _linked])
+@pytest.mark.parametrize("kind", [None, "ext4", "nfs4", "fuse.mountpoint-s3"])
+def test_copies_with_their_times_load_without_a_word(etags, other_node, caplog, copy, kind):
+    _read_all(other_node(copy, kind=kind), etags)
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("kind", ["ext4", "overlay", "tmpfs"])
+def test_copies_without_their_times_load_and_it_is_told_once(etags, other_node, caplog, kind):
+    storage = other_node(_without_times, kind=kind)
+    _read_all(storage, etags)
+    _read_all(storage, etags)
+    (record,) = caplog.records
+    message = record.getMessage()
+    assert FILES[0] in message
+    assert os.uname().nodename in message
+    assert "names and sizes are compared, contents are not" in message
+
+
+@pytest.mark.parametrize("kind", ["nfs4", "lustre", "fuse.mountpoint-s3", "unheard-of"])
+def test_another_time_on_a_shared_file_system_is_another_version(etags, other_node, kind):
+    storage = other_node(_without_times, kind=kind)
+    with pytest.raises(ObjectChangedError, match=rf"second/{FILES[0]} on host .* it was modified at .*, expected "):
+        _read_all(storage, etags)
+
+
+def test_another_size_is_another_version_everywhere(etags, other_node):
+    storage = other_node(_cut)
+    with pytest.raises(
+        ObjectChangedError, match=rf"{FILES[1]} on host .* it has 99 B, expected 3.12 KiB \(3200 bytes\)"
+    ):
+        _read_all(storage, etags)
+
+
+def test_on_the_same_machine_another_time_is_another_version(etags, tmp_path):
+    _without_times(tmp_path / "first", tmp_path / "second")
+    storage = open_storage(str(tmp_path / "second"), Settings.resolve())
+    with pytest.raises(ObjectChangedError, match="was modified at"):
+        _read_all(storage, etags)
+    storage.close()
+
+
+@pytest.mark.parametrize("etag", ["", "version-1", '"d41d8cd98f00b204e9800998ecf8427e"'])
+def test_an_etag_of_another_store_is_no_local_file(etags, tmp_path, etag):
+    storage = open_storage(str(tmp_path / "first"), Settings.resolve())
+    with pytest.raises(ObjectChangedError, match="is no local file's"):
+        storage.read_into(FILES[0], Extent(0, 1), memoryview(bytearray(1)), etag=etag)
+    storage.close()
