@@ -116,7 +116,7 @@ def _placements(index: CheckpointIndex, sizes: NDArray[np.int64]) -> tuple[tuple
     names = sorted({*kinds, "replicated", "no rule"})
     codes = [names.index(kind) for kind in kinds]
     without = np.where(index.num_dims >= 2, names.index("no rule"), names.index("replicated"))
-    matches = np.array(rules.first_matches(index.names), dtype=np.int64)
+    matches = rules.first_matches(NameKinds.of(index.names))
     tensor_codes = np.where(matches >= 0, np.array(codes)[matches], without)
     return _largest_first(_shares(names, tensor_codes, sizes)), legal_tp(index, rules, unmatched="replicate")
 

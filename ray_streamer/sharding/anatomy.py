@@ -5,29 +5,55 @@ A family says how names tell, a config how many of each there are. Meshes that s
 
 from __future__ import annotations
 
-import fnmatch
-import re
 from dataclasses import dataclass
-from functools import cache
+from operator import or_
 from typing import TYPE_CHECKING, Any, Self
 
+import numpy as np
+
 from ray_streamer.sharding.families import Family, family_or_refuse
+from ray_streamer.sharding.globs import matches_any
+from ray_streamer.sharding.name_kinds import NameKinds
+from ray_streamer.sharding.quantization import weight_of
 from ray_streamer.sharding.sizes import Sizes
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Iterable, Mapping
+
+    from numpy.typing import NDArray
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Locations:
+    """Where tensors sit; every array has one entry for each, in their order.
+
+    Attributes:
+        layers: Number of the layer; -1 outside of layers and in towers.
+        experts: Number of the one expert that the tensor belongs to; -1 when it is no expert's own.
+        is_stacked_experts: Whether the first dimension counts the experts.
+        is_before_layers: Whether the first layer needs the tensor before it; embeddings do.
+        is_after_layers: Whether the tensor follows the last layer; the head and the last norm do.
+        is_draft: Whether only multi-token prediction uses the tensor.
+        is_tower: Whether the tensor belongs to another modality's part.
+    """
+
+    layers: NDArray[np.int64]
+    experts: NDArray[np.int64]
+    is_stacked_experts: NDArray[np.bool_]
+    is_before_layers: NDArray[np.bool_]
+    is_after_layers: NDArray[np.bool_]
+    is_draft: NDArray[np.bool_]
+    is_tower: NDArray[np.bool_]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Anatomy:
     """The parts of one model.
 
-    >>> config = {"model_type": "mixtral", "num_hidden_layers": 32, "num_local_experts": 8}
-    >>> anatomy = Anatomy.of(config)
-    >>> anatomy.layer_of("model.layers.3.block_sparse_moe.experts.7.w1.weight")
-    3
-    >>> anatomy.expert_of("model.layers.3.block_sparse_moe.experts.7.w1.weight")
-    7
+    >>> anatomy = Anatomy.of({"model_type": "mixtral", "num_hidden_layers": 32, "num_local_experts": 8})
+    >>> found = anatomy.locate(NameKinds.of(("model.layers.3.block_sparse_moe.experts.7.w1.weight",)))
+    >>> found.layers.item(), found.experts.item()
+    (3, 7)
 
     Attributes:
         family: How names tell.
@@ -57,50 +83,30 @@ class Anatomy:
             num_draft_layers=sizes.draft_layers,
         )
 
-    def layer_of(self, name: str) -> int | None:
-        """The number of the layer that the tensor called `name` belongs to; None outside of layers and in towers."""
-        return None if self.is_tower(name) else _number_after(self.family.layers, name)
-
-    def expert_of(self, name: str) -> int | None:
-        """The number of the one expert that the tensor belongs to; None when it is no expert's own."""
-        return _number_after(self.family.experts, name) if self.num_experts and not self.is_tower(name) else None
-
-    def is_stacked_experts(self, name: str) -> bool:
-        """Whether the tensor's first dimension counts the experts."""
-        return bool(self.num_experts) and _any_of(self.family.stacked_experts)(name)
-
-    def is_before_layers(self, name: str) -> bool:
-        """Whether the first layer needs the tensor before it; embeddings do."""
-        return self.layer_of(name) is None and not self.is_tower(name) and _any_of(self.family.first_stage)(name)
-
-    def is_after_layers(self, name: str) -> bool:
-        """Whether the tensor follows the last layer; the head and the last norm do."""
-        return self.layer_of(name) is None and not self.is_tower(name) and _any_of(self.family.last_stage)(name)
-
-    def is_draft(self, name: str) -> bool:
-        """Whether only multi-token prediction uses the tensor."""
-        layer = self.layer_of(name) if self.num_draft_layers else None
-        return (layer is not None and layer >= self.num_layers) or _any_of(self.family.drafts)(name)
-
-    def is_tower(self, name: str) -> bool:
-        """Whether the tensor belongs to another modality's part."""
-        return _any_of(self.family.towers)(name)
+    def locate(self, names: NameKinds) -> Locations:
+        """Where each tensor sits."""
+        texts = names.texts
+        is_tower = _of_kinds(names, matches_any(self.family.towers, texts))
+        nowhere = np.full(len(names), -1, dtype=np.int64)
+        layers = np.where(is_tower, -1, names.number_after(self.family.layers))
+        experts = np.where(is_tower, -1, names.number_after(self.family.experts)) if self.num_experts else nowhere
+        is_draft = _of_kinds(names, matches_any(self.family.drafts, texts))
+        if self.num_draft_layers:
+            is_draft |= layers >= self.num_layers
+        is_free = (layers < 0) & ~is_tower
+        weights = [weight_of(kind) for kind in names.kinds]
+        stacked = matches_any(self.family.stacked_experts, texts)
+        stacked_weights = matches_any(self.family.stacked_experts, [weight or "" for weight in weights])
+        return Locations(
+            layers=layers,
+            experts=experts,
+            is_stacked_experts=_of_kinds(names, map(or_, stacked, stacked_weights)) & bool(self.num_experts),
+            is_before_layers=is_free & _of_kinds(names, matches_any(self.family.first_stage, texts)),
+            is_after_layers=is_free & _of_kinds(names, matches_any(self.family.last_stage, texts)),
+            is_draft=is_draft,
+            is_tower=is_tower,
+        )
 
 
-@cache
-def _any_of(globs: tuple[str, ...]) -> Callable[[str], bool]:
-    """Whether any glob matches; false for a name when there are none."""
-    if not globs:
-        return lambda _: False
-    matches = re.compile("|".join(map(fnmatch.translate, globs))).match
-    return lambda name: matches(name) is not None
-
-
-@cache
-def _number_pattern(component: str) -> Callable[[str], re.Match[str] | None]:
-    return re.compile(rf"(?:^|\.){re.escape(component)}\.([0-9]{{1,9}})(?:\.|$)").search
-
-
-def _number_after(component: str, name: str) -> int | None:
-    found = _number_pattern(component)(name)
-    return int(found.group(1)) if found else None
+def _of_kinds(names: NameKinds, claims: Iterable[bool]) -> NDArray[np.bool_]:
+    return names.of_kinds([*claims], dtype=bool)

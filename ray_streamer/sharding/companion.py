@@ -9,13 +9,14 @@ is refused: half of a step means nothing.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from ray_streamer.sharding.placement import Placement, Replicate, Skip
-from ray_streamer.sharding.slices import Box, TensorSlice
+from ray_streamer.sharding.tensor_slice import TensorSlice
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Sequence
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +48,24 @@ class StoredDim:
         steps, rest = divmod(edge * self.steps, self.elements)
         return None if rest else steps
 
+    def stored_range(self, indices: range, weight_size: int, stored_size: int) -> range:
+        """The stored indices of what belongs to `indices` of the weight; their edges lie between steps."""
+        start, stop = (self.edge(edge, weight_size, stored_size) for edge in (indices.start, indices.stop))
+        assert start is not None
+        assert stop is not None
+        return range(start, stop)
+
+    def torn_edge(self, ranges: Sequence[range], weight_size: int, stored_size: int) -> int | None:
+        """The first edge of `ranges` of the weight that lies inside of a step, here or in the result; None when there is none."""
+        lands = accumulate(map(len, ranges), initial=0)
+        for indices, land in zip(ranges, lands, strict=False):
+            for edge in (indices.start, indices.stop):
+                if self.edge(edge, weight_size, stored_size) is None:
+                    return edge
+            if land * self.steps % self.elements:
+                return indices.start
+        return None
+
 
 @dataclass(frozen=True, slots=True)
 class Companion(Placement):
@@ -54,8 +73,8 @@ class Companion(Placement):
 
     >>> from ray_streamer.sharding.placement import Split
     >>> scales = Companion(Split(1), (512, 1024), (StoredDim(0, 128), StoredDim(1, 128)))
-    >>> scales.slice_of((4, 8), tp_index=1, tp=2).boxes
-    (Box(starts=(0, 4), stops=(4, 8), lands=(0, 0)),)
+    >>> scales.share_of((4, 8), tp_index=1, tp=2)
+    TensorSlice(indices=((range(0, 4),), (range(4, 8),)), shape=(4, 4))
 
     Attributes:
         weight: How the weight lies.
@@ -71,55 +90,39 @@ class Companion(Placement):
         """Why the weight, or this tensor with it, cannot be placed on `tp` ranks, or None when it can."""
         if refused := self.weight.refusal(self.weight_shape, tp):
             return refused
-        held = (self.weight.slice_of(self.weight_shape, tp_index=index, tp=tp) for index in range(tp))
+        held = (self.weight.share_of(self.weight_shape, tp_index=index, tp=tp) for index in range(tp))
         refusals = (self._refusal_of(part, shape) for part in held if part is not None)
         return next((refused for refused in refusals if refused), None)
 
-    def slice_of(self, shape: tuple[int, ...], *, tp_index: int, tp: int) -> TensorSlice | None:
+    def share_of(self, shape: tuple[int, ...], *, tp_index: int, tp: int) -> TensorSlice | None:
         """What belongs to the weight's slice of the rank at `tp_index`."""
-        part = self.weight.slice_of(self.weight_shape, tp_index=tp_index, tp=tp)
+        part = self.weight.share_of(self.weight_shape, tp_index=tp_index, tp=tp)
         if part is None:
             return None
-        # Boxes of the weight that differ in dimensions only which this tensor does not count are one box of it.
-        boxes = dict.fromkeys(
-            Box(*zip(*(self._edges(dim, size, box) for dim, size in zip(self.dims, shape, strict=True)), strict=True))
-            if shape
-            else Box((), (), ())
-            for box in part.boxes
-        )
-        return TensorSlice(tuple(self._result_sizes(part, shape)), tuple(boxes))
-
-    def _edges(self, dim: StoredDim, size: int, box: Box) -> tuple[int, int, int]:
-        """Start, stop and landing index of one stored dimension; only for boxes that are not refused."""
-        if dim.weight_dim is None:
-            return 0, size, 0
-        at, whole = dim.weight_dim, self.weight_shape[dim.weight_dim]
-        start, stop = dim.edge(box.starts[at], whole, size), dim.edge(box.stops[at], whole, size)
-        assert start is not None
-        assert stop is not None
-        return start, stop, box.lands[at] * dim.steps // dim.elements
-
-    def _result_sizes(self, part: TensorSlice, shape: tuple[int, ...]) -> Iterator[int]:
-        for dim, size in zip(self.dims, shape, strict=True):
-            yield size if dim.weight_dim is None else -(-part.shape[dim.weight_dim] * dim.steps // dim.elements)
+        held = TensorSlice.whole(shape)
+        for at, (dim, size) in enumerate(zip(self.dims, shape, strict=True)):
+            if dim.weight_dim is None:
+                continue
+            whole = self.weight_shape[dim.weight_dim]
+            ranges = [dim.stored_range(indices, whole, size) for indices in part.indices[dim.weight_dim]]
+            room = -(-part.shape[dim.weight_dim] * dim.steps // dim.elements)
+            held = held.with_indices(at, ranges, size=room)
+        return held
 
     def _refusal_of(self, part: TensorSlice, shape: tuple[int, ...]) -> str | None:
         for number, (dim, size) in enumerate(zip(self.dims, shape, strict=True)):
             if dim.weight_dim is None:
                 continue
             whole = self.weight_shape[dim.weight_dim]
-            for box in part.boxes:
-                start, stop, land = (edges[dim.weight_dim] for edges in (box.starts, box.stops, box.lands))
-                if dim.uncut and (start, stop) != (0, whole):
-                    return dim.uncut
-                torn = next((edge for edge in (start, stop) if dim.edge(edge, whole, size) is None), None)
-                if torn is None and land * dim.steps % dim.elements:
-                    torn = start
-                if torn is not None:
-                    return (
-                        f"the weight is cut at index {torn} of its dimension {dim.weight_dim}, inside of the"
-                        f" {dim.elements} that dimension {number} holds together"
-                    )
+            ranges = part.indices[dim.weight_dim]
+            if dim.uncut and ranges != (range(whole),):
+                return dim.uncut
+            torn = dim.torn_edge(ranges, whole, size)
+            if torn is not None:
+                return (
+                    f"the weight is cut at index {torn} of its dimension {dim.weight_dim}, inside of the"
+                    f" {dim.elements} that dimension {number} holds together"
+                )
         return None
 
 
@@ -139,6 +142,6 @@ class Uncut(Placement):
         """Why, unless there is nothing to cut."""
         return None if tp == 1 or isinstance(self.weight, Replicate | Skip) else self.reason
 
-    def slice_of(self, shape: tuple[int, ...], *, tp_index: int, tp: int) -> TensorSlice | None:
+    def share_of(self, shape: tuple[int, ...], *, tp_index: int, tp: int) -> TensorSlice | None:
         """All of it, or nothing."""
         return None if isinstance(self.weight, Skip) else TensorSlice.whole(shape)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
 
 from ray_streamer.errors import ShardingError
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from ray_streamer.sharding.anatomy import Anatomy
 
 Experts = tuple[int, ...]
@@ -46,12 +50,6 @@ class ExpertMap:
 
     everywhere: tuple[Experts, ...]
     by_layer: Mapping[int, tuple[Experts, ...]]
-    _holders: dict[int | None, dict[int, tuple[int, ...]]] = field(init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        # Asked for every expert's every tensor, so turned around once.
-        maps = {None: self.everywhere, **self.by_layer}
-        object.__setattr__(self, "_holders", {layer: _groups_by_expert(groups) for layer, groups in maps.items()})
 
     @classmethod
     def of(cls, anatomy: Anatomy, ep: int, experts: ExpertsLike | None) -> Self:
@@ -76,21 +74,28 @@ class ExpertMap:
             raise ShardingError(f"experts names layer {unknown[0]!r}; the model has {anatomy.num_layers}")
         return cls(divide_experts(anatomy.num_experts, ep), by_layer)
 
-    def groups_in(self, layer: int | None) -> tuple[Experts, ...]:
-        """The experts of each group in `layer`."""
-        return self.everywhere if layer is None else self.by_layer.get(layer, self.everywhere)
+    def maps(self) -> list[tuple[Experts, ...]]:
+        """Every map; the first is that of layers without one of their own."""
+        return [self.everywhere, *self.by_layer.values()]
 
-    def groups_of(self, expert: int, layer: int | None) -> tuple[int, ...]:
-        """The groups that hold `expert` in `layer`, or in any layer when it has no map of its own."""
-        return self._holders[layer if layer in self.by_layer else None][expert]
+    def map_ids(self, layers: NDArray[np.int64]) -> NDArray[np.int64]:
+        """For each of the layers the position of its map in `maps`."""
+        ids = np.zeros(len(layers), dtype=np.int64)
+        for number, layer in enumerate(self.by_layer, start=1):
+            ids[layers == layer] = number
+        return ids
+
+    def holders(self) -> list[list[tuple[int, ...]]]:
+        """For each map, for each expert, the groups that hold it."""
+        return [_groups_by_expert(groups) for groups in self.maps()]
 
 
-def _groups_by_expert(groups: tuple[Experts, ...]) -> dict[int, tuple[int, ...]]:
+def _groups_by_expert(groups: tuple[Experts, ...]) -> list[tuple[int, ...]]:
     holders: dict[int, tuple[int, ...]] = {}
     for group, experts in enumerate(groups):
         for expert in experts:
             holders[expert] = (*holders.get(expert, ()), group)
-    return holders
+    return [holders[expert] for expert in range(len(holders))]
 
 
 def _checked(groups: Any, num_experts: int, ep: int, where: str) -> tuple[Experts, ...]:

@@ -4,10 +4,25 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import prod
+from typing import NamedTuple
 
 from ray_streamer.errors import SettingsError
 
 _AXES = ("tp", "pp", "dp")
+
+
+class MeshPosition(NamedTuple):
+    """What decides what a rank holds: replicas that share no experts are at the same position.
+
+    Attributes:
+        tp: Index along tp.
+        pp: Stage.
+        expert_group: Which group of experts the rank holds, or holds slices of.
+    """
+
+    tp: int
+    pp: int
+    expert_group: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,3 +110,12 @@ class Mesh:
         """Which group of experts `rank` holds, or holds slices of; 0 to ep - 1."""
         at = self.coordinate(rank)
         return (at["dp"] * self.tp + at["tp"]) // self.expert_tp % self.ep
+
+    def position(self, rank: int) -> MeshPosition:
+        """What decides what `rank` holds.
+
+        Raises:
+            SettingsError: The mesh has no such rank.
+        """
+        at = self.coordinate(rank)
+        return MeshPosition(at["tp"], at["pp"], self.expert_group(rank))

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import TYPE_CHECKING, Self
+
+import numpy as np
 
 from ray_streamer.errors import ShardingError
 from ray_streamer.wording import counted
@@ -13,8 +14,10 @@ from ray_streamer.wording import counted
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from numpy.typing import NDArray
+
     from ray_streamer.checkpoint.index import CheckpointIndex
-    from ray_streamer.sharding.anatomy import Anatomy
+    from ray_streamer.sharding.anatomy import Anatomy, Locations
 
 Stages = tuple[int, ...]
 
@@ -42,12 +45,12 @@ class Pipeline:
     """The stages of one model.
 
     Attributes:
-        anatomy: Where its tensors sit.
+        num_layers: Layers of the model itself.
         layers_of_stages: Layers that each stage holds.
         is_tied: Whether the embedding is the head, too, and so lies on the last stage as well.
     """
 
-    anatomy: Anatomy
+    num_layers: int
     layers_of_stages: tuple[int, ...]
     is_tied: bool
     _ends: tuple[int, ...] = field(init=False, repr=False)
@@ -56,14 +59,21 @@ class Pipeline:
         counts = self.layers_of_stages
         if any(not isinstance(count, int) or isinstance(count, bool) or count < 1 for count in counts):
             raise ShardingError(f"every stage needs a number of layers of at least 1, got {counts}")
-        if sum(counts) != self.anatomy.num_layers:
+        if sum(counts) != self.num_layers:
             raise ShardingError(
-                f"stages of {', '.join(map(str, counts))} layers make {sum(counts)}; the model has {self.anatomy.num_layers}"
+                f"stages of {', '.join(map(str, counts))} layers make {sum(counts)}; the model has {self.num_layers}"
             )
         object.__setattr__(self, "_ends", tuple(accumulate(counts)))
 
     @classmethod
-    def of(cls, index: CheckpointIndex, anatomy: Anatomy, pp: int, layers: Sequence[int] | None) -> Self:
+    def of(
+        cls,
+        index: CheckpointIndex,
+        anatomy: Anatomy,
+        located: Locations,
+        pp: int,
+        layers: Sequence[int] | None,
+    ) -> Self:
         """The stages of the checkpoint, with `layers` each, or as `divide_layers` says.
 
         A checkpoint without a matrix behind its layers has a tied head, whatever its config says.
@@ -71,33 +81,35 @@ class Pipeline:
         Raises:
             ShardingError: The layers cannot be divided so, or the checkpoint has no tensors in some of them.
         """
-        has_head = any(
-            num_dims >= 2 and anatomy.is_after_layers(name)
-            for name, num_dims in zip(index.names, index.num_dims.tolist(), strict=True)
-        )
-        pipeline = cls(anatomy, tuple(layers or divide_layers(anatomy.num_layers, pp)), not has_head)
-        found = {anatomy.layer_of(name) for name in index.names}
-        if absent := [layer for layer in range(anatomy.num_layers) if layer not in found]:
+        has_head = bool((located.is_after_layers & (index.num_dims >= 2)).any())
+        pipeline = cls(anatomy.num_layers, tuple(layers or divide_layers(anatomy.num_layers, pp)), not has_head)
+        found = np.unique(located.layers)
+        found = found[(found >= 0) & (found < anatomy.num_layers)]
+        if num_absent := anatomy.num_layers - len(found):
+            # The first number that is not where it would be if none were absent.
+            first = int(np.argmax(np.append(found, -1) != np.arange(len(found) + 1)))
             raise ShardingError(
-                f"{index.uri} has no tensors in {len(absent)} of its {counted(anatomy.num_layers, 'layer')}, such as layer {absent[0]}; "
+                f"{index.uri} has no tensors in {num_absent} of its {counted(anatomy.num_layers, 'layer')}, such as layer {first}; "
                 "a pipeline needs to know where every layer is"
             )
         return pipeline
 
-    def stages_of(self, name: str) -> Stages | None:
-        """The stages that hold the tensor called `name`; None for all of them.
+    def stages_of(self, located: Locations) -> tuple[list[Stages | None], NDArray[np.int64]]:
+        """Sets of stages, None for all of them, and for each tensor the position of the set that holds it.
 
         Towers of other modalities feed the embeddings and stand with them on the first stage, layers of multi-token
         prediction follow the head on the last. What is neither in a layer, nor before, nor after, is on every stage.
         """
-        first, last = 0, len(self.layers_of_stages) - 1
-        layer = self.anatomy.layer_of(name)
-        if self.anatomy.is_draft(name) or (layer is not None and layer >= self.anatomy.num_layers):
-            return (last,)
-        if layer is not None:
-            return (bisect_right(self._ends, layer),)
-        if self.anatomy.is_tower(name):
-            return (first,)
-        if self.anatomy.is_before_layers(name):
-            return tuple(sorted({first, last})) if self.is_tied else (first,)
-        return (last,) if self.anatomy.is_after_layers(name) else None
+        last = len(self.layers_of_stages) - 1
+        first_and_last, everywhere = last + 1, last + 2
+        sets: list[Stages | None] = [*((stage,) for stage in range(last + 1)), tuple(sorted({0, last})), None]
+        ends = np.array(self._ends, dtype=np.int64)
+        conditions = (
+            (located.is_draft | (located.layers >= self.num_layers), last),
+            (located.layers >= 0, np.searchsorted(ends, located.layers, side="right")),
+            (located.is_tower, 0),
+            (located.is_before_layers, first_and_last if self.is_tied else 0),
+            (located.is_after_layers, last),
+        )
+        cases = [case for case, _ in conditions]
+        return sets, np.select(cases, [np.asarray(stage) for _, stage in conditions], default=everywhere)

@@ -1,6 +1,6 @@
 """How does one tensor lie on the tp axis? Each kind of placement is a small value that answers twice.
 
-First `refusal`: why this shape cannot be placed on so many ranks, if so; then `slice_of`: the part that one of them
+First `refusal`: why this shape cannot be placed on so many ranks, if so; then `share_of`: the part that one of them
 holds. Names, dtypes and the other axes of the mesh do not appear here. Which placement a tensor has is the business of
 the rules.
 
@@ -16,7 +16,9 @@ from dataclasses import dataclass
 
 from ray_streamer.errors import ShardingError
 from ray_streamer.sharding.part import Part, as_parts, check_grain, check_parts, chunk, first_refusal, is_count
-from ray_streamer.sharding.slices import TensorSlice
+from ray_streamer.sharding.slices import TensorSlice as BoxSlice
+from ray_streamer.sharding.slices import in_boxes
+from ray_streamer.sharding.tensor_slice import TensorSlice
 
 
 class Placement(ABC):
@@ -28,8 +30,13 @@ class Placement(ABC):
         """Why a tensor of `shape` cannot be placed on `tp` ranks, or None when it can."""
         return None
 
+    def slice_of(self, shape: tuple[int, ...], *, tp_index: int, tp: int) -> BoxSlice | None:
+        """As `share_of`, in boxes."""
+        share = self.share_of(shape, tp_index=tp_index, tp=tp)
+        return None if share is None else in_boxes(share)
+
     @abstractmethod
-    def slice_of(self, shape: tuple[int, ...], *, tp_index: int, tp: int) -> TensorSlice | None:
+    def share_of(self, shape: tuple[int, ...], *, tp_index: int, tp: int) -> TensorSlice | None:
         """What the rank at `tp_index` holds of a tensor of `shape`; None when nothing.
 
         Only for shapes that `refusal` lets pass.
@@ -40,7 +47,7 @@ class Placement(ABC):
 class Replicate(Placement):
     """Every rank holds the whole tensor."""
 
-    def slice_of(self, shape: tuple[int, ...], *, tp_index: int, tp: int) -> TensorSlice:
+    def share_of(self, shape: tuple[int, ...], *, tp_index: int, tp: int) -> TensorSlice:
         """All of it."""
         return TensorSlice.whole(shape)
 
@@ -49,7 +56,7 @@ class Replicate(Placement):
 class Skip(Placement):
     """No rank holds the tensor; not a byte of it is read."""
 
-    def slice_of(self, shape: tuple[int, ...], *, tp_index: int, tp: int) -> None:
+    def share_of(self, shape: tuple[int, ...], *, tp_index: int, tp: int) -> None:
         """Nothing of it."""
 
 
@@ -57,9 +64,8 @@ class Skip(Placement):
 class Split(Placement):
     """Each rank holds a share of one dimension, an equal one unless `unit` is given.
 
-    >>> Split(0, parts=(4, 2)).slice_of((6, 8), tp_index=1, tp=2).boxes  # doctest: +NORMALIZE_WHITESPACE
-    (Box(starts=(2, 0), stops=(4, 8), lands=(0, 0)),
-     Box(starts=(5, 0), stops=(6, 8), lands=(2, 0)))
+    >>> Split(0, parts=(4, 2)).share_of((6, 8), tp_index=1, tp=2)
+    TensorSlice(indices=((range(2, 4), range(5, 6)), (range(0, 8),)), shape=(3, 8))
 
     Attributes:
         dim: Dimension of the checkpoint's tensor; negative counts from the last.
@@ -99,16 +105,16 @@ class Split(Placement):
         parts = self._parts_of(shape[dim])
         return _wrong_total(shape, dim, sum(part.size for part in parts)) or first_refusal(dim, parts, tp)
 
-    def slice_of(self, shape: tuple[int, ...], *, tp_index: int, tp: int) -> TensorSlice:
+    def share_of(self, shape: tuple[int, ...], *, tp_index: int, tp: int) -> TensorSlice:
         """The share of the rank at `tp_index`."""
         dim = self.dim % len(shape)
-        ranges: list[tuple[int, int]] = []
+        ranges: list[range] = []
         offset = 0
         for part in self._parts_of(shape[dim]):
             start, stop = part.range_of(tp_index, tp)
-            ranges.append((offset + start, offset + stop))
+            ranges.append(range(offset + start, offset + stop))
             offset += part.size
-        return TensorSlice.parts(shape, dim=dim, parts=tuple(ranges))
+        return TensorSlice.along(shape, dim, ranges)
 
     def _parts_of(self, size: int) -> tuple[Part, ...]:
         if not self.parts:
@@ -123,8 +129,8 @@ class SplitGroups(Placement):
     Each rank holds whole groups; where there are fewer groups than ranks, neighbouring ranks share a group, and its
     parts are split among them.
 
-    >>> SplitGroups(0, groups=2, parts=(2, 1, 1)).slice_of((8,), tp_index=1, tp=2).boxes
-    (Box(starts=(4,), stops=(8,), lands=(0,)),)
+    >>> SplitGroups(0, groups=2, parts=(2, 1, 1)).share_of((8,), tp_index=1, tp=2)
+    TensorSlice(indices=((range(4, 8),),), shape=(4,))
 
     Attributes:
         dim: Dimension of the checkpoint's tensor; negative counts from the last.
@@ -161,26 +167,23 @@ class SplitGroups(Placement):
             return f"dimension {dim}: {self.groups} groups of heads neither divide among nor share out over tp={tp}"
         return first_refusal(dim, as_parts(self.parts), tp // self.groups)
 
-    def slice_of(self, shape: tuple[int, ...], *, tp_index: int, tp: int) -> TensorSlice:
+    def share_of(self, shape: tuple[int, ...], *, tp_index: int, tp: int) -> TensorSlice:
         """The share of the rank at `tp_index`."""
         dim = self.dim % len(shape)
         size = self._group_size()
         if self.groups % tp:
             group, share = divmod(tp_index, tp // self.groups)
-            ranges = [
-                (start + part.range_of(share, tp // self.groups)[0], start + part.range_of(share, tp // self.groups)[1])
-                for start, part in self._starts(group * size)
-            ]
-            return TensorSlice.parts(shape, dim=dim, parts=tuple(ranges))
+            held = [(start, part.range_of(share, tp // self.groups)) for start, part in self._starts(group * size)]
+            return TensorSlice.along(shape, dim, [range(start + first, start + stop) for start, (first, stop) in held])
         mine = range(self.groups // tp * tp_index, self.groups // tp * (tp_index + 1))
         if not self.apart:
-            return TensorSlice.along(shape, dim=dim, start=mine.start * size, stop=mine.stop * size)
+            return TensorSlice.along(shape, dim, [range(mine.start * size, mine.stop * size)])
         ranges = [
-            (group * size + start, group * size + start + part.size)
+            range(group * size + start, group * size + start + part.size)
             for start, part in self._starts(0)
             for group in mine
         ]
-        return TensorSlice.parts(shape, dim=dim, parts=tuple(ranges))
+        return TensorSlice.along(shape, dim, ranges)
 
     def _group_size(self) -> int:
         return sum(part.size for part in as_parts(self.parts))
@@ -202,10 +205,10 @@ class SplitVocabulary(Placement):
     for embeddings and heads. With `pad_to`, as in vLLM 0.33, all ranks hold as many: the vocabulary is taken as
     rounded up to a multiple of `pad_to`, and what the checkpoint does not have is zero.
 
-    >>> [SplitVocabulary().slice_of((9, 4), tp_index=index, tp=4).shape for index in range(4)]
+    >>> [SplitVocabulary().share_of((9, 4), tp_index=index, tp=4).shape for index in range(4)]
     [(3, 4), (3, 4), (3, 4), (0, 4)]
-    >>> SplitVocabulary(pad_to=8).slice_of((9, 4), tp_index=2, tp=4)  # doctest: +NORMALIZE_WHITESPACE
-    TensorSlice(shape=(4, 4), boxes=(Box(starts=(8, 0), stops=(9, 4), lands=(0, 0)),))
+    >>> SplitVocabulary(pad_to=8).share_of((9, 4), tp_index=2, tp=4)
+    TensorSlice(indices=((range(8, 9),), (range(0, 4),)), shape=(4, 4))
 
     Raises:
         ShardingError: A number is out of range.
@@ -228,12 +231,12 @@ class SplitVocabulary(Placement):
             return f"dimension {self.dim % len(shape)}: {padded} indices with padding do not divide among tp={tp}"
         return None
 
-    def slice_of(self, shape: tuple[int, ...], *, tp_index: int, tp: int) -> TensorSlice:
+    def share_of(self, shape: tuple[int, ...], *, tp_index: int, tp: int) -> TensorSlice:
         """The chunk of the rank at `tp_index`."""
         dim = self.dim % len(shape)
         start, stop = chunk(self._padded(shape[dim]), 1, tp_index, tp)
-        rows = TensorSlice.along(shape, dim=dim, start=min(start, shape[dim]), stop=min(stop, shape[dim]))
-        return TensorSlice(tuple(stop - start if axis == dim else size for axis, size in enumerate(shape)), rows.boxes)
+        held = range(min(start, shape[dim]), min(stop, shape[dim]))
+        return TensorSlice.along(shape, dim, [held], size=stop - start)
 
     def _padded(self, size: int) -> int:
         return size if self.pad_to is None else -(-size // self.pad_to) * self.pad_to

@@ -42,120 +42,97 @@ _APPENDED = (
 _UNDER = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
 
 
-class PartOfWeight(NamedTuple):
-    """How a tensor is stored that lies as its weight does: the position of the weight's rule, and the form."""
+@dataclass(frozen=True, slots=True, eq=False)
+class QuantizedWeights:
+    """The tensors that hold quantized weights, each as part of one; one row for each part.
 
-    rule_id: int
-    form: StoredForm
+    Attributes:
+        tensors: Position in the index.
+        weight_ids: Which weight the tensor is a part of.
+        form_ids: Position in `forms`.
+        is_packed: Whether the tensor bears the weight's name and is not the weight element by element.
+        forms: How parts hold their weights.
+        wholes: For each weight the position of the tensor that bears its name; -1 where none does.
+    """
+
+    tensors: NDArray[np.int64]
+    weight_ids: NDArray[np.int64]
+    form_ids: NDArray[np.int64]
+    is_packed: NDArray[np.bool_]
+    forms: tuple[StoredForm, ...]
+    wholes: NDArray[np.int64]
+
+    def forms_by_tensor(self, num_tensors: int) -> NDArray[np.int64]:
+        """For each tensor of the index the position of its form in `forms`; -1 for those of no quantized weight."""
+        form_ids = np.full(num_tensors, -1, dtype=np.int64)
+        form_ids[self.tensors] = self.form_ids
+        return form_ids
+
+    def lend_rules(
+        self, rules: ShardRules, names: NameKinds, rule_ids: NDArray[np.int64]
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Gives parts the rule of their weight, where they have none of their own or are packed.
+
+        Args:
+            rules: Which placement each name has.
+            names: Of the tensors of the index.
+            rule_ids: For each tensor the position of the rule that places it by its own name; -1 where none does.
+
+        Returns:
+            The same with rules lent, and for each tensor the form in which it lies as its weight; -1 where it lies by itself.
+        """
+        lent, form_ids = rule_ids.copy(), np.full(len(rule_ids), -1, dtype=np.int64)
+        if not len(self.tensors):
+            return lent, form_ids
+        rules_of_weights = np.where(self.wholes >= 0, rule_ids[self.wholes], -1)
+        self._match_unnamed(rules, names, rules_of_weights)
+        part_rules = rules_of_weights[self.weight_ids]
+        takes = (part_rules >= 0) & ((rule_ids[self.tensors] < 0) | self.is_packed)
+        lent[self.tensors[takes]] = part_rules[takes]
+        form_ids[self.tensors[takes]] = self.form_ids[takes]
+        return lent, form_ids
+
+    def _match_unnamed(self, rules: ShardRules, names: NameKinds, rules_of_weights: NDArray[np.int64]) -> None:
+        """Fills in the rules of weights whose name no tensor bears."""
+        unnamed = np.flatnonzero(self.wholes < 0)
+        if not len(unnamed):
+            return
+        examples = np.empty(len(self.wholes), dtype=np.int64)
+        examples[self.weight_ids] = self.tensors
+        of_weights = [weight_of(take_apart(names.names[tensor])[0]) or "" for tensor in examples[unnamed].tolist()]
+        rules_of_weights[unnamed] = rules.first_matches(NameKinds.of(of_weights))
 
 
-def parts_of_weights(index: CheckpointIndex, rules: ShardRules, rule_ids: list[int]) -> dict[int, PartOfWeight]:
-    """The tensors of quantized weights to which no rule gives their place as they are stored.
+def find_quantized(index: CheckpointIndex, names: NameKinds) -> QuantizedWeights:
+    """The quantized weights of a checkpoint; `names` are those of its tensors."""
+    weights: dict[Components, int] = {}
+    parts: dict[str, int] = {WHOLE: 0}
+    as_part = [_split(kind) for kind in names.kinds]
+    for found in filter(None, as_part):
+        weights.setdefault(found[0], len(weights))
+        parts.setdefault(found[1], len(parts))
+    roles = [
+        (kind_id, weights[found[0]], parts[found[1]], found[2]) for kind_id, found in enumerate(as_part) if found
+    ] + [(kind_id, weights[kind], 0, ()) for kind_id, kind in enumerate(names.kinds) if kind in weights]
+    tensors, kind_of_weight, part_ids, numbers = _rows_of_roles(names, roles)
+    instances = distinct_rows([kind_of_weight, *numbers.T])
+    tensor_of = np.full((len(instances.firsts), len(parts)), -1, dtype=np.int64)
+    tensor_of[instances.ids, part_ids] = tensors
+    is_held = (tensor_of[:, [number for part, number in parts.items() if part in HOLDERS]] >= 0).any(axis=1)
+    return _with_forms(index, tensor_of[is_held], [*parts])
 
-    Args:
-        index: The checkpoint's tensors.
-        rules: Which placement each name has.
-        rule_ids: For each tensor the position of the rule that places it by its own name; -1 where none does.
+
+def _rows_of_roles(
+    names: NameKinds, roles: list[tuple[int, int, int, tuple[int, ...]]]
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """One row for each tensor of each role (kind of name, kind of weight, part, further numbers), parts first.
 
     Returns:
-        Position in the index -> rule and form, for every tensor without a rule whose weight has one, and for weights with
-        a rule whose elements are packed.
+        Tensor, kind of weight, part, and the weight's numbers padded with -1.
     """
-    if not _may_be_quantized(index, rule_ids):
-        return {}
-    weights = _weights(index)
-    unnamed = tuple(weight for weight, parts in weights.items() if WHOLE not in parts)
-    rule_of_unnamed = dict(zip(unnamed, rules.first_matches(unnamed), strict=True))
-    found: dict[int, PartOfWeight] = {}
-    for weight, parts, forms in _forms(index, weights):
-        whole = parts.get(WHOLE)
-        rule_id = rule_of_unnamed[weight] if whole is None else rule_ids[whole]
-        if rule_id < 0:
-            continue
-        for part, tensor in parts.items():
-            if rule_ids[tensor] < 0 or (tensor == whole and forms.is_packed):
-                found[tensor] = PartOfWeight(rule_id, forms.of_parts[part])
-    return found
 
 
-def stored_forms(index: CheckpointIndex) -> dict[int, StoredForm]:
-    """How the tensors of quantized weights hold them: position in the index -> form, without those of any other tensor."""
-    found = _forms(index, _weights(index))
-    return {tensor: forms.of_parts[part] for _, parts, forms in found for part, tensor in parts.items()}
-
-
-def weight_of(name: str) -> str | None:
-    """The weight, as rules call it, that a tensor of this name would be a part of; None when it is none by its name."""
-    found = _split(name)
-    return None if found is None else found[0]
-
-
-def _may_be_quantized(index: CheckpointIndex, rule_ids: list[int]) -> bool:
-    """Whether a name without a rule looks like a part of a weight, or a weight may be packed in bytes."""
-    if (index.dtype_codes == DTYPE_CODES["U8"]).any():
-        return True
-    return any(rule_id < 0 and _split(name) for name, rule_id in zip(index.names, rule_ids, strict=True))
-
-
-def _split(name: str) -> tuple[str, str] | None:
-    """The weight, as rules call it, and the part that the tensor called `name` would be of it; None for no part.
-
-    >>> _split("q_proj.qzeros"), _split("q_proj.weight_scale_inv"), _split("q_proj.weight")
-    (('q_proj.weight', 'qzeros'), ('q_proj.weight', 'scale_inv'), None)
-    """
-    owner, dot, last = name.rpartition(".")
-    found = _split_last(last)
-    if found is not None:
-        weight_last, part = found
-        return f"{owner}{dot}{weight_last}" if weight_last else owner, part
-    owner, found_state, _ = name.partition(".quant_state.")
-    return (owner, "quant_state") if found_state else None
-
-
-@cache
-def _split_last(last: str) -> tuple[str, str] | None:
-    """The same for the last component of a name; an empty one of the weight's name when the weight's whole name comes before."""
-    if last in _BESIDE:
-        return "weight", last
-    if last in _UNDER:
-        return "", last
-    part = max((part for part in _APPENDED if last.endswith(f"_{part}")), key=len, default=None)
-    return (last[: -len(part) - 1], part) if part else None
-
-
-def _weights(index: CheckpointIndex) -> dict[str, dict[str, int]]:
-    """Weight, as rules call it -> part -> position, for every weight of more than one part or of a part only."""
-    weights: dict[str, dict[str, int]] = {}
-    for tensor, name in enumerate(index.names):
-        if found := _split(name):
-            weight, part = found
-            weights.setdefault(weight, {})[part] = tensor
-    for weight, parts in weights.items():
-        if (tensor := index.find(weight)) is not None:
-            parts[WHOLE] = tensor
-    return {weight: parts for weight, parts in weights.items() if not HOLDERS.isdisjoint(parts)}
-
-
-class _Forms(NamedTuple):
-    """The forms of a weight's parts, and whether the tensor that bears its name is not the weight element by element."""
-
-    of_parts: dict[str, StoredForm]
-    is_packed: bool
-
-
-def _forms(index: CheckpointIndex, weights: dict[str, dict[str, int]]) -> Iterator[tuple[str, dict[str, int], _Forms]]:
-    """Each weight with its parts' forms; weights whose parts are alike share them."""
-    hints = QuantizationHints.of(index.config)
-    stored = list(
-        zip(index.dtype_codes.tolist(), index.num_dims.tolist(), map(tuple, index.shapes.tolist()), strict=True)
-    )
-    known: dict[tuple[object, ...], _Forms] = {}
-    for weight, parts in weights.items():
-        alike = (*parts, *map(stored.__getitem__, parts.values()))
-        if alike not in known:
-            described = {
-                part: StoredPart(index.dtype_of(tensor).name, index.shape_of(tensor)) for part, tensor in parts.items()
-            }
-            forms = forms_of(described, hints)
-            known[alike] = _Forms(forms, WHOLE in forms and not forms[WHOLE].is_plain)
-        yield weight, parts, known[alike]
+def weight_of(kind: Components) -> str | None:
+    """The weight, as rules call it, that a tensor of this kind of name would be a part of; None when it is none by its name."""
+    found = _split(kind)
+    return None if found is None else as_text(found[0])

@@ -5,21 +5,30 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from ray_streamer.errors import ShardingError
 from ray_streamer.sharding.anatomy import Anatomy
+from ray_streamer.sharding.distinct_rows import distinct_rows
 from ray_streamer.sharding.experts import ExpertMap
 from ray_streamer.sharding.pipeline import Pipeline
-from ray_streamer.sharding.quantization import weight_of
+from ray_streamer.sharding.tensor_slice import runs_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from numpy.typing import NDArray
+
     from ray_streamer.checkpoint.index import CheckpointIndex
+    from ray_streamer.sharding.anatomy import Locations
     from ray_streamer.sharding.experts import Experts, ExpertsLike
-    from ray_streamer.sharding.mesh import Mesh
+    from ray_streamer.sharding.mesh import Mesh, MeshPosition
+    from ray_streamer.sharding.name_kinds import NameKinds
     from ray_streamer.sharding.pipeline import Stages
     from ray_streamer.sharding.placement import Placement
-    from ray_streamer.sharding.slices import SlicePattern, TensorSlice
+    from ray_streamer.sharding.slices import SlicePattern
+    from ray_streamer.sharding.slices import TensorSlice as BoxSlice
+    from ray_streamer.sharding.tensor_slice import TensorSlice
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,25 +57,33 @@ class Residence:
         if not shape or shape[0] != num_experts:
             return f"its first dimension should count {num_experts} experts"
         for index in range(mesh.expert_tp):
-            part = placement.slice_of(shape, tp_index=index, tp=mesh.expert_tp)
-            if part is not None and any((box.starts[0], box.stops[0]) != (0, shape[0]) for box in part.boxes):
+            part = placement.share_of(shape, tp_index=index, tp=mesh.expert_tp)
+            if part is not None and part.indices[0] != (range(shape[0]),):
                 return "its first dimension counts experts, which ep divides; its rule divides them again"
         return None
 
-    def pattern(self, shares: Sequence[TensorSlice | None], mesh: Mesh) -> SlicePattern:
-        """What each rank of the mesh holds, given the share of each tp index among `tp` of them."""
-        return tuple(self._slice_of(rank, shares, mesh) for rank in range(mesh.num_ranks))
+    def holds(self, at: MeshPosition) -> bool:
+        """Whether ranks at this position hold any of it."""
+        if self.stages is not None and at.pp not in self.stages:
+            return False
+        return self.groups is None or at.expert_group in self.groups
 
-    def _slice_of(self, rank: int, shares: Sequence[TensorSlice | None], mesh: Mesh) -> TensorSlice | None:
-        at = mesh.coordinate(rank)
-        if self.stages is not None and at["pp"] not in self.stages:
-            return None
-        share = shares[at["tp"] % len(shares)]
-        if self.groups is not None:
-            return share if mesh.expert_group(rank) in self.groups else None
-        if self.experts is not None and share is not None:
-            return share.rows(self.experts[mesh.expert_group(rank)])
-        return share
+    def slice_of(self, share: TensorSlice, at: MeshPosition) -> TensorSlice:
+        """What ranks at this position hold, given the share of their tp index; `holds` says that they do."""
+        if self.experts is None:
+            return share
+        rows = self.experts[at.expert_group]
+        return share.with_indices(0, runs_of(rows))
+
+    def pattern(self, shares: Sequence[BoxSlice | None], mesh: Mesh) -> SlicePattern:
+        """What each rank of the mesh holds, given the share of each tp index among `tp` of them."""
+        slices: list[BoxSlice | None] = []
+        for rank in range(mesh.num_ranks):
+            at = mesh.position(rank)
+            share = shares[at.tp % len(shares)] if self.holds(at) else None
+            is_stacked = self.experts is not None and share is not None
+            slices.append(share.rows(self.experts[at.expert_group]) if is_stacked else share)  # type: ignore[union-attr,index]
+        return tuple(slices)
 
 
 EVERYWHERE = Residence()
@@ -74,39 +91,68 @@ EVERYWHERE = Residence()
 
 def find_residences(
     index: CheckpointIndex,
+    names: NameKinds,
     mesh: Mesh,
     *,
     stage_layers: Sequence[int] | None = None,
     experts: ExpertsLike | None = None,
-) -> list[Residence]:
-    """Where each tensor of the checkpoint may lie; equal residences are one object.
+) -> tuple[list[Residence], NDArray[np.int64]]:
+    """Residences, and for each tensor of the checkpoint the position of its own.
+
+    Args:
+        index: The checkpoint's tensors.
+        names: Their names.
+        mesh: The grid of ranks.
+        stage_layers: Layers of each stage; `divide_layers` says when unset.
+        experts: Experts of each group, for all layers or by layer; `divide_experts` says when unset.
 
     Raises:
         ShardingError: The config's family is not known, layers or experts do not divide so, or the checkpoint lacks some.
     """
     if mesh.pp == mesh.ep == 1:
-        return [EVERYWHERE] * len(index)
+        return [EVERYWHERE], np.zeros(len(index), dtype=np.int64)
     try:
         anatomy = Anatomy.of(index.config or {})
     except ShardingError as error:
         raise ShardingError(
             f"{index.uri}: pp={mesh.pp} and ep={mesh.ep} need to know which tensor is in which layer and expert: {error}"
         ) from error
-    pipeline = Pipeline.of(index, anatomy, mesh.pp, stage_layers) if mesh.pp > 1 else None
-    expert_map = ExpertMap.of(anatomy, mesh.ep, experts) if mesh.ep > 1 else None
-    known: dict[Residence, Residence] = {}
-    residences = [_residence_of(name, anatomy, pipeline, expert_map) for name in index.names]
-    return [known.setdefault(residence, residence) for residence in residences]
+    located = anatomy.locate(names)
+    nowhere = np.full(len(index), -1, dtype=np.int64)
+    sets, stages = [], nowhere
+    if mesh.pp > 1:
+        sets, stages = Pipeline.of(index, anatomy, located, mesh.pp, stage_layers).stages_of(located)
+    groups, group_ids, stacked, stacked_ids = [], nowhere, [], nowhere
+    if mesh.ep > 1:
+        expert_map = ExpertMap.of(anatomy, mesh.ep, experts)
+        stacked, map_ids = expert_map.maps(), expert_map.map_ids(located.layers)
+        stacked_ids = np.where(located.is_stacked_experts & (located.experts < 0), map_ids, -1)
+        _check_experts(index, anatomy, located)
+        groups, group_ids = _groups_of_experts(expert_map, map_ids, located.experts)
+    rows = distinct_rows([stages, group_ids, stacked_ids])
+    residences = [
+        Residence(
+            stages=sets[stage] if stage >= 0 else None,
+            groups=groups[group] if group >= 0 else None,
+            experts=stacked[number] if number >= 0 else None,
+        )
+        for stage, group, number in rows.values()
+    ]
+    return residences, rows.ids
 
 
-def _residence_of(name: str, anatomy: Anatomy, pipeline: Pipeline | None, expert_map: ExpertMap | None) -> Residence:
-    stages = None if pipeline is None else pipeline.stages_of(name)
-    if expert_map is None:
-        return Residence(stages)
-    layer, expert = anatomy.layer_of(name), anatomy.expert_of(name)
-    if expert is not None:
-        if expert >= anatomy.num_experts:
-            raise ShardingError(f"{name} is of expert {expert}; config.json names {anatomy.num_experts} experts")
-        return Residence(stages, groups=expert_map.groups_of(expert, layer))
-    is_stacked = anatomy.is_stacked_experts(name) or anatomy.is_stacked_experts(weight_of(name) or "")
-    return Residence(stages, experts=expert_map.groups_in(layer) if is_stacked else None)
+def _check_experts(index: CheckpointIndex, anatomy: Anatomy, located: Locations) -> None:
+    beyond = np.flatnonzero(located.experts >= anatomy.num_experts)
+    if len(beyond):
+        name, expert = index.names[beyond[0]], located.experts[beyond[0]]
+        raise ShardingError(f"{name} is of expert {expert}; config.json names {anatomy.num_experts} experts")
+
+
+def _groups_of_experts(
+    expert_map: ExpertMap, map_ids: NDArray[np.int64], experts: NDArray[np.int64]
+) -> tuple[list[tuple[int, ...]], NDArray[np.int64]]:
+    """Sets of groups, and for each tensor the position of the set that holds its expert; -1 where it is no expert's own."""
+    ids: dict[tuple[int, ...], int] = {}
+    by_map = [[ids.setdefault(groups, len(ids)) for groups in holders] for holders in expert_map.holders()]
+    found = np.array(by_map, dtype=np.int64)[map_ids, np.maximum(experts, 0)]
+    return list(ids), np.where(experts < 0, -1, found)

@@ -1,34 +1,26 @@
-"""Which placement has a tensor of this name? Ordered globs, the first that matches decides.
-
-Real checkpoints have up to 92,000 names, but few kinds of them: names differ in layer and expert numbers only. So a
-name is looked up by its kind, the name with those numbers levelled, and only globs that speak of particular numbers see
-every name.
-"""
+"""Which placement has a tensor of this name? Ordered globs, the first that matches decides."""
 
 from __future__ import annotations
 
-import fnmatch
 import logging
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from ray_streamer.errors import ShardingError
 from ray_streamer.sharding.families import family_of
+from ray_streamer.sharding.globs import first_matches
+from ray_streamer.sharding.name_kinds import NameKinds
 from ray_streamer.sharding.placement import Placement
 from ray_streamer.sharding.presets import Layout, preset_for
 from ray_streamer.sharding.tp_plan import rules_of_plan
 from ray_streamer.wording import brief
 
-_Matcher = Callable[[str], object]
-"""Something true when the name matches."""
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 logger = logging.getLogger(__name__)
-
-_NUMBER_IN_NAME = re.compile(r"\.[0-9]+(?=\.)")
-_NUMBER_IN_GLOB = re.compile(r"(?:^|[.*])[0-9]+(?:[.*]|$)|[?\[]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,20 +138,12 @@ class ShardRules:
 
     def placement_of(self, name: str) -> Placement | None:
         """How the tensor called `name` lies; None when no rule matches."""
-        (position,) = self.first_matches((name,))
+        (position,) = self.first_matches(NameKinds.of((name,)))
         return None if position < 0 else self.rules[position].placement
 
-    def first_matches(self, names: Sequence[str]) -> list[int]:
+    def first_matches(self, names: NameKinds) -> NDArray[np.int64]:
         """For each name the position of the rule that places it, -1 where none does."""
-        matchers = [(position, _matcher(rule.glob)) for position, rule in enumerate(self.rules)]
-        of_kinds = [matcher for matcher, rule in zip(matchers, self.rules, strict=True) if not _is_numbered(rule.glob)]
-        of_names = [matcher for matcher, rule in zip(matchers, self.rules, strict=True) if _is_numbered(rule.glob)]
-        kinds = [_NUMBER_IN_NAME.sub(".0", name) for name in names]
-        by_kind = {kind: _first(of_kinds, kind) for kind in dict.fromkeys(kinds)}
-        matches = [by_kind[kind] for kind in kinds]
-        if of_names:
-            matches = [_earlier(match, _first(of_names, name)) for match, name in zip(matches, names, strict=True)]
-        return matches
+        return first_matches([rule.glob for rule in self.rules], names)
 
 
 def _rules_of(rules: RulesLike, *, optional: bool) -> Iterator[Rule]:
@@ -174,28 +158,3 @@ def _rules_of(rules: RulesLike, *, optional: bool) -> Iterator[Rule]:
                 yield Rule(glob, placement, optional)
             case _:
                 raise ShardingError(f'a rule is a pair such as ("*.q_proj.weight", Split(0)), got {entry!r}')
-
-
-@cache
-def _matcher(glob: str) -> _Matcher:
-    matches = re.compile(fnmatch.translate(glob)).match
-    # What stands in the glob as it is must stand in the name, which costs a tenth of a match to see.
-    literal = max(re.split(r"[*?]", glob.partition("[")[0]), key=len)
-    return lambda name: literal in name and matches(name)
-
-
-def _is_numbered(glob: str) -> bool:
-    """Whether a number between two dots of a name may decide the match; if not, only `*` can cover such a number.
-
-    A digit of the glob belongs to such a number only if no letter is its run's neighbour: `layers.3.*` and `layers.1*`
-    are numbered, `*.w1.weight` is not.
-    """
-    return _NUMBER_IN_GLOB.search(glob) is not None
-
-
-def _first(matchers: list[tuple[int, _Matcher]], name: str) -> int:
-    return next((position for position, matches in matchers if matches(name)), -1)
-
-
-def _earlier(position: int, other: int) -> int:
-    return min(position, other) if position >= 0 and other >= 0 else max(position, other)

@@ -8,6 +8,7 @@ slice per rank) and one pattern number per tensor. Planning and streaming know n
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import accumulate, product
 from math import prod
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
     from ray_streamer.checkpoint.index import CheckpointIndex
     from ray_streamer.sharding.result_table import ResultTable
+    from ray_streamer.sharding.tensor_slice import TensorSlice as RangeSlice
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +126,16 @@ def _runs(rows: Sequence[int]) -> list[tuple[int, int, int]]:
         else:
             runs.append((position, row, row + 1))
     return runs
+
+
+def in_boxes(share: RangeSlice) -> TensorSlice:
+    """The same slice, box by box."""
+    boxes: list[Box] = []
+    placed = [list(zip(held, accumulate(map(len, held), initial=0), strict=False)) for held in share.indices]
+    for box in product(*placed):
+        starts, stops = (tuple(getattr(held, edge) for held, _ in box) for edge in ("start", "stop"))
+        boxes.append(Box(starts, stops, tuple(land for _, land in box)))
+    return TensorSlice(share.shape, tuple(boxes))
 
 
 SlicePattern = tuple[TensorSlice | None, ...]

@@ -1,0 +1,68 @@
+"""Which of several globs is the first that matches a name? Asked of kinds of names; of names where a number may decide.
+
+Globs are those of `fnmatch`: `*` crosses dots, and case matters.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Callable
+from functools import cache
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from numpy.typing import NDArray
+
+    from ray_streamer.sharding.name_kinds import NameKinds
+
+_Matcher = Callable[[str], object]
+"""Something true when the name matches."""
+
+_NUMBER_IN_GLOB = re.compile(r"(?:^|[.*])[0-9]+(?:[.*]|$)|[?\[]")
+
+
+def first_matches(globs: Sequence[str], names: NameKinds) -> NDArray[np.int64]:
+    """For each name the position of the first glob that matches it, -1 where none does."""
+    matchers = [(position, matcher(glob), is_numbered(glob)) for position, glob in enumerate(globs)]
+    of_kinds = [(position, matches) for position, matches, numbered in matchers if not numbered]
+    found = names.of_kinds([_first(of_kinds, text) for text in names.texts])
+    last = len(globs)
+    found[found < 0] = last
+    for position, matches in ((position, matches) for position, matches, numbered in matchers if numbered):
+        hits = [at for at, name in enumerate(names.names) if matches(name)]
+        found[hits] = np.minimum(found[hits], position)
+    found[found == last] = -1
+    return found
+
+
+def matches_any(globs: Iterable[str], names: Sequence[str]) -> list[bool]:
+    """Whether any glob matches, for each name."""
+    matchers = [matcher(glob) for glob in globs]
+    return [any(matches(name) for matches in matchers) for name in names]
+
+
+@cache
+def matcher(glob: str) -> _Matcher:
+    """What tells whether a name matches the glob."""
+    matches = re.compile(fnmatch.translate(glob)).match
+    # What stands in the glob as it is must stand in the name, which costs a tenth of a match to see.
+    literal = max(re.split(r"[*?]", glob.partition("[")[0]), key=len)
+    return lambda name: literal in name and matches(name)
+
+
+def is_numbered(glob: str) -> bool:
+    """Whether a number that is a component of a name may decide the match; if not, only `*` can cover such a number.
+
+    A digit of the glob belongs to such a number only if no letter is its run's neighbour: `layers.3.*` and `layers.1*`
+    are numbered, `*.w1.weight` is not.
+    """
+    return _NUMBER_IN_GLOB.search(glob) is not None
+
+
+def _first(matchers: list[tuple[int, _Matcher]], name: str) -> int:
+    return next((position for position, matches in matchers if matches(name)), -1)
