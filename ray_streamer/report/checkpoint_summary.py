@@ -10,6 +10,7 @@ import numpy as np
 from ray_streamer.dtypes import DTYPES
 from ray_streamer.errors import ShardingError
 from ray_streamer.sharding import Replicate, ShardRules, Skip, Split, SplitVocabulary, legal_tp
+from ray_streamer.sharding.name_kinds import NameKinds
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

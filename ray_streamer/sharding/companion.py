@@ -48,6 +48,10 @@ class StoredDim:
         steps, rest = divmod(edge * self.steps, self.elements)
         return None if rest else steps
 
+    def num_steps(self, weight_size: int) -> int:
+        """Stored indices for so many of the weight's."""
+        return -(-weight_size * self.steps // self.elements)
+
     def stored_range(self, indices: range, weight_size: int, stored_size: int) -> range:
         """The stored indices of what belongs to `indices` of the weight; their edges lie between steps."""
         start, stop = (self.edge(edge, weight_size, stored_size) for edge in (indices.start, indices.stop))
@@ -105,8 +109,7 @@ class Companion(Placement):
                 continue
             whole = self.weight_shape[dim.weight_dim]
             ranges = [dim.stored_range(indices, whole, size) for indices in part.indices[dim.weight_dim]]
-            room = -(-part.shape[dim.weight_dim] * dim.steps // dim.elements)
-            held = held.with_indices(at, ranges, size=room)
+            held = held.with_indices(at, ranges, size=dim.num_steps(part.shape[dim.weight_dim]))
         return held
 
     def _refusal_of(self, part: TensorSlice, shape: tuple[int, ...]) -> str | None:
@@ -114,6 +117,8 @@ class Companion(Placement):
             if dim.weight_dim is None:
                 continue
             whole = self.weight_shape[dim.weight_dim]
+            if dim.num_steps(whole) != size:
+                return f"dimension {number} has {size} indices, and {whole} of the weight take {dim.num_steps(whole)}"
             ranges = part.indices[dim.weight_dim]
             if dim.uncut and ranges != (range(whole),):
                 return dim.uncut

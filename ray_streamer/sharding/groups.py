@@ -7,15 +7,16 @@ decide nothing and tensors that have none are listed together.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 
 from ray_streamer.dtypes import DTYPES, DType
 from ray_streamer.errors import SettingsError, ShardingError
+from ray_streamer.sharding.distinct_rows import distinct_rows
 from ray_streamer.sharding.placement import Placement, Replicate, Skip
-from ray_streamer.sharding.quantization import parts_of_weights
+from ray_streamer.sharding.quantization import find_quantized
 from ray_streamer.wording import printable
 
 if TYPE_CHECKING:
@@ -24,11 +25,12 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from ray_streamer.checkpoint.index import CheckpointIndex
-    from ray_streamer.sharding.mesh import Mesh
+    from ray_streamer.sharding.mesh import Mesh, MeshPosition
+    from ray_streamer.sharding.name_kinds import NameKinds
+    from ray_streamer.sharding.quantization import QuantizedWeights
     from ray_streamer.sharding.residence import Residence
     from ray_streamer.sharding.rules import ShardRules
-    from ray_streamer.sharding.slices import SlicePattern
-    from ray_streamer.sharding.stored_form import StoredForm
+    from ray_streamer.sharding.tensor_slice import TensorSlice
 
 Unmatched = Literal["error", "replicate"]
 
@@ -44,14 +46,16 @@ class TensorGroup:
         shape: Logical elements.
         dtype: As their headers say.
         residence: Which ranks may hold them.
-        tensors: Their positions in the index.
+        example: Position in the index of the first of them.
+        num_tensors: How many there are.
     """
 
     placement: Placement
     shape: tuple[int, ...]
     dtype: DType
     residence: Residence
-    tensors: list[int] = field(default_factory=list[int])
+    example: int = 0
+    num_tensors: int = 1
 
     def refusal(self, mesh: Mesh) -> str | None:
         """Why these tensors cannot be placed on `mesh`, or None when they can."""
@@ -59,81 +63,93 @@ class TensorGroup:
         refused = self.placement.refusal(self.shape, tp) or self._torn_byte(tp)
         return refused or self.residence.refusal(self.placement, self.shape, mesh)
 
-    def pattern(self, mesh: Mesh) -> SlicePattern:
-        """One slice for each rank of `mesh`."""
-        return self.residence.pattern(self._shares(self.residence.tp(mesh)), mesh)
-
-    def _shares(self, tp: int) -> SlicePattern:
-        return tuple(self.placement.slice_of(self.shape, tp_index=index, tp=tp) for index in range(tp))
+    def slice_of(self, mesh: Mesh, at: MeshPosition) -> TensorSlice | None:
+        """What ranks at this position of `mesh` hold; None when nothing."""
+        if not self.residence.holds(at):
+            return None
+        tp = self.residence.tp(mesh)
+        share = self.placement.share_of(self.shape, tp_index=at.tp % tp, tp=tp)
+        return None if share is None else self.residence.slice_of(share, at)
 
     def _torn_byte(self, tp: int) -> str | None:
         """Storage moves whole bytes, so a row of a dtype narrower than a byte may be cut at whole bytes only."""
         if self.dtype.num_bits % 8 == 0 or not self.shape:
             return None
-        for box in (box for part in self._shares(tp) if part for box in part.boxes):
-            for edge in (box.starts[-1], box.stops[-1]):
+        shares = (self.placement.share_of(self.shape, tp_index=index, tp=tp) for index in range(tp))
+        for held in (held for share in shares if share for held in share.indices[-1]):
+            for edge in (held.start, held.stop):
                 if edge * self.dtype.num_bits % 8:
                     return f"element {edge} of the last dimension begins inside a byte of packed {self.dtype.name}"
         return None
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class TensorGroups:
+    """All tensors of a checkpoint by group.
+
+    Attributes:
+        groups: In order of their first tensors.
+        ids: For each tensor the position of its group; int64.
+        quantized: The weights that are stored in several tensors.
+    """
+
+    groups: tuple[TensorGroup, ...]
+    ids: NDArray[np.int64]
+    quantized: QuantizedWeights
+
+
 def group_tensors(
-    index: CheckpointIndex, rules: ShardRules, residences: Sequence[Residence], unmatched: Unmatched
-) -> tuple[list[TensorGroup], NDArray[np.int64]]:
-    """The groups, and for each tensor the position of its group.
+    index: CheckpointIndex,
+    names: NameKinds,
+    rules: ShardRules,
+    residences: Sequence[Residence],
+    residence_ids: NDArray[np.int64],
+    unmatched: Unmatched,
+) -> TensorGroups:
+    """The groups of all tensors.
 
     Args:
         index: The checkpoint's tensors.
+        names: Their names.
         rules: Which placement each name has.
-        residences: Of each tensor; equal ones are one object.
+        residences: Which ranks may hold tensors.
+        residence_ids: For each tensor the position of its residence.
         unmatched: What becomes of tensors that need a rule and have none.
 
     Raises:
         ShardingError: A rule that is not optional places no tensor, or a tensor has no rule and needs one.
         SettingsError: `unmatched` is neither of its two values.
     """
-    rule_ids = rules.first_matches(index.names)
-    parts = parts_of_weights(index, rules, rule_ids)
-    forms: dict[int, StoredForm] = {}
-    form_ids = [0] * len(index)
-    for tensor, part in parts.items():
-        rule_ids[tensor], form_ids[tensor] = part.rule_id, id(part.form)
-        forms[id(part.form)] = part.form
+    quantized = find_quantized(index, names)
+    rule_ids, form_ids = quantized.lend_rules(rules, names, rules.first_matches(names))
     _check_rules(index, rules, rule_ids, unmatched)
-    ids: dict[tuple[int, ...], int] = {}
-    homes = {id(residence): residence for residence in residences}
-    home_ids = map(id, residences)
-    columns = (
-        rule_ids,
-        form_ids,
-        home_ids,
-        index.num_dims.tolist(),
-        index.dtype_codes.tolist(),
-        *index.shapes.T.tolist(),
-    )
-    group_ids = [ids.setdefault(key, len(ids)) for key in zip(*columns, strict=True)]
+    columns = [rule_ids, form_ids, residence_ids, index.dtype_codes, index.num_dims, *index.shapes.T]
+    alike = distinct_rows(columns)
+    counts = np.bincount(alike.ids, minlength=len(alike.firsts)).tolist()
     groups: list[TensorGroup] = []
-    for rule_id, form_id, home_id, num_dims, dtype_code, *sizes in ids:
+    for row, example, count in zip(alike.values(), alike.firsts.tolist(), counts, strict=True):
+        rule_id, form_id, residence_id, dtype_code, num_dims, *sizes = row
         placement = rules.rules[rule_id].placement if rule_id >= 0 else Replicate()
-        placement = forms[form_id].placed_with(placement) if form_id else placement
-        groups.append(TensorGroup(placement, tuple(sizes[:num_dims]), DTYPES[dtype_code], homes[home_id]))
-    for tensor, group_id in enumerate(group_ids):
-        groups[group_id].tensors.append(tensor)
-    return groups, np.array(group_ids, dtype=np.int64)
+        placement = quantized.forms[form_id].placed_with(placement) if form_id >= 0 else placement
+        shape = tuple(sizes[:num_dims])
+        groups.append(TensorGroup(placement, shape, DTYPES[dtype_code], residences[residence_id], example, count))
+    return TensorGroups(tuple(groups), alike.ids, quantized)
 
 
-def _check_rules(index: CheckpointIndex, rules: ShardRules, rule_ids: list[int], unmatched: Unmatched) -> None:
+def _check_rules(
+    index: CheckpointIndex, rules: ShardRules, rule_ids: NDArray[np.int64], unmatched: Unmatched
+) -> None:
     if unmatched not in get_args(Unmatched):
         raise SettingsError(f"unmatched is one of {', '.join(get_args(Unmatched))}, not {unmatched!r}")
     faults: list[str] = []
-    used = set(rule_ids)
+    used = set(np.unique(rule_ids).tolist())
     unused = [repr(rule.glob) for position, rule in enumerate(rules) if not rule.optional and position not in used]
     if unused:
         faults.append(
             f"{len(unused)} rules place no tensor of {index.uri}: {_shown(unused, len(unused))}. No name matches, or "
             "an earlier rule takes them all. Correct or remove them, or make each one Rule(..., optional=True)."
         )
-    without = np.flatnonzero((np.array(rule_ids, dtype=np.int64) < 0) & (index.num_dims >= 2)).tolist()
+    without = np.flatnonzero((rule_ids < 0) & (index.num_dims >= 2)).tolist()
     if without and unmatched == "error":
         faults.append(
             f"{len(without)} tensors of {index.uri} have two or more dimensions and no rule: "
@@ -152,10 +168,10 @@ def _check_rules(index: CheckpointIndex, rules: ShardRules, rule_ids: list[int],
         raise ShardingError(" ".join(faults))
 
 
-def _beside_cut_weights(index: CheckpointIndex, rules: ShardRules, rule_ids: list[int]) -> list[int]:
+def _beside_cut_weights(index: CheckpointIndex, rules: ShardRules, rule_ids: NDArray[np.int64]) -> list[int]:
     """Tensors of one dimension without a rule that may have to be cut as their module's weight is."""
     strays: list[int] = []
-    for tensor in np.flatnonzero((np.array(rule_ids, dtype=np.int64) < 0) & (index.num_dims == 1)).tolist():
+    for tensor in np.flatnonzero((rule_ids < 0) & (index.num_dims == 1)).tolist():
         weight = index.find(f"{index.names[tensor].rpartition('.')[0]}.weight")
         if weight is None or rule_ids[weight] < 0 or index.shape_of(tensor) == (1,):
             continue

@@ -111,6 +111,11 @@ class NameKinds:
             numbers = np.where(position_of_name == position, self.number(position), numbers)
         return numbers
 
+    def positions_by_kind(self) -> list[NDArray[np.int64]]:
+        """For each kind the positions of its names, in order."""
+        order = np.argsort(self.kind_ids, kind="stable")
+        return np.split(order, np.cumsum(np.bincount(self.kind_ids, minlength=len(self.kinds)))[:-1])
+
     def of_kinds(self, values: Sequence[Any], dtype: Any = np.int64) -> NDArray[Any]:
         """For each name the value of its kind."""
         return np.array([*values], dtype=dtype)[self.kind_ids] if len(self) else np.empty(0, dtype=dtype)
@@ -133,15 +138,16 @@ def take_apart(name: str) -> tuple[Components, tuple[int, ...], str]:
     >>> take_apart("layers.3.up.weight")
     (('layers', None, 'up', 'weight'), (3,), 'up.weight')
     """
-    components: list[str | None] = [*name.split(".")]
+    texts = name.split(".")
+    components: list[str | None] = [*texts]
     numbers: list[int] = []
     behind = 0
-    for at, component in enumerate(components):
-        if component and component.isdecimal() and is_number(component) and len(numbers) < MOST_NUMBERS:
-            numbers.append(int(component))
+    for at, text in enumerate(texts):
+        if is_number(text) and len(numbers) < MOST_NUMBERS:
+            numbers.append(int(text))
             components[at] = None
             behind = at + 1
-    return tuple(components), tuple(numbers), ".".join(filter(None.__ne__, components[behind:]))
+    return tuple(components), tuple(numbers), ".".join(texts[behind:])
 
 
 def is_number(component: str) -> bool:

@@ -14,16 +14,21 @@ transformers 5.23 and vLLM 0.33 (`vllm/model_executor/parameter.py`) read them.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
-from ray_streamer.dtypes import DTYPE_CODES
+import numpy as np
+
+from ray_streamer.sharding.distinct_rows import distinct_rows
+from ray_streamer.sharding.name_kinds import NameKinds, as_text, is_number, take_apart
 from ray_streamer.sharding.stored_form import HOLDERS, WHOLE, QuantizationHints, StoredForm, StoredPart, forms_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from numpy.typing import NDArray
 
     from ray_streamer.checkpoint.index import CheckpointIndex
+    from ray_streamer.sharding.name_kinds import Components
     from ray_streamer.sharding.rules import ShardRules
 
 _BESIDE = ("qweight", "qzeros", "scales", "g_idx", "input_scale", "input_global_scale", "SCB", "weight_format")
@@ -114,7 +119,7 @@ def find_quantized(index: CheckpointIndex, names: NameKinds) -> QuantizedWeights
     roles = [
         (kind_id, weights[found[0]], parts[found[1]], found[2]) for kind_id, found in enumerate(as_part) if found
     ] + [(kind_id, weights[kind], 0, ()) for kind_id, kind in enumerate(names.kinds) if kind in weights]
-    tensors, kind_of_weight, part_ids, numbers = _rows_of_roles(names, roles)
+    tensors, kind_of_weight, part_ids, numbers = _rows_of_roles(names, [*weights], roles)
     instances = distinct_rows([kind_of_weight, *numbers.T])
     tensor_of = np.full((len(instances.firsts), len(parts)), -1, dtype=np.int64)
     tensor_of[instances.ids, part_ids] = tensors
@@ -122,17 +127,100 @@ def find_quantized(index: CheckpointIndex, names: NameKinds) -> QuantizedWeights
     return _with_forms(index, tensor_of[is_held], [*parts])
 
 
+def stored_forms(index: CheckpointIndex) -> dict[int, StoredForm]:
+    """How the tensors of quantized weights hold them: position in the index -> form, without those of any other tensor."""
+    found = find_quantized(index, NameKinds.of(index.names))
+    return {
+        tensor: found.forms[form] for tensor, form in zip(found.tensors.tolist(), found.form_ids.tolist(), strict=True)
+    }
+
+
 def _rows_of_roles(
-    names: NameKinds, roles: list[tuple[int, int, int, tuple[int, ...]]]
+    names: NameKinds, weights: list[Components], roles: list[tuple[int, int, int, tuple[int, ...]]]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
     """One row for each tensor of each role (kind of name, kind of weight, part, further numbers), parts first.
 
     Returns:
         Tensor, kind of weight, part, and the weight's numbers padded with -1.
     """
+    members = names.positions_by_kind()
+    width = names.numbers.shape[1] + 1
+    tensors = [members[kind_id] for kind_id, *_ in roles]
+    counts = [len(positions) for positions in tensors]
+    numbers = np.full((sum(counts), width), -1, dtype=np.int64)
+    first = 0
+    for (_, weight, _, further), positions in zip(roles, tensors, strict=True):
+        # A weight's numbers are the first of its part's, since what a part's name adds stands behind them.
+        rows = numbers[first : first + len(positions)]
+        num_own = weights[weight].count(None) - len(further)
+        rows[:, :num_own] = names.numbers[positions, :num_own]
+        rows[:, num_own : num_own + len(further)] = further
+        first += len(positions)
+    columns = (np.repeat([role[at] for role in roles], counts).astype(np.int64) for at in (1, 2))
+    return np.concatenate([np.empty(0, np.int64), *tensors]), *columns, numbers
+
+
+def _with_forms(index: CheckpointIndex, tensor_of: NDArray[np.int64], parts: list[str]) -> QuantizedWeights:
+    """The weights whose tensors of each part `tensor_of` holds, -1 for none; weights whose parts are alike share forms."""
+    hints = QuantizationHints.of(index.config)
+    stored = distinct_rows([index.dtype_codes, index.num_dims, *index.shapes.T]).ids if len(index) else np.empty(0, int)
+    alike = distinct_rows([np.where(tensors >= 0, stored[tensors], -1) for tensors in tensor_of.T])
+    ids: dict[StoredForm, int] = {}
+    forms_of_kinds = np.full((len(alike.firsts), len(parts)), -1, dtype=np.int64)
+    packed_kinds = np.zeros(len(alike.firsts), dtype=bool)
+    for kind, example in enumerate(alike.firsts.tolist()):
+        members = {number: tensor for number, tensor in enumerate(tensor_of[example].tolist()) if tensor >= 0}
+        described = {
+            parts[number]: StoredPart(index.dtype_of(tensor).name, index.shape_of(tensor))
+            for number, tensor in members.items()
+        }
+        forms = forms_of(described, hints)
+        packed_kinds[kind] = WHOLE in forms and not forms[WHOLE].is_plain
+        for number in members:
+            forms_of_kinds[kind, number] = ids.setdefault(forms[parts[number]], len(ids))
+    weight_ids, part_ids = np.nonzero(tensor_of >= 0)
+    kinds = alike.ids[weight_ids]
+    return QuantizedWeights(
+        tensors=tensor_of[weight_ids, part_ids],
+        weight_ids=weight_ids,
+        form_ids=forms_of_kinds[kinds, part_ids],
+        is_packed=packed_kinds[kinds] & (part_ids == parts.index(WHOLE)),
+        forms=tuple(ids),
+        wholes=tensor_of[:, parts.index(WHOLE)],
+    )
 
 
 def weight_of(kind: Components) -> str | None:
     """The weight, as rules call it, that a tensor of this kind of name would be a part of; None when it is none by its name."""
     found = _split(kind)
     return None if found is None else as_text(found[0])
+
+
+def _split(kind: Components) -> tuple[Components, str, tuple[int, ...]] | None:
+    """The weight, as rules call it, the part that a tensor of this kind would be of it, and numbers that the part's name hid.
+
+    >>> _split(("q_proj", "qzeros")), _split(("q_proj", "weight_scale_inv")), _split(("q_proj", "weight"))
+    ((('q_proj', 'weight'), 'qzeros', ()), (('q_proj', 'weight'), 'scale_inv', ()), None)
+    """
+    *owner, last = kind
+    found = None if last is None else _split_last(last)
+    if found is None:
+        state = kind.index("quant_state", 1, -1) if "quant_state" in kind[1:-1] else None
+        return None if state is None else (kind[:state], "quant_state", ())
+    weight_last, part = found
+    if weight_last is None:
+        return tuple(owner), part, ()
+    if is_number(weight_last):
+        return (*owner, None), part, (int(weight_last),)
+    return (*owner, weight_last), part, ()
+
+
+@cache
+def _split_last(last: str) -> tuple[str | None, str] | None:
+    """The same for the last component of a name; None for the weight's when the weight's whole name comes before."""
+    if last in _BESIDE:
+        return "weight", last
+    if last in _UNDER:
+        return None, last
+    part = max((part for part in _APPENDED if last.endswith(f"_{part}")), key=len, default=None)
+    return (last[: -len(part) - 1], part) if part else None

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ray_streamer.errors import ShardingError
-from ray_streamer.sharding.groups import TensorGroup, group_tensors, named
+from ray_streamer.sharding.groups import TensorGroup, TensorGroups, group_tensors, named
 from ray_streamer.sharding.mesh import Mesh
+from ray_streamer.sharding.name_kinds import NameKinds
 from ray_streamer.sharding.residence import EVERYWHERE, find_residences
-from ray_streamer.sharding.slices import SlicePattern, SliceTable
+from ray_streamer.sharding.slices import SlicePattern, SliceTable, in_boxes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -30,22 +31,23 @@ LARGEST_TP = 128
 _NUM_SHOWN = 8
 
 
-def resolve_slices(
+def checked_groups(
     index: CheckpointIndex,
+    names: NameKinds,
     rules: ShardRules,
     mesh: Mesh,
     *,
     unmatched: Unmatched = "error",
     stage_layers: Sequence[int] | None = None,
     experts: ExpertsLike | None = None,
-) -> SliceTable:
-    """Every rank's slice of every tensor.
+) -> TensorGroups:
+    """All tensors in groups, each of which can be placed on `mesh`.
 
-    Replicas hold the same, except for experts when `mesh.ep` spans them. Tensors of fewer than two dimensions without a rule
-    are replicated, unless they lie beside a weight that is cut.
+    Tensors of fewer than two dimensions without a rule are replicated, unless they lie beside a weight that is cut.
 
     Args:
         index: The checkpoint's tensors.
+        names: Their names.
         rules: Which placement each name has.
         mesh: How many ranks, and where each one is.
         unmatched: What becomes of tensors of two or more dimensions without a rule.
@@ -58,34 +60,57 @@ def resolve_slices(
             whole checkpoint can.
         SettingsError: `unmatched` is neither of its two values.
     """
-    residences = find_residences(index, mesh, stage_layers=stage_layers, experts=experts)
-    groups, group_ids = group_tensors(index, rules, residences, unmatched)
-    refusals = [(group, refusal) for group in groups if (refusal := group.refusal(mesh))]
+    residences, residence_ids = find_residences(index, names, mesh, stage_layers=stage_layers, experts=experts)
+    grouped = group_tensors(index, names, rules, residences, residence_ids, unmatched)
+    refusals = [(group, refusal) for group in grouped.groups if (refusal := group.refusal(mesh))]
     if refusals:
-        raise ShardingError(_cannot_split(index, mesh, refusals, _legal_among(groups, mesh)))
-    ids: dict[SlicePattern, int] = {}
-    numbers = [ids.setdefault(group.pattern(mesh), len(ids)) for group in groups]
-    return SliceTable(mesh.num_ranks, tuple(ids), np.array(numbers, dtype=np.int32)[group_ids])
+        raise ShardingError(_cannot_split(index, mesh, refusals, _legal_among(grouped.groups, mesh)))
+    return grouped
 
 
 def legal_tp(index: CheckpointIndex, rules: ShardRules, *, unmatched: Unmatched = "error") -> tuple[int, ...]:
     """The tp sizes, up to `LARGEST_TP`, over which every tensor can be split.
 
     Raises:
-        ShardingError: The rules do not fit the checkpoint at any size: as `resolve_slices` says.
+        ShardingError: The rules do not fit the checkpoint at any size: as `checked_groups` says.
     """
-    groups, _ = group_tensors(index, rules, [EVERYWHERE] * len(index), unmatched)
-    return _legal_among(groups, Mesh())
+    nowhere_else = np.zeros(len(index), dtype=np.int64)
+    grouped = group_tensors(index, NameKinds.of(index.names), rules, [EVERYWHERE], nowhere_else, unmatched)
+    return _legal_among(grouped.groups, Mesh())
+
+
+def resolve_slices(
+    index: CheckpointIndex,
+    rules: ShardRules,
+    mesh: Mesh,
+    *,
+    unmatched: Unmatched = "error",
+    stage_layers: Sequence[int] | None = None,
+    experts: ExpertsLike | None = None,
+) -> SliceTable:
+    """Every rank's slice of every tensor; arguments and errors as `checked_groups`."""
+    names = NameKinds.of(index.names)
+    grouped = checked_groups(
+        index, names, rules, mesh, unmatched=unmatched, stage_layers=stage_layers, experts=experts
+    )
+    positions = [mesh.position(rank) for rank in range(mesh.num_ranks)]
+    ids: dict[SlicePattern, int] = {}
+    numbers: list[int] = []
+    for group in grouped.groups:
+        held = {at: group.slice_of(mesh, at) for at in set(positions)}
+        boxes = {at: None if part is None else in_boxes(part) for at, part in held.items()}
+        numbers.append(ids.setdefault(tuple(boxes[at] for at in positions), len(ids)))
+    return SliceTable(mesh.num_ranks, tuple(ids), np.array(numbers, dtype=np.int32)[grouped.ids])
 
 
 def _cannot_split(
     index: CheckpointIndex, mesh: Mesh, refusals: Sequence[tuple[TensorGroup, str]], legal: tuple[int, ...]
 ) -> str:
-    num_tensors = sum(len(group.tensors) for group, _ in refusals)
+    num_tensors = sum(group.num_tensors for group, _ in refusals)
     lines = [f"{num_tensors} tensors of {index.uri} cannot be split over tp={mesh.tp}:"]
     for group, refusal in refusals[:_NUM_SHOWN]:
-        alike = f" and {len(group.tensors) - 1} alike" if len(group.tensors) > 1 else ""
-        lines.append(f"  {named(index, group.tensors[0])}{alike}: {refusal}")
+        alike = f" and {group.num_tensors - 1} alike" if group.num_tensors > 1 else ""
+        lines.append(f"  {named(index, group.example)}{alike}: {refusal}")
     if len(refusals) > _NUM_SHOWN:
         lines.append(f"  and {len(refusals) - _NUM_SHOWN} more kinds of tensors")
     works = f"tp that works for every tensor: {', '.join(map(str, legal))}" if legal else "no tp works with these rules"

@@ -5,10 +5,17 @@ from typing import Any
 import pytest
 
 from ray_streamer.errors import ShardingError
-from ray_streamer.sharding.anatomy import Anatomy
+from ray_streamer.sharding.anatomy import Anatomy, Locations
+from ray_streamer.sharding.families import FAMILIES
+from ray_streamer.sharding.globs import is_numbered
+from ray_streamer.sharding.name_kinds import NameKinds
 
 MIXTRAL = {"model_type": "mixtral", "num_hidden_layers": 2, "num_local_experts": 8}
 GEMMA3 = {"model_type": "gemma3", "text_config": {"num_hidden_layers": 34}}
+
+
+def _locate(config: dict[str, Any], *names: str) -> Locations:
+    return Anatomy.of(config).locate(NameKinds.of(names))
 
 
 @pytest.mark.parametrize(
@@ -23,7 +30,7 @@ GEMMA3 = {"model_type": "gemma3", "text_config": {"num_hidden_layers": 34}}
     ],
 )
 def test_layers(config: dict[str, Any], name: str, layer: int | None) -> None:
-    assert Anatomy.of(config).layer_of(name) == layer
+    assert _locate(config, name).layers.item() == (-1 if layer is None else layer)
 
 
 @pytest.mark.parametrize(
@@ -37,18 +44,24 @@ def test_layers(config: dict[str, Any], name: str, layer: int | None) -> None:
     ],
 )
 def test_what_lies_before_the_layers_and_after_them(name: str, before: bool, after: bool) -> None:
-    anatomy = Anatomy.of(MIXTRAL)
-    assert (anatomy.is_before_layers(name), anatomy.is_after_layers(name)) == (before, after)
+    located = _locate(MIXTRAL, name)
+    assert (located.is_before_layers.item(), located.is_after_layers.item()) == (before, after)
 
 
 def test_experts_have_numbers_where_a_model_has_experts() -> None:
-    anatomy = Anatomy.of(MIXTRAL)
-    assert anatomy.num_experts == 8
-    assert anatomy.expert_of("model.layers.1.block_sparse_moe.experts.7.w1.weight") == 7
-    assert anatomy.expert_of("model.layers.1.block_sparse_moe.gate.weight") is None
-    llama = Anatomy.of({"model_type": "llama", "num_hidden_layers": 2})
-    assert llama.num_experts == 0
-    assert llama.expert_of("model.layers.1.block_sparse_moe.experts.7.w1.weight") is None
+    names = ("model.layers.1.block_sparse_moe.experts.7.w1.weight", "model.layers.1.block_sparse_moe.gate.weight")
+    assert Anatomy.of(MIXTRAL).num_experts == 8
+    assert _locate(MIXTRAL, *names).experts.tolist() == [7, -1]
+    llama = {"model_type": "llama", "num_hidden_layers": 2}
+    assert Anatomy.of(llama).num_experts == 0
+    assert _locate(llama, *names).experts.tolist() == [-1, -1]
+
+
+def test_families_ask_for_no_particular_number() -> None:
+    # Kinds of names are asked, in place of the 92,000 names that a model may have.
+    for family in FAMILIES.values():
+        globs = (*family.towers, *family.drafts, *family.first_stage, *family.last_stage, *family.stacked_experts)
+        assert not any(map(is_numbered, globs))
 
 
 @pytest.mark.parametrize("num_layers", [None, 0, "2", True])

@@ -14,6 +14,7 @@ from ray_streamer.errors import SettingsError, ShardingError
 from ray_streamer.sharding import Mesh, ShardRules, Split, TensorSlice, resolve_slices
 from ray_streamer.sharding.anatomy import Anatomy
 from ray_streamer.sharding.experts import divide_experts
+from ray_streamer.sharding.name_kinds import NameKinds
 from ray_streamer.sharding.pipeline import divide_layers
 from ray_streamer.testing.layouts import ModelLayout, TensorSpec, llama_layout, mixtral_layout
 from ray_streamer.testing.plan_inputs import header_only_index
@@ -233,14 +234,14 @@ def test_the_ranks_of_a_replica_hold_the_whole_model_between_them(
     layout = mixtral_layout(32, 3, 8, kv_heads, 16, vocab, experts=5)
     tensors = [spec for spec in layout.tensors if not (tied and spec.name == "lm_head.weight")]
     index, table = _resolve(ModelLayout(tensors, layout.config), mesh)
-    anatomy = Anatomy.of(layout.config)
+    experts = Anatomy.of(layout.config).locate(NameKinds.of(index.names)).experts
     span = max(1, mesh.ep // mesh.tp)
     for tensor, name in enumerate(index.names):
         note(name)
         shape = index.shape_of(tensor)
         for first in range(0, mesh.dp, span):
             # Replicas that share the experts are whole together; in all but the experts each of them is.
-            together = span if anatomy.expert_of(name) is not None else 1
+            together = span if experts[tensor] >= 0 else 1
             ranks = [rank for rank in range(mesh.num_ranks) if first <= mesh.coordinate(rank)["dp"] < first + together]
             counts = np.zeros(shape, dtype=int)
             for rank in ranks:

@@ -214,15 +214,15 @@ def test_ninety_thousand_tensors_cost_no_more_than_their_kinds(
     general |= {f"*.down_proj.weight{scale}": Split(1) for scale in ("", "_scale_inv")}
     rules = ShardRules({**numbered, **general})
     calls: Counter[str] = Counter()
-    cut = Split.slice_of
+    cut = Split.share_of
 
     def counted(*arguments: Any, **keywords: Any) -> Any:
-        calls["slice_of"] += 1
+        calls["share_of"] += 1
         return cut(*arguments, **keywords)
 
-    monkeypatch.setattr(Split, "slice_of", counted)
+    monkeypatch.setattr(Split, "share_of", counted)
     table = resolve_slices(index, rules, Mesh(tp=8, dp=2))
     assert len(shapes) > 89_000
     assert len(table.patterns) == 5 + len(numbered)
     # A slice for each kind of tensor and rank, asked for a few times; not one for each tensor.
-    assert 0 < calls["slice_of"] <= 4 * 8 * len(table.patterns)
+    assert 0 < calls["share_of"] <= 4 * 8 * len(table.patterns)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from ray_streamer.errors import ShardingError
 from ray_streamer.sharding import Replicate, Rule, ShardRules, Skip, Split
+from ray_streamer.sharding.name_kinds import NameKinds
 
 LLAMA = {"model_type": "llama", "num_attention_heads": 8, "num_key_value_heads": 2}
 
@@ -50,7 +51,8 @@ def names_and_globs(draw: st.DrawFn) -> tuple[list[str], list[str]]:
 def test_matches_are_those_of_fnmatch(case: tuple[list[str], list[str]]) -> None:
     names, globs = case
     expected = [next((at for at, glob in enumerate(globs) if fnmatch.fnmatchcase(name, glob)), -1) for name in names]
-    assert ShardRules([(glob, Split(0)) for glob in globs]).first_matches(names) == expected
+    rules = ShardRules([(glob, Split(0)) for glob in globs])
+    assert rules.first_matches(NameKinds.of(names)).tolist() == expected
 
 
 def test_sums_keep_the_order_and_what_is_optional() -> None:
