@@ -136,9 +136,7 @@ def group_tensors(
     return TensorGroups(tuple(groups), alike.ids, quantized)
 
 
-def _check_rules(
-    index: CheckpointIndex, rules: ShardRules, rule_ids: NDArray[np.int64], unmatched: Unmatched
-) -> None:
+def _check_rules(index: CheckpointIndex, rules: ShardRules, rule_ids: NDArray[np.int64], unmatched: Unmatched) -> None:
     if unmatched not in get_args(Unmatched):
         raise SettingsError(f"unmatched is one of {', '.join(get_args(Unmatched))}, not {unmatched!r}")
     faults: list[str] = []

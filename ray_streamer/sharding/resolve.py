@@ -90,9 +90,7 @@ def resolve_slices(
 ) -> SliceTable:
     """Every rank's slice of every tensor; arguments and errors as `checked_groups`."""
     names = NameKinds.of(index.names)
-    grouped = checked_groups(
-        index, names, rules, mesh, unmatched=unmatched, stage_layers=stage_layers, experts=experts
-    )
+    grouped = checked_groups(index, names, rules, mesh, unmatched=unmatched, stage_layers=stage_layers, experts=experts)
     positions = [mesh.position(rank) for rank in range(mesh.num_ranks)]
     ids: dict[SlicePattern, int] = {}
     numbers: list[int] = []

@@ -160,7 +160,9 @@ def test_every_glob_of_every_family_names_a_tensor_of_some_model(saved: Callable
         for layout in ("generic", "transformers") if FAMILIES[model_type].transformers is not None else ("generic",):
             rules = ShardRules.for_config(index.config, layout=layout, drafts=layout == "generic")
             known |= {rule.glob for rule in rules if not rule.glob.endswith(".bias")}
-            used |= {rules.rules[position].glob for position in rules.first_matches(NameKinds.of(names)) if position >= 0}
+            used |= {
+                rules.rules[position].glob for position in rules.first_matches(NameKinds.of(names)) if position >= 0
+            }
     assert known - used == set()
 
 
