@@ -13,7 +13,6 @@ import numpy as np
 
 from ray_streamer.sharding.families import Family, family_or_refuse
 from ray_streamer.sharding.globs import matches_any
-from ray_streamer.sharding.name_kinds import NameKinds
 from ray_streamer.sharding.quantization import weight_of
 from ray_streamer.sharding.sizes import Sizes
 
@@ -21,6 +20,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
     from numpy.typing import NDArray
+
+    from ray_streamer.sharding.name_kinds import NameKinds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -50,6 +51,7 @@ class Locations:
 class Anatomy:
     """The parts of one model.
 
+    >>> from ray_streamer.sharding.name_kinds import NameKinds
     >>> anatomy = Anatomy.of({"model_type": "mixtral", "num_hidden_layers": 32, "num_local_experts": 8})
     >>> found = anatomy.locate(NameKinds.of(("model.layers.3.block_sparse_moe.experts.7.w1.weight",)))
     >>> found.layers.item(), found.experts.item()
