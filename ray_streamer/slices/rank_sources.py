@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple, Self
 
 import numpy as np
-import pyarrow as pa
 
 from ray_streamer.errors import PlanError
 from ray_streamer.slices.move import Side
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
 
     from ray_streamer.slices.rank_slices import RankSlices
 
-_SCHEMA = pa.schema({"tensor_ids": pa.int32(), "pattern_ids": pa.int32()})
+_COLUMNS = ("tensor_ids", "pattern_ids")
 
 
 class SourceView(NamedTuple):
@@ -69,8 +68,10 @@ class RankSources:
 
     def to_bytes(self) -> bytes:
         """The sources as they cross to another process; `from_bytes` reads them."""
+        import pyarrow as pa
+
         said = [[[view.shape, view.side.offset, view.side.strides] for view in pattern] for pattern in self.patterns]
-        schema = _SCHEMA.with_metadata({"patterns": json.dumps(said)})
+        schema = pa.schema([(name, pa.int32()) for name in _COLUMNS], metadata={"patterns": json.dumps(said)})
         rows = pa.record_batch([self.tensor_ids, self.pattern_ids], schema=schema)
         sink = pa.BufferOutputStream()
         with pa.ipc.new_stream(sink, schema, options=pa.ipc.IpcWriteOptions(compression="zstd")) as writer:
@@ -84,6 +85,8 @@ class RankSources:
         Raises:
             PlanError: These are none.
         """
+        import pyarrow as pa
+
         try:
             table = pa.ipc.open_stream(pa.py_buffer(data)).read_all().combine_chunks()
             said = json.loads((table.schema.metadata or {})[b"patterns"])
@@ -91,7 +94,7 @@ class RankSources:
                 tuple(SourceView(tuple(shape), Side(offset, tuple(strides))) for shape, offset, strides in pattern)
                 for pattern in said
             )
-            columns = [table.column(name).to_numpy() for name in _SCHEMA.names]
+            columns = [table.column(name).to_numpy() for name in _COLUMNS]
         except (pa.ArrowException, OSError, KeyError, ValueError, TypeError) as error:
             raise PlanError(f"what a rank reads cannot be parsed: {type(error).__name__}: {error}") from error
         return cls(patterns, *columns)
