@@ -173,6 +173,10 @@ class Settings(BaseSettings):
     max_bandwidth: ByteSize | None = Field(
         default=None, gt=0, description="Bytes per second from object stores, over all ranks of one node."
     )
+    strict_index: bool = Field(
+        default=False,
+        description="Refuse a checkpoint whose index json and files disagree; else the index decides, with a warning.",
+    )
     s3_endpoint_url: Annotated[str, AfterValidator(_refuse_user)] | None = Field(
         default=None, description="S3 endpoint; unset = AWS_ENDPOINT_URL[_S3] or AWS."
     )

@@ -1,4 +1,4 @@
-"""How do names, values and counts from outside get into a message? Quoted, short, and without what a terminal obeys.
+"""How do names and values from outside get into a message? Quoted, short, and without what a terminal obeys.
 
 Names of tensors and files, and values of config.json, are whatever somebody wrote. Messages quote them with `shown` and
 `brief`; `printable` is the last look at a text before people see it.
@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Collection
 
-_NUM_LISTED = 5
+NUM_LISTED = 5
+"""How many names a message lists before it counts the rest."""
+
 _LONGEST_NAME = 120
 _LONGEST_VALUE = 120
 
@@ -62,16 +64,7 @@ def brief(value: Any) -> str:
     return text if len(text) <= _LONGEST_VALUE else f"{text[:_LONGEST_VALUE]}..."
 
 
-def counted(number: int, noun: str, plural: str = "") -> str:
-    """A number with its noun.
-
-    >>> counted(1, "file"), counted(2, "file"), counted(0, "box", "boxes")
-    ('1 file', '2 files', '0 boxes')
-    """
-    return f"{number} {noun if number == 1 else plural or noun + 's'}"
-
-
 def listed(items: Collection[str]) -> str:
     """The first few of `items`, and how many more there are."""
-    more = f" and {len(items) - _NUM_LISTED} more" if len(items) > _NUM_LISTED else ""
-    return ", ".join(item for item, _ in zip(items, range(_NUM_LISTED), strict=False)) + more
+    more = f" and {len(items) - NUM_LISTED} more" if len(items) > NUM_LISTED else ""
+    return ", ".join(item for item, _ in zip(items, range(NUM_LISTED), strict=False)) + more

@@ -13,14 +13,17 @@ Everything about one tensor's JSON is checked in a loop; everything arithmetic o
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import compress
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ray_streamer.checkpoint.foreign import foreign_format
 from ray_streamer.checkpoint.strict_json import MalformedJsonError, parse_strict
 from ray_streamer.dtypes import DTYPE_CODES, DTYPES
 from ray_streamer.errors import HeaderError
 from ray_streamer.extent import Extent
+from ray_streamer.units import exact_bytes
 from ray_streamer.wording import brief, shown
 
 if TYPE_CHECKING:
@@ -58,6 +61,18 @@ class FileHeader:
     stops: NDArray[np.int64]
     metadata: dict[str, str]
 
+    def rows(self, keep: NDArray[np.bool_]) -> FileHeader:
+        """The tensors whose row of `keep` is true, bool of shape (num_tensors,); what lies between them is nobody's."""
+        return FileHeader(
+            names=tuple(compress(self.names, keep.tolist())),
+            dtype_codes=self.dtype_codes[keep],
+            shapes=self.shapes[keep],
+            num_dims=self.num_dims[keep],
+            starts=self.starts[keep],
+            stops=self.stops[keep],
+            metadata=self.metadata,
+        )
+
 
 def header_extent(head: bytes, *, file: str, size_bytes: int) -> Extent:
     """Where the JSON of a header lies, from the first bytes of its file.
@@ -77,8 +92,10 @@ def header_extent(head: bytes, *, file: str, size_bytes: int) -> Extent:
         )
     length = int.from_bytes(head[:LENGTH_BYTES], "little")
     if length > MAX_HEADER_BYTES:
+        if what := foreign_format(head):
+            raise HeaderError(f"{file}: no safetensors file, it {what}")
         raise HeaderError(
-            f"{file}: header length is {length} bytes, above the cap of {MAX_HEADER_BYTES}; is it a safetensors file?"
+            f"{file}: header length is {length} bytes, above the cap of {exact_bytes(MAX_HEADER_BYTES)}; is it a safetensors file?"
         )
     if LENGTH_BYTES + length > size_bytes:
         raise HeaderError(
@@ -109,7 +126,8 @@ def parse_header(head: bytes, *, file: str, size_bytes: int) -> FileHeader:
     try:
         entries = parse_strict(head[extent.start : extent.stop])
     except MalformedJsonError as error:
-        raise HeaderError(f"{file}: header {error}") from None
+        what = None if extent.num_bytes else foreign_format(head)
+        raise HeaderError(f"{file}: header {error}{f'; the file {what}' if what else ''}") from None
     metadata = _check_metadata(entries.pop(_METADATA, None), file)
     header = _to_columns(entries, metadata, data_start=extent.stop, file=file)
     _check_sizes(header, file)

@@ -9,14 +9,15 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from ray_streamer.dtypes import DTYPES, DType
 from ray_streamer.errors import CheckpointError
 from ray_streamer.extent import Extent
-from ray_streamer.wording import shown
+from ray_streamer.units import counted
+from ray_streamer.wording import listed, shown
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from ray_streamer.checkpoint.header import FileHeader
+
+FoundBy = Literal["index", "folder", "name"]
 
 _COLUMNS = ("dtype_codes", "shapes", "num_dims", "file_ids", "starts", "stops")
 
@@ -58,6 +61,9 @@ class CheckpointIndex:
         starts: Absolute offset in the file of the first byte; int64.
         stops: One past the absolute offset of the last byte; int64.
         config: The folder's `config.json`; None when there is none.
+        found_by: What named the files: the folder's index json, the folder alone, or the caller, who then wants what there is.
+        absent: Names of the index json that no file has.
+        unlisted: Names of tensors that the index json does not name.
         metadata: `__metadata__` of all headers; on conflict the last file wins.
     """
 
@@ -71,6 +77,9 @@ class CheckpointIndex:
     starts: NDArray[np.int64] = field(repr=False)
     stops: NDArray[np.int64] = field(repr=False)
     config: dict[str, Any] | None = field(default=None, repr=False)
+    found_by: FoundBy = "name"
+    absent: tuple[str, ...] = field(default=(), repr=False)
+    unlisted: frozenset[str] = field(default=frozenset(), repr=False)
     metadata: dict[str, str] = field(default_factory=dict, repr=False)
     _positions: dict[str, int] = field(init=False, repr=False)
 
@@ -92,8 +101,11 @@ class CheckpointIndex:
         headers: Sequence[FileHeader],
         *,
         config: dict[str, Any] | None = None,
+        found_by: FoundBy = "name",
+        absent: tuple[str, ...] = (),
+        unlisted: frozenset[str] = frozenset(),
     ) -> CheckpointIndex:
-        """The index of `files`, sorted by path, with one header each.
+        """The index of `files`, sorted by path, with one header each; other arguments as the attributes.
 
         Raises:
             CheckpointError: A tensor is in two files; names both.
@@ -112,6 +124,9 @@ class CheckpointIndex:
             starts=_joined([header.starts for header in headers], np.int64),
             stops=_joined([header.stops for header in headers], np.int64),
             config=config,
+            found_by=found_by,
+            absent=absent,
+            unlisted=unlisted,
             metadata={key: value for header in headers for key, value in header.metadata.items()},
         )
 
@@ -157,7 +172,7 @@ class CheckpointIndex:
         """A hash of everything but the URI: equal for equal checkpoints, different when an object was replaced."""
         digest = hashlib.blake2b(digest_size=16)
         files = [[file.path, file.size_bytes, file.etag] for file in self.files]
-        text = [files, self.names, self.config, self.metadata]
+        text = [files, self.names, self.config, self.metadata, sorted(self.unlisted)]
         digest.update(json.dumps(text, sort_keys=True).encode())
         for name in _COLUMNS:
             digest.update(getattr(self, name).tobytes())
@@ -166,12 +181,14 @@ class CheckpointIndex:
     def _describe_duplicates(self) -> str:
         # The dictionary kept the last position of each name, so the other rows are the repeats.
         repeats = [row for row, name in enumerate(self.names) if self._positions[name] != row]
-        listed = ", ".join(
+        told = [
             f"{shown(self.names[row])} ({self._path_of(row)} and {self._path_of(self._positions[self.names[row]])})"
-            for row in repeats[:5]
+            for row in repeats
+        ]
+        return (
+            f"{counted(len(told), 'tensor')} {'is' if len(told) == 1 else 'are'} in two files: {listed(told)}; without an index "
+            "json nothing says which one counts: keep one file of each, or write an index json"
         )
-        more = f" and {len(repeats) - 5} more" if len(repeats) > 5 else ""
-        return f"{len(repeats)} tensors are in two files: {listed}{more}; keep one file of each"
 
     def _path_of(self, position: int) -> str:
         return self.files[self.file_ids[position]].path

@@ -1,6 +1,6 @@
 """How does a URI become an index? By one speculative read per shard file, in parallel, and no tensor byte.
 
-    locate ─> index json, or what the folder has ─> heads, in parallel ─> parse ─> index ─> cross-check
+    locate ─> index json, or what the folder has ─> heads, in parallel ─> parse ─> settle what disagrees ─> index
 
 The read that fetches a header pins the file's size and ETag, so that a file replaced later is noticed. Which error is
 reported does not depend on timing: of several broken files, it is the first by path.
@@ -10,38 +10,64 @@ from __future__ import annotations
 
 import logging
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ray_streamer.checkpoint.disagreements import Settlement, settle
+from ray_streamer.checkpoint.folder_hints import INDEX_NAME, missing_folder, missing_selection, nothing_to_open
+from ray_streamer.checkpoint.foreign import foreign_format
 from ray_streamer.checkpoint.header import MAX_HEADER_BYTES, header_extent, parse_header
 from ray_streamer.checkpoint.index import CheckpointIndex, ShardFile
 from ray_streamer.checkpoint.location import locate
+from ray_streamer.checkpoint.shard_files import SINGLE_NAME, shard_files_of
 from ray_streamer.checkpoint.strict_json import MalformedJsonError, parse_lenient
-from ray_streamer.checkpoint.weight_map import cross_check, listed, parse_weight_map
-from ray_streamer.errors import CheckpointError, ObjectMissingError
+from ray_streamer.checkpoint.weight_map import parse_weight_map
+from ray_streamer.errors import AccessError, CheckpointError, IndexMismatchError, ObjectMissingError, StorageError
 from ray_streamer.extent import Extent
+from ray_streamer.units import counted, exact_bytes
+from ray_streamer.wording import listed, printable, shown
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from ray_streamer.checkpoint.header import FileHeader
+    from ray_streamer.checkpoint.index import FoundBy
+    from ray_streamer.checkpoint.weight_map import WeightMap
     from ray_streamer.storage.base import ObjectInfo, Storage
 
 HEAD_BYTES = 256 << 10
 """First read of each shard file: holds a header of about 2,000 tensors; a longer one costs a second read."""
 
-INDEX_NAME = "model.safetensors.index.json"
-SINGLE_NAME = "model.safetensors"
 CONFIG_NAME = "config.json"
+MAX_CONFIG_BYTES = 16 << 20
 
 _JSON_HEAD_BYTES = 16 << 20
-_CHECK_PLACE = "check the path, or the bucket and prefix"
-_OTHER_FORMATS = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack")
+_NO_LISTING = (
+    "is not allowed to be read, nor may its folder be listed, so it may as well not exist (for S3: s3:ListBucket)"
+)
 
 _logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, slots=True)
+class _Files:
+    """The shard files to read.
+
+    Attributes:
+        paths: Sorted.
+        found_by: What named them.
+        weight_map: The index json, when there is one.
+        index_name: Its name.
+    """
+
+    paths: list[str]
+    found_by: FoundBy
+    weight_map: WeightMap | None = None
+    index_name: str = ""
+
+
 def open_checkpoint(
-    uri: str, storage: Storage, *, concurrency: int = 16, head_bytes: int = HEAD_BYTES
+    uri: str, storage: Storage, *, concurrency: int = 16, head_bytes: int = HEAD_BYTES, strict_index: bool = False
 ) -> CheckpointIndex:
     """Read and check every header of a checkpoint.
 
@@ -50,43 +76,70 @@ def open_checkpoint(
         storage: Open on `locate(uri).folder_uri`; the caller closes it.
         concurrency: Headers read at the same time.
         head_bytes: Length of the first read of each shard file.
+        strict_index: Whether an index json that disagrees with the headers is refused; else it decides, with a warning.
 
     Raises:
-        ObjectMissingError: Nothing is at `uri`, or a file that the index json names is missing.
+        ObjectMissingError: Nothing is at `uri`, or a file that the index json or the files' own names tell of is missing.
         HeaderError: A header is malformed, or its file truncated.
-        IndexMismatchError: Index json and headers disagree.
+        IndexMismatchError: Index json and headers disagree, and `strict_index` is set.
         CheckpointError: Something else of the checkpoint is malformed, or it is not in safetensors format.
         StorageError: Storage failed; see `Storage`.
     """
     location = locate(uri)
-    selection = location.selection
-    weight_map, index_name = None, selection or INDEX_NAME
-    if index_name.endswith(".json"):
-        weight_map = _read_weight_map(storage, index_name)
-    if weight_map is not None:
-        paths = sorted(set(weight_map.values()))
-    else:
-        paths = _find_shard_files(storage) if selection is None else [selection]
+    files = _files_of(storage, location.selection)
     config = _read_config(storage)
-    reads = _read_headers(storage, paths, concurrency=concurrency, head_bytes=head_bytes)
-    _refuse_missing(storage, paths, reads, named_by=index_name if weight_map else None)
+    reads = _read_headers(storage, files.paths, concurrency=concurrency, head_bytes=head_bytes)
+    _refuse_missing(storage, files, reads)
     found = [read for read in reads if read is not None]
+    headers = tuple(header for _, header in found)
+    settled = Settlement(headers=headers)
+    if files.weight_map is not None:
+        settled = settle(files.weight_map.files, files.paths, headers)
+        _tell_disagreements(settled, files.weight_map, file=_full_name(storage, files.index_name), strict=strict_index)
     index = CheckpointIndex.from_headers(
-        location.folder_uri, [file for file, _ in found], [header for _, header in found], config=config
+        location.folder_uri,
+        [file for file, _ in found],
+        settled.headers,
+        config=config,
+        found_by=files.found_by,
+        absent=settled.absent,
+        unlisted=settled.unlisted,
     )
-    if weight_map is not None:
-        cross_check(weight_map, index, file=_full_name(storage, index_name))
-    _logger.info("opened %s: %d tensors, %d bytes in %d files", uri, len(index), index.total_bytes, len(index.files))
+    _logger.info(
+        "opened %s: %d tensors, %d bytes in %d files", printable(uri), len(index), index.total_bytes, len(index.files)
+    )
     return index
 
 
-def _read_weight_map(storage: Storage, name: str) -> dict[str, str] | None:
-    """The file of each tensor by the index json; None when there is none."""
+def _files_of(storage: Storage, selection: str | None) -> _Files:
+    """What to read: the selection, the files of the index json, or else what the folder has."""
+    if selection is not None and not selection.endswith(".json"):
+        return _Files([selection], "name")
+    name = selection or INDEX_NAME
     try:
         data = _read_json_file(storage, name)
-    except ObjectMissingError:
-        return None
-    return parse_weight_map(data, file=_full_name(storage, name))
+    except AccessError:
+        if selection is not None or _may_list(storage):
+            raise
+        _logger.warning("%s %s; going on with %s", printable(_full_name(storage, name)), _NO_LISTING, SINGLE_NAME)
+        return _Files([SINGLE_NAME], "folder")
+    except StorageError as error:
+        if selection is not None:
+            raise missing_selection(storage, selection, error) or error from error
+        if not isinstance(error, ObjectMissingError):
+            raise
+        return _Files(_find_shard_files(storage), "folder")
+    weight_map = parse_weight_map(data, file=_full_name(storage, name))
+    return _Files(weight_map.paths, "index" if selection is None else "name", weight_map, name)
+
+
+def _may_list(storage: Storage) -> bool:
+    """Whether the folder may be listed; where it may, a store says of each file whether it exists."""
+    try:
+        storage.list()
+    except AccessError:
+        return False
+    return True
 
 
 def _find_shard_files(storage: Storage) -> list[str]:
@@ -94,39 +147,28 @@ def _find_shard_files(storage: Storage) -> list[str]:
     try:
         names = storage.list()
     except ObjectMissingError as error:
-        raise ObjectMissingError(f"{error}; {_CHECK_PLACE}") from error
-    shard_files = [name for name in names if name.endswith(".safetensors")]
-    if SINGLE_NAME in shard_files:
-        return [SINGLE_NAME]
-    own_files = [name for name in shard_files if not name.startswith("consolidated")]
-    if not own_files:
-        raise _nothing_to_open(storage.uri, names, shard_files)
-    return own_files
-
-
-def _nothing_to_open(uri: str, names: list[str], consolidated: list[str]) -> CheckpointError | ObjectMissingError:
-    wanted = f"looked for {INDEX_NAME}, {SINGLE_NAME} and *.safetensors"
-    others = [name for name in names if name.endswith(_OTHER_FORMATS)]
-    if not names:
-        return ObjectMissingError(f"{uri}: nothing is there; {wanted}; {_CHECK_PLACE}")
-    if consolidated:
-        found = f"{listed(consolidated)}, whose tensors have other names; give the uri of one file to open it anyway"
-    elif others:
-        found = f"{listed(others)}; convert the checkpoint to safetensors first"
-    else:
-        found = f"{listed(names)}; is the checkpoint in another folder?"
-    return CheckpointError(f"{uri}: no safetensors checkpoint; {wanted}, found only {found}")
+        raise missing_folder(storage, error) from error
+    found = shard_files_of(names, uri=storage.uri)
+    if not found:
+        raise nothing_to_open(storage, names)
+    return found
 
 
 def _read_config(storage: Storage) -> dict[str, Any] | None:
     try:
-        data = _read_json_file(storage, CONFIG_NAME)
+        data = _read_json_file(storage, CONFIG_NAME, max_bytes=MAX_CONFIG_BYTES)
     except ObjectMissingError:
+        return None
+    except AccessError:
+        if _may_list(storage):
+            raise
+        _logger.warning("%s %s; going on without", printable(_full_name(storage, CONFIG_NAME)), _NO_LISTING)
         return None
     try:
         return parse_lenient(data)
     except MalformedJsonError as error:
-        raise CheckpointError(f"{_full_name(storage, CONFIG_NAME)} {error}; fetch it again") from None
+        said = foreign_format(data) or f"{error}; fetch it again"
+        raise CheckpointError(f"{_full_name(storage, CONFIG_NAME)} {said}") from None
 
 
 def _read_headers(
@@ -147,31 +189,55 @@ def _read_header(storage: Storage, path: str, head_bytes: int) -> tuple[ShardFil
         head, info = storage.read_head(path, head_bytes)
     except ObjectMissingError:
         return None
+    except StorageError as error:
+        raise missing_selection(storage, path, error) or error from error
     file = _full_name(storage, path)
     extent = header_extent(head, file=file, size_bytes=info.size_bytes)
     head = _read_up_to(storage, path, extent.stop, head, info)
     return ShardFile(path, info.size_bytes, info.etag), parse_header(head, file=file, size_bytes=info.size_bytes)
 
 
-def _refuse_missing(
-    storage: Storage, paths: Sequence[str], reads: Sequence[object | None], *, named_by: str | None
-) -> None:
-    missing = [path for path, read in zip(paths, reads, strict=True) if read is None]
+def _refuse_missing(storage: Storage, files: _Files, reads: Sequence[object | None]) -> None:
+    missing = [path for path, read in zip(files.paths, reads, strict=True) if read is None]
     if not missing:
         return
-    if named_by is None:
-        raise ObjectMissingError(f"{_full_name(storage, missing[0])}: no such file; check the path")
+    if files.weight_map is None and files.found_by == "name":
+        error = ObjectMissingError(f"{_full_name(storage, missing[0])}: no such file")
+        raise missing_selection(storage, missing[0], error) or error
+    do = "does" if len(missing) == 1 else "do"
+    listing = listed([shown(path) for path in missing])
+    if files.weight_map is not None:
+        raise ObjectMissingError(
+            f"{_full_name(storage, files.index_name)} names {counted(len(files.paths), 'file')}, of which {len(missing)} "
+            f"{do} not exist: {listing}; fetch them from the same revision, or wait until they are uploaded"
+        )
     raise ObjectMissingError(
-        f"{_full_name(storage, named_by)} names {len(paths)} files, of which {len(missing)} do not exist: "
-        f"{listed(missing)}; fetch them from the same revision"
+        f"{storage.uri} is incomplete: {listing} {do} not lead to a file, as links of a cache that was copied without its "
+        "blobs, or was deleted since; fetch the folder again"
     )
 
 
-def _read_json_file(storage: Storage, name: str) -> bytes:
+def _tell_disagreements(settled: Settlement, weight_map: WeightMap, *, file: str, strict: bool) -> None:
+    """One warning, or with `strict` one error, about everything in which the index json is wrong."""
+    differences = [*settled.differences]
+    if weight_map.dotted:
+        names = listed([shown(name) for name in weight_map.dotted])
+        differences.append(f"{counted(len(weight_map.dotted), 'file name')} with '.' components: {names}")
+    if not differences:
+        return
+    told = f"{file} and the headers of its files disagree: {'; '.join(differences)}"
+    if strict:
+        raise IndexMismatchError(
+            f"{told}. Fetch the index and all files again from one revision, or let the index decide: strict_index is set"
+        )
+    _logger.warning("%s. The index decides; the setting strict_index refuses such a checkpoint.", printable(told))
+
+
+def _read_json_file(storage: Storage, name: str, *, max_bytes: int = MAX_HEADER_BYTES) -> bytes:
     head, info = storage.read_head(name, _JSON_HEAD_BYTES)
-    if info.size_bytes > MAX_HEADER_BYTES:
+    if info.size_bytes > max_bytes:
         raise CheckpointError(
-            f"{_full_name(storage, name)} has {info.size_bytes} bytes, above the cap of {MAX_HEADER_BYTES} for json"
+            f"{_full_name(storage, name)} has {exact_bytes(info.size_bytes)}, above the cap of {exact_bytes(max_bytes)}"
         )
     return _read_up_to(storage, name, info.size_bytes, head, info)
 

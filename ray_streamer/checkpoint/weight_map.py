@@ -1,29 +1,46 @@
-"""What does `model.safetensors.index.json` say, and do the headers agree?
+"""Which file of a checkpoint holds each tensor, by its `model.safetensors.index.json`?
 
-The headers are the truth; the index json names the files to read, and any disagreement is an error, since it means that
-files of two versions were mixed or that one was not fetched. File names in it come from outside: one that could lead out
-of the checkpoint's folder is refused before anything is read.
+File names in it come from outside: one that could lead out of the checkpoint's folder is refused before anything is read.
+Whether headers agree is for `disagreements`.
 """
 
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ray_streamer.checkpoint.strict_json import MalformedJsonError, parse_strict, shown
-from ray_streamer.errors import CheckpointError, IndexMismatchError
+from ray_streamer.checkpoint.foreign import foreign_format
+from ray_streamer.checkpoint.strict_json import MalformedJsonError, parse_strict
+from ray_streamer.errors import CheckpointError
+from ray_streamer.wording import shown
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Mapping
 
-    from ray_streamer.checkpoint.index import CheckpointIndex
-
-_NUM_LISTED = 5
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
 
-def parse_weight_map(data: bytes, *, file: str) -> dict[str, str]:
+@dataclass(frozen=True, slots=True)
+class WeightMap:
+    """What an index json says.
+
+    Attributes:
+        files: Tensor name -> file name, without "." components.
+        dotted: File names as written that have "." components, sorted.
+    """
+
+    files: Mapping[str, str]
+    dotted: tuple[str, ...] = ()
+
+    @property
+    def paths(self) -> list[str]:
+        """The files, sorted, each once."""
+        return sorted(set(self.files.values()))
+
+
+def parse_weight_map(data: bytes, *, file: str) -> WeightMap:
     """The file of each tensor, with every file name checked.
 
     Args:
@@ -36,7 +53,7 @@ def parse_weight_map(data: bytes, *, file: str) -> dict[str, str]:
     try:
         weight_map = parse_strict(data).get("weight_map")
     except MalformedJsonError as error:
-        raise CheckpointError(f"{file} {error}; fetch it again") from None
+        raise CheckpointError(f"{file} {foreign_format(data) or f'{error}; fetch it again'}") from None
     if not isinstance(weight_map, dict):
         raise CheckpointError(
             f"{file} must have an object 'weight_map' of tensor name to file name, got {type(weight_map).__name__}"
@@ -48,24 +65,32 @@ def parse_weight_map(data: bytes, *, file: str) -> dict[str, str]:
             raise CheckpointError(
                 f"{file}: 'weight_map' must give a file name for {shown(tensor)}, got {type(name).__name__}"
             )
-    for name in sorted(set(weight_map.values())):
-        check_file_name(name, file=file)
-    return weight_map
+    names = sorted(set(weight_map.values()))
+    plain = {name: _without_dots(name) for name in names}
+    for name in names:
+        check_file_name(name, plain[name], file=file)
+    dotted = tuple(name for name in names if plain[name] != name)
+    return WeightMap({tensor: plain[name] for tensor, name in weight_map.items()} if dotted else weight_map, dotted)
 
 
-def check_file_name(name: str, *, file: str) -> None:
-    """Refuse a file name that is not a plain relative path of a `.safetensors` file inside the checkpoint's folder.
+def check_file_name(name: str, plain: str, *, file: str) -> None:
+    """Refuse a file name that is not a relative path of a `.safetensors` file inside the checkpoint's folder.
+
+    Args:
+        name: As it is written.
+        plain: Without "." components.
+        file: Where it is written.
 
     Raises:
         CheckpointError: Names the rule that was broken.
     """
-    if any(component in {"", ".", ".."} for component in name.split("/")):
-        rule = "must be a relative path without empty, '.' or '..' components"
+    if any(component in {"", ".", ".."} for component in plain.split("/")):
+        rule = "must be a relative path without empty or '..' components"
     elif "\\" in name:
         rule = "must separate components by '/', not by a backslash"
     elif _CONTROL.search(name):
         rule = "must not hold control characters"
-    elif _SCHEME.match(name) or name.startswith("~"):
+    elif _SCHEME.match(plain) or plain.startswith("~"):
         rule = "must be a relative path, not a URL, drive or home folder"
     elif not name.endswith(".safetensors"):
         rule = "must end in .safetensors; convert the checkpoint to safetensors first"
@@ -74,37 +99,10 @@ def check_file_name(name: str, *, file: str) -> None:
     raise CheckpointError(f"{file}: file name {shown(name)} {rule}")
 
 
-def cross_check(weight_map: dict[str, str], index: CheckpointIndex, *, file: str) -> None:
-    """Compare what the index json says with what the headers say.
+def _without_dots(name: str) -> str:
+    """The same file: `./a` and `b/./a` are written so by tools that join paths.
 
-    Raises:
-        IndexMismatchError: Counts and lists tensors that are missing, extra, or in another file.
+    >>> _without_dots("./b/./a.safetensors")
+    'b/a.safetensors'
     """
-    paths = [shard.path for shard in index.files]
-    found = {name: paths[file_id] for name, file_id in zip(index.names, index.file_ids.tolist(), strict=True)}
-    if found == weight_map:
-        return
-    missing = [f"{shown(name)} (in {weight_map[name]})" for name in weight_map if name not in found]
-    extra = [f"{shown(name)} (in {found[name]})" for name in found if name not in weight_map]
-    moved = [
-        f"{shown(name)} (in {found[name]}, not in {path})"
-        for name, path in weight_map.items()
-        if name in found and found[name] != path
-    ]
-    differences = [
-        f"{len(tensors)} of its tensors {what}: {listed(tensors)}"
-        for what, tensors in (("are in no header", missing), ("are in another file", moved))
-        if tensors
-    ]
-    if extra:
-        differences.append(f"{len(extra)} tensors in its files are not in it: {listed(extra)}")
-    raise IndexMismatchError(
-        f"{file} and the headers of its files disagree: {'; '.join(differences)}; "
-        "fetch the index and all files again from one revision"
-    )
-
-
-def listed(items: Collection[str]) -> str:
-    """The first few of `items`, and how many more there are."""
-    more = f" and {len(items) - _NUM_LISTED} more" if len(items) > _NUM_LISTED else ""
-    return ", ".join(item for item, _ in zip(items, range(_NUM_LISTED), strict=False)) + more
+    return "/".join(component for component in name.split("/") if component != ".")

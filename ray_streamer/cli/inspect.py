@@ -31,7 +31,7 @@ def command(uri: str, top: int, as_json: bool, settings: Settings) -> None:
     uri = absolute_uri(uri)
     storage = open_storage(locate(uri).folder_uri, settings)
     try:
-        index = open_checkpoint(uri, storage, concurrency=settings.concurrency)
+        index = open_checkpoint(uri, storage, concurrency=settings.concurrency, strict_index=settings.strict_index)
     finally:
         storage.close()
     summary = summarize_checkpoint(index, top=top)

@@ -150,7 +150,12 @@ class LoadRequest:
         block_bytes = min(_fit(limit, self.settings) for limit in memory_limits)
         storage = self.open_storage()
         try:
-            index = open_checkpoint(self.uri, storage, concurrency=self.settings.concurrency)
+            index = open_checkpoint(
+                self.uri,
+                storage,
+                concurrency=self.settings.concurrency,
+                strict_index=self.settings.strict_index,
+            )
             is_remote = storage.is_remote
         finally:
             storage.close()

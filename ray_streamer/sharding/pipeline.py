@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Self
 import numpy as np
 
 from ray_streamer.errors import ShardingError
-from ray_streamer.wording import counted
+from ray_streamer.units import counted
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

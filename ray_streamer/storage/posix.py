@@ -84,11 +84,12 @@ class PosixStorage:
         return self._full_path(path)
 
     def list(self, prefix: str = "") -> list[str]:
-        """See `Storage`."""
+        """See `Storage`; links that lead nowhere count as files, so that whoever reads them hears of it."""
         folder, slash, start = prefix.rpartition("/")
         full_path = self._full_path(folder)
         with os_errors_translated(full_path), os.scandir(full_path) as entries:
-            names = [entry.name for entry in entries if entry.name.startswith(start) and entry.is_file()]
+            found = [entry for entry in entries if entry.name.startswith(start)]
+            names = [entry.name for entry in found if _is_file(entry)]
         return sorted(folder + slash + name for name in names)
 
     def statistics(self) -> StorageStatistics:
@@ -169,3 +170,7 @@ class PosixStorage:
 
 def _contradiction(file: PosixFile, expected: FileIdentity) -> str | None:
     return file.identity.contradicts(expected, file.mount)
+
+
+def _is_file(entry: os.DirEntry[str]) -> bool:
+    return not os.path.isdir(entry.path) if entry.is_symlink() else entry.is_file()

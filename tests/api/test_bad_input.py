@@ -83,7 +83,7 @@ def garble_a_header(folder: Path) -> None:
         pytest.param(
             lambda folder: (folder / FILE_2).unlink(),
             ObjectMissingError,
-            [INDEX, "names 3 files, of which 1 do not exist", FILE_2],
+            [INDEX, "names 3 files, of which 1 does not exist", FILE_2],
             id="missing-file-of-an-index",
         ),
         pytest.param(truncate, HeaderError, [FILE_2, "truncated"], id="truncated-file"),
@@ -91,14 +91,8 @@ def garble_a_header(folder: Path) -> None:
         pytest.param(
             lead_out_of_the_folder,
             CheckpointError,
-            [INDEX, "../../etc/passwd.safetensors", "without empty, '.' or '..' components"],
+            [INDEX, "../../etc/passwd.safetensors", "without empty or '..' components"],
             id="path-traversal-in-an-index",
-        ),
-        pytest.param(
-            forget_a_tensor,
-            IndexMismatchError,
-            [INDEX, "model.norm.weight", "1 tensors"],
-            id="index-of-another-version",
         ),
     ],
 )
@@ -110,6 +104,18 @@ def test_a_checkpoint_that_is_not_what_it_should_be(
     with pytest.raises(RayStreamerError) as caught:
         ray_streamer.plan(str(folder), tp=2)
     expect(caught.value, error_class, [str(folder), *says])
+
+
+def test_an_index_of_another_version(checkpoint: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = shutil.copytree(checkpoint.folder, tmp_path / "checkpoint")
+    forget_a_tensor(folder)
+    strict = ray_streamer.Settings.resolve(strict_index=True)
+    with pytest.raises(IndexMismatchError) as caught:
+        ray_streamer.plan(str(folder), tp=2, settings=strict)
+    expect(caught.value, IndexMismatchError, [str(folder), INDEX, "model.norm.weight", "1 tensor is not in the index"])
+    # Headers have it, so it is loaded, and that is told once.
+    assert "model.norm.weight" in ray_streamer.plan(str(folder), tp=2).index.names
+    assert caplog.text.count("model.norm.weight") == 1
 
 
 @pytest.mark.parametrize(

@@ -71,6 +71,9 @@ class RecordingStorage:
     def list(self, prefix: str = "") -> list[str]:
         return self._storage.list(prefix)
 
+    def local_path(self, path: str) -> str | None:
+        return self._storage.local_path(path)
+
     def close(self) -> None:
         self._storage.close()
 

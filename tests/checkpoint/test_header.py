@@ -43,7 +43,7 @@ HOSTILE = {
     "gap-at-start": "tensor 'a': data begins at byte 1 of the data, expected 0",
     "gap-in-the-middle": "tensor 'b': data begins at byte 2 of the data, expected 1",
     "half-byte": "F4 of shape [3] is 12 bits, which do not fill whole bytes",
-    "length-above-cap": "header length is 100000001 bytes, above the cap of 100000000",
+    "length-above-cap": "header length is 100000001 bytes, above the cap of 95.4 MiB (100000000 bytes)",
     "length-max-u64": "header length is 18446744073709551615 bytes, above the cap",
     "length-past-end": "1 bytes are missing inside the header",
     "list-at-top": "must be a JSON object, got list",

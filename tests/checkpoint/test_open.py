@@ -302,8 +302,13 @@ def test_malformed_index_json(place, recording, content, message):
         "..",
         ".",
         "",
-        "./x.safetensors",
-        "a/./x.safetensors",
+        "./",
+        "./.",
+        "./../x.safetensors",
+        "a/./../x.safetensors",
+        ".//x.safetensors",
+        "./~/x.safetensors",
+        "./C:/x.safetensors",
         "a//x.safetensors",
         "/etc/x.safetensors",
         "//host/x.safetensors",
@@ -354,7 +359,7 @@ def test_json_file_above_the_cap_is_refused_unread(tmp_path, opened):
     (tmp_path / INDEX).touch()
     with (tmp_path / INDEX).open("r+b") as stream:
         stream.truncate(100_000_001)
-    with pytest.raises(CheckpointError, match="100000001 bytes, above the cap"):
+    with pytest.raises(CheckpointError, match=r"100000001 bytes\), above the cap"):
         opened(str(tmp_path))
 
 
@@ -364,7 +369,7 @@ def test_json_file_above_the_cap_is_refused_unread(tmp_path, opened):
 def test_files_of_the_index_that_do_not_exist_are_counted(place, opened):
     weight_map = {f"t{n}": f"{n}.safetensors" for n in range(3, 12)} | {"a": "1.safetensors"}
     with pytest.raises(
-        ObjectMissingError, match=r"index\.json names 10 files, of which 9 do not exist: 10\.safet.* 4 more"
+        ObjectMissingError, match=r"index\.json names 10 files, of which 9 do not exist: '10\.safet.* 4 more"
     ):
         opened(place(TWO_FILES | {INDEX: index_json(weight_map)}))
 
@@ -374,39 +379,93 @@ def test_files_of_the_index_that_do_not_exist_are_counted(place, opened):
     [
         pytest.param(
             {"a": "1.safetensors", "b": "2.safetensors", "c": "2.safetensors"},
-            r"1 of its tensors are in no header: 'c' \(in 2\.safetensors\)",
+            r"1 tensor is in no header: 'c' \(in 2\.safetensors\)",
             id="missing",
         ),
         pytest.param(
             {"a": "1.safetensors", "c": "2.safetensors"},
-            r"'c' \(in 2\.safetensors\); 1 tensors in its files are not in it: 'b' \(in 2\.safetensors\)",
+            r"'c' \(in 2\.safetensors\); 1 tensor is not in the index: 'b' \(in 2\.safetensors\)",
             id="extra",
         ),
         pytest.param(
             {"a": "2.safetensors", "b": "1.safetensors"},
-            r"2 of its tensors are in another file: 'a' \(in 1\.safetensors, not in 2\.safetensors\), 'b'",
+            r"2 tensors are in another file: 'a' \(in 1\.safetensors, not in 2\.safetensors\), 'b'",
             id="moved",
         ),
         pytest.param(
             {"a": "1.safetensors", "b": "2.safetensors"} | {f"c{n}": "1.safetensors" for n in range(9)},
-            r"9 of its tensors are in no header: 'c0' .* 'c4' \(in 1\.safetensors\) and 4 more",
+            r"9 tensors are in no header: 'c0' .* 'c4' \(in 1\.safetensors\) and 4 more",
             id="many",
+        ),
+        pytest.param(
+            {"a": "./1.safetensors", "b": "2.safetensors"},
+            r"1 file name with '\.' components: '\./1\.safetensors'",
+            id="dotted",
         ),
     ],
 )
-def test_index_and_headers_disagree(place, opened, weight_map, message):
+def test_index_and_headers_disagree(place, opened, caplog, weight_map, message):
     uri = place(TWO_FILES | {INDEX: index_json(weight_map)})
     with pytest.raises(IndexMismatchError, match=message) as caught:
-        opened(uri)
+        opened(uri, strict_index=True)
     assert str(caught.value).startswith(f"{uri}/{INDEX} and the headers")
+    # Without the setting the same is one warning, and what headers have is there.
+    assert not caplog.records
+    assert opened(uri).names == ("a", "b")
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert re.search(message, record.getMessage())
+    assert "strict_index" in record.getMessage()
 
 
-@pytest.mark.parametrize("with_index", [True, False])
-def test_a_tensor_in_two_files(place, opened, with_index):
+def test_an_index_that_agrees_is_no_warning(place, opened, caplog):
+    uri = place(TWO_FILES | {INDEX: index_json({"a": "1.safetensors", "b": "2.safetensors"})})
+    index = opened(uri, strict_index=True)
+    assert (index.found_by, index.absent, index.unlisted) == ("index", (), frozenset())
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("weight_map", "taken_from"),
+    [
+        pytest.param({"b": "1.safetensors"}, "1.safetensors", id="the-first"),
+        pytest.param({"b": "2.safetensors"}, "2.safetensors", id="the-second"),
+        pytest.param({"b": "3.safetensors"}, "2.safetensors", id="neither"),
+        pytest.param({}, "2.safetensors", id="not-named"),
+    ],
+)
+def test_the_index_decides_where_a_tensor_of_two_files_is_taken_from(place, opened, caplog, weight_map, taken_from):
+    # Of different shapes, as a rewritten file may have it.
+    files = {
+        "1.safetensors": shard(A, ("b", "U8", (3,)), ("x", "U8", (7,))),
+        "2.safetensors": shard(("b", "U8", (5,)), ("y", "U8", (2,))),
+        "3.safetensors": shard(("z", "U8", (1,))),
+    }
+    named = {"a": "1.safetensors", "x": "1.safetensors", "y": "2.safetensors", "z": "3.safetensors"}
+    uri = place(files | {INDEX: index_json(named | weight_map)})
+    index = opened(uri)
+    assert sorted(index.names) == ["a", "b", "x", "y", "z"]
+    row = index.position("b")
+    assert index.files[index.file_ids[row]].path == taken_from
+    assert index.shape_of(row) == ((3,) if taken_from == "1.safetensors" else (5,))
+    for row, name in enumerate(index.names):
+        data = files[index.files[index.file_ids[row]].path]
+        extent = index.extent_of(row)
+        assert extent.stop <= len(data), name
+    assert "1 tensor is in two files: 'b' (taken from " + taken_from in caplog.text
+    with pytest.raises(IndexMismatchError, match="in two files"):
+        opened(uri, strict_index=True)
+
+
+def test_absent_and_unlisted_names_travel_with_the_index(place, opened):
+    uri = place(TWO_FILES | {INDEX: index_json({"a": "1.safetensors", "c": "2.safetensors"})})
+    index = pickle.loads(pickle.dumps(opened(uri)))
+    assert (index.absent, index.unlisted) == (("c",), frozenset({"b"}))
+
+
+def test_a_tensor_in_two_files_without_an_index_to_decide(place, opened):
     files = {"1.safetensors": shard(A, B), "2.safetensors": shard(B)}
-    if with_index:
-        files[INDEX] = index_json({"a": "1.safetensors", "b": "2.safetensors"})
-    with pytest.raises(CheckpointError, match=r"1 tensors are in two files: 'b' \(1\.safetensors and 2\.safetensors\)"):
+    with pytest.raises(CheckpointError, match=r"1 tensor is in two files: 'b' \(1\.safetensors and 2\.safetensors\)"):
         opened(place(files))
 
 

@@ -328,7 +328,8 @@ def test_symbolic_links_are_followed(tmp_path, open_folder):
     (tmp_path / "model.safetensors").symlink_to("blobs/0123")
     (tmp_path / "dangling").symlink_to("nowhere")
     storage = open_folder()
-    assert storage.list() == ["model.safetensors"]
+    # Links that lead nowhere are listed: without them a folder that lost a file would look whole.
+    assert storage.list() == ["dangling", "model.safetensors"]
     assert storage.read_head("model.safetensors", 10)[0] == b"abc"
 
 

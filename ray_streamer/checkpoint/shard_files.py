@@ -1,0 +1,133 @@
+"""Which files of a folder hold the model when no index json says so, and are all of them there?
+
+Names tell: `model-00002-of-00003.safetensors` is one of three files, whatever else is in the folder. A folder that lacks
+one of them is refused, since the tensors that are there cannot tell of those that are not: an interrupted download or copy
+looks so, and so does every upload under way, whose index json comes last. Files of other parts of a repository are left
+alone: adapters, and the copy in Mistral's own layout. What there is instead of a checkpoint is for `folder_hints`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from dataclasses import dataclass
+from itertools import islice
+from typing import TYPE_CHECKING
+
+from ray_streamer.errors import ObjectMissingError
+from ray_streamer.units import counted
+from ray_streamer.wording import NUM_LISTED, listed, shown
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+SINGLE_NAME = "model.safetensors"
+SUFFIX = ".safetensors"
+
+OTHER_LAYOUT = "consolidated"
+ADAPTER = "adapter_model"
+
+# number-of-total, as in model-00002-of-00003, model_2_of_3, model.fp16-00002-of-00003 or model-00002-of-00003.fp16.
+_COUNTED = re.compile(r"(.*?)([0-9]{1,9})([-_. ]?of[-_. ]?)([0-9]{1,9})(?![0-9])(.*)", re.IGNORECASE | re.DOTALL)
+# A number without a total, as in rank3, part-0 or shard_01: only those between the lowest and the highest must be there.
+_NUMBERED = re.compile(r"(.*(?:rank|part|shard)[-_.]?)([0-9]{1,9})(?![0-9])(.*)", re.IGNORECASE | re.DOTALL)
+# torch.distributed.checkpoint: shard-00001-model-00002-of-00003, where each writer has files of its own.
+_WRITER = re.compile(r"shard-[0-9]+-")
+_UNFINISHED = (
+    re.compile(r"(.+\.safetensors)\.(?:incomplete|part|partial|filepart|tmp|temp|crdownload|download)"),
+    re.compile(r"\.(.+\.safetensors)\.[A-Za-z0-9]{6}"),
+)
+# aria2 gives a file its full size at once, and keeps this beside it until it is whole.
+_JOURNAL = ".aria2"
+
+
+def shard_files_of(names: Sequence[str], *, uri: str) -> list[str]:
+    """The shard files among the files of a folder without an index json, sorted; empty when none is one of a model.
+
+    Args:
+        names: Files of the folder, links that lead nowhere among them.
+        uri: The folder, for messages.
+
+    Raises:
+        ObjectMissingError: Names say that there are more files than the folder has; lists them.
+
+    >>> shard_files_of(["model-1-of-2.safetensors", "model-2-of-2.safetensors", "notes.txt"], uri="s3://b/m")
+    ['model-1-of-2.safetensors', 'model-2-of-2.safetensors']
+    """
+    found = [SINGLE_NAME] if SINGLE_NAME in names else sorted(filter(_is_of_model, names))
+    gaps = [*_gaps_of_counted(found), *_gaps_of_numbered(found)]
+    unfinished = sorted(_unfinished(names, found))
+    if gaps or unfinished:
+        raise ObjectMissingError(f"{uri} is incomplete: {_told(found, gaps, unfinished)}")
+    return found
+
+
+def _is_of_model(name: str) -> bool:
+    return name.endswith(SUFFIX) and not name.startswith((OTHER_LAYOUT, ADAPTER, "."))
+
+
+def _unfinished(names: Sequence[str], found: Sequence[str]) -> set[str]:
+    """What a tool is writing, or was when it was stopped; what is left beside the whole file does no harm."""
+    written = {matched[1] for name in names for pattern in _UNFINISHED if (matched := pattern.fullmatch(name))}
+    of_model = {name for name in written if _is_of_model(name)} - set(found)
+    return (of_model if SINGLE_NAME not in found else set()) | {name for name in found if name + _JOURNAL in names}
+
+
+@dataclass(frozen=True, slots=True)
+class _Gap:
+    """Files that should be there: how many, and the names of the first."""
+
+    num_files: int
+    names: tuple[str, ...]
+
+
+def _gaps_of_counted(found: Sequence[str]) -> Iterator[_Gap]:
+    """Of each set of files whose names say how many there are."""
+    sets: defaultdict[tuple[str, ...], dict[int, int]] = defaultdict(dict)
+    for name in found:
+        if matched := _COUNTED.fullmatch(_WRITER.sub("", name)):
+            head, number, of, total, tail = matched.groups()
+            sets[head, of, total, tail][int(number)] = len(number)
+    for (head, of, total, tail), numbers in sets.items():
+        first = 0 if 0 in numbers else 1
+        if max(numbers) < first + int(total):
+            yield from _gap(head, numbers, range(first, first + int(total)), f"{of}{total}{tail}")
+
+
+def _gaps_of_numbered(found: Sequence[str]) -> Iterator[_Gap]:
+    """Of each set of files whose names have a number alone."""
+    sets: defaultdict[tuple[str, ...], dict[int, int]] = defaultdict(dict)
+    for name in found:
+        if not _COUNTED.fullmatch(name) and (matched := _NUMBERED.fullmatch(name)):
+            sets[matched[1], matched[3]][int(matched[2])] = len(matched[2])
+    for (head, tail), numbers in sets.items():
+        yield from _gap(head, numbers, range(min(numbers), max(numbers)), tail)
+
+
+def _gap(head: str, numbers: Mapping[int, int], wanted: range, tail: str) -> Iterator[_Gap]:
+    """Those of `wanted` that are no key of `numbers`; its values are how many digits a number is written with."""
+    width = min(numbers.values())
+    if num_files := len(wanted) - sum(number in wanted for number in numbers):
+        absent = islice((number for number in wanted if number not in numbers), NUM_LISTED)
+        yield _Gap(num_files, tuple(f"{head}{number:0{width}d}{tail}" for number in absent))
+
+
+def _told(found: Sequence[str], gaps: Sequence[_Gap], unfinished: Sequence[str]) -> str:
+    clauses: list[str] = []
+    if num_missing := sum(gap.num_files for gap in gaps):
+        names = [shown(name) for gap in gaps for name in gap.names][:NUM_LISTED]
+        more = f" and {num_missing - len(names)} more" if num_missing > len(names) else ""
+        clauses.append(
+            f"{counted(num_missing, 'file')} {_is(num_missing)} missing, by the "
+            f"{'name' if len(found) == 1 else 'names'} of the {len(found)} that {_is(len(found))} there: {', '.join(names)}{more}"
+        )
+    if unfinished:
+        clauses.append(f"{listed([shown(name) for name in unfinished])} {_is(len(unfinished))} not completely written")
+    return (
+        f"{'; '.join(clauses)}. Wait until the upload or download is done, or start it again. To load only what is there, "
+        "give the uri of one file, or of an index json that names the tensors"
+    )
+
+
+def _is(number: int) -> str:
+    return "is" if number == 1 else "are"
