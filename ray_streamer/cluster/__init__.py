@@ -1,8 +1,12 @@
 """Who runs where, and what if one of them dies? The only package that knows Ray.
 
+    address     does a Ray answer there, and let this process in?
     session     which Ray does this process speak to?
     placement   where may the ranks run, and is there room? (arithmetic, no Ray)
+    waiting     who holds the room that is waited for?
     seats       the reservations that Ray gives for it
+    keeper      who gives them back when the caller was killed?
+    names       what are group and ranks called?
     gpus        which GPU is this rank's?
     facts       what does a rank see of its machine?
     shell       the actor around an ordinary worker object

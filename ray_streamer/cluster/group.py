@@ -1,6 +1,6 @@
 """One actor per rank, from start to teardown: who sits where, what they are asked, and what happens when one fails.
 
-    seats ──> actors ──> facts ──> rank order ──> workers      start: everything within one deadline
+    seats ──> actors ──> facts ──> workers                     start: everything within one deadline
       │          │                                   │
       │          │              call(method) on the main lane, progress and abort on the control lane
       │          │                                   │
@@ -8,9 +8,8 @@
       │          │                                   │
     removed <─ killed <──────────────────────────────┘         teardown: in reverse, also of a half-started group
 
-A seat is a reservation (`seats`), an actor is a `RankShell` around an ordinary worker object (`shell`). Actors start
-before ranks are known: a seat's node shows only then, and ranks are ordered by node, the driver's first. Nothing here
-knows what the workers do. Weights never pass through here; arguments and results are plans and reports.
+A seat is a reservation (`seats`), an actor is a `RankShell` around an ordinary worker object (`shell`). Ranks are
+ordered by node, the driver's first. Nothing here knows what the workers do. Weights never pass through here; arguments and results are plans and reports.
 """
 
 from __future__ import annotations
@@ -26,9 +25,11 @@ from ray.exceptions import RayError
 
 from ray_streamer.cluster.calls import Calls, ProgressPoll
 from ray_streamer.cluster.failures import choose_cause, ray_errors_translated, tell_failure
-from ray_streamer.cluster.placement import PlacementOptions, group_by_node, order_by_node
-from ray_streamer.cluster.seats import Deadline, Seat, take_seats
+from ray_streamer.cluster.names import GroupName
+from ray_streamer.cluster.placement import PlacementOptions, count_of, group_by_node
+from ray_streamer.cluster.seats import Seat, take_seats
 from ray_streamer.cluster.shell import RankActor
+from ray_streamer.cluster.waiting import Deadline, News
 from ray_streamer.errors import ClusterError, RankFailedError, StartupTimeoutError
 
 if TYPE_CHECKING:
@@ -40,6 +41,8 @@ logger = logging.getLogger(__name__)
 
 # How often progress is asked for.
 _POLL_SECONDS = 0.25
+# Importing torch takes several seconds, on a busy node longer.
+_SLOW_START_SECONDS = 20.0
 # How long aborted ranks may take to return, and a neighbour's "rank 3 went away" waits for Ray's word on rank 3.
 _SETTLE_SECONDS = 3.0
 
@@ -59,6 +62,7 @@ class WorkerGroup:
         *,
         args: Sequence[Any] = (),
         placement: PlacementOptions | None = None,
+        holding: str = "workers",
         startup_timeout_seconds: float,
     ) -> None:
         """Start the actors and their workers, or leave nothing behind.
@@ -68,6 +72,7 @@ class WorkerGroup:
             num_ranks: How many.
             args: Of every worker's constructor, after its rank.
             placement: What each rank reserves, and where.
+            holding: What the ranks hold, in a word: part of the names of actors and placement group.
             startup_timeout_seconds: How long reservation, actors and constructors may take together.
 
         Raises:
@@ -78,6 +83,8 @@ class WorkerGroup:
         self._worker_class = worker_class
         self._args = tuple(args)
         self._placement = placement or PlacementOptions()
+        self._name = GroupName(holding, num_ranks)
+        self._num_restarts = 0
         self._startup_timeout_seconds = startup_timeout_seconds
         self._seats: list[Seat] = []
         self._actors: list[Any] = []
@@ -87,7 +94,7 @@ class WorkerGroup:
         self._release = weakref.finalize(self, resources.close)
         try:
             with ray_errors_translated(f"starting {num_ranks} ranks"):
-                self._start(num_ranks, resources)
+                self._start(resources)
         except BaseException:
             self.shutdown()
             raise
@@ -187,7 +194,8 @@ class WorkerGroup:
         deadline = Deadline(self._startup_timeout_seconds)
         with ray_errors_translated(f"restarting rank {rank}"):
             _kill([self._actors[rank]])
-            self._actors[rank] = self._start_actor(self._seats[rank])
+            self._num_restarts += 1
+            self._actors[rank] = self._start_actor(rank)
             (self._facts[rank],) = self._ask_facts([rank], deadline)
             self._build_workers([rank], deadline)
 
@@ -201,29 +209,30 @@ class WorkerGroup:
     def __exit__(self, *_: object) -> None:
         self.shutdown()
 
-    def _start(self, num_ranks: int, resources: ExitStack) -> None:
+    def _start(self, resources: ExitStack) -> None:
         started = time.monotonic()
         deadline = Deadline(self._startup_timeout_seconds)
-        self._seats += take_seats(num_ranks, self._placement, deadline=deadline, resources=resources)
+        ranks = range(self._name.num_ranks)
+        self._seats += take_seats(self._name, self._placement, deadline=deadline, resources=resources)
         resources.callback(_kill, self._actors)
-        for seat in self._seats:
-            self._actors.append(self._start_actor(seat))
-        self._facts += self._ask_facts(range(num_ranks), deadline)
-        if self._placement.bundle_indices is None:
-            self._order_ranks()
-        self._build_workers(range(num_ranks), deadline)
+        for rank in ranks:
+            self._actors.append(self._start_actor(rank))
+        self._facts += self._ask_facts(ranks, deadline)
+        self._build_workers(ranks, deadline)
         seconds = time.monotonic() - started
-        logger.info("started %d ranks on %d nodes in %.1f s", num_ranks, len(self.nodes), seconds)
+        logger.info("started %s on %d nodes in %.1f s", self._name.label, len(self.nodes), seconds)
 
-    def _start_actor(self, seat: Seat) -> Any:
+    def _start_actor(self, rank: int) -> Any:
+        name = self._name.rank(rank, self._num_restarts)
         try:
             return RankActor.options(
+                name=name,
                 num_cpus=self._placement.num_cpus_per_rank,
                 num_gpus=self._placement.num_gpus_per_rank or 0,
                 resources=dict(self._placement.resources),
                 runtime_env=self._placement.runtime_env,
-                scheduling_strategy=seat.scheduling_strategy,
-            ).remote()
+                scheduling_strategy=self._seats[rank].scheduling_strategy,
+            ).remote(name, rank)
         except (TypeError, ValueError) as error:
             raise ClusterError(f"Ray refuses these options of an actor: {error}") from error
 
@@ -238,29 +247,33 @@ class WorkerGroup:
             ) from failure.origin
         return [calls.results[number] for number in numbers]
 
-    def _order_ranks(self) -> None:
-        here = ray.get_runtime_context().get_node_id()
-        order = order_by_node([facts.node_id for facts in self._facts], first=here)
-        # In place: the teardown holds the list of actors.
-        self._actors[:] = [self._actors[index] for index in order]
-        self._seats[:] = [self._seats[index] for index in order]
-        self._facts[:] = [self._facts[index] for index in order]
-
     def _build_workers(self, ranks: Sequence[int], deadline: Deadline) -> None:
-        calls = Calls({rank: self._actors[rank].build.remote(self._worker_class, rank, self._args) for rank in ranks})
+        calls = Calls({rank: self._actors[rank].build.remote(self._worker_class, self._args) for rank in ranks})
         self._await_start(calls, deadline)
         if calls.failures:
             raise self._failure(calls)
 
     def _await_start(self, calls: Calls, deadline: Deadline) -> None:
+        news = News(_SLOW_START_SECONDS)
         while calls.pending and not calls.failures:
-            calls.collect(deadline.remaining_seconds)
-            if calls.pending and not deadline.remaining_seconds:
-                silent = "; ".join(self._seats[number].name for number in calls.pending)
+            calls.collect(min(1.0, deadline.remaining_seconds))
+            if not calls.pending or calls.failures:
+                return
+            silent = "; ".join(f"rank {rank} in {self._seats[rank].name}" for rank in calls.pending)
+            if not deadline.remaining_seconds:
                 raise StartupTimeoutError(
-                    f"{len(calls.pending)} of {len(self._actors)} ranks did not start within "
+                    f"{len(calls.pending)} of {count_of(len(self._actors))} did not start within "
                     f"startup_timeout_seconds={deadline.timeout_seconds:g}: {silent}. `ray list actors` shows what "
                     "they wait for; raise startup_timeout_seconds if it is only slow"
+                )
+            if news.is_due():
+                logger.warning(
+                    "%s: still starting after %.0f s: %s; waiting for %.0f s more (startup_timeout_seconds=%g)",
+                    self._name.label,
+                    news.waited_seconds,
+                    silent,
+                    deadline.remaining_seconds,
+                    deadline.timeout_seconds,
                 )
 
     def _watch(self, calls: Calls, ranks: Sequence[int], on_progress: Callable[[list[Any]], None] | None) -> None:

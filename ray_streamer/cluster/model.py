@@ -12,6 +12,7 @@ import ray
 
 from ray_streamer.cluster.gather import assemble
 from ray_streamer.cluster.group import WorkerGroup
+from ray_streamer.cluster.names import model_of
 from ray_streamer.cluster.worker import LoadWorker
 from ray_streamer.errors import ClusterError, RankFailedError, RayStreamerError
 from ray_streamer.planning.limits import share_memory
@@ -176,6 +177,7 @@ class ShardedModel:
             request.mesh.num_ranks,
             args=(request,),
             placement=self._placement,
+            holding=model_of(request.uri),
             startup_timeout_seconds=request.settings.startup_timeout_seconds,
         )
         if self._is_shut_down:

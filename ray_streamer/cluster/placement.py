@@ -86,12 +86,14 @@ class NodeRoom:
     Attributes:
         node: How messages name it.
         resources: All that it has, free or not.
-        num_ranks: How many ranks that would hold.
+        num_ranks: How many ranks that would hold, beside what the calling actor holds.
+        held: What the calling actor holds there.
     """
 
     node: str
     resources: Mapping[str, float]
     num_ranks: int
+    held: Mapping[str, float] = field(default_factory=dict)
 
 
 def count_ranks(resources: Mapping[str, float], bundle: Mapping[str, float]) -> int:
@@ -125,12 +127,16 @@ def check_room(strategy: str, rooms: Sequence[NodeRoom], num_ranks: int, bundle:
         fitting = sum(sizes)
     if fitting >= num_ranks:
         return
-    have = "; ".join(f"{room.node} has {_describe(room.resources, bundle)}: {room.num_ranks} ranks" for room in rooms)
+    have = "; ".join(_describe_room(room, bundle) for room in rooms) or "none matches label_selector"
+    nodes = "only node holds" if len(rooms) == 1 else f"{len(rooms)} nodes hold"
+    advice = ["Use a smaller tp", "less per rank (num_cpus_per_rank=, num_gpus_per_rank=, resources=)"]
+    if any(room.held for room in rooms):
+        advice.append("num_cpus=0 for the calling actor, which holds its own as long as it lives")
+    if len(rooms) > 1 and strategy.startswith("STRICT"):
+        advice.append("another strategy")
     raise ClusterError(
-        f"{num_ranks} ranks with {describe(bundle)} each, placed {strategy}, do not fit: the cluster's {len(rooms)} "
-        f"nodes hold {fitting} ({have or 'none matches label_selector'}). Use a smaller tp, less per rank "
-        "(num_cpus_per_rank=, num_gpus_per_rank=, resources=), another strategy, more nodes, or wait_for_nodes=True if "
-        "nodes are still to come"
+        f"{count_of(num_ranks)} with {describe(bundle)} each, placed {strategy}, cannot fit: the cluster's {nodes} "
+        f"{fitting} ({have}). {', '.join(advice)}, more nodes, or wait_for_nodes=True if nodes are still to come"
     )
 
 
@@ -177,5 +183,12 @@ def describe(resources: Mapping[str, float]) -> str:
     return ", ".join(f"{name} {amount:g}" for name, amount in resources.items()) or "nothing reserved"
 
 
-def _describe(resources: Mapping[str, float], bundle: Mapping[str, float]) -> str:
-    return describe({name: resources.get(name, 0) for name in bundle})
+def count_of(num_ranks: int) -> str:
+    """How many ranks, for a message: "1 rank", "2 ranks"."""
+    return "1 rank" if num_ranks == 1 else f"{num_ranks} ranks"
+
+
+def _describe_room(room: NodeRoom, bundle: Mapping[str, float]) -> str:
+    amounts = describe({name: room.resources.get(name, 0) for name in bundle})
+    held = f", of which the calling actor holds {describe(room.held)}" if room.held else ""
+    return f"{room.node} has {amounts}{held}: {count_of(room.num_ranks)}"

@@ -5,14 +5,15 @@
     ranks reserve nothing               plain nodes, the driver's first (Ray has no empty bundles)
     otherwise                           an own placement group, removed by the stack that it is entered in
 
-A group that could never have room is refused at once; one whose room is taken is waited for.
+A group that could never have room is refused at once; one whose room is taken is waited for (`waiting`). Seats come in
+rank order, so that an actor has its rank, and its name, from the start.
 """
 
 from __future__ import annotations
 
 import time
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -26,6 +27,7 @@ from ray.util.placement_group import (
 )
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
+from ray_streamer.cluster import keeper
 from ray_streamer.cluster.placement import (
     NodeRoom,
     PlacementOptions,
@@ -34,14 +36,22 @@ from ray_streamer.cluster.placement import (
     choose_strategy,
     count_ranks,
     describe,
+    order_by_node,
 )
-from ray_streamer.errors import ClusterError, StartupTimeoutError
+from ray_streamer.cluster.waiting import Deadline, RoomWanted, wait_for_room
+from ray_streamer.errors import ClusterError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from ray_streamer.cluster.names import GroupName
+
 # What is free in a group is reported late, for a new group too; one that looks full is looked at again for this long.
 _REPORT_DELAY_SECONDS = 1.5
+
+
+# What this process has reserved: placement group -> what is in it, for those who wait for room.
+_own_groups: dict[str, str] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,38 +60,22 @@ class Seat:
 
     Attributes:
         name: How messages name it.
+        node_id: Ray's id of its node.
         scheduling_strategy: What Ray is given for the actor.
     """
 
     name: str
+    node_id: str
     scheduling_strategy: PlacementGroupSchedulingStrategy | NodeAffinitySchedulingStrategy
 
 
-@dataclass(frozen=True, slots=True)
-class Deadline:
-    """A moment that everything in one start must meet.
-
-    Attributes:
-        timeout_seconds: The whole allowance, for messages.
-        started: When it began, on the monotonic clock.
-    """
-
-    timeout_seconds: float
-    started: float = field(default_factory=time.monotonic)
-
-    @property
-    def remaining_seconds(self) -> float:
-        """What is left, never below 0."""
-        return max(0.0, self.started + self.timeout_seconds - time.monotonic())
-
-
 def take_seats(
-    num_ranks: int, options: PlacementOptions, *, deadline: Deadline, resources: ExitStack
+    name: GroupName, options: PlacementOptions, *, deadline: Deadline, resources: ExitStack
 ) -> tuple[Seat, ...]:
-    """A seat for each rank, all of them reserved; in rank order only where `bundle_indices` said so.
+    """The seat of each rank, all of them reserved; by node, this one's first, unless `bundle_indices` says otherwise.
 
     Args:
-        num_ranks: How many.
+        name: What the group is called, and how many ranks it has.
         options: What each needs, and where.
         deadline: Until when to wait for room.
         resources: Owns what was made here: closing it removes an own placement group.
@@ -91,20 +85,27 @@ def take_seats(
         StartupTimeoutError: There would be room, but it did not become free in time.
     """
     if options.placement_group is not None:
-        return _seats_in_given(options.placement_group, num_ranks, options, deadline)
+        seats = _seats_in_given(options.placement_group, name, options, deadline)
+        return seats if options.bundle_indices is not None else _in_rank_order(seats)
     current = get_current_placement_group()
     if current is not None:
-        seats = _seats_in_current(current, num_ranks, options.bundle)
-        if seats is not None:
-            return seats
+        beside = _seats_in_current(current, name.num_ranks, options.bundle)
+        if beside is not None:
+            return _in_rank_order(beside)
     if not options.bundle:
-        return _seats_on_nodes(num_ranks, options)
-    return _seats_in_own(num_ranks, options, deadline, resources)
+        return _in_rank_order(_seats_on_nodes(name.num_ranks, options))
+    return _in_rank_order(_seats_in_own(name, options, deadline, resources))
+
+
+def _in_rank_order(seats: Sequence[Seat]) -> tuple[Seat, ...]:
+    here = ray.get_runtime_context().get_node_id()
+    return tuple(seats[index] for index in order_by_node([seat.node_id for seat in seats], first=here))
 
 
 def _seats_in_given(
-    group: PlacementGroup, num_ranks: int, options: PlacementOptions, deadline: Deadline
+    group: PlacementGroup, name: GroupName, options: PlacementOptions, deadline: Deadline
 ) -> tuple[Seat, ...]:
+    num_ranks = name.num_ranks
     bundles = _bundles(group)
     sizes = _sizes(bundles, options.bundle, num_ranks)
     if options.bundle_indices is not None:
@@ -115,15 +116,15 @@ def _seats_in_given(
             f"{describe(options.bundle)} each; its bundles: {[describe(bundle) for bundle in bundles]}. "
             "Use a smaller tp, less per rank (num_cpus_per_rank=, num_gpus_per_rank=, resources=) or a larger group"
         )
-    _wait_until_ready(group, num_ranks, options, deadline)
+    _wait_until_ready(group, name, options, options.strategy, deadline)
     if options.bundle_indices is not None:
-        return tuple(_bundle_seat(group, index) for index in options.bundle_indices)
+        return _bundle_seats(group, options.bundle_indices)
     chosen = _choose_free(group, bundles, options.bundle, num_ranks)
     if chosen is None:
         # Whoever holds the rest may be leaving: the ranks wait for it, as for everything at start.
         chosen = choose_bundles(sizes, _bundle_nodes(group), num_ranks)
     assert chosen is not None
-    return tuple(_bundle_seat(group, index) for index in chosen)
+    return _bundle_seats(group, chosen)
 
 
 def _seats_in_current(group: PlacementGroup, num_ranks: int, bundle: Mapping[str, float]) -> tuple[Seat, ...] | None:
@@ -132,7 +133,7 @@ def _seats_in_current(group: PlacementGroup, num_ranks: int, bundle: Mapping[str
     if sum(_sizes(bundles, bundle, num_ranks)) < num_ranks:
         return None
     chosen = _choose_free(group, bundles, bundle, num_ranks)
-    return None if chosen is None else tuple(_bundle_seat(group, index) for index in chosen)
+    return None if chosen is None else _bundle_seats(group, chosen)
 
 
 def _choose_free(
@@ -149,23 +150,47 @@ def _choose_free(
 
 
 def _seats_in_own(
-    num_ranks: int, options: PlacementOptions, deadline: Deadline, resources: ExitStack
+    name: GroupName, options: PlacementOptions, deadline: Deadline, resources: ExitStack
 ) -> tuple[Seat, ...]:
-    rooms = [
-        NodeRoom(node["NodeManagerAddress"], node["Resources"], count_ranks(node["Resources"], options.bundle))
-        for node in _nodes(options)
-    ]
+    num_ranks = name.num_ranks
+    rooms = [_room_of(node, options.bundle) for node in _nodes(options)]
     strategy = choose_strategy(options.strategy, rooms, num_ranks)
     if not options.wait_for_nodes:
         check_room(strategy, rooms, num_ranks, options.bundle)
     selectors = [dict(options.label_selector)] * num_ranks
     try:
-        group = placement_group([options.bundle] * num_ranks, strategy=strategy, bundle_label_selector=selectors)
+        group = placement_group(
+            [options.bundle] * num_ranks, strategy=strategy, name=name.group, bundle_label_selector=selectors
+        )
     except (TypeError, ValueError) as error:
         raise ClusterError(f"Ray refuses this placement group: {error}") from error
-    resources.callback(_remove, group)
-    _wait_until_ready(group, num_ranks, options, deadline)
-    return tuple(_bundle_seat(group, index) for index in range(num_ranks))
+    keepers: list[Any] = []
+    resources.callback(_remove, group, keepers)
+    if keeper.is_needed():
+        keepers.append(keeper.start_keeper(group, name))
+    _wait_until_ready(group, name, options, strategy, deadline)
+    _own_groups[group.id.hex()] = name.label
+    return _bundle_seats(group, range(num_ranks))
+
+
+def _room_of(node: Mapping[str, Any], bundle: Mapping[str, float]) -> NodeRoom:
+    held = _held_by_this_actor() if node["NodeID"] == ray.get_runtime_context().get_node_id() else {}
+    left = {resource: amount - held.get(resource, 0) for resource, amount in node["Resources"].items()}
+    return NodeRoom(
+        node["NodeManagerAddress"],
+        node["Resources"],
+        count_ranks(left, bundle),
+        held={resource: amount for resource, amount in held.items() if resource in bundle},
+    )
+
+
+def _held_by_this_actor() -> Mapping[str, float]:
+    """What the calling actor has for as long as it lives, so that its ranks can never get it."""
+    context = ray.get_runtime_context()
+    if context.worker.mode != ray.WORKER_MODE or context.get_actor_id() is None:
+        return {}
+    # In a placement group, what it holds is the group's already.
+    return {} if get_current_placement_group() is not None else context.get_assigned_resources()
 
 
 def _seats_on_nodes(num_ranks: int, options: PlacementOptions) -> tuple[Seat, ...]:
@@ -175,7 +200,11 @@ def _seats_on_nodes(num_ranks: int, options: PlacementOptions) -> tuple[Seat, ..
     check_room(options.strategy, rooms, num_ranks, options.bundle)
     used = nodes if "SPREAD" in options.strategy else nodes[:1]
     return tuple(
-        Seat(f"node {node['NodeManagerAddress']}", NodeAffinitySchedulingStrategy(node["NodeID"], soft=False))
+        Seat(
+            f"node {node['NodeManagerAddress']}",
+            node["NodeID"],
+            NodeAffinitySchedulingStrategy(node["NodeID"], soft=False),
+        )
         for node in (used[rank % len(used)] for rank in range(num_ranks))
     )
 
@@ -199,8 +228,12 @@ def matches_label(label: str | None, condition: str) -> bool:
     return (label in {value.strip() for value in values}) != condition.startswith("!")
 
 
-def _bundle_seat(group: PlacementGroup, index: int) -> Seat:
-    return Seat(f"bundle {index} of {group.id.hex()}", PlacementGroupSchedulingStrategy(group, index))
+def _bundle_seats(group: PlacementGroup, indices: Sequence[int]) -> tuple[Seat, ...]:
+    nodes = _bundle_nodes(group)
+    return tuple(
+        Seat(f"bundle {index} of {group.id.hex()}", nodes[index], PlacementGroupSchedulingStrategy(group, index))
+        for index in indices
+    )
 
 
 def _bundles(group: PlacementGroup) -> list[dict[str, float]]:
@@ -241,29 +274,20 @@ def _check_indices(indices: Sequence[int], sizes: Sequence[int], num_ranks: int)
             )
 
 
-def _wait_until_ready(group: PlacementGroup, num_ranks: int, options: PlacementOptions, deadline: Deadline) -> None:
-    ready = group.ready()
-    while True:
-        is_ready = bool(ray.wait([ready], timeout=min(0.5, deadline.remaining_seconds))[0])
-        # A group that is removed counts as ready, and actors in it would wait for ever.
-        if placement_group_table(group).get("state", "REMOVED") == "REMOVED":
-            raise ClusterError(f"placement group {group.id.hex()} was removed before its {num_ranks} ranks could start")
-        if is_ready:
-            return
-        if not deadline.remaining_seconds:
-            total, free = ray.cluster_resources(), ray.available_resources()
-            state = ", ".join(
-                f"{name} {need * num_ranks:g} needed, {free.get(name, 0):g} of {total.get(name, 0):g} free"
-                for name, need in options.bundle.items()
-            )
-            raise StartupTimeoutError(
-                f"placement group {group.id.hex()} for {num_ranks} ranks got no room within "
-                f"startup_timeout_seconds={deadline.timeout_seconds:g}: {state}. End what holds the rest, raise "
-                f'startup_timeout_seconds, or allow several nodes with strategy="PACK"'
-            )
+def _wait_until_ready(
+    group: PlacementGroup, name: GroupName, options: PlacementOptions, strategy: str, deadline: Deadline
+) -> None:
+    wanted = RoomWanted(
+        label=name.label, num_ranks=name.num_ranks, bundle=options.bundle, strategy=strategy, ours=dict(_own_groups)
+    )
+    wait_for_room(group, wanted, deadline)
 
 
-def _remove(group: PlacementGroup) -> None:
-    with suppress(RayError):
+def _remove(group: PlacementGroup, keepers: Sequence[Any]) -> None:
+    _own_groups.pop(group.id.hex(), None)
+    # ValueError: an actor of a Ray that this process has since left.
+    with suppress(RayError, ValueError):
         if ray.is_initialized():
             remove_placement_group(group)
+            for actor in keepers:
+                ray.kill(actor)

@@ -5,24 +5,32 @@
     a cluster on this machine        what Ray's own "auto" finds
     nothing                          a local one, for this process alone
 
-An address is tried before Ray is given it: Ray ends the whole process, after two minutes, when nobody answers there.
+One thread at a time: of two that load at once, one starts Ray and the other finds it. A Ray that is started here lives
+as long as this process, also when the thread that loaded ends.
 """
 
 from __future__ import annotations
 
 import logging
-import os
-import socket
+import threading
+from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
 
 import ray
 import ray.util.client
-from ray._private.services import canonicalize_bootstrap_address
 from ray.exceptions import RayError
 
+from ray_streamer.cluster.address import NO_CLIENT, find_cluster
 from ray_streamer.errors import ClusterError
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
 logger = logging.getLogger(__name__)
+
+_connecting = threading.Lock()
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,14 +47,17 @@ class Session:
 
     def close(self) -> None:
         """Disconnect, and stop a local Ray, if `connect` did the opposite; may be called again."""
-        if self.is_opened_here and ray.is_initialized():
-            ray.shutdown()
+        with _connecting:
+            if self.is_opened_here and ray.is_initialized():
+                ray.shutdown()
 
 
 def connect(
     address: str | None = None, *, num_local_cpus: int | None = None, connect_timeout_seconds: float = 10.0
 ) -> Session:
-    """Connect this process to Ray, quietly.
+    """Connect this process to Ray; what its tasks and actors print reaches this process, as Ray has it.
+
+    Threads that call it at the same time share one connection.
 
     Args:
         address: `host:port`, "auto", "local", or None to look for a cluster and start a local Ray when there is none.
@@ -55,61 +66,57 @@ def connect(
         connect_timeout_seconds: How long the cluster's address may take to answer.
 
     Raises:
-        ClusterError: The address cannot be understood or reached, or is not one of a Ray of this version.
+        ClusterError: The address cannot be understood or reached, asks for a token, or is not one of a Ray of this
+            version.
     """
-    if ray.is_initialized():
-        if ray.util.client.ray.is_connected():
-            raise ClusterError(_NO_CLIENT)
-        return Session(ray.get_runtime_context().gcs_address, is_opened_here=False)
-    known = _find_cluster(address, connect_timeout_seconds)
-    try:
-        _initialise(address, known, num_local_cpus)
-    except (ConnectionError, RuntimeError, ValueError, RayError) as error:
-        raise ClusterError(f"cannot use Ray at {known or 'a local address'}: {error}") from error
-    session = Session(ray.get_runtime_context().gcs_address, is_opened_here=True)
+    with _connecting:
+        if ray.is_initialized():
+            return _existing()
+        known = find_cluster(address, connect_timeout_seconds)
+        try:
+            _initialise(address, known, num_local_cpus)
+        except (AssertionError, ConnectionError, RuntimeError, ValueError, RayError) as error:
+            if ray.is_initialized():  # by a thread that did not come through here
+                return _existing()
+            raise ClusterError(f"cannot use Ray at {known or 'a local address'}: {error}") from error
+        session = Session(ray.get_runtime_context().gcs_address, is_opened_here=True)
     logger.info("%s Ray at %s", "connected to" if known else "started", session.address)
     return session
 
 
-_NO_CLIENT = (
-    "Ray Client (ray://) keeps this process outside the cluster, where placement cannot be seen: submit the program "
-    "with `ray job submit`, or run it on a node of the cluster"
-)
-
-
-def _find_cluster(address: str | None, connect_timeout_seconds: float) -> str | None:
-    """`host:port` of the cluster that answers there, or None when a local Ray is to be started."""
-    named = os.environ.get("RAY_ADDRESS") if address in (None, "auto") else address
-    if named and named.startswith("ray://"):
-        raise ClusterError(_NO_CLIENT)
-    try:
-        # Private, but there is no public way to learn the address without using it.
-        known = canonicalize_bootstrap_address(address)  # pyright: ignore[reportArgumentType]
-        if known is None:
-            return None
-        host, _, port = known.rpartition(":")
-        socket.create_connection((host.strip("[]"), int(port)), connect_timeout_seconds).close()
-    except (OSError, ValueError) as error:
-        if not named and address is None:
-            logger.info("the cluster that Ray remembers is gone (%s); starting a local one", error)
-            return None
-        origin = "RAY_ADDRESS" if named and named != address else "address"
-        raise ClusterError(
-            f"no Ray cluster answers at {origin}={named or address!r}: {error}. Give the host:port of its head node, "
-            "unset it to start a local Ray, or start one with `ray start --head`"
-        ) from error
-    return known
+def _existing() -> Session:
+    if ray.util.client.ray.is_connected():
+        raise ClusterError(NO_CLIENT)
+    return Session(ray.get_runtime_context().gcs_address, is_opened_here=False)
 
 
 def _initialise(address: str | None, known: str | None, num_local_cpus: int | None) -> None:
-    if known is None:
-        ray.init(
-            address="local",
-            num_cpus=num_local_cpus,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.WARNING,
-        )
+    # Ray's own news of the connection are quiet; what tasks and actors print is the caller's.
+    if known is not None:
+        # "auto" stays "auto": Ray reads its token by itself only for a cluster that it found itself.
+        ray.init(address=address or "auto", logging_level=logging.WARNING)
+        return
+    start = partial(
+        ray.init, address="local", num_cpus=num_local_cpus, include_dashboard=False, logging_level=logging.WARNING
+    )
+    if threading.current_thread() is threading.main_thread():
+        start()
     else:
-        # "auto" stays "auto": Ray reads its authentication token only for a cluster that it found itself.
-        ray.init(address=address or "auto", log_to_driver=False, logging_level=logging.WARNING)
+        _call_in_lasting_thread(start)
+
+
+def _call_in_lasting_thread(start: Callable[[], object]) -> None:
+    """Call `start` in a thread that never ends by itself: Linux kills Ray's processes with the thread that forked them."""
+    started: Future[None] = Future()
+
+    def run() -> None:
+        try:
+            start()
+        except BaseException as error:
+            started.set_exception(error)
+        else:
+            started.set_result(None)
+            threading.Event().wait()
+
+    threading.Thread(target=run, name="ray_streamer-ray", daemon=True).start()
+    started.result()

@@ -2,8 +2,8 @@
 
 `call` runs on the actor's only main thread, one call at a time, for as long as it takes. `facts` and `control` run on a
 second lane, a concurrency group of their own, and so answer while a call is running: this is how a load is watched and
-aborted. The worker is built by a call, not by the actor's constructor: its rank depends on where the actor landed, and
-an error in a call keeps its type where one in a constructor becomes the text of a dead actor.
+aborted. The worker is built by a call, not by the actor's constructor: an error in a call keeps its type, where one in a
+constructor becomes the text of a dead actor.
 """
 
 from __future__ import annotations
@@ -23,14 +23,24 @@ _CONTROL_THREADS = 2
 
 
 class RankShell:
-    """Holds one rank's worker object."""
+    """Holds one rank's worker object.
 
-    def __init__(self) -> None:
+    Args:
+        name: How Ray's logs and dashboard show it.
+        rank: Of the worker.
+    """
+
+    def __init__(self, name: str, rank: int) -> None:
+        self._name = name
+        self._rank = rank
         self._worker: Any = None
 
-    def build(self, worker_class: type[Any], rank: int, args: tuple[Any, ...]) -> None:
+    def __repr__(self) -> str:
+        return self._name
+
+    def build(self, worker_class: type[Any], args: tuple[Any, ...]) -> None:
         """Make the worker, as `worker_class(rank, *args)`."""
-        self._worker = worker_class(rank, *args)
+        self._worker = worker_class(self._rank, *args)
 
     def call(self, method: str, *args: Any) -> Any:
         """Run a method of the worker on the main lane."""

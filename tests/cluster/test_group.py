@@ -127,12 +127,19 @@ class DyingConstructor(Worker):
 
 
 def start(
-    num_ranks: int, worker_class: type[Any] = Worker, *, timeout: float = 60, args: tuple[Any, ...] = (), **options: Any
+    num_ranks: int,
+    worker_class: type[Any] = Worker,
+    *,
+    timeout: float = 60,
+    args: tuple[Any, ...] = (),
+    holding: str = "workers",
+    **options: Any,
 ) -> WorkerGroup:
     return WorkerGroup(
         worker_class,
         num_ranks,
         args=args,
+        holding=holding,
         placement=PlacementOptions(**options),
         startup_timeout_seconds=timeout,
     )
@@ -167,6 +174,24 @@ def test_ranks_are_contiguous_per_node_and_the_drivers_node_is_first() -> None:
         assert group.facts[0].node_id == ray.get_runtime_context().get_node_id()
         assert group.call("pid") == pids_of(group)
         assert all(facts.available_memory_bytes > 0 and facts.num_cpus > 0 for facts in group.facts)
+
+
+def test_actors_and_placement_group_are_named_by_what_they_hold_and_by_rank() -> None:
+    with start(2, holding="llama") as first, start(2, holding="llama", strategy="PACK") as second:
+        for group in (first, second):
+            for rank, actor in enumerate(group.actors):
+                ((_, name),) = [
+                    (entry["ActorID"], entry["Name"])
+                    for entry in ray._private.state.actors().values()
+                    if entry["ActorID"] == actor._actor_id.hex()
+                ]
+                assert name.startswith(f"llama rank {rank} of 2 ")
+                assert ray.get_actor(name) == actor
+        names = {entry["name"] for entry in placement_group_table().values() if entry["state"] == "CREATED"}
+        assert len(names) == 2
+        assert all(name.startswith("ray_streamer llama x2 ") for name in names)
+        second.restart(1)
+        assert second.call("greet") == [(0, "", ()), (1, "", ())]
 
 
 def test_workers_are_built_with_rank_and_arguments() -> None:
@@ -317,7 +342,7 @@ def test_a_forgotten_group_is_torn_down(assert_gone: Check, wait_until: Check) -
 
 def test_a_rank_that_does_not_start_is_named_and_the_half_started_group_goes(wait_until: Check) -> None:
     with pytest.raises(
-        StartupTimeoutError, match=r"[12] of 2 ranks.* startup_timeout_seconds=4: bundle \d of"
+        StartupTimeoutError, match=r"[12] of 2 ranks.* startup_timeout_seconds=4: rank \d in bundle \d of"
     ) as caught:
         start(2, SlowConstructor, timeout=4)
     assert "raise startup_timeout_seconds" in str(caught.value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -66,8 +67,9 @@ def make_group() -> Iterator[MakeGroup]:
         remove_placement_group(group)
 
 
-def start(num_ranks: int, *, timeout: float = 60, **options: Any) -> WorkerGroup:
-    return WorkerGroup(Worker, num_ranks, placement=PlacementOptions(**options), startup_timeout_seconds=timeout)
+def start(num_ranks: int, *, timeout: float = 60, holding: str = "workers", **options: Any) -> WorkerGroup:
+    placement = PlacementOptions(**options)
+    return WorkerGroup(Worker, num_ranks, placement=placement, holding=holding, startup_timeout_seconds=timeout)
 
 
 def test_the_callers_group_is_used_and_left_standing(make_group: MakeGroup, assert_gone: Callable[..., None]) -> None:
@@ -161,12 +163,14 @@ def test_inside_an_actor_whose_group_is_full_an_own_one_is_made(make_group: Make
 @pytest.mark.parametrize(
     ("num_ranks", "options", "message"),
     [
-        pytest.param(5, {}, "5 ranks with CPU 1 each, placed PACK, .* hold 4 .*127.0.0.3 has CPU 2: 2", id="pack"),
+        pytest.param(
+            5, {}, "5 ranks with CPU 1 each, placed PACK, .* hold 4 .*127.0.0.3 has CPU 2: 2 ranks", id="pack"
+        ),
         pytest.param(3, {"strategy": "STRICT_PACK"}, "placed STRICT_PACK, .* hold 2", id="strict-pack"),
         pytest.param(3, {"strategy": "STRICT_SPREAD", "num_cpus_per_rank": 0.1}, "hold 2", id="strict-spread"),
         pytest.param(3, {"strategy": "STRICT_SPREAD", "num_cpus_per_rank": 0}, "hold 2", id="strict-spread-no-cpus"),
         pytest.param(1, {"num_gpus_per_rank": 1}, "GPU 1 each, .* has CPU 2, GPU 0: 0 ranks", id="no-gpus"),
-        pytest.param(3, {"label_selector": {"zone": "far"}}, "1 nodes hold 2", id="few-nodes-with-label"),
+        pytest.param(3, {"label_selector": {"zone": "far"}}, "only node holds 2", id="few-nodes-with-label"),
         pytest.param(1, {"label_selector": {"zone": "moon"}}, "none matches label_selector", id="no-node-with-label"),
     ],
 )
@@ -194,15 +198,63 @@ def test_labels_choose_the_node() -> None:
         assert {facts.node_ip for facts in group.facts} == {"127.0.0.2"}
 
 
-def test_taken_room_is_waited_for(make_group: MakeGroup) -> None:
-    taken = make_group([{"CPU": 1}] * 4)
-    with pytest.raises(StartupTimeoutError, match=r"startup_timeout_seconds=1: CPU 2 needed, 0 of 4 free") as caught:
-        start(2, timeout=1)
-    assert 'strategy="PACK"' in str(caught.value)
+def test_taken_room_is_told_with_who_holds_it_while_it_is_waited_for(
+    make_group: MakeGroup, caplog: pytest.LogCaptureFixture
+) -> None:
+    taken = make_group([{"CPU": 1}] * 3)
+    caller = Caller.options(num_cpus=1, name="engine").remote()
+    assert ray.get(caller.is_here.remote())
+    with pytest.raises(StartupTimeoutError) as caught:
+        start(2, timeout=3, holding="llama")
+    said = str(caught.value)
+    ray.kill(caller)
+    holders = f"placement group {taken.id.hex()} holds CPU 3; actor engine (pid "
+    told = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert told
+    for sentence in (told[0], said):
+        assert "no room for the 2 ranks (CPU 2 needed, 0 of 4 free)" in sentence
+        assert holders in sentence
+        assert "End what holds the rest" in sentence
+        assert 'strategy="PACK"' in sentence
+    assert "startup_timeout_seconds=3" in said
     states = {entry["state"] for key, entry in placement_group_table().items() if key != taken.id.hex()}
     assert states == {"REMOVED"}
 
 
+def test_a_model_of_this_process_that_holds_the_room_is_told_as_ours() -> None:
+    with start(4, strategy="PACK", holding="llama"), pytest.raises(StartupTimeoutError) as caught:
+        start(1, timeout=1, strategy="PACK", holding="draft")
+    assert "model draft (1 rank): no room for the only rank" in str(caught.value)
+    assert "model llama (4 ranks), loaded by this process, holds CPU 4. Call shutdown()" in str(caught.value)
+    assert "strategy=" not in str(caught.value)
+    with start(4) as group:
+        assert group.num_ranks == 4
+
+
+def test_a_room_that_becomes_free_is_taken(make_group: MakeGroup, caplog: pytest.LogCaptureFixture) -> None:
+    taken = make_group([{"CPU": 1}] * 4)
+
+    class FreesWhenTold(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            remove_placement_group(taken)
+
+    handler = FreesWhenTold(logging.WARNING)
+    logging.getLogger("ray_streamer.cluster.waiting").addHandler(handler)
+    try:
+        with start(2) as group:
+            assert group.num_ranks == 2
+    finally:
+        logging.getLogger("ray_streamer.cluster.waiting").removeHandler(handler)
+    assert "no room for the 2 ranks" in caplog.text
+
+
+def test_what_the_calling_actor_itself_holds_is_refused_at_once() -> None:
+    caller = Caller.options(num_cpus=1).remote()
+    with pytest.raises(ClusterError, match=r"of which the calling actor holds CPU 1.*num_cpus=0 for the calling actor"):
+        ray.get(caller.start.remote(4, PlacementOptions()))
+    ray.kill(caller)
+
+
 def test_wait_for_nodes_waits_for_what_is_not_there_yet() -> None:
-    with pytest.raises(StartupTimeoutError, match="GPU 1 needed, 0 of 0 free"):
+    with pytest.raises(StartupTimeoutError, match=r"GPU 1 needed, 0 of 0 free.*Add nodes"):
         start(1, timeout=1, num_gpus_per_rank=1, wait_for_nodes=True)

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
 import socket
+import subprocess
+import sys
 import tempfile
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 import ray
 
-from ray_streamer.cluster.session import connect
+from ray_streamer.cluster.session import Session, connect
 from ray_streamer.errors import ClusterError
 
 if TYPE_CHECKING:
@@ -89,3 +97,140 @@ def test_a_cluster_is_joined_by_its_address(ray_cluster: str) -> None:
     assert len(ray.nodes()) == 2
     session.close()
     assert not ray.is_initialized()
+
+
+def test_threads_that_connect_at_once_share_one_ray(monkeypatch: pytest.MonkeyPatch, short_folder: Path) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("RAY_TMPDIR", str(short_folder))
+    barrier = threading.Barrier(4)
+
+    def meet_and_connect() -> Session:
+        barrier.wait()
+        return connect("local", num_local_cpus=3)
+
+    with ThreadPoolExecutor(4) as pool:
+        sessions = [future.result() for future in [pool.submit(meet_and_connect) for _ in range(4)]]
+    try:
+        assert len({session.address for session in sessions}) == 1
+        assert sum(session.is_opened_here for session in sessions) == 1
+        # The threads have ended; Ray lives on.
+        assert ray.cluster_resources()["CPU"] == 3
+        assert ray.get(ray.put("alive")) == "alive"
+    finally:
+        for session in sessions:
+            session.close()
+    assert not ray.is_initialized()
+
+
+TASK_THAT_PRINTS = """
+import ray
+from ray_streamer.cluster.session import connect
+
+@ray.remote
+def talk():
+    import logging, sys
+    print("a print of a task")
+    print("an error of a task", file=sys.stderr)
+    logging.getLogger("mine").warning("a log of a task")
+
+session = connect("local", num_local_cpus=1)
+ray.get(talk.remote())
+session.close()
+"""
+
+
+def test_what_tasks_print_reaches_the_driver(short_folder: Path) -> None:
+    environment = os.environ | {"RAY_TMPDIR": str(short_folder), "PYTHONPATH": os.pathsep.join(sys.path)}
+    ended = subprocess.run(
+        [sys.executable, "-c", TASK_THAT_PRINTS], capture_output=True, text=True, check=True, env=environment
+    )
+    said = ended.stdout + ended.stderr
+    assert {"a print of a task", "an error of a task", "a log of a task"} <= {
+        line.rpartition(")")[2].replace("\x1b[0m", "").strip() for line in said.splitlines()
+    }
+
+
+@pytest.fixture(scope="module")
+def guarded_ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, dict[str, str]]]:
+    """A Ray that asks for a token: its address, and the environment of the user whom it lets in."""
+    folder = Path(tempfile.mkdtemp(prefix="rs-", dir="/tmp"))
+    home = tmp_path_factory.mktemp("home")
+    (home / ".ray").mkdir()
+    (home / ".ray" / "auth_token").write_text("0123456789abcdef0123456789abcdef")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")}
+    environment |= {"HOME": str(home), "RAY_TMPDIR": str(folder), "PYTHONPATH": os.pathsep.join(sys.path)}
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = ["start", "--head", f"--port={port}", "--num-cpus=1", "--include-dashboard=false", "--block"]
+    log = folder / "log"
+    with log.open("w") as output:
+        head = subprocess.Popen(
+            [shutil.which("ray") or "ray", *command],
+            env=environment,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    try:
+        while "runtime started" not in log.read_text():
+            assert head.poll() is None, log.read_text()
+            time.sleep(0.1)
+        yield f"127.0.0.1:{port}", environment
+    finally:
+        os.killpg(head.pid, signal.SIGTERM)
+        with suppress(subprocess.TimeoutExpired):
+            head.wait(5)
+        os.killpg(head.pid, signal.SIGKILL)
+        head.wait(30)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+CONNECT_AND_SAY = """
+import sys, ray
+from ray_streamer.cluster.session import connect
+from ray_streamer.errors import ClusterError
+try:
+    connect(sys.argv[1])
+    print("connected,", len(ray.nodes()), "node")
+except ClusterError as error:
+    print(error)
+"""
+
+
+def connect_elsewhere(address: str, environment: dict[str, str]) -> str:
+    """What a process with this environment says when it connects."""
+    ended = subprocess.run(
+        [sys.executable, "-c", CONNECT_AND_SAY, address], env=environment, capture_output=True, text=True, check=True
+    )
+    return ended.stdout
+
+
+@pytest.mark.parametrize("mode", [{}, {"RAY_AUTH_MODE": "token"}], ids=["unset", "token"])
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "auto"])
+def test_a_ray_with_a_token_is_joined_by_its_own_user(
+    guarded_ray: tuple[str, dict[str, str]], host: str, mode: dict[str, str]
+) -> None:
+    address, environment = guarded_ray
+    named = host if host == "auto" else f"{host}:{address.rpartition(':')[2]}"
+    assert connect_elsewhere(named, environment | mode) == "connected, 1 node\n"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param({"RAY_AUTH_MODE": "disabled"}, id="disabled"),
+        pytest.param({"HOME": "/nonexistent"}, id="no-token"),
+        pytest.param({"HOME": "/nonexistent", "RAY_AUTH_MODE": "token"}, id="token-mode-without-one"),
+        pytest.param({"RAY_AUTH_TOKEN": "f" * 32, "RAY_AUTH_MODE": "token"}, id="wrong"),
+        pytest.param({"RAY_AUTH_TOKEN": "f" * 32}, id="wrong-unset"),
+    ],
+)
+def test_a_ray_with_another_token_is_refused_with_the_way_in(
+    guarded_ray: tuple[str, dict[str, str]], changes: dict[str, str]
+) -> None:
+    address, environment = guarded_ray
+    said = connect_elsewhere(address, environment | changes)
+    assert "lets nobody in without its token" in said
+    assert "Set RAY_AUTH_MODE=token" in said
+    assert "~/.ray/auth_token" in said

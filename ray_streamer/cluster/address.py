@@ -1,0 +1,125 @@
+"""Does a Ray cluster answer at this address, and does it let this process in?
+
+Both are tried before Ray is given the address. Where nobody answers, Ray ends the whole process after two minutes. Where
+a token is missing, it tries for 20 seconds and tells the reason three causes deep.
+
+Ray sends its token by itself only to a cluster that it found. The address of the same cluster, written out, gets it too;
+any other host does not get a token that nobody said was for it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+
+import ray.exceptions
+from ray._private import services
+from ray._raylet import GcsClient
+from ray.exceptions import RayError
+
+from ray_streamer.errors import ClusterError
+
+logger = logging.getLogger(__name__)
+
+NO_CLIENT = (
+    "Ray Client (ray://) keeps this process outside the cluster, where placement cannot be seen: submit the program "
+    "with `ray job submit`, or run it on a node of the cluster"
+)
+
+_MODE_VARIABLE = "RAY_AUTH_MODE"
+# Ray knows tokens since 2.51.
+_AuthenticationError: type[RayError] | tuple[()] = getattr(ray.exceptions, "AuthenticationError", ())
+
+
+def find_cluster(address: str | None, connect_timeout_seconds: float) -> str | None:
+    """`host:port` of the cluster that answers and lets this process in; None when a local Ray is to be started.
+
+    Args:
+        address: `host:port`, "auto", "local", or None to look for a cluster.
+        connect_timeout_seconds: How long the address may take to answer.
+
+    Raises:
+        ClusterError: Nobody answers there, or without a token that this process does not have.
+    """
+    named = os.environ.get("RAY_ADDRESS") if address in (None, "auto") else address
+    if named and named.startswith("ray://"):
+        raise ClusterError(NO_CLIENT)
+    try:
+        # Private, but there is no public way to learn the address without using it.
+        known = services.canonicalize_bootstrap_address(address)  # pyright: ignore[reportArgumentType]
+        if known is None:
+            return None
+        host, _, port = known.rpartition(":")
+        socket.create_connection((host.strip("[]"), int(port)), connect_timeout_seconds).close()
+    except (OSError, ValueError) as error:
+        if not named and address is None:
+            logger.info("the cluster that Ray remembers is gone (%s); starting a local one", error)
+            return None
+        origin = "RAY_ADDRESS" if named and named != address else "address"
+        raise ClusterError(
+            f"no Ray cluster answers at {origin}={named or address!r}: {error}. Give the host:port of its head node, "
+            "unset it to start a local Ray, or start one with `ray start --head`"
+        ) from error
+    _enter(known)
+    return known
+
+
+def _enter(known: str) -> None:
+    """Make sure that the cluster takes this process's token, or needs none."""
+    try:
+        _knock(known)
+    except _AuthenticationError as refusal:
+        if os.environ.get(_MODE_VARIABLE) is None and _is_found_by_ray(known) and _take_token():
+            try:
+                _knock(known)
+            except _AuthenticationError as second_refusal:
+                raise _no_entry(known, second_refusal) from second_refusal
+        else:
+            raise _no_entry(known, refusal) from refusal
+
+
+def _knock(known: str) -> None:
+    """Ask the cluster for its id, as every client does first.
+
+    Raises:
+        AuthenticationError: It asks for another token, or for one at all.
+        ClusterError: What answers there is no Ray of this version.
+    """
+    try:
+        if _AuthenticationError:
+            from ray._private.authentication.authentication_token_setup import ensure_token_if_auth_enabled
+
+            # Without a token in token mode, Ray's own client ends the process.
+            ensure_token_if_auth_enabled(None, create_token_if_missing=False)
+        GcsClient(address=known)
+    except _AuthenticationError:
+        raise
+    except (RayError, RuntimeError, ConnectionError) as error:
+        raise ClusterError(
+            f"something answers at {known}, but not as the control service of a Ray cluster: {error}. Give the "
+            "host:port that `ray start --head` printed, and the same version of Ray"
+        ) from error
+
+
+def _is_found_by_ray(known: str) -> bool:
+    """Whether this is the cluster that Ray's own "auto" would find on this machine."""
+    return known == services.find_bootstrap_address(None) or known in services.find_gcs_addresses()
+
+
+def _take_token() -> bool:
+    """Use the token that Ray finds for this user, as it does for "auto"; False when there is none."""
+    from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
+
+    return maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+
+
+def _no_entry(known: str, refusal: Exception) -> ClusterError:
+    mode = os.environ.get(_MODE_VARIABLE)
+    said = str(getattr(refusal, "message", refusal)).strip().rstrip(".")
+    return ClusterError(
+        f"the Ray cluster at {known} lets nobody in without its token, and {_MODE_VARIABLE} is {mode or 'not set'} "
+        f"here. Set {_MODE_VARIABLE}=token, and give the token of the head node in RAY_AUTH_TOKEN, in the file that "
+        "RAY_AUTH_TOKEN_PATH names, or in ~/.ray/auth_token (`ray get-auth-token` prints it there). "
+        f"Ray says: {said}"
+    )

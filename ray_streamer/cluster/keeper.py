@@ -1,0 +1,102 @@
+"""Who removes a placement group whose owner was killed? A small actor that outlives the owner and watches it.
+
+Ray removes a placement group when the job that made it ends. A driver is its job, so nothing is needed for it. An actor, a
+task or a Serve replica is not: when one is killed, or its handle goes out of scope, its ranks die with it, and their
+resources would stay reserved until the whole job ends.
+
+The keeper is detached and reserves nothing. It is told all it needs when it is made, so an owner that dies at once is
+noticed too. It looks once a second whether Ray still counts the owner's process and node as alive, and ends with its
+group, whoever ends that.
+"""
+
+from __future__ import annotations
+
+import threading
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+import ray
+import ray._private.state
+from ray.exceptions import RayError
+from ray.util.placement_group import placement_group_table, remove_placement_group
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+if TYPE_CHECKING:
+    from ray.util.placement_group import PlacementGroup
+
+    from ray_streamer.cluster.names import GroupName
+
+_NAMESPACE = "ray_streamer"
+_LOOK_SECONDS = 1.0
+
+
+class Keeper:
+    """Removes one placement group after its owner, and then itself.
+
+    Args:
+        label: How Ray's dashboard and logs show it.
+        group: What to remove.
+        owner_id: Ray's id of the owner's process.
+        node_id: Ray's id of the owner's node.
+    """
+
+    def __init__(self, label: str, group: PlacementGroup, owner_id: str, node_id: str) -> None:
+        self._label = label
+        this = ray.get_runtime_context().current_actor
+        threading.Thread(target=_keep, args=(group, owner_id, node_id, this), name="keeper", daemon=True).start()
+
+    def __repr__(self) -> str:
+        return self._label
+
+
+_as_actor: Any = ray.remote
+_KeeperActor = _as_actor(num_cpus=0, max_restarts=-1)(Keeper)
+
+
+def is_needed() -> bool:
+    """Whether this process may end before its job does: an actor or a task, and no driver."""
+    return ray.get_runtime_context().worker.mode == ray.WORKER_MODE
+
+
+def start_keeper(group: PlacementGroup, name: GroupName) -> Any:
+    """The handle of a keeper that watches this process; kill it when the group was removed.
+
+    It starts on another node than this one where there is one, since a node may be lost with all that runs there.
+    """
+    context = ray.get_runtime_context()
+    here = context.get_node_id()
+    nodes = sorted(node["NodeID"] for node in ray.nodes() if node["Alive"])
+    elsewhere = next((node for node in nodes if node != here), here)
+    return _KeeperActor.options(
+        lifetime="detached",
+        namespace=_NAMESPACE,
+        name=name.keeper,
+        scheduling_strategy=NodeAffinitySchedulingStrategy(elsewhere, soft=True),
+    ).remote(name.keeper, group, context.get_worker_id(), here)
+
+
+def _keep(group: PlacementGroup, owner_id: str, node_id: str, this: Any) -> None:
+    pause = threading.Event()
+    is_needed_still = True
+    while is_needed_still:
+        pause.wait(_LOOK_SECONDS)
+        # A control service that does not answer now may do so the next time.
+        with suppress(RayError):
+            is_needed_still = placement_group_table(group).get("state", "REMOVED") != "REMOVED"
+            if is_needed_still and not (_is_process_alive(owner_id) and _is_node_alive(node_id)):
+                remove_placement_group(group)
+                is_needed_still = False
+    ray.kill(this)
+
+
+def _is_node_alive(node_id: str) -> bool:
+    return any(node["NodeID"] == node_id and node["Alive"] for node in ray.nodes())
+
+
+def _is_process_alive(worker_id: str) -> bool:
+    # Private: the public state API needs a dashboard, which a local Ray does not have.
+    from ray.core.generated import gcs_pb2
+
+    accessor = ray._private.state.state._connect_and_get_accessor()  # pyright: ignore[reportPrivateUsage]
+    record = accessor.get_worker_info(ray.WorkerID(bytes.fromhex(worker_id)))
+    return record is not None and gcs_pb2.WorkerTableData.FromString(record).is_alive

@@ -1,0 +1,133 @@
+"""An owner that ends without a word: its ranks go, and what they had reserved is free again."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import ray
+from ray.util.placement_group import placement_group_table
+
+from ray_streamer.cluster.group import WorkerGroup
+from ray_streamer.cluster.placement import PlacementOptions
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    Check = Callable[..., None]
+
+pytestmark = pytest.mark.usefixtures("idle_cluster")
+
+ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+
+
+class Worker:
+    """Holds nothing."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+
+
+def start_ranks(num_cpus_per_rank: float) -> WorkerGroup:
+    placement = PlacementOptions(num_cpus_per_rank=num_cpus_per_rank, strategy="SPREAD")
+    return WorkerGroup(Worker, 2, placement=placement, holding="llama", startup_timeout_seconds=60)
+
+
+@ray.remote
+class Owner:
+    """An actor that holds a group of two ranks."""
+
+    def __init__(self, num_cpus_per_rank: float = 1) -> None:
+        self.group = start_ranks(num_cpus_per_rank)
+
+    def pids(self) -> list[int]:
+        return [os.getpid(), *(facts.pid for facts in self.group.facts)]
+
+    def let_go(self) -> None:
+        self.group.shutdown()
+
+    def crash(self) -> None:
+        os._exit(1)
+
+    def raise_system_exit(self) -> None:
+        sys.exit(1)
+
+
+@ray.remote(max_retries=0)
+def start_and_die(pid_file: str) -> None:
+    group = start_ranks(1)
+    Path(pid_file).write_text(" ".join(str(facts.pid) for facts in group.facts))
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def num_groups() -> int:
+    return sum(entry["state"] != "REMOVED" for entry in placement_group_table().values())
+
+
+def num_keepers() -> int:
+    actors = ray._private.state.actors().values()
+    return sum(actor["ActorClassName"] == "Keeper" and actor["State"] != "DEAD" for actor in actors)
+
+
+ENDS: dict[str, Callable[[Any, list[int]], None]] = {
+    "ray-kill": lambda owner, _: ray.kill(owner),
+    "crash": lambda owner, _: owner.crash.remote(),
+    "sigkill": lambda _, pids: os.kill(pids[0], signal.SIGKILL),
+    "sys-exit": lambda owner, _: owner.raise_system_exit.remote(),
+    "terminate": lambda owner, _: owner.__ray_terminate__.remote(),
+}
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_an_actor_that_ends_leaves_no_rank_no_group_and_no_keeper(
+    end: str, wait_until: Check, assert_gone: Check
+) -> None:
+    owner = Owner.remote()
+    pids = ray.get(owner.pids.remote())
+    assert (num_groups(), num_keepers()) == (1, 1)
+    ENDS[end](owner, pids)
+    wait_until(lambda: (num_groups(), num_keepers()) == (0, 0), 30)
+    assert_gone(pids)
+
+
+def test_an_actor_whose_handle_goes_out_of_scope_leaves_nothing(wait_until: Check, assert_gone: Check) -> None:
+    owner = Owner.remote()
+    pids = ray.get(owner.pids.remote())
+    del owner
+    wait_until(lambda: (num_groups(), num_keepers()) == (0, 0), 30)
+    assert_gone(pids)
+
+
+def test_a_task_that_is_killed_leaves_nothing(tmp_path: Path, wait_until: Check, assert_gone: Check) -> None:
+    pid_file = tmp_path / "pids"
+    with pytest.raises(ray.exceptions.WorkerCrashedError):
+        ray.get(start_and_die.remote(str(pid_file)))
+    wait_until(lambda: (num_groups(), num_keepers()) == (0, 0), 30)
+    assert_gone(map(int, pid_file.read_text().split()))
+
+
+def test_a_rank_that_dies_takes_no_reservation_along(wait_until: Check) -> None:
+    owner = Owner.remote()
+    pids = ray.get(owner.pids.remote())
+    for pid in pids[1:]:
+        os.kill(pid, signal.SIGKILL)
+    wait_until(
+        lambda: sum(a["State"] == "DEAD" and a["Pid"] in pids for a in ray._private.state.actors().values()) == 2, 30
+    )
+    assert (num_groups(), num_keepers()) == (1, 1)
+    ray.get(owner.let_go.remote())
+    wait_until(lambda: (num_groups(), num_keepers()) == (0, 0), 30)
+    ray.kill(owner)
+
+
+def test_a_driver_and_a_group_that_reserves_nothing_need_no_keeper() -> None:
+    with start_ranks(1):
+        assert (num_groups(), num_keepers()) == (1, 0)
+    owner = Owner.remote(0)
+    assert len(ray.get(owner.pids.remote())) == 3
+    assert num_keepers() == 0
+    ray.kill(owner)
