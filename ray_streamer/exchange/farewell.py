@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 FAREWELL_SECONDS = 1.0
 """How long a rank tries to tell neighbours that do not read."""
 
+LINGER_SECONDS = 5.0
+"""How long a rank stays for those that are late, when another one failed before all had met."""
+
 
 def say_farewell(
     error: BaseException | None,
@@ -45,7 +48,7 @@ def say_farewell(
     if not isinstance(error, RankFailedError):
         return
     failed = {place.ranks.index(error.rank)} if error.rank in place.ranks else set()
-    deadline = time.monotonic() + place.timeouts.neighbour_seconds
+    deadline = time.monotonic() + LINGER_SECONDS
     while missing - failed and time.monotonic() < deadline:
         meet_more()
         _tell(links, told, message)

@@ -300,7 +300,7 @@ class Hub:
         for source in (link.socket, link.watch.process.fd):
             with contextlib.suppress(KeyError, ValueError):
                 self._selector.unregister(source)
-        self._mailbox.lose(link.local_rank, reason)
+        self._mailbox.lose(link.local_rank, reason, has_left=reason is _LEFT)
 
 
 _open_hubs: weakref.WeakSet[Hub] = weakref.WeakSet()

@@ -83,6 +83,15 @@ class Activity:
             self._num_steps += 1
 
     @contextmanager
+    def working(self) -> Iterator[None]:
+        """For the length of the block the calling thread has a piece of work under way."""
+        self.begin()
+        try:
+            yield
+        finally:
+            self.end()
+
+    @contextmanager
     def waiting(self) -> Iterator[None]:
         """For the length of the block the calling thread has nothing to do but wait for others."""
         with self._lock:
@@ -157,6 +166,7 @@ class Watch:
 
     def _look(self, seconds: float) -> None:
         work = self.process.work()
-        is_idle = work is not None and work == self._work
+        # A process that waits for a CPU is not idle, however long the machine lets it wait.
+        is_idle = work is not None and work == self._work and not self.process.is_runnable()
         self._work = work
         self._idle_seconds = self._idle_seconds + seconds if is_idle else 0.0

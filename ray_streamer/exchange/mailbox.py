@@ -54,7 +54,8 @@ class Mailbox:
         self._changed = threading.Condition()
         self._received: dict[tuple[int, int], Received] = {}
         self._met: set[int] = set()
-        self._awaited: set[int] = set(self.peers)
+        self._is_meeting = True
+        self._awaited: set[int] = set()
         self._step = -1
         self._unfinished: set[int] = set()
         self._gone: dict[int, str] = {}
@@ -68,7 +69,7 @@ class Mailbox:
     def expected(self) -> set[int]:
         """Ranks of which something is awaited now."""
         with self._changed:
-            return (self._awaited & self._met) | self._unfinished
+            return (self._met if self._is_meeting else self._awaited) | self._unfinished
 
     def meet(self, peer: int) -> None:
         """A rank is connected."""
@@ -81,8 +82,7 @@ class Mailbox:
         with self._activity.waiting(), self._changed:
             self._changed.wait_for(lambda: self._met == self.peers or self._stop.is_set, seconds)
             self._stop.check()
-            if self._met == self.peers:
-                self._awaited.clear()
+            self._is_meeting = self._met != self.peers
             return set(self.peers - self._met)
 
     def put(self, peer: int, step: int, received: Received) -> None:
@@ -137,13 +137,19 @@ class Mailbox:
         """Whether the rank's connection is over."""
         return peer in self._gone
 
-    def lose(self, peer: int, reason: str) -> None:
-        """A rank is gone: a failure when something is awaited of it, now or as soon as something is."""
+    def lose(self, peer: int, reason: str, *, has_left: bool = False) -> None:
+        """A rank is gone: a failure when something is awaited of it, now or as soon as something is.
+
+        Args:
+            peer: Local rank.
+            reason: What is known.
+            has_left: Whether it said so; it may have said all it had to before the others have even met.
+        """
         with self._changed:
             if peer in self._gone:
                 return
             self._gone[peer] = reason
-            is_expected = peer in self.expected
+            is_expected = peer in (self._awaited | self._unfinished if has_left else self.expected)
             self._changed.notify_all()
         if is_expected:
             self.fail(peer, reason)

@@ -41,9 +41,10 @@ class PeerProcess:
     def __init__(self, pid: int) -> None:
         self.pid = pid
         self.fd = -1
+        self._folder = Path(f"/proc/{pid}")
         self._is_watched = pid not in (0, os.getpid())
         # Before the pidfd: a process that takes the number over later has another start.
-        self._start = stat.start if self._is_watched and (stat := _read_stat(pid)) else None
+        self._start = stat.start if self._is_watched and (stat := _read_stat(self._folder)) else None
         if self._is_watched:
             # Refused by old kernels and some sandboxes; then /proc is asked from time to time.
             with contextlib.suppress(OSError):
@@ -62,17 +63,27 @@ class PeerProcess:
             return bool(poll.poll(0))
         if not self._is_watched or not Path("/proc/self/stat").exists():
             return False
-        stat = _read_stat(self.pid)
+        stat = _read_stat(self._folder)
         return stat is None or stat.start != self._start or stat.state in _ENDED_STATES
 
     def work(self) -> tuple[str, ...] | None:
         """Counters that change while the process computes or touches memory; None where they cannot be seen."""
-        stat = _read_stat(self.pid) if self._is_watched else None
+        stat = _read_stat(self._folder) if self._is_watched else None
         return stat.work if stat else None
+
+    def is_runnable(self) -> bool:
+        """Whether one of its threads runs, or would if it had a CPU."""
+        tasks = self._folder / "task"
+        try:
+            numbers = os.listdir(tasks) if self._is_watched else []
+        except OSError:
+            return False
+        stats = [_read_stat(tasks / number) for number in numbers]
+        return any(stat is not None and stat.state == "R" for stat in stats)
 
     def describe(self) -> str:
         """What the process does, as /proc shows it."""
-        stat = _read_stat(self.pid) if self._is_watched else None
+        stat = _read_stat(self._folder) if self._is_watched else None
         return _STOPPED_STATES.get(stat.state, "idle") if stat else "out of sight"
 
     def close(self) -> None:
@@ -124,9 +135,9 @@ def _maps_every_user() -> bool:
     return sum(int(line.split()[2]) for line in lines) >= _WHOLE_ID_SPACE
 
 
-def _read_stat(pid: int) -> _Stat | None:
+def _read_stat(folder: Path) -> _Stat | None:
     try:
-        text = Path(f"/proc/{pid}/stat").read_text()
+        text = (folder / "stat").read_text()
     except OSError:
         return None
     fields = text.rpartition(")")[2].split()

@@ -54,9 +54,9 @@ class NodeSession:
         stop: Set once the session is over because of an error, this rank's or another's.
     """
 
-    def __init__(self, place: Place) -> None:
+    def __init__(self, place: Place, activity: Activity) -> None:
         self.place = place
-        self.activity = Activity()
+        self.activity = activity
         self.stop = StopSignal()
         self._step = 0
         self._mailbox = Mailbox(place, self.activity, self.stop)
@@ -65,19 +65,20 @@ class NodeSession:
             self._hub = Hub(place, self._mailbox, activity=self.activity, stop=self.stop)
 
     @classmethod
-    def meet(cls, place: Place, stop: StopSignal | None = None) -> NodeSession:
+    def meet(cls, place: Place, stop: StopSignal | None = None, activity: Activity | None = None) -> NodeSession:
         """Connects to every other rank of the node.
 
         Args:
             place: Which rank this is.
             stop: Ends the waiting from outside.
+            activity: Where this rank's threads say what they do, when they do it already.
 
         Raises:
             StartupTimeoutError: Some ranks did not come; names them, and what was assumed about them.
             RankFailedError: A rank that came failed, died or hung before the others were there.
             ClusterError: The session is in use by another process.
         """
-        session = cls(place)
+        session = cls(place, activity or Activity())
         end = session._end_with(stop)
         try:
             session._wait_met()
@@ -172,7 +173,8 @@ class NodeSession:
         """Leaves the session, as agreed or after the others were told why; ends its thread. May be called again."""
         hub, self._hub = self._hub, None
         if hub is not None:
-            hub.send(self._mailbox.peers, bytes([Kind.BYE]))
+            if not self.stop.is_set:
+                hub.send(self._mailbox.peers, bytes([Kind.BYE]))
             hub.close()
         self._mailbox.close()
 
