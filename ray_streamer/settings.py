@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 MIB = 1 << 20
 ENV_PREFIX = "RAY_STREAMER_"
 
+# A week: longer waits are endless to people, and some are too long for the operating system's clocks.
+_LONGEST_SECONDS = 7 * 24 * 3600
+
 _BYTE_SIZE: TypeAdapter[ByteSize] = TypeAdapter(ByteSize)
 
 
@@ -154,25 +157,36 @@ class Settings(BaseSettings):
     startup_timeout_seconds: float = Field(
         default=300.0, gt=0, description="How long ranks may take to be placed, started and connected."
     )
-    neighbour_timeout_seconds: float = Field(
-        default=8.0,
-        gt=0,
-        description="How long a rank of the same node that others wait for may say nothing and do nothing: stopped, or hung.",
+    connect_timeout_seconds: float = Field(
+        default=10.0, gt=0, le=_LONGEST_SECONDS, allow_inf_nan=False, description="How long a connection may take."
     )
-    progress_timeout_seconds: float = Field(
-        default=300.0,
-        gt=0,
-        description="How long a rank of the same node that others wait for may take for one step: headers, a plan, a block.",
-    )
-    connect_timeout_seconds: float = Field(default=10.0, gt=0, description="How long a connection may take.")
     first_byte_timeout_seconds: float = Field(
-        default=30.0, gt=0, description="How long an object store may take until the head of its answer."
+        default=30.0,
+        gt=0,
+        le=_LONGEST_SECONDS,
+        allow_inf_nan=False,
+        description="How long an object store may take until the head of its answer.",
     )
     stall_timeout_seconds: float = Field(
-        default=30.0, gt=0, description="How long each MiB of an object may take once its answer has begun."
+        default=30.0,
+        gt=0,
+        le=_LONGEST_SECONDS,
+        allow_inf_nan=False,
+        description="How long each MiB of an object may take once its answer has begun.",
+    )
+    list_timeout_seconds: float = Field(
+        default=60.0,
+        gt=0,
+        le=_LONGEST_SECONDS,
+        allow_inf_nan=False,
+        description="How long an object store may go on listing one folder.",
     )
     retry_deadline_seconds: float = Field(
-        default=120.0, ge=0, description="How long one read may be tried again after a passing fault."
+        default=120.0,
+        ge=0,
+        le=_LONGEST_SECONDS,
+        allow_inf_nan=False,
+        description="How long one read may be tried again after a passing fault.",
     )
     hedge_percent: float = Field(
         default=5.0,
@@ -193,10 +207,14 @@ class Settings(BaseSettings):
     s3_region: str | None = Field(default=None, description="S3 region; unset = botocore's own search.")
     s3_profile: str | None = Field(default=None, description="Profile of the AWS configuration files.")
     s3_addressing: Literal["auto", "path", "virtual"] = Field(
-        default="auto", description="Bucket in the path or in the host name; auto = botocore's choice."
+        default="auto",
+        description="Bucket in the path or in the host name; auto = the profile's word, else botocore's choice.",
     )
     s3_unsigned: bool = Field(default=False, description="Send no credentials: public buckets.")
-    s3_ca_bundle: str | None = Field(default=None, description="CA file for https endpoints; unset = AWS_CA_BUNDLE.")
+    s3_ca_bundle: str | None = Field(
+        default=None,
+        description="CA file for https endpoints; unset = AWS_CA_BUNDLE, the profile's ca_bundle or REQUESTS_CA_BUNDLE.",
+    )
     s3_requester_pays: bool = Field(default=False, description="Pay for requests to buckets whose owner does not.")
     s3_access_key_id: SecretStr | None = Field(
         default=None,

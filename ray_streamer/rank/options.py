@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from ray_streamer.exchange.liveness import Timeouts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,11 +14,11 @@ class RankOptions:
         node: Name of the node, for errors.
         concurrency: Reads in flight.
         memory_limit: Staging bytes; -1 for as much as the plan can use.
-        timeouts: How long the ranks of the node wait for each other.
+        startup_timeout_seconds: How long neighbours may take to connect.
     """
 
     session: str
     node: str
     concurrency: int
     memory_limit: int
-    timeouts: Timeouts
+    startup_timeout_seconds: float

@@ -60,6 +60,7 @@ class StorageSettings(Protocol):
     connect_timeout_seconds: float
     first_byte_timeout_seconds: float
     stall_timeout_seconds: float
+    list_timeout_seconds: float
     retry_deadline_seconds: float
     hedge_percent: float
     max_bandwidth: int | None

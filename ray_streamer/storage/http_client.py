@@ -93,6 +93,13 @@ class HttpClient:
         if answer.num_received >= PIECE_BYTES:
             clock.end_body()
 
+    def read(self, answer: HttpAnswer, max_bytes: int) -> bytes:
+        """The beginning of a body, at most `max_bytes`; for those of errors, what came before it broke or stalled."""
+        body = memoryview(bytearray(max_bytes if answer.length is None else min(max_bytes, answer.length)))
+        with suppress(OSError, h11.RemoteProtocolError):
+            self.receive_into(answer, body)
+        return bytes(body[: answer.num_received])
+
     def close(self) -> None:
         """End all connections; those who wait for one, or for their share of the bandwidth, wake up."""
         self._closing.set()
@@ -105,7 +112,10 @@ class HttpClient:
         while True:
             waited_seconds = time.monotonic() - began
             if waited_seconds >= self._first_byte_timeout_seconds:
-                raise TimeoutError(errno.ETIMEDOUT, f"no answer in {self._first_byte_timeout_seconds:g} s")
+                raise TimeoutError(
+                    errno.ETIMEDOUT,
+                    f"no response headers in {self._first_byte_timeout_seconds:g} s (first_byte_timeout_seconds)",
+                )
             # Once more after one time, three times, seven times of what is late: second requests may be unlucky, too.
             late_after_seconds = self._hedging.heads.late_after_seconds * (2 ** (race.num_hedges + 1) - 1)
             if waited_seconds >= late_after_seconds and self._hedging.spend():

@@ -2,7 +2,7 @@
 
 h11 writes the request and reads the answer's head, which is all that needs a parser. A body of known length is received
 straight into the caller's memory, with the interpreter lock released, over TLS too. Any other body (chunked, or as long as
-the connection lives) goes through h11. Nothing is retried here.
+the connection lives) goes through h11. Nothing is retried here. What the server sent is never part of an error's words.
 """
 
 from __future__ import annotations
@@ -10,12 +10,13 @@ from __future__ import annotations
 import errno
 import socket
 import time
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 import h11
 
-from ray_streamer.storage.lateness import PIECE_BYTES, PieceClock
+from ray_streamer.storage.lateness import PIECE_BYTES
+from ray_streamer.storage.redaction import NO_SECRETS, Secrets
 from ray_streamer.storage.tls import TlsStream
 
 if TYPE_CHECKING:
@@ -23,10 +24,12 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from ray_streamer.storage.http_route import Route
+    from ray_streamer.storage.lateness import PieceClock
 
 # Heads are smaller; what comes with one of the body has to be copied.
 _HEAD_BYTES = 4096
 _CHUNK_BYTES = 64 << 10
+_MAX_INTERIM_ANSWERS = 16
 _USER_AGENT = "ray_streamer"
 
 
@@ -45,44 +48,56 @@ class HttpConnection:
         self.stream: socket.socket | TlsStream = connected
         self.timeout_seconds = timeout_seconds
         self._protocol = h11.Connection(h11.CLIENT)
+        self._num_interim_answers = 0
+        self._secrets = NO_SECRETS
 
     def tunnel(self) -> None:
         """Ask the proxy to pass everything on to the server.
 
         Raises:
-            OSError: It does not.
+            OSError: It does not, in time.
             h11.RemoteProtocolError: It does not speak HTTP.
         """
         headers = [("Host", self.route.server_address)]
         if self.route.authorization:
             headers.append(("Proxy-Authorization", self.route.authorization))
         self._send(h11.Request(method="CONNECT", target=self.route.server_address, headers=headers))
-        while not isinstance(event := self._protocol.next_event(), h11.Response):
-            self._feed(event)
+        deadline = time.monotonic() + self.timeout_seconds
+        with self._timeout_explained("answer of the proxy"):
+            while not isinstance(event := next_event(self._protocol), h11.Response):
+                # Never 0, which would be no timeout but no wait.
+                self.stream.settimeout(max(deadline - time.monotonic(), 1e-3))
+                self._feed(event)
         if not 200 <= event.status_code < 300:
             raise ConnectionRefusedError(errno.ECONNREFUSED, f"the proxy answered {event.status_code} to CONNECT")
 
     def secure(self, context: ssl.SSLContext) -> None:
         """Speak TLS from now on; see `TlsStream`."""
-        self.stream = TlsStream(self._socket, context, self.route.server_host)
+        self._socket.settimeout(self.timeout_seconds)
+        with self._timeout_explained("end of the TLS handshake"):
+            self.stream = TlsStream(self._socket, context, self.route.server_host)
 
     def fileno(self) -> int:
         """Of the socket, for polling: `receive_head` leaves nothing behind that the kernel does not know of."""
         return self._socket.fileno()
 
     def ask(self, target: str, headers: Mapping[str, str]) -> None:
-        """Send one GET.
+        """Send one GET; header values may hold what `HttpAnswer.header` gives.
 
         Raises:
             OSError: The connection is gone.
         """
         self._protocol = h11.Connection(h11.CLIENT)
+        self._num_interim_answers = 0
         lines = [("Host", self.route.netloc), ("User-Agent", _USER_AGENT), ("Accept-Encoding", "identity")]
         if self.route.is_proxied and not self.route.is_tunnelled:
             target = f"{self.route.scheme}://{self.route.netloc}{target}"
             if self.route.authorization:
                 lines.append(("Proxy-Authorization", self.route.authorization))
-        self._send(h11.Request(method="GET", target=target, headers=[*lines, *headers.items()]))
+        lines += headers.items()
+        self._secrets = Secrets(target, dict(lines))
+        encoded = [(name, value.encode("latin-1")) for name, value in lines]
+        self._send(h11.Request(method="GET", target=target, headers=encoded))
 
     def receive_head(self) -> HttpAnswer | None:
         """The answer, without its body, if all of its head has come; never waits.
@@ -92,12 +107,12 @@ class HttpConnection:
             h11.RemoteProtocolError: The server does not speak HTTP.
         """
         self.stream.settimeout(0)
-        while not isinstance(event := self._protocol.next_event(), h11.Response):
+        while not isinstance(event := next_event(self._protocol), h11.Response):
             try:
                 self._feed(event)
             except BlockingIOError:
                 return None
-        return HttpAnswer(self, self._protocol, event)
+        return HttpAnswer(self, self._protocol, event, self._secrets)
 
     def is_alive(self) -> bool:
         """Whether an idle connection can be used again: nothing may have come meanwhile, not even its end."""
@@ -124,9 +139,20 @@ class HttpConnection:
         self.stream.settimeout(self.timeout_seconds)
         self.stream.sendall((head or b"") + (end or b""))
 
+    @contextmanager
+    def _timeout_explained(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except TimeoutError:
+            message = f"no {what} in {self.timeout_seconds:g} s (connect_timeout_seconds)"
+            raise TimeoutError(errno.ETIMEDOUT, message) from None
+
     def _feed(self, event: object) -> None:
-        """Give h11 what it asks for; other events before a head are of no interest."""
+        """Give h11 what it asks for; other events before a head are of no interest, but they must end."""
         if event is not h11.NEED_DATA:
+            self._num_interim_answers += 1
+            if self._num_interim_answers > _MAX_INTERIM_ANSWERS:
+                raise ConnectionAbortedError(errno.EPROTO, f"more than {_MAX_INTERIM_ANSWERS} interim answers (1xx)")
             return
         data = self.stream.recv(_HEAD_BYTES)
         if not data:
@@ -141,40 +167,47 @@ class HttpAnswer:
         connection: Over which it comes.
         status: HTTP status.
         length: Bytes of the body, or None when only its end will tell.
+        secrets: What its words may not be repeated with.
+        is_too_long: Whether more of a body has come than the buffer holds, or than its head announced.
         num_received: Bytes of the body that have landed in the buffer, from its beginning on; exact after an error, too.
     """
 
-    def __init__(self, connection: HttpConnection, protocol: h11.Connection, head: h11.Response) -> None:
+    def __init__(
+        self, connection: HttpConnection, protocol: h11.Connection, head: h11.Response, secrets: Secrets
+    ) -> None:
         self.connection = connection
         self._protocol = protocol
-        self._headers = {name.decode(): value.decode("latin-1") for name, value in head.headers}
+        self._headers: dict[str, str] = {}
+        for name, value in head.headers:
+            self._headers.setdefault(name.decode(), "")
+            self._headers[name.decode()] += f", {value.decode('latin-1')}"
+        self.secrets = secrets
         self.status = head.status_code
         is_chunked = bool(self.header("transfer-encoding"))
-        self.length = (
-            int(self._headers["content-length"]) if "content-length" in self._headers and not is_chunked else None
-        )
+        self.length = None if is_chunked or not self.header("content-length") else int(self.header("content-length"))
         self._keeps_alive = (
             head.http_version == b"1.1"
             and "close" not in self.header("connection").lower()
             and (is_chunked or self.length is not None)
         )
         self.num_received = 0
+        self.is_too_long = self.length is not None and len(protocol.trailing_data[0]) > self.length
         self._has_ended = False
 
     def header(self, name: str) -> str:
-        """A header by its lower-case name; empty when it is not there."""
-        return self._headers.get(name, "")
+        """A header by its lower-case name, several of one name joined by commas; empty when it is not there."""
+        return self._headers.get(name, "").removeprefix(", ")
 
     @property
     def is_reusable(self) -> bool:
         """Whether the next exchange may follow on the same connection."""
         is_complete = self._has_ended if self.length is None else self.num_received == self.length
-        return is_complete and self._keeps_alive
+        return is_complete and self._keeps_alive and not self.is_too_long
 
     def receive_into(self, buffer: memoryview, clock: PieceClock) -> Iterator[int]:
         """Receive the body into `buffer`, telling the length of each piece when it has landed; ends early when the body does.
 
-        A body that is longer than the buffer is left unread from there.
+        A body that is longer than the buffer is left unread from there; see `is_too_long`, where its length was not known.
 
         Raises:
             OSError: The connection broke, or the clock ran out.
@@ -192,18 +225,6 @@ class HttpAnswer:
             began_at = self.num_received
             has_more = self._receive_piece(view, clock)
             yield self.num_received - began_at
-
-    def read(self, max_bytes: int) -> bytes:
-        """The body of a short answer; what is longer than `max_bytes` is cut off there.
-
-        Raises:
-            OSError: The connection broke.
-        """
-        body = memoryview(bytearray(max_bytes))
-        clock = PieceClock(timeout_seconds=self.connection.timeout_seconds)
-        for _ in self.receive_into(body, clock):
-            pass
-        return bytes(body[: self.num_received])
 
     def _receive_piece(self, view: memoryview, clock: PieceClock) -> bool:
         """Receive the next piece of the body; whether the connection goes on.
@@ -230,23 +251,46 @@ class HttpAnswer:
     def _receive_events(self, buffer: memoryview, clock: PieceClock) -> Iterator[int]:
         """A body that h11 has to take apart: every byte is copied."""
         scratch = memoryview(bytearray(_CHUNK_BYTES))
-        while not isinstance(event := self._protocol.next_event(), h11.EndOfMessage):
+        self.connection.stream.settimeout(clock.begin())
+        stop = PIECE_BYTES
+        while not isinstance(event := next_event(self._protocol), h11.EndOfMessage):
             if event is h11.NEED_DATA:
                 self._protocol.receive_data(bytes(scratch[: self._receive_some(scratch, clock)]))
             elif isinstance(event, h11.Data):
                 data = event.data[: len(buffer) - self.num_received]
                 buffer[self.num_received : self.num_received + len(data)] = data
                 self.num_received += len(data)
-                yield len(data)
                 if len(data) < len(event.data):
+                    self.is_too_long = True
                     return
+                yield len(data)
+                if self.num_received >= stop:
+                    clock.end()
+                    self.connection.stream.settimeout(clock.begin())
+                    stop = self.num_received + PIECE_BYTES
         self._has_ended = True
 
     def _receive_some(self, view: memoryview, clock: PieceClock) -> int:
-        """What comes next, 0 at the end of the connection; takes as long as a piece may."""
-        self.connection.stream.settimeout(clock.begin())
+        """What comes next, 0 at the end of the connection; the clock runs on from piece to piece, not from here."""
+        connected = self.connection.stream
+        if time.monotonic() >= clock.due:
+            connected.settimeout(clock.extend())
         while True:
             try:
-                return self.connection.stream.recv_into(view)
+                return connected.recv_into(view)
             except TimeoutError:
-                self.connection.stream.settimeout(clock.extend())
+                connected.settimeout(clock.extend())
+
+
+def next_event(protocol: h11.Connection) -> object:
+    """What h11 makes of the bytes so far.
+
+    Raises:
+        h11.RemoteProtocolError: They are not HTTP; says what is wrong, without the bytes.
+    """
+    try:
+        return protocol.next_event()
+    except h11.RemoteProtocolError as error:
+        reason = str(error).partition(":")[0]
+    # Not from the error, whose words repeat what the server sent.
+    raise h11.RemoteProtocolError(reason)

@@ -66,7 +66,11 @@ def route_of(url: str) -> Route:
 
 
 def _proxied(scheme: str, netloc: str, proxy: str) -> Route:
-    parts = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
+    try:
+        parts = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
+        port = parts.port or 80
+    except ValueError:
+        raise SettingsError(f"{scheme.upper()}_PROXY is no address; give http://HOST:PORT") from None
     if parts.scheme != "http" or not parts.hostname:
         raise SettingsError(
             f"{scheme.upper()}_PROXY begins with {parts.scheme}://, and only http:// proxies work; https servers are "
@@ -76,4 +80,4 @@ def _proxied(scheme: str, netloc: str, proxy: str) -> Route:
     if parts.username is not None:
         user = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
         authorization = f"Basic {base64.b64encode(user.encode()).decode()}"
-    return Route(scheme, netloc, parts.hostname, parts.port or 80, is_proxied=True, authorization=authorization)
+    return Route(scheme, netloc, parts.hostname, port, is_proxied=True, authorization=authorization)

@@ -130,7 +130,10 @@ class PieceClock:
         self._is_late = True
         self.due = self._began + self._timeout_seconds
         if waited_seconds >= self._timeout_seconds:
-            raise TimeoutError(errno.ETIMEDOUT, f"less than {PIECE_BYTES} bytes in {self._timeout_seconds:g} s")
+            raise TimeoutError(
+                errno.ETIMEDOUT,
+                f"less than {PIECE_BYTES >> 20} MiB of a body in {self._timeout_seconds:g} s (stall_timeout_seconds)",
+            )
         return self._timeout_seconds - waited_seconds
 
     def end(self) -> None:

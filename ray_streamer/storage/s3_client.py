@@ -1,32 +1,41 @@
-"""How is boto3 told where the bucket is and who asks, and how does it sign urls that last?
+"""How is boto3 told where the bucket is and who asks, and how does it sign?
 
 Credentials, profiles, roles, endpoints and regions are found by boto3's own rules, of which the settings replace single
-answers. Only its public calls are used. Signed urls are as good as credentials while they last: they are never logged
-and never part of a message.
+answers. boto3 signs, and asks for credentials and sessions; everything else goes over our own connections. Only its public
+calls and events are used. Signed urls are as good as credentials while they last: they are never logged and never part of
+a message.
 """
 
 from __future__ import annotations
 
+import os
 import re
+import ssl
 import threading
 import time
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 import boto3
 import botocore.session
 from botocore import UNSIGNED
+from botocore.awsrequest import AWSResponse
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ProfileNotFound
+from botocore.handlers import validate_bucket_name
 from botocore.httpsession import get_cert_path
 from botocore.loaders import create_loader
 
-from ray_streamer.errors import AccessError, SettingsError
+from ray_streamer.errors import AccessError, SettingsError, StorageError
+from ray_streamer.storage.redaction import NO_SECRETS
 from ray_streamer.storage.s3_location import S3Location
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
+    from botocore.awsrequest import AWSPreparedRequest
     from pydantic import SecretStr
 
     from ray_streamer.storage.base import StorageSettings
@@ -65,7 +74,64 @@ class S3Access:
     def sign(self, key: str, seconds: int) -> str:
         """A url of the object `key` that is good for so long, if the credentials are."""
         what = {**self.arguments, "Key": key}
-        return str(self.client.generate_presigned_url("get_object", Params=what, ExpiresIn=seconds))
+        with _own_faults_translated(key):
+            return str(self.client.generate_presigned_url("get_object", Params=what, ExpiresIn=seconds))
+
+    def sign_listing(self, prefix: str, token: str) -> SignedRequest:
+        """A request for the page of keys below a prefix that `token` names, the first one when it is empty.
+
+        Its headers are signed, not its url: some stores take signed urls for objects only.
+        """
+        more = {"ContinuationToken": token} if token else {}
+        with _own_faults_translated(prefix):
+            self.client.list_objects_v2(**self.arguments, Prefix=prefix, Delimiter="/", **more)
+        return _signed.request
+
+
+@dataclass(frozen=True, slots=True)
+class SignedRequest:
+    """One GET, ready to be sent."""
+
+    url: str
+    headers: dict[str, str] = field(repr=False)
+
+    @classmethod
+    def of(cls, request: AWSPreparedRequest) -> SignedRequest:
+        """What boto3 would send; who sends it names itself and the server."""
+        lines = {name: value if isinstance(value, str) else value.decode() for name, value in request.headers.items()}
+        unsigned = {"user-agent", "host", "content-length"}
+        return cls(request.url, {name: value for name, value in lines.items() if name.lower() not in unsigned})
+
+
+class _Signed(threading.local):
+    """What boto3 signed last in this thread, instead of sending it."""
+
+    request: SignedRequest
+
+
+_signed = _Signed()
+
+
+class _NoBody:
+    def stream(self) -> Iterator[bytes]:
+        return iter(())
+
+
+def _keep_unsent(request: AWSPreparedRequest, **_: Any) -> AWSResponse:
+    """Take the place of botocore's own HTTP client, see its event "before-send"."""
+    _signed.request = SignedRequest.of(request)
+    return AWSResponse(request.url, 200, {}, _NoBody())
+
+
+@contextmanager
+def _own_faults_translated(what: str) -> Iterator[None]:
+    """What botocore lets through of what it parses: tokens, dates, answers of metadata services."""
+    try:
+        yield
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
+        raise StorageError(
+            f"boto3 cannot sign for {what}: {type(error).__name__}: {NO_SECRETS.clean(str(error))}"
+        ) from None
 
 
 def open_access(uri: str, settings: StorageSettings) -> S3Access:
@@ -73,13 +139,15 @@ def open_access(uri: str, settings: StorageSettings) -> S3Access:
 
     Raises:
         AccessError: There is no such profile.
-        SettingsError: The uri names no bucket, or boto3 cannot use the endpoint, region or CA file.
+        SettingsError: The uri names no bucket, or boto3 cannot use the endpoint, region or CA file, or there is none.
     """
     location = S3Location.parse(uri)
     try:
         session = botocore.session.Session(profile=settings.s3_profile)
         session.register_component("data_loader", _SERVICE_DATA)
-        ca_file = settings.s3_ca_bundle or session.get_config_variable("ca_bundle") or get_cert_path(True)
+        # Of the clients that boto3 makes by itself, for credentials.
+        session.set_default_client_config(_timeouts(settings))
+        origin, ca_file = _ca_file(session, settings)
         client = boto3.Session(
             botocore_session=session,
             region_name=settings.s3_region,
@@ -89,9 +157,13 @@ def open_access(uri: str, settings: StorageSettings) -> S3Access:
         ).client(
             "s3",
             endpoint_url=settings.s3_endpoint_url,
-            verify=settings.s3_ca_bundle,
-            config=_client_config(location, settings),
+            verify=ca_file,
+            config=_client_config(location, settings, session.get_scoped_config()),
         )
+        # Raises for ports that are none.
+        _ = urlsplit(client.meta.endpoint_url).port
+        if settings.s3_ca_bundle or (origin and client.meta.endpoint_url.startswith("https:")):
+            _refuse_unusable(ca_file, origin)
     except ProfileNotFound as error:
         raise AccessError(f"cannot open {uri}: {error}; see s3_profile and AWS_PROFILE") from error
     except (BotoCoreError, ValueError) as error:
@@ -99,7 +171,12 @@ def open_access(uri: str, settings: StorageSettings) -> S3Access:
         raise SettingsError(f"cannot open {uri}: {message}; see s3_endpoint_url, s3_region and AWS_*") from None
     if "@" in client.meta.endpoint_url:
         raise SettingsError(f"cannot open {uri}: AWS_ENDPOINT_URL has credentials in it; use AWS_ACCESS_KEY_ID instead")
+    if location.has_tenant:
+        if client.meta.endpoint_url.endswith((".amazonaws.com", ".amazonaws.com.cn")):
+            raise SettingsError(f"{uri} names a bucket of a tenant, which Amazon has not; set s3_endpoint_url")
+        client.meta.events.unregister("before-parameter-build.s3", validate_bucket_name)
     client.meta.events.register_first("before-endpoint-resolution.s3", _keep_to_the_region)
+    client.meta.events.register("before-send.s3.ListObjectsV2", _keep_unsent)
     pays = settings.s3_requester_pays
     return S3Access(
         client,
@@ -110,22 +187,50 @@ def open_access(uri: str, settings: StorageSettings) -> S3Access:
     )
 
 
-def _client_config(location: S3Location, settings: StorageSettings) -> Config:
+def _ca_file(session: botocore.session.Session, settings: StorageSettings) -> tuple[str, str]:
+    """Who named the file by which https servers are trusted, and the file, in boto3's order; its own when nobody did."""
+    named = (
+        ("s3_ca_bundle", settings.s3_ca_bundle),
+        ("AWS_CA_BUNDLE or the profile's ca_bundle", session.get_config_variable("ca_bundle")),
+        ("REQUESTS_CA_BUNDLE", os.environ.get("REQUESTS_CA_BUNDLE")),
+        ("", get_cert_path(True)),
+    )
+    return next((origin, str(ca_file)) for origin, ca_file in named if ca_file is not None)
+
+
+def _refuse_unusable(ca_file: str, origin: str) -> None:
+    """Load it now: every connection would fail, and be tried again."""
+    try:
+        ssl.create_default_context(cafile=ca_file)
+    except OSError as error:
+        reason = "it holds no certificate in PEM format" if isinstance(error, ssl.SSLError) else error.strerror
+        raise SettingsError(f"the CA file {ca_file!r} of {origin} cannot be used: {reason}") from None
+
+
+def _timeouts(settings: StorageSettings) -> Config:
+    return Config(connect_timeout=settings.connect_timeout_seconds, read_timeout=settings.first_byte_timeout_seconds)
+
+
+def _client_config(location: S3Location, settings: StorageSettings, profile: dict[str, Any]) -> Config:
+    """What is said to boto3 besides: only where it would not find the answer in the profile and environment."""
+    signature_version: Any = None
+    of_s3 = profile.get("s3")
     if settings.s3_unsigned:
-        signature_version: Any = UNSIGNED
-    else:
-        # Buckets that say by themselves how to sign are not told; of the others boto3 would sign urls in the old way.
-        signature_version = None if location.chooses_signature else "s3v4"
-    return Config(
-        signature_version=signature_version,
-        connect_timeout=settings.connect_timeout_seconds,
-        read_timeout=settings.first_byte_timeout_seconds,
-        # Attempts are counted in one place, see `retry`.
-        retries={"total_max_attempts": 1, "mode": "standard"},
-        s3={"addressing_style": settings.s3_addressing},
-        # Stores other than Amazon's do not all know the headers of the newer checksums.
-        request_checksum_calculation="when_required",
-        response_checksum_validation="when_required",
+        signature_version = UNSIGNED
+    elif not location.chooses_signature and not (isinstance(of_s3, dict) and of_s3.get("signature_version")):
+        # boto3 would sign urls in the old way, which only some regions take.
+        signature_version = "s3v4"
+    addressing = settings.s3_addressing
+    return _timeouts(settings).merge(
+        Config(
+            signature_version=signature_version,
+            # Attempts are counted in one place, see `retry`.
+            retries={"total_max_attempts": 1, "mode": "standard"},
+            s3=None if addressing == "auto" else {"addressing_style": addressing},
+            # Stores other than Amazon's do not all know the headers of the newer checksums.
+            request_checksum_calculation="when_required",
+            response_checksum_validation="when_required",
+        )
     )
 
 

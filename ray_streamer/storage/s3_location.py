@@ -1,7 +1,8 @@
 """Which bucket and prefix does an `s3://` uri mean?
 
 Besides a bucket's name, the place of the bucket may hold what boto3 takes in its stead: the ARN of an access point, or a
-directory bucket (S3 Express One Zone). Source: Amazon S3 User Guide, "Using access points", "Directory bucket naming rules".
+directory bucket (S3 Express One Zone). Ceph and OpenStack Swift write `tenant:bucket` for a bucket of another tenant.
+Sources: Amazon S3 User Guide, "Using access points", "Directory bucket naming rules"; Ceph Object Gateway, "Multitenancy".
 """
 
 from __future__ import annotations
@@ -12,6 +13,9 @@ from dataclasses import dataclass
 from ray_streamer.errors import SettingsError
 
 _ARN = re.compile(r"arn:[\w-]+:s3[\w-]*:[\w-]*:\d+:(outpost[:/][\w-]+[:/])?accesspoint[:/][\w.-]+(?=/|$)")
+# boto3 takes more than Amazon's naming rules allow, for the sake of old buckets and of other stores.
+_BUCKET = re.compile(r"[a-zA-Z0-9._-]{1,255}")
+_TENANT_AND_BUCKET = re.compile(r"[a-zA-Z0-9_$.-]*:[a-zA-Z0-9._-]{1,255}")
 _FORM = "give s3://bucket/prefix"
 _ARN_FORM = "give s3://arn:aws:s3:REGION:ACCOUNT:accesspoint/NAME/prefix"
 
@@ -26,7 +30,7 @@ class S3Location:
     'llama'
 
     Attributes:
-        bucket: Name of a bucket, or ARN of an access point.
+        bucket: Name of a bucket, with a tenant's before it and a colon between them, or ARN of an access point.
         prefix: Without a "/" at its end.
     """
 
@@ -38,7 +42,7 @@ class S3Location:
         """The location that a uri names; nothing is percent-decoded.
 
         Raises:
-            SettingsError: There is no bucket in it.
+            SettingsError: There is no bucket in it, or none that could have that name.
         """
         rest = uri.partition("://")[2]
         arn = _ARN.match(rest)
@@ -49,7 +53,16 @@ class S3Location:
             raise SettingsError(
                 f"{uri} begins with an ARN that is not an access point's; {_ARN_FORM}, or the bucket's name"
             )
+        if not (arn or _BUCKET.fullmatch(bucket) or _TENANT_AND_BUCKET.fullmatch(bucket)):
+            raise SettingsError(
+                f"{uri}: {bucket!r} is no name of a bucket, which has letters, digits, '.', '-' and '_' only; {_FORM}"
+            )
         return cls(bucket, rest[len(bucket) + 1 :].rstrip("/"))
+
+    @property
+    def has_tenant(self) -> bool:
+        """Whether a tenant is named before the bucket."""
+        return ":" in self.bucket and not self.bucket.startswith("arn:")
 
     @property
     def is_directory_bucket(self) -> bool:

@@ -55,7 +55,11 @@ class Dialer:
         Raises:
             OSError: No address answers, in time; the last one's error.
         """
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        try:
+            found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        except UnicodeError:
+            # Raised for labels that are empty or longer than 63 characters, as a bucket before a host name may be.
+            raise socket.gaierror(socket.EAI_NONAME, f"{host} cannot be a host name") from None
         with _Attempts() as attempts:
             connected = self._race(attempts, self._in_order(dict.fromkeys(Address(info[0], info[4]) for info in found)))
         connected.settimeout(self._timeout_seconds)
@@ -77,7 +81,9 @@ class Dialer:
         waiting = deque(addresses)
         deadline = time.monotonic() + self._timeout_seconds
         connected: socket.socket | None = None
-        error: OSError = TimeoutError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
+        error: OSError = TimeoutError(
+            errno.ETIMEDOUT, f"no connection in {self._timeout_seconds:g} s (connect_timeout_seconds)"
+        )
         while waiting or attempts:
             if waiting:
                 attempts.start(waiting.popleft())

@@ -77,3 +77,12 @@ def open_s3():
     yield open_s3
     for storage in opened:
         storage.close()
+
+
+@pytest.fixture
+def some_credentials(monkeypatch):
+    """Keys, for stores that do not look at them."""
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AKIAPLANTEDKEY")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "PLANTEDSECRET")
+    monkeypatch.setenv("AWS_SESSION_TOKEN", "PLANTEDTOKEN/with+signs==")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")

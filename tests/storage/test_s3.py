@@ -396,7 +396,8 @@ def test_an_endpoint_that_answered_before_may_come_back(s3_server, place, open_s
     ("uri", "settings", "error_class"),
     [
         ("s3://bucket/a", {"s3_endpoint_url": "localhost:1"}, SettingsError),
-        ("s3://Not_A Bucket/a", {}, StorageError),
+        ("s3://bucket/a", {"s3_endpoint_url": "http://localhost:100000"}, SettingsError),
+        ("s3://Not_A Bucket/a", {}, SettingsError),
     ],
 )
 def test_what_boto3_refuses_is_explained(open_s3, uri, settings, error_class):

@@ -1,0 +1,52 @@
+"""How much of one extent has landed, over as many answers as it takes?"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ray_streamer.errors import ShortReadError
+from ray_streamer.extent import Extent
+
+if TYPE_CHECKING:
+    from ray_streamer.storage.s3_answer import ContentRange
+    from ray_streamer.storage.s3_identity import Identity
+
+
+class Landing:
+    """The bytes of an extent on their way into memory; used by one thread.
+
+    Attributes:
+        path: Of the object.
+        extent: What is wanted; of a head, as much of it as the object has.
+        view: Where it goes; a head's own memory, made when its length is known.
+        identity: Which object it must be; of a head, whichever answered first.
+        num_landed: Bytes that are there, from the beginning on.
+    """
+
+    def __init__(
+        self, path: str, extent: Extent, view: memoryview | None = None, identity: Identity | None = None
+    ) -> None:
+        self.path = path
+        self.extent = extent
+        self.view = memoryview(b"") if view is None else view
+        self.identity = identity
+        self.num_landed = 0
+        self._is_head = view is None
+
+    @property
+    def rest(self) -> Extent:
+        """What has not landed yet."""
+        return Extent(self.extent.start + self.num_landed, self.extent.stop)
+
+    def begin(self, given: ContentRange, identity: Identity, *, what: str) -> None:
+        """An answer came, that brings this part of an object of that identity.
+
+        Raises:
+            ShortReadError: The object ends before the extent does.
+        """
+        if self._is_head and self.identity is None:
+            self.extent = given.extent
+            self.view = memoryview(bytearray(given.extent.num_bytes))
+            self.identity = identity
+        elif given.extent != self.rest:
+            raise ShortReadError(f"{what} ends at {given.size_bytes}, before extent {self.extent} does")

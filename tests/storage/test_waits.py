@@ -1,0 +1,202 @@
+"""No answer of a store is waited for longer than the settings say, however it is delayed; see docs/waits.md."""
+
+from __future__ import annotations
+
+import socket
+import threading
+
+import pytest
+
+from ray_streamer.errors import AccessError, SettingsError, StorageError, ThrottledError
+from ray_streamer.extent import Extent
+from ray_streamer.settings import Settings
+from ray_streamer.testing.hostile_store import HostileStore, answer_bytes, error_bytes, part_of
+from ray_streamer.testing.storage_suite import read
+
+CONTENT = bytes(100_000)
+HEAD = {"Content-Range": "bytes 0-99999/100000", "ETag": '"e"', "Content-Length": None}
+QUICK = {
+    "connect_timeout_seconds": 0.5,
+    "first_byte_timeout_seconds": 0.5,
+    "stall_timeout_seconds": 0.5,
+    "list_timeout_seconds": 0.5,
+    "retry_deadline_seconds": 0.5,
+}
+
+
+class Dripping:
+    """Begins its answer and then sends a little again and again, faster than any timeout of one receive."""
+
+    def __init__(self, head: bytes, drop: bytes) -> None:
+        self.head, self.drop = head, drop
+
+    def __call__(self, asked):
+        start = asked.extent.start if asked.extent else 0
+        head = self.head.replace(b"bytes 0-", b"bytes %d-" % start)
+        self.store.send(head.replace(b"Length: 100000", b"Length: %d" % (100_000 - start)))
+        self.store.drip(self.drop, 0.1)
+
+
+DRIPS = {
+    "chunks": Dripping(answer_bytes(206, b"", {**HEAD, "Transfer-Encoding": "chunked"}), b"1\r\nx\r\n"),
+    "within-a-chunk": Dripping(answer_bytes(206, b"", {**HEAD, "Transfer-Encoding": "chunked"}) + b"186a0\r\n", b"x"),
+    "chunk-extension": Dripping(answer_bytes(206, b"", {**HEAD, "Transfer-Encoding": "chunked"}) + b"1;", b"x"),
+    "trailers": Dripping(
+        answer_bytes(206, b"", {**HEAD, "Transfer-Encoding": "chunked"}) + b"1\r\nx\r\n0\r\n", b"a: b\r\n"
+    ),
+    "until-close": Dripping(answer_bytes(206, b"", HEAD), b"x"),
+    "known-length": Dripping(answer_bytes(206, b"", {**HEAD, "Content-Length": "100000"}), b"x"),
+    "headers": Dripping(b"HTTP/1.1 206 Partial Content\r\n", b"a: b\r\n"),
+    "status-line": Dripping(b"HTTP/1.1 206 ", b"x"),
+    "nothing": Dripping(b"", b""),
+    "interim-answers": Dripping(b"", b"HTTP/1.1 100 Continue\r\n\r\n"),
+    "interim-answers-at-once": Dripping(b"HTTP/1.1 100 Continue\r\n\r\n" * 10_000, b"HTTP/1.1 102 Processing\r\n\r\n"),
+    "listing": Dripping(answer_bytes(200, b"", {"Content-Length": None}), b"<"),
+}
+
+
+def ended(ask):
+    """The error of asking, in a thread that must end; a minute is endless here."""
+    errors = []
+
+    def run():
+        try:
+            ask()
+        except StorageError as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(60)
+    assert not thread.is_alive(), "it waits and waits"
+    assert errors
+    return errors[0]
+
+
+@pytest.mark.parametrize("drip", DRIPS)
+@pytest.mark.parametrize("how", ["head", "body", "list"])
+def test_an_answer_that_drips(open_s3, some_credentials, drip, how):
+    with HostileStore(DRIPS[drip]) as store:
+        DRIPS[drip].store = store
+        storage = open_s3("s3://bucket/m", s3_endpoint_url=store.url, **QUICK)
+        ask = {
+            "head": lambda: storage.read_head("a", 100_000),
+            "body": lambda: read(storage, "a", Extent(0, 100_000), '"e"'),
+            "list": storage.list,
+        }[how]
+        error = ended(ask)
+        if how != "list" and drip not in ("listing", "interim-answers", "interim-answers-at-once"):
+            assert "stall_timeout_seconds" in str(error) or "first_byte_timeout_seconds" in str(error)
+
+
+@pytest.mark.parametrize(
+    ("status", "error_class"), [(403, AccessError), (404, StorageError), (503, ThrottledError), (418, StorageError)]
+)
+@pytest.mark.parametrize("framing", [{"Transfer-Encoding": "chunked"}, {}, {"Content-Length": "100000"}])
+def test_the_body_of_an_error_that_drips(open_s3, some_credentials, status, error_class, framing):
+    headers = {"Content-Length": None, **framing}
+    begun = b"<Error><Code>Odd</Code>"
+    answer = Dripping(
+        answer_bytes(status, b"", headers) + (b"17\r\n" + begun + b"\r\n" if "chunked" in str(framing) else begun),
+        b"1\r\nx\r\n" if "chunked" in str(framing) else b"x",
+    )
+    with HostileStore(answer) as answer.store:
+        storage = open_s3("s3://bucket/m", s3_endpoint_url=answer.store.url, **QUICK)
+        error = ended(lambda: storage.read_head("a", 8))
+        assert isinstance(error, error_class)
+        assert f"HTTP {status} Odd" in str(error)
+
+
+def listen():
+    listener = socket.create_server(("127.0.0.1", 0))
+    return listener, "127.0.0.1:{}".format(*listener.getsockname()[1:])
+
+
+def test_nobody_accepts_the_connection(open_s3, some_credentials):
+    listener = socket.socket()
+    fillers = []
+    with listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(0)
+        # A full queue: the kernel drops further attempts to connect.
+        for _ in range(4):
+            fillers.append(socket.socket())
+            fillers[-1].setblocking(False)
+            fillers[-1].connect_ex(listener.getsockname())
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        storage = open_s3("s3://bucket/m", s3_endpoint_url=url, **QUICK)
+        error = ended(lambda: storage.read_head("a", 8))
+        assert "no connection in 0.5 s (connect_timeout_seconds)" in str(error)
+        for filler in fillers:
+            filler.close()
+
+
+@pytest.mark.parametrize("scheme", ["tls", "proxy"])
+def test_a_handshake_that_drips(open_s3, some_credentials, monkeypatch, scheme):
+    """A TLS record, or the answer of a proxy to CONNECT, that comes byte by byte."""
+    drop = b"\x16\x03\x03\x40\x00" if scheme == "tls" else b"HTTP/1.1 200 Connection established\r\n"
+    listener = socket.create_server(("127.0.0.1", 0))
+    is_over = threading.Event()
+
+    def serve():
+        while not is_over.is_set():
+            try:
+                connection = listener.accept()[0]
+            except OSError:
+                return
+            threading.Thread(target=drip, args=(connection,), daemon=True).start()
+
+    def drip(connection):
+        try:
+            connection.sendall(drop)
+            while not is_over.wait(0.1):
+                connection.sendall(b"a" if scheme == "tls" else b"a: b\r\n")
+        except OSError:
+            connection.close()
+
+    threading.Thread(target=serve, daemon=True).start()
+    address = f"127.0.0.1:{listener.getsockname()[1]}"
+    if scheme == "proxy":
+        monkeypatch.setenv("HTTPS_PROXY", f"http://{address}")
+    endpoint = f"https://{address}" if scheme == "tls" else "https://store.example.com"
+    storage = open_s3("s3://bucket/m", s3_endpoint_url=endpoint, **QUICK)
+    error = ended(lambda: storage.read_head("a", 8))
+    assert "in 0.5 s (connect_timeout_seconds)" in str(error)
+    is_over.set()
+    listener.close()
+
+
+def test_a_store_that_never_stops_asking_for_patience(open_s3, some_credentials):
+    with HostileStore(lambda _: error_bytes(503, "SlowDown")) as store:
+        storage = open_s3("s3://bucket/m", s3_endpoint_url=store.url, **QUICK)
+        error = ended(lambda: storage.read_head("a", 8))
+        assert "retry_deadline_seconds is 0.5" in str(error)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "connect_timeout_seconds",
+        "first_byte_timeout_seconds",
+        "stall_timeout_seconds",
+        "list_timeout_seconds",
+        "retry_deadline_seconds",
+    ],
+)
+@pytest.mark.parametrize("value", ["inf", "nan", "1e300", 1e10, -1])
+def test_waits_that_are_none(name, value):
+    with pytest.raises(SettingsError, match=name):
+        Settings.resolve(**{name: value})
+
+
+def test_a_store_that_is_merely_slow_is_waited_for(open_s3, some_credentials):
+    def answer(asked):
+        whole = part_of(CONTENT, asked)
+        for start in range(0, len(whole), 20_000):
+            store.send(whole[start : start + 20_000])
+            store.wait(0.05)
+        return b""
+
+    with HostileStore(answer) as store:
+        storage = open_s3("s3://bucket/m", s3_endpoint_url=store.url)
+        assert read(storage, "a", Extent(0, len(CONTENT)), '"e"') == CONTENT
