@@ -157,6 +157,16 @@ class Settings(BaseSettings):
     startup_timeout_seconds: float = Field(
         default=300.0, gt=0, description="How long ranks may take to be placed, started and connected."
     )
+    neighbour_timeout_seconds: float = Field(
+        default=8.0,
+        gt=0,
+        description="How long a rank of the same node that others wait for may say nothing and do nothing: stopped, or hung.",
+    )
+    progress_timeout_seconds: float = Field(
+        default=300.0,
+        gt=0,
+        description="How long a rank of the same node that others wait for may take for one step: headers, a plan, a block.",
+    )
     connect_timeout_seconds: float = Field(
         default=10.0, gt=0, le=_LONGEST_SECONDS, allow_inf_nan=False, description="How long a connection may take."
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import queue
 import socket
 import threading
@@ -12,6 +11,7 @@ from ray_streamer.api.membership import find_membership
 from ray_streamer.api.plan import assumed_limits
 from ray_streamer.api.request import SliceArguments, make_request, num_stages, slice_arguments
 from ray_streamer.errors import LoadAbortedError, SettingsError
+from ray_streamer.exchange.liveness import Timeouts
 from ray_streamer.machine import measure_available_memory
 from ray_streamer.planning.limits import rank_memory_limit
 from ray_streamer.rank.load import RankLoad
@@ -213,8 +213,8 @@ def _options(membership: Membership, plan: ReadPlan, settings: Settings) -> Rank
     return RankOptions(
         # Several nodes may share a machine, and with it the names of sockets.
         session=f"{membership.session}/{node_number}",
-        node=f"{socket.gethostname()} (process {os.getpid()})",
+        node=socket.gethostname(),
         concurrency=settings.concurrency,
         memory_limit=memory_limit,
-        startup_timeout_seconds=settings.startup_timeout_seconds,
+        timeouts=Timeouts.of(settings),
     )

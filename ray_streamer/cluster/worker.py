@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ray_streamer.cluster.gpus import assigned_device
 from ray_streamer.device import open_device
 from ray_streamer.errors import ClusterError, LoadAbortedError
+from ray_streamer.exchange.liveness import Timeouts
 from ray_streamer.planning.read_plan import plan_reads
 from ray_streamer.planning.topology import Topology
 from ray_streamer.rank.context import RankContext
@@ -76,7 +77,7 @@ class LoadWorker:
             node=node,
             concurrency=self._request.settings.concurrency,
             memory_limit=memory_limit,
-            startup_timeout_seconds=self._request.settings.startup_timeout_seconds,
+            timeouts=Timeouts.of(self._request.settings),
         )
         storage = self._request.open_storage(num_sharers=len(plan.topology.nodes[node_number]))
         try:

@@ -1,39 +1,56 @@
-"""What do neighbours say to each other? Six small messages, one datagram each.
+"""What do ranks of a node say to each other? Eight small messages, one datagram each; all of them are parsed, none is unpickled.
 
-HELLO     who I am, which plan I hold, how my arena is cut (its descriptor travels beside it)
-VIEWED    from the first rank of the node: files that everybody copies from a mapping, so nobody reads them
+HELLO     who I am; opens a connection, and answers it
+VALUE     a rank's contribution to one step of the session; a large one, and memory that is lent, come as a descriptor beside it
 ANNOUNCE  these blocks lie in these slots of mine: take your pieces
 RELEASE   I took my pieces from these slots of yours
-DONE      I have every byte I wanted and need nothing more from you
+DONE      I have every byte of this load and need nothing more from you
+PULSE     I live; so many steps are done, and this is what I do
 FAILED    I stop, and why
+BYE       I leave the session, as agreed
 """
 
 from __future__ import annotations
 
 import enum
 import json
+import struct
 from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from ray_streamer.errors import ClusterError
+from ray_streamer import errors
+from ray_streamer.errors import ClusterError, RankFailedError, RayStreamerError
+
+PROTOCOL_VERSION = 2
 
 MAX_MESSAGE_BYTES = 128 << 10
 MAX_NUMBERS = 1024
 """Most numbers in one message: even, so that pairs stay whole; few enough for the smallest socket buffer there is."""
 
+MAX_INLINE_BYTES = 2048
+"""Longest value inside a message; a longer one travels as a descriptor."""
+
 MAX_REASON_CHARACTERS = 8000
+MAX_PHASE_BYTES = 200
+
+_MAX_LOCAL_RANKS = 1 << 16
+_VALUE_HEAD = struct.Struct("<IQQ")
+_PULSE_HEAD = struct.Struct("<QB")
 
 
 class Kind(enum.IntEnum):
     """First byte of a message."""
 
     HELLO = 1
-    VIEWED = 2
+    VALUE = 2
     ANNOUNCE = 3
     RELEASE = 4
     DONE = 5
     FAILED = 6
+    PULSE = 7
+    BYE = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,15 +59,48 @@ class Hello:
 
     Attributes:
         local_rank: Of the sender.
-        plan_hash: Of the plan that the sender executes; a neighbour with another one refuses.
-        num_slots: Slots of the sender's arena; 0 when it has none and sends no descriptor.
-        slot_bytes: Size of a slot.
+        num_local_ranks: Ranks that the sender expects on this node.
+        version: Of the protocol.
     """
 
     local_rank: int
-    plan_hash: str
-    num_slots: int
-    slot_bytes: int
+    num_local_ranks: int
+    version: int = PROTOCOL_VERSION
+
+    def __post_init__(self) -> None:
+        for name in ("local_rank", "num_local_ranks", "version"):
+            if type(getattr(self, name)) is not int:
+                raise ValueError(f"{name} must be a whole number, got {getattr(self, name)!r}")
+        if not 0 <= self.local_rank < self.num_local_ranks <= _MAX_LOCAL_RANKS:
+            raise ValueError(f"local rank {self.local_rank} of {self.num_local_ranks} ranks cannot be")
+
+
+class ValueHead(NamedTuple):
+    """What a VALUE says before its bytes.
+
+    Attributes:
+        step: Number of the session's step.
+        value_bytes: Length of the value; when the message holds less, the descriptor beside it holds it.
+        memory_bytes: Length of the memory that the descriptor beside it lends; 0 when none is lent.
+    """
+
+    step: int
+    value_bytes: int
+    memory_bytes: int
+
+
+class Pulse(NamedTuple):
+    """What a rank does.
+
+    Attributes:
+        num_steps: Pieces of work that it finished so far; grows as long as it gets on.
+        is_busy: Whether it has work of its own under way, rather than waiting for others.
+        phase: What it does, in words.
+    """
+
+    num_steps: int
+    is_busy: bool
+    phase: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,12 +110,31 @@ class Failure:
     Attributes:
         rank: Global rank that failed first, as far as the sender knows.
         node: Its node.
-        reason: Type and text of its error.
+        kind: Class of its error; empty when nobody raised one, as at the death of a process.
+        text: What the error says.
     """
 
     rank: int
     node: str
-    reason: str
+    kind: str
+    text: str
+
+    @classmethod
+    def of(cls, error: BaseException | None, *, rank: int, node: str) -> Failure:
+        """What `rank` tells the others about the error that ended its part."""
+        if isinstance(error, RankFailedError):
+            rank, node = error.rank, error.node
+            if not isinstance(error.cause, BaseException):
+                return cls(rank=rank, node=node, kind="", text=str(error.cause))
+            error = error.cause
+        return cls(rank=rank, node=node, kind=type(error).__name__, text=str(error))
+
+    def as_error(self) -> RankFailedError:
+        """The error of everybody else; its cause has the class of the failed rank's, where that is one of this package."""
+        known = getattr(errors, self.kind, None) if self.kind else None
+        if isinstance(known, type) and issubclass(known, RayStreamerError) and known is not RankFailedError:
+            return RankFailedError(self.rank, self.node, known(self.text))
+        return RankFailedError(self.rank, self.node, f"{self.kind}: {self.text}" if self.kind else self.text)
 
 
 def encode_hello(hello: Hello) -> bytes:
@@ -73,34 +142,76 @@ def encode_hello(hello: Hello) -> bytes:
     return bytes([Kind.HELLO]) + json.dumps(asdict(hello)).encode()
 
 
-def decode_hello(payload: bytes) -> Hello:
-    """The content of a HELLO message, without its first byte.
+def decode_hello(message: bytes) -> Hello:
+    """The content of a HELLO message.
 
     Raises:
-        ClusterError: The peer speaks another version.
+        ValueError: It is none, or one of another version.
     """
+    if not message or message[0] != Kind.HELLO:
+        raise ValueError(f"said {message[:20]!r}")
     try:
-        return Hello(**json.loads(payload))
-    except (ValueError, TypeError) as error:
-        raise ClusterError(f"a neighbour opened with a greeting that this version cannot read: {error}") from error
+        fields: dict[str, Any] = json.loads(message[1:])
+        version = fields["version"]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        raise ValueError("opened with a greeting that is none") from None
+    if version != PROTOCOL_VERSION:
+        raise ValueError(f"speaks version {version!r} of the protocol, this rank speaks {PROTOCOL_VERSION}")
+    try:
+        return Hello(**fields)
+    except TypeError:
+        raise ValueError("opened with a greeting that is none") from None
+
+
+def encode_value(head: ValueHead, inline: bytes) -> bytes:
+    """One VALUE message; `inline` is the value, or empty when a descriptor holds it."""
+    return bytes([Kind.VALUE]) + _VALUE_HEAD.pack(*head) + inline
+
+
+def decode_value(payload: bytes) -> tuple[ValueHead, bytes]:
+    """Head and inline value of a VALUE message, without its first byte."""
+    return ValueHead._make(_VALUE_HEAD.unpack_from(payload)), payload[_VALUE_HEAD.size :]
+
+
+def encode_pulse(pulse: Pulse) -> bytes:
+    """One PULSE message."""
+    phase = pulse.phase.encode()[:MAX_PHASE_BYTES]
+    return bytes([Kind.PULSE]) + _PULSE_HEAD.pack(pulse.num_steps, pulse.is_busy) + phase
+
+
+def decode_pulse(payload: bytes) -> Pulse:
+    """The content of a PULSE message, without its first byte."""
+    num_steps, is_busy = _PULSE_HEAD.unpack_from(payload)
+    return Pulse(num_steps, bool(is_busy), payload[_PULSE_HEAD.size :].decode(errors="replace"))
 
 
 def encode_failure(failure: Failure) -> bytes:
     """One FAILED message; long reasons are cut."""
-    fields = asdict(failure) | {"reason": failure.reason[:MAX_REASON_CHARACTERS]}
+    fields = asdict(failure) | {"text": failure.text[:MAX_REASON_CHARACTERS]}
     return bytes([Kind.FAILED]) + json.dumps(fields).encode()
 
 
 def decode_failure(payload: bytes) -> Failure:
-    """The content of a FAILED message."""
-    return Failure(**json.loads(payload))
+    """The content of a FAILED message, without its first byte."""
+    fields = json.loads(payload)
+    return Failure(
+        rank=int(fields["rank"]), node=str(fields["node"]), kind=str(fields["kind"]), text=str(fields["text"])
+    )
 
 
 def encode_numbers(kind: Kind, numbers: list[int]) -> bytes:
-    """One message of plain numbers: ANNOUNCE (block, slot, block, slot, ...), RELEASE (slot, ...), VIEWED (file, ...)."""
+    """One message of plain numbers: ANNOUNCE (block, slot, block, slot, ...) or RELEASE (slot, ...)."""
     return bytes([kind]) + np.array(numbers, dtype="<u4").tobytes()
 
 
 def decode_numbers(payload: bytes) -> list[int]:
     """The numbers of such a message."""
     return np.frombuffer(payload, dtype="<u4").tolist()
+
+
+def unreadable(rank: int, error: Exception) -> ClusterError:
+    """The error for a message of rank `rank` that means nothing here."""
+    return ClusterError(
+        f"rank {rank} sent a message that this rank cannot read ({type(error).__name__}: {error}); give all ranks the same "
+        "version of ray_streamer"
+    )

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 
     from ray_streamer.device.base import Device
     from ray_streamer.device.results import OnComplete
+    from ray_streamer.exchange.session import NodeSession
     from ray_streamer.planning.read_plan import ReadPlan
     from ray_streamer.rank.options import RankOptions
     from ray_streamer.storage.base import Storage
@@ -60,6 +61,7 @@ class RankLoad:
         storage: Open on the plan's checkpoint. A load that fails closes it: that wakes reads which wait for a network.
         device: Where the tensors go.
         options: See `RankOptions`.
+        session: Of this node's ranks, when they met already; else they meet for this load.
         out: Tensors of the caller, filled in place; see `Results`.
         on_complete: Called with (name, tensor) as tensors complete, from several threads; its error ends the load.
 
@@ -76,6 +78,7 @@ class RankLoad:
         device: Device,
         options: RankOptions,
         *,
+        session: NodeSession | None = None,
         out: Mapping[str, torch.Tensor] | None = None,
         on_complete: OnComplete | None = None,
     ) -> None:
@@ -86,7 +89,10 @@ class RankLoad:
         self._stop = StopSignal()
         self._inbox = Inbox(self._stop)
         self._arena = Arena(self._num_slots(), plan.limits.block_bytes, self._stop)
-        self._neighbours = Neighbourhood([], None)
+        self._neighbours = Neighbourhood(
+            self._mine, options, session, inbox=self._inbox, arena=self._arena, stop=self._stop
+        )
+        self._activity = self._neighbours.activity
         self._views: dict[int, NDArray[np.uint8]] = {}
         self._counters = Counters()
         self._reads = BlockReads(
@@ -152,7 +158,7 @@ class RankLoad:
 
     def _stream_and_give_back(self) -> None:
         with contextlib.ExitStack() as owned:
-            owned.callback(lambda: self._neighbours.close())
+            owned.callback(self._neighbours.close)
             owned.callback(self._views.clear)
             # Ends first: its copies under way read what the others give back.
             owned.callback(self._close_device)
@@ -172,32 +178,31 @@ class RankLoad:
             self._stop.set(error)
 
     def _stream(self) -> None:
+        self._activity.phase = "preparing memory for the tensors"
         with self._counters.timed("connect"):
             self._device.adopt(self._arena.memory)
-            self._neighbours = Neighbourhood.meet(
-                self._mine, self._plan.plan_hash, self._arena, self._inbox, self._options, self._stop
-            )
+            self._neighbours.meet(self._plan.plan_hash)
             for memory in self._neighbours.memories:
                 self._device.adopt(memory)
             viewed = self._agree_on_views()
+        self._activity.phase = "reading and copying tensors"
         with self._counters.timed("stream"):
             self._results.complete_empty()
             self._move_blocks(viewed)
             self._check_unchanged({*viewed, *self._reads.files_of_device})
         with self._counters.timed("finish"):
-            self._arena.wait_idle()
+            with self._activity.waiting():
+                self._arena.wait_idle()
             self._neighbours.finish()
         self._stop.check()
 
     def _agree_on_views(self) -> list[int]:
         """Files that all ranks of the node copy from a mapping; the node's first rank says which."""
         files = self._plan.index.files
-        if self._mine.local_rank == 0:
-            candidates = [] if self._device.wants_staging else self._mine.files()
-            viewed = [file for file in candidates if self._storage.is_resident(files[file].path)]
-            self._neighbours.tell_viewed(viewed)
-        else:
-            viewed = self._neighbours.wait_viewed()
+        candidates = [] if self._device.wants_staging else self._mine.files()
+        viewed = self._neighbours.share_numbers(
+            lambda: [file for file in candidates if self._storage.is_resident(files[file].path)]
+        )
         for file in viewed:
             view = self._storage.view(files[file].path, etag=files[file].etag)
             self._views[file] = np.frombuffer(view, dtype=np.uint8)
@@ -221,20 +226,23 @@ class RankLoad:
         name = f"ray_streamer-{self._mine.rank}"
         readers = TaskThreads(f"{name}-read", num_readers, own_reads, self._read, self._stop)
         copiers = TaskThreads(f"{name}-copy", num_copiers, self._inbox, self._take, self._stop)
-        with readers, copiers:
+        with readers, copiers, self._activity.waiting():
             self._blocks_left.wait()
 
     def _read(self, number: int) -> None:
         """Reads one block of this rank and delivers it."""
         block = self._mine.block(number)
-        if self._reads.read_directly(block):
+        with self._activity.working():
+            is_in_place = self._reads.read_directly(block)
+        if is_in_place:
             self._settle(self._mine.pieces(number))
             return
         with self._counters.timed("wait_seconds"):
             slot = self._arena.acquire()
         view = self._arena.view(slot, block.extent)
         try:
-            self._reads.read_into(block, view)
+            with self._activity.working():
+                self._reads.read_into(block, view)
             takers = self._mine.takers(number)
             self._arena.hold(slot, len(takers))
             self._neighbours.announce(number, slot, takers)
@@ -260,8 +268,10 @@ class RankLoad:
     def _deliver(self, number: int, source: NDArray[np.uint8], let_go: Callable[[], None]) -> None:
         """Copies the pieces of one block to their tensors; `let_go` gives the source back."""
         pieces = self._mine.pieces(number)
+        self._activity.begin()
 
         def done(error: BaseException | None) -> None:
+            self._activity.end()
             let_go()
             if error is not None:
                 self._stop.set(error)

@@ -1,15 +1,22 @@
-"""Who else is on this node, and what do we agree on? Nobody, or a hub and its links behind the same few verbs."""
+"""What does one load say to the other ranks of its node? The session's verbs, in the words of blocks, slots and files."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import json
+from typing import TYPE_CHECKING, NamedTuple
 
-from ray_streamer.exchange.hub import Hub
-from ray_streamer.exchange.messages import Hello
-from ray_streamer.exchange.rendezvous import Link, meet_neighbours
+import numpy as np
+
+from ray_streamer.errors import ClusterError
+from ray_streamer.exchange.liveness import Activity
+from ray_streamer.exchange.place import Place
+from ray_streamer.exchange.session import NodeSession
 from ray_streamer.stream.arena import slot_view
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from ray_streamer.exchange.session import Lent
     from ray_streamer.extent import Extent
     from ray_streamer.planning.rank_plan import RankPlan
     from ray_streamer.rank.inbox import Inbox
@@ -18,90 +25,138 @@ if TYPE_CHECKING:
     from ray_streamer.stream.stop import StopSignal
 
 
+class _Arena(NamedTuple):
+    """A neighbour's arena, mapped here, and how it is cut."""
+
+    memory: memoryview
+    slot_bytes: int
+
+
 class Neighbourhood:
-    """The other ranks of this rank's node; made by `meet`, closed by its owner.
+    """The other ranks of this rank's node during one load.
+
+    Args:
+        mine: What this rank does, and who the others are.
+        options: Under which name the ranks meet, when `session` is None.
+        session: Of ranks that met already, and go on together after the load; the failure of one ends the other.
+        inbox: Told of the blocks that neighbours offer.
+        arena: This rank's; told what neighbours let go of.
+        stop: Of the load.
 
     Attributes:
-        memories: The neighbours' arenas, mapped here.
+        activity: Where this rank's threads say what they do.
     """
 
-    def __init__(self, links: list[Link], hub: Hub | None) -> None:
-        self._links = {link.local_rank: link for link in links}
-        self._hub = hub
-        self.memories = [link.memory for link in links]
+    def __init__(
+        self,
+        mine: RankPlan,
+        options: RankOptions,
+        session: NodeSession | None,
+        *,
+        inbox: Inbox,
+        arena: Arena,
+        stop: StopSignal,
+    ) -> None:
+        self._mine, self._options, self._session = mine, options, session
+        self._inbox, self._arena, self._stop = inbox, arena, stop
+        self._owns_session = session is None
+        self._arenas: dict[int, _Arena] = {}
+        self.activity = session.activity if session is not None else Activity()
 
-    @classmethod
-    def meet(
-        cls, mine: RankPlan, plan_hash: str, arena: Arena, inbox: Inbox, options: RankOptions, stop: StopSignal
-    ) -> Neighbourhood:
-        """Connects to all neighbours; see `meet_neighbours` for what can go wrong."""
-        if len(mine.neighbours) == 1:
-            return cls([], None)
-        hello = Hello(
-            local_rank=mine.local_rank,
-            plan_hash=plan_hash,
-            num_slots=arena.num_slots,
-            slot_bytes=arena.slot_bytes,
-        )
-        links = meet_neighbours(
-            options.session,
-            hello,
-            arena.fd,
-            ranks=mine.neighbours,
-            node=options.node,
-            timeout_seconds=options.startup_timeout_seconds,
-            stop=stop,
-        )
-        try:
-            hub = Hub(
-                links,
-                rank=mine.rank,
-                ranks=mine.neighbours,
-                node=options.node,
-                on_announce=inbox.announce,
-                on_release=arena.release,
-                stop=stop,
+    def meet(self, plan_hash: str) -> None:
+        """Meets the other ranks, unless they met already, and exchanges arenas; blocks may be offered from then on.
+
+        Raises:
+            ClusterError: A neighbour holds another plan, or its arena did not arrive.
+            StartupTimeoutError: Some ranks did not come.
+            RankFailedError: A rank failed, died or hangs.
+        """
+        if self._session is None:
+            place = Place(
+                session=self._options.session,
+                rank=self._mine.rank,
+                ranks=self._mine.neighbours,
+                node=self._options.node,
+                timeouts=self._options.timeouts,
             )
-        except BaseException:
-            for link in links:
-                link.close()
-            raise
-        return cls(links, hub)
+            self._session = NodeSession.meet(place, self._stop, self.activity)
+        session = self._session
+        session.stop.on_set(self._end_load)
+        self._stop.on_set(self._end_session)
+        session.begin_load(self)
+        about = {"plan": plan_hash, "num_slots": self._arena.num_slots, "slot_bytes": self._arena.slot_bytes}
+        num_bytes = self._arena.num_slots * self._arena.slot_bytes
+        lent = session.lend(json.dumps(about).encode(), self._arena.fd, num_bytes)
+        for local_rank, theirs in enumerate(lent):
+            if local_rank != session.place.local_rank:
+                self._arenas[local_rank] = self._checked(session.place.ranks[local_rank], theirs, plan_hash)
+
+    @property
+    def memories(self) -> list[memoryview]:
+        """The neighbours' arenas, mapped here."""
+        return [arena.memory for arena in self._arenas.values()]
 
     def announce(self, block: int, slot: int, takers: tuple[int, ...]) -> None:
         """Offers a block in a slot of this rank's arena to `takers`, which each release it once."""
         if takers:
-            assert self._hub is not None
-            self._hub.announce(block, slot, takers)
+            self._joined.announce(block, slot, takers)
 
     def view(self, owner: int, slot: int, extent: Extent) -> memoryview:
         """A block in a slot of a neighbour's arena; valid until it is released."""
-        link = self._links[owner]
-        return slot_view(link.memory, slot, link.slot_bytes, extent)
+        arena = self._arenas[owner]
+        return slot_view(arena.memory, slot, arena.slot_bytes, extent)
 
     def release(self, owner: int, slot: int) -> None:
         """Lets go of a neighbour's slot."""
-        assert self._hub is not None
-        self._hub.release(owner, slot)
+        self._joined.release(owner, slot)
 
-    def tell_viewed(self, files: list[int]) -> None:
-        """As the node's first rank: tells the others which files all ranks copy from a mapping."""
-        if self._hub is not None:
-            self._hub.tell_viewed(files)
-
-    def wait_viewed(self) -> list[int]:
-        """As any other rank: the files that the first one named."""
-        assert self._hub is not None
-        return self._hub.wait_viewed()
+    def share_numbers(self, make: Callable[[], list[int]]) -> list[int]:
+        """The numbers that `make` gives on the node's first rank, on every rank."""
+        shared = self._joined.share(lambda: np.array(make(), dtype="<u4").tobytes())
+        return np.frombuffer(shared, dtype="<u4").tolist()
 
     def finish(self) -> None:
         """Waits until every neighbour has all its bytes."""
-        if self._hub is not None:
-            self._hub.finish()
+        self._joined.finish_load()
 
     def close(self) -> None:
         """Ends the conversation; on failure the neighbours are told why."""
-        if self._hub is not None:
-            self._hub.close()
-        self.memories.clear()
-        self._links.clear()
+        session, self._session = self._session, None
+        if session is not None:
+            if self._owns_session:
+                session.close()
+            session.stop.forget(self._end_load)
+        self._stop.forget(self._end_session)
+        self._arenas.clear()
+
+    def on_announce(self, owner: int, block: int, slot: int) -> None:
+        """See `LoadListener`."""
+        self._inbox.announce(owner, block, slot)
+
+    def on_release(self, slot: int) -> None:
+        """See `LoadListener`."""
+        self._arena.release(slot)
+
+    @property
+    def _joined(self) -> NodeSession:
+        assert self._session is not None
+        return self._session
+
+    def _end_load(self) -> None:
+        if self._session is not None and self._session.stop.error is not None:
+            self._stop.set(self._session.stop.error)
+
+    def _end_session(self) -> None:
+        if self._session is not None and self._stop.error is not None:
+            self._session.fail(self._stop.error)
+
+    def _checked(self, rank: int, theirs: Lent, plan_hash: str) -> _Arena:
+        about = json.loads(bytes(theirs.about))
+        if about["plan"] != plan_hash:
+            raise ClusterError(
+                f"rank {rank} holds plan {about['plan']}, rank {self._mine.rank} holds {plan_hash}: give every rank the same "
+                "uri, rules and limits"
+            )
+        if about["num_slots"] * about["slot_bytes"] != len(theirs.memory):
+            raise ClusterError(f"rank {rank} lent {len(theirs.memory)} bytes of memory and says {about}")
+        return _Arena(theirs.memory, about["slot_bytes"])

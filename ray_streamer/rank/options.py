@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ray_streamer.exchange.liveness import Timeouts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -14,11 +18,11 @@ class RankOptions:
         node: Name of the node, for errors.
         concurrency: Reads in flight.
         memory_limit: Staging bytes; -1 for as much as the plan can use.
-        startup_timeout_seconds: How long neighbours may take to connect.
+        timeouts: How long the ranks of the node wait for each other.
     """
 
     session: str
     node: str
     concurrency: int
     memory_limit: int
-    startup_timeout_seconds: float
+    timeouts: Timeouts

@@ -45,6 +45,12 @@ class StopSignal:
                 return
         wake()
 
+    def forget(self, wake: Callable[[], None]) -> None:
+        """Calls `wake` no more."""
+        with self._lock:
+            if wake in self._wakers:
+                self._wakers.remove(wake)
+
     def check(self) -> None:
         """Raises the error that ended the load, if one did."""
         if self._error is not None:

@@ -1,69 +1,167 @@
-"""Links between two ends of this process, and ranks that meet as threads."""
+"""Ranks that meet as threads of this process, or as processes of their own that do what a script says."""
 
 from __future__ import annotations
 
-import socket
+import json
+import os
+import secrets
+import subprocess
+import sys
 import threading
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from ray_streamer.exchange.messages import Hello
-from ray_streamer.exchange.rendezvous import Link, meet_neighbours
-from ray_streamer.stream.stop import StopSignal
+from ray_streamer.exchange.liveness import Timeouts
+from ray_streamer.exchange.place import Place
+from ray_streamer.exchange.session import NodeSession
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
-JOIN_SECONDS = 30.0
+HANG_SECONDS = 60.0
+FIRST_RANK = 20
 
 
-class Meeting:
-    """One rank that meets its neighbours in a thread of its own."""
+def _place(
+    session: str,
+    local_rank: int,
+    num_ranks: int,
+    *,
+    startup: float = HANG_SECONDS,
+    neighbour: float = HANG_SECONDS,
+    progress: float = HANG_SECONDS,
+    assumption: str = "",
+) -> Place:
+    return Place(
+        session=session,
+        rank=FIRST_RANK + local_rank,
+        ranks=tuple(range(FIRST_RANK, FIRST_RANK + num_ranks)),
+        node="n",
+        timeouts=Timeouts(startup_seconds=startup, neighbour_seconds=neighbour, progress_seconds=progress),
+        assumption=assumption,
+    )
 
-    def __init__(self, session: str, local_rank: int, num_ranks: int, **given) -> None:
-        self.stop = StopSignal()
-        self.links: list[Link] = []
-        self.error: BaseException | None = None
-        hello = Hello(
-            local_rank=local_rank,
-            plan_hash=given.pop("plan_hash", "plan"),
-            num_slots=given.pop("num_slots", 0),
-            slot_bytes=4096,
-        )
-        arguments = {"ranks": tuple(range(10, 10 + num_ranks)), "node": "n", "timeout_seconds": 20.0} | given
-        fd = arguments.pop("arena_fd", -1)
 
-        def meet() -> None:
+class RankThread:
+    """One rank: meets the others in a thread of its own, does `work` with the session, and leaves it.
+
+    Attributes:
+        outcome: What `work` returned, or the error that ended it.
+    """
+
+    def __init__(self, work: Callable[[NodeSession], Any], place: Place) -> None:
+        self.outcome: Any = None
+
+        def run() -> None:
             try:
-                self.links = meet_neighbours(session, hello, fd, stop=self.stop, **arguments)
+                with NodeSession.meet(place) as session:
+                    self.outcome = work(session)
             except BaseException as error:
-                self.error = error
+                self.outcome = error
 
-        self._thread = threading.Thread(target=meet, daemon=True)
+        self._thread = threading.Thread(target=run, name=f"test-rank-{place.rank}", daemon=True)
         self._thread.start()
 
-    def join(self) -> list[Link]:
-        self._thread.join(JOIN_SECONDS)
+    def join(self) -> Any:
+        self._thread.join(HANG_SECONDS)
         assert not self._thread.is_alive(), "a rank waits for ever"
-        return self.links
+        return self.outcome
+
+
+class RankScript:
+    """One rank as a process: see `scripted_rank.py`."""
+
+    def __init__(self, *arguments: object) -> None:
+        command = [sys.executable, str(Path(__file__).with_name("scripted_rank.py")), *map(str, arguments)]
+        self._process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        self.pid = self._process.pid
+
+    def wait_for(self, line: str) -> None:
+        """Until the rank says so."""
+        assert self._process.stdout is not None
+        while (said := self._process.stdout.readline().strip()) != line:
+            assert said, f"the rank ended before it said {line!r}"
+
+    def child(self) -> int:
+        """The process that the rank forked before it ended."""
+        self.wait_for("fork raw")
+        assert self._process.stdout is not None
+        return int(self._process.stdout.readline())
+
+    def outcome(self) -> dict[str, Any]:
+        """What the rank ended with."""
+        said, _ = self._process.communicate(timeout=HANG_SECONDS)
+        return json.loads(said.splitlines()[-1])
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.communicate()
 
 
 @pytest.fixture
-def meet() -> Callable[..., Meeting]:
-    return Meeting
+def session() -> str:
+    """The name of a session that no other test has."""
+    return secrets.token_hex(8)
 
 
 @pytest.fixture
-def linked() -> Callable[..., tuple[Link, Link]]:
-    """Both ends of a connection between local ranks `left` and `right`; `send_bytes` shrinks the sockets' buffers."""
+def place() -> Callable[..., Place]:
+    return _place
 
-    def connect(left: int = 0, right: int = 1, *, send_bytes: int = 0) -> tuple[Link, Link]:
-        ends = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        for end in ends:
-            end.setblocking(False)
-            if send_bytes:
-                end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_bytes)
-        return Link(right, ends[0], 4096, memoryview(b"")), Link(left, ends[1], 4096, memoryview(b""))
 
-    return connect
+@pytest.fixture
+def start(session: str) -> Callable[..., RankThread]:
+    """Starts local rank `local_rank` of `num_ranks`, which does `work`; keywords are timeouts."""
+
+    def start_rank(work: Callable[[NodeSession], Any], local_rank: int, num_ranks: int, **given: Any) -> RankThread:
+        return RankThread(work, _place(given.pop("session", session), local_rank, num_ranks, **given))
+
+    return start_rank
+
+
+@pytest.fixture
+def together(start: Callable[..., RankThread]) -> Callable[..., list[Any]]:
+    """What each of `num_ranks` ranks that do the same `work` ends with."""
+
+    def run(work: Callable[[NodeSession], Any], num_ranks: int, **given: Any) -> list[Any]:
+        return [rank.join() for rank in [start(work, number, num_ranks, **given) for number in range(num_ranks)]]
+
+    return run
+
+
+@pytest.fixture
+def script(session: str) -> Iterator[Callable[..., RankScript]]:
+    """Starts a rank as a process; all are gone at the end."""
+    started: list[RankScript] = []
+
+    def start_process(*arguments: object) -> RankScript:
+        started.append(RankScript(session, *arguments))
+        return started[-1]
+
+    yield start_process
+    for rank in started:
+        rank.kill()
+
+
+@pytest.fixture(autouse=True)
+def nothing_left(session: str) -> Iterator[None]:
+    """Every thread, descriptor, mapping and name is gone when a test is over."""
+    before = _descriptors()
+    yield
+    left = [name for name in _descriptors() if name not in before]
+    assert not left, "descriptors are left"
+    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("ray_streamer")]
+    assert session not in Path("/proc/net/unix").read_text(), "a socket is left"
+    assert "ray_streamer-" not in Path("/proc/self/maps").read_text(), "memory is left mapped"
+
+
+def _descriptors() -> list[str]:
+    found = []
+    for fd in os.listdir("/proc/self/fd"):
+        try:
+            found.append(os.readlink(f"/proc/self/fd/{fd}"))
+        except FileNotFoundError:
+            continue
+    return [name for name in found if name.startswith(("socket:", "/memfd:", "anon_inode:"))]

@@ -12,38 +12,17 @@ from pathlib import Path
 import pytest
 
 from ray_streamer.errors import ClusterError, StartupTimeoutError
-from ray_streamer.exchange import rendezvous
+from ray_streamer.exchange import peer, rendezvous
 from ray_streamer.exchange.messages import Hello, Kind, encode_hello
-from ray_streamer.extent import Extent
-from ray_streamer.stream.arena import Arena
+from ray_streamer.exchange.names import address_of, longer_names
+from ray_streamer.exchange.session import NodeSession
 from ray_streamer.stream.stop import StopSignal
 
-
-@pytest.fixture
-def session() -> str:
-    return secrets.token_hex(8)
+HELLO = encode_hello(Hello(local_rank=1, num_local_ranks=3))
 
 
-@pytest.fixture(autouse=True)
-def nothing_left(session):
-    before = [_target(fd) for fd in os.listdir("/proc/self/fd")]
-    yield
-    names = [link for link in map(_target, os.listdir("/proc/self/fd")) if "socket:" in link or "memfd:" in link]
-    assert not [name for name in names if name not in before], "descriptors are left"
-    assert session not in Path("/proc/net/unix").read_text()
-
-
-def _target(fd: str) -> str:
-    try:
-        return os.readlink(f"/proc/self/fd/{fd}")
-    except FileNotFoundError:
-        return ""
-
-
-def _close(meetings) -> None:
-    for meeting in meetings:
-        for link in meeting.links:
-            link.close()
+def _ranks_met(session):
+    return [bytes(value) for value in session.gather(str(session.place.rank).encode())]
 
 
 def _dial(session: str, local_rank: int) -> socket.socket:
@@ -52,221 +31,289 @@ def _dial(session: str, local_rank: int) -> socket.socket:
     connection.settimeout(10)
     while True:
         try:
-            connection.connect(f"\0ray_streamer/{session}/{local_rank}".encode())
+            connection.connect(address_of(session, local_rank))
         except (ConnectionRefusedError, BlockingIOError):
             continue
         return connection
 
 
 @pytest.mark.parametrize("order", [range(8), range(7, -1, -1), [3, 0, 7, 1, 6, 2, 5, 4]], ids=["up", "down", "mixed"])
-def test_eight_ranks_meet_in_any_order(meet, session, order):
-    """Every pair is connected: each writes its number into its arena, and everybody reads it there."""
-    stop = StopSignal()
-    arenas = [Arena(1 + rank % 2, 4096, stop) for rank in range(8)]
-    for rank, arena in enumerate(arenas):
-        arena.__enter__()
-        arena.view(0, Extent(0, 1))[:] = bytes([rank])
-    meetings = {
-        rank: meet(session, rank, 8, num_slots=arenas[rank].num_slots, arena_fd=arenas[rank].fd) for rank in order
-    }
-    for rank, meeting in meetings.items():
-        links = meeting.join()
-        assert meeting.error is None
-        assert [link.local_rank for link in links] == [other for other in range(8) if other != rank]
-        for link in links:
-            assert link.memory[0] == link.local_rank
-            assert len(link.memory) == 4096 * arenas[link.local_rank].num_slots
-            assert link.memory.readonly
-            link.socket.send(bytes([rank]))
-    for meeting in meetings.values():
-        for link in meeting.links:
-            assert link.socket.recv(10) == bytes([link.local_rank])
-    _close(meetings.values())
-    for arena in arenas:
-        arena.close()
+def test_eight_ranks_meet_in_any_order(start, order):
+    ranks = [start(_ranks_met, local_rank, 8) for local_rank in order]
+    for rank in ranks:
+        assert rank.join() == [str(20 + number).encode() for number in range(8)]
 
 
-def test_ranks_without_an_arena_send_none(meet, session):
-    meetings = [meet(session, rank, 2) for rank in range(2)]
-    for meeting in meetings:
-        (link,) = meeting.join()
-        assert len(link.memory) == 0
-    _close(meetings)
+def test_one_rank_meets_nobody(together):
+    assert together(_ranks_met, 1) == [[b"20"]]
 
 
-def test_a_session_may_be_longer_than_the_name_of_a_socket(meet, session):
-    for name in (f"{session}/{'long' * 100}/0", f"{session}/{'long' * 100}/1"):
-        meetings = [meet(name, rank, 2) for rank in range(2)]
-        for meeting in meetings:
-            assert len(meeting.join()) == 1
-            assert meeting.error is None
-        _close(meetings)
+@pytest.mark.parametrize("name", ["long" * 100, "with spaces\nand lines", "a/b:c", "Ünïcode", ""])
+def test_a_session_may_have_any_name(together, session, name):
+    for number in range(2):
+        assert together(_ranks_met, 2, session=f"{session}{name}/{number}") == [[b"20", b"21"]] * 2
 
 
-def test_the_absent_rank_is_named_by_all_and_nobody_else_is(meet, session):
-    meetings = [meet(session, rank, 4, timeout_seconds=0.3) for rank in (0, 2, 3)]
-    for meeting in meetings:
-        meeting.join()
-        assert isinstance(meeting.error, StartupTimeoutError)
-        assert "ranks [11] of node n did not connect" in str(meeting.error)
+def test_the_absent_rank_is_named_by_all_and_nobody_else_is(start):
+    ranks = [
+        start(_ranks_met, number, 4, startup=0.5, assumption="all ranks were taken to be here") for number in (0, 2, 3)
+    ]
+    for rank in ranks:
+        error = rank.join()
+        assert isinstance(error, StartupTimeoutError), error
+        assert "ranks [21] of node n did not connect" in str(error)
+        assert "startup_timeout_seconds=0.5" in str(error)
+        assert "all ranks were taken to be here" in str(error)
 
 
-def test_a_rank_that_waits_for_an_absent_one_can_be_stopped(meet, session):
-    """Rank 2 is connected to rank 1, which waits for rank 0 as well."""
-    meetings = [meet(session, rank, 3) for rank in (1, 2)]
-    while session not in Path("/proc/net/unix").read_text():
-        pass
-    error = RuntimeError("over")
-    for meeting in meetings:
-        meeting.stop.set(error)
-        meeting.join()
-        assert meeting.error is error
-
-
-def test_a_rank_with_another_plan_is_refused_on_both_sides(meet, session):
-    meetings = [meet(session, rank, 2, plan_hash=f"plan {rank}") for rank in range(2)]
-    for meeting in meetings:
-        meeting.join()
-        assert type(meeting.error) is ClusterError
-        assert "plan 0" in str(meeting.error)
-        assert "plan 1" in str(meeting.error)
-        assert "give every rank the same uri, rules and limits" in str(meeting.error)
+def test_a_rank_that_waits_for_an_absent_one_can_be_stopped(place, session):
+    stop, error = StopSignal(), RuntimeError("over")
+    stop.set(error)
+    with pytest.raises(RuntimeError, match="over"):
+        NodeSession.meet(place(session, 0, 3), stop)
 
 
 @pytest.mark.parametrize(
     "say",
-    [b"", b"GET / HTTP/1.1\r\n", bytes([Kind.DONE]), b"\xff" * 1000],
-    ids=["hangs up", "speaks http", "skips hello", "noise"],
+    [
+        b"",
+        b"GET / HTTP/1.1\r\n",
+        bytes([Kind.DONE]),
+        b"\xff" * 1000,
+        bytes([Kind.HELLO]) + b'{"version": 99}',
+        bytes([Kind.HELLO]) + b"[" * 10_000,
+        encode_hello(Hello(local_rank=1, num_local_ranks=4)),
+        encode_hello(Hello(local_rank=0, num_local_ranks=2)),
+    ],
+    ids=["hangs-up", "http", "no-hello", "noise", "other-version", "deep", "other-number-of-ranks", "claims-this-rank"],
 )
-def test_a_stranger_does_not_break_the_load(meet, session, say, caplog):
-    first = meet(session, 0, 2)
+def test_a_stranger_is_told_nothing_and_does_not_break_the_load(start, session, say):
+    first = start(_ranks_met, 0, 2)
     with _dial(session, 0) as stranger:
         if say:
             stranger.send(say)
-    second = meet(session, 1, 2)
-    for meeting in (first, second):
-        assert len(meeting.join()) == 1
-        assert meeting.error is None
-    assert "turned" in caplog.text
-    _close([first, second])
+            assert stranger.recv(10) == b""
+    second = start(_ranks_met, 1, 2)
+    assert first.join() == second.join() == [b"20", b"21"]
 
 
-def test_a_stranger_that_says_nothing_does_not_hold_the_ranks_up(meet, session):
-    first = meet(session, 0, 2)
+def test_who_was_turned_away_is_said_when_the_meeting_fails(start, session):
+    first = start(_ranks_met, 0, 2, startup=1.0)
+    with _dial(session, 0) as stranger:
+        stranger.send(encode_hello(Hello(local_rank=1, num_local_ranks=4)))
+        error = first.join()
+    assert isinstance(error, StartupTimeoutError)
+    assert "turned away: local rank 1, which expects 4 ranks on this node where this rank expects 2" in str(error)
+
+
+def test_strangers_that_say_nothing_do_not_hold_the_ranks_up(start, session):
+    first = start(_ranks_met, 0, 2)
     strangers = [_dial(session, 0) for _ in range(3)]
-    second = meet(session, 1, 2)
-    assert len(first.join()) == len(second.join()) == 1
+    second = start(_ranks_met, 1, 2)
+    assert first.join() == second.join() == [b"20", b"21"]
     for stranger in strangers:
-        # They are let go of when the meeting is over: the greeting, then the end.
-        assert stranger.recv(10000)[:1] == bytes([Kind.HELLO])
-        assert stranger.recv(10) == b""
+        assert stranger.recv(10000) == b""
         stranger.close()
-    _close([first, second])
 
 
-def test_a_second_process_that_claims_a_rank_is_turned_away(meet, session):
-    first = meet(session, 0, 3)
-    second = meet(session, 1, 3)
-    hello = encode_hello(Hello(local_rank=1, plan_hash="plan", num_slots=0, slot_bytes=4096))
-    third = None
-    with _dial(session, 0) as twin, _dial(session, 0) as nobody:
-        # Whoever of the two comes second is the twin; a rank that the node does not have is one always.
-        nobody.send(hello.replace(b'"local_rank": 1', b'"local_rank": 7'))
-        assert nobody.recv(10000)[:1] == bytes([Kind.HELLO])
-        assert nobody.recv(10) == b""
-        third = meet(session, 2, 3)
-        for meeting in (first, second, third):
-            assert len(meeting.join()) == 2
-        assert twin.recv(10000)[:1] == bytes([Kind.HELLO])
-    _close([first, second, third])
+def test_a_second_process_that_claims_a_rank_is_turned_away(start, session):
+    first = start(_ranks_met, 0, 3)
+    with _dial(session, 0) as rank_1, _dial(session, 0) as twin:
+        rank_1.send(HELLO)
+        assert rank_1.recv(10000)[:1] == bytes([Kind.HELLO])
+        twin.send(HELLO)
+        assert twin.recv(10) == b""
+    # The one that was let in hung up, and so ended the session.
+    assert "rank 21" in str(first.join())
 
 
-def test_a_greeting_of_another_version_is_an_error(meet, session):
-    first = meet(session, 0, 2)
-    with _dial(session, 0) as other:
-        other.send(bytes([Kind.HELLO]) + b'{"version": 99}')
-        first.join()
-    assert type(first.error) is ClusterError
-    assert "this version cannot read" in str(first.error)
-
-
-def test_descriptors_that_come_with_bad_greetings_are_closed(meet, session, tmp_path):
+def test_descriptors_that_come_with_bad_greetings_are_closed(start, session, tmp_path):
     file = (tmp_path / "file").open("wb")
-    before = len(os.listdir("/proc/self/fd"))
-    for say in (b"noise", bytes([Kind.HELLO]) + b"{}"):
-        meeting = meet(session, 0, 2, timeout_seconds=0.2)
-        with _dial(session, 0) as stranger:
-            socket.send_fds(stranger, [say], [file.fileno()])
-            meeting.join()
-        assert meeting.error is not None
-    assert len(os.listdir("/proc/self/fd")) == before
+    first = start(_ranks_met, 0, 2, startup=0.5)
+    with _dial(session, 0) as stranger:
+        socket.send_fds(stranger, [b"noise"], [file.fileno()])
+        assert isinstance(first.join(), StartupTimeoutError)
     file.close()
 
 
-def test_an_arena_that_did_not_arrive_names_the_remedy(meet, session):
-    meetings = [meet(session, 0, 2), meet(session, 1, 2, num_slots=1)]
-    for meeting in meetings:
-        meeting.join()
-    assert "ulimit -n" in str(meetings[0].error)
-    _close(meetings)
-
-
-def test_processes_of_another_user_are_turned_away(meet, session, monkeypatch, caplog):
+def test_processes_of_another_user_are_turned_away(start, session, monkeypatch):
     """The kernel says whose process it is; here it lies about the first one."""
-    user_of, asked = rendezvous._user_of, []
+    asked = []
 
-    def lie_once(connection: socket.socket) -> int:
+    def lie_once(connection: socket.socket) -> bool:
         asked.append(connection)
-        return user_of(connection) + (len(asked) == 1)
+        return len(asked) > 1
 
-    monkeypatch.setattr(rendezvous, "_user_of", lie_once)
-    first = meet(session, 0, 2)
+    monkeypatch.setattr(rendezvous, "is_same_user", lie_once)
+    first = start(_ranks_met, 0, 2)
     with _dial(session, 0) as stranger:
         assert stranger.recv(10) == b"", "it was told something"
-    second = meet(session, 1, 2)
-    assert len(first.join()) == len(second.join()) == 1
-    assert "a process of another user" in caplog.text
-    _close([first, second])
+    second = start(_ranks_met, 1, 2)
+    assert first.join() == second.join() == [b"20", b"21"]
+
+
+_AS_NOBODY = """
+import os, socket, sys
+os.setuid(65534)
+end = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+address = b"\\0" + sys.argv[2].encode()
+if sys.argv[1] == "call":
+    end.connect(address)
+    print(end.recv(10))
+else:
+    end.bind(address)
+    if sys.argv[1] == "listen":
+        end.listen()
+    print("ready", flush=True)
+    sys.stdin.read()
+"""
+
+
+def _as_nobody(*arguments: str, **options) -> subprocess.Popen:
+    command = [sys.executable, "-S", "-c", _AS_NOBODY, *arguments]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, **options)
+
+
+needs_root = pytest.mark.skipif(os.getuid() != 0, reason="only root can become somebody else")
+
+
+@needs_root
+def test_a_real_process_of_another_user(start, session):
+    first = start(_ranks_met, 0, 2)
+    _dial(session, 0).close()
+    said, _ = _as_nobody("call", address_of(session, 0)[1:].decode()).communicate()
+    assert said.strip() in ("b''", "")
+    second = start(_ranks_met, 1, 2)
+    assert first.join() == second.join() == [b"20", b"21"]
+
+
+@needs_root
+@pytest.mark.parametrize("taken", [[0], [1], [0, 1, 2]])
+@pytest.mark.parametrize("how", ["listen", "bind"])
+def test_another_user_that_takes_the_names_first_blocks_nobody(together, session, taken, how):
+    squatters = [_as_nobody(how, address_of(session, local_rank)[1:].decode()) for local_rank in taken]
+    for squatter in squatters:
+        assert squatter.stdout is not None
+        assert squatter.stdout.readline() == "ready\n"
+    assert together(_ranks_met, 3) == [[b"20", b"21", b"22"]] * 3
+    for squatter in squatters:
+        squatter.communicate()
+
+
+def test_a_session_that_is_in_use(start, session):
+    first = start(_ranks_met, 0, 2)
+    while session not in Path("/proc/net/unix").read_text():
+        pass
+    error = start(_ranks_met, 0, 2).join()
+    assert type(error) is ClusterError
+    assert "give every load a session of its own" in str(error)
+    assert start(_ranks_met, 1, 2).join() == first.join() == [b"20", b"21"]
+
+
+def test_a_rank_that_tries_again_meets_the_rest(start):
+    """Its first attempt gave up; the others still wait, and know nothing of it."""
+    assert isinstance(start(_ranks_met, 0, 2, startup=0.1).join(), StartupTimeoutError)
+    second = start(_ranks_met, 1, 2)
+    assert start(_ranks_met, 0, 2).join() == second.join() == [b"20", b"21"]
+
+
+def test_ranks_meet_again_under_the_same_name(together):
+    for _ in range(5):
+        assert together(_ranks_met, 3) == [[b"20", b"21", b"22"]] * 3
+
+
+def test_a_name_that_a_fork_keeps_in_use_is_gone_around(start, session):
+    """A child without Python's hooks holds the listening socket of a rank that is dead."""
+    code = (
+        "import ctypes, os, socket, sys, time; end = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET); "
+        "end.bind(bytes.fromhex(sys.argv[1])); end.listen(); child = ctypes.CDLL(None).syscall(57); "
+        "print(os.getpid(), flush=True) if child == 0 else None; child == 0 and sys.stdin.read()"
+    )
+    command = [sys.executable, "-S", "-c", code, address_of(session, 0).hex()]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as rank:
+        assert rank.stdout is not None
+        rank.stdout.readline()
+        # Ended, and not waited for: a zombie, as a killed rank is until its parent looks.
+        os.waitid(os.P_PID, rank.pid, os.WEXITED | os.WNOWAIT)
+        first, second = start(_ranks_met, 0, 2), start(_ranks_met, 1, 2)
+        assert first.join() == second.join() == [b"20", b"21"]
+        rank.communicate()
+
+
+def test_longer_names_are_looked_up():
+    name = secrets.token_hex(8)
+    ends = [socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) for _ in range(3)]
+    for end, suffix in zip(ends, (b"/a", b"/b", b"0/c"), strict=True):
+        end.bind(address_of(name, 1) + suffix)
+    assert longer_names(address_of(name, 1)) == [address_of(name, 1) + b"/a", address_of(name, 1) + b"/b"]
+    for end in ends:
+        end.close()
 
 
 def test_the_kernel_tells_who_the_other_end_is():
-    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
-        listener.bind(b"\0ray_streamer-test-" + secrets.token_hex(4).encode())
-        listener.listen()
-        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as client:
-            client.connect(listener.getsockname())
-            connection, _ = listener.accept()
-            with connection:
-                assert rendezvous._user_of(connection) == rendezvous._user_of(client) == os.getuid()
+    left, right = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with left, right:
+        assert peer.peer_credentials(left) == (os.getpid(), os.geteuid())
+        assert peer.is_same_user(left)
 
 
-@pytest.mark.skipif(os.getuid() != 0, reason="only root can become somebody else")
-def test_a_real_process_of_another_user(meet, session, caplog):
-    first = meet(session, 0, 2)
-    _dial(session, 0).close()
-    script = (
-        "import os, socket, sys; os.setuid(65534); c = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET); "
-        "c.connect(sys.argv[1].encode()); print(c.recv(10))"
+_UNMAPPED = """
+import ctypes, os, sys
+sys.path.insert(0, sys.argv[1])
+from ray_streamer.exchange.peer import is_same_user, peer_credentials
+ears = __import__("socket").socket(fileno=int(sys.argv[2]))
+os.setresuid(*[int(sys.argv[3])] * 3)
+assert ctypes.CDLL(None).unshare(0x10000000) == 0
+print(os.geteuid(), peer_credentials(ears)[1], is_same_user(ears))
+"""
+
+
+@needs_root
+@pytest.mark.parametrize(("theirs", "is_same"), [(12345, "True"), (12346, "False"), (0, "False")])
+def test_users_that_a_namespace_does_not_map_are_told_apart(theirs, is_same):
+    """In a user namespace without a map, every user of the machine has the same number, also this process itself."""
+    left, right = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    listener.bind(b"\0ray_streamer-test-" + secrets.token_hex(8).encode())
+    listener.listen()
+    caller = subprocess.Popen(
+        [
+            *[sys.executable, "-S", "-c"],
+            "import os, socket, sys; os.setresuid(*[int(sys.argv[2])] * 3); "
+            "end = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET); end.connect(bytes.fromhex(sys.argv[1])); "
+            "sys.stdin.read()",
+            listener.getsockname().hex(),
+            str(theirs),
+        ],
+        stdin=subprocess.PIPE,
     )
-    # An argument cannot hold the NUL of the abstract name.
-    script = script.replace("sys.argv[1].encode()", "b'\\0' + sys.argv[1].encode()")
-    done = subprocess.run(
-        [sys.executable, "-S", "-c", script, f"ray_streamer/{session}/0"], capture_output=True, text=True, check=False
-    )
-    assert done.stdout.strip() in ("b''", ""), done
-    assert "a process of another user" in caplog.text
-    second = meet(session, 1, 2)
-    assert len(first.join()) == len(second.join()) == 1
-    _close([first, second])
+    connection, _ = listener.accept()
+    with left, right, listener, connection:
+        done = subprocess.run(
+            [sys.executable, "-c", _UNMAPPED, str(Path(peer.__file__).parents[2]), str(connection.fileno()), "12345"],
+            pass_fds=[connection.fileno()],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    caller.communicate()
+    if "AssertionError" in done.stderr:
+        pytest.skip("this kernel lets nobody make a user namespace")
+    assert done.stdout.split() == ["65534", "65534", is_same], done.stderr
 
 
-def test_a_session_that_is_in_use(meet, session):
-    first = meet(session, 0, 2)
-    while session not in Path("/proc/net/unix").read_text():
-        pass
-    twin = meet(session, 0, 2)
-    twin.join()
-    assert type(twin.error) is ClusterError
-    assert session in str(twin.error)
-    first.stop.set(RuntimeError())
-    first.join()
+def test_a_number_for_unmapped_users_is_trusted_where_every_user_is_mapped(monkeypatch):
+    left, right = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with left, right:
+        for pid, is_mapped, is_same in ((os.getpid(), True, True), (0, True, True), (0, False, False)):
+            monkeypatch.setattr(peer, "_overflow_user", os.geteuid)
+            monkeypatch.setattr(peer, "_maps_every_user", lambda is_mapped=is_mapped: is_mapped)
+            monkeypatch.setattr(peer, "peer_credentials", lambda _, pid=pid: (pid, os.geteuid()))
+            assert peer.is_same_user(left) is is_same
+
+
+def test_another_number_is_another_user(monkeypatch):
+    left, right = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with left, right:
+        monkeypatch.setattr(peer, "peer_credentials", lambda _: (os.getpid(), os.geteuid() + 1))
+        assert not peer.is_same_user(left)

@@ -19,6 +19,7 @@ import pytest
 from ray_streamer.checkpoint import open_checkpoint
 from ray_streamer.device import open_device
 from ray_streamer.dtypes import dtype_named
+from ray_streamer.exchange.liveness import Timeouts
 from ray_streamer.planning.limits import ReadLimits
 from ray_streamer.planning.read_plan import plan_reads
 from ray_streamer.rank.load import RankLoad
@@ -181,6 +182,8 @@ def _prepare(
     memory_limit: int = 4096,
     concurrency: int = 4,
     startup_timeout_seconds: float = HANG_SECONDS,
+    neighbour_timeout_seconds: float = HANG_SECONDS,
+    progress_timeout_seconds: float = HANG_SECONDS,
     before_read: dict[int, Callable[[str, Extent, int], None]] | None = None,
     devices: dict[int, Any] | None = None,
     resident_paths: Collection[str] = (),
@@ -207,7 +210,11 @@ def _prepare(
             node=f"node-{node}",
             concurrency=concurrency,
             memory_limit=memory_limit,
-            startup_timeout_seconds=startup_timeout_seconds,
+            timeouts=Timeouts(
+                startup_seconds=startup_timeout_seconds,
+                neighbour_seconds=neighbour_timeout_seconds,
+                progress_seconds=progress_timeout_seconds,
+            ),
         )
         device = (devices or {}).get(rank) or open_device("cpu")
         loads.append(RankLoad(plan, rank, storage, device, options, **load_arguments))

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from ray_streamer.device.cpu import CpuDevice
+from ray_streamer.exchange.liveness import Timeouts
 from ray_streamer.rank.load import RankLoad
 from ray_streamer.rank.options import RankOptions
 from ray_streamer.settings import Settings
@@ -62,7 +63,7 @@ def _main(plan_file: str, rank: str, session: str, where: str) -> None:
     else:
         device = _Device(_Stop())
     options = RankOptions(
-        session=session, node="node-0", concurrency=1, memory_limit=2 * 4096, startup_timeout_seconds=60.0
+        session=session, node="node-0", concurrency=1, memory_limit=2 * 4096, timeouts=Timeouts.of(Settings())
     )
     RankLoad(plan, int(rank), storage, device, options).run()
 

@@ -59,7 +59,7 @@ def _expect_named(outcomes, *, failed: int, reason: str) -> None:
         if rank != failed:
             assert isinstance(outcome, RankFailedError), outcome
             assert (outcome.rank, outcome.node) == (failed, "node-0")
-            assert reason in str(outcome.cause)
+            assert reason in str(outcome)
 
 
 @pytest.mark.parametrize("k", [1, 4])
