@@ -46,7 +46,7 @@ class ShardFile:
     etag: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False, weakref_slot=True)
 class CheckpointIndex:
     """Every tensor of a checkpoint. Cheap to pickle; arrays are read-only.
 

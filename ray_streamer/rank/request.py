@@ -20,14 +20,15 @@ from ray_streamer.planning.limits import (
     fit_block_bytes,
 )
 from ray_streamer.planning.read_plan import ReadPlan, plan_reads
-from ray_streamer.sharding.cast import DTypeLike, cast_results, checked_dtypes
-from ray_streamer.sharding.fuse import FuseLike, checked_fusions, fuse_slices
+from ray_streamer.sharding.cast import DTypeLike, checked_dtypes
+from ray_streamer.sharding.fuse import FuseLike, checked_fusions
 from ray_streamer.sharding.groups import Unmatched
 from ray_streamer.sharding.mesh import Mesh
 from ray_streamer.sharding.presets import Layout
-from ray_streamer.sharding.rename import RenameLike, rename_results, renaming
+from ray_streamer.sharding.rename import RenameLike, renaming
 from ray_streamer.sharding.resolve import resolve_slices
 from ray_streamer.sharding.rules import ShardRules
+from ray_streamer.sharding.slice_tables import cast_results, fuse_slices, rename_results
 from ray_streamer.sharding.slices import SliceTable
 from ray_streamer.storage import open_storage, scheme_of
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from ray_streamer.dtypes import DTYPE_CODES
 from ray_streamer.errors import ShardingError
-from ray_streamer.sharding.quantization import stored_forms
-from ray_streamer.sharding.result_table import ResultTable
+from ray_streamer.sharding.globs import first_matches
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from ray_streamer.checkpoint.index import CheckpointIndex
-    from ray_streamer.sharding.slices import SliceTable
+    from ray_streamer.sharding.name_kinds import NameKinds
+    from ray_streamer.sharding.quantization import QuantizedWeights
 
 DTypeLike = Any
 """What people write: "bfloat16" or torch.bfloat16, for all tensors; or glob of names -> dtype, where the first match decides."""
@@ -42,25 +45,26 @@ def checked_dtypes(dtype: DTypeLike) -> list[tuple[str, str]]:
     return checked
 
 
-def cast_results(index: CheckpointIndex, table: SliceTable, dtype: DTypeLike) -> SliceTable:
-    """The same slices, in results of other dtypes.
+def result_dtypes(
+    index: CheckpointIndex, names: NameKinds, quantized: QuantizedWeights, dtype: DTypeLike
+) -> NDArray[np.uint8]:
+    """For each tensor the code of the dtype in which it is kept.
 
     Tensors of 16 bits and more are cast; narrower ones, integers, and all tensors of quantized weights, whose scales belong to
     what is stored, stay as they are.
 
-    Raises:
-        ShardingError: Tensors that are fused would be of different dtypes.
+    Args:
+        index: The checkpoint's tensors.
+        names: Their names.
+        quantized: The weights that are stored in several tensors.
+        dtype: What is asked for; None casts nothing.
     """
-    rules, results, quantized = checked_dtypes(dtype), table.results or ResultTable.of(index), stored_forms(index)
-    chosen: dict[int, str] = {}
-    for tensor, (name, result) in enumerate(zip(index.names, results.result_ids.tolist(), strict=True)):
-        stored = index.dtype_of(tensor).name
-        wished = next((wished for glob, wished in rules if fnmatch.fnmatchcase(name, glob)), stored)
-        is_fixed = stored not in CASTABLE.values() or tensor in quantized
-        if chosen.setdefault(result, stored if is_fixed else wished) != (stored if is_fixed else wished):
-            raise ShardingError(f"{results.names[result]} is fused of tensors that dtype={dtype!r} casts differently")
-    cast = {result: name for result, name in chosen.items()}
-    for tensor, result in enumerate(results.result_ids.tolist()):
-        if cast.get(result) == index.dtype_of(tensor).name:
-            del cast[result]
-    return replace(table, results=replace(results, casts=cast))
+    if dtype is None:
+        return index.dtype_codes
+    globs = checked_dtypes(dtype)
+    found = first_matches([glob for glob, _ in globs], names)
+    wished = np.array([*(DTYPE_CODES[name] for _, name in globs), 0], dtype=np.uint8)[found]
+    castable = [DTYPE_CODES[name] for name in CASTABLE.values()]
+    is_cast = (found >= 0) & np.isin(index.dtype_codes, castable)
+    is_cast[quantized.tensors] = False
+    return np.where(is_cast, wished, index.dtype_codes)

@@ -2,30 +2,32 @@
 
     q_proj.weight, k_proj.weight, v_proj.weight  ->  qkv_proj.weight: the rank's queries, then its keys, then its values
 
-Every slice becomes boxes of the fused result, so that its bytes go there at once: nothing is joined afterwards. All tensors of
+Every slice lands in the fused result at once: nothing is joined afterwards. All tensors of
 a module are fused along what counts its outputs: weights, biases, scales by channel or block, packed words. Scales of a whole
 weight become one slot each. What does not count outputs and is no single number (`g_idx`, `weight_shape`) stays as it is.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from ray_streamer.errors import ShardingError
-from ray_streamer.sharding.quantization import stored_forms
-from ray_streamer.sharding.result_table import ResultTable
-from ray_streamer.sharding.slices import Box, SliceTable, TensorSlice
+from ray_streamer.sharding.distinct_rows import distinct_rows
+from ray_streamer.sharding.fusion import Fusion
+from ray_streamer.sharding.name_kinds import NameKinds, number_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
 
     from ray_streamer.checkpoint.index import CheckpointIndex
-    from ray_streamer.sharding.slices import SlicePattern
+    from ray_streamer.sharding.groups import TensorGroups
     from ray_streamer.sharding.stored_form import StoredForm
 
 Fusions = dict[str, tuple[str, ...]]
@@ -37,42 +39,87 @@ STANDARD_FUSIONS: Fusions = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_u
 """Fused where a model has all of the modules."""
 
 
-def fuse_slices(index: CheckpointIndex, table: SliceTable, fuse: FuseLike) -> SliceTable:
-    """The same slices, those of fused modules as boxes of common results.
+@dataclass(frozen=True, slots=True, eq=False)
+class FusedTensors:
+    """Which tensors of a checkpoint share results.
+
+    Attributes:
+        fusions: What is common to such results.
+        fusion_ids: For each tensor the position in `fusions`; -1 when it has a result of its own.
+        places: For each tensor its place among those that share its result; 0 for others.
+        leaders: For each tensor the first that lands in the same result; itself for others.
+        names: Leader -> the result's name.
+    """
+
+    fusions: tuple[Fusion, ...]
+    fusion_ids: NDArray[np.int64] = field(repr=False)
+    places: NDArray[np.int64] = field(repr=False)
+    leaders: NDArray[np.int64] = field(repr=False)
+    names: Mapping[int, str] = field(repr=False)
+
+
+def find_fused(index: CheckpointIndex, names: NameKinds, grouped: TensorGroups, fuse: FuseLike) -> FusedTensors:
+    """The tensors that `fuse` asks to share results.
+
+    Args:
+        index: The checkpoint's tensors.
+        names: Their names.
+        grouped: How they lie.
+        fuse: What is asked for.
 
     Raises:
         ShardingError: A fusion that was asked for has no modules; or its modules do not fit together, in which tensors they
-            have, dtypes, shapes, ranks or blocks.
+            have, dtypes or shapes.
     """
     fusions = checked_fusions(fuse)
+    fused = FusedTensors(
+        (),
+        np.full(len(index), -1, dtype=np.int64),
+        np.zeros(len(index), dtype=np.int64),
+        np.arange(len(index)),
+        {},
+    )
     if not fusions:
-        return table
-    if table.results is not None:
-        raise ShardingError("the slices say themselves in which results they land; they cannot be fused again")
-    groups = _find_groups(index, fusions, is_standard=fuse is True)
-    forms = stored_forms(index)
-    patterns = list(table.patterns)
-    numbers = {pattern: number for number, pattern in enumerate(patterns)}
-    pattern_ids, names = table.pattern_ids.copy(), list(index.names)
-    known: dict[tuple[Any, ...], tuple[SlicePattern, ...]] = {}
-    leaders: dict[int, int] = {}
-    for name, tensors in groups.items():
-        dim = _fused_dim(index, tensors, forms)
-        if dim is None:
-            continue
-        _check_alike(index, name, tensors, dim)
-        key = (dim, tuple(pattern_ids[tensors].tolist()), *(forms.get(tensor) for tensor in tensors))
-        if key not in known:
-            held = [patterns[number] for number in pattern_ids[tensors].tolist()]
-            known[key] = _fused_patterns(name, held, dim, [forms.get(tensor) for tensor in tensors])
-        for tensor, pattern in zip(tensors, known[key], strict=True):
-            if pattern not in numbers:
-                numbers[pattern] = len(patterns)
-                patterns.append(pattern)
-            pattern_ids[tensor] = numbers[pattern]
-            leaders[tensor] = tensors[0]
-        names[tensors[0]] = name
-    return SliceTable(table.num_ranks, tuple(patterns), pattern_ids, _results(names, leaders))
+        return fused
+    if any(number_of(module) is not None for modules in fusions.values() for module in modules):
+        names = NameKinds.each_its_own(names.names)
+    found = _find_members(names, fusions)
+    members = _complete_members(index, found, fusions, is_standard=fuse is True)
+    form_ids = grouped.quantized.forms_by_tensor(len(index))
+    # Absent members of shorter fusions are -1 in every column.
+    columns = [np.where(column >= 0, ids[column], -1) for column in members.T for ids in (grouped.ids, form_ids)]
+    alike = distinct_rows(columns)
+    kinds: list[Fusion] = []
+    kind_ids = np.full(len(alike.firsts), -1, dtype=np.int64)
+    for kind, example in enumerate(alike.firsts.tolist()):
+        tensors = [tensor for tensor in members[example].tolist() if tensor >= 0]
+        forms = [grouped.quantized.forms[form] if (form := form_ids[tensor]) >= 0 else None for tensor in tensors]
+        dim = _fused_dim(index, tensors, forms[0])
+        if dim is not None:
+            name = found.name_of(tensors[0])
+            _check_alike(index, name, tensors, dim)
+            kind_ids[kind] = len(kinds)
+            groups = tuple(grouped.groups[grouped.ids[tensor]] for tensor in tensors)
+            kinds.append(Fusion(name=name, dim=dim, members=groups, forms=tuple(forms)))
+    return _by_tensor(fused, tuple(kinds), members, kind_ids[alike.ids], found)
+
+
+def _by_tensor(
+    alone: FusedTensors,
+    fusions: tuple[Fusion, ...],
+    members: NDArray[np.int64],
+    fusion_ids: NDArray[np.int64],
+    found: _Members,
+) -> FusedTensors:
+    """The rows of `members`, each of which shares a result by its fusion, as columns of tensors; those with -1 stay alone."""
+    members, fusion_ids = members[fusion_ids >= 0], fusion_ids[fusion_ids >= 0]
+    rows, places = np.nonzero(members >= 0)
+    tensors, leaders = members[rows, places], members[rows].min(axis=1, initial=1 << 62, where=members[rows] >= 0)
+    alone.fusion_ids[tensors] = fusion_ids[rows]
+    alone.places[tensors] = places
+    alone.leaders[tensors] = leaders
+    names = {leader: found.name_of(leader) for leader in np.unique(leaders).tolist()}
+    return FusedTensors(fusions, alone.fusion_ids, alone.places, alone.leaders, names)
 
 
 def checked_fusions(fuse: Any) -> Fusions:
@@ -96,45 +143,121 @@ def checked_fusions(fuse: Any) -> Fusions:
     return {fused: tuple(modules) for fused, modules in fuse.items()}
 
 
-def _find_groups(index: CheckpointIndex, fusions: Fusions, *, is_standard: bool) -> dict[str, list[int]]:
-    """Fused name -> its tensors, in order of their modules."""
-    places = {module: (fused, place) for fused, modules in fusions.items() for place, module in enumerate(modules)}
-    modules: dict[tuple[str, str], dict[str, dict[int, int]]] = defaultdict(lambda: defaultdict(dict))
-    for tensor, name in enumerate(index.names):
-        components = name.split(".")
-        at = next((at for at, component in enumerate(components) if component in places), None)
+class _Place(NamedTuple):
+    """Where a kind of names has a module that is fused: which component, of which fusion, which of its modules."""
+
+    component: int
+    fused: str
+    place: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Members:
+    """Tensors of modules that are fused; one row for each.
+
+    Attributes:
+        names: Of all tensors of the index.
+        place_of_kind: For kinds of names that have such a module.
+        tensors: Position in the index, in order.
+        places: Which of the fusion's modules.
+        modules: Position of the fused module; modules are numbered in order of their first tensor.
+        results: Position of what would be one result, numbered likewise.
+    """
+
+    names: NameKinds
+    place_of_kind: dict[int, _Place]
+    tensors: NDArray[np.int64]
+    places: NDArray[np.int64]
+    modules: NDArray[np.int64]
+    results: NDArray[np.int64]
+
+    def place_of(self, tensor: int) -> _Place:
+        """Where the tensor's name has the module."""
+        return self.place_of_kind[int(self.names.kind_ids[tensor])]
+
+    def name_of(self, tensor: int) -> str:
+        """The name of the result that the tensor would land in."""
+        at = self.place_of(tensor)
+        components = self.names.names[tensor].split(".")
+        return ".".join((*components[: at.component], at.fused, *components[at.component + 1 :]))
+
+    def module_of(self, tensor: int, module: str) -> str:
+        """The name of the module called `module` beside that of the tensor."""
+        return ".".join((*self.names.names[tensor].split(".")[: self.place_of(tensor).component], module))
+
+
+def _find_members(names: NameKinds, fusions: Fusions) -> _Members:
+    modules = {module: (fused, place) for fused, found in fusions.items() for place, module in enumerate(found)}
+    place_of_kind: dict[int, _Place] = {}
+    module_ids: dict[Any, int] = {}
+    result_ids: dict[Any, int] = {}
+    rows = np.full((len(names.kinds), 4), -1, dtype=np.int64)
+    for kind_id, kind in enumerate(names.kinds):
+        at = next((at for at, component in enumerate(kind) if component in modules), None)
         if at is not None:
-            fused, place = places[components[at]]
-            prefix, suffix = ".".join(components[:at]), ".".join(components[at + 1 :])
-            modules[prefix, fused][suffix][place] = tensor
-    groups: dict[str, list[int]] = {}
-    for (prefix, fused), by_suffix in modules.items():
-        present = {place for members in by_suffix.values() for place in members}
-        if len(present) < len(fusions[fused]):
-            if is_standard:
-                continue
-            absent = next(module for place, module in enumerate(fusions[fused]) if place not in present)
-            raise ShardingError(f"{index.uri}: {prefix}.{fused} cannot be fused: there is no {prefix}.{absent}")
-        for suffix, members in by_suffix.items():
-            name = ".".join(filter(None, (prefix, fused, suffix)))
-            if len(members) < len(present):
-                absent = fusions[fused][min(present - members.keys())]
-                raise ShardingError(
-                    f"{index.uri}: {name} cannot be fused: there is {index.names[min(members.values())]}, but no "
-                    f"{prefix}.{absent}.{suffix}"
-                )
-            groups[name] = [members[place] for place in sorted(members)]
-    unused = [fused for fused in fusions if not any(key == fused for _, key in modules)]
+            fused, place = modules[kind[at] or ""]
+            place_of_kind[kind_id] = _Place(at, fused, place)
+            module = module_ids.setdefault((kind[:at], fused), len(module_ids))
+            result = result_ids.setdefault((kind[:at], fused, kind[at + 1 :]), len(result_ids))
+            rows[kind_id] = place, module, result, kind[:at].count(None)
+    places, module_of, result_of, num_before = rows[names.kind_ids].T
+    tensors = np.flatnonzero(places >= 0)
+    numbers = names.numbers[tensors].astype(np.int64)
+    is_before = np.arange(numbers.shape[1]) < num_before[tensors, None]
+    return _Members(
+        names=names,
+        place_of_kind=place_of_kind,
+        tensors=tensors,
+        places=places[tensors],
+        modules=distinct_rows([module_of[tensors], *np.where(is_before, numbers, -1).T]).ids,
+        results=distinct_rows([result_of[tensors], *numbers.T]).ids,
+    )
+
+
+def _complete_members(
+    index: CheckpointIndex, found: _Members, fusions: Fusions, *, is_standard: bool
+) -> NDArray[np.int64]:
+    """For each result its tensors in order of their modules, then -1.
+
+    Modules that a model lacks are no fault of a standard fusion, which then does nothing.
+    """
+    width = max(map(len, fusions.values()))
+    num_modules, num_results = (int(ids.max(initial=-1)) + 1 for ids in (found.modules, found.results))
+    present = np.full((num_modules, width), -1, dtype=np.int64)
+    present[found.modules, found.places] = found.tensors
+    members = np.full((num_results, width), -1, dtype=np.int64)
+    members[found.results, found.places] = found.tensors
+    module_of_result = np.empty(num_results, dtype=np.int64)
+    module_of_result[found.results] = found.modules
+    fused_of_module = [found.place_of(int(row.max())).fused for row in present]
+    wanted = np.array([len(fusions[fused]) for fused in fused_of_module], dtype=np.int64)
+    is_complete = (present >= 0).sum(axis=1) == wanted
+    for module in [] if is_standard else np.flatnonzero(~is_complete).tolist():
+        modules, example = fusions[fused_of_module[module]], int(present[module].max())
+        absent = next(name for place, name in enumerate(modules) if present[module, place] < 0)
+        raise ShardingError(
+            f"{index.uri}: {found.module_of(example, fused_of_module[module])} cannot be fused: there is no "
+            f"{found.module_of(example, absent)}"
+        )
+    members, module_of_result = members[is_complete[module_of_result]], module_of_result[is_complete[module_of_result]]
+    for row in np.flatnonzero((members >= 0).sum(axis=1) < wanted[module_of_result]).tolist():
+        modules, example = fusions[fused_of_module[module_of_result[row]]], int(members[row].max())
+        absent = next(name for place, name in enumerate(modules) if members[row, place] < 0)
+        behind = index.names[example].split(".")[found.place_of(example).component + 1 :]
+        raise ShardingError(
+            f"{index.uri}: {found.name_of(example)} cannot be fused: there is {index.names[example]}, but no "
+            f"{'.'.join((found.module_of(example, absent), *behind))}"
+        )
+    unused = [fused for fused in fusions if fused not in fused_of_module]
     if unused and not is_standard:
         raise ShardingError(
             f"{index.uri} has none of the modules of fuse[{unused[0]!r}]: {', '.join(fusions[unused[0]])}"
         )
-    return groups
+    return members
 
 
-def _fused_dim(index: CheckpointIndex, tensors: list[int], forms: Mapping[int, StoredForm]) -> int | None:
+def _fused_dim(index: CheckpointIndex, tensors: Sequence[int], form: StoredForm | None) -> int | None:
     """The dimension of the result along which the tensors lie one after the other; None when they stay apart."""
-    form = forms.get(tensors[0])
     if form is None:
         return 0
     counting = [dim for dim, stored in enumerate(form.dims or ()) if stored.weight_dim == 0]
@@ -143,7 +266,7 @@ def _fused_dim(index: CheckpointIndex, tensors: list[int], forms: Mapping[int, S
     return 0 if all(prod(index.shape_of(tensor)) == 1 for tensor in tensors) else None
 
 
-def _check_alike(index: CheckpointIndex, name: str, tensors: list[int], dim: int) -> None:
+def _check_alike(index: CheckpointIndex, name: str, tensors: Sequence[int], dim: int) -> None:
     first, *others = tensors
     if len(index.shape_of(first)) > 2:
         raise ShardingError(f"{index.uri}: {name} cannot be fused: it has {len(index.shape_of(first))} dimensions")
@@ -158,60 +281,3 @@ def _check_alike(index: CheckpointIndex, name: str, tensors: list[int], dim: int
 
 def _others(shape: tuple[int, ...], dim: int) -> tuple[int | None, ...]:
     return tuple(None if at == dim else size for at, size in enumerate(shape))
-
-
-def _fused_patterns(
-    name: str, held: list[SlicePattern], dim: int, forms: list[StoredForm | None]
-) -> tuple[SlicePattern, ...]:
-    """For each tensor its pattern in the fused result."""
-    by_rank = [_fused_parts(name, rank, parts, dim, forms) for rank, parts in enumerate(zip(*held, strict=True))]
-    return tuple(zip(*by_rank, strict=True))
-
-
-def _fused_parts(
-    name: str, rank: int, parts: tuple[TensorSlice | None, ...], dim: int, forms: list[StoredForm | None]
-) -> tuple[TensorSlice | None, ...]:
-    present = [part for part in parts if part is not None]
-    if not present:
-        return parts
-    if len(present) < len(parts):
-        raise ShardingError(f"{name} cannot be fused: rank {rank} holds some of its parts and not the others")
-    shapes = [part.shape or (1,) for part in present]
-    if len({_others(shape, dim) for shape in shapes}) > 1 or any(part.reach != part.shape for part in present):
-        raise ShardingError(f"{name} cannot be fused: the parts of rank {rank} have the shapes {shapes}, or are padded")
-    for part, form in zip(present[:-1], forms[:-1], strict=True):
-        _check_whole_blocks(name, part, dim, form)
-    total = sum(shape[dim] for shape in shapes)
-    result = tuple(total if at == dim else size for at, size in enumerate(shapes[0]))
-    offsets = np.cumsum([0, *(shape[dim] for shape in shapes[:-1])]).tolist()
-    return tuple(
-        TensorSlice(result, tuple(_moved(part.boxes, dim, offset)))
-        for part, offset in zip(present, offsets, strict=True)
-    )
-
-
-def _check_whole_blocks(name: str, part: TensorSlice, dim: int, form: StoredForm | None) -> None:
-    """What follows must begin at a step of its own: a shorter last block may be the last of all only."""
-    if form is None or not form.dims or form.dims[dim].weight_dim is None:
-        return
-    stored, whole = form.dims[dim], form.weight_shape[form.dims[dim].weight_dim]
-    last = -(-whole * stored.steps // stored.elements)
-    if whole * stored.steps % stored.elements and any(box.stops[dim] == last for box in part.boxes):
-        raise ShardingError(
-            f"{name} cannot be fused: {whole} indices of one part are no whole blocks of {stored.elements}"
-        )
-
-
-def _moved(boxes: Iterable[Box], dim: int, offset: int) -> Iterator[Box]:
-    """The boxes further along `dim`; a scalar's becomes a slot in a row of them."""
-    for box in boxes:
-        starts, stops, lands = (box.starts, box.stops, box.lands) if box.starts else ((0,), (1,), (0,))
-        yield Box(starts, stops, tuple(land + offset if at == dim else land for at, land in enumerate(lands)))
-
-
-def _results(names: list[str], leaders: Mapping[int, int]) -> ResultTable:
-    """One result for each tensor, but one in all for those with the same leader."""
-    kept = [tensor for tensor in range(len(names)) if leaders.get(tensor, tensor) == tensor]
-    number = {tensor: position for position, tensor in enumerate(kept)}
-    ids = [number[leaders.get(tensor, tensor)] for tensor in range(len(names))]
-    return ResultTable(tuple(names[tensor] for tensor in kept), np.array(ids, dtype=np.int32))

@@ -8,6 +8,7 @@ Whatever is asked of a name is asked of its kind, and what depends on the number
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Self
 
@@ -59,9 +60,9 @@ class NameKinds:
         firsts: list[int] = []
         kind_ids: list[int] = []
         # Neighbours mostly agree up to their last number, or in all but that: then what stands behind it tells the kind.
-        head, numbers, behind = _NO_HEAD, (), {}
+        head, numbers, behind, length = _NO_HEAD, (), {}, 0
         for name in names:
-            kind = behind.get(name[len(head) :]) if name.startswith(head) else None
+            kind = behind.get(name[length:]) if name.startswith(head) else None
             if kind is None:
                 if (next_one := _with_next_number(name, head, behind)) is not None:
                     head, numbers = next_one[0], (*numbers[:-1], next_one[1])
@@ -71,8 +72,9 @@ class NameKinds:
                     kind = kinds.setdefault(components, len(kinds))
                     # A name that ends with a number says nothing of longer numbers.
                     head = name[: len(name) - len(rest)] if rest else _NO_HEAD
-                    behind = known.setdefault(components[: len(components) - rest.count(".") - 1], {})
-                    behind |= {rest: kind} if rest else {}
+                    behind = known.setdefault(components[: len(components) - rest.count(".") - 1], {}) if rest else {}
+                    behind[rest] = kind
+                length = len(head)
                 rows.append(numbers)
                 firsts.append(len(kind_ids))
             kind_ids.append(kind)
@@ -127,9 +129,9 @@ def _with_next_number(name: str, head: str, behind: Mapping[str, int]) -> tuple[
     if not stem or not name.startswith(head[:stem]):
         return None
     stop = name.find(".", stem)
-    if stop < 0 or name[stop + 1 :] not in behind or not is_number(name[stem:stop]):
+    if stop < 0 or name[stop + 1 :] not in behind or (number := number_of(name[stem:stop])) is None:
         return None
-    return name[: stop + 1], int(name[stem:stop])
+    return name[: stop + 1], number
 
 
 def take_apart(name: str) -> tuple[Components, tuple[int, ...], str]:
@@ -143,21 +145,19 @@ def take_apart(name: str) -> tuple[Components, tuple[int, ...], str]:
     numbers: list[int] = []
     behind = 0
     for at, text in enumerate(texts):
-        if is_number(text) and len(numbers) < MOST_NUMBERS:
-            numbers.append(int(text))
+        if len(numbers) < MOST_NUMBERS and (number := number_of(text)) is not None:
+            numbers.append(number)
             components[at] = None
             behind = at + 1
     return tuple(components), tuple(numbers), ".".join(texts[behind:])
 
 
-def is_number(component: str) -> bool:
-    """Whether a component of a name is a number that is taken apart."""
-    return (
-        component.isdecimal()
-        and component.isascii()
-        and len(component) <= _MOST_DIGITS
-        and (component[0] != "0" or component == "0")
-    )
+@lru_cache(maxsize=1024)
+def number_of(component: str) -> int | None:
+    """The number that a component of a name is; None for text."""
+    if not (component.isdecimal() and component.isascii() and len(component) <= _MOST_DIGITS):
+        return None
+    return int(component) if component[0] != "0" or component == "0" else None
 
 
 def as_text(kind: Components) -> str:

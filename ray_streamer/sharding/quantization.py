@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ray_streamer.sharding.distinct_rows import distinct_rows
-from ray_streamer.sharding.name_kinds import NameKinds, as_text, is_number, take_apart
+from ray_streamer.sharding.name_kinds import NameKinds, as_text, number_of, take_apart
 from ray_streamer.sharding.stored_form import HOLDERS, WHOLE, QuantizationHints, StoredForm, StoredPart, forms_of
 
 if TYPE_CHECKING:
@@ -210,8 +210,8 @@ def _split(kind: Components) -> tuple[Components, str, tuple[int, ...]] | None:
     weight_last, part = found
     if weight_last is None:
         return tuple(owner), part, ()
-    if is_number(weight_last):
-        return (*owner, None), part, (int(weight_last),)
+    if (number := number_of(weight_last)) is not None:
+        return (*owner, None), part, (number,)
     return (*owner, weight_last), part, ()
 
 

@@ -4,15 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ray_streamer.errors import ShardingError
-from ray_streamer.sharding.result_table import ResultTable
-
-if TYPE_CHECKING:
-    from ray_streamer.checkpoint.index import CheckpointIndex
-    from ray_streamer.sharding.slices import SliceTable
 
 RenameLike = Mapping[str, str] | Iterable[tuple[str, str]] | Callable[[str], str]
 """What people write: regular expression -> replacement, each applied in turn as `re.sub` does; or name -> name."""
@@ -43,19 +37,19 @@ def renaming(rename: RenameLike) -> Callable[[str], str]:
     return apply
 
 
-def rename_results(index: CheckpointIndex, table: SliceTable, rename: RenameLike) -> SliceTable:
-    """The same slices, in results with other names.
+def renamed(names: Iterable[str], rename: RenameLike) -> tuple[str, ...]:
+    """The names of results as `rename` says.
 
     Raises:
         ShardingError: Two results would have one name, or one a name that is none; names them.
     """
-    results, apply = table.results or ResultTable.of(index), renaming(rename)
+    apply = renaming(rename)
     origins: dict[str, str] = {}
-    for name in results.names:
+    for name in names:
         new = apply(name)
         if not isinstance(new, str) or not new:
             raise ShardingError(f"rename makes {new!r} of {name}: a name is text")
         if new in origins:
             raise ShardingError(f"rename makes {new} of both {origins[new]} and {name}")
         origins[new] = name
-    return replace(table, results=replace(results, names=tuple(origins)))
+    return tuple(origins)

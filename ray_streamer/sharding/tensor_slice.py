@@ -99,7 +99,8 @@ class TensorSlice:
                 tuple(len(indices) for indices, _ in box),
                 source_shape=shape,
                 source_starts=tuple(indices.start for indices, _ in box),
-                target_shape=result_shape,
+                # A number without dimensions goes to the first element, whatever the shape.
+                target_shape=result_shape if shape else (),
                 target_starts=tuple(start for _, start in box),
             )
             for box in product(*placed)

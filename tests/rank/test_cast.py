@@ -10,9 +10,7 @@ from ray_streamer.errors import ShardingError
 from ray_streamer.planning.read_plan import plan_reads
 from ray_streamer.planning.topology import Topology
 from ray_streamer.sharding import Replicate, Split, SplitVocabulary
-from ray_streamer.sharding.cast import cast_results, checked_dtypes
-from ray_streamer.sharding.fuse import fuse_slices
-from ray_streamer.sharding.rename import rename_results
+from ray_streamer.sharding.slice_tables import cast_results, checked_dtypes, fuse_slices, rename_results
 from ray_streamer.testing.oracle import bytes_of, cut_by_safetensors
 
 TENSORS = [

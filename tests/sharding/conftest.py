@@ -15,6 +15,8 @@ from ray_streamer.checkpoint.index import CheckpointIndex, ShardFile
 from ray_streamer.dtypes import DTYPE_CODES
 
 if TYPE_CHECKING:
+    from family_support.saved import Saved
+
     from ray_streamer.sharding import TensorSlice
 
 # Helpers that other processes import, too.
@@ -64,3 +66,18 @@ def index_of() -> Callable[..., CheckpointIndex]:
 def cut() -> Callable[[torch.Tensor, TensorSlice], torch.Tensor]:
     """The result that a slice describes, with a check that boxes are disjoint and fill it."""
     return _cut
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Saved]:
+    """The tiny model of a type, as transformers writes it."""
+    from family_support.saved import write_and_read
+
+    known: dict[str, Saved] = {}
+
+    def save(model_type: str) -> Saved:
+        if model_type not in known:
+            known[model_type] = write_and_read(model_type, tmp_path_factory.mktemp(model_type), _index_of)
+        return known[model_type]
+
+    return save

@@ -9,8 +9,7 @@ import pytest
 
 from ray_streamer.errors import ShardingError
 from ray_streamer.sharding import Mesh, Replicate, ShardRules, SliceTable, Split, resolve_slices
-from ray_streamer.sharding.fuse import fuse_slices
-from ray_streamer.sharding.rename import rename_results
+from ray_streamer.sharding.slice_tables import fuse_slices, rename_results
 from ray_streamer.testing.layouts import TensorSpec, llama_layout
 from ray_streamer.testing.plan_inputs import header_only_index
 

@@ -8,15 +8,14 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, get_args
 
 import pytest
 import torch
-from family_support.tiny_models import MODEL_TYPES, VOCABULARY, config_of, save_model
-from safetensors.torch import load_file, save_file
+from family_support.tiny_models import MODEL_TYPES, VOCABULARY, config_of
+from safetensors.torch import save_file
 from torch import nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig
 
 from ray_streamer.checkpoint.index import CheckpointIndex
 from ray_streamer.errors import ShardingError
@@ -39,36 +38,13 @@ from ray_streamer.testing import layouts
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from family_support.saved import Saved
+    from transformers import PreTrainedModel
+
 IndexOf = Callable[..., CheckpointIndex]
 Cut = Callable[[torch.Tensor, TensorSlice], torch.Tensor]
 
 ADD_UP = ("phi3", "mixtral", "qwen3_moe")
-
-
-@dataclass(frozen=True)
-class Saved:
-    """A model, and the checkpoint that transformers itself wrote of it."""
-
-    model: PreTrainedModel
-    tensors: dict[str, torch.Tensor]
-    index: CheckpointIndex
-
-
-@pytest.fixture(scope="session")
-def saved(tmp_path_factory: pytest.TempPathFactory, index_of: IndexOf) -> Callable[[str], Saved]:
-    known: dict[str, Saved] = {}
-
-    def save(model_type: str) -> Saved:
-        if model_type not in known:
-            folder = tmp_path_factory.mktemp(model_type)
-            model = save_model(model_type, folder, torch.float64)
-            tensors = load_file(folder / "model.safetensors")
-            shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-            config = AutoConfig.from_pretrained(folder).to_dict()
-            known[model_type] = Saved(model, tensors, index_of(shapes, dtype="F64", config=config))
-        return known[model_type]
-
-    return save
 
 
 OLD_NAMES: dict[str, dict[str, tuple[int, ...]]] = {

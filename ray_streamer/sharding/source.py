@@ -1,0 +1,207 @@
+"""What do rules say that one rank holds? A slice source: called with an index and a rank, in whichever process plans.
+
+index ─> kinds of names ─> groups of tensors ─> landings      once per index, whatever the rank
+landings + position of the rank in the mesh ─> rank slices    tens of patterns, and columns that are gathered
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any, get_args
+from weakref import WeakKeyDictionary
+
+import numpy as np
+
+from ray_streamer.errors import SettingsError, ShardingError
+from ray_streamer.sharding.cast import DTypeLike, checked_dtypes
+from ray_streamer.sharding.fuse import FuseLike, checked_fusions
+from ray_streamer.sharding.groups import Unmatched
+from ray_streamer.sharding.landing import find_landings
+from ray_streamer.sharding.mesh import Mesh
+from ray_streamer.sharding.name_kinds import NameKinds
+from ray_streamer.sharding.presets import Layout
+from ray_streamer.sharding.rename import RenameLike, renaming
+from ray_streamer.sharding.resolve import checked_groups
+from ray_streamer.sharding.rules import ShardRules
+from ray_streamer.slices.rank_slices import RankSlices
+from ray_streamer.slices.result import ResultSpecs
+
+if TYPE_CHECKING:
+    from collections.abc import Hashable, Sequence
+
+    from numpy.typing import NDArray
+
+    from ray_streamer.checkpoint.index import CheckpointIndex
+    from ray_streamer.sharding.experts import ExpertsLike
+    from ray_streamer.sharding.landing import Landed, Landings
+    from ray_streamer.sharding.mesh import MeshPosition
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RuleSlices:
+    """Slices from rules: the caller's first, then the preset of the checkpoint's config.json. A `SliceSource`.
+
+    What does not depend on the rank is worked out at the first call with an index and kept as long as the index lives; ranks that
+    hold the same get the same object. Pickled without it.
+
+    >>> from ray_streamer.sharding import Split
+    >>> source = RuleSlices(mesh=Mesh(tp=2), rules=ShardRules({"*.up_proj.weight": Split(0)}), dtype="bfloat16")
+
+    Attributes:
+        mesh: The grid of ranks.
+        rules: The caller's.
+        unmatched: What becomes of tensors of two or more dimensions that no rule matches.
+        layout: What the tensors are for, and so which preset.
+        drafts: Whether what only multi-token prediction uses is loaded, too.
+        stage_layers: Layers of each stage; as even as can be when unset.
+        experts: Experts of each group, for all layers or by layer; neighbours when unset.
+        fuse: Which modules' tensors land in common results.
+        rename: What results are called; the checkpoint's names when unset.
+        dtype: What results are cast to; nothing when unset.
+
+    Raises:
+        SettingsError: `unmatched` or `layout` is none of its values.
+        ShardingError: `fuse`, `rename` or `dtype` cannot mean anything.
+    """
+
+    mesh: Mesh = field(default_factory=Mesh)
+    rules: ShardRules = field(default_factory=ShardRules)
+    unmatched: Unmatched = "error"
+    layout: Layout = "generic"
+    drafts: bool = False
+    stage_layers: tuple[int, ...] | None = None
+    experts: ExpertsLike | None = None
+    fuse: FuseLike = False
+    rename: RenameLike | None = None
+    dtype: DTypeLike = None
+    _kept: WeakKeyDictionary[CheckpointIndex, _RankTable] = field(
+        default_factory=WeakKeyDictionary, init=False, repr=False, compare=False
+    )
+
+    def __post_init__(self) -> None:
+        for name, value, kind in (("unmatched", self.unmatched, Unmatched), ("layout", self.layout, Layout)):
+            if value not in get_args(kind):
+                raise SettingsError(f"{name} is one of {', '.join(get_args(kind))}, not {value!r}")
+        checked_fusions(self.fuse)
+        if self.rename is not None:
+            renaming(self.rename)
+        if self.dtype is not None:
+            checked_dtypes(self.dtype)
+
+    def __call__(self, index: CheckpointIndex, rank: int) -> RankSlices:
+        """What `rank` holds of the checkpoint.
+
+        Raises:
+            SettingsError: The mesh has no such rank.
+            ShardingError: The config names no known family, a tensor has no rule, tensors cannot be cut or fused so on some rank,
+                or two results would have one name.
+        """
+        at = self.mesh.position(rank)
+        table = self._kept.get(index)
+        if table is None:
+            table = self._kept[index] = self._resolve(index)
+        return table.slices_at(at)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Leaves out what can be worked out again."""
+        return _made_again, ({spec.name: getattr(self, spec.name) for spec in fields(self) if spec.init},)
+
+    def _resolve(self, index: CheckpointIndex) -> _RankTable:
+        try:
+            rules = ShardRules.for_config(index.config, first=self.rules, layout=self.layout, drafts=self.drafts)
+        except ShardingError as error:
+            raise ShardingError(f"{index.uri}: {error}") from error
+        names = NameKinds.of(index.names)
+        grouped = checked_groups(
+            index,
+            names,
+            rules,
+            self.mesh,
+            unmatched=self.unmatched,
+            stage_layers=self.stage_layers,
+            experts=self.experts,
+        )
+        landings = find_landings(index, names, grouped, self.mesh, fuse=self.fuse, rename=self.rename, dtype=self.dtype)
+        return _RankTable(self.mesh, landings)
+
+
+def _made_again(values: dict[str, Any]) -> RuleSlices:
+    return RuleSlices(**values)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _RankTable:
+    """What ranks hold, by their position; columns that are equal on several ranks are one array."""
+
+    mesh: Mesh
+    landings: Landings
+    _known: dict[MeshPosition, RankSlices] = field(default_factory=dict)
+    _shared: dict[Hashable, Any] = field(default_factory=dict)
+
+    def slices_at(self, at: MeshPosition) -> RankSlices:
+        """What ranks at this position hold."""
+        if at not in self._known:
+            self._known[at] = self._gather([landing.on(self.mesh, at) for landing in self.landings.landings])
+        return self._known[at]
+
+    def _gather(self, landed: Sequence[Landed | None]) -> RankSlices:
+        patterns, pattern_numbers = _numbered([way.pattern if way else None for way in landed])
+        forms, form_numbers = _numbered([way.form if way else None for way in landed])
+        offsets = np.array([way.offset if way else 0 for way in landed], dtype=np.int64)
+        is_held = pattern_numbers >= 0
+        tensor_ids, result_ids, kept = self._once(("rows", is_held.tobytes()), lambda: self._rows(is_held))
+        rows = self.landings.ids[tensor_ids]
+        return RankSlices(
+            results=self._results(is_held, result_ids, kept, tuple(forms), form_numbers, rows),
+            patterns=tuple(patterns),
+            tensor_ids=tensor_ids,
+            result_ids=result_ids,
+            pattern_ids=self._column("patterns", is_held, pattern_numbers, rows),
+            target_offsets=self._column("offsets", is_held, offsets, rows),
+        )
+
+    def _rows(self, is_held: NDArray[np.bool_]) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.bool_]]:
+        """Held tensors, the position of each one's result among the rank's, and which of all results are the rank's."""
+        tensor_ids = np.flatnonzero(is_held[self.landings.ids]).astype(np.int32)
+        results = self.landings.result_ids[tensor_ids]
+        is_kept = np.zeros(len(self.landings.names), dtype=bool)
+        is_kept[results] = True
+        return tensor_ids, (np.cumsum(is_kept, dtype=np.int32) - 1)[results].astype(np.int32), is_kept
+
+    def _results(
+        self,
+        is_held: NDArray[np.bool_],
+        result_ids: NDArray[np.int32],
+        is_kept: NDArray[np.bool_],
+        forms: tuple[Any, ...],
+        form_numbers: NDArray[np.int32],
+        rows: NDArray[np.int32],
+    ) -> ResultSpecs:
+        def make() -> ResultSpecs:
+            names = self.landings.names
+            if not is_kept.all():
+                names = tuple(map(names.__getitem__, np.flatnonzero(is_kept).tolist()))
+            form_ids = np.empty(len(names), dtype=np.int32)
+            # Tensors that share a result agree on its form.
+            form_ids[result_ids] = form_numbers[rows]
+            return ResultSpecs(names, forms, form_ids)
+
+        return self._once(("results", is_held.tobytes(), forms, form_numbers.tobytes()), make)
+
+    def _column(
+        self, name: str, is_held: NDArray[np.bool_], values: NDArray[Any], rows: NDArray[np.int32]
+    ) -> NDArray[Any]:
+        """The value of each row's landing."""
+        return self._once((name, is_held.tobytes(), values.tobytes()), lambda: values[rows])
+
+    def _once(self, key: Hashable, make: Any) -> Any:
+        if key not in self._shared:
+            self._shared[key] = make()
+        return self._shared[key]
+
+
+def _numbered(values: Sequence[Any]) -> tuple[list[Any], NDArray[np.int32]]:
+    """The distinct values, and for each value its position among them; -1 for None."""
+    ids: dict[Any, int] = {}
+    numbers = [-1 if value is None else ids.setdefault(value, len(ids)) for value in values]
+    return list(ids), np.array(numbers, dtype=np.int32)
