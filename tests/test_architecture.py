@@ -40,7 +40,7 @@ LEVELS = {name: level for level, names in enumerate(ORDER) for name in names}
 HOMES = {
     "ray": {"cluster"},
     # api asks torch.distributed which rank this is; demo compares; testing stands in for a GPU
-    "torch": {"capture", "device", "cluster", "api", "demo", "testing"},
+    "torch": {"capture", "device", "rank", "cluster", "api", "demo", "testing"},
     "boto3": {"storage", "testing"},
     "botocore": {"storage", "testing"},
     "click": {"cli"},

@@ -48,8 +48,9 @@ class LazyTensor(torch.Tensor):
         cls, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Hands the operation to the recorder of the first lazy tensor among the arguments."""
-        lazy = next(found for found in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(found, LazyTensor))
-        return lazy._lazy_recorder.run(func, args, kwargs or {})
+        kwargs = kwargs or {}
+        lazy = next(found for found in tensors_among(args, kwargs) if isinstance(found, LazyTensor))
+        return lazy._lazy_recorder.run(func, args, kwargs)
 
     @property
     def _lazy_view(self) -> Strided:
@@ -78,6 +79,26 @@ class LazyTensor(torch.Tensor):
     def __array__(self, dtype: Any = None) -> Any:
         """A numpy array of the values."""
         return self._lazy_real().__array__(dtype)
+
+
+def tensors_among(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
+    """The tensors that an operation is given, those in lists included; operations have no deeper arguments."""
+    found: list[torch.Tensor] = []
+    for value in (*args, *kwargs.values()) if kwargs else args:
+        if isinstance(value, torch.Tensor):
+            found.append(value)
+        elif isinstance(value, list | tuple):
+            found += [inner for inner in value if isinstance(inner, torch.Tensor)]
+    return found
+
+
+def with_each(value: Any, change: Callable[[LazyTensor], Any]) -> Any:
+    """An argument with each of its lazy tensors changed."""
+    if isinstance(value, LazyTensor):
+        return change(value)
+    if isinstance(value, list | tuple):
+        return type(value)([with_each(inner, change) for inner in value])
+    return value
 
 
 def _with_values(name: str) -> Callable[..., Any]:

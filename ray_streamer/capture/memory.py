@@ -81,6 +81,8 @@ class Memory:
         self.shape, self.dtype, self.device = shape, dtype, device
         self.places, self.is_plannable = tuple(places), is_plannable
         self._lengths, self._dim = tuple(lengths), dim
+        # The memory is the checkpoint's tensor itself, as is most often the case.
+        self._is_tensor = len(places) == 1 and places[0].view == Strided(shape, row_major(shape), 0)
         self.value: torch.Tensor | None = None
         self._is_own = False
 
@@ -118,6 +120,8 @@ class Memory:
         loops = [Loop(*loop) for loop in zip(view.shape, view.strides, other_strides, strict=True)]
         if not self.is_plannable or self.value is not None or not self.places:
             return None
+        if self._is_tensor:
+            return [Piece(self.places[0], tuple(merged_loops(loops)), view.offset, 0)]
         if len(self.places) == 1:
             return self._through(0, loops, view.offset, 0)
         return self._out_of_parts(loops, view.offset)
@@ -126,7 +130,7 @@ class Memory:
         values = whole.read(self.tensors)
         first = self.places[0]
         tensor = values[first.tensor]
-        if len(self.places) == 1 and not self.is_cast and first.view == _identity(tensor):
+        if self._is_tensor and not self.is_cast:
             return tensor.to(self.device)
         filled = torch.empty(self.shape, dtype=self.dtype, device=self.device)
         starts = self._starts()
@@ -201,7 +205,3 @@ def _resized(dim: int, loop: Loop, grid: tuple[int, ...], part: tuple[int, ...],
         size=size if dim == 1 else loop.size,
         step=loop.step // (grid[1] * grid[2]) * part[1] * part[2] if dim == 0 else loop.step,
     )
-
-
-def _identity(tensor: torch.Tensor) -> Strided:
-    return Strided(tuple(tensor.shape), row_major(tensor.shape), 0)

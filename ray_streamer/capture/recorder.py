@@ -14,9 +14,8 @@ from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.utils import _pytree as pytree
 
-from ray_streamer.capture.lazy import LazyTensor
+from ray_streamer.capture.lazy import LazyTensor, tensors_among, with_each
 from ray_streamer.capture.memory import Memory, Place, seen
 from ray_streamer.capture.operations import Kind, kind_of, written_arguments
 from ray_streamer.capture.pending import Copy, Pending
@@ -51,17 +50,21 @@ class Recorder:
         self.early: dict[str, None] = {}
         self.reasons: dict[str, str] = {}
         self._whole = whole
+        self._shadows: dict[tuple[tuple[int, ...], torch.dtype], torch.Tensor] = {}
 
     def lazy(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, *, is_plannable: bool) -> LazyTensor:
         """The tensor `name` of the checkpoint, not read yet."""
         place = Place(name, dtype, Strided(shape, row_major(shape), 0))
         memory = Memory(shape, dtype, torch.device("cpu"), [place], is_plannable=is_plannable)
-        return LazyTensor(self, memory, torch.empty(shape, dtype=dtype, device="meta"))
+        shadow = self._shadows.get((shape, dtype))
+        if shadow is None:
+            shadow = self._shadows[shape, dtype] = torch.empty(shape, dtype=dtype, device="meta")
+        return LazyTensor(self, memory, shadow)
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The operation's outcome, as the loader sees it."""
         kind = kind_of(func)
-        lazies = [found for found in pytree.tree_leaves((args, kwargs)) if isinstance(found, LazyTensor)]
+        lazies = [found for found in tensors_among(args, kwargs) if isinstance(found, LazyTensor)]
         if not lazies:
             return self._run_on_real(kind, func, args, kwargs)
         outcome = self._run_lazily(kind, func, args, kwargs, lazies)
@@ -96,7 +99,9 @@ class Recorder:
             return False
         if not target.numel():
             return True
-        shadow = lazy._lazy_shadow.expand(target.shape)
+        shadow = lazy._lazy_shadow
+        if shadow.shape != target.shape:
+            shadow = shadow.expand(target.shape)
         source = Strided(tuple(shadow.shape), tuple(shadow.stride()), int(shadow.storage_offset()))
         pieces = memory.pieces(source, target.stride())
         if pieces is None or Strided(source.shape, tuple(target.stride()), 0).repeats:
@@ -121,8 +126,7 @@ class Recorder:
         if kind is Kind.VIEW and len(lazies) == 1:
             return self._view(lazy, func, args, kwargs)
         if kind is Kind.SHAPE_ONLY:
-            shadows, named = pytree.tree_map_only(LazyTensor, lambda found: found._lazy_shadow, (args, kwargs))
-            return func(*shadows, **{**named, "device": named.get("device") or lazy.device})
+            return func(*_shadows(args), **{**kwargs, "device": kwargs.get("device") or lazy.device})
         if kind is Kind.QUESTION:
             return False
         if kind is Kind.DUPLICATE:
@@ -139,13 +143,14 @@ class Recorder:
 
     def _view(self, lazy: LazyTensor, func: Any, args: Any, kwargs: Any) -> Any:
         shadow = lazy._lazy_shadow
-        shadows, named = pytree.tree_map_only(LazyTensor, lambda found: found._lazy_shadow, (args, kwargs))
-        outcome = func(*shadows, **named)
-        made = pytree.tree_leaves(outcome)
+        outcome = func(*_shadows(args), **kwargs)
         storage = shadow.untyped_storage()._cdata
-        if any(view.dtype != shadow.dtype or view.untyped_storage()._cdata != storage for view in made):
-            return None
-        return pytree.tree_map_only(torch.Tensor, lambda view: LazyTensor(self, lazy._lazy_memory, view), outcome)
+        for view in outcome if isinstance(outcome, list | tuple) else (outcome,):
+            if view.dtype != shadow.dtype or view.untyped_storage()._cdata != storage:
+                return None
+        if isinstance(outcome, list | tuple):
+            return type(outcome)([LazyTensor(self, lazy._lazy_memory, view) for view in outcome])
+        return LazyTensor(self, lazy._lazy_memory, outcome)
 
     def _duplicate(self, lazy: LazyTensor, func: Any, args: Any, kwargs: Any) -> LazyTensor | None:
         memory = lazy._lazy_memory
@@ -210,17 +215,19 @@ class Recorder:
         def with_values(key: int | str, value: Any) -> Any:
             # What a view of real memory is written to later, nobody would see.
             is_written = key in written or kind is Kind.VIEW or kind is Kind.RESHAPES_IN_PLACE
-            return pytree.tree_map_only(LazyTensor, lambda lazy: valued(lazy, is_written), value)
+            return with_each(value, lambda lazy: valued(lazy, is_written))
 
         real = tuple(with_values(at, value) for at, value in enumerate(args))
         named = {name: with_values(name, value) for name, value in kwargs.items()}
         outcome = self._run_on_real(kind, func, real, named)
-        return pytree.tree_map_only(torch.Tensor, lambda tensor: lazies.get(id(tensor), tensor), outcome)
+        if isinstance(outcome, list | tuple):
+            return type(outcome)([lazies.get(id(tensor), tensor) for tensor in outcome])
+        return lazies.get(id(outcome), outcome)
 
     def _run_on_real(self, kind: Kind, func: Any, args: Any, kwargs: Any) -> Any:
         if self.pending and kind not in (Kind.VIEW, Kind.SHAPE_ONLY, Kind.QUESTION):
             meets = self.pending.in_storage if kind is Kind.RESHAPES_IN_PLACE else self.pending.meeting
-            for tensor in pytree.tree_leaves((args, kwargs)):
+            for tensor in tensors_among(args, kwargs):
                 if is_plain(tensor):
                     self.make_early(meets(tensor))
         return func(*args, **kwargs)
@@ -256,3 +263,7 @@ def _copy_of(piece: Piece, target: torch.Tensor) -> Copy:
     view = Strided(tuple(loop.size for loop in loops), tuple(loop.other_step for loop in loops), offset)
     extent = view.in_bytes(target.element_size())
     return Copy(piece, target.untyped_storage(), target.dtype, offset, target.device, extent)
+
+
+def _shadows(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(with_each(value, lambda lazy: lazy._lazy_shadow) for value in args)

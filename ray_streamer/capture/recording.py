@@ -127,6 +127,11 @@ _REACHES_MEMORY = ("__array__", "__deepcopy__", "__reduce_ex__", "apply_", "map_
 class _Operations(TorchDispatchMode):
     """Every operation of the thread, on whatever memory."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # No loader is compiled, and torch would guard against that at each operation.
+        return False
+
     def __init__(self, recorder: Recorder) -> None:
         super().__init__()
         self._recorder = recorder
@@ -140,8 +145,8 @@ class _Operations(TorchDispatchMode):
 class _RawAccess(TorchFunctionMode):
     """What reaches a tensor's memory past the dispatcher: it is filled before, and never given a lazy tensor's."""
 
-    _RAW = frozenset(getattr(torch.Tensor, name) for name in (*RAW_ACCESS, *_REACHES_MEMORY))
     _SET_DATA = torch.Tensor.data.__set__  # type: ignore[attr-defined]
+    _RAW = frozenset([_SET_DATA, *(getattr(torch.Tensor, name) for name in (*RAW_ACCESS, *_REACHES_MEMORY))])
 
     def __init__(self, recorder: Recorder) -> None:
         super().__init__()
@@ -150,12 +155,13 @@ class _RawAccess(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        pending = self._recorder.pending
-        if func in self._RAW and is_plain(args[0]) and pending.knows(args[0]):
-            self._recorder.make_early(pending.in_storage(args[0]))
-        if func == self._SET_DATA and isinstance(args[1], LazyTensor) and not isinstance(args[0], LazyTensor):
-            args = (args[0], self._landed(args[1]))
-        return func(*args, **(kwargs or {}))
+        if func in self._RAW:
+            pending = self._recorder.pending
+            if func == self._SET_DATA:
+                args = (args[0], self._landed(args[1])) if isinstance(args[1], LazyTensor) else args
+            elif is_plain(args[0]) and pending.knows(args[0]):
+                self._recorder.make_early(pending.in_storage(args[0]))
+        return func(*args, **kwargs) if kwargs else func(*args)
 
     def _landed(self, lazy: LazyTensor) -> torch.Tensor:
         """Memory of its own, into which `lazy` is copied."""

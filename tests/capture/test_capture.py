@@ -12,10 +12,10 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from ray_streamer.testing.captured_loaders import Reads, assert_same, capture, index_of, make_moves, numbered, same
 
 from ray_streamer.capture import Capture
 from ray_streamer.errors import CaptureError
+from ray_streamer.testing.captured_loaders import Reads, assert_same, capture, index_of, make_moves, numbered, same
 
 BF16, F32 = torch.bfloat16, torch.float32
 

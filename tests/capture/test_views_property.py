@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from ray_streamer.testing.captured_loaders import assert_same, numbered
 
 SHAPES = st.lists(st.integers(1, 6), min_size=1, max_size=4).map(tuple)
