@@ -15,6 +15,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ray_streamer.api.files import ls, pull
     from ray_streamer.api.plan import plan
     from ray_streamer.api.rank import load_rank, stream_rank
     from ray_streamer.api.sharded import load_sharded
@@ -63,7 +64,9 @@ _HOMES = {
     "TensorSlice": "sharding",
     "load_rank": "api.rank",
     "load_sharded": "api.sharded",
+    "ls": "api.files",
     "plan": "api.plan",
+    "pull": "api.files",
     "stream_rank": "api.rank",
     "summarize": "planning.explain",
 }
@@ -90,7 +93,9 @@ __all__ = [
     "TensorSlice",
     "load_rank",
     "load_sharded",
+    "ls",
     "plan",
+    "pull",
     "stream_rank",
     "summarize",
 ]

@@ -211,6 +211,11 @@ class Settings(BaseSettings):
         default=False,
         description="Refuse a checkpoint whose index json and files disagree; else the index decides, with a warning.",
     )
+    cache_dir: str = Field(
+        default="~/.cache/ray_streamer",
+        min_length=1,
+        description="Folder of this node in which config and tokenizer files of remote checkpoints are kept.",
+    )
     s3_endpoint_url: Annotated[str, AfterValidator(_refuse_user)] | None = Field(
         default=None, description="S3 endpoint; unset = AWS_ENDPOINT_URL[_S3] or AWS."
     )

@@ -17,6 +17,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 ORDER = (
     ("errors", "settings", "extent", "dtypes", "units", "machine", "wording"),
     ("storage",),
+    ("files",),
     ("checkpoint",),
     ("slices",),
     ("capture",),

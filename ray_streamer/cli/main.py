@@ -16,6 +16,8 @@ COMMANDS = {
     "inspect": "What a checkpoint holds, and how its tensors would lie.",
     "plan": "What a load would read, by whom; only headers are read.",
     "load": "Load over the ranks of a Ray cluster and report what it took.",
+    "ls": "Every file at a uri.",
+    "pull": "Copy config, tokenizer or other files from a uri into a folder.",
     "demo": "Make a checkpoint, load it from disk and from S3, prove every slice.",
 }
 """Name of each command, and so of its module -> its line in the overview."""

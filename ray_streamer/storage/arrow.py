@@ -108,12 +108,12 @@ class ArrowStorage(RemoteStorage):
             raise ShortReadError(f"{self._name(path)} ends at {opened.info.size_bytes}, before extent {extent} does")
         self._fill(path, extent, buffer.cast("B"), opened)
 
-    def list(self, prefix: str = "") -> list[str]:
+    def list(self, prefix: str = "", *, recursive: bool = False) -> list[str]:
         """See `Storage`; empty for a folder that does not exist."""
         self._refuse_closed(prefix)
         folder = f"{self._root}/{prefix}".rpartition("/")[0]
         with self._errors_translated(prefix):
-            found = self._filesystem.get_file_info(fs.FileSelector(folder, allow_not_found=True))
+            found = self._filesystem.get_file_info(fs.FileSelector(folder, allow_not_found=True, recursive=recursive))
         paths = [info.path.removeprefix(f"{self._root}/") for info in found if info.type == fs.FileType.File]
         return sorted(path for path in paths if path.startswith(prefix))
 

@@ -148,8 +148,8 @@ class Storage(Protocol):
         """
         ...
 
-    def list(self, prefix: str = "") -> list[str]:
-        """Paths that begin with `prefix` and have no further "/", files only, sorted.
+    def list(self, prefix: str = "", *, recursive: bool = False) -> list[str]:
+        """Paths that begin with `prefix` and have no further "/", files only, sorted; with `recursive`, also those that have.
 
         A folder that does not exist is an empty list where the store has no folders, else `ObjectMissingError`.
         """

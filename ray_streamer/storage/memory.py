@@ -95,14 +95,16 @@ class MemoryStorage:
         """See `Storage`; there is no file."""
         return None
 
-    def list(self, prefix: str = "") -> list[str]:
+    def list(self, prefix: str = "", *, recursive: bool = False) -> list[str]:
         """See `Storage`."""
         folder = _key(self.uri, "")
         with _lock:
             paths = [key.removeprefix(folder) for key in _files if key.startswith(folder)]
         if not paths:
             raise ObjectMissingError(f"nothing was put below {self.uri} in this process")
-        return sorted(path for path in paths if path.startswith(prefix) and "/" not in path[len(prefix) :])
+        return sorted(
+            path for path in paths if path.startswith(prefix) and (recursive or "/" not in path[len(prefix) :])
+        )
 
     def statistics(self) -> StorageStatistics:
         """See `Storage`; nothing to tell."""

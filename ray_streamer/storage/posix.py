@@ -83,14 +83,16 @@ class PosixStorage:
         """See `Storage`."""
         return self._full_path(path)
 
-    def list(self, prefix: str = "") -> list[str]:
-        """See `Storage`; links that lead nowhere count as files, so that whoever reads them hears of it."""
+    def list(self, prefix: str = "", *, recursive: bool = False) -> list[str]:
+        """See `Storage`; links that lead nowhere count as files, so that whoever reads them hears of it.
+
+        Links to folders are not followed when `recursive`.
+        """
         folder, slash, start = prefix.rpartition("/")
         full_path = self._full_path(folder)
-        with os_errors_translated(full_path), os.scandir(full_path) as entries:
-            found = [entry for entry in entries if entry.name.startswith(start)]
-            names = [entry.name for entry in found if _is_file(entry)]
-        return sorted(folder + slash + name for name in names)
+        with os_errors_translated(full_path):
+            found = _files_below(full_path, "") if recursive else _files_in(full_path)
+            return sorted(folder + slash + name for name in found if name.startswith(start))
 
     def statistics(self) -> StorageStatistics:
         """See `Storage`; nothing to tell."""
@@ -170,6 +172,20 @@ class PosixStorage:
 
 def _contradiction(file: PosixFile, expected: FileIdentity) -> str | None:
     return file.identity.contradicts(expected, file.mount)
+
+
+def _files_in(folder: str) -> list[str]:
+    with os.scandir(folder) as entries:
+        return [entry.name for entry in entries if _is_file(entry)]
+
+
+def _files_below(folder: str, prefix: str) -> list[str]:
+    """Files of the folder and of all folders in it, by their path from the first one."""
+    with os.scandir(folder) as entries:
+        found = list(entries)
+    inner = [entry for entry in found if entry.is_dir(follow_symlinks=False)]
+    below = [path for entry in inner for path in _files_below(entry.path, f"{prefix}{entry.name}/")]
+    return [f"{prefix}{entry.name}" for entry in found if _is_file(entry)] + below
 
 
 def _is_file(entry: os.DirEntry[str]) -> bool:

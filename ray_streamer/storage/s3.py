@@ -104,19 +104,18 @@ class S3Storage(RemoteStorage):
         landing = Landing(path, extent, buffer.cast("B"), identity)
         self._run(lambda: self._land(landing))
 
-    def list(self, prefix: str = "") -> list[str]:
+    def list(self, prefix: str = "", *, recursive: bool = False) -> list[str]:
         """See `Storage`; empty for a prefix that does not exist."""
         folder, listed = self._location.key_of(""), self._location.listable(prefix)
         keys = list_keys(
-            lambda token: self._run(lambda: self._list_page(listed, token)),
+            lambda token: self._run(lambda: self._list_page(listed, token, recursive=recursive)),
             what=f"listing {self.uri}",
             timeout_seconds=self._list_timeout_seconds,
         )
         paths = {key.removeprefix(folder) for key in keys if key.startswith(folder)}
         # A key that ends with "/" stands for a folder in the consoles of object stores; some servers list below folders.
-        return sorted(
-            path for path in paths if path > prefix and path.startswith(prefix) and "/" not in path[len(prefix) :]
-        )
+        found = [path for path in paths if path > prefix and path.startswith(prefix) and not path.endswith("/")]
+        return sorted(path for path in found if recursive or "/" not in path[len(prefix) :])
 
     def statistics(self) -> StorageStatistics:
         """See `Storage`."""
@@ -206,10 +205,10 @@ class S3Storage(RemoteStorage):
             "sent, and the ETag of every answer is compared",
         )
 
-    def _list_page(self, prefix: str, token: str) -> ListingPage:
+    def _list_page(self, prefix: str, token: str, *, recursive: bool) -> ListingPage:
         what = f"listing {self.uri}"
         with self._faults_translated(what):
-            request = self._access.sign_listing(prefix, token)
+            request = self._access.sign_listing(prefix, token, recursive=recursive)
         with self._asked(what, request, is_object=False) as answer:
             refuse_encoded(answer, what=what)
             page = memoryview(

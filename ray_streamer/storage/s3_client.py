@@ -77,14 +77,14 @@ class S3Access:
         with _own_faults_translated(key):
             return str(self.client.generate_presigned_url("get_object", Params=what, ExpiresIn=seconds))
 
-    def sign_listing(self, prefix: str, token: str) -> SignedRequest:
+    def sign_listing(self, prefix: str, token: str, *, recursive: bool) -> SignedRequest:
         """A request for the page of keys below a prefix that `token` names, the first one when it is empty.
 
         Its headers are signed, not its url: some stores take signed urls for objects only.
         """
-        more = {"ContinuationToken": token} if token else {}
+        more = ({"ContinuationToken": token} if token else {}) | ({} if recursive else {"Delimiter": "/"})
         with _own_faults_translated(prefix):
-            self.client.list_objects_v2(**self.arguments, Prefix=prefix, Delimiter="/", **more)
+            self.client.list_objects_v2(**self.arguments, Prefix=prefix, **more)
         return _signed.request
 
 

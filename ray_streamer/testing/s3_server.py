@@ -115,15 +115,15 @@ class S3Server(ABC):
     def upload_folder(
         self, folder: str | os.PathLike[str], bucket: str, prefix: str = "", *, num_threads: int = 4
     ) -> str:
-        """Upload a folder's files, not its subfolders, into a bucket, made when missing; gives the `s3://` uri."""
+        """Upload a folder's files, those of its subfolders too, into a bucket, made when missing; gives the `s3://` uri."""
         client = self.client()
         client.create_bucket(Bucket=bucket)
-        files = [path for path in Path(folder).iterdir() if path.is_file()]
+        files = [path for path in Path(folder).rglob("*") if path.is_file()]
         prefix = prefix.strip("/")
 
         def upload(path: Path) -> None:
             with path.open("rb") as body:
-                client.put_object(Bucket=bucket, Key=f"{prefix}/{path.name}".lstrip("/"), Body=body)
+                client.put_object(Bucket=bucket, Key=f"{prefix}/{path.relative_to(folder)}".lstrip("/"), Body=body)
 
         with ThreadPoolExecutor(num_threads) as pool:
             for _ in pool.map(upload, files):

@@ -188,6 +188,10 @@ class StorageContract:
         assert storage.list("mod") == ["model.safetensors"]
         assert storage.list("sub/") == ["sub/inner.json"]
         assert storage.list("zzz") == []
+        everything = ["a b+ü%20.json", "b.json", "model.safetensors", "sub/inner.json"]
+        assert storage.list(recursive=True) == everything
+        assert storage.list("su", recursive=True) == ["sub/inner.json"]
+        assert storage.list("sub/in", recursive=True) == ["sub/inner.json"]
 
     def test_odd_names(self, storage: Storage, place: Place) -> None:
         for path in ("a b+ü%20#?&.json", "sub/inner.json"):

@@ -1,0 +1,117 @@
+"""Which files are at a uri, and how do they come to a folder here? For config, tokenizer and the like, without any tensor."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ray_streamer.checkpoint import locate
+from ray_streamer.errors import ObjectMissingError
+from ray_streamer.files import ENGINE_FILES, Selection, cached_files, pull_files
+from ray_streamer.settings import Settings
+from ray_streamer.storage import absolute_uri, open_storage
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Iterator, Sequence
+
+    from ray_streamer.storage import Storage, UriLike
+
+
+def ls(uri: UriLike, *, settings: Settings | None = None) -> list[str]:
+    """Every file at a uri, and in the folders below it.
+
+    Args:
+        uri: A folder or prefix, or one file; as in `load_sharded`.
+        settings: Every knob; from the environment when unset.
+
+    Returns:
+        Paths relative to the uri's folder, sorted.
+
+    Raises:
+        SettingsError: The uri cannot mean anything.
+        StorageError: There is nothing, or it may not be listed.
+    """
+    with _opened(uri, settings or Settings.resolve()) as (storage, paths):
+        return paths or _everything(storage)
+
+
+def pull(
+    uri: UriLike,
+    dst: str | os.PathLike[str],
+    *,
+    allow: str | Sequence[str] | None = None,
+    ignore: str | Sequence[str] | None = None,
+    settings: Settings | None = None,
+) -> list[Path]:
+    """Copies files from a uri into a folder. Each file is complete or absent: it is renamed when it has its last byte.
+
+    Args:
+        uri: A folder or prefix, or one file; as in `load_sharded`.
+        dst: The folder; made if need be. Files that are there already are replaced.
+        allow: Globs of paths to copy, such as "*.json"; every file when unset. `*` also stands for "/".
+        ignore: Globs of paths to leave out.
+        settings: Every knob; from the environment when unset.
+
+    Returns:
+        Where the files are now, sorted by path.
+
+    Raises:
+        SettingsError: An argument cannot mean anything.
+        ObjectMissingError: No file is there, or none matches.
+        CheckpointError: A name in the store could lead out of `dst`; nothing was copied then.
+        StorageError: A file could not be read or written; files that were complete stay.
+    """
+    selection = Selection.from_globs(allow, ignore)
+    settings = settings or Settings.resolve()
+    with _opened(uri, settings) as (storage, paths):
+        chosen = selection.of(paths or _everything(storage))
+        if not chosen:
+            raise ObjectMissingError(f"{storage.uri}: no file matches allow={allow!r} and ignore={ignore!r}")
+        return pull_files(storage, chosen, Path(absolute_uri(dst)), concurrency=settings.concurrency)
+
+
+def cached(uri: UriLike, *, selection: Selection = ENGINE_FILES, settings: Settings | None = None) -> Path:
+    """A folder of this node with the checkpoint's config, tokenizer and code, as they are at the uri now.
+
+    Copied once per node and version, however many processes ask; a local folder is its own copy.
+
+    Args:
+        uri: A folder or prefix; as in `load_sharded`.
+        selection: Which files.
+        settings: Every knob; from the environment when unset. `cache_dir` says where.
+
+    Raises:
+        SettingsError: The uri cannot mean anything.
+        StorageError: A file could not be read or written.
+    """
+    settings = settings or Settings.resolve()
+    with _opened(uri, settings) as (storage, _):
+        if not storage.is_remote:
+            return Path(storage.uri)
+        return cached_files(
+            storage,
+            cache=Path(absolute_uri(settings.cache_dir)),
+            timeout_seconds=settings.startup_timeout_seconds,
+            selection=selection,
+            concurrency=settings.concurrency,
+        )
+
+
+@contextmanager
+def _opened(uri: UriLike, settings: Settings) -> Iterator[tuple[Storage, list[str]]]:
+    """The storage of a uri, and the one file that the uri names, if it does."""
+    location = locate(absolute_uri(uri))
+    storage = open_storage(location.folder_uri, settings)
+    try:
+        yield storage, [] if location.selection is None else [location.selection]
+    finally:
+        storage.close()
+
+
+def _everything(storage: Storage) -> list[str]:
+    paths = storage.list(recursive=True)
+    if not paths:
+        raise ObjectMissingError(f"{storage.uri}: nothing is there; check the path")
+    return paths

@@ -1,0 +1,31 @@
+"""`ray-streamer ls`: which files are at a uri?"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from ray_streamer.cli.command import Command, json_option, print_json, verbose_option
+from ray_streamer.cli.settings import with_settings
+
+if TYPE_CHECKING:
+    from ray_streamer.settings import Settings
+
+
+@click.command("ls", cls=Command)
+@click.argument("uri")
+@json_option
+@verbose_option
+@with_settings
+def command(uri: str, as_json: bool, settings: Settings) -> None:
+    """List every file at URI and in the folders below it, one path a line."""
+    from ray_streamer.api.files import ls
+    from ray_streamer.wording import printable
+
+    paths = ls(uri, settings=settings)
+    if as_json:
+        print_json({"uri": uri, "files": paths})
+        return
+    for path in paths:
+        click.echo(printable(path, one_line=True))

@@ -1,0 +1,12 @@
+"""How do the small files of a checkpoint come to this machine's disk? Config, tokenizer and code, which engines read as files.
+
+selection   which files are meant?
+pull        copies into a folder, each one complete or absent
+cache       one copy for each node, for as long as the files stay the same
+"""
+
+from ray_streamer.files.cache import cached_files
+from ray_streamer.files.pull import pull_files
+from ray_streamer.files.selection import ENGINE_FILES, Selection
+
+__all__ = ["ENGINE_FILES", "Selection", "cached_files", "pull_files"]

@@ -1,0 +1,105 @@
+"""How does a file come from storage to disk? Complete or not at all: written under another name, renamed when it has every byte."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING
+
+from ray_streamer.errors import StorageError
+from ray_streamer.extent import Extent
+from ray_streamer.files.selection import check_path
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from pathlib import Path
+
+    from ray_streamer.storage import ObjectInfo, Storage
+
+_BLOCK_BYTES = 4 << 20
+
+
+def pull_files(storage: Storage, paths: Sequence[str], folder: Path, *, concurrency: int) -> list[Path]:
+    """Copies files into `folder`, which is made if need be, over what is there already.
+
+    Each thread needs one buffer of at most 4 MiB. When one file fails, those that are complete stay.
+
+    Args:
+        storage: Where the files are.
+        paths: Of the files, relative to the storage.
+        folder: Where they go, under the same relative paths.
+        concurrency: Files at a time.
+
+    Returns:
+        Where each file is now, in the order of `paths`.
+
+    Raises:
+        CheckpointError: A path could lead out of `folder`; nothing was read then.
+        StorageError: A file could not be read or written.
+    """
+    for path in paths:
+        check_path(path, uri=storage.uri)
+    if not paths:
+        return []
+    pool = ThreadPoolExecutor(min(concurrency, len(paths)), thread_name_prefix="pull-file")
+    try:
+        futures = [pool.submit(_pull_file, storage, path, folder) for path in paths]
+        return [future.result() for future in futures]
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def identities(storage: Storage, paths: Sequence[str], *, concurrency: int) -> list[ObjectInfo]:
+    """Size and identity of every file, in the order of `paths`."""
+    if not paths:
+        return []
+    pool = ThreadPoolExecutor(min(concurrency, len(paths)), thread_name_prefix="look-at-file")
+    try:
+        return list(pool.map(storage.size_and_etag, paths))
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _pull_file(storage: Storage, path: str, folder: Path) -> Path:
+    target = folder / path
+    temporary = target.with_name(f".{target.name[:100]}.{os.getpid()}-{secrets.token_hex(4)}.part")
+    with disk_errors_translated(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with temporary.open("xb") as file:
+                for part in _parts(storage, path):
+                    file.write(part)
+            temporary.replace(target)
+        finally:
+            with suppress(FileNotFoundError):
+                temporary.unlink()
+    return target
+
+
+def _parts(storage: Storage, path: str) -> Iterator[bytes | memoryview]:
+    """The bytes of one version of a file, in order; each part is valid until the next one is asked for."""
+    head, info = storage.read_head(path, _BLOCK_BYTES)
+    yield head
+    if len(head) >= info.size_bytes:
+        return
+    buffer = memoryview(bytearray(min(_BLOCK_BYTES, info.size_bytes - len(head))))
+    for start in range(len(head), info.size_bytes, _BLOCK_BYTES):
+        extent = Extent(start, min(start + _BLOCK_BYTES, info.size_bytes))
+        part = buffer[: extent.num_bytes]
+        storage.read_into(path, extent, part, etag=info.etag)
+        yield part
+
+
+@contextmanager
+def disk_errors_translated(target: Path) -> Iterator[None]:
+    """What the operating system says about writing below `target`, as a typed error; errors of the storage pass."""
+    try:
+        yield
+    except StorageError:
+        raise
+    except OSError as error:
+        raise StorageError(
+            f"cannot write {target}: {error.strerror or error}; give another folder, or make room"
+        ) from error
