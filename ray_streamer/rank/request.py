@@ -21,6 +21,7 @@ from ray_streamer.planning.limits import (
 )
 from ray_streamer.planning.read_plan import ReadPlan, plan_reads
 from ray_streamer.sharding.cast import DTypeLike, checked_dtypes
+from ray_streamer.sharding.completeness import refuse_absent, refuse_incomplete
 from ray_streamer.sharding.fuse import FuseLike, checked_fusions
 from ray_streamer.sharding.groups import Unmatched
 from ray_streamer.sharding.mesh import Mesh
@@ -74,6 +75,7 @@ class RuleSlices:
             rules = ShardRules.for_config(index.config, first=self.rules, layout=self.layout, drafts=self.drafts)
         except ShardingError as error:
             raise ShardingError(f"{index.uri}: {error}") from error
+        refuse_absent(index, rules)
         return resolve_slices(
             index, rules, mesh, unmatched=self.unmatched, stage_layers=self.stage_layers, experts=self.experts
         )
@@ -157,6 +159,7 @@ class LoadRequest:
                 concurrency=self.settings.concurrency,
                 strict_index=self.settings.strict_index,
             )
+            refuse_incomplete(index)
             is_remote = storage.is_remote
         finally:
             storage.close()

@@ -17,6 +17,7 @@ from ray_streamer.errors import SettingsError, ShardingError
 from ray_streamer.sharding.distinct_rows import distinct_rows
 from ray_streamer.sharding.placement import Placement, Replicate, Skip
 from ray_streamer.sharding.quantization import find_quantized
+from ray_streamer.units import counted
 from ray_streamer.wording import printable
 
 if TYPE_CHECKING:
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
 Unmatched = Literal["error", "replicate"]
 
 _NUM_SHOWN = 8
+_NO_RULE, _LEFT_OUT = -1, -2
+_UNPLACED: dict[int, Placement] = {_NO_RULE: Replicate(), _LEFT_OUT: Skip()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +125,8 @@ def group_tensors(
     """
     quantized = find_quantized(index, names)
     rule_ids, form_ids = quantized.lend_rules(rules, names, rules.first_matches(names))
+    if unmatched == "error":
+        rule_ids = np.where(_left_over(index, rule_ids), _LEFT_OUT, rule_ids)
     _check_rules(index, rules, rule_ids, unmatched)
     columns = [rule_ids, form_ids, residence_ids, index.dtype_codes, index.num_dims, *index.shapes.T]
     alike = distinct_rows(columns)
@@ -129,11 +134,18 @@ def group_tensors(
     groups: list[TensorGroup] = []
     for row, example, count in zip(alike.values(), alike.firsts.tolist(), counts, strict=True):
         rule_id, form_id, residence_id, dtype_code, num_dims, *sizes = row
-        placement = rules.rules[rule_id].placement if rule_id >= 0 else Replicate()
+        placement = rules.rules[rule_id].placement if rule_id >= 0 else _UNPLACED[rule_id]
         placement = quantized.forms[form_id].placed_with(placement) if form_id >= 0 else placement
         shape = tuple(sizes[:num_dims])
         groups.append(TensorGroup(placement, shape, DTYPES[dtype_code], residences[residence_id], example, count))
     return TensorGroups(tuple(groups), alike.ids, quantized)
+
+
+def _left_over(index: CheckpointIndex, rule_ids: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Which tensors are matrices that neither a rule nor the index json knows: left over from something, so nobody holds them."""
+    is_unlisted = np.zeros(len(index), dtype=np.bool_)
+    is_unlisted[[index.position(name) for name in index.unlisted]] = True
+    return is_unlisted & (rule_ids == _NO_RULE) & (index.num_dims >= 2)
 
 
 def _check_rules(index: CheckpointIndex, rules: ShardRules, rule_ids: NDArray[np.int64], unmatched: Unmatched) -> None:
@@ -144,20 +156,23 @@ def _check_rules(index: CheckpointIndex, rules: ShardRules, rule_ids: NDArray[np
     unused = [repr(rule.glob) for position, rule in enumerate(rules) if not rule.optional and position not in used]
     if unused:
         faults.append(
-            f"{len(unused)} rules place no tensor of {index.uri}: {_shown(unused, len(unused))}. No name matches, or "
-            "an earlier rule takes them all. Correct or remove them, or make each one Rule(..., optional=True)."
+            f"{counted(len(unused), 'rule')} {'places' if len(unused) == 1 else 'place'} no tensor of {index.uri}: "
+            f"{_shown(unused, len(unused))}. No name matches, or an earlier rule takes them all. Correct or remove them, or make "
+            "each one Rule(..., optional=True)."
         )
-    without = np.flatnonzero((rule_ids < 0) & (index.num_dims >= 2)).tolist()
+    without = np.flatnonzero((rule_ids == _NO_RULE) & (index.num_dims >= 2)).tolist()
     if without and unmatched == "error":
         faults.append(
-            f"{len(without)} tensors of {index.uri} have two or more dimensions and no rule: "
+            f"{counted(len(without), 'tensor')} of {index.uri} {'has' if len(without) == 1 else 'have'} two or more dimensions "
+            "and no rule: "
             f"{_shown([named(index, tensor) for tensor in without[:_NUM_SHOWN]], len(without))}. "
             f'Say how they lie, for example rules={{"{_glob_of(index.names[without[0]])}": Split(0)}}, or let every rank hold them whole with '
             'unmatched="replicate".'
         )
     if strays := _beside_cut_weights(index, rules, rule_ids) if unmatched == "error" else []:
         faults.append(
-            f"{len(strays)} tensors of {index.uri} lie beside a weight that is cut and have no rule: "
+            f"{counted(len(strays), 'tensor')} of {index.uri} {'lies' if len(strays) == 1 else 'lie'} beside a weight that is cut "
+            f"and {'has' if len(strays) == 1 else 'have'} no rule: "
             f"{_shown([named(index, tensor) for tensor in strays], len(strays))}. Say how they lie, for example "
             f'rules={{"{_glob_of(index.names[strays[0]])}": Replicate()}}, or let every rank hold them whole with '
             'unmatched="replicate".'

@@ -44,6 +44,7 @@ class Sizes:
         self._model_type = config["model_type"]
         self._family = family
         text = self._object(family.text_config, config.get(family.text_config)) if family.text_config else config
+        self._tied_above = config.get("tie_word_embeddings")
         self._values = {**family.defaults, **{key: value for key, value in text.items() if value is not None}}
 
     def _object(self, key: str, value: Any) -> Mapping[str, Any]:
@@ -65,6 +66,17 @@ class Sizes:
                 f"config.json of a {self._model_type} model needs a number for {key} from 1 to {largest}, got {brief(value)}"
             )
         return value
+
+    @property
+    def says_tied(self) -> bool | None:
+        """Whether the embedding is the head, too; None where the config does not say."""
+        said = self._values.get("tie_word_embeddings", self._tied_above)
+        return said if isinstance(said, bool) else None
+
+    @property
+    def says_layers(self) -> bool:
+        """Whether the config has something for the number of layers."""
+        return self._value("num_hidden_layers") is not None
 
     @property
     def layers(self) -> int:

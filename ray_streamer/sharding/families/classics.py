@@ -31,6 +31,7 @@ CLASSICS: dict[str, Family] = {
         layers="h",
         first_stage=("*wte.*", "*wpe.*"),
         last_stage=("*lm_head.*", "*ln_f.*"),
+        is_tied=True,
     ),
     "falcon": Family(
         modules=_HEADS_IN_TURN | _WORD_EMBEDDINGS,
@@ -39,6 +40,7 @@ CLASSICS: dict[str, Family] = {
         layers="h",
         first_stage=("*word_embeddings.*",),
         last_stage=("*lm_head.*", "*ln_f.*"),
+        is_tied=True,
     ),
     "bloom": Family(
         modules=_HEADS_IN_TURN | _WORD_EMBEDDINGS,
@@ -46,6 +48,7 @@ CLASSICS: dict[str, Family] = {
         layers="h",
         first_stage=("*word_embeddings*",),
         last_stage=("*lm_head.*", "*ln_f.*"),
+        is_tied=True,
     ),
     "gpt_neox": Family(
         modules=_HEADS_IN_TURN | {"*embed_in": Role.VOCABULARY, "*embed_out": Role.VOCABULARY},

@@ -27,6 +27,7 @@ VISION = ("*vision_tower.*", "*multi_modal_projector.*")
 _GEMMA3_DEFAULTS = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "num_hidden_layers": 26}
 
 _LLAMA = Family(modules=LLAMA)
+_TIED_LLAMA = Family(modules=LLAMA, is_tied=True)
 
 DENSE: dict[str, Family] = {
     "llama": _LLAMA,
@@ -36,10 +37,10 @@ DENSE: dict[str, Family] = {
     "mistral3": Family(modules=LLAMA, towers=VISION, text_config="text_config"),
     "qwen2": _LLAMA,
     "qwen3": _LLAMA,
-    "gemma": _LLAMA,
-    "gemma2": _LLAMA,
-    "gemma3_text": Family(modules=LLAMA, defaults=_GEMMA3_DEFAULTS),
-    "gemma3": Family(modules=LLAMA, towers=VISION, text_config="text_config", defaults=_GEMMA3_DEFAULTS),
+    "gemma": _TIED_LLAMA,
+    "gemma2": _TIED_LLAMA,
+    "gemma3_text": Family(modules=LLAMA, defaults=_GEMMA3_DEFAULTS, is_tied=True),
+    "gemma3": Family(modules=LLAMA, towers=VISION, text_config="text_config", defaults=_GEMMA3_DEFAULTS, is_tied=True),
     "phi": Family(
         modules=VOCABULARY
         | ATTENTION
@@ -66,9 +67,11 @@ DENSE: dict[str, Family] = {
         # Each head has a norm of its own.
         modules=LLAMA | {"*.self_attn.q_norm": Role.QUERY, "*.self_attn.k_norm": Role.KEY_VALUE},
         transformers={"*.self_attn.q_norm.*": Role.REPLICATED, "*.self_attn.k_norm.*": Role.REPLICATED},
+        is_tied=True,
     ),
-    "cohere2": _LLAMA,
+    "cohere2": _TIED_LLAMA,
     "starcoder2": Family(
-        modules=VOCABULARY | ATTENTION | {"*.mlp.c_fc": Role.COLUMN_PARALLEL, "*.mlp.c_proj": Role.ROW_PARALLEL}
+        modules=VOCABULARY | ATTENTION | {"*.mlp.c_fc": Role.COLUMN_PARALLEL, "*.mlp.c_proj": Role.ROW_PARALLEL},
+        is_tied=True,
     ),
 }

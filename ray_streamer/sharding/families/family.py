@@ -78,6 +78,8 @@ class Family:
         num_draft_layers: Key of the config that holds how many layers for multi-token prediction are numbered on after
             the model's own; None when the family has none.
         drafts: Globs of further tensors that only multi-token prediction uses.
+        varying: Globs of tensors, from their layer on, in which layers of one model differ; each layer has some of them.
+        is_tied: Whether the embedding is the head, too, where config.json does not say.
     """
 
     modules: dict[str, Meaning]
@@ -95,3 +97,5 @@ class Family:
     num_experts: tuple[str, ...] = ()
     num_draft_layers: str | None = None
     drafts: tuple[str, ...] = ()
+    varying: tuple[str, ...] = ()
+    is_tied: bool = False

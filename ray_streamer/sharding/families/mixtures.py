@@ -40,6 +40,8 @@ _LATENT_ATTENTION: dict[str, Meaning] = {
     "*.self_attn.o_proj": Role.ATTENTION_OUTPUT,
 }
 _DEEPSEEK = VOCABULARY | MLP | _LATENT_ATTENTION | _EXPERTS | _SHARED_EXPERTS
+# Some layers have experts, the first ones or every other one have none.
+_DENSE_OR_NOT = ("*.mlp.*",)
 # A layer for multi-token prediction has its own embedding and head beside an ordinary layer.
 _DRAFT_LAYER: dict[str, Meaning] = {"*.eh_proj": Role.REPLICATED, "*.shared_head.head": Role.VOCABULARY}
 
@@ -74,6 +76,7 @@ _LLAMA4_TOWER_PLAN: dict[str, Meaning] = {
     "*multi_modal_projector.linear_1.weight": Role.CONTIGUOUS,
 }
 _LLAMA4 = Family(
+    varying=("*.feed_forward.*",),
     modules=_LLAMA4_MODULES,
     tensors=_LLAMA4_EXPERTS,
     stacked_experts=tuple(_LLAMA4_EXPERTS),
@@ -104,6 +107,9 @@ _GEMMA4_TOWER_PLAN: dict[str, Meaning] = {
     "*vision_tower.*.mlp.down_proj.linear.weight": Role.ROW_PARALLEL,
 }
 _GEMMA4 = Family(
+    # Layers may share keys and values with an earlier one, or take the values from the keys.
+    varying=("*.self_attn.*",),
+    is_tied=True,
     modules=LLAMA
     | {
         "*embed_tokens_per_layer": Role.VOCABULARY,
@@ -142,8 +148,11 @@ MIXTURES: dict[str, Family] = {
         modules=LLAMA | _EXPERTS | _SHARED_EXPERTS,
         transformers={"*.mlp.shared_expert.*": Role.REPLICATED},
         num_experts=("num_experts",),
+        varying=_DENSE_OR_NOT,
     ),
-    "qwen3_moe": Family(modules=LLAMA | _EXPERTS, num_experts=("num_experts", "num_local_experts")),
+    "qwen3_moe": Family(
+        modules=LLAMA | _EXPERTS, num_experts=("num_experts", "num_local_experts"), varying=_DENSE_OR_NOT
+    ),
     "qwen3_next": Family(
         modules=LLAMA
         | _EXPERTS
@@ -163,19 +172,22 @@ MIXTURES: dict[str, Family] = {
         },
         num_experts=("num_experts",),
         drafts=("mtp.*",),
+        varying=("*.self_attn.*", "*.linear_attn.*", *_DENSE_OR_NOT),
     ),
     "olmoe": Family(modules=LLAMA | _EXPERTS, num_experts=("num_experts",)),
-    "deepseek_v2": Family(modules=_DEEPSEEK, num_experts=("n_routed_experts",)),
+    "deepseek_v2": Family(modules=_DEEPSEEK, num_experts=("n_routed_experts",), varying=_DENSE_OR_NOT),
     "deepseek_v3": Family(
         modules=_DEEPSEEK | _DRAFT_LAYER,
         transformers=_NO_ATTENTION_PLAN,
         num_experts=("n_routed_experts",),
         num_draft_layers="num_nextn_predict_layers",
+        varying=_DENSE_OR_NOT,
     ),
     "glm4_moe": Family(
         modules=LLAMA | _EXPERTS | _SHARED_EXPERTS | _DRAFT_LAYER,
         num_experts=("n_routed_experts",),
         num_draft_layers="num_nextn_predict_layers",
+        varying=_DENSE_OR_NOT,
     ),
     "llama4_text": _LLAMA4,
     "llama4": replace(

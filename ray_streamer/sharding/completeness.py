@@ -1,0 +1,239 @@
+"""Is all of a model there? What config.json and the family's names lead one to expect, against what the files hold.
+
+Judged is what the caller gave as a whole: a folder. With an index json, the index decides, and what the config expects
+beyond it is a warning. Without one, nothing else tells of a file that is not there, so what is missing is refused:
+
+- a layer below `num_hidden_layers` without any tensor;
+- a layer without a module that the others have, unless the family's layers differ in it;
+- an expert of a layer that has others, below the config's number of experts;
+- where there are several files: embeddings, the last norm, or a head that is not tied.
+
+Not judged is what the caller named on purpose, one file or an index json of his own; a family that is not known; drafts,
+which have layers and modules of their own.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ray_streamer.errors import CheckpointError, IndexMismatchError
+from ray_streamer.sharding.anatomy import Anatomy
+from ray_streamer.sharding.families import family_of
+from ray_streamer.sharding.globs import matches_any
+from ray_streamer.sharding.name_kinds import NameKinds, as_text
+from ray_streamer.sharding.placement import Skip
+from ray_streamer.sharding.quantization import weight_of
+from ray_streamer.sharding.sizes import Sizes
+from ray_streamer.units import counted
+from ray_streamer.wording import listed, printable, shown
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from numpy.typing import NDArray
+
+    from ray_streamer.checkpoint.index import CheckpointIndex
+    from ray_streamer.sharding.anatomy import Locations
+    from ray_streamer.sharding.rules import ShardRules
+
+_NORM = re.compile(r"norm|(?:^|\.)ln_[0-9a-z]+$")
+_NUMBER = re.compile(r"(?<=\.)[0-9]+(?=\.)")
+
+_logger = logging.getLogger(__name__)
+
+
+def refuse_incomplete(index: CheckpointIndex) -> None:
+    """Raise, or with an index json warn, when the files of a folder lack parts of the model.
+
+    Raises:
+        CheckpointError: The folder has no index json, and parts are missing; lists them.
+        ShardingError: The config of a known family has something else where a number of layers or experts is due.
+    """
+    if index.found_by == "name" or not (faults := missing_parts(index)):
+        return
+    told = f"config.json and the other tensors lead one to expect more than {printable(index.uri)} has: {'; '.join(faults)}"
+    if index.found_by == "index":
+        _logger.warning("%s. Its index json names no more, and decides.", told)
+        return
+    what = "the one file" if len(index.files) == 1 else "one of its files, or of an index json that names the tensors"
+    raise CheckpointError(
+        f"{index.uri} is incomplete: {'; '.join(faults)}. Fetch it again, or wait until it is written; to load only what is "
+        f"there, give the uri of {what}"
+    )
+
+
+def refuse_absent(index: CheckpointIndex, rules: ShardRules) -> None:
+    """Raise when a tensor that the index json names is in no file, and a rank would hold a part of it.
+
+    Nobody needs what rules skip, a head that is tied to the embeddings, and names of which neither a rule nor a tensor of
+    another layer tells what they are.
+
+    Raises:
+        IndexMismatchError: Lists the tensors.
+    """
+    if not index.absent:
+        return
+    names = NameKinds.of(index.absent)
+    weights = NameKinds.of([weight_of(names.kinds[kind]) or "" for kind in names.kind_ids.tolist()])
+    by_name, by_weight = rules.first_matches(names), rules.first_matches(weights)
+    rule_ids = np.where(by_name >= 0, by_name, by_weight).tolist()
+    held = set(NameKinds.of(index.names).kinds)
+    is_alike = names.of_kinds([kind in held for kind in names.kinds], dtype=bool)
+    anatomy = _anatomy_of(index)
+    is_end, is_tied_head = _ends(index, names, anatomy)
+    needed = [
+        name
+        for name, rule_id, is_known, is_tied in zip(
+            names.names, rule_ids, (is_alike | is_end).tolist(), is_tied_head.tolist(), strict=True
+        )
+        if (is_known if rule_id < 0 else not is_tied and not isinstance(rules.rules[rule_id].placement, Skip))
+    ]
+    if needed:
+        is_one = len(needed) == 1
+        raise IndexMismatchError(
+            f"{index.uri}: {counted(len(needed), 'tensor')} that its index json names {'is' if is_one else 'are'} in none of its "
+            f"files, and the model needs {'it' if is_one else 'them'}: {listed([*map(shown, needed)])}; fetch the files again "
+            "from the revision of the index json"
+        )
+
+
+def _ends(
+    index: CheckpointIndex, names: NameKinds, anatomy: Anatomy | None
+) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Which names stand before or behind the layers, and which are a head that is tied to the embeddings."""
+    if anatomy is None:
+        return np.zeros(len(names), dtype=np.bool_), np.zeros(len(names), dtype=np.bool_)
+    said = Sizes(anatomy.family, index.config or {}).says_tied
+    is_tied = anatomy.family.is_tied if said is None else said
+    located = anatomy.locate(names)
+    return located.is_before_layers | located.is_after_layers, located.is_after_layers & is_tied
+
+
+def missing_parts(index: CheckpointIndex) -> list[str]:
+    """What the checkpoint lacks of the model that its config.json describes, one clause each; empty when that is unknown."""
+    anatomy = _anatomy_of(index)
+    if anatomy is None:
+        return []
+    names = NameKinds.of(index.names)
+    located = anatomy.locate(names)
+    is_own = (located.layers >= 0) & (located.layers < anatomy.num_layers)
+    if not is_own.any():
+        # Drafts alone, or a model with names of its own.
+        return []
+    held = _Held.of(names, located, is_own, anatomy)
+    clauses = [*_missing_layers(held, anatomy), *_missing_modules(held, anatomy), *_missing_experts(held, anatomy)]
+    return clauses + (list(_missing_ends(index, names, located, anatomy)) if len(index.files) > 1 else [])
+
+
+@dataclass(frozen=True, slots=True)
+class _Held:
+    """What the files hold of the model's own layers.
+
+    Attributes:
+        layers: Those that have tensors; sorted.
+        modules: Names of modules from their layer on, with `*` for numbers.
+        module_layers: Rows of layer and position in `modules`, each once; int64 of shape (num_rows, 2).
+        experts: The same rows of modules of single experts, and the expert; int64 of shape (num_rows, 3).
+    """
+
+    layers: NDArray[np.int64]
+    modules: tuple[str, ...]
+    module_layers: NDArray[np.int64]
+    experts: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, names: NameKinds, located: Locations, is_own: NDArray[np.bool_], anatomy: Anatomy) -> _Held:
+        ids: dict[str, int] = {}
+        in_layer = re.compile(rf"(?:^|\.){re.escape(anatomy.family.layers)}\.[0-9]+\.(.+)$", re.DOTALL)
+        of_kinds = [ids.setdefault(_module_in_layer(text, in_layer), len(ids)) for text in _weights_of(names)]
+        columns = np.stack([located.layers, names.of_kinds(of_kinds), located.experts], axis=1)[is_own]
+        return cls(
+            np.unique(columns[:, 0]),
+            tuple(ids),
+            np.unique(columns[:, :2], axis=0),
+            np.unique(columns[(columns[:, 2] >= 0) & (columns[:, 2] < anatomy.num_experts)], axis=0),
+        )
+
+    def layers_of(self, modules: Sequence[int]) -> NDArray[np.int64]:
+        """The layers that have any of these modules; sorted."""
+        return np.unique(self.module_layers[np.isin(self.module_layers[:, 1], modules), 0])
+
+
+def _weights_of(names: NameKinds) -> list[str]:
+    """Every kind as the name of the weight that it is, or is a part of."""
+    return [weight_of(kind) or as_text(kind) for kind in names.kinds]
+
+
+def _module_in_layer(name: str, in_layer: re.Pattern[str]) -> str:
+    found = in_layer.search(name)
+    return _NUMBER.sub("*", found[1].rpartition(".")[0] or found[1]) if found else ""
+
+
+def _missing_layers(held: _Held, anatomy: Anatomy) -> Iterator[str]:
+    if num_missing := anatomy.num_layers - len(held.layers):
+        first = np.setdiff1d(np.arange(anatomy.num_layers), held.layers)[0]
+        yield f"{num_missing} of the {counted(anatomy.num_layers, 'layer')} of config.json are missing, such as layer {first}"
+
+
+def _missing_modules(held: _Held, anatomy: Anatomy) -> Iterator[str]:
+    # Globs of families begin with "*.", so a dot before the module lets them match.
+    known = matches_any(anatomy.family.modules, [f".{module}" for module in held.modules])
+    varying = matches_any(anatomy.family.varying, [f".{module}." for module in held.modules])
+    wanted = [number for number, module in enumerate(held.modules) if known[number] or _NORM.search(module)]
+    alike = [[number] for number in wanted if not varying[number]]
+    either = [number for number in wanted if varying[number]]
+    for modules in [*alike, either] if either else alike:
+        layers = held.layers_of(modules)
+        if num_missing := len(held.layers) - len(layers):
+            first = np.setdiff1d(held.layers, layers)[0]
+            more = f" and {num_missing - 1} more" if num_missing > 1 else ""
+            yield f"layer {first}{more} has no {' or '.join(shown(held.modules[number]) for number in modules[:4])}"
+
+
+def _missing_experts(held: _Held, anatomy: Anatomy) -> Iterator[str]:
+    if not len(held.experts):
+        return
+    rows, counts = np.unique(held.experts[:, :2], axis=0, return_counts=True)
+    lacking = np.flatnonzero(counts < anatomy.num_experts)
+    if len(lacking):
+        (layer, module), count = rows[lacking[0]].tolist(), counts[lacking[0]]
+        more = f", and so in {len(lacking) - 1} more places" if len(lacking) > 1 else ""
+        yield (
+            f"layer {layer} has {shown(held.modules[module])} of {count} of the {counted(anatomy.num_experts, 'expert')} of "
+            f"config.json{more}"
+        )
+
+
+def _missing_ends(index: CheckpointIndex, names: NameKinds, located: Locations, anatomy: Anatomy) -> Iterator[str]:
+    family = anatomy.family
+    globs = (*(f"{glob}.*" for glob in family.modules), *family.drafts, *family.skipped)
+    is_known = names.of_kinds(matches_any(globs, names.texts), dtype=bool)
+    is_known |= located.is_before_layers | located.is_after_layers | located.is_tower | (located.layers >= 0)
+    if not is_known.all():
+        # A model with parts that its family does not have, such as a draft's: who knows what it leaves out.
+        return
+    if not located.is_before_layers.any():
+        yield f"the embeddings ({', '.join(family.first_stage)}) are missing"
+    if not located.is_after_layers.any():
+        yield f"what follows the last layer ({', '.join(family.last_stage)}) is missing"
+    elif _has_own_head(index.config or {}) and not (located.is_after_layers & (index.num_dims >= 2)).any():
+        yield "the head is missing, which config.json does not tie to the embeddings"
+
+
+def _anatomy_of(index: CheckpointIndex) -> Anatomy | None:
+    """The parts of the model; None when its config does not tell."""
+    config = index.config or {}
+    family = family_of(config)
+    return Anatomy.of(config) if family is not None and Sizes(family, config).says_layers else None
+
+
+def _has_own_head(config: Mapping[str, Any]) -> bool:
+    """Whether the config says outright that the model has a head, and not the embeddings' tensor."""
+    architectures = config.get("architectures")
+    is_with_head = isinstance(architectures, list) and any(str(name).endswith("ForCausalLM") for name in architectures)
+    return is_with_head and config.get("tie_word_embeddings") is False
