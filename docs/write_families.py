@@ -14,7 +14,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from ray_streamer.sharding.families import FAMILIES, Family, Role, Weight
+from ray_streamer.sharding.families import FAMILIES, RENAMED, Family, Role, Weight
 
 PAGE = Path(__file__).with_name("families.md")
 SUPPORT = Path(__file__).parents[1] / "tests" / "sharding"
@@ -92,7 +92,22 @@ _COLUMNS: dict[Role, int] = {
 
 def render(findings: list[dict[str, Any]]) -> str:
     """The page; `findings` are those of tests/sharding/family_support/oracle_run.py."""
-    return _HEAD + "".join(_family_rows()) + _ORACLES + "".join(_oracle_rows(findings)) + "".join(_quantized(findings))
+    return (
+        _HEAD
+        + "".join(_family_rows())
+        + _renamed()
+        + _ORACLES
+        + "".join(_oracle_rows(findings))
+        + "".join(_quantized(findings))
+    )
+
+
+def _renamed() -> str:
+    types = ", ".join(f"`{renamed}` ({family})" for renamed, family in RENAMED.items())
+    return (
+        "\nSome model types are another family's architecture under a name of their own, and have its rules in the layouts "
+        f"`generic` and `vllm`: {types}.\n"
+    )
 
 
 def _family_rows() -> list[str]:

@@ -177,14 +177,16 @@ def _module_in_layer(name: str, in_layer: re.Pattern[str]) -> str:
 def _missing_layers(held: _Held, anatomy: Anatomy) -> Iterator[str]:
     if num_missing := anatomy.num_layers - len(held.layers):
         first = np.setdiff1d(np.arange(anatomy.num_layers), held.layers)[0]
-        yield f"{num_missing} of the {counted(anatomy.num_layers, 'layer')} of config.json are missing, such as layer {first}"
+        yield f"{num_missing} of the {counted(anatomy.num_layers, 'layer')} of config.json {'is' if num_missing == 1 else 'are'} missing, such as layer {first}"
 
 
 def _missing_modules(held: _Held, anatomy: Anatomy) -> Iterator[str]:
     # Globs of families begin with "*.", so a dot before the module lets them match.
     known = matches_any(anatomy.family.modules, [f".{module}" for module in held.modules])
     varying = matches_any(anatomy.family.varying, [f".{module}." for module in held.modules])
-    wanted = [number for number, module in enumerate(held.modules) if known[number] or _NORM.search(module)]
+    # Not those of towers, which have layers of their own.
+    here = np.unique(held.module_layers[:, 1]).tolist()
+    wanted = [number for number in here if known[number] or _NORM.search(held.modules[number])]
     alike = [[number] for number in wanted if not varying[number]]
     either = [number for number in wanted if varying[number]]
     for modules in [*alike, either] if either else alike:

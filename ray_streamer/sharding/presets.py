@@ -19,7 +19,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Literal
 
 from ray_streamer.errors import ShardingError
-from ray_streamer.sharding.families import Family, Meaning, Role, Weight, family_or_refuse
+from ray_streamer.sharding.families import RENAMED, Family, Meaning, Role, Weight, family_or_refuse
 from ray_streamer.sharding.part import Part
 from ray_streamer.sharding.placement import Placement, Replicate, Skip, Split, SplitGroups, SplitVocabulary
 from ray_streamer.sharding.sizes import Sizes
@@ -48,10 +48,10 @@ def preset_for(config: Mapping[str, Any], *, layout: Layout = "generic", drafts:
             missing.
     """
     family = family_or_refuse(config)
-    if layout == "transformers" and family.transformers is None:
+    if layout == "transformers" and (family.transformers is None or config["model_type"] in RENAMED):
         raise ShardingError(
-            f"transformers has no tensor-parallel plan for {config['model_type']} models; "
-            'use layout="generic", or give rules of your own'
+            f"transformers has no tensor-parallel plan for {config['model_type']} models that is known here; "
+            'use layout="generic", or give rules of your own, such as ShardRules.from_tp_plan(config.base_model_tp_plan)'
         )
     sizes = Sizes(family, config)
     return [

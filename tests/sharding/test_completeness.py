@@ -104,7 +104,7 @@ def test_whole_models_load(tmp_path: Path, config: dict[str, Any], shapes: Shape
 @pytest.mark.parametrize(
     ("shapes", "told"),
     [
-        pytest.param(llama(2), "1 of the 3 layers of config.json are missing, such as layer 2", id="last-layer"),
+        pytest.param(llama(2), "1 of the 3 layers of config.json is missing, such as layer 2", id="last-layer"),
         pytest.param(without(llama(), "layers.0."), "such as layer 0", id="first-layer"),
         pytest.param(without(llama(), "layers.1.mlp.up_proj"), "layer 1 has no 'mlp.up_proj'", id="module"),
         pytest.param(without(llama(), "layers.2.input_layernorm"), "layer 2 has no 'input_layernorm'", id="norm"),
@@ -178,7 +178,7 @@ def test_parts_that_an_index_json_leaves_out_are_one_warning(tmp_path: Path, cap
     with caplog.at_level(logging.WARNING):
         assert loaded(uri) == set(shapes)
     (record,) = caplog.records
-    assert "1 of the 3 layers of config.json are missing" in record.getMessage()
+    assert "1 of the 3 layers of config.json is missing" in record.getMessage()
 
 
 @pytest.mark.parametrize(

@@ -49,6 +49,11 @@ ADD_UP = ("phi3", "mixtral", "qwen3_moe")
 
 OLD_NAMES: dict[str, dict[str, tuple[int, ...]]] = {
     "bloom": {"word_embeddings.weight": (VOCABULARY, 64), "h.0.self_attention.query_key_value.weight": (192, 64)},
+    "deepseek_v3": {
+        "model.layers.0.self_attn.indexer.wq_b.weight": (128, 16),
+        "model.layers.0.self_attn.indexer.wk.weight": (16, 64),
+        "model.layers.0.self_attn.indexer.weights_proj.weight": (8, 64),
+    },
     "deepseek_v2": {"model.layers.0.self_attn.q_proj.weight": (128, 64)},
     "gemma4": {
         "model.audio_tower.layers.0.self_attn.q_proj.weight": (16, 16),

@@ -17,16 +17,44 @@ from ray_streamer.wording import brief
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["FAMILIES", "Family", "Meaning", "Role", "Weight", "family_of", "family_or_refuse"]
+__all__ = ["FAMILIES", "RENAMED", "Family", "Meaning", "Role", "Weight", "family_of", "family_or_refuse"]
 
 FAMILIES: dict[str, Family] = DENSE | MIXTURES | CLASSICS
 """Model type, as config.json spells it -> family."""
 
 
+RENAMED: dict[str, str] = {
+    "arcee": "llama",
+    "cwm": "llama",
+    "deepseek_v32": "deepseek_v3",
+    "dots1": "glm4_moe",
+    "ernie4_5": "llama",
+    "exaone4": "llama",
+    "glm4_moe_lite": "deepseek_v3",
+    "glm_moe_dsa": "deepseek_v3",
+    "helium": "llama",
+    "hunyuan_v1_dense": "llama",
+    "hyperclovax": "llama",
+    "internlm3": "llama",
+    "iquestcoder": "llama",
+    "kimi_k2": "deepseek_v3",
+    "nemotron": "llama",
+    "seed_oss": "llama",
+    "smollm3": "llama",
+    "solar_open": "glm4_moe",
+    "stablelm": "llama",
+    "vaultgemma": "gemma",
+}
+"""Model types whose tensors have the names of another one's, and lie as they do; what only one of them has is optional.
+
+A test compares each with the files that transformers 5.23 writes, except `kimi_k2`, whose code is DeepSeek-V3's own.
+"""
+
+
 def family_of(config: Mapping[str, Any]) -> Family | None:
     """The family of the model that `config`, a parsed config.json, describes; None when it is not known."""
     model_type = config.get("model_type")
-    return FAMILIES.get(model_type) if isinstance(model_type, str) else None
+    return FAMILIES.get(RENAMED.get(model_type, model_type)) if isinstance(model_type, str) else None
 
 
 def family_or_refuse(config: Mapping[str, Any]) -> Family:
@@ -39,7 +67,7 @@ def family_or_refuse(config: Mapping[str, Any]) -> Family:
     if family is None:
         raise ShardingError(
             f"no preset for model_type {brief(config.get('model_type'))} of config.json; known are "
-            f"{', '.join(sorted(FAMILIES))}. Give rules of your own, for example "
+            f"{', '.join(sorted(FAMILIES | RENAMED))}. Give rules of your own, for example "
             'rules={"*.q_proj.weight": Split(0), "*.o_proj.weight": Split(1)}'
         )
     return family

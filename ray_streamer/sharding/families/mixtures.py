@@ -40,6 +40,12 @@ _LATENT_ATTENTION: dict[str, Meaning] = {
     "*.self_attn.o_proj": Role.ATTENTION_OUTPUT,
 }
 _DEEPSEEK = VOCABULARY | MLP | _LATENT_ATTENTION | _EXPERTS | _SHARED_EXPERTS
+# Sparse attention (DeepSeek-V3.2): chooses positions for all heads alike.
+_INDEXER: dict[str, Meaning] = {
+    "*.self_attn.indexer.wq_b": Role.REPLICATED,
+    "*.self_attn.indexer.wk": Role.REPLICATED,
+    "*.self_attn.indexer.weights_proj": Role.REPLICATED,
+}
 # Some layers have experts, the first ones or every other one have none.
 _DENSE_OR_NOT = ("*.mlp.*",)
 # A layer for multi-token prediction has its own embedding and head beside an ordinary layer.
@@ -177,7 +183,7 @@ MIXTURES: dict[str, Family] = {
     "olmoe": Family(modules=LLAMA | _EXPERTS, num_experts=("num_experts",)),
     "deepseek_v2": Family(modules=_DEEPSEEK, num_experts=("n_routed_experts",), varying=_DENSE_OR_NOT),
     "deepseek_v3": Family(
-        modules=_DEEPSEEK | _DRAFT_LAYER,
+        modules=_DEEPSEEK | _INDEXER | _DRAFT_LAYER,
         transformers=_NO_ATTENTION_PLAN,
         num_experts=("n_routed_experts",),
         num_draft_layers="num_nextn_predict_layers",
