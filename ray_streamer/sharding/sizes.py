@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ray_streamer.errors import ShardingError
-from ray_streamer.wording import brief, shown
+from ray_streamer.wording import brief
 
 if TYPE_CHECKING:
     from ray_streamer.sharding.families import Family
@@ -63,7 +63,7 @@ class Sizes:
     def _count(self, key: str, value: Any, *, largest: int = MAX_SIZE) -> int:
         if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= largest:
             raise ShardingError(
-                f"config.json of a {self._model_type} model needs a number for {key} from 1 to {largest}, got {brief(value)}"
+                f"config.json of a {self._model_type} model needs a number for {key}, got {brief(value)}; a model has 1 to {largest}"
             )
         return value
 
@@ -111,9 +111,17 @@ class Sizes:
     def other_kv_heads(self) -> dict[int, int]:
         """Number of a layer -> its key-value heads, for layers that have not `kv_heads` of them, as in Gemma 4."""
         if sizes_of := self._object("per_layer_config", self._values.get("per_layer_config")):
-            return dict(
-                self._kv_heads_of_layer(number, sizes) for number, sizes in sizes_of.items() if _has_kv_heads(sizes)
-            )
+            limit = self.layers if self.says_layers else MAX_LAYERS
+            if not all(_LAYER_NUMBER.fullmatch(number) and int(number) < limit for number in sizes_of):
+                raise ShardingError(
+                    f"per_layer_config of config.json needs numbers of layers, got {brief(sorted(sizes_of))}; the model has {limit}"
+                )
+            heads = {n: self._object(f"layer {n}", sizes).get("num_key_value_heads") for n, sizes in sizes_of.items()}
+            return {
+                int(number): self._count(f"num_key_value_heads of layer {number}", count)
+                for number, count in heads.items()
+                if count is not None
+            }
         if not self._values.get("attention_k_eq_v") or "num_global_key_value_heads" not in self._values:
             return {}
         kinds = self._values.get("layer_types", ())
@@ -124,15 +132,6 @@ class Sizes:
             )
         heads = self._size("num_global_key_value_heads")
         return {number: heads for number, kind in enumerate(kinds) if kind == "full_attention"}
-
-    def _kv_heads_of_layer(self, number: str, sizes: Any) -> tuple[int, int]:
-        """One entry of `per_layer_config`, whose keys are numbers of layers."""
-        if not _LAYER_NUMBER.fullmatch(number) or int(number) >= self.layers:
-            raise ShardingError(
-                f"per_layer_config of config.json needs numbers of layers below {self.layers}, got {shown(number)}"
-            )
-        heads = self._object(f"layer {number}", sizes)["num_key_value_heads"]
-        return int(number), self._count(f"num_key_value_heads of layer {number}", heads)
 
     @property
     def head_dim(self) -> int:
@@ -165,7 +164,3 @@ class Sizes:
     def linear_value_size(self) -> int:
         """Indices of all values of linear attention."""
         return self.linear_value_heads * self._size("linear_value_head_dim")
-
-
-def _has_kv_heads(sizes: Any) -> bool:
-    return not isinstance(sizes, Mapping) or sizes.get("num_key_value_heads") is not None

@@ -150,7 +150,7 @@ def test_the_largest_counts_are_still_counts() -> None:
     most = DEEPSEEK | {"num_hidden_layers": MAX_LAYERS, "num_nextn_predict_layers": MAX_DRAFT_LAYERS}
     rules = ShardRules.for_config(most | {"n_routed_experts": MAX_EXPERTS})
     assert f"*layers.{MAX_LAYERS + MAX_DRAFT_LAYERS - 1}.*" in {rule.glob for rule in rules}
-    with pytest.raises(ShardingError, match=f"from 1 to {MAX_DRAFT_LAYERS}"):
+    with pytest.raises(ShardingError, match=f"1 to {MAX_DRAFT_LAYERS}"):
         ShardRules.for_config(most | {"num_nextn_predict_layers": MAX_DRAFT_LAYERS + 1})
 
 

@@ -376,9 +376,8 @@ def test_a_vector_beside_a_cut_weight_is_not_replicated_in_silence(index_of: Cal
     )
     with pytest.raises(ShardingError) as raised:
         resolve_slices(index, ShardRules({"*.q_proj.weight": Split(0)}), Mesh(tp=2))
-    assert (
-        "1 tensors of memory://model lie beside a weight that is cut and have no rule: l.0.q_proj.curious [8]"
-        in str(raised.value)
+    assert "1 tensor of memory://model lies beside a weight that is cut and has no rule: l.0.q_proj.curious [8]" in str(
+        raised.value
     )
     assert 'rules={"l.*.q_proj.curious": Replicate()}' in str(raised.value)
     resolve_slices(index, ShardRules({"*.q_proj.weight": Split(0), "l.*.q_proj.curious": Replicate()}), Mesh(tp=2))

@@ -112,8 +112,8 @@ def test_a_rule_that_places_nothing_is_an_error_unless_optional(index_of: IndexO
 def test_both_troubles_with_rules_are_told_at_once(index_of: IndexOf) -> None:
     with pytest.raises(ShardingError) as raised:
         resolve_slices(index_of({"q_proj": (4, 4)}), ShardRules({"q_porj": Split(0)}), Mesh(tp=2))
-    assert "1 rules place no tensor" in str(raised.value)
-    assert "1 tensors of memory://model have two or more dimensions and no rule" in str(raised.value)
+    assert "1 rule places no tensor" in str(raised.value)
+    assert "1 tensor of memory://model has two or more dimensions and no rule" in str(raised.value)
 
 
 def test_an_unknown_word_for_unmatched_is_refused(index_of: IndexOf) -> None:

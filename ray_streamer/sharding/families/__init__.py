@@ -67,7 +67,7 @@ def family_or_refuse(config: Mapping[str, Any]) -> Family:
     if family is None:
         raise ShardingError(
             f"no preset for model_type {brief(config.get('model_type'))} of config.json; known are "
-            f"{', '.join(sorted(FAMILIES | RENAMED))}. Give rules of your own, for example "
+            f"{', '.join(sorted(FAMILIES))}, and as one of these {', '.join(RENAMED)}. Give rules of your own, for example "
             'rules={"*.q_proj.weight": Split(0), "*.o_proj.weight": Split(1)}'
         )
     return family
