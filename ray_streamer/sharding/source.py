@@ -14,6 +14,7 @@ import numpy as np
 
 from ray_streamer.errors import SettingsError, ShardingError
 from ray_streamer.sharding.cast import DTypeLike, checked_dtypes
+from ray_streamer.sharding.completeness import refuse_absent
 from ray_streamer.sharding.fuse import FuseLike, checked_fusions
 from ray_streamer.sharding.groups import Unmatched
 from ray_streamer.sharding.landing import find_landings
@@ -111,6 +112,7 @@ class RuleSlices:
             rules = ShardRules.for_config(index.config, first=self.rules, layout=self.layout, drafts=self.drafts)
         except ShardingError as error:
             raise ShardingError(f"{index.uri}: {error}") from error
+        refuse_absent(index, rules)
         names = NameKinds.of(index.names)
         grouped = checked_groups(
             index,
