@@ -6,10 +6,13 @@ import math
 import os
 from typing import TYPE_CHECKING
 
+from ray_streamer.api.frames import with_few_frames
 from ray_streamer.api.request import make_request
 from ray_streamer.cluster.model import ShardedModel
+from ray_streamer.cluster.phases import Phases
 from ray_streamer.cluster.placement import PlacementOptions
-from ray_streamer.cluster.session import connect
+from ray_streamer.cluster.preflight import Preflight
+from ray_streamer.cluster.session import connect, has_own_variables, is_one_machine, starts_local_ray
 from ray_streamer.device import is_cuda
 from ray_streamer.settings import Settings
 
@@ -29,6 +32,7 @@ if TYPE_CHECKING:
     from ray_streamer.storage import UriLike
 
 
+@with_few_frames
 def load_sharded(
     uri: UriLike,
     tp: int = 1,
@@ -103,6 +107,7 @@ def load_sharded(
         ClusterError: No cluster, or no room for the ranks.
         RankFailedError: A rank failed while loading; names it, its node and the cause. Nothing is left running then.
     """
+    phases = Phases()
     request = make_request(
         uri,
         tp=tp,
@@ -124,6 +129,21 @@ def load_sharded(
         device=device,
     )
     placement = (placement or PlacementOptions()).for_device(is_gpu=is_cuda(device))
+    preflight = Preflight(request)
+    if starts_local_ray(address):
+        preflight.check(is_one_machine=True, is_own_environment=not placement.runtime_env)
+    else:
+        preflight.check_request()
+    phases.end("check")
     num_cpus = math.ceil(request.mesh.num_ranks * placement.num_cpus_per_rank)
     connect(address, num_local_cpus=max(num_cpus, os.cpu_count() or 1))
-    return ShardedModel(request, placement, wait=wait, on_progress=on_progress)
+    phases.end("ray")
+    preflight.check(is_one_machine=is_one_machine(), is_own_environment=not has_own_variables(placement.runtime_env))
+    return ShardedModel(
+        request,
+        placement,
+        index=preflight.index(is_one_machine=is_one_machine()),
+        phases=phases,
+        wait=wait,
+        on_progress=on_progress,
+    )

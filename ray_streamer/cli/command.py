@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ray_streamer.cli.words import flags_of, in_flags
 from ray_streamer.errors import RayStreamerError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
 _VERBOSITY = "ray_streamer.verbosity"
 _LEVELS = (logging.WARNING, logging.INFO, logging.DEBUG)
@@ -34,11 +35,11 @@ class Command(click.Command):
         except (RayStreamerError, OSError) as error:
             if ctx.meta.get(_VERBOSITY):
                 traceback.print_exc()
-            _show_error(error, as_json=ctx.params.get("as_json", False))
+            _show_error(error, flags_of(self.params), as_json=ctx.params.get("as_json", False))
         except Exception as error:
             # Not foreseen, so whoever mends it needs all of it.
             traceback.print_exc()
-            _show_error(error, as_json=ctx.params.get("as_json", False))
+            _show_error(error, flags_of(self.params), as_json=ctx.params.get("as_json", False))
         ctx.exit(1)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -55,11 +56,12 @@ class Command(click.Command):
                 formatter.write_dl(records[True])
 
 
-def _show_error(error: Exception, *, as_json: bool) -> None:
+def _show_error(error: Exception, flags: Mapping[str, str], *, as_json: bool) -> None:
+    message = in_flags(str(error), flags)
     if as_json:
-        print_json({"error": {"type": type(error).__name__, "message": str(error)}})
+        print_json({"error": {"type": type(error).__name__, "message": message}})
     else:
-        click.echo(click.style(f"{type(error).__name__}: {error}", fg="red"), err=True)
+        click.echo(click.style(f"{type(error).__name__}: {message}", fg="red"), err=True)
 
 
 def print_json(value: dict[str, Any]) -> None:
@@ -68,10 +70,12 @@ def print_json(value: dict[str, Any]) -> None:
 
 
 class _EchoHandler(logging.Handler):
-    """Logs to whatever is stderr at that moment."""
+    """Logs to whatever is stderr at that moment, in the words of the command that runs."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        click.echo(self.format(record), err=True)
+        context = click.get_current_context(silent=True)
+        flags = flags_of(context.command.params) if context is not None else {}
+        click.echo(in_flags(self.format(record), flags), err=True)
 
 
 def _set_verbosity(ctx: click.Context, _: click.Parameter, count: int) -> None:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import click
 
 from ray_streamer.cli.command import Command, json_option, print_json, verbose_option
+from ray_streamer.cli.outputs import OUTPUT_FOLDER
 
 _MEMORY_LIMIT = 64 << 20
 
@@ -16,7 +17,7 @@ _MEMORY_LIMIT = 64 << 20
 @click.command("demo", cls=Command)
 @click.option(
     "--folder",
-    type=click.Path(path_type=Path, file_okay=False),
+    type=OUTPUT_FOLDER,
     default=Path(".demo"),
     show_default=True,
     help="Where the checkpoint is made; kept, and used again.",

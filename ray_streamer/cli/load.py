@@ -5,19 +5,20 @@ from __future__ import annotations
 import json
 import sys
 from contextlib import nullcontext
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
 from ray_streamer.cli.command import Command, json_option, print_json, verbose_option
 from ray_streamer.cli.mesh import with_mesh
+from ray_streamer.cli.outputs import OUTPUT_FILE
 from ray_streamer.cli.rules import with_rules
 from ray_streamer.cli.settings import with_settings
 from ray_streamer.cluster.placement import PlacementOptions, Strategy
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
+    from pathlib import Path
 
     from ray_streamer.report.load_report import LoadReport
     from ray_streamer.report.progress import ProgressBar
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="Ray's placement strategy; auto keeps the ranks on one node when one can hold them.",
 )
+@click.option("--wait-for-nodes", is_flag=True, help="Wait for nodes that are still to come, as when a cluster grows.")
 @click.option(
     "--address",
     help="Ray cluster, host:port or local; unset = RAY_ADDRESS, a running one, else a local one is started.",
@@ -47,7 +49,7 @@ if TYPE_CHECKING:
 @click.option(
     "--report",
     "report_file",
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=OUTPUT_FILE,
     help="Write the report as JSON there, too.",
 )
 @with_rules
@@ -61,6 +63,7 @@ def command(
     num_cpus_per_rank: float,
     num_gpus_per_rank: float | None,
     strategy: Strategy,
+    wait_for_nodes: bool,
     address: str | None,
     report_file: Path | None,
     rules: tuple[Rule, ...] | None,
@@ -75,7 +78,10 @@ def command(
     To keep and use the tensors, call ray_streamer.load_sharded from Python.
     """
     placement = PlacementOptions(
-        num_cpus_per_rank=num_cpus_per_rank, num_gpus_per_rank=num_gpus_per_rank, strategy=strategy
+        num_cpus_per_rank=num_cpus_per_rank,
+        num_gpus_per_rank=num_gpus_per_rank,
+        strategy=strategy,
+        wait_for_nodes=wait_for_nodes,
     )
     from ray_streamer.api.sharded import load_sharded
 
@@ -110,11 +116,12 @@ def _progress(title: str) -> AbstractContextManager[ProgressBar | None]:
 
 
 def _show(report: LoadReport, report_file: Path | None, *, as_json: bool) -> None:
-    if report_file is not None:
-        report_file.write_text(json.dumps(report.as_dict(), indent=2) + "\n", encoding="utf-8")
     if as_json:
         print_json(report.as_dict())
-        return
-    from ray_streamer.report.tables import print_load
+    else:
+        from ray_streamer.report.tables import print_load
 
-    print_load(report)
+        print_load(report)
+    # Last: a disk that is full by now costs the file and not the figures.
+    if report_file is not None:
+        report_file.write_text(json.dumps(report.as_dict(), indent=2) + "\n", encoding="utf-8")

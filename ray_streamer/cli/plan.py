@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from ray_streamer.cli.command import Command, json_option, print_json, verbose_option
 from ray_streamer.cli.mesh import with_mesh
+from ray_streamer.cli.outputs import OUTPUT_FOLDER
 from ray_streamer.cli.rules import with_rules
 from ray_streamer.cli.settings import with_settings
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from ray_streamer.settings import Settings
     from ray_streamer.sharding import Rule
     from ray_streamer.sharding.groups import Unmatched
@@ -30,9 +32,7 @@ if TYPE_CHECKING:
     "--top", type=click.IntRange(0), default=0, help="Also explain the K tensors that cost most.", metavar="K"
 )
 @click.option("--rank", type=click.IntRange(0), default=None, help="With --top: as this rank and its node see them.")
-@click.option(
-    "--out", type=click.Path(path_type=Path, file_okay=False), help="Write the plan's tables as Parquet there."
-)
+@click.option("--out", type=OUTPUT_FOLDER, help="Write the plan's tables as Parquet there.")
 @with_rules
 @json_option
 @verbose_option

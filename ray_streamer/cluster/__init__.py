@@ -2,8 +2,9 @@
 
     address     does a Ray answer there, and let this process in?
     session     which Ray does this process speak to?
+    preflight   what can the driver see before anything starts?
     placement   where may the ranks run, and is there room? (arithmetic, no Ray)
-    waiting     who holds the room that is waited for?
+    waiting     who is waited for?
     seats       the reservations that Ray gives for it
     keeper      who gives them back when the caller was killed?
     names       what are group and ranks called?
@@ -12,6 +13,7 @@
     shell       the actor around an ordinary worker object
     failures    which of several errors is the cause?
     group       one actor per rank, from start to teardown
+    phases      where did the time go?
 
 Importing the package imports no Ray; `session`, `seats`, `shell`, `failures` and `group` do.
 """

@@ -26,11 +26,11 @@ from ray.exceptions import RayError
 from ray_streamer.cluster.calls import Calls, ProgressPoll
 from ray_streamer.cluster.failures import choose_cause, ray_errors_translated, tell_failure
 from ray_streamer.cluster.names import GroupName
-from ray_streamer.cluster.placement import PlacementOptions, count_of, group_by_node
+from ray_streamer.cluster.placement import PlacementOptions, group_by_node
 from ray_streamer.cluster.seats import Seat, take_seats
 from ray_streamer.cluster.shell import RankActor
-from ray_streamer.cluster.waiting import Deadline, News
-from ray_streamer.errors import ClusterError, RankFailedError, StartupTimeoutError
+from ray_streamer.cluster.waiting import Deadline, wait_for_start
+from ray_streamer.errors import ClusterError, RankFailedError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -41,8 +41,6 @@ logger = logging.getLogger(__name__)
 
 # How often progress is asked for.
 _POLL_SECONDS = 0.25
-# Importing torch takes several seconds, on a busy node longer.
-_SLOW_START_SECONDS = 20.0
 # How long aborted ranks may take to return, and a neighbour's "rank 3 went away" waits for Ray's word on rank 3.
 _SETTLE_SECONDS = 3.0
 
@@ -63,6 +61,7 @@ class WorkerGroup:
         args: Sequence[Any] = (),
         placement: PlacementOptions | None = None,
         holding: str = "workers",
+        meanwhile: Callable[[WorkerGroup], None] | None = None,
         startup_timeout_seconds: float,
     ) -> None:
         """Start the actors and their workers, or leave nothing behind.
@@ -73,12 +72,14 @@ class WorkerGroup:
             args: Of every worker's constructor, after its rank.
             placement: What each rank reserves, and where.
             holding: What the ranks hold, in a word: part of the names of actors and placement group.
+            meanwhile: Called once every actor has told its `facts`, while the workers are still being made.
             startup_timeout_seconds: How long reservation, actors and constructors may take together.
 
         Raises:
             ClusterError: There is no room, or Ray cannot start the actors.
             StartupTimeoutError: Room or answers did not come in time; names the silent seats.
             RankFailedError: A worker's constructor raised.
+            Exception: Whatever `meanwhile` raised.
         """
         self._worker_class = worker_class
         self._args = tuple(args)
@@ -94,7 +95,7 @@ class WorkerGroup:
         self._release = weakref.finalize(self, resources.close)
         try:
             with ray_errors_translated(f"starting {num_ranks} ranks"):
-                self._start(resources)
+                self._start(resources, meanwhile)
         except BaseException:
             self.shutdown()
             raise
@@ -183,6 +184,18 @@ class WorkerGroup:
         with ray_errors_translated(f"asking {self.num_ranks} ranks for {method}"):
             return ray.get([actor.control.remote(method, *args) for actor in self._actors], timeout=timeout_seconds)
 
+    def ahead(self, function: Callable[..., Any], *args: Any, rank: int = 0) -> Any:
+        """Run a function beside one rank's worker, which need not be there yet; for what needs neither it nor torch.
+
+        Raises:
+            RankFailedError: The function raised, or the rank died.
+        """
+        calls = Calls({rank: self._actors[rank].ahead.remote(function, *args)})
+        self._await_start(calls, Deadline(self._startup_timeout_seconds))
+        if calls.failures:
+            raise self._failure(calls)
+        return calls.results[rank]
+
     def restart(self, rank: int) -> None:
         """Replace one rank's actor and worker by new ones in the same seat; the other ranks go on untouched.
 
@@ -196,8 +209,9 @@ class WorkerGroup:
             _kill([self._actors[rank]])
             self._num_restarts += 1
             self._actors[rank] = self._start_actor(rank)
+            building = self._begin_workers([rank])
             (self._facts[rank],) = self._ask_facts([rank], deadline)
-            self._build_workers([rank], deadline)
+            self._await_workers(building, deadline)
 
     def shutdown(self) -> None:
         """Kill the actors and remove an own placement group; may be called again."""
@@ -209,7 +223,7 @@ class WorkerGroup:
     def __exit__(self, *_: object) -> None:
         self.shutdown()
 
-    def _start(self, resources: ExitStack) -> None:
+    def _start(self, resources: ExitStack, meanwhile: Callable[[WorkerGroup], None] | None) -> None:
         started = time.monotonic()
         deadline = Deadline(self._startup_timeout_seconds)
         ranks = range(self._name.num_ranks)
@@ -217,8 +231,11 @@ class WorkerGroup:
         resources.callback(_kill, self._actors)
         for rank in ranks:
             self._actors.append(self._start_actor(rank))
+        building = self._begin_workers(ranks)
         self._facts += self._ask_facts(ranks, deadline)
-        self._build_workers(ranks, deadline)
+        if meanwhile is not None:
+            meanwhile(self)
+        self._await_workers(building, deadline)
         seconds = time.monotonic() - started
         logger.info("started %s on %d nodes in %.1f s", self._name.label, len(self.nodes), seconds)
 
@@ -247,34 +264,17 @@ class WorkerGroup:
             ) from failure.origin
         return [calls.results[number] for number in numbers]
 
-    def _build_workers(self, ranks: Sequence[int], deadline: Deadline) -> None:
-        calls = Calls({rank: self._actors[rank].build.remote(self._worker_class, self._args) for rank in ranks})
-        self._await_start(calls, deadline)
-        if calls.failures:
-            raise self._failure(calls)
+    def _begin_workers(self, ranks: Sequence[int]) -> Calls:
+        return Calls({rank: self._actors[rank].build.remote(self._worker_class, self._args) for rank in ranks})
+
+    def _await_workers(self, building: Calls, deadline: Deadline) -> None:
+        self._await_start(building, deadline)
+        if building.failures:
+            raise self._failure(building)
 
     def _await_start(self, calls: Calls, deadline: Deadline) -> None:
-        news = News(_SLOW_START_SECONDS)
-        while calls.pending and not calls.failures:
-            calls.collect(min(1.0, deadline.remaining_seconds))
-            if not calls.pending or calls.failures:
-                return
-            silent = "; ".join(f"rank {rank} in {self._seats[rank].name}" for rank in calls.pending)
-            if not deadline.remaining_seconds:
-                raise StartupTimeoutError(
-                    f"{len(calls.pending)} of {count_of(len(self._actors))} did not start within "
-                    f"startup_timeout_seconds={deadline.timeout_seconds:g}: {silent}. `ray list actors` shows what "
-                    "they wait for; raise startup_timeout_seconds if it is only slow"
-                )
-            if news.is_due():
-                logger.warning(
-                    "%s: still starting after %.0f s: %s; waiting for %.0f s more (startup_timeout_seconds=%g)",
-                    self._name.label,
-                    news.waited_seconds,
-                    silent,
-                    deadline.remaining_seconds,
-                    deadline.timeout_seconds,
-                )
+        places = [f"rank {rank} in {seat.name}" for rank, seat in enumerate(self._seats)]
+        wait_for_start(calls, places, self._name.label, deadline)
 
     def _watch(self, calls: Calls, ranks: Sequence[int], on_progress: Callable[[list[Any]], None] | None) -> None:
         poll = ProgressPoll({rank: self._actors[rank] for rank in ranks})

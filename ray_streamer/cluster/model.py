@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import secrets
 import threading
-import time
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, Self
 
@@ -24,6 +23,8 @@ if TYPE_CHECKING:
 
     import torch
 
+    from ray_streamer.checkpoint.index import CheckpointIndex
+    from ray_streamer.cluster.phases import Phases
     from ray_streamer.cluster.placement import PlacementOptions
     from ray_streamer.planning.read_plan import ReadPlan
     from ray_streamer.rank.request import LoadRequest
@@ -45,11 +46,15 @@ class ShardedModel:
         request: LoadRequest,
         placement: PlacementOptions,
         *,
+        index: CheckpointIndex | None = None,
+        phases: Phases,
         wait: bool,
         on_progress: Callable[[list[RankStatistics | None]], None] | None = None,
     ) -> None:
         self._request = request
         self._placement = placement
+        self._index = index
+        self._phases = phases
         self._on_progress = on_progress
         self._group: WorkerGroup | None = None
         self._is_shut_down = False
@@ -148,6 +153,16 @@ class ShardedModel:
         if self._group is not None:
             self._group.shutdown()
 
+    def __repr__(self) -> str:
+        if self._is_shut_down:
+            state = "shut down"
+        elif self._loaded.done():
+            state = f"loaded in {self.stats().seconds['total']:.1f} s"
+        else:
+            state = "loading"
+        axes = ", ".join(f"{axis}={self.mesh.axis_size(axis)}" for axis in self.mesh.axes)
+        return f"ShardedModel({self._request.uri!r}, {axes}, {state})"
+
     def __enter__(self) -> Self:
         return self
 
@@ -170,29 +185,19 @@ class ShardedModel:
             self._loaded.set_exception(failure)
 
     def _load_all(self) -> LoadReport:
-        times = [time.perf_counter()]
         request = self._request
-        group = self._group = WorkerGroup(
+        group = WorkerGroup(
             LoadWorker,
             request.mesh.num_ranks,
             args=(request,),
             placement=self._placement,
             holding=model_of(request.uri),
+            meanwhile=self._plan_meanwhile,
             startup_timeout_seconds=request.settings.startup_timeout_seconds,
         )
-        if self._is_shut_down:
-            raise ClusterError(_SHUT_DOWN)
-        times.append(time.perf_counter())
-        topology = Topology(group.nodes)
-        self._memory_limits = share_memory(
-            topology,
-            memory_limit=request.settings.memory_limit,
-            node_memory_limit=request.settings.node_memory_limit,
-            available_bytes=[min(group.facts[rank].available_memory_bytes for rank in ranks) for ranks in group.nodes],
-        )
-        plan = self._plan = _plan(group, topology, self._memory_limits)
-        self._plan_ref = ray.put(plan)
-        times.append(time.perf_counter())
+        self._phases.end("import")
+        plan = self._plan
+        assert plan is not None
         session = secrets.token_hex(16)
         statistics = group.call(
             "load",
@@ -201,18 +206,35 @@ class ShardedModel:
             per_rank_args=list(zip([facts.node for facts in group.facts], self._memory_limits, strict=True)),
             on_progress=self._on_progress,
         )
-        times.append(time.perf_counter())
-        return self._report(plan, group, times, statistics)
+        self._phases.end("load")
+        return self._report(plan, group, statistics)
 
-    def _report(
-        self, plan: ReadPlan, group: WorkerGroup, times: list[float], statistics: list[RankStatistics]
-    ) -> LoadReport:
-        phases = ("start", "plan", "load")
-        seconds = {phase: stop - start for phase, start, stop in zip(phases, times, times[1:], strict=False)}
+    def _plan_meanwhile(self, group: WorkerGroup) -> None:
+        """Plan while the ranks import torch: here, where the headers are known, else on the first rank."""
+        self._group = group
+        if self._is_shut_down:
+            raise ClusterError(_SHUT_DOWN)
+        self._phases.end("start")
+        settings = self._request.settings
+        topology = Topology(group.nodes)
+        self._memory_limits = share_memory(
+            topology,
+            memory_limit=settings.memory_limit,
+            node_memory_limit=settings.node_memory_limit,
+            available_bytes=[min(group.facts[rank].available_memory_bytes for rank in ranks) for ranks in group.nodes],
+        )
+        if self._index is None:
+            self._plan = _plan_on_rank(group, self._request, topology, self._memory_limits)
+        else:
+            self._plan = self._request.plan(topology, memory_limits=self._memory_limits, index=self._index)
+        self._plan_ref = ray.put(self._plan)
+        self._phases.end("plan")
+
+    def _report(self, plan: ReadPlan, group: WorkerGroup, statistics: list[RankStatistics]) -> LoadReport:
         return LoadReport(
             uri=self._request.uri,
             mesh={axis: self.mesh.axis_size(axis) for axis in self.mesh.axes} | {"ep": self.mesh.ep},
-            seconds=seconds | {"total": times[-1] - times[0]},
+            seconds=self._phases.seconds(),
             checkpoint_bytes=plan.index.total_bytes,
             needed_bytes=sum(plan.node_plans[number].needed_bytes for number in plan.node_plan_ids),
             plan_hash=plan.plan_hash,
@@ -221,11 +243,17 @@ class ShardedModel:
         )
 
 
-def _plan(group: WorkerGroup, topology: Topology, memory_limits: tuple[int, ...]) -> ReadPlan:
+def _plan_on_rank(
+    group: WorkerGroup, request: LoadRequest, topology: Topology, memory_limits: tuple[int, ...]
+) -> ReadPlan:
     """The plan, made where the storage is; what is wrong with it is the request's fault, not the rank's."""
     try:
-        return group.call("plan", topology, memory_limits, ranks=[0])[0]
+        return group.ahead(_read_and_plan, request, topology, memory_limits)
     except RankFailedError as error:
         if isinstance(error.cause, RayStreamerError):
             raise error.cause from error
         raise
+
+
+def _read_and_plan(request: LoadRequest, topology: Topology, memory_limits: tuple[int, ...]) -> ReadPlan:
+    return request.plan(topology, memory_limits=memory_limits)

@@ -16,7 +16,7 @@ import threading
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import ray
 import ray.util.client
@@ -26,7 +26,7 @@ from ray_streamer.cluster.address import NO_CLIENT, find_cluster
 from ray_streamer.errors import ClusterError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
 logger = logging.getLogger(__name__)
 
@@ -82,6 +82,26 @@ def connect(
         session = Session(ray.get_runtime_context().gcs_address, is_opened_here=True)
     logger.info("%s Ray at %s", "connected to" if known else "started", session.address)
     return session
+
+
+def starts_local_ray(address: str | None = None, *, connect_timeout_seconds: float = 10.0) -> bool:
+    """Whether `connect` with this address would start a Ray of its own, for this process alone.
+
+    Raises:
+        ClusterError: As `connect` does.
+    """
+    return not ray.is_initialized() and find_cluster(address, connect_timeout_seconds) is None
+
+
+def is_one_machine() -> bool:
+    """Whether the Ray that this process speaks to has one node."""
+    return sum(node["Alive"] for node in ray.nodes()) == 1
+
+
+def has_own_variables(runtime_env: Mapping[str, Any] | None) -> bool:
+    """Whether actors with this runtime environment see other variables than those that are theirs by birth."""
+    of_the_job: Mapping[str, Any] = ray.get_runtime_context().runtime_env
+    return bool(runtime_env) or bool(of_the_job.get("env_vars"))
 
 
 def _existing() -> Session:

@@ -1,4 +1,4 @@
-"""Room for the ranks is taken: who holds it, what ends the wait, and how does the caller know meanwhile?
+"""Room for the ranks is taken, or ranks are slow to start: who is waited for, and how does the caller know meanwhile?
 
 A placement group that gets no room is told after a second, and again while the wait lasts: what is missing, who holds
 it, and what to do. The error at the end says the same.
@@ -17,7 +17,7 @@ import ray._private.state
 from ray.exceptions import RayError
 from ray.util.placement_group import placement_group_table
 
-from ray_streamer.cluster.placement import describe
+from ray_streamer.cluster.placement import count_of, describe
 from ray_streamer.errors import ClusterError, StartupTimeoutError
 
 if TYPE_CHECKING:
@@ -25,12 +25,16 @@ if TYPE_CHECKING:
 
     from ray.util.placement_group import PlacementGroup
 
+    from ray_streamer.cluster.calls import Calls
+
 logger = logging.getLogger(__name__)
 
 # A new group is ready within a few tenths of a second where there is room.
 _FIRST_NEWS_SECONDS = 1.0
 _MOST_SECONDS_BETWEEN_NEWS = 30.0
 _MOST_HOLDERS = 4
+# Importing torch takes several seconds, on a busy node longer.
+_SLOW_START_SECONDS = 20.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +145,41 @@ def wait_for_room(group: PlacementGroup, wanted: RoomWanted, deadline: Deadline)
                 deadline.remaining_seconds,
                 deadline.timeout_seconds,
                 _who_and_what(group, wanted),
+            )
+
+
+def wait_for_start(calls: Calls, places: Sequence[str], label: str, deadline: Deadline) -> None:
+    """Wait until every rank has answered or one has failed; say who is silent while that lasts.
+
+    Args:
+        calls: One call to each rank that starts.
+        places: Every rank and its place, as messages name them.
+        label: What the ranks hold.
+        deadline: Until when.
+
+    Raises:
+        StartupTimeoutError: Ranks did not answer in time; names them.
+    """
+    news = News(_SLOW_START_SECONDS)
+    while calls.pending and not calls.failures:
+        calls.collect(min(1.0, deadline.remaining_seconds))
+        if not calls.pending or calls.failures:
+            return
+        silent = "; ".join(places[rank] for rank in calls.pending)
+        if not deadline.remaining_seconds:
+            raise StartupTimeoutError(
+                f"{len(calls.pending)} of {count_of(len(places))} did not start within "
+                f"startup_timeout_seconds={deadline.timeout_seconds:g}: {silent}. `ray list actors` shows what "
+                "they wait for; raise startup_timeout_seconds if it is only slow"
+            )
+        if news.is_due():
+            logger.warning(
+                "%s: still starting after %.0f s: %s; waiting for %.0f s more (startup_timeout_seconds=%g)",
+                label,
+                news.waited_seconds,
+                silent,
+                deadline.remaining_seconds,
+                deadline.timeout_seconds,
             )
 
 

@@ -1,4 +1,4 @@
-"""What does one rank of a group do? Plan for all, load its own part, run the caller's functions beside the tensors.
+"""What does one rank of a group do? Load its own part, run the caller's functions beside the tensors.
 
 An ordinary object: the group wraps it in an actor, tests do not. `abort` and `progress` may be called from another thread
 while `load` runs; everything else is called one at a time.
@@ -44,16 +44,12 @@ class LoadWorker:
         self._rank = rank
         self._request = request
         # Opened here, so that what the device imports and starts is done, and refused, before anything is read.
-        # A GPU starts in the background, while rank 0 reads the headers and plans.
+        # A GPU starts in the background, while the headers are read and the plan is made.
         self._device = request.open_device(assigned_device(request.device))
         self._lock = threading.Lock()
         self._load: RankLoad | None = None
         self._abort_reason: str | None = None
         self._context: RankContext | None = None
-
-    def plan(self, topology: Topology, memory_limits: tuple[int, ...]) -> ReadPlan:
-        """Reads the headers and plans for all ranks; see `LoadRequest.plan`."""
-        return self._request.plan(topology, memory_limits=memory_limits)
 
     def load(self, plan: ReadPlan, session: str, node: str, memory_limit: int) -> RankStatistics:
         """Loads this rank's tensors and keeps them; its own earlier ones are dropped first.

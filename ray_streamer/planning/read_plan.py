@@ -53,7 +53,7 @@ class NodePlan:
         return int((column(self.blocks, "stop") - column(self.blocks, "start")).sum())
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class ReadPlan:
     """Everything that the ranks need to know to load.
 
@@ -74,6 +74,15 @@ class ReadPlan:
     node_plans: tuple[NodePlan, ...]
     node_plan_ids: tuple[int, ...]
     plan_seconds: float = field(default=0.0, repr=False)
+
+    def __repr__(self) -> str:
+        num_nodes, num_blocks = (
+            len(self.topology.nodes),
+            sum(self.node_plans[n].blocks.num_rows for n in self.node_plan_ids),
+        )
+        return (
+            f"ReadPlan({self.index.uri!r}, {self.topology.num_ranks} ranks on {num_nodes} nodes, {num_blocks} blocks)"
+        )
 
     def node_plan_of(self, rank: int) -> tuple[NodePlan, int]:
         """The node plan that holds `rank`, and its local rank there."""

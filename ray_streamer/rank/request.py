@@ -117,6 +117,11 @@ class LoadRequest:
         if self.settings.memory_limit is not None:
             _fit(self.settings.memory_limit, self.settings)
 
+    @property
+    def is_remote(self) -> bool:
+        """Whether the checkpoint lies in an object store, and in no file system or memory."""
+        return scheme_of(self.uri) not in ("file", "memory")
+
     def open_storage(self, *, num_sharers: int = 1) -> Storage:
         """The storage that holds the checkpoint; the caller closes it.
 
@@ -137,12 +142,32 @@ class LoadRequest:
             gpu_direct_storage=self.settings.gpu_direct_storage == "on",
         )
 
-    def plan(self, topology: Topology, *, memory_limits: tuple[int, ...]) -> ReadPlan:
-        """Reads the headers and plans.
+    def open_index(self) -> CheckpointIndex:
+        """Reads the headers.
+
+        Raises:
+            CheckpointError: The checkpoint is malformed.
+            StorageError: Headers could not be read.
+        """
+        storage = self.open_storage()
+        try:
+            index = open_checkpoint(
+                self.uri, storage, concurrency=self.settings.concurrency, strict_index=self.settings.strict_index
+            )
+            refuse_incomplete(index)
+            return index
+        finally:
+            storage.close()
+
+    def plan(
+        self, topology: Topology, *, memory_limits: tuple[int, ...], index: CheckpointIndex | None = None
+    ) -> ReadPlan:
+        """Plans, after reading the headers where `index` is not given.
 
         Args:
             topology: Which ranks share a node.
             memory_limits: Staging bytes of every rank; blocks are small enough for the smallest.
+            index: What the headers say, where they were read before.
 
         Raises:
             CheckpointError: The checkpoint is malformed.
@@ -151,21 +176,10 @@ class LoadRequest:
             BudgetError: A limit cannot hold one block.
         """
         block_bytes = min(_fit(limit, self.settings) for limit in memory_limits)
-        storage = self.open_storage()
-        try:
-            index = open_checkpoint(
-                self.uri,
-                storage,
-                concurrency=self.settings.concurrency,
-                strict_index=self.settings.strict_index,
-            )
-            refuse_incomplete(index)
-            is_remote = storage.is_remote
-        finally:
-            storage.close()
+        index = self.open_index() if index is None else index
         min_run_bytes = self.settings.min_run_bytes
         if min_run_bytes is None:
-            min_run_bytes = OBJECT_STORE_MIN_RUN_BYTES if is_remote else FILESYSTEM_MIN_RUN_BYTES
+            min_run_bytes = OBJECT_STORE_MIN_RUN_BYTES if self.is_remote else FILESYSTEM_MIN_RUN_BYTES
         limits = ReadLimits(
             block_bytes=block_bytes, min_run_bytes=min_run_bytes, max_gap_bytes=self.settings.max_gap_bytes
         )

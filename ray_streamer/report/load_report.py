@@ -6,20 +6,23 @@ from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from ray_streamer.storage.base import StorageStatistics
+from ray_streamer.units import human_bytes
 
 if TYPE_CHECKING:
     from ray_streamer.rank.statistics import RankStatistics
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class LoadReport:
     """A finished load.
 
     Attributes:
         uri: What was loaded.
         mesh: Size of each axis, and groups of experts (ep).
-        seconds: Wall seconds of the driver by phase: `start` (placement and actors), `plan` (headers, slices, plan), `load`
-            (until the last rank was done), and their sum `total`.
+        seconds: Wall seconds from the call by phase, one after the other: `check` (what the driver sees of the checkpoint),
+            `ray` (connecting to Ray, or starting it), `start` (room, and the ranks' processes), `plan` (headers, where the
+            driver could not read them, and plan), `import` (torch and the device on the ranks, as far as it lasts longer
+            than the plan), `load` (until the last rank was done), and their sum `total`.
         checkpoint_bytes: All tensor bytes of the checkpoint.
         needed_bytes: Bytes that each node's ranks want, summed over nodes.
         plan_hash: Of the plan that was executed.
@@ -35,6 +38,12 @@ class LoadReport:
     plan_hash: str
     nodes: tuple[str, ...]
     ranks: tuple[RankStatistics, ...]
+
+    def __repr__(self) -> str:
+        return (
+            f"LoadReport({self.uri!r}, {len(self.ranks)} ranks, {human_bytes(self.needed_bytes)} in "
+            f"{self.seconds.get('load', 0.0):.2f} s, total {self.seconds.get('total', 0.0):.2f} s)"
+        )
 
     @property
     def bytes_read(self) -> int:

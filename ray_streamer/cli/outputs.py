@@ -1,0 +1,62 @@
+"""May this be written? Asked when a command is typed, not after the work whose result it takes."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+def check_file(path: Path) -> None:
+    """Open a file for writing and leave it as it was.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    existed = path.exists()
+    with path.open("ab"):
+        pass
+    if not existed:
+        path.unlink()
+
+
+def check_folder(path: Path) -> None:
+    """Make sure that a folder, which need not exist yet, can be made and written to.
+
+    Raises:
+        OSError: It cannot.
+    """
+    nearest = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    with tempfile.TemporaryFile(dir=nearest):
+        pass
+
+
+class _Output(click.ParamType):
+    """A path that is checked as it is parsed."""
+
+    def __init__(self, name: str, check: Callable[[Path], None]) -> None:
+        self.name = name
+        self._check = check
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        path = Path(value)
+        try:
+            self._check(path)
+        except OSError as error:
+            folder = path.parent
+            missing = f"; the folder {folder} does not exist" if not folder.exists() else ""
+            self.fail(f"cannot write to {path}: {error.strerror or os.strerror(error.errno or 0)}{missing}", param, ctx)
+        return path
+
+
+OUTPUT_FILE = _Output("file", check_file)
+"""A file that a command writes at its end."""
+
+OUTPUT_FOLDER = _Output("directory", check_folder)
+"""A folder that a command makes and fills."""
