@@ -12,7 +12,7 @@ from ray_streamer.cluster.model import ShardedModel
 from ray_streamer.cluster.phases import Phases
 from ray_streamer.cluster.placement import PlacementOptions
 from ray_streamer.cluster.preflight import Preflight
-from ray_streamer.cluster.session import connect, has_own_variables, is_one_machine, starts_local_ray
+from ray_streamer.cluster.session import connect, has_same_variables, is_one_machine, starts_local_ray
 from ray_streamer.device import is_cuda
 from ray_streamer.settings import Settings
 
@@ -131,18 +131,20 @@ def load_sharded(
     placement = (placement or PlacementOptions()).for_device(is_gpu=is_cuda(device))
     preflight = Preflight(request)
     if starts_local_ray(address):
-        preflight.check(is_one_machine=True, is_own_environment=not placement.runtime_env)
+        preflight.check(is_one_machine=True, is_own_environment=has_same_variables(placement.runtime_env))
     else:
         preflight.check_request()
     phases.end("check")
     num_cpus = math.ceil(request.mesh.num_ranks * placement.num_cpus_per_rank)
     connect(address, num_local_cpus=max(num_cpus, os.cpu_count() or 1))
     phases.end("ray")
-    preflight.check(is_one_machine=is_one_machine(), is_own_environment=not has_own_variables(placement.runtime_env))
+    index = preflight.check(
+        is_one_machine=is_one_machine(), is_own_environment=has_same_variables(placement.runtime_env)
+    )
     return ShardedModel(
         request,
         placement,
-        index=preflight.index(is_one_machine=is_one_machine()),
+        index=index,
         phases=phases,
         wait=wait,
         on_progress=on_progress,

@@ -45,7 +45,8 @@ class Preflight:
 
     def __init__(self, request: LoadRequest) -> None:
         self._request = request
-        self._found: Future[CheckpointIndex | RayStreamerError | None] = Future()
+        self._found: Future[CheckpointIndex | None] = Future()
+        self._fault: RayStreamerError | None = None
         threading.Thread(target=self._look, name="ray_streamer-preflight", daemon=True).start()
 
     def check_request(self) -> None:
@@ -54,50 +55,46 @@ class Preflight:
         if error is not None and not isinstance(error, StorageError | CheckpointError):
             raise error
 
-    def check(self, *, is_one_machine: bool, is_own_environment: bool) -> None:
+    def check(self, *, is_one_machine: bool, is_own_environment: bool) -> CheckpointIndex | None:
         """Raise what is wrong with the checkpoint, as far as it is known by now and the ranks would see the same.
 
         Args:
             is_one_machine: Whether all ranks will be on the machine of this process.
             is_own_environment: Whether ranks have the environment of this process, and so its object stores.
+
+        Returns:
+            What the headers say, where the ranks would read the same; None where it is not known.
         """
         self.check_request()
+        is_seen_alike = is_own_environment and (self._request.is_remote or is_one_machine)
         error = self._error(0)
         if error is None:
-            return
+            return self._found.result(0) if is_seen_alike and self._found.done() else None
         is_about_the_checkpoint = isinstance(error, ObjectMissingError | CheckpointError)
-        is_seen_alike = is_own_environment and is_about_the_checkpoint if self._request.is_remote else is_one_machine
-        if is_seen_alike:
+        if is_seen_alike and (is_about_the_checkpoint or not self._request.is_remote):
             raise error
         level = logging.WARNING if is_about_the_checkpoint else logging.INFO
         logger.log(level, "seen from %s: %s; the ranks look for themselves", os.uname().nodename, error)
-
-    def index(self, *, is_one_machine: bool) -> CheckpointIndex | None:
-        """What the headers say, when it is known by now and the ranks read the same files; else None."""
-        is_shared = is_one_machine or self._request.is_remote
-        if not is_shared or not self._found.done():
-            return None
-        found = self._found.result(0)
-        return None if isinstance(found, RayStreamerError) else found
+        return None
 
     def _error(self, timeout_seconds: float) -> RayStreamerError | None:
         try:
-            found = self._found.result(timeout_seconds)
+            self._found.result(timeout_seconds)
         except FutureTimeoutError:
             return None
-        return found if isinstance(found, RayStreamerError) else None
+        return self._fault
 
     def _look(self) -> None:
-        found: CheckpointIndex | RayStreamerError | None = None
+        index = None
         try:
-            found = self._read_and_plan()
+            index = self._read_and_plan()
         except RayStreamerError as error:
-            found = error
+            self._fault = error
         except Exception as error:
             # Slices of the caller's own may need what only the ranks have.
             logger.info("this process cannot plan (%s: %s); the ranks do", type(error).__name__, error)
         finally:
-            self._found.set_result(found)
+            self._found.set_result(index)
 
     def _read_and_plan(self) -> CheckpointIndex:
         request = self._request

@@ -12,6 +12,7 @@ as long as this process, also when the thread that loaded ends.
 from __future__ import annotations
 
 import logging
+import os
 import threading
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -98,10 +99,11 @@ def is_one_machine() -> bool:
     return sum(node["Alive"] for node in ray.nodes()) == 1
 
 
-def has_own_variables(runtime_env: Mapping[str, Any] | None) -> bool:
-    """Whether actors with this runtime environment see other variables than those that are theirs by birth."""
-    of_the_job: Mapping[str, Any] = ray.get_runtime_context().runtime_env
-    return bool(runtime_env) or bool(of_the_job.get("env_vars"))
+def has_same_variables(runtime_env: Mapping[str, Any] | None) -> bool:
+    """Whether a runtime environment, and that of the job, give actors no other variables than this process has."""
+    of_the_job: Mapping[str, Any] = ray.get_runtime_context().runtime_env if ray.is_initialized() else {}
+    variables = {**of_the_job.get("env_vars", {}), **(runtime_env or {}).get("env_vars", {})}
+    return all(os.environ.get(name) == value for name, value in variables.items())
 
 
 def _existing() -> Session:
