@@ -130,13 +130,14 @@ def load_sharded(
     )
     placement = (placement or PlacementOptions()).for_device(is_gpu=is_cuda(device))
     preflight = Preflight(request)
-    if starts_local_ray(address):
+    patience = request.settings.connect_timeout_seconds
+    if starts_local_ray(address, connect_timeout_seconds=patience):
         preflight.check(is_one_machine=True, is_own_environment=has_same_variables(placement.runtime_env))
     else:
         preflight.check_request()
     phases.end("check")
     num_cpus = math.ceil(request.mesh.num_ranks * placement.num_cpus_per_rank)
-    connect(address, num_local_cpus=max(num_cpus, os.cpu_count() or 1))
+    connect(address, num_local_cpus=max(num_cpus, os.cpu_count() or 1), connect_timeout_seconds=patience)
     phases.end("ray")
     index = preflight.check(
         is_one_machine=is_one_machine(), is_own_environment=has_same_variables(placement.runtime_env)

@@ -191,7 +191,7 @@ class WorkerGroup:
             RankFailedError: The function raised, or the rank died.
         """
         calls = Calls({rank: self._actors[rank].ahead.remote(function, *args)})
-        self._await_start(calls, Deadline(self._startup_timeout_seconds))
+        self._await_start(calls, Deadline(self._startup_timeout_seconds), doing=function.__name__.strip("_"))
         if calls.failures:
             raise self._failure(calls)
         return calls.results[rank]
@@ -259,8 +259,8 @@ class WorkerGroup:
         if calls.failures:
             failure = calls.failures[0]
             raise ClusterError(
-                f"the actor in {self._seats[failure.rank].name} did not start: {failure.cause}. Is ray_streamer "
-                "installed on every node, or in the runtime_env?"
+                f"rank {failure.rank} in {self._seats[failure.rank].name} did not start: {failure.cause}. Is "
+                "ray_streamer installed on every node, or in the runtime_env?"
             ) from failure.origin
         return [calls.results[number] for number in numbers]
 
@@ -272,9 +272,9 @@ class WorkerGroup:
         if building.failures:
             raise self._failure(building)
 
-    def _await_start(self, calls: Calls, deadline: Deadline) -> None:
+    def _await_start(self, calls: Calls, deadline: Deadline, doing: str = "start") -> None:
         places = [f"rank {rank} in {seat.name}" for rank, seat in enumerate(self._seats)]
-        wait_for_start(calls, places, self._name.label, deadline)
+        wait_for_start(calls, places, self._name.label, deadline, doing=doing)
 
     def _watch(self, calls: Calls, ranks: Sequence[int], on_progress: Callable[[list[Any]], None] | None) -> None:
         poll = ProgressPoll({rank: self._actors[rank] for rank in ranks})

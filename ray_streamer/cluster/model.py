@@ -248,12 +248,13 @@ def _plan_on_rank(
 ) -> ReadPlan:
     """The plan, made where the storage is; what is wrong with it is the request's fault, not the rank's."""
     try:
-        return group.ahead(_read_and_plan, request, topology, memory_limits)
+        return group.ahead(read_headers_and_plan, request, topology, memory_limits)
     except RankFailedError as error:
         if isinstance(error.cause, RayStreamerError):
             raise error.cause from error
         raise
 
 
-def _read_and_plan(request: LoadRequest, topology: Topology, memory_limits: tuple[int, ...]) -> ReadPlan:
+def read_headers_and_plan(request: LoadRequest, topology: Topology, memory_limits: tuple[int, ...]) -> ReadPlan:
+    """The plan, from the headers on; runs on a rank."""
     return request.plan(topology, memory_limits=memory_limits)

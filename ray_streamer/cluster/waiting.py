@@ -148,7 +148,9 @@ def wait_for_room(group: PlacementGroup, wanted: RoomWanted, deadline: Deadline)
             )
 
 
-def wait_for_start(calls: Calls, places: Sequence[str], label: str, deadline: Deadline) -> None:
+def wait_for_start(
+    calls: Calls, places: Sequence[str], label: str, deadline: Deadline, *, doing: str = "start"
+) -> None:
     """Wait until every rank has answered or one has failed; say who is silent while that lasts.
 
     Args:
@@ -156,6 +158,7 @@ def wait_for_start(calls: Calls, places: Sequence[str], label: str, deadline: De
         places: Every rank and its place, as messages name them.
         label: What the ranks hold.
         deadline: Until when.
+        doing: What they were asked for.
 
     Raises:
         StartupTimeoutError: Ranks did not answer in time; names them.
@@ -168,14 +171,15 @@ def wait_for_start(calls: Calls, places: Sequence[str], label: str, deadline: De
         silent = "; ".join(places[rank] for rank in calls.pending)
         if not deadline.remaining_seconds:
             raise StartupTimeoutError(
-                f"{len(calls.pending)} of {count_of(len(places))} did not start within "
+                f"{len(calls.pending)} of {count_of(len(places))} did not {doing} within "
                 f"startup_timeout_seconds={deadline.timeout_seconds:g}: {silent}. `ray list actors` shows what "
                 "they wait for; raise startup_timeout_seconds if it is only slow"
             )
         if news.is_due():
             logger.warning(
-                "%s: still starting after %.0f s: %s; waiting for %.0f s more (startup_timeout_seconds=%g)",
+                "%s: did not %s yet after %.0f s: %s; waiting for %.0f s more (startup_timeout_seconds=%g)",
                 label,
+                doing,
                 news.waited_seconds,
                 silent,
                 deadline.remaining_seconds,

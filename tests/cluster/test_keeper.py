@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import sys
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -92,6 +94,21 @@ def test_an_actor_that_ends_leaves_no_rank_no_group_and_no_keeper(
     ENDS[end](owner, pids)
     wait_until(lambda: (num_groups(), num_keepers()) == (0, 0), 30)
     assert_gone(pids)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_an_actor_killed_at_any_moment_of_its_start_leaves_nothing(seed: int, wait_until: Check) -> None:
+    owner = Owner.remote()
+    actors = ray._private.state.actors
+
+    def pid_of_owner() -> int:
+        return next((a["Pid"] for a in actors().values() if a["ActorID"] == owner._actor_id.hex()), 0)
+
+    wait_until(pid_of_owner, 30)
+    threading.Event().wait(random.Random(seed).uniform(0, 2))
+    os.kill(pid_of_owner(), signal.SIGKILL)
+    wait_until(lambda: all(a["State"] == "DEAD" for a in actors().values()), 30)
+    assert num_groups() == 0
 
 
 def test_an_actor_whose_handle_goes_out_of_scope_leaves_nothing(wait_until: Check, assert_gone: Check) -> None:
