@@ -396,7 +396,7 @@ def test_what_is_done_ahead_needs_no_worker_and_ends_with_the_startup_timeout() 
     def ahead(group: WorkerGroup) -> None:
         assert [facts.node_ip for facts in group.facts] == ["127.0.0.2"] * 2
         seen.append(group.ahead(os.getpid))
-        with pytest.raises(RankFailedError, match="rank 1 .*ZeroDivisionError"):
+        with pytest.raises(RankFailedError, match=r"rank 1 .*ZeroDivisionError"):
             group.ahead(divmod, 1, 0, rank=1)
         group.ahead(sit_and_wait)
 
