@@ -14,7 +14,7 @@
     │   ├── ObjectChangedError   the object is not the one the index saw
     │   ├── AccessError          credentials or permissions                       (also PermissionError)
     │   └── ThrottledError       the store asked us to slow down, for too long
-    ├── BudgetError              the memory limit cannot work
+    ├── BudgetError              a limit of memory, threads or open files cannot work
     ├── DeviceError              the destination cannot be used
     └── ClusterError             Ray could not give, or keep, what the load needs
         ├── StartupTimeoutError  a rank did not start in time                     (also TimeoutError)
@@ -90,7 +90,7 @@ class ThrottledError(StorageError):
 
 
 class BudgetError(RayStreamerError):
-    """The memory limit cannot work; names the smallest one that would."""
+    """A limit of memory, threads or open files cannot work, the user's or the system's; names it and what would work."""
 
 
 class DeviceError(RayStreamerError):

@@ -14,6 +14,7 @@ from ray_streamer.errors import LoadAbortedError, SettingsError
 from ray_streamer.exchange.liveness import Timeouts
 from ray_streamer.machine import measure_available_memory
 from ray_streamer.planning.limits import rank_memory_limit
+from ray_streamer.process_limits import limits_explained
 from ray_streamer.rank.load import RankLoad
 from ray_streamer.rank.options import RankOptions
 from ray_streamer.settings import Settings
@@ -137,7 +138,8 @@ def _stream(
             completed.put(error)
 
     thread = threading.Thread(target=run, name=f"ray_streamer-{membership.rank}", daemon=True)
-    thread.start()
+    with limits_explained("start a thread"):
+        thread.start()
     try:
         while (item := completed.get()) is not None:
             if isinstance(item, BaseException):

@@ -10,6 +10,7 @@ import torch
 from ray_streamer.device.base import Result, check_out
 from ray_streamer.device.first_touch import fault_in
 from ray_streamer.errors import DeviceError
+from ray_streamer.process_limits import limits_explained
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -30,8 +31,13 @@ class CpuDevice:
     reads_files = False
 
     def empty(self, dtype: DType, shape: tuple[int, ...]) -> torch.Tensor:
-        """See `Device.empty`."""
-        return torch.empty(dtype.torch_shape(shape), dtype=getattr(torch, dtype.torch_name), device="cpu")
+        """See `Device.empty`.
+
+        Raises:
+            BudgetError: The host has no room.
+        """
+        with limits_explained(f"make a tensor of shape {shape}, {dtype.name}, in host memory"):
+            return torch.empty(dtype.torch_shape(shape), dtype=getattr(torch, dtype.torch_name), device="cpu")
 
     def result(self, tensor: torch.Tensor) -> Result:
         """See `Device.result`."""

@@ -24,6 +24,7 @@ from ray_streamer.device.results import Results
 from ray_streamer.errors import BudgetError
 from ray_streamer.planning.limits import AS_MUCH_AS_USEFUL
 from ray_streamer.planning.rank_plan import Piece, RankPlan
+from ray_streamer.process_limits import limits_explained
 from ray_streamer.rank.block_reads import BlockReads
 from ray_streamer.rank.inbox import Announced, Inbox
 from ray_streamer.rank.neighbourhood import Neighbourhood
@@ -115,7 +116,7 @@ class RankLoad:
         """
         cpu_started = _cpu_seconds()
         try:
-            with self._arena:
+            with limits_explained("load"), self._arena:
                 self._stream_and_give_back()
             tensors = self._results.tensors()
         except BaseException as error:
@@ -179,7 +180,7 @@ class RankLoad:
 
     def _stream(self) -> None:
         self._activity.phase = "preparing memory for the tensors"
-        with self._counters.timed("connect"):
+        with limits_explained("connect the ranks of this node"), self._counters.timed("connect"):
             self._device.adopt(self._arena.memory)
             self._neighbours.meet(self._plan.plan_hash)
             for memory in self._neighbours.memories:

@@ -8,16 +8,10 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from ray_streamer.errors import AccessError, ObjectChangedError, ObjectMissingError, StorageError
+from ray_streamer.process_limits import limit_met
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-_LIMITS = {
-    errno.EMFILE: "; this process has as many open files as `ulimit -n` allows: raise it",
-    errno.ENFILE: "; this machine has as many open files as it allows: raise the sysctl fs.file-max",
-    errno.ENOMEM: "; raise this process's limit on address space (`ulimit -v`), or set page_cache=off",
-}
-"""What to change where a limit of process or machine is met."""
 
 
 @contextmanager
@@ -39,8 +33,10 @@ def _translated(error: OSError, path: str) -> StorageError:
         return AccessError(f"user {os.geteuid()} is not allowed to read {here}: {error.strerror}")
     if error.errno == errno.ESTALE:
         return ObjectChangedError(f"{here} was deleted or replaced on its server while it was read")
-    name = errno.errorcode.get(error.errno or 0)
-    return StorageError(f"cannot read {here}: {error.strerror} ({name}){_LIMITS.get(error.errno or 0, '')}")
+    reason = limit_met(error)
+    if reason is not None:
+        return StorageError(f"cannot read {here}: {reason}")
+    return StorageError(f"cannot read {here}: {error.strerror} ({errno.errorcode.get(error.errno or 0)})")
 
 
 def _why_missing(path: str) -> str:

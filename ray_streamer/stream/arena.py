@@ -17,6 +17,8 @@ import threading
 from typing import TYPE_CHECKING, Self
 
 from ray_streamer.errors import BudgetError
+from ray_streamer.process_limits import limits_explained
+from ray_streamer.units import exact_bytes
 
 if TYPE_CHECKING:
     from ray_streamer.extent import Extent
@@ -58,12 +60,18 @@ class Arena:
 
     def _map(self, num_bytes: int) -> None:
         try:
-            self.fd = os.memfd_create("ray_streamer-arena", os.MFD_CLOEXEC)
-            os.ftruncate(self.fd, num_bytes)
-            self._mapping = mmap.mmap(self.fd, num_bytes)
+            with limits_explained(f"map {exact_bytes(num_bytes)} of staging memory"):
+                self.fd = os.memfd_create("ray_streamer-arena", os.MFD_CLOEXEC)
+                os.ftruncate(self.fd, num_bytes)
+                self._mapping = mmap.mmap(self.fd, num_bytes)
         except OSError as error:
             self.close()
-            raise BudgetError(f"cannot map an arena of {num_bytes} bytes: {error}; lower memory_limit") from error
+            raise BudgetError(
+                f"cannot map {exact_bytes(num_bytes)} of staging memory: {error}; lower memory_limit"
+            ) from error
+        except BaseException:
+            self.close()
+            raise
         self._memory = memoryview(self._mapping)
 
     def __enter__(self) -> Self:

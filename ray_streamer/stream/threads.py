@@ -5,6 +5,9 @@ from __future__ import annotations
 import threading
 from typing import TYPE_CHECKING, Generic, Self, TypeVar
 
+from ray_streamer.process_limits import limits_explained
+from ray_streamer.wording import counted
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
@@ -17,6 +20,7 @@ class TaskThreads(Generic[Task]):
     """Threads that take tasks in order until there are none, or until the load is over.
 
     They run for the length of a `with` block, whose end waits for them; an exception that leaves the block ends the load first.
+    A thread that cannot be started is a `BudgetError`, and ends those that were.
 
     Args:
         name: Prefix of the threads' names.
@@ -39,8 +43,9 @@ class TaskThreads(Generic[Task]):
 
     def __enter__(self) -> Self:
         try:
-            for thread in self._threads:
-                thread.start()
+            with limits_explained(f"start {counted(len(self._threads), 'thread')}"):
+                for thread in self._threads:
+                    thread.start()
         except BaseException as error:
             self._end(error)
             raise

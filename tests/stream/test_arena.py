@@ -195,7 +195,10 @@ def test_refused_memory_says_what_to_change_and_leaves_nothing(stop, monkeypatch
 
     monkeypatch.setattr(os, call, refuse)
     before = os.listdir("/proc/self/fd")
-    with pytest.raises(BudgetError, match=r"arena of 8192 bytes: .* lower memory_limit"), Arena(2, 4096, stop):
+    with (
+        pytest.raises(BudgetError, match=r"cannot map 8 KiB of staging memory: .* lower memory_limit"),
+        Arena(2, 4096, stop),
+    ):
         pass
     assert len(os.listdir("/proc/self/fd")) == len(before)
 

@@ -1,0 +1,148 @@
+"""Limits of a real process, set low: each refusal is a typed error that names the limit, its value and the way out."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from ray_streamer.errors import BudgetError, SettingsError
+from ray_streamer.process_limits import limit_met, limits_explained, pids_limit
+
+PROGRAM = """
+import os, resource, sys, threading
+import numpy, torch
+import ray_streamer
+from ray_streamer.errors import RayStreamerError
+from ray_streamer.settings import Settings
+
+folder, limit, extra, seteuid = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+settings = Settings.resolve(memory_limit="8MiB", block_bytes="64KiB", concurrency=64, page_cache="off", direct_io="off")
+options = {"rules": {"*": ray_streamer.Replicate()}, "settings": settings}
+ray_streamer.load_rank(folder, **options)  # everything is imported
+used = {
+    "RLIMIT_NOFILE": len(os.listdir("/proc/self/fd")) - 1,
+    "RLIMIT_AS": int(open("/proc/self/statm").read().split()[0]) * 4096,
+    "RLIMIT_NPROC": 0,
+    "RLIMIT_FSIZE": 0,
+}[limit]
+resource.setrlimit(getattr(resource, limit), (used + extra,) * 2)
+if seteuid:
+    os.setuid(seteuid)
+try:
+    ray_streamer.load_rank(folder, **options)
+    print("loaded")
+except RayStreamerError as error:
+    print(type(error).__name__, error)
+except BaseException as error:
+    print("UNTYPED", type(error).__name__, error)
+print(sorted(thread.name for thread in threading.enumerate() if thread.name.startswith("ray_streamer")))
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("limits")
+    # Rows are cut in pieces, so that they are staged.
+    save_file({"w": np.zeros((64, 1 << 16), "f4")}, folder / "model.safetensors")
+    for parent in (folder, *folder.parents[:3]):
+        parent.chmod(0o755)
+    return folder
+
+
+def _run(folder, limit, extra, *, user=0):
+    command = [sys.executable, "-c", PROGRAM, str(folder), limit, str(extra), str(user)]
+    run = subprocess.run(command, capture_output=True, text=True, check=False, timeout=200)
+    assert run.returncode == 0, run.stderr
+    outcome, threads = run.stdout.strip().splitlines()
+    assert threads == "[]", "threads are left"
+    return outcome
+
+
+@pytest.mark.parametrize("extra", [0, 1, 2, 3])
+def test_few_descriptors_are_enough_or_named(folder, extra):
+    outcome = _run(folder, "RLIMIT_NOFILE", extra)
+    assert outcome == "loaded" or ("Error" in outcome and "`ulimit -n`" in outcome), outcome
+    assert "UNTYPED" not in outcome
+    assert extra > 0 or outcome.startswith("StorageError")
+
+
+@pytest.mark.parametrize("extra_mib", [1, 24, 64])
+def test_a_little_address_space_is_named(folder, extra_mib):
+    outcome = _run(folder, "RLIMIT_AS", extra_mib << 20)
+    assert outcome.startswith("BudgetError"), outcome
+    assert "`ulimit -v`" in outcome
+    assert "raise it, or lower" in outcome
+
+
+def test_too_few_threads_are_named(folder):
+    if os.geteuid():
+        pytest.skip("root makes a user without threads; nobody else can")
+    outcome = _run(folder, "RLIMIT_NPROC", 0, user=61234)
+    assert outcome.startswith("BudgetError"), outcome
+    assert "no thread can be started: the limit is 0 for threads of this user (`ulimit -u`)" in outcome
+    assert "lower concurrency" in outcome
+
+
+def test_files_limited_in_size_limit_staging(folder):
+    outcome = _run(folder, "RLIMIT_FSIZE", 1 << 20)
+    assert outcome == "loaded" or ("1 MiB (`ulimit -f`): raise it" in outcome and outcome.startswith("BudgetError"))
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (OSError(errno.EMFILE, ""), r"`ulimit -n` allows, \d+: raise it \(up to"),
+        (OSError(errno.ENFILE, ""), "fs.file-max allows: raise it"),
+        (OSError(errno.ETOOMANYREFS, ""), r"on their way to other processes as `ulimit -n`"),
+        (OSError(errno.ENOMEM, ""), "no memory is left: .*lower memory_limit"),
+        (MemoryError(), "no memory is left"),
+        (RuntimeError("can't start new thread"), "no thread can be started: .*lower concurrency"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "no memory is left"),
+    ],
+    ids=["files", "machine", "under-way", "memory", "python", "threads", "torch"],
+)
+def test_limits_are_explained_and_keep_their_cause(error, words):
+    with pytest.raises(BudgetError, match=f"^cannot try: .*{words}") as caught, limits_explained("try"):
+        raise error
+    assert caught.value.__cause__ is error
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.EIO, "Input/output error"), RuntimeError("other"), SettingsError("own"), KeyError("k")]
+)
+def test_other_errors_pass(error):
+    assert limit_met(error) is None
+    with pytest.raises(type(error)) as caught, limits_explained("try"):
+        raise error
+    assert caught.value is error
+
+
+@pytest.mark.parametrize(
+    ("groups", "path", "limit"),
+    [
+        ("0::/job\n", "job", "300"),
+        ("5:pids:/job\n4:memory:/other\n", "pids/job", "300"),
+        ("0::/elsewhere\n", "job", None),
+        ("0::/job\n", "job", "max"),
+    ],
+)
+def test_threads_of_a_container(tmp_path, groups, path, limit):
+    (tmp_path / "cgroup").write_text(groups)
+    (tmp_path / path).mkdir(parents=True)
+    (tmp_path / path / "pids.max").write_text(f"{limit or 300}\n")
+    assert pids_limit(tmp_path / "cgroup", tmp_path) == (limit if limit != "max" else None)
+    assert pids_limit(tmp_path / "nothing", tmp_path) is None
+
+
+def test_unlimited_values_are_not_named(monkeypatch):
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (resource.RLIM_INFINITY,) * 2)
+    monkeypatch.setattr("ray_streamer.process_limits.pids_limit", lambda: None)
+    assert limit_met(MemoryError()) == "no memory is left: lower memory_limit"
+    assert "kernel.threads-max" in (limit_met(RuntimeError("can't start new thread")) or "")
