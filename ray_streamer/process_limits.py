@@ -7,18 +7,24 @@ for descriptors, threads or memory, it asks within `limits_explained`, which nam
 from __future__ import annotations
 
 import errno
+import mmap
 import resource
+import threading
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ray_streamer.errors import BudgetError, RayStreamerError
-from ray_streamer.units import exact_bytes
+from ray_streamer.units import counted, exact_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 _NUMBERS_OF_FILES = {errno.EMFILE, errno.ENFILE, errno.ETOOMANYREFS}
+_STACK_BYTES = 2 << 20
+"""Of a thread, where stacks are not limited (pthread_create(3), x86-64)."""
+_SPARE_BYTES = 8 << 20
+"""What a thread may take while it begins."""
 _THREAD_REFUSED = "can't start new thread"
 _MEMORY_REFUSED = ("can't allocate memory", "not enough memory", "Cannot allocate memory")
 
@@ -42,6 +48,37 @@ def limits_explained(doing: str) -> Iterator[None]:
         if reason is None:
             raise
         raise BudgetError(f"cannot {doing}: {reason}") from error
+
+
+def start_thread(thread: threading.Thread) -> None:
+    """Starts a thread.
+
+    Where address space is limited, room for it is looked for first: Python waits for ever for a thread that began and then had no
+    memory to say so.
+
+    Raises:
+        BudgetError: The system refuses a thread, or there is no room for one.
+    """
+    with limits_explained("start a thread"):
+        check_room_for_threads(1)
+        thread.start()
+
+
+def check_room_for_threads(num_threads: int) -> None:
+    """Refuses to start threads for which a limited address space has no room.
+
+    Raises:
+        BudgetError: It has none.
+    """
+    if _value("RLIMIT_AS") is None and _value("RLIMIT_DATA") is None:
+        return
+    stack_bytes, _ = resource.getrlimit(resource.RLIMIT_STACK)
+    stack_bytes = threading.stack_size() or (_STACK_BYTES if stack_bytes == resource.RLIM_INFINITY else stack_bytes)
+    try:
+        mmap.mmap(-1, num_threads * stack_bytes + _SPARE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS).close()
+    except (OSError, OverflowError) as error:
+        reason = f"there is no room for {counted(num_threads, 'thread')}: {_threads()}; raise it, or lower concurrency"
+        raise BudgetError(reason) from error
 
 
 def limit_met(error: BaseException) -> str | None:

@@ -1,4 +1,4 @@
-"""How do people read byte counts? With a binary unit, as the settings accept them."""
+"""How do people read numbers? Bytes with a binary unit, as the settings accept them; one file, two files."""
 
 from __future__ import annotations
 
@@ -28,3 +28,12 @@ def exact_bytes(num_bytes: int) -> str:
     text = human_bytes(num_bytes)
     number, unit = text.split()
     return text if float(number) * 1024 ** _UNITS.index(unit) == num_bytes else f"{text} ({num_bytes} bytes)"
+
+
+def counted(number: int, noun: str) -> str:
+    """A number of things, with an "s" unless it is one of them.
+
+    >>> counted(1, "file"), counted(2, "file"), counted(0, "file")
+    ('1 file', '2 files', '0 files')
+    """
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

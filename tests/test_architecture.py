@@ -49,7 +49,7 @@ HOMES = {
 }
 """Packages that may import a foreign one when they run; naming its types is free."""
 
-FOUNDATION_OF_STORAGE = {"errors", "extent", "units", "wording", "storage"}
+FOUNDATION_OF_STORAGE = {"errors", "extent", "process_limits", "units", "wording", "storage"}
 
 
 def imports_of(path: Path, *, with_types: bool) -> set[str]:

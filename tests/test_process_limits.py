@@ -7,6 +7,7 @@ import os
 import resource
 import subprocess
 import sys
+import tempfile
 
 import numpy as np
 import pytest
@@ -47,13 +48,13 @@ print(sorted(thread.name for thread in threading.enumerate() if thread.name.star
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("limits")
-    # Rows are cut in pieces, so that they are staged.
-    save_file({"w": np.zeros((64, 1 << 16), "f4")}, folder / "model.safetensors")
-    for parent in (folder, *folder.parents[:3]):
-        parent.chmod(0o755)
-    return folder
+def folder():
+    """A checkpoint that other users may read."""
+    with tempfile.TemporaryDirectory() as name:
+        os.chmod(name, 0o755)
+        save_file({"w": np.zeros((64, 1 << 16), "f4")}, f"{name}/model.safetensors")
+        os.chmod(f"{name}/model.safetensors", 0o644)
+        yield name
 
 
 def _run(folder, limit, extra, *, user=0):
@@ -73,7 +74,7 @@ def test_few_descriptors_are_enough_or_named(folder, extra):
     assert extra > 0 or outcome.startswith("StorageError")
 
 
-@pytest.mark.parametrize("extra_mib", [1, 24, 64])
+@pytest.mark.parametrize("extra_mib", [1, 24])
 def test_a_little_address_space_is_named(folder, extra_mib):
     outcome = _run(folder, "RLIMIT_AS", extra_mib << 20)
     assert outcome.startswith("BudgetError"), outcome

@@ -14,7 +14,7 @@ from ray_streamer.errors import LoadAbortedError, SettingsError
 from ray_streamer.exchange.liveness import Timeouts
 from ray_streamer.machine import measure_available_memory
 from ray_streamer.planning.limits import rank_memory_limit
-from ray_streamer.process_limits import limits_explained
+from ray_streamer.process_limits import start_thread
 from ray_streamer.rank.load import RankLoad
 from ray_streamer.rank.options import RankOptions
 from ray_streamer.settings import Settings
@@ -138,8 +138,7 @@ def _stream(
             completed.put(error)
 
     thread = threading.Thread(target=run, name=f"ray_streamer-{membership.rank}", daemon=True)
-    with limits_explained("start a thread"):
-        thread.start()
+    start_thread(thread)
     try:
         while (item := completed.get()) is not None:
             if isinstance(item, BaseException):

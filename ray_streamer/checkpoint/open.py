@@ -24,6 +24,7 @@ from ray_streamer.checkpoint.strict_json import MalformedJsonError, parse_lenien
 from ray_streamer.checkpoint.weight_map import parse_weight_map
 from ray_streamer.errors import AccessError, CheckpointError, IndexMismatchError, ObjectMissingError, StorageError
 from ray_streamer.extent import Extent
+from ray_streamer.process_limits import check_room_for_threads, limits_explained
 from ray_streamer.units import counted, exact_bytes
 from ray_streamer.wording import listed, printable, shown
 
@@ -174,9 +175,12 @@ def _read_config(storage: Storage) -> dict[str, Any] | None:
 def _read_headers(
     storage: Storage, paths: Sequence[str], *, concurrency: int, head_bytes: int
 ) -> list[tuple[ShardFile, FileHeader] | None]:
-    pool = ThreadPoolExecutor(min(concurrency, len(paths)), thread_name_prefix="read-header")
+    num_threads = min(concurrency, len(paths))
+    check_room_for_threads(num_threads)
+    pool = ThreadPoolExecutor(num_threads, thread_name_prefix="read-header")
     try:
-        futures = [pool.submit(_read_header, storage, path, head_bytes) for path in paths]
+        with limits_explained("start the threads that read headers"):
+            futures = [pool.submit(_read_header, storage, path, head_bytes) for path in paths]
         # In order of path, so that the error raised is the first by path, whichever came first.
         return [future.result() for future in futures]
     finally:

@@ -37,6 +37,7 @@ from ray_streamer.exchange.messages import (
 )
 from ray_streamer.exchange.outbox import Letter, Outbox
 from ray_streamer.exchange.rendezvous import Link, Meeting
+from ray_streamer.process_limits import start_thread
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -103,7 +104,11 @@ class Hub:
         _open_hubs.add(self)
         stop.on_set(self._wake)
         self._thread = threading.Thread(target=self._run, name=f"ray_streamer-hub-{place.rank}", daemon=True)
-        self._thread.start()
+        try:
+            start_thread(self._thread)
+        except BaseException:
+            self._give_back()
+            raise
 
     def send(self, receivers: Iterable[int], message: bytes, fd: int = -1) -> None:
         """Queues a message for each of `receivers`; the descriptor stays the caller's."""
@@ -124,6 +129,9 @@ class Hub:
         self._closing_since = time.monotonic()
         self._wake()
         self._thread.join()
+        self._give_back()
+
+    def _give_back(self) -> None:
         self._stop.forget(self._wake)
         _open_hubs.discard(self)
         self.meeting.close()

@@ -5,8 +5,7 @@ from __future__ import annotations
 import threading
 from typing import TYPE_CHECKING, Generic, Self, TypeVar
 
-from ray_streamer.process_limits import limits_explained
-from ray_streamer.wording import counted
+from ray_streamer.process_limits import start_thread
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -43,9 +42,8 @@ class TaskThreads(Generic[Task]):
 
     def __enter__(self) -> Self:
         try:
-            with limits_explained(f"start {counted(len(self._threads), 'thread')}"):
-                for thread in self._threads:
-                    thread.start()
+            for thread in self._threads:
+                start_thread(thread)
         except BaseException as error:
             self._end(error)
             raise

@@ -113,7 +113,7 @@ def test_threads_that_could_be_started_are_ended_when_one_cannot(monkeypatch):
 
     monkeypatch.setattr(threading.Thread, "start", start_two)
     with (
-        pytest.raises(BudgetError, match=r"cannot start 3 threads: no thread can be started: .*lower concurrency"),
+        pytest.raises(BudgetError, match=r"cannot start a thread: no thread can be started: .*lower concurrency"),
         TaskThreads("worked", 3, range(3), lambda _: ended.wait(SECONDS) and None, stop),
     ):
         pass
