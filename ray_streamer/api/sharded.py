@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import math
-import os
 from typing import TYPE_CHECKING
 
 from ray_streamer.api.frames import with_few_frames
 from ray_streamer.api.request import make_request
-from ray_streamer.cluster.model import ShardedModel
 from ray_streamer.cluster.phases import Phases
 from ray_streamer.cluster.placement import PlacementOptions
 from ray_streamer.cluster.preflight import Preflight
-from ray_streamer.cluster.session import connect, has_same_variables, is_one_machine, starts_local_ray
 from ray_streamer.device import is_cuda
 from ray_streamer.settings import Settings
 
@@ -20,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from ray_streamer.api.request import Stages
+    from ray_streamer.cluster.model import ShardedModel
     from ray_streamer.rank.request import SliceSource
     from ray_streamer.rank.statistics import RankStatistics
     from ray_streamer.sharding.cast import DTypeLike
@@ -130,23 +127,9 @@ def load_sharded(
     )
     placement = (placement or PlacementOptions()).for_device(is_gpu=is_cuda(device))
     preflight = Preflight(request)
-    patience = request.settings.connect_timeout_seconds
-    if starts_local_ray(address, connect_timeout_seconds=patience):
-        preflight.check(is_one_machine=True, is_own_environment=has_same_variables(placement.runtime_env))
-    else:
-        preflight.check_request()
+    preflight.check_request()
     phases.end("check")
-    num_cpus = math.ceil(request.mesh.num_ranks * placement.num_cpus_per_rank)
-    connect(address, num_local_cpus=max(num_cpus, os.cpu_count() or 1), connect_timeout_seconds=patience)
-    phases.end("ray")
-    index = preflight.check(
-        is_one_machine=is_one_machine(), is_own_environment=has_same_variables(placement.runtime_env)
-    )
-    return ShardedModel(
-        request,
-        placement,
-        index=index,
-        phases=phases,
-        wait=wait,
-        on_progress=on_progress,
-    )
+    # Ray and torch take seconds to import: not before it is known that they are needed.
+    from ray_streamer.cluster.driver import drive
+
+    return drive(request, placement, preflight, phases, address=address, wait=wait, on_progress=on_progress)

@@ -14,6 +14,8 @@
     failures    which of several errors is the cause?
     group       one actor per rank, from start to teardown
     phases      where did the time go?
+    model       what does the caller hold?
+    driver      from a request to a model
 
-Importing the package imports no Ray; `session`, `seats`, `shell`, `failures` and `group` do.
+Importing the package imports no Ray; `preflight`, `placement`, `names` and `phases` need none either.
 """

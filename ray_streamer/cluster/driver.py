@@ -1,0 +1,58 @@
+"""How does a request become a model on a cluster? The driver's own look, a connection to Ray, then the ranks' work."""
+
+from __future__ import annotations
+
+import math
+import os
+from typing import TYPE_CHECKING
+
+from ray_streamer.cluster.session import connect, has_same_variables, is_one_machine, starts_local_ray
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from ray_streamer.cluster.model import ShardedModel
+    from ray_streamer.cluster.phases import Phases
+    from ray_streamer.cluster.placement import PlacementOptions
+    from ray_streamer.cluster.preflight import Preflight
+    from ray_streamer.rank.request import LoadRequest
+    from ray_streamer.rank.statistics import RankStatistics
+
+
+def drive(
+    request: LoadRequest,
+    placement: PlacementOptions,
+    preflight: Preflight,
+    phases: Phases,
+    *,
+    address: str | None,
+    wait: bool,
+    on_progress: Callable[[list[RankStatistics | None]], None] | None,
+) -> ShardedModel:
+    """Starts the ranks of a model and their load; what the driver can see wrong is raised before Ray starts.
+
+    Args:
+        request: What to load.
+        placement: What each rank reserves, and where.
+        preflight: The driver's look at the checkpoint, under way.
+        phases: The clock of the report.
+        address: Ray cluster, as in `connect`.
+        wait: Whether to return only when every rank has its tensors.
+        on_progress: As in `load_sharded`.
+
+    Raises:
+        RayStreamerError: As `load_sharded` does.
+    """
+    patience = request.settings.connect_timeout_seconds
+    if starts_local_ray(address, connect_timeout_seconds=patience):
+        preflight.check(is_one_machine=True, is_own_environment=has_same_variables(placement.runtime_env))
+    phases.end("check")
+    num_cpus = math.ceil(request.mesh.num_ranks * placement.num_cpus_per_rank)
+    connect(address, num_local_cpus=max(num_cpus, os.cpu_count() or 1), connect_timeout_seconds=patience)
+    phases.end("ray")
+    index = preflight.check(
+        is_one_machine=is_one_machine(), is_own_environment=has_same_variables(placement.runtime_env)
+    )
+    from ray_streamer.cluster.model import ShardedModel  # and with it torch
+
+    return ShardedModel(request, placement, index=index, phases=phases, wait=wait, on_progress=on_progress)
