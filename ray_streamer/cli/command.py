@@ -11,6 +11,7 @@ import click
 
 from ray_streamer.cli.words import flags_of, in_flags
 from ray_streamer.errors import RayStreamerError
+from ray_streamer.wording import printable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -61,7 +62,7 @@ def _show_error(error: Exception, flags: Mapping[str, str], *, as_json: bool) ->
     if as_json:
         print_json({"error": {"type": type(error).__name__, "message": message}})
     else:
-        click.echo(click.style(f"{type(error).__name__}: {message}", fg="red"), err=True)
+        click.echo(click.style(printable(f"{type(error).__name__}: {message}"), fg="red"), err=True)
 
 
 def print_json(value: dict[str, Any]) -> None:
@@ -75,7 +76,7 @@ class _EchoHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         context = click.get_current_context(silent=True)
         flags = flags_of(context.command.params) if context is not None else {}
-        click.echo(in_flags(self.format(record), flags), err=True)
+        click.echo(printable(in_flags(self.format(record), flags)), err=True)
 
 
 def _set_verbosity(ctx: click.Context, _: click.Parameter, count: int) -> None:

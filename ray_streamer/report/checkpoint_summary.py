@@ -10,6 +10,7 @@ import numpy as np
 from ray_streamer.dtypes import DTYPES
 from ray_streamer.errors import ShardingError
 from ray_streamer.sharding import Replicate, ShardRules, Skip, Split, SplitVocabulary, legal_tp
+from ray_streamer.sharding.completeness import missing_parts
 from ray_streamer.sharding.name_kinds import NameKinds
 
 if TYPE_CHECKING:
@@ -61,6 +62,7 @@ class CheckpointSummary:
         placements: How the preset for this model lays the tensors out, the largest first; empty without a preset.
         legal_tp: Values of tp that work with the preset; empty without one.
         largest: The largest tensors.
+        missing: What config.json and the other tensors lead one to expect beside these; see `sharding.completeness`.
     """
 
     uri: str
@@ -73,6 +75,7 @@ class CheckpointSummary:
     placements: tuple[Share, ...]
     legal_tp: tuple[int, ...]
     largest: tuple[TensorSize, ...]
+    missing: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -105,7 +108,15 @@ def summarize_checkpoint(index: CheckpointIndex, *, top: int) -> CheckpointSumma
             )
             for position in largest
         ),
+        missing=_missing(index),
     )
+
+
+def _missing(index: CheckpointIndex) -> tuple[str, ...]:
+    try:
+        return tuple(missing_parts(index)) if index.found_by != "name" else ()
+    except ShardingError as error:
+        return (str(error),)
 
 
 def _placements(index: CheckpointIndex, sizes: NDArray[np.int64]) -> tuple[tuple[Share, ...], tuple[int, ...]]:

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Self
 
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+from ray_streamer.wording import printable
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -23,9 +25,9 @@ class ProgressBar:
     """
 
     def __init__(self, title: str, console: Console | None = None) -> None:
-        columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+        columns = (TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn(), TransferSpeedColumn())
         self._progress = Progress(*columns, TimeRemainingColumn(), console=console, transient=True)
-        self._task = self._progress.add_task(title, total=None)
+        self._task = self._progress.add_task(printable(title, one_line=True), total=None)
 
     def __call__(self, ranks: Sequence[RankStatistics | None]) -> None:
         """Shows what the ranks said last; ranks that said nothing yet count for nothing."""

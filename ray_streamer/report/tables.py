@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 
-from ray_streamer.units import human_bytes
+from ray_streamer.units import counted, human_bytes
+from ray_streamer.wording import printable
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -19,10 +20,28 @@ if TYPE_CHECKING:
     from ray_streamer.storage.base import StorageStatistics
 
 
+class _PrintableConsole(Console):
+    """A console to which texts go without what a terminal would obey."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """As `Console.print`."""
+        super().print(*(printable(shown) if isinstance(shown, str) else shown for shown in objects), **options)
+
+
+class _PrintableTable(Table):
+    """A table whose cells hold names from outside."""
+
+    def add_row(self, *cells: Any, **options: Any) -> None:
+        """As `Table.add_row`."""
+        super().add_row(
+            *(printable(cell, one_line=True) if isinstance(cell, str) else cell for cell in cells), **options
+        )
+
+
 def new_console() -> Console:
     """A console on stdout; in a file or pipe it is wide enough for every table, however narrow the terminal."""
     # Names of tensors and files may look like markup.
-    console = Console(markup=False, highlight=False)
+    console = _PrintableConsole(markup=False, highlight=False)
     if not console.is_terminal:
         console.width = max(console.width, 160)
     return console
@@ -30,7 +49,7 @@ def new_console() -> Console:
 
 def new_table(title: str, *columns: str, num_text_columns: int = 1) -> Table:
     """A table whose first columns are text, and all others numbers."""
-    table = Table(title=title, title_justify="left", title_style="bold")
+    table = _PrintableTable(title=printable(title), title_justify="left", title_style="bold")
     for number, name in enumerate(columns):
         is_text = number < num_text_columns
         table.add_column(name, justify="left" if is_text else "right", overflow="fold", no_wrap=not is_text)
@@ -42,9 +61,11 @@ def print_checkpoint(summary: CheckpointSummary) -> None:
     console = new_console()
     model = summary.model_type or "model_type unknown"
     console.print(
-        f"{summary.uri} ({model}): {summary.num_tensors} tensors, {human_bytes(summary.checkpoint_bytes)}, "
-        f"{len(summary.files)} files",
+        f"{summary.uri} ({model}): {counted(summary.num_tensors, 'tensor')}, "
+        f"{human_bytes(summary.checkpoint_bytes)}, {counted(len(summary.files), 'file')}",
     )
+    if summary.missing:
+        console.print(f"Incomplete: {'; '.join(summary.missing)}.", style="red")
     console.print(_shares_table("Files", "file", summary.files, summary.checkpoint_bytes))
     console.print(_shares_table("Dtypes", "dtype", summary.dtypes, summary.checkpoint_bytes))
     if summary.placements:
