@@ -48,6 +48,11 @@ def scheme_of(uri: str) -> str:
             f"a {scheme}:// uri has credentials in it, and uris appear in plans, reports and errors; give them as the "
             "store's own tools take them (for S3: AWS_ACCESS_KEY_ID, or the setting s3_access_key_id), see docs/s3.md"
         )
+    if scheme in ("hf", "huggingface"):
+        raise SettingsError(
+            f"{uri}: repositories of the Hugging Face Hub are not opened here; fetch it first, for example by "
+            f"`hf download {rest.strip('/')}`, and give the folder that this prints"
+        )
     if scheme not in _SCHEMES:
         raise SettingsError(
             f"no storage for {uri}: scheme {scheme}:// is not known; give a path, file:///path, s3://bucket/prefix, "

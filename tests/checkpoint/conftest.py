@@ -48,7 +48,7 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
 
 
 class RecordingStorage:
-    """A real storage that writes down what was read, and may fail a head on purpose."""
+    """A real storage that writes down what was read, and may fail a head, or a listing as "", on purpose."""
 
     def __init__(self, storage: Storage) -> None:
         self._storage = storage
@@ -69,6 +69,8 @@ class RecordingStorage:
         self._storage.read_into(path, extent, buffer, etag=etag)
 
     def list(self, prefix: str = "") -> list[str]:
+        if "" in self.failures:
+            raise self.failures[""]
         return self._storage.list(prefix)
 
     def local_path(self, path: str) -> str | None:

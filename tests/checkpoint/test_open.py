@@ -503,6 +503,52 @@ def test_access_error_of_the_index_is_not_taken_for_a_missing_index(place, recor
         open_checkpoint(uri, storage)
 
 
+REFUSED = AccessError("AccessDenied")
+
+
+@pytest.mark.parametrize("where", ["", "/model.safetensors"])
+def test_who_may_read_but_not_list_loads_a_single_file(place, recording, caplog, where):
+    """S3 without s3:ListBucket answers 403 for what does not exist."""
+    uri = place({"model.safetensors": shard(A)})
+    storage = recording(uri)
+    storage.failures = {INDEX: REFUSED, "config.json": REFUSED, "": REFUSED}
+    index = open_checkpoint(uri + where, storage)
+    assert (index.names, index.config) == (("a",), None)
+    assert len(caplog.records) == (1 if where else 2)
+    assert all("s3:ListBucket" in record.getMessage() for record in caplog.records)
+
+
+def test_who_may_read_nothing_hears_so(place, recording):
+    uri = place({"model.safetensors": shard(A)})
+    storage = recording(uri)
+    storage.failures = dict.fromkeys([INDEX, "config.json", "model.safetensors", ""], REFUSED)
+    with pytest.raises(AccessError, match="AccessDenied"):
+        open_checkpoint(uri, storage)
+
+
+def test_a_config_that_is_refused_where_listing_is_allowed_is_refused(place, recording):
+    uri = place({"model.safetensors": shard(A), "config.json": b"{}"})
+    storage = recording(uri)
+    storage.failures = {"config.json": REFUSED}
+    with pytest.raises(AccessError, match="AccessDenied"):
+        open_checkpoint(uri, storage)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"a": ' * 200 + b"1" + b"}" * 200, "config.json is nested deeper than 100 levels"),
+        (b'{"a": ' + b"9" * 5000 + b"}", "config.json is not valid JSON: Exceeds the limit"),
+        (b" " * (16 << 20) + b"{}", r"config.json has 16 MiB .*above the cap of 16 MiB$"),
+    ],
+    ids=["deep", "digits", "long"],
+)
+def test_config_that_no_reader_should_bear(place, opened, content, message):
+    with pytest.raises(CheckpointError, match=message) as caught:
+        opened(place({"model.safetensors": shard(A), "config.json": content}))
+    assert len(str(caught.value)) < 400
+
+
 # The index as a value
 
 
