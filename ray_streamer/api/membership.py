@@ -1,28 +1,38 @@
-"""Which rank is this process, and who else loads? From arguments, torch.distributed, or the launcher's environment.
+"""Which rank is this process, and who else loads? From arguments, a process group, or the launcher's environment.
 
 rank=..., world_size=...        said by the caller, with a session that all ranks of the load share
-torch.distributed               a process group that is initialised: ranks ask each other where they run
-RANK, WORLD_SIZE, ...           set by torchrun and its like, which number the ranks of a node in a row
+group=...                       a torch.distributed process group: its ranks ask each other where they run
+torch.distributed               its default group, where it is initialised
+RANK, WORLD_SIZE, ...           set by torchrun and its like; see `launchers` for who shares a machine
 nothing                         a load of one rank
 """
 
 from __future__ import annotations
 
-import itertools
 import os
 import secrets
-import socket
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from ray_streamer.api.launchers import find_layout
+from ray_streamer.api.process_group import ProcessGroup
 from ray_streamer.errors import SettingsError
 from ray_streamer.planning.topology import Topology
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    import torch.distributed as dist
 
-_num_loads = itertools.count()
+_JOB_VARIABLES = (
+    "TORCHELASTIC_RUN_ID",
+    "TORCHELASTIC_RESTART_COUNT",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "SLURM_JOB_ID",
+    "SLURM_STEP_ID",
+    "OMPI_MCA_ess_base_jobid",
+    "PMIX_NAMESPACE",
+)
+"""What tells one job on a machine from another; equal on all ranks of a job."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,18 +43,33 @@ class Membership:
         rank: Global rank.
         topology: Which ranks share a node.
         session: Secret, or at least unique, name of this load.
-        share: Gives every rank what the first rank's function returns, or None when the ranks cannot speak to each other
-            before the load.
+        assumption: What was assumed about the other ranks, to be said when they do not come; empty when they are known.
+        group: The process group whose ranks load, when there is one.
     """
 
     rank: int
     topology: Topology
     session: str
-    share: Callable[[Callable[[], Any]], Any] | None = None
+    assumption: str = ""
+    group: ProcessGroup | None = None
+
+    @property
+    def node_number(self) -> int:
+        """Position in the topology of this rank's node."""
+        return self.topology.node_of(self.rank)
+
+    @property
+    def local_ranks(self) -> tuple[int, ...]:
+        """Global ranks of this rank's node, in order."""
+        return self.topology.nodes[self.node_number]
 
 
 def find_membership(
-    rank: int | None, world_size: int | None, local_world_size: int | None, session: str | None
+    rank: int | None,
+    world_size: int | None,
+    local_world_size: int | None,
+    session: str | None,
+    group: dist.ProcessGroup | None = None,
 ) -> Membership:
     """This process's place.
 
@@ -54,6 +79,7 @@ def find_membership(
         local_world_size: Ranks on each node; all of them when unset.
         session: A name that all ranks of this load, and no other load on these machines, give; needed where the ranks of a
             node know nothing else in common.
+        group: Its ranks load; instead of `rank` and `world_size`.
 
     Raises:
         SettingsError: The values do not fit together.
@@ -61,67 +87,48 @@ def find_membership(
     if (rank is None) != (world_size is None):
         raise SettingsError(f"give rank and world_size, or neither: rank={rank} world_size={world_size}")
     if rank is not None and world_size is not None:
-        topology = _rows(rank, world_size, world_size if local_world_size is None else local_world_size)
-        if session is None and len(topology.nodes[topology.node_of(rank)]) > 1:
-            raise SettingsError("give session: a name that the ranks of this load share and no other load uses")
-        return Membership(rank=rank, topology=topology, session=session or secrets.token_hex(16))
-    return _from_process_group() or _from_environment(session)
+        if group is not None:
+            raise SettingsError("give group, or rank and world_size, not both: a group's ranks know who they are")
+        return _from_arguments(rank, world_size, local_world_size, session)
+    asked = ProcessGroup(group) if group is not None else ProcessGroup.default()
+    if asked is not None:
+        return Membership(rank=asked.rank, topology=asked.topology, session=asked.session, group=asked)
+    return _from_environment(session)
 
 
-def _rows(rank: int, world_size: int, local_world_size: int) -> Topology:
-    if not 0 <= rank < world_size or local_world_size < 1 or world_size % local_world_size:
+def _from_arguments(rank: int, world_size: int, local_world_size: int | None, session: str | None) -> Membership:
+    local_size = world_size if local_world_size is None else local_world_size
+    if not 0 <= rank < world_size or local_size < 1 or world_size % local_size:
         raise SettingsError(
             f"need 0 <= rank < world_size and local_world_size dividing it, got rank={rank} world_size={world_size} "
-            f"local_world_size={local_world_size}"
+            f"local_world_size={local_size}"
         )
-    return Topology.even(world_size, world_size // local_world_size)
-
-
-def _from_process_group() -> Membership | None:
-    import torch.distributed as dist
-
-    if not (dist.is_available() and dist.is_initialized()):
-        return None
-    places: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(places, (_machine(), secrets.token_hex(16)))
-    machines = [machine for machine, _ in places]
-    nodes = tuple(
-        tuple(rank for rank, other in enumerate(machines) if other == machine) for machine in dict.fromkeys(machines)
+    if session is None and local_size > 1:
+        raise SettingsError("give session: a name that the ranks of this load share and no other load uses")
+    assumed = (
+        f"local_world_size was not given, so all {world_size} ranks were taken to be on this machine"
+        if local_world_size is None
+        else ""
     )
-
-    def share(make: Callable[[], Any]) -> Any:
-        made: list[Any] = [None]
-        if dist.get_rank() == 0:
-            try:
-                made = [make()]
-            except Exception as error:  # every rank must leave the collective, and with this error
-                made = [error]
-        dist.broadcast_object_list(made, src=0)
-        if isinstance(made[0], Exception):
-            raise made[0]
-        return made[0]
-
-    return Membership(rank=dist.get_rank(), topology=Topology(nodes), session=places[0][1], share=share)
-
-
-def _machine() -> tuple[str, str, int]:
-    """What ranks must have in common to meet on an abstract socket: the running kernel and its network namespace."""
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    return socket.gethostname(), boot, os.stat("/proc/self/ns/net").st_ino
+    topology = Topology.even(world_size, world_size // local_size)
+    return Membership(rank=rank, topology=topology, session=session or secrets.token_hex(16), assumption=assumed)
 
 
 def _from_environment(session: str | None) -> Membership:
-    if "RANK" not in os.environ and "WORLD_SIZE" not in os.environ:
+    environment = os.environ
+    if "RANK" not in environment and "WORLD_SIZE" not in environment:
         return Membership(rank=0, topology=Topology.even(1), session=secrets.token_hex(16))
     try:
-        rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+        rank, world_size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
+        int(environment.get("LOCAL_WORLD_SIZE", world_size))
     except (KeyError, ValueError) as error:
         raise SettingsError(
             f"RANK, WORLD_SIZE and LOCAL_WORLD_SIZE must be whole numbers, all or none: {error}"
         ) from None
+    if not 0 <= rank < world_size:
+        raise SettingsError(f"need 0 <= RANK < WORLD_SIZE, got RANK={rank} WORLD_SIZE={world_size}")
+    layout = find_layout(rank, world_size, environment)
     if session is None:
-        names = ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "MASTER_ADDR", "MASTER_PORT")
-        # Counted, so that the next load of the same processes is another session; all ranks load equally often.
-        session = "/".join([*(os.environ.get(name, "") for name in names), str(next(_num_loads))])
-    return Membership(rank=rank, topology=_rows(rank, world_size, local_world_size), session=session)
+        # Not counted: a rank that tries again, after an error that the others know nothing of, must meet them.
+        session = "/".join([str(os.geteuid()), *(environment.get(name, "") for name in _JOB_VARIABLES)])
+    return Membership(rank=rank, topology=layout.topology, session=session, assumption=layout.explanation)

@@ -2,36 +2,37 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import socket
-import threading
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Unpack
 
+from ray_streamer.api.agreement import agree, read_index_for_all_nodes
 from ray_streamer.api.membership import find_membership
-from ray_streamer.api.plan import assumed_limits
 from ray_streamer.api.request import SliceArguments, make_request, num_stages, slice_arguments
-from ray_streamer.errors import LoadAbortedError, SettingsError
+from ray_streamer.errors import SettingsError
 from ray_streamer.exchange.liveness import Timeouts
-from ray_streamer.machine import measure_available_memory
-from ray_streamer.planning.limits import rank_memory_limit
-from ray_streamer.process_limits import start_thread
+from ray_streamer.exchange.place import Place
+from ray_streamer.exchange.session import NodeSession
+from ray_streamer.rank.background import BackgroundLoad
 from ray_streamer.rank.load import RankLoad
 from ray_streamer.rank.options import RankOptions
 from ray_streamer.settings import Settings
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Mapping
 
     import torch
+    import torch.distributed as dist
 
+    from ray_streamer.api.agreement import Agreement
     from ray_streamer.api.membership import Membership
     from ray_streamer.api.request import Stages
-    from ray_streamer.device.base import Device
-    from ray_streamer.planning.read_plan import ReadPlan
+    from ray_streamer.rank.background import Item
     from ray_streamer.rank.request import LoadRequest
     from ray_streamer.rank.statistics import RankStatistics
     from ray_streamer.storage import UriLike
-    from ray_streamer.storage.base import Storage
 
 
 class RankArguments(SliceArguments, total=False):
@@ -45,6 +46,8 @@ class RankArguments(SliceArguments, total=False):
         world_size: Ranks of the load; given or left out together with `rank`.
         local_world_size: Ranks on each node, numbered in a row; all of them when unset.
         session: With `rank`: a name that the ranks of this load share and no other load on these machines uses.
+        group: The torch.distributed process group whose ranks load, instead of `rank` and `world_size`; its default group when
+            unset. Ranks are those of the group.
         device: "cpu"; "cuda", torch's current device; or "cuda:N".
         settings: Every knob, equal on all ranks; from the environment when unset.
         out: Contiguous tensors of this rank by name, filled in place; tensors not named are allocated. After an error their
@@ -59,6 +62,7 @@ class RankArguments(SliceArguments, total=False):
     world_size: int | None
     local_world_size: int | None
     session: str | None
+    group: dist.ProcessGroup | None
     device: str
     settings: Settings | None
     out: Mapping[str, torch.Tensor] | None
@@ -81,77 +85,130 @@ def load_rank(uri: UriLike, **arguments: Unpack[RankArguments]) -> dict[str, tor
         StartupTimeoutError: Ranks of this node did not come.
         RayStreamerError: As `load_sharded` raises, for what this rank met itself.
     """
-    return dict(stream_rank(uri, **arguments))
+    with contextlib.closing(stream_rank(uri, **arguments)) as stream:
+        return dict(stream)
 
 
-def stream_rank(uri: UriLike, **arguments: Unpack[RankArguments]) -> Iterator[tuple[str, torch.Tensor]]:
-    """As `load_rank`, but yields each tensor as it becomes complete, while the others still load.
+def stream_rank(uri: UriLike, **arguments: Unpack[RankArguments]) -> RankStream:
+    """As `load_rank`, but gives each tensor as it becomes complete, while the others still load.
 
-    Planning and every check come before the first tensor. Closing the iterator early ends the load; its neighbours then
-    fail with `RankFailedError`.
+    The load begins with the first tensor asked for: planning and every check come before it. Closing the stream early ends
+    the load; its neighbours then fail with `RankFailedError`. A stream that is dropped ends, too.
 
     Args:
         uri: As in `load_sharded`.
         arguments: See `RankArguments`.
 
-    Yields:
-        (checkpoint name, tensor), each tensor once, in no particular order.
+    Returns:
+        An iterator of (checkpoint name, tensor), each tensor once, in no particular order.
 
     Raises:
-        RayStreamerError: As `load_rank`; tensors that were yielded before are complete.
+        RayStreamerError: As `load_rank`, while tensors are taken; those that were given before are complete.
     """
+    return RankStream(uri, arguments)
+
+
+class RankStream(Iterator[tuple[str, "torch.Tensor"]]):
+    """The tensors of one rank as they become complete; made by `stream_rank`. One thread takes them."""
+
+    def __init__(self, uri: UriLike, arguments: RankArguments) -> None:
+        self._uri, self._arguments = uri, arguments
+        self._running: BackgroundLoad | None = None
+        self._load: RankLoad | None = None
+        self._is_over = False
+
+    def __next__(self) -> tuple[str, torch.Tensor]:
+        """The next complete tensor; waits for it."""
+        if self._is_over:
+            raise StopIteration
+        try:
+            if self._running is None:
+                self._load, self._running = _begin(self._uri, self._arguments)
+            item = self._running.take()
+        except BaseException:
+            self.close()
+            raise
+        if item is not None:
+            return item
+        self._is_over = True
+        report = self._arguments.get("on_statistics")
+        if report is not None and self._load is not None:
+            report(self._load.statistics())
+        raise StopIteration
+
+    def close(self) -> None:
+        """Ends the load, if it is under way, and waits until nothing of it is left."""
+        if not self._is_over:
+            self._is_over = True
+            if self._running is not None:
+                self._running.end()
+
+    def __del__(self) -> None:
+        """Ends the load; the collector may call this in a thread of the load itself."""
+        if not self._is_over and self._running is not None:
+            self._running.drop()
+
+
+def _begin(uri: UriLike, arguments: RankArguments) -> tuple[RankLoad, BackgroundLoad]:
+    """Meets the other ranks, agrees with them and starts the load."""
     membership, request = _request_of_rank(uri, arguments)
-    # First: a GPU starts in the background, while the headers are read.
-    device = request.open_device(request.device)
-    plan = _plan(membership, request)
-    storage = request.open_storage(num_sharers=len(plan.topology.nodes[plan.topology.node_of(membership.rank)]))
-    try:
-        yield from _stream(membership, plan, request.settings, storage, device, arguments)
-    finally:
-        storage.close()
+    index_bytes = read_index_for_all_nodes(membership, request)
+    completed: queue.SimpleQueue[Item | BaseException | None] = queue.SimpleQueue()
+    with contextlib.ExitStack() as owned:
+        # The others are looked for while device and storage are opened; what fails there is told to them.
+        session = owned.enter_context(NodeSession(_place(membership, request.settings)))
+        device = request.open_device(request.device)
+        storage = request.open_storage(num_sharers=len(membership.local_ranks))
+        owned.callback(storage.close)
+        session.wait_met()
+        agreement = agree(session, membership, request, storage, index_bytes)
+        load = RankLoad(
+            agreement.plan,
+            membership.rank,
+            storage,
+            device,
+            _options(session, agreement, request.settings),
+            session=session,
+            out=arguments.get("out"),
+            on_complete=lambda name, tensor: completed.put((name, tensor)),
+        )
+
+        def abort(error: BaseException) -> None:
+            load.abort(error)
+            # It wakes threads that wait for a network.
+            storage.close()
+
+        def close(error: BaseException | None) -> None:
+            held.__exit__(type(error) if error is not None else None, error, None)
+
+        held = owned.pop_all()
+        try:
+            return load, BackgroundLoad(membership.rank, run=load.run, abort=abort, close=close, completed=completed)
+        except BaseException as error:
+            close(error)
+            raise
 
 
-def _stream(
-    membership: Membership,
-    plan: ReadPlan,
-    settings: Settings,
-    storage: Storage,
-    device: Device,
-    arguments: RankArguments,
-) -> Iterator[tuple[str, torch.Tensor]]:
-    completed: queue.SimpleQueue[tuple[str, torch.Tensor] | BaseException | None] = queue.SimpleQueue()
-    load = RankLoad(
-        plan,
-        membership.rank,
-        storage,
-        device,
-        _options(membership, plan, settings),
-        out=arguments.get("out"),
-        on_complete=lambda name, tensor: completed.put((name, tensor)),
+def _place(membership: Membership, settings: Settings) -> Place:
+    return Place(
+        # Several nodes may share a machine, and with it the names of sockets.
+        session=f"{membership.session}/{membership.node_number}",
+        rank=membership.rank,
+        ranks=membership.local_ranks,
+        node=socket.gethostname(),
+        timeouts=Timeouts.of(settings),
+        assumption=membership.assumption,
     )
 
-    def run() -> None:
-        try:
-            load.run()
-            completed.put(None)
-        except BaseException as error:
-            completed.put(error)
 
-    thread = threading.Thread(target=run, name=f"ray_streamer-{membership.rank}", daemon=True)
-    start_thread(thread)
-    try:
-        while (item := completed.get()) is not None:
-            if isinstance(item, BaseException):
-                raise item
-            yield item
-    finally:
-        load.abort(LoadAbortedError(f"the caller of rank {membership.rank} stopped taking tensors"))
-        # Before the threads are waited for: it wakes those that wait for a network.
-        storage.close()
-        thread.join()
-    report = arguments.get("on_statistics")
-    if report is not None:
-        report(load.statistics())
+def _options(session: NodeSession, agreement: Agreement, settings: Settings) -> RankOptions:
+    return RankOptions(
+        session=session.place.session,
+        node=session.place.node,
+        concurrency=settings.concurrency,
+        memory_limit=agreement.memory_limit,
+        timeouts=session.place.timeouts,
+    )
 
 
 def _request_of_rank(uri: UriLike, arguments: RankArguments) -> tuple[Membership, LoadRequest]:
@@ -163,6 +220,7 @@ def _request_of_rank(uri: UriLike, arguments: RankArguments) -> tuple[Membership
         arguments.get("world_size"),
         arguments.get("local_world_size"),
         arguments.get("session"),
+        arguments.get("group"),
     )
     return membership, _request(uri, arguments, membership.topology.num_ranks)
 
@@ -186,36 +244,4 @@ def _request(uri: UriLike, arguments: RankArguments, num_ranks: int) -> LoadRequ
         settings=arguments.get("settings") or Settings.resolve(),
         device=arguments.get("device", "cpu"),
         **slice_arguments(arguments),
-    )
-
-
-def _plan(membership: Membership, request: LoadRequest) -> ReadPlan:
-    # A limit that all ranks know without asking each other, so that all make the same plan.
-    limits = assumed_limits(membership.topology, request.settings)
-
-    def make() -> ReadPlan:
-        return request.plan(membership.topology, memory_limits=limits)
-
-    return make() if membership.share is None else membership.share(make)
-
-
-def _options(membership: Membership, plan: ReadPlan, settings: Settings) -> RankOptions:
-    node_number = plan.topology.node_of(membership.rank)
-    neighbours = plan.topology.nodes[node_number]
-    memory_limit = rank_memory_limit(
-        memory_limit=settings.memory_limit,
-        node_memory_limit=settings.node_memory_limit,
-        available_bytes=measure_available_memory(),
-        num_local_ranks=len(neighbours),
-    )
-    if settings.memory_limit is None:
-        # The plan was made before this rank knew its memory; one block is the least.
-        memory_limit = max(memory_limit, plan.limits.block_bytes)
-    return RankOptions(
-        # Several nodes may share a machine, and with it the names of sockets.
-        session=f"{membership.session}/{node_number}",
-        node=socket.gethostname(),
-        concurrency=settings.concurrency,
-        memory_limit=memory_limit,
-        timeouts=Timeouts.of(settings),
     )

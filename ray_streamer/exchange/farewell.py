@@ -1,7 +1,7 @@
 """How do the others learn why a rank stops? It tells everybody it is connected to, and those who are about to come.
 
-A rank that learns of another one's failure while ranks still meet stays for a while, so that whoever comes late hears of it
-too, instead of waiting for ranks that are gone.
+A rank that fails, or learns of another one's failure, while ranks still meet stays for a while, so that whoever comes late hears
+of it too, instead of waiting for ranks that are gone.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import contextlib
 import time
 from typing import TYPE_CHECKING
 
-from ray_streamer.errors import RankFailedError
+from ray_streamer.errors import LoadAbortedError, RankFailedError, StartupTimeoutError
 from ray_streamer.exchange.messages import Failure, encode_failure
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ FAREWELL_SECONDS = 1.0
 """How long a rank tries to tell neighbours that do not read."""
 
 LINGER_SECONDS = 5.0
-"""How long a rank stays for those that are late, when another one failed before all had met."""
+"""How long a rank stays for those that are late, when one failed before all had met."""
 
 
 def say_farewell(
@@ -45,9 +45,12 @@ def say_farewell(
     message = encode_failure(Failure.of(error, rank=place.rank, node=place.node))
     told: set[int] = set()
     _tell(links, told, message)
-    if not isinstance(error, RankFailedError):
+    if not isinstance(error, Exception) or isinstance(error, LoadAbortedError | StartupTimeoutError):
+        # Ordered from outside, or known to whoever waits for the same ranks.
         return
-    failed = {place.ranks.index(error.rank)} if error.rank in place.ranks else set()
+    failed = (
+        {place.ranks.index(error.rank)} if isinstance(error, RankFailedError) and error.rank in place.ranks else set()
+    )
     deadline = time.monotonic() + LINGER_SECONDS
     while missing - failed and time.monotonic() < deadline:
         meet_more()

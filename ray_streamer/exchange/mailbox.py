@@ -107,7 +107,6 @@ class Mailbox:
                 self._stop.check()
                 self._refuse_gone(self._awaited)
                 self._changed.wait()
-            self._stop.check()
             return {peer: self._received.pop((peer, step)) for peer in wanted}
 
     def begin_load(self) -> None:

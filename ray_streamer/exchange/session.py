@@ -46,7 +46,17 @@ class Lent(NamedTuple):
 
 
 class NodeSession:
-    """The ranks of one node; made by `meet`, closed by its owner.
+    """The ranks of one node; closed by its owner. Made by `meet`; or by itself, and then `wait_met` comes before every verb.
+
+    A thread looks for the other ranks from the first moment on, so that whoever makes the session may do something else before
+    it waits for them; an error that ends it meanwhile is told to all that come within a few seconds.
+
+    Args:
+        place: Which rank this is.
+        activity: Where this rank's threads say what they do, when they do it already.
+
+    Raises:
+        ClusterError: The session is in use by another process.
 
     Attributes:
         place: Which rank this is, and who the others are.
@@ -54,9 +64,9 @@ class NodeSession:
         stop: Set once the session is over because of an error, this rank's or another's.
     """
 
-    def __init__(self, place: Place, activity: Activity) -> None:
+    def __init__(self, place: Place, activity: Activity | None = None) -> None:
         self.place = place
-        self.activity = activity
+        self.activity = activity or Activity()
         self.stop = StopSignal()
         self._step = 0
         self._mailbox = Mailbox(place, self.activity, self.stop)
@@ -78,10 +88,10 @@ class NodeSession:
             RankFailedError: A rank that came failed, died or hung before the others were there.
             ClusterError: The session is in use by another process.
         """
-        session = cls(place, activity or Activity())
+        session = cls(place, activity)
         end = session._end_with(stop)
         try:
-            session._wait_met()
+            session.wait_met()
         except BaseException as error:
             session.fail(error)
             session.close()
@@ -90,6 +100,30 @@ class NodeSession:
             if stop is not None:
                 stop.forget(end)
         return session
+
+    def wait_met(self) -> None:
+        """Waits until every other rank of the node is there.
+
+        Raises:
+            StartupTimeoutError: Some ranks did not come; names them, and what was assumed about them.
+            RankFailedError: A rank that came failed, died or hung before the others were there.
+        """
+        if self._hub is None:
+            self.stop.check()
+            return
+        self.activity.phase = "meeting the other ranks"
+        place = self.place
+        absent = self._mailbox.wait_met(place.timeouts.startup_seconds)
+        if absent:
+            names = [place.ranks[local_rank] for local_rank in sorted(absent)]
+            notes = self._hub.meeting.notes
+            told = f"; turned away: {'; '.join(notes)}" if notes else ""
+            assumed = f"; {place.assumption}" if place.assumption else ""
+            raise StartupTimeoutError(
+                f"ranks {names} of node {place.node} did not connect to rank {place.rank} within "
+                f"startup_timeout_seconds={place.timeouts.startup_seconds}; look for their errors, or raise the setting"
+                f"{told}{assumed}"
+            )
 
     @property
     def is_first(self) -> bool:
@@ -197,24 +231,6 @@ class NodeSession:
         if stop is not None:
             stop.on_set(end)
         return end
-
-    def _wait_met(self) -> None:
-        if self._hub is None:
-            self.stop.check()
-            return
-        self.activity.phase = "meeting the other ranks"
-        place = self.place
-        absent = self._mailbox.wait_met(place.timeouts.startup_seconds)
-        if absent:
-            names = [place.ranks[local_rank] for local_rank in sorted(absent)]
-            notes = self._hub.meeting.notes
-            told = f"; turned away: {'; '.join(notes)}" if notes else ""
-            assumed = f"; {place.assumption}" if place.assumption else ""
-            raise StartupTimeoutError(
-                f"ranks {names} of node {place.node} did not connect to rank {place.rank} within "
-                f"startup_timeout_seconds={place.timeouts.startup_seconds}; look for their errors, or raise the setting"
-                f"{told}{assumed}"
-            )
 
     def _next_step(self) -> int:
         self._step += 1

@@ -151,13 +151,17 @@ class LoadRequest:
         """
         storage = self.open_storage()
         try:
-            index = open_checkpoint(
-                self.uri, storage, concurrency=self.settings.concurrency, strict_index=self.settings.strict_index
-            )
-            refuse_incomplete(index)
-            return index
+            return self.read_index(storage)
         finally:
             storage.close()
+
+    def read_index(self, storage: Storage) -> CheckpointIndex:
+        """As `open_index`, through a storage that is open already and stays so."""
+        index = open_checkpoint(
+            self.uri, storage, concurrency=self.settings.concurrency, strict_index=self.settings.strict_index
+        )
+        refuse_incomplete(index)
+        return index
 
     def plan(
         self, topology: Topology, *, memory_limits: tuple[int, ...], index: CheckpointIndex | None = None

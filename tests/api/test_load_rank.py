@@ -155,7 +155,7 @@ class Endless:
         self._server, self._uri, self._proxy = server, uri, proxy
         self.gate = gate
 
-    def arguments(self, *, is_stalled: bool) -> dict[str, Any]:
+    def arguments(self, *, is_stalled: bool, reads_headers: bool = True) -> dict[str, Any]:
         """What a rank is given, one that waits for that body or one whose reads all succeed."""
         endpoint_url = self._proxy.url if is_stalled else self._server.endpoint_url
         settings = ray_streamer.Settings(
@@ -166,8 +166,9 @@ class Endless:
         )
         if is_stalled:
             ray_streamer.plan(self._uri, settings=settings)
-            # The rank reads the headers and one block, and then waits for the second one.
-            self._proxy.fail_next(*[Fault()] * (len(self._proxy.ranges) + 1), Fault(body_bytes=1000, end="stall"))
+            num_headers = len(self._proxy.ranges) if reads_headers else 0
+            # The rank reads the headers, if it is the first one, and one block, and then waits for the second one.
+            self._proxy.fail_next(*[Fault()] * (num_headers + 1), Fault(body_bytes=1000, end="stall"))
         return {"uri": self._uri, "settings": settings, "environment": self._server.environment()}
 
     def wait_until_stalled(self) -> None:
@@ -201,7 +202,10 @@ def test_a_stream_that_is_closed_early_leaves_nothing(pair: RankProcesses, check
 def test_a_rank_that_fails_in_its_loop_is_named_by_the_other(
     pair: RankProcesses, endless: Endless, numbered: list[dict[str, Any]], stalled: int
 ) -> None:
-    arguments = [each | endless.arguments(is_stalled=rank == stalled) for rank, each in enumerate(numbered)]
+    arguments = [
+        each | endless.arguments(is_stalled=rank == stalled, reads_headers=rank == 0)
+        for rank, each in enumerate(numbered)
+    ]
     pair.order(0, rank_tasks.stream_one_and_raise, gate=endless.gate, **arguments[0])
     pair.order(1, rank_tasks.stream_all, **arguments[1])
     endless.open_gate()
@@ -216,7 +220,10 @@ def test_a_rank_that_fails_in_its_loop_is_named_by_the_other(
 def test_a_rank_that_is_killed_is_named_by_the_other(
     pair: RankProcesses, endless: Endless, numbered: list[dict[str, Any]], stalled: int
 ) -> None:
-    arguments = [each | endless.arguments(is_stalled=rank == stalled) for rank, each in enumerate(numbered)]
+    arguments = [
+        each | endless.arguments(is_stalled=rank == stalled, reads_headers=rank == 0)
+        for rank, each in enumerate(numbered)
+    ]
     with RankProcesses(1) as victim:
         victim.order(0, rank_tasks.stream_all, **arguments[0])
         pair.order(1, rank_tasks.stream_all, **arguments[1])

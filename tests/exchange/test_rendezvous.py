@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from ray_streamer.errors import ClusterError, StartupTimeoutError
+from ray_streamer.errors import ClusterError, LoadAbortedError, StartupTimeoutError
 from ray_streamer.exchange import peer, rendezvous
 from ray_streamer.exchange.messages import Hello, Kind, encode_hello
 from ray_streamer.exchange.names import address_of, longer_names
@@ -67,9 +67,9 @@ def test_the_absent_rank_is_named_by_all_and_nobody_else_is(start):
 
 
 def test_a_rank_that_waits_for_an_absent_one_can_be_stopped(place, session):
-    stop, error = StopSignal(), RuntimeError("over")
+    stop, error = StopSignal(), LoadAbortedError("over")
     stop.set(error)
-    with pytest.raises(RuntimeError, match="over"):
+    with pytest.raises(LoadAbortedError, match="over"):
         NodeSession.meet(place(session, 0, 3), stop)
 
 

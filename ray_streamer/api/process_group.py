@@ -1,0 +1,85 @@
+"""What do ranks of a torch.distributed process group ask each other before they load? Where each runs, and one rank's result."""
+
+from __future__ import annotations
+
+import secrets
+import socket
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ray_streamer.errors import CheckpointError, RayStreamerError, SettingsError
+from ray_streamer.planning.topology import Topology
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import torch.distributed as dist
+
+
+class ProcessGroup:
+    """A process group, asked for what a load needs; its own timeout bounds every question.
+
+    Attributes:
+        rank: Of this process in the group.
+        topology: Which ranks of the group share a machine.
+        session: A secret that the group's ranks share.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None) -> None:
+        import torch.distributed as dist
+
+        self._dist, self._group = dist, group
+        self.rank = dist.get_rank(group)
+        if self.rank < 0:
+            raise SettingsError(
+                "this process is no member of the process group that was given; call it in members only"
+            )
+        places: list[Any] = [None] * dist.get_world_size(group)
+        dist.all_gather_object(places, (_machine(), secrets.token_hex(16)), group=group)
+        machines = [machine for machine, _ in places]
+        self.topology = Topology(
+            tuple(
+                tuple(rank for rank, other in enumerate(machines) if other == machine)
+                for machine in dict.fromkeys(machines)
+            )
+        )
+        self.session: str = places[0][1]
+
+    @classmethod
+    def default(cls) -> ProcessGroup | None:
+        """The default group; None when torch.distributed is not initialised."""
+        import torch.distributed as dist
+
+        return cls(None) if dist.is_available() and dist.is_initialized() else None
+
+    def share(self, make: Callable[[], bytes]) -> bytes:
+        """What `make` returned on the first rank, on all ranks.
+
+        Raises:
+            RayStreamerError: What it raised, on all ranks.
+        """
+        made: list[Any] = [None]
+        failure: Exception | None = None
+        if self.rank == 0:
+            try:
+                made = [make()]
+            except Exception as error:  # every rank must leave the collective, and with this error
+                failure = error
+                made = [error if isinstance(error, RayStreamerError) else f"{type(error).__name__}: {error}"]
+        self._dist.broadcast_object_list(made, src=self._first(), group=self._group)
+        if failure is not None:
+            raise failure
+        if isinstance(made[0], RayStreamerError):
+            raise made[0]
+        if isinstance(made[0], str):
+            raise CheckpointError(f"rank 0 of the process group could not read the checkpoint: {made[0]}")
+        return made[0]
+
+    def _first(self) -> int:
+        return 0 if self._group is None else self._dist.get_global_rank(self._group, 0)
+
+
+def _machine() -> tuple[str, str, int]:
+    """What ranks must have in common to meet on an abstract socket: the running kernel and its network namespace."""
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return socket.gethostname(), boot, Path("/proc/self/ns/net").stat().st_ino
