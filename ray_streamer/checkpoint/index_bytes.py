@@ -61,7 +61,7 @@ def index_from_bytes(data: bytes | memoryview) -> CheckpointIndex:
     """
     try:
         return _parse(memoryview(data))
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
         raise CheckpointError(f"these bytes are no index of a checkpoint ({type(error).__name__}: {error})") from error
 
 

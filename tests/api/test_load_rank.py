@@ -21,6 +21,7 @@ from ray_streamer.errors import (
     SettingsError,
     StartupTimeoutError,
 )
+from ray_streamer.planning.explain import summarize
 from ray_streamer.testing.faults import Fault, FaultProxy
 
 if TYPE_CHECKING:
@@ -114,6 +115,68 @@ def test_a_process_group_meets_the_planning_error_of_its_first_rank(pair: RankPr
     assert all("nothing" in str(error) for error in errors)
 
 
+def test_a_group_that_the_caller_names(pair: RankProcesses, checkpoint: Any, tmp_path: Path) -> None:
+    common = {"uri": checkpoint.uri, "folder": checkpoint.uri, "store": str(tmp_path / "store"), "world_size": 2}
+    for loaded in pair.run(rank_tasks.load_in_groups, [{"rank": rank, **common} for rank in range(2)]):
+        assert loaded["together"] == loaded["alone"] == []
+        assert "no member of the process group" in loaded["refused"][0]
+
+
+def test_a_group_and_a_rank_are_not_both_given(checkpoint: Any) -> None:
+    group: Any = object()
+    with pytest.raises(SettingsError, match="give group, or rank and world_size, not both"):
+        ray_streamer.load_rank(checkpoint.uri, rank=0, world_size=1, group=group)
+
+
+@pytest.mark.parametrize(
+    ("first_attempt", "outcomes"),
+    [
+        pytest.param({"uri": "/no/such/checkpoint"}, [2, 2], id="failed-after-they-met"),
+        pytest.param({"device": "tpu"}, [2, 1], id="failed-before-they-met"),
+        pytest.param({"tp": 3}, [2, 1], id="asked-for-nonsense"),
+    ],
+)
+def test_a_rank_that_tries_again_meets_the_rest(
+    pair: RankProcesses, checkpoint: Any, first_attempt: dict[str, Any], outcomes: list[int]
+) -> None:
+    """Only the first rank's first attempt fails by itself; where the other one was not met yet, it notices nothing."""
+    common = {"uri": checkpoint.uri, "folder": checkpoint.uri}
+    attempts = [[first_attempt, {}, {}], [{}, {}, {}]]
+    ranks = [
+        {"environment": launched()[rank], "tp_index": rank, "attempts": attempts[rank], **common} for rank in range(2)
+    ]
+    answers = pair.run(rank_tasks.load_in_attempts, ranks)
+    assert [len(answer) for answer in answers] == outcomes, answers
+    assert [answer[-1] for answer in answers] == [[], []]
+
+
+def test_processes_that_share_nothing_but_a_name_read_the_headers_once(checkpoint: Any, s3_credentials: Any) -> None:
+    if s3_credentials.kind != "rgw":
+        pytest.skip("only RADOS Gateway counts what it is asked")
+    uri = s3_credentials.upload_folder(checkpoint.folder, "headers-once")
+    settings = ray_streamer.Settings(
+        s3_endpoint_url=s3_credentials.endpoint_url, memory_limit=1 << 20, block_bytes=256 << 10, hedge_percent=0
+    )
+    before = s3_credentials.requests()
+    plan = ray_streamer.plan(uri, 4, settings=settings)
+    num_header_requests = s3_credentials.requests() - before
+    common = {"uri": uri, "folder": checkpoint.uri, "tp": 4, "world_size": 4, "session": secrets.token_hex(8)}
+    with RankProcesses(4) as processes:
+        for rank in range(4):
+            processes.order(
+                rank,
+                rank_tasks.load,
+                rank=rank,
+                tp_index=rank,
+                settings=settings,
+                environment=s3_credentials.environment(),
+                **common,
+            )
+        before = s3_credentials.requests()
+        assert [processes.answer(rank) for rank in range(4)] == [[]] * 4
+    assert s3_credentials.requests() - before == num_header_requests + summarize(plan).requests
+
+
 def test_a_world_of_one(checkpoint: Any) -> None:
     assert oracle.faults(ray_streamer.load_rank(checkpoint.uri), checkpoint.uri) == []
     streamed = dict(ray_streamer.stream_rank(checkpoint.uri, settings=ray_streamer.Settings(page_cache="off")))
@@ -196,6 +259,13 @@ def test_a_stream_that_is_closed_early_leaves_nothing(pair: RankProcesses, check
     assert closed["name"] in checkpoint.names
     assert [name for name in closed["during"] if name.startswith("ray_streamer-0-read")]
     assert closed["after"] == closed["before"]
+
+
+def test_streams_that_are_dropped_in_cycles_leave_nothing(pair: RankProcesses, checkpoint: Any) -> None:
+    """The collector runs when it likes, in a thread of a load as well as in any other."""
+    settings = ray_streamer.Settings(page_cache="off", memory_limit=64 << 10, block_bytes=4096, concurrency=4)
+    pair.order(0, rank_tasks.drop_streams_in_cycles, uri=checkpoint.uri, num_streams=20, settings=settings)
+    assert pair.answer(0) == []
 
 
 @pytest.mark.parametrize("stalled", STALLED)

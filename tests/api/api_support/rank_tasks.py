@@ -47,6 +47,61 @@ def load_in_process_group(uri: str, folder: str, *, store: str, rank: int, world
         dist.destroy_process_group()
 
 
+def load_in_groups(uri: str, folder: str, *, store: str, rank: int, world_size: int) -> dict[str, list[str]]:
+    """Load as a member of a group of all, and alone in a group of one; gives the names of wrong tensors."""
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
+    try:
+        everybody = dist.new_group(list(range(world_size)))
+        alone = [dist.new_group([number]) for number in range(world_size)]
+        together = ray_streamer.load_rank(uri, group=everybody)
+        mine = ray_streamer.load_rank(uri, group=alone[rank])
+        try:
+            ray_streamer.load_rank(uri, group=alone[1 - rank])
+        except ray_streamer.errors.SettingsError as error:
+            refused = str(error)
+        return {
+            "together": oracle.faults(together, folder, tp_index=rank, tp=world_size),
+            "alone": oracle.faults(mine, folder),
+            "refused": [refused],
+        }
+    finally:
+        dist.destroy_process_group()
+
+
+def load_in_attempts(attempts: list[dict[str, Any]], folder: str, *, tp_index: int, **arguments: Any) -> list[Any]:
+    """Load until an attempt succeeds; gives the class of each attempt's error, and the wrong tensors of the last one."""
+    outcomes: list[Any] = []
+    for attempt in attempts:
+        try:
+            tensors = ray_streamer.load_rank(**arguments | attempt)
+        except ray_streamer.errors.RayStreamerError as error:
+            outcomes.append(type(error).__name__)
+        else:
+            return [*outcomes, oracle.faults(tensors, folder, tp_index=tp_index, tp=2)]
+    return outcomes
+
+
+def drop_streams_in_cycles(uri: str, *, num_streams: int, **arguments: Any) -> list[str]:
+    """Take one tensor of each stream and drop its consumer, which is a cycle; gives what is left when nobody collects any more."""
+
+    class Consumer:
+        def __init__(self) -> None:
+            self.stream = ray_streamer.stream_rank(uri, **arguments)
+            self.step = self.take
+
+        def take(self) -> Any:
+            return next(self.stream)
+
+    before = possessions()
+    for _ in range(num_streams):
+        Consumer().step()
+    while possessions() != before:
+        pass  # whoever waits for the answer gives up at last
+    return possessions()
+
+
 def load_into_own_memory(uri: str, folder: str, *, rank: int, names: list[str], **arguments: Any) -> dict[str, bool]:
     """Load some tensors into memory of the caller's; gives what holds afterwards."""
     out = own_tensors(uri, rank=rank, world_size=arguments["world_size"], names=names)
