@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from multiprocessing.connection import Connection
 
 HANG_SECONDS = 60.0
+START_SECONDS = 300.0
+"""Torch takes its time to be imported where many processes do so."""
 
 
 class RankProcesses:
@@ -35,7 +37,7 @@ class RankProcesses:
             self._processes.append(process)
         self.pids = [process.pid for process in self._processes]
         for number in range(num_processes):
-            assert self.answer(number) == "ready"
+            assert self.answer(number, START_SECONDS) == "ready"
 
     def __enter__(self) -> Self:
         return self
@@ -53,9 +55,9 @@ class RankProcesses:
         """Let one process call a function with these variables in its environment; `answer` waits for the result."""
         self._pipes[process].send((function, kwargs, environment or {}))
 
-    def answer(self, process: int) -> Any:
+    def answer(self, process: int, seconds: float = HANG_SECONDS) -> Any:
         """What the function returned, or the error that it raised."""
-        assert self._pipes[process].poll(HANG_SECONDS), f"process {process} does not answer"
+        assert self._pipes[process].poll(seconds), f"process {process} does not answer"
         return self._pipes[process].recv()
 
     def run(self, function: Callable[..., Any], per_rank: Sequence[dict[str, Any]]) -> list[Any]:
