@@ -7,6 +7,8 @@ take what they need as arguments.
 
 from __future__ import annotations
 
+import difflib
+import logging
 import os
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, get_args
@@ -25,6 +27,8 @@ ENV_PREFIX = "RAY_STREAMER_"
 
 # A week: longer waits are endless to people, and some are too long for the operating system's clocks.
 _LONGEST_SECONDS = 7 * 24 * 3600
+
+logger = logging.getLogger(__name__)
 
 _BYTE_SIZE: TypeAdapter[ByteSize] = TypeAdapter(ByteSize)
 
@@ -273,6 +277,7 @@ class Settings(BaseSettings):
             SettingsError: A value, given or from the environment, cannot be used; names each one.
         """
         given = {name: value for name, value in explicit.items() if value is not None}
+        _tell_misspelt_variables()
         try:
             return cls(**given)
         except ValidationError as error:
@@ -295,6 +300,27 @@ SECRET_SETTINGS = frozenset(
 """Settings that no output shows and that no command line takes, since command lines are public."""
 
 
+_told: set[str] = set()
+
+
+def _tell_misspelt_variables() -> None:
+    """Warns once of variables that look like settings and are none: they change nothing, and somebody meant them to."""
+    for variable in sorted(os.environ):
+        name = variable.upper().removeprefix(ENV_PREFIX).lower()
+        is_ours = variable.upper().startswith(ENV_PREFIX)
+        if is_ours and name not in Settings.model_fields and variable not in _told:
+            _told.add(variable)
+            logger.warning("environment variable %s is no setting%s", variable, _nearest(name, prefix=ENV_PREFIX))
+
+
+def _nearest(name: str, *, prefix: str = "") -> str:
+    """The end of a sentence about a name that is no setting: the setting that may have been meant."""
+    found = difflib.get_close_matches(name.lower(), Settings.model_fields, 1)
+    if not found:
+        return "; docs/settings.md lists them"
+    return f"; did you mean {prefix + found[0].upper() if prefix else found[0]}?"
+
+
 def _explain(error: ValidationError, explicit: set[str]) -> str:
     lines: list[str] = []
     for fault in error.errors(include_url=False):
@@ -302,7 +328,8 @@ def _explain(error: ValidationError, explicit: set[str]) -> str:
             line = fault["msg"]
         else:
             name = str(fault["loc"][0])
-            line = f"{_origin(name, explicit)}={_shown(name, fault['input'])}: {fault['msg']}"
+            wrong = fault["msg"] if name in Settings.model_fields else f"no such setting{_nearest(name)}"
+            line = f"{_origin(name, explicit)}={_shown(name, fault['input'])}: {wrong}"
         if line not in lines:
             lines.append(line)
     return "; ".join(lines)

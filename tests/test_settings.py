@@ -120,6 +120,47 @@ KEYS = {
 }
 
 
+@pytest.fixture
+def told(monkeypatch):
+    monkeypatch.setattr("ray_streamer.settings._told", set())
+
+
+@pytest.mark.parametrize(
+    ("variable", "said"),
+    [
+        ("RAY_STREAMER_CONCURENCY", "did you mean RAY_STREAMER_CONCURRENCY?"),
+        ("RAY_STREAMER_MEMORY_LIMITS", "did you mean RAY_STREAMER_MEMORY_LIMIT?"),
+        ("ray_streamer_blok_bytes", "did you mean RAY_STREAMER_BLOCK_BYTES?"),
+        ("RAY_STREAMER_S3_SECRET_KEY", "did you mean RAY_STREAMER_S3_"),
+        ("RAY_STREAMER_ZZZ", "docs/settings.md lists them"),
+    ],
+)
+def test_a_misspelt_variable_is_told_once_and_without_its_value(monkeypatch, caplog, told, variable, said):
+    monkeypatch.setenv(variable, "PLANTED")
+    for _ in range(3):
+        Settings.resolve().override(concurrency=2)
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert record.getMessage().startswith(f"environment variable {variable} is no setting; {said}")
+    assert "PLANTED" not in record.getMessage()
+
+
+def test_variables_that_are_settings_or_nothing_of_ours_are_not_told(monkeypatch, caplog, told):
+    for name in Settings.model_fields:
+        monkeypatch.setenv(f"RAY_STREAMER_{name.upper()}", "")
+    monkeypatch.setenv("ray_streamer_concurrency", "3")
+    monkeypatch.setenv("RAY_STREAMERS", "1")
+    monkeypatch.setenv("RUNAI_STREAMER_OBJ_CONCURRENCY", "1")
+    Settings.resolve()
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(("name", "meant"), [("concurency", "concurrency"), ("s3_endpoint", "s3_endpoint_url")])
+def test_a_misspelt_argument_is_told_what_was_meant(name, meant):
+    with pytest.raises(SettingsError, match=rf"^{name}=\(not shown\): no such setting; did you mean {meant}\?$"):
+        Settings.resolve(**{name: "PLANTED"})
+
+
 def test_secrets_are_known_and_hidden():
     assert set(KEYS) == SECRET_SETTINGS
     settings = Settings.resolve(**KEYS).override(concurrency=3)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ray_streamer.errors import BudgetError, PlanError
+from ray_streamer.units import counted, exact_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -42,7 +43,8 @@ class ReadLimits:
     def __post_init__(self) -> None:
         if not PAGE_BYTES <= self.block_bytes <= MAX_BLOCK_BYTES or self.block_bytes % PAGE_BYTES:
             raise PlanError(
-                f"block_bytes must be a multiple of {PAGE_BYTES} up to {MAX_BLOCK_BYTES}, got {self.block_bytes}"
+                f"block_bytes must be a multiple of {exact_bytes(PAGE_BYTES)} up to {exact_bytes(MAX_BLOCK_BYTES)}, got "
+                f"{exact_bytes(self.block_bytes)}"
             )
         if self.min_run_bytes < 0 or self.max_gap_bytes < 0:
             raise PlanError(
@@ -72,8 +74,9 @@ def rank_memory_limit(
     if share < PAGE_BYTES:
         smallest = PAGE_BYTES * num_local_ranks
         raise BudgetError(
-            f"node_memory_limit of {node_memory_limit} bytes is {share} bytes for each of {num_local_ranks} ranks; the"
-            f" smallest that can work is {smallest} bytes, with block_bytes={PAGE_BYTES}"
+            f"node_memory_limit of {exact_bytes(node_memory_limit)} is {exact_bytes(share)} for each of "
+            f"{counted(num_local_ranks, 'rank')}; the smallest that can work is {exact_bytes(smallest)}, with "
+            f"block_bytes={PAGE_BYTES}"
         )
     if memory_limit == AS_MUCH_AS_USEFUL:
         return share
@@ -121,8 +124,8 @@ def fit_block_bytes(*, memory_limit: int, block_bytes: int, concurrency: int) ->
         return floor
     if memory_limit < floor:
         raise BudgetError(
-            f"memory_limit of {memory_limit} bytes per rank cannot hold one block; the smallest that works is {floor} bytes"
-            f" per rank (node_memory_limit: {floor} bytes for each rank of the node)"
+            f"memory_limit of {exact_bytes(memory_limit)} per rank cannot hold one block; the smallest that works is "
+            f"{exact_bytes(floor)} per rank (node_memory_limit: {exact_bytes(floor)} for each rank of the node)"
         )
     while block_bytes > floor and memory_limit < block_bytes * concurrency:
         block_bytes = max(floor, block_bytes // 2 // PAGE_BYTES * PAGE_BYTES)

@@ -34,6 +34,7 @@ from ray_streamer.stream.arena import Arena
 from ray_streamer.stream.countdown import Countdown
 from ray_streamer.stream.stop import StopSignal
 from ray_streamer.stream.threads import TaskThreads
+from ray_streamer.units import exact_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -152,8 +153,8 @@ class RankLoad:
             return num_reads
         if 0 < memory_limit < slot_bytes:
             raise BudgetError(
-                f"memory_limit of {memory_limit} bytes of rank {self._mine.rank} cannot hold one block of {slot_bytes} bytes; "
-                "plan with smaller blocks, or give that much"
+                f"memory_limit of {exact_bytes(memory_limit)} of rank {self._mine.rank} cannot hold one block of "
+                f"{exact_bytes(slot_bytes)}; plan with smaller blocks, or give that much"
             )
         return min(num_reads, max(1, memory_limit // slot_bytes))
 

@@ -57,13 +57,13 @@ class Sizes:
     def _value(self, key: str) -> Any:
         return next((self._values[name] for name in (key, *_OTHER_NAMES.get(key, ())) if name in self._values), None)
 
-    def _size(self, key: str, *, largest: int = MAX_SIZE) -> int:
-        return self._count(key, self._value(key), largest=largest)
+    def _size(self, key: str, *, least: int = 1, largest: int = MAX_SIZE) -> int:
+        return self._count(key, self._value(key), least=least, largest=largest)
 
-    def _count(self, key: str, value: Any, *, largest: int = MAX_SIZE) -> int:
-        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= largest:
+    def _count(self, key: str, value: Any, *, least: int = 1, largest: int = MAX_SIZE) -> int:
+        if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= largest:
             raise ShardingError(
-                f"config.json of a {self._model_type} model needs a number for {key}, got {brief(value)}; a model has 1 to {largest}"
+                f"config.json of a {self._model_type} model needs a number for {key}, got {brief(value)}; a model has {least} to {largest}"
             )
         return value
 
@@ -80,8 +80,8 @@ class Sizes:
 
     @property
     def layers(self) -> int:
-        """Layers of the model itself."""
-        return self._size("num_hidden_layers", largest=MAX_LAYERS)
+        """Layers of the model itself; 0 where a checkpoint has only what is around them."""
+        return self._size("num_hidden_layers", least=0, largest=MAX_LAYERS)
 
     @property
     def draft_layers(self) -> int:

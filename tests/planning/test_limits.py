@@ -41,7 +41,7 @@ def test_rank_memory_limit(memory_limit, node_memory_limit, available_bytes, num
 
 @pytest.mark.parametrize("memory_limit", [None, 0, -1, GIB])
 def test_node_limit_that_leaves_nothing_is_refused(memory_limit):
-    with pytest.raises(BudgetError, match=r"smallest that can work is 32768 bytes"):
+    with pytest.raises(BudgetError, match=r"for each of 8 ranks; the smallest that can work is 32 KiB"):
         rank_memory_limit(
             memory_limit=memory_limit, node_memory_limit=8 * 4096 - 1, available_bytes=GIB, num_local_ranks=8
         )
@@ -83,7 +83,10 @@ def test_fitted_blocks_are_legal_and_fit(memory_limit, pages, concurrency):
 
 
 def test_limit_below_one_block_names_the_smallest():
-    with pytest.raises(BudgetError, match=r"memory_limit of 262143 bytes.*the smallest that works is 262144 bytes"):
+    with pytest.raises(
+        BudgetError,
+        match=r"memory_limit of 256 KiB \(262143 bytes\) per rank.*the smallest that works is 256 KiB per rank",
+    ):
         fit_block_bytes(memory_limit=256 * KIB - 1, block_bytes=8 * MIB, concurrency=16)
 
 
@@ -91,8 +94,8 @@ def test_limit_below_one_block_names_the_smallest():
     ("block_bytes", "min_run_bytes", "max_gap_bytes", "message"),
     [
         pytest.param(0, 0, 0, "block_bytes", id="no-block"),
-        pytest.param(5000, 0, 0, "multiple of 4096", id="block-off-the-page"),
-        pytest.param(2 * GIB, 0, 0, "up to 1073741824", id="block-too-large"),
+        pytest.param(5000, 0, 0, "multiple of 4 KiB", id="block-off-the-page"),
+        pytest.param(2 * GIB, 0, 0, "up to 1 GiB, got 2 GiB", id="block-too-large"),
         pytest.param(4096, -1, 0, "negative", id="negative-run"),
         pytest.param(4096, 0, -1, "negative", id="negative-gap"),
     ],
