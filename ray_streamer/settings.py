@@ -235,6 +235,13 @@ class Settings(BaseSettings):
         description="CA file for https endpoints; unset = AWS_CA_BUNDLE, the profile's ca_bundle or REQUESTS_CA_BUNDLE.",
     )
     s3_requester_pays: bool = Field(default=False, description="Pay for requests to buckets whose owner does not.")
+    s3_credentials_timeout_seconds: float = Field(
+        default=60.0,
+        gt=0,
+        le=_LONGEST_SECONDS,
+        allow_inf_nan=False,
+        description="How long boto3 may take to find or renew credentials.",
+    )
     s3_access_key_id: SecretStr | None = Field(
         default=None,
         min_length=1,

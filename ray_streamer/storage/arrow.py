@@ -81,6 +81,10 @@ class ArrowStorage(RemoteStorage):
         if self._has_etags:
             return self._open(path).info
         self._refuse_closed(path)
+        return self._size_and_time(path)
+
+    def _size_and_time(self, path: str) -> ObjectInfo:
+        """The identity of a file whose store tells no ETag."""
         with self._errors_translated(path):
             info = self._filesystem.get_file_info(f"{self._root}/{path}")
         if info.type != fs.FileType.File:
@@ -129,10 +133,13 @@ class ArrowStorage(RemoteStorage):
     def _open(self, path: str) -> _OpenFile:
         """The file as it is now."""
         self._refuse_closed(path)
-        info = None if self._has_etags else self.size_and_etag(path)
+        info = None if self._has_etags else self._size_and_time(path)
         with self._errors_translated(path):
             file = self._filesystem.open_input_file(f"{self._root}/{path}")
-            opened = _OpenFile(file, info or ObjectInfo(file.size(), str(file.metadata()["ETag"], "utf-8")))
+            etag = (file.metadata() or {}).get("ETag") if info is None else None
+            if etag:
+                info = ObjectInfo(file.size(), etag.decode("latin-1"))
+        opened = _OpenFile(file, info or self._size_and_time(path))
         self._files[path] = opened
         return opened
 

@@ -13,9 +13,8 @@ import re
 import ssl
 import threading
 import time
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
 import boto3
@@ -29,6 +28,7 @@ from botocore.httpsession import get_cert_path
 from botocore.loaders import create_loader
 
 from ray_streamer.errors import AccessError, SettingsError, StorageError
+from ray_streamer.storage.bounded_call import call_within
 from ray_streamer.storage.redaction import NO_SECRETS
 from ray_streamer.storage.s3_location import S3Location
 
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
     from ray_streamer.storage.base import StorageSettings
 
+_Result = TypeVar("_Result")
 _SIGNED_FOR_SECONDS = 3600
 _SESSION_SECONDS = 300
 _SESSION_RENEWED_AFTER_SECONDS = 30
@@ -58,6 +59,7 @@ class S3Access:
         ca_file: By which https endpoints are trusted.
         arguments: Of every call about the bucket or its objects.
         headers: To be sent with signed urls, whose signature covers them.
+        credentials_timeout_seconds: How long signing may take, which looks for credentials when there are none, or no more.
     """
 
     client: Any
@@ -65,6 +67,7 @@ class S3Access:
     ca_file: str
     arguments: dict[str, str]
     headers: dict[str, str]
+    credentials_timeout_seconds: float
 
     @property
     def endpoint(self) -> str:
@@ -74,8 +77,9 @@ class S3Access:
     def sign(self, key: str, seconds: int) -> str:
         """A url of the object `key` that is good for so long, if the credentials are."""
         what = {**self.arguments, "Key": key}
-        with _own_faults_translated(key):
-            return str(self.client.generate_presigned_url("get_object", Params=what, ExpiresIn=seconds))
+        return str(
+            self._in_time(lambda: self.client.generate_presigned_url("get_object", Params=what, ExpiresIn=seconds))
+        )
 
     def sign_listing(self, prefix: str, token: str, *, recursive: bool) -> SignedRequest:
         """A request for the page of keys below a prefix that `token` names, the first one when it is empty.
@@ -83,9 +87,20 @@ class S3Access:
         Its headers are signed, not its url: some stores take signed urls for objects only.
         """
         more = ({"ContinuationToken": token} if token else {}) | ({} if recursive else {"Delimiter": "/"})
-        with _own_faults_translated(prefix):
+
+        def sign() -> SignedRequest:
             self.client.list_objects_v2(**self.arguments, Prefix=prefix, **more)
-        return _signed.request
+            return _signed.request
+
+        return self._in_time(sign)
+
+    def _in_time(self, sign: Callable[[], _Result]) -> _Result:
+        try:
+            return _with_credentials_within(self.credentials_timeout_seconds, sign)
+        except (ValueError, KeyError, TypeError, OverflowError) as error:
+            # What botocore lets through of what it parses: tokens, dates, answers of metadata services.
+            message = f"boto3 cannot sign: {type(error).__name__}: {NO_SECRETS.clean(str(error))}"
+            raise StorageError(message) from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,14 +138,14 @@ def _keep_unsent(request: AWSPreparedRequest, **_: Any) -> AWSResponse:
     return AWSResponse(request.url, 200, {}, _NoBody())
 
 
-@contextmanager
-def _own_faults_translated(what: str) -> Iterator[None]:
-    """What botocore lets through of what it parses: tokens, dates, answers of metadata services."""
+def _with_credentials_within(seconds: float, call: Callable[[], _Result]) -> _Result:
+    """What boto3 does that may need credentials, which it may look for without end: in a program that hangs, say."""
     try:
-        yield
-    except (ValueError, KeyError, TypeError, OverflowError) as error:
-        raise StorageError(
-            f"boto3 cannot sign for {what}: {type(error).__name__}: {NO_SECRETS.clean(str(error))}"
+        return call_within(seconds, call, what="credentials")
+    except TimeoutError:
+        raise AccessError(
+            f"boto3 found no credentials in {seconds:g} s (s3_credentials_timeout_seconds); look at credential_process in the "
+            "profile, AWS_WEB_IDENTITY_TOKEN_FILE and the metadata service; AWS_EC2_METADATA_DISABLED=true turns that off"
         ) from None
 
 
@@ -148,17 +163,17 @@ def open_access(uri: str, settings: StorageSettings) -> S3Access:
         # Of the clients that boto3 makes by itself, for credentials.
         session.set_default_client_config(_timeouts(settings))
         origin, ca_file = _ca_file(session, settings)
-        client = boto3.Session(
+        of_boto3 = boto3.Session(
             botocore_session=session,
             region_name=settings.s3_region,
             aws_access_key_id=_revealed(settings.s3_access_key_id),
             aws_secret_access_key=_revealed(settings.s3_secret_access_key),
             aws_session_token=_revealed(settings.s3_session_token),
-        ).client(
-            "s3",
-            endpoint_url=settings.s3_endpoint_url,
-            verify=ca_file,
-            config=_client_config(location, settings, session.get_scoped_config()),
+        )
+        config = _client_config(location, settings, session.get_scoped_config())
+        client = _with_credentials_within(
+            settings.s3_credentials_timeout_seconds,
+            lambda: of_boto3.client("s3", endpoint_url=settings.s3_endpoint_url, verify=ca_file, config=config),
         )
         # Raises for ports that are none.
         _ = urlsplit(client.meta.endpoint_url).port
@@ -184,6 +199,7 @@ def open_access(uri: str, settings: StorageSettings) -> S3Access:
         ca_file,
         arguments={"Bucket": location.bucket} | ({"RequestPayer": "requester"} if pays else {}),
         headers={"x-amz-request-payer": "requester"} if pays else {},
+        credentials_timeout_seconds=settings.s3_credentials_timeout_seconds,
     )
 
 

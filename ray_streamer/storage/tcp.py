@@ -17,6 +17,8 @@ from collections import Counter, deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ray_streamer.storage.bounded_call import call_within
+
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
@@ -38,7 +40,7 @@ class Dialer:
     """Opens connections and remembers which addresses were used and which were dead; safe to call from many threads.
 
     Args:
-        timeout_seconds: How long one connection may take, over all addresses.
+        timeout_seconds: How long looking a name up may take, and one connection, over all addresses.
         closing: Ends attempts under way when it is set.
     """
 
@@ -56,7 +58,14 @@ class Dialer:
             OSError: No address answers, in time; the last one's error.
         """
         try:
-            found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+            # The system's resolver knows other limits only, see resolv.conf, or none.
+            found = call_within(
+                self._timeout_seconds,
+                lambda: socket.getaddrinfo(host, port, type=socket.SOCK_STREAM),
+                what=f"address of {host}",
+            )
+        except TimeoutError as error:
+            raise TimeoutError(error.errno, f"{error.strerror} (connect_timeout_seconds)") from None
         except UnicodeError:
             # Raised for labels that are empty or longer than 63 characters, as a bucket before a host name may be.
             raise socket.gaierror(socket.EAI_NONAME, f"{host} cannot be a host name") from None

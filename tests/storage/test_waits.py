@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import datetime
+import json
+import os
 import socket
 import threading
 
@@ -181,6 +184,7 @@ def test_a_store_that_never_stops_asking_for_patience(open_s3, some_credentials)
         "stall_timeout_seconds",
         "list_timeout_seconds",
         "retry_deadline_seconds",
+        "s3_credentials_timeout_seconds",
     ],
 )
 @pytest.mark.parametrize("value", ["inf", "nan", "1e300", 1e10, -1])
@@ -200,3 +204,45 @@ def test_a_store_that_is_merely_slow_is_waited_for(open_s3, some_credentials):
     with HostileStore(answer) as store:
         storage = open_s3("s3://bucket/m", s3_endpoint_url=store.url)
         assert read(storage, "a", Extent(0, len(CONTENT)), '"e"') == CONTENT
+
+
+def test_a_name_that_is_looked_up_without_end(open_s3, some_credentials, monkeypatch):
+    is_over = threading.Event()
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: is_over.wait())
+    storage = open_s3("s3://bucket/m", s3_endpoint_url="http://store.example.com", **QUICK)
+    error = ended(lambda: storage.read_head("a", 8))
+    assert "no address of store.example.com in 0.5 s (connect_timeout_seconds)" in str(error)
+    is_over.set()
+
+
+@pytest.mark.parametrize("how", ["open", "sign"])
+def test_credentials_that_are_looked_for_without_end(open_s3, tmp_path, monkeypatch, how):
+    """A program of the profile that hangs: when the storage is opened, or when it renews keys that have ended."""
+    os.mkfifo(tmp_path / "never")
+    answer = tmp_path / "answer.json"
+    answer.write_text(
+        json.dumps(
+            {
+                "Version": 1,
+                "AccessKeyId": "a",
+                "SecretAccessKey": "b",
+                "SessionToken": "c",
+                "Expiration": (datetime.datetime.now(datetime.UTC) + datetime.timedelta(seconds=30)).isoformat(),
+            }
+        )
+    )
+    program = tmp_path / "program"
+    program.write_text(f"#!/bin/sh\n[ -e {answer} ] && cat {answer} || cat {tmp_path}/never\n")
+    program.chmod(0o755)
+    (tmp_path / "config").write_text(f"[default]\nregion = us-east-1\ncredential_process = {program}\n")
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    settings = {"s3_endpoint_url": "http://127.0.0.1:1", "s3_credentials_timeout_seconds": 3, **QUICK}
+    if how == "sign":
+        storage = open_s3("s3://bucket/m", **settings)
+    answer.unlink()
+    ask = (lambda: open_s3("s3://bucket/m", **settings)) if how == "open" else (lambda: storage.read_head("a", 8))
+    error = ended(ask)
+    assert isinstance(error, AccessError)
+    assert "found no credentials in 3 s (s3_credentials_timeout_seconds)" in str(error)
+    with open(tmp_path / "never", "w"):
+        pass
