@@ -1,6 +1,6 @@
 """Whatever a store answers ends in its object's bytes or in an error of this package, soon and in little memory.
 
-Ten thousand answers were tried when this was written; `FUZZ_ANSWERS` says how many to try now.
+Ten thousand answers were tried when this was written. `FUZZ_ANSWERS` and `FUZZ_SEED` say how many, and which, to try now.
 """
 
 from __future__ import annotations
@@ -165,7 +165,7 @@ class Generator:
 
 @pytest.fixture
 def generator():
-    return Generator(8)
+    return Generator(int(os.environ.get("FUZZ_SEED", 8)))
 
 
 def read_head(storage) -> str:
