@@ -187,7 +187,10 @@ def test_a_bucket_of_another_tenant(configure, uri, bucket):
     url = access.sign("k", 60)
     assert urlsplit(url).netloc == "ceph:8000"
     assert urlsplit(url).path.replace("%3A", ":").replace("%24", "$") == f"/{bucket}/k"
-    assert urlsplit(access.sign_listing("", "", recursive=True).url).path.replace("%3A", ":").replace("%24", "$") == f"/{bucket}"
+    assert (
+        urlsplit(access.sign_listing("", "", recursive=True).url).path.replace("%3A", ":").replace("%24", "$")
+        == f"/{bucket}"
+    )
     access.client.close()
 
 
