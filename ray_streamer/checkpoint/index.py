@@ -16,7 +16,7 @@ import numpy as np
 from ray_streamer.dtypes import DTYPES, DType
 from ray_streamer.errors import CheckpointError
 from ray_streamer.extent import Extent
-from ray_streamer.units import counted
+from ray_streamer.units import counted, human_bytes
 from ray_streamer.wording import listed, shown
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ class ShardFile:
     etag: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False, weakref_slot=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False, weakref_slot=True)
 class CheckpointIndex:
     """Every tensor of a checkpoint. Cheap to pickle; arrays are read-only.
 
@@ -92,6 +92,10 @@ class CheckpointIndex:
         object.__setattr__(self, "_positions", {name: position for position, name in enumerate(self.names)})
         if len(self._positions) != len(self.names):
             raise CheckpointError(f"{self.uri}: {self._describe_duplicates()}")
+
+    def __repr__(self) -> str:
+        tensors, files = counted(len(self.names), "tensor"), counted(len(self.files), "file")
+        return f"CheckpointIndex({self.uri!r}, {tensors} of {human_bytes(self.total_bytes)} in {files})"
 
     @classmethod
     def from_headers(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import secrets
 from dataclasses import dataclass, field
 
-from ray_streamer.cluster.placement import count_of
+from ray_streamer.units import counted
 
 # Longer ones are cut by Ray's tables.
 _MAX_MODEL_CHARACTERS = 48
@@ -32,7 +32,7 @@ class GroupName:
     @property
     def label(self) -> str:
         """What messages of this process call it."""
-        return f"model {self.model} ({count_of(self.num_ranks)})"
+        return f"model {self.model} ({counted(self.num_ranks, 'rank')})"
 
     @property
     def group(self) -> str:

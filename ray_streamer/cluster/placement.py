@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from ray_streamer.errors import ClusterError, SettingsError
+from ray_streamer.units import counted
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -135,7 +136,7 @@ def check_room(strategy: str, rooms: Sequence[NodeRoom], num_ranks: int, bundle:
     if len(rooms) > 1 and strategy.startswith("STRICT"):
         advice.append("another strategy")
     raise ClusterError(
-        f"{count_of(num_ranks)} with {describe(bundle)} each, placed {strategy}, cannot fit: the cluster's {nodes} "
+        f"{counted(num_ranks, 'rank')} with {describe(bundle)} each, placed {strategy}, cannot fit: the cluster's {nodes} "
         f"{fitting} ({have}). {', '.join(advice)}, more nodes, or wait_for_nodes=True if nodes are still to come"
     )
 
@@ -183,12 +184,7 @@ def describe(resources: Mapping[str, float]) -> str:
     return ", ".join(f"{name} {amount:g}" for name, amount in resources.items()) or "nothing reserved"
 
 
-def count_of(num_ranks: int) -> str:
-    """How many ranks, for a message: "1 rank", "2 ranks"."""
-    return "1 rank" if num_ranks == 1 else f"{num_ranks} ranks"
-
-
 def _describe_room(room: NodeRoom, bundle: Mapping[str, float]) -> str:
     amounts = describe({name: room.resources.get(name, 0) for name in bundle})
     held = f", of which the calling actor holds {describe(room.held)}" if room.held else ""
-    return f"{room.node} has {amounts}{held}: {count_of(room.num_ranks)}"
+    return f"{room.node} has {amounts}{held}: {counted(room.num_ranks, 'rank')}"

@@ -17,8 +17,9 @@ import ray._private.state
 from ray.exceptions import RayError
 from ray.util.placement_group import placement_group_table
 
-from ray_streamer.cluster.placement import count_of, describe
+from ray_streamer.cluster.placement import describe
 from ray_streamer.errors import ClusterError, StartupTimeoutError
+from ray_streamer.units import counted
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -171,7 +172,7 @@ def wait_for_start(
         silent = "; ".join(places[rank] for rank in calls.pending)
         if not deadline.remaining_seconds:
             raise StartupTimeoutError(
-                f"{len(calls.pending)} of {count_of(len(places))} did not {doing} within "
+                f"{len(calls.pending)} of {counted(len(places), 'rank')} did not {doing} within "
                 f"startup_timeout_seconds={deadline.timeout_seconds:g}: {silent}. `ray list actors` shows what "
                 "they wait for; raise startup_timeout_seconds if it is only slow"
             )

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 
 from ray_streamer.planning.pieces import PIECE_COLUMNS
 from ray_streamer.planning.read_plan import column
+from ray_streamer.units import counted, human_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -73,7 +74,7 @@ class NodeSummary:
     requests: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class PlanSummary:
     """What the whole plan costs.
 
@@ -114,6 +115,12 @@ class PlanSummary:
     min_run_bytes: int
     nodes: tuple[NodeSummary, ...]
     ranks: tuple[RankSummary, ...]
+
+    def __repr__(self) -> str:
+        return (
+            f"PlanSummary({self.uri!r}, {counted(self.num_ranks, 'rank')} on {counted(self.num_nodes, 'node')}, "
+            f"{human_bytes(self.read_bytes)} to read in {counted(self.requests, 'request')})"
+        )
 
     def as_dict(self) -> dict[str, Any]:
         """The same as JSON knows it: dictionaries, lists, numbers and text."""

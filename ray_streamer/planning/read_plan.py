@@ -19,6 +19,7 @@ from ray_streamer.planning.assign import assign_readers
 from ray_streamer.planning.cover import cover_node, cut_blocks, kinds_of
 from ray_streamer.planning.pieces import cut_pieces
 from ray_streamer.sharding.result_table import ResultTable
+from ray_streamer.units import counted
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 PLAN_VERSION = 1
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class NodePlan:
     """Reads and copies of one node.
 
@@ -46,6 +47,9 @@ class NodePlan:
     blocks: pa.Table
     pieces: pa.Table
     needed_bytes: int
+
+    def __repr__(self) -> str:
+        return f"NodePlan({counted(self.blocks.num_rows, 'block')}, {counted(self.pieces.num_rows, 'piece')})"
 
     @property
     def read_bytes(self) -> int:
@@ -76,13 +80,9 @@ class ReadPlan:
     plan_seconds: float = field(default=0.0, repr=False)
 
     def __repr__(self) -> str:
-        num_nodes, num_blocks = (
-            len(self.topology.nodes),
-            sum(self.node_plans[n].blocks.num_rows for n in self.node_plan_ids),
-        )
-        return (
-            f"ReadPlan({self.index.uri!r}, {self.topology.num_ranks} ranks on {num_nodes} nodes, {num_blocks} blocks)"
-        )
+        ranks, nodes = counted(self.topology.num_ranks, "rank"), counted(len(self.topology.nodes), "node")
+        blocks = counted(sum(self.node_plans[number].blocks.num_rows for number in self.node_plan_ids), "block")
+        return f"ReadPlan({self.index.uri!r}, {ranks} on {nodes}, {blocks})"
 
     def node_plan_of(self, rank: int) -> tuple[NodePlan, int]:
         """The node plan that holds `rank`, and its local rank there."""

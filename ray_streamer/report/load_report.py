@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from ray_streamer.storage.base import StorageStatistics
-from ray_streamer.units import human_bytes
+from ray_streamer.units import counted, human_bytes
 
 if TYPE_CHECKING:
     from ray_streamer.rank.statistics import RankStatistics
@@ -41,7 +41,7 @@ class LoadReport:
 
     def __repr__(self) -> str:
         return (
-            f"LoadReport({self.uri!r}, {len(self.ranks)} ranks, {human_bytes(self.needed_bytes)} in "
+            f"LoadReport({self.uri!r}, {counted(len(self.ranks), 'rank')}, {human_bytes(self.needed_bytes)} in "
             f"{self.seconds.get('load', 0.0):.2f} s, total {self.seconds.get('total', 0.0):.2f} s)"
         )
 

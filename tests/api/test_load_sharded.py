@@ -138,6 +138,13 @@ def test_gather_of_a_name_that_is_not_there(model: ShardedModel) -> None:
         model.gather("no_such_tensor")
 
 
+def test_a_model_is_one_line_and_says_how_it_is(model: ShardedModel, checkpoint: Any) -> None:
+    assert repr(model).startswith(f"ShardedModel({checkpoint.uri!r}, ")
+    assert "tp=2" in repr(model)
+    assert "loaded in" in repr(model)
+    assert "\n" not in repr(model)
+
+
 def test_run_passes_arguments_and_gives_results_in_rank_order(model: ShardedModel) -> None:
     results = model.run(lambda context, *args: (context.rank, context.device, context.mesh, args), "a", {"b": 1})
     assert results == [(rank, "cpu", model.mesh, ("a", {"b": 1})) for rank in (0, 1)]

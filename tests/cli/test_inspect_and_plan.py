@@ -107,7 +107,7 @@ def test_stages_and_experts_of_the_command_line_are_those_of_the_api(invoke, tmp
     assert len({summary("--pp", "1,2"), summary("--pp", "2,1"), summary("--pp", "3"), summary("--ep")}) == 4
     assert invoke("plan", tmp_path, "--tp", 2, "--pp", "two").exit_code == 2
     assert invoke("plan", tmp_path, "--tp", 2, "--ep", "0").exit_code == 2
-    assert "ep=3 groups of experts" in invoke("plan", tmp_path, "--tp", 2, "--ep", "3").stderr
+    assert "--ep 3 groups of experts" in invoke("plan", tmp_path, "--tp", 2, "--ep", "3").stderr
 
 
 def _without_plan_seconds(value):
@@ -169,7 +169,7 @@ def test_plan_writes_its_tables(invoke, checkpoint, tmp_path):
 def test_a_failure_is_one_line_and_exit_code_1(invoke, checkpoint):
     result = invoke("plan", checkpoint, "--tp", 2, "--memory-limit", 100)
     assert (result.exit_code, result.stdout) == (1, "")
-    assert result.stderr.startswith("BudgetError: memory_limit of 100 bytes")
+    assert result.stderr.startswith("BudgetError: --memory-limit of 100 bytes")
     assert result.stderr.count("\n") == 1
 
 
