@@ -132,36 +132,37 @@ def missing_parts(index: CheckpointIndex) -> list[str]:
 
 @dataclass(frozen=True, slots=True)
 class _Held:
-    """What the files hold of the model's own layers.
+    """What the files hold of the model's own layers. Pairs of layer and module are numbered in rows of `len(modules)`.
 
     Attributes:
         layers: Those that have tensors; sorted.
         modules: Names of modules from their layer on, with `*` for numbers.
-        module_layers: Rows of layer and position in `modules`, each once; int64 of shape (num_rows, 2).
-        experts: The same rows of modules of single experts, and the expert; int64 of shape (num_rows, 3).
+        pairs: Layer and module that there are; sorted, int64.
+        expert_pairs: Those of single experts; sorted, int64.
+        expert_counts: How many of the config's experts each of them has; int64.
     """
 
     layers: NDArray[np.int64]
     modules: tuple[str, ...]
-    module_layers: NDArray[np.int64]
-    experts: NDArray[np.int64]
+    pairs: NDArray[np.int64]
+    expert_pairs: NDArray[np.int64]
+    expert_counts: NDArray[np.int64]
 
     @classmethod
     def of(cls, names: NameKinds, located: Locations, is_own: NDArray[np.bool_], anatomy: Anatomy) -> _Held:
         ids: dict[str, int] = {}
         in_layer = re.compile(rf"(?:^|\.){re.escape(anatomy.family.layers)}\.[0-9]+\.(.+)$", re.DOTALL)
         of_kinds = [ids.setdefault(_module_in_layer(text, in_layer), len(ids)) for text in _weights_of(names)]
-        columns = np.stack([located.layers, names.of_kinds(of_kinds), located.experts], axis=1)[is_own]
-        return cls(
-            np.unique(columns[:, 0]),
-            tuple(ids),
-            np.unique(columns[:, :2], axis=0),
-            np.unique(columns[(columns[:, 2] >= 0) & (columns[:, 2] < anatomy.num_experts)], axis=0),
-        )
+        pairs = (located.layers * len(ids) + names.of_kinds(of_kinds))[is_own]
+        experts = located.experts[is_own]
+        is_expert = (experts >= 0) & (experts < anatomy.num_experts)
+        single = np.unique(pairs[is_expert] * max(1, anatomy.num_experts) + experts[is_expert])
+        expert_pairs, counts = np.unique(single // max(1, anatomy.num_experts), return_counts=True)
+        return cls(np.unique(located.layers[is_own]), tuple(ids), np.unique(pairs), expert_pairs, counts)
 
     def layers_of(self, modules: Sequence[int]) -> NDArray[np.int64]:
         """The layers that have any of these modules; sorted."""
-        return np.unique(self.module_layers[np.isin(self.module_layers[:, 1], modules), 0])
+        return np.unique(self.pairs[np.isin(self.pairs % len(self.modules), modules)] // len(self.modules))
 
 
 def _weights_of(names: NameKinds) -> list[str]:
@@ -185,7 +186,7 @@ def _missing_modules(held: _Held, anatomy: Anatomy) -> Iterator[str]:
     known = matches_any(anatomy.family.modules, [f".{module}" for module in held.modules])
     varying = matches_any(anatomy.family.varying, [f".{module}." for module in held.modules])
     # Not those of towers, which have layers of their own.
-    here = np.unique(held.module_layers[:, 1]).tolist()
+    here = np.unique(held.pairs % len(held.modules)).tolist()
     wanted = [number for number in here if known[number] or _NORM.search(held.modules[number])]
     alike = [[number] for number in wanted if not varying[number]]
     either = [number for number in wanted if varying[number]]
@@ -198,16 +199,13 @@ def _missing_modules(held: _Held, anatomy: Anatomy) -> Iterator[str]:
 
 
 def _missing_experts(held: _Held, anatomy: Anatomy) -> Iterator[str]:
-    if not len(held.experts):
-        return
-    rows, counts = np.unique(held.experts[:, :2], axis=0, return_counts=True)
-    lacking = np.flatnonzero(counts < anatomy.num_experts)
+    lacking = np.flatnonzero(held.expert_counts < anatomy.num_experts)
     if len(lacking):
-        (layer, module), count = rows[lacking[0]].tolist(), counts[lacking[0]]
-        more = f", and so in {len(lacking) - 1} more places" if len(lacking) > 1 else ""
+        layer, module = divmod(int(held.expert_pairs[lacking[0]]), len(held.modules))
+        more = f", and so in {counted(len(lacking) - 1, 'more place')}" if len(lacking) > 1 else ""
         yield (
-            f"layer {layer} has {shown(held.modules[module])} of {count} of the {counted(anatomy.num_experts, 'expert')} of "
-            f"config.json{more}"
+            f"layer {layer} has {shown(held.modules[module])} of {held.expert_counts[lacking[0]]} of the "
+            f"{counted(anatomy.num_experts, 'expert')} of config.json{more}"
         )
 
 
