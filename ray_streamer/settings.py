@@ -189,7 +189,7 @@ class Settings(BaseSettings):
         description="How long each MiB of an object may take once its answer has begun.",
     )
     list_timeout_seconds: float = Field(
-        default=60.0,
+        default=30.0,
         gt=0,
         le=_LONGEST_SECONDS,
         allow_inf_nan=False,

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 MAX_PAGE_BYTES = 4 << 20
 """Longer than any page of 1000 keys."""
 
+# A page has up to 1000 entries, folders included.
+_MAX_PAGES = 200
 _MAX_KEYS = 100_000
 _MAX_KEY_CHARS = 8 << 20
 _MAX_TOKEN_CHARS = 8192
@@ -135,8 +137,10 @@ def list_keys(ask: Callable[[str], ListingPage], *, what: str, timeout_seconds: 
             raise StorageError(f"{what}: the store repeats a continuation token after {len(keys)} keys")
         seen.add(hash(token))
         num_chars += sum(map(len, page.keys))
-        if len(keys) > _MAX_KEYS or num_chars > _MAX_KEY_CHARS:
-            raise StorageError(f"{what}: there is more after {len(keys)} keys; is this the folder of one checkpoint?")
+        if len(seen) >= _MAX_PAGES or len(keys) > _MAX_KEYS or num_chars > _MAX_KEY_CHARS:
+            raise StorageError(
+                f"{what}: there is more after {len(seen)} pages and {len(keys)} keys; is this the folder of one checkpoint?"
+            )
         if time.monotonic() >= deadline:
             raise StorageError(
                 f"{what}: the listing has no end in {timeout_seconds:g} s (list_timeout_seconds), after {len(seen)} "

@@ -17,9 +17,12 @@ import ray_streamer
 from ray_streamer import PlacementOptions, Settings
 from ray_streamer.cli import main
 from ray_streamer.errors import AccessError, RankFailedError, RayStreamerError, SettingsError
+from ray_streamer.testing.hostile_store import HostileStore, answer_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+    from ray_streamer.testing.hostile_store import Asked
 
 WRONG_SECRET = "plantedwrongsecret0123456789"
 TOKEN = "plantedsessiontoken0123456789"
@@ -131,3 +134,26 @@ def test_the_command_line(uri, settings, s3_server, assert_clean, monkeypatch) -
 
 def test_an_environment_for_the_actors_is_not_shown(s3_server: Any, assert_clean) -> None:
     assert_clean(repr(PlacementOptions(runtime_env={"env_vars": s3_server.environment()})))
+
+
+@pytest.mark.parametrize("status", [206, 400, 403])
+def test_a_store_that_repeats_the_request(assert_clean, everything_logged, status) -> None:
+    """The signed url in every header that reaches a message, and in the body."""
+
+    def answer(asked: Asked) -> bytes:
+        words = asked.target.replace("&", "&amp;")
+        headers = dict.fromkeys(("x-amz-request-id", "ETag", "Content-Range", "x-amz-bucket-region"), asked.target)
+        return answer_bytes(status, f"<Error><Message>{words} {asked.headers}</Message></Error>".encode(), headers)
+
+    with HostileStore(answer) as store:
+        settings = Settings.resolve(
+            s3_endpoint_url=store.url,
+            s3_region="us-east-1",
+            s3_access_key_id="testaccesskey",
+            s3_secret_access_key=WRONG_SECRET,
+            s3_session_token=TOKEN,
+        )
+        for uri in ("s3://models/m", "s3://models/m/model.safetensors"):
+            with pytest.raises(RayStreamerError) as caught:
+                ray_streamer.load_rank(uri, rank=0, world_size=1, settings=settings)
+            assert_clean(*everything_said(caught.value), everything_logged.getvalue() or "nothing")
