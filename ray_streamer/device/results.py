@@ -115,6 +115,8 @@ class Results:
 
     def _zero_padding(self) -> None:
         """Zeroes what no box of a slice fills, as it is with a padded vocabulary; results of several tensors have no such."""
+        import torch
+
         table = self._plan.slices
         held = [pattern[self._rank] for pattern in table.patterns]
         padded = [at for at, part in enumerate(held) if part is not None and part.reach != part.shape]
@@ -124,7 +126,9 @@ class Results:
             reach = self._dtype_of(tensor).torch_shape(self._slice_of(tensor).reach)
             target = writable_alias(self.result(tensor).tensor)
             for dim, (filled, size) in enumerate(zip(reach, tuple(target.shape), strict=True)):
-                target.narrow(dim, filled, size - filled).zero_()
+                padding = target.narrow(dim, filled, size - filled)
+                # Torch fills no packed dtype, but any bytes.
+                (padding.view(torch.uint8) if padding.itemsize == 1 else padding).zero_()
 
     def _dtype_of(self, tensor: int) -> DType:
         return self._table.dtype_of(self._plan.index, tensor)

@@ -284,7 +284,7 @@ def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.param(
             {"memory_limit": "100KiB"},
             BudgetError,
-            ["memory_limit of 102400 bytes", "smallest that works is 262144 bytes"],
+            ["memory_limit of 100 KiB", "smallest that works is 256 KiB"],
             id="memory-limit-too-small",
         ),
         pytest.param({"device": "tpu"}, DeviceError, ["'tpu'", 'device="cpu"'], id="device"),

@@ -322,7 +322,7 @@ def test_memory_that_the_system_refuses(ranks, shared_plan, monkeypatch):
     with ranks.nothing_left():
         (outcome,) = running.start().join()
     assert isinstance(outcome, BudgetError)
-    assert "cannot map an arena of 4096 bytes" in str(outcome)
+    assert "cannot map 4 KiB of staging memory" in str(outcome)
 
 
 def test_an_interrupt_ends_the_load_at_once(ranks, shared_plan, monkeypatch):

@@ -175,7 +175,9 @@ def test_a_limit_below_one_block_is_refused_before_anything_is_read(ranks, tmp_p
     plan = ranks.plan(
         str(folder), {"large": (TensorSlice.whole((20000,)),)}, topology=Topology.even(1), block_bytes=8192
     )
-    with pytest.raises(BudgetError, match="memory_limit of 8191 bytes of rank 0 cannot hold one block of 8192 bytes"):
+    with pytest.raises(
+        BudgetError, match=r"memory_limit of 8 KiB \(8191 bytes\) of rank 0 cannot hold one block of 8 KiB"
+    ):
         ranks.prepare(plan, memory_limit=8191)
 
 
