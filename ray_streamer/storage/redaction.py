@@ -62,9 +62,12 @@ class Secrets:
         """The text on one line, without them and without control characters, cut off where it gets long."""
         # Longer texts are not looked through to their end, since nobody would see it.
         words = _CONTROLS.sub(" ", text[: 16 * max_chars]).split()
-        clean = " ".join(_LEFT_OUT if self.are_in(word) else word for word in words)
-        if self.are_in(clean.replace(" ", "")):
-            return _LEFT_OUT
+        if self.are_in("".join(words)):
+            words = [_LEFT_OUT if self.are_in(word) else word for word in words]
+            if self.are_in("".join(words)):
+                # Broken up by spaces.
+                return _LEFT_OUT
+        clean = " ".join(words)
         return clean if len(clean) <= max_chars else f"{clean[:max_chars]}..."
 
 

@@ -301,8 +301,8 @@ class S3Storage(RemoteStorage):
         compared = "size and Last-Modified" if identity.modified is not None else "size"
         self._warn(
             "identity",
-            f"{self._name(path)} has {what}, so the store does not tell whether it was replaced; {compared} of every "
-            "answer are compared instead",
+            f"{self._name(path)} has {what}, so the store does not tell whether it was replaced; the loader compares "
+            f"the {compared} of every answer instead",
         )
 
     def _warn(self, kind: str, message: str) -> None:
