@@ -48,7 +48,7 @@ def _act(action: str) -> None:
         raise ShortReadError("the file ends too early")
     elif action in ("fork", "fork raw"):
         # The raw one runs no hooks of Python's, so that its copies of all sockets stay open.
-        child = os.fork() if action == "fork" else ctypes.CDLL(None).syscall(57)
+        child = os.fork() if action == "fork" else ctypes.PyDLL(None).syscall(57)
         if child == 0:
             os.close(1)
             signal.pause()

@@ -226,7 +226,7 @@ def test_a_name_that_a_fork_keeps_in_use_is_gone_around(start, session):
     """A child without Python's hooks holds the listening socket of a rank that is dead."""
     code = (
         "import ctypes, os, socket, sys, time; end = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET); "
-        "end.bind(bytes.fromhex(sys.argv[1])); end.listen(); child = ctypes.CDLL(None).syscall(57); "
+        "end.bind(bytes.fromhex(sys.argv[1])); end.listen(); child = ctypes.PyDLL(None).syscall(57); "
         "print(os.getpid(), flush=True) if child == 0 else None; child == 0 and sys.stdin.read()"
     )
     command = [sys.executable, "-S", "-c", code, address_of(session, 0).hex()]
