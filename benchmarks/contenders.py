@@ -11,6 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ray_streamer.testing.parts import window_of
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -57,12 +59,17 @@ def ray_streamer(task: Task) -> Tensors:
 
 def s3_whole_files(task: Task) -> Tensors:
     """Every rank streams every byte of every file and keeps its slices."""
-    return _from_s3(task, wants_whole=lambda tensor_slice, shape: True)
+    return _from_s3(task, wants_whole=lambda window, shape: True)
 
 
 def s3_slices_and_rows(task: Task) -> Tensors:
     """Every rank reads its contiguous slices by range, and tensors that are cut inside rows as a whole."""
-    return _from_s3(task, wants_whole=lambda tensor_slice, shape: tensor_slice.shape[1:] != shape[1:])
+    return _from_s3(
+        task,
+        wants_whole=lambda window, shape: any(
+            cut.stop - cut.start < size for cut, size in zip(window[1:], shape[1:], strict=True)
+        ),
+    )
 
 
 def safetensors_slices(task: Task) -> Tensors:
@@ -74,9 +81,7 @@ def safetensors_slices(task: Task) -> Tensors:
     for number, file in enumerate(plan.index.files):
         with safe_open(os.path.join(task.uri, file.path), "pt") as opened:
             for position in _tensors_of(plan, number):
-                tensor_slice = plan.slice_of(position, task.rank)
-                (box,) = tensor_slice.boxes
-                window = tuple(slice(start, stop) for start, stop in zip(box.starts, box.stops, strict=True))
+                window = window_of(plan.index, plan.slices[task.rank], position)
                 name = plan.index.names[position]
                 tensors[name] = opened.get_slice(name)[window].clone()
     return tensors
@@ -130,24 +135,21 @@ def _from_s3(task: Task, *, wants_whole: Callable[[Any, tuple[int, ...]], bool])
             key = f"{prefix}/{file.path}"
             list(pool.map(lambda cut, key=key: fetch(key, *cut), _cut(wanted)))
             for position in _tensors_of(plan, number):
-                tensor_slice, extent = plan.slice_of(position, task.rank), plan.index.extent_of(position)
+                window, extent = window_of(plan.index, plan.slices[task.rank], position), plan.index.extent_of(position)
                 dtype = getattr(torch, plan.index.dtype_of(position).torch_name)
                 whole = staged[extent.start : extent.stop].view(dtype).reshape(plan.index.shape_of(position))
-                (box,) = tensor_slice.boxes
-                window = tuple(slice(first, last) for first, last in zip(box.starts, box.stops, strict=True))
                 tensors[plan.index.names[position]] = whole[window].clone()
     return tensors
 
 
 def _wanted(plan: ReadPlan, position: int, rank: int, wants_whole: Callable[..., bool]) -> tuple[int, int]:
     """Byte range of the file that the rank reads for one tensor."""
-    tensor_slice, shape = plan.slice_of(position, rank), plan.index.shape_of(position)
+    window, shape = window_of(plan.index, plan.slices[rank], position), plan.index.shape_of(position)
     extent = plan.index.extent_of(position)
-    if wants_whole(tensor_slice, shape):
+    if wants_whole(window, shape):
         return extent.start, extent.stop
-    (box,) = tensor_slice.boxes
     row_bytes = extent.num_bytes // shape[0]
-    return extent.start + box.starts[0] * row_bytes, extent.start + box.stops[0] * row_bytes
+    return extent.start + window[0].start * row_bytes, extent.start + window[0].stop * row_bytes
 
 
 def _cut(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:

@@ -18,7 +18,8 @@ from ray_streamer.planning.explain import summarize
 from ray_streamer.planning.limits import ReadLimits
 from ray_streamer.planning.read_plan import plan_reads
 from ray_streamer.planning.topology import Topology
-from ray_streamer.sharding import Mesh, ShardRules, resolve_slices
+from ray_streamer.sharding import Mesh, ShardRules
+from ray_streamer.sharding.source import RuleSlices
 from ray_streamer.testing.layouts import deepseek_v3_layout, llama_layout
 from ray_streamer.testing.plan_inputs import DEEPSEEK_V3_RULES, header_only_index
 
@@ -57,7 +58,8 @@ def cases() -> list[Case]:
 
 def measure(case: Case, repeats: int) -> str:
     """One row of the table."""
-    slices = resolve_slices(case.index, case.rules, case.mesh)
+    source = RuleSlices(mesh=case.mesh, rules=case.rules)
+    slices = [source(case.index, rank) for rank in range(case.mesh.num_ranks)]
     topology = Topology.even(case.mesh.num_ranks, case.num_nodes)
     plans: list[ReadPlan] = []
     cpu_seconds: list[float] = []

@@ -19,7 +19,8 @@ from ray_streamer.planning.limits import ReadLimits
 from ray_streamer.planning.read_plan import plan_reads
 from ray_streamer.planning.tensor_reads import explain_tensors
 from ray_streamer.planning.topology import Topology
-from ray_streamer.sharding import Mesh, ShardRules, resolve_slices
+from ray_streamer.sharding import Mesh
+from ray_streamer.sharding.source import RuleSlices
 from ray_streamer.testing.layouts import deepseek_v3_layout, llama_layout, mixtral_layout, qwen3_layout
 from ray_streamer.testing.plan_inputs import header_only_index
 
@@ -77,7 +78,8 @@ def rows(model: Model) -> list[str]:
     """The table's rows of one model."""
     table: list[str] = []
     for mesh in model.meshes:
-        slices = resolve_slices(model.index, ShardRules.for_config(model.index.config), mesh)
+        source = RuleSlices(mesh=mesh)
+        slices = [source(model.index, rank) for rank in range(mesh.num_ranks)]
         for num_nodes in (1, 2) if mesh.num_ranks > 8 else (1,):
             plan = plan_reads(model.index, slices, Topology.even(mesh.num_ranks, num_nodes), LIMITS)
             table.append(_row(model.name, mesh, num_nodes, plan))

@@ -11,9 +11,9 @@ from ray_streamer.dtypes import DTYPES, DType
 from ray_streamer.planning.limits import ReadLimits
 from ray_streamer.planning.read_plan import plan_reads
 from ray_streamer.planning.topology import Topology
-from ray_streamer.sharding.slices import SliceTable, TensorSlice
 from ray_streamer.testing.checkpoints import write_checkpoint
-from ray_streamer.testing.oracle import bytes_of, expected_bytes
+from ray_streamer.testing.oracle import bytes_of, expected_results
+from ray_streamer.testing.parts import TensorPart, slices_of_parts
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -25,27 +25,27 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
-def slices_of(dtype: DType) -> dict[str, tuple[tuple[int, ...], TensorSlice]]:
+def slices_of(dtype: DType) -> dict[str, tuple[tuple[int, ...], TensorPart]]:
     """Name -> shape of the whole, and the slice; sizes are whole bytes for packed dtypes."""
     rows, columns = (257, 96), (64, 208)
     kinds = {
-        "whole": (rows, TensorSlice.whole(rows)),
-        "rows": (rows, TensorSlice.along(rows, dim=0, start=64, stop=192)),
-        "columns": (columns, TensorSlice.along(columns, dim=1, start=16, stop=64)),
-        "middle": ((6, 40, 16), TensorSlice.along((6, 40, 16), dim=1, start=8, stop=24)),
-        "parts": (rows, TensorSlice.parts(rows, dim=0, parts=((0, 16), (128, 160), (200, 257)))),
-        "column parts": (columns, TensorSlice.parts(columns, dim=1, parts=((0, 16), (96, 112)))),
-        "empty": ((0, 8), TensorSlice.whole((0, 8))),
+        "whole": (rows, TensorPart.whole(rows)),
+        "rows": (rows, TensorPart.along(rows, dim=0, start=64, stop=192)),
+        "columns": (columns, TensorPart.along(columns, dim=1, start=16, stop=64)),
+        "middle": ((6, 40, 16), TensorPart.along((6, 40, 16), dim=1, start=8, stop=24)),
+        "parts": (rows, TensorPart.ranges(rows, dim=0, ranges=((0, 16), (128, 160), (200, 257)))),
+        "column parts": (columns, TensorPart.ranges(columns, dim=1, ranges=((0, 16), (96, 112)))),
+        "empty": ((0, 8), TensorPart.whole((0, 8))),
     }
     if not dtype.is_packed:
-        kinds["scalar"] = ((), TensorSlice.whole(()))
-        kinds["one column"] = (columns, TensorSlice.along(columns, dim=1, start=5, stop=6))
+        kinds["scalar"] = ((), TensorPart.whole(()))
+        kinds["one column"] = (columns, TensorPart.along(columns, dim=1, start=5, stop=6))
     return kinds
 
 
 def check(ground: Ground, folder: Path) -> dict[str, Any]:
     """Loads all of them in every way; counts, and names what differs."""
-    slices: dict[str, TensorSlice] = {}
+    slices: dict[str, TensorPart] = {}
     specs = []
     for dtype in DTYPES:
         for kind, (shape, held) in slices_of(dtype).items():
@@ -63,17 +63,17 @@ def check(ground: Ground, folder: Path) -> dict[str, Any]:
 def _wrong(
     ground: Ground,
     folder: Path,
-    slices: dict[str, TensorSlice],
+    slices: dict[str, TensorPart],
     limits: ReadLimits,
     way: str,
     options: dict[str, Any],
 ) -> list[str]:
     index = open_index(folder)
-    table = SliceTable.from_slices(index, {name: (held,) for name, held in slices.items()}, num_ranks=1)
-    plan = plan_reads(index, table, Topology.even(1), limits)
-    tensors = load(ground, plan, device_options=options)
+    said = slices_of_parts(index, {name: (held,) for name, held in slices.items()})
+    plan = plan_reads(index, said, Topology.even(1), limits)
+    tensors, expected = load(ground, plan, device_options=options), expected_results(folder, index, said[0])
     return [
         f"{name}, {way}, blocks of {limits.block_bytes}"
-        for name, held in slices.items()
-        if bytes_of(tensors[name]) != expected_bytes(folder, index, index.position(name), held)
+        for name in slices
+        if bytes_of(tensors[name]) != bytes_of(expected[name])
     ]

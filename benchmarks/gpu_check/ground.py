@@ -171,6 +171,6 @@ def load(
     )
     device = device or ground.open_device(**(device_options or {}))
     try:
-        return RankLoad(plan, rank, storage, device, options).run()
+        return RankLoad(plan.rank_plan(rank), storage, device, options).run()
     finally:
         storage.close()

@@ -19,6 +19,8 @@ import torch
 from ground import Ground, load
 from plans import llama_plan
 
+from ray_streamer.testing.parts import window_of
+
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
@@ -133,9 +135,7 @@ def _slices(plan: Any, folder: Path, device: str) -> Tensors:
     for number, file in enumerate(plan.index.files):
         with safe_open(folder / file.path, "pt") as opened:
             for position in [at for at in range(len(plan.index)) if plan.index.file_ids[at] == number]:
-                (box,) = plan.slice_of(position, 0).boxes
-                name = plan.index.names[position]
-                window = tuple(map(slice, box.starts, box.stops))
+                name, window = plan.index.names[position], window_of(plan.index, plan.slices[0], position)
                 tensors[name] = opened.get_slice(name)[window].to(device, copy=True)
     return tensors
 

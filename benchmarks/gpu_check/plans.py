@@ -10,7 +10,8 @@ from ray_streamer.checkpoint import open_checkpoint
 from ray_streamer.planning.limits import ReadLimits
 from ray_streamer.planning.read_plan import plan_reads
 from ray_streamer.planning.topology import Topology
-from ray_streamer.sharding import Mesh, ShardRules, resolve_slices
+from ray_streamer.sharding import Mesh
+from ray_streamer.sharding.source import RuleSlices
 from ray_streamer.storage import open_storage
 from ray_streamer.testing.checkpoints import llama_layout, write_checkpoint
 
@@ -48,5 +49,7 @@ def open_index(folder: Path) -> CheckpointIndex:
 def llama_plan(folder: Path, tp: int, *, is_shared: bool = True) -> ReadPlan:
     """The plan of `tp` ranks, on one node or each on a node of its own."""
     index = open_index(folder)
-    slices = resolve_slices(index, ShardRules.for_config(index.config), Mesh(tp=tp))
-    return plan_reads(index, slices, Topology.even(tp, 1 if is_shared else tp), LIMITS)
+    source = RuleSlices(mesh=Mesh(tp=tp))
+    return plan_reads(
+        index, [source(index, rank) for rank in range(tp)], Topology.even(tp, 1 if is_shared else tp), LIMITS
+    )

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ground import Ground, load
 from plans import llama_plan
 
-from ray_streamer.testing.oracle import bytes_of, expected_bytes
+from ray_streamer.testing.oracle import bytes_of, expected_results
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
@@ -77,9 +77,5 @@ def _run(pipe: Connection, is_fake: bool, megabytes: int, folder: str, tp: int, 
 
 
 def _wrong(plan: Any, folder: Path, rank: int, tensors: dict[str, Any]) -> list[str]:
-    return [
-        f"rank {rank}: {name}"
-        for name, tensor in tensors.items()
-        if bytes_of(tensor)
-        != expected_bytes(folder, plan.index, plan.index.position(name), plan.slice_of(plan.index.position(name), rank))
-    ]
+    expected = expected_results(folder, plan.index, plan.slices[rank])
+    return [f"rank {rank}: {name}" for name, tensor in tensors.items() if bytes_of(tensor) != bytes_of(expected[name])]

@@ -77,7 +77,7 @@ def load_rank(uri: UriLike, **arguments: Unpack[RankArguments]) -> dict[str, tor
         arguments: See `RankArguments`.
 
     Returns:
-        Every tensor that this rank holds, by checkpoint name, complete.
+        Every tensor that this rank holds, by the name of its result, complete.
 
     Raises:
         SettingsError: The arguments or the environment do not say which rank this is.
@@ -100,7 +100,7 @@ def stream_rank(uri: UriLike, **arguments: Unpack[RankArguments]) -> RankStream:
         arguments: See `RankArguments`.
 
     Returns:
-        An iterator of (checkpoint name, tensor), each tensor once, in no particular order.
+        An iterator of (name of the result, tensor), each tensor once, in no particular order.
 
     Raises:
         RayStreamerError: As `load_rank`, while tensors are taken; those that were given before are complete.
@@ -164,7 +164,6 @@ def _begin(uri: UriLike, arguments: RankArguments) -> tuple[RankLoad, Background
         agreement = agree(session, membership, request, storage, index_bytes)
         load = RankLoad(
             agreement.plan,
-            membership.rank,
             storage,
             device,
             _options(session, agreement, request.settings),

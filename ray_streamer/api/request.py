@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 from ray_streamer.errors import SettingsError
-from ray_streamer.rank.request import LoadRequest, RuleSlices
+from ray_streamer.rank.request import LoadRequest
 from ray_streamer.sharding.mesh import Mesh
 from ray_streamer.sharding.rules import ShardRules
+from ray_streamer.sharding.source import RuleSlices
 from ray_streamer.storage import absolute_uri
 
 if TYPE_CHECKING:
-    from ray_streamer.rank.request import SliceSource
     from ray_streamer.settings import Settings
     from ray_streamer.sharding.cast import DTypeLike
     from ray_streamer.sharding.experts import ExpertsLike
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ray_streamer.sharding.presets import Layout
     from ray_streamer.sharding.rename import RenameLike
     from ray_streamer.sharding.rules import RulesLike
+    from ray_streamer.slices import SliceSource
     from ray_streamer.storage import UriLike
 
 Stages = int | Sequence[int]
@@ -64,7 +65,7 @@ def make_request(
 
     Raises:
         SettingsError: They do not fit together, or `uri` is none.
-        ShardingError: `rules` are not rules.
+        ShardingError: `rules`, `fuse`, `rename` or `dtype` cannot mean anything.
     """
     # Both are numbers, too, but mean all of tp, and not at all.
     mesh = Mesh(tp=tp, pp=num_stages(pp), dp=replicas, ep=tp if ep is True else 1 if ep is False else ep)
@@ -72,12 +73,9 @@ def make_request(
     return LoadRequest(
         uri=absolute_uri(uri),
         mesh=mesh,
-        slices=_slice_source(stage_layers, **slicing),
+        slices=_slice_source(mesh, stage_layers, **slicing),
         settings=settings,
         device=device,
-        fuse=slicing.get("fuse", False),
-        rename=slicing.get("rename"),
-        dtype=slicing.get("dtype"),
     )
 
 
@@ -94,17 +92,22 @@ def num_stages(pp: Stages) -> int:
     return len(pp)
 
 
-def _slice_source(stage_layers: tuple[int, ...] | None, **slicing: Unpack[SliceArguments]) -> SliceSource:
+def _slice_source(mesh: Mesh, stage_layers: tuple[int, ...] | None, **slicing: Unpack[SliceArguments]) -> SliceSource:
     rules, slices, experts = (slicing.get(name) for name in ("rules", "slices", "experts"))
     layout, drafts = slicing.get("layout", "generic"), slicing.get("drafts", False)
+    fuse, rename, dtype = slicing.get("fuse", False), slicing.get("rename"), slicing.get("dtype")
     if slices is None:
         return RuleSlices(
+            mesh=mesh,
             rules=ShardRules(rules or ()),
             unmatched=slicing.get("unmatched", "error"),
             layout=layout,
             drafts=drafts,
             stage_layers=stage_layers,
             experts=experts,
+            fuse=fuse,
+            rename=rename,
+            dtype=dtype,
         )
     if rules is not None:
         raise SettingsError("give rules or slices, not both: slices say all that rules could")
@@ -112,4 +115,6 @@ def _slice_source(stage_layers: tuple[int, ...] | None, **slicing: Unpack[SliceA
         raise SettingsError(f"layout={layout!r} and drafts={drafts} choose a preset; slices need none")
     if experts is not None or stage_layers is not None:
         raise SettingsError("with slices, which say all of it, experts and layers of stages are not given")
+    if fuse is not False or rename is not None or dtype is not None:
+        raise SettingsError("with slices, which say names, shapes and dtypes of results, give no fuse, rename or dtype")
     return slices

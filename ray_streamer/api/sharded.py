@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
     from ray_streamer.api.request import Stages
     from ray_streamer.cluster.model import ShardedModel
-    from ray_streamer.rank.request import SliceSource
     from ray_streamer.rank.statistics import RankStatistics
     from ray_streamer.sharding.cast import DTypeLike
     from ray_streamer.sharding.experts import ExpertsLike
@@ -26,6 +25,7 @@ if TYPE_CHECKING:
     from ray_streamer.sharding.presets import Layout
     from ray_streamer.sharding.rename import RenameLike
     from ray_streamer.sharding.rules import RulesLike
+    from ray_streamer.slices import SliceSource
     from ray_streamer.storage import UriLike
 
 
@@ -67,7 +67,7 @@ def load_sharded(
             so many groups of ranks, see `Mesh`.
         replicas: Copies of the model; `tp * pp * replicas` ranks are started.
         rules: Glob of tensor names -> placement, before the preset that the checkpoint's config.json names.
-        slices: Instead of rules: a picklable callable (index, mesh) -> `SliceTable`.
+        slices: Instead of rules, fuse, rename and dtype: a picklable callable (index, rank) -> `RankSlices`.
         unmatched: "error", or "replicate" for tensors of two or more dimensions without a rule.
         layout: Which preset: "generic" as Megatron-LM, "transformers" as its tensor-parallel plan, "vllm" as its layers hold
             their tensors; see docs/families.md.

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import ray
 
-from ray_streamer.cluster.gather import assemble
+from ray_streamer.cluster.gather import assemble, find_parts
 from ray_streamer.cluster.group import WorkerGroup
 from ray_streamer.cluster.names import model_of
 from ray_streamer.cluster.worker import LoadWorker
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from ray_streamer.rank.request import LoadRequest
     from ray_streamer.rank.statistics import RankStatistics
     from ray_streamer.sharding.mesh import Mesh
-    from ray_streamer.sharding.slices import TensorSlice
 
 _SHUT_DOWN = "this model was shut down; load it again"
 
@@ -116,24 +115,22 @@ class ShardedModel:
         return self._ready().call("run", function, args, keep_on_failure=True)
 
     def gather(self, name: str) -> torch.Tensor:
-        """One whole tensor, put together on this process from the ranks' slices; for looking at, not for serving.
+        """One whole tensor, put together on this process from the ranks' results; for looking at, not for serving.
+
+        Args:
+            name: Of a result; of the checkpoint's tensor, where tensors are fused into results.
 
         Raises:
-            KeyError: The checkpoint has no such tensor, or no rank holds any of it.
+            KeyError: There is no such result or tensor, or no rank holds any of it.
             RankFailedError: A rank died, or a function that ran there took the tensor away.
         """
-        index = self.plan.index
-        position = index.position(name)
-        holders: dict[TensorSlice, int] = {}
-        for rank in range(self.mesh.num_ranks):
-            tensor_slice = self.plan.slice_of(position, rank)
-            if tensor_slice is not None:
-                holders.setdefault(tensor_slice, rank)
-        if not holders:
-            raise KeyError(f"no rank holds any of {name!r}")
-        taken = self.plan.results.name_of(position)
-        parts = self._ready().call("take_bytes", taken, ranks=list(holders.values()), keep_on_failure=True)
-        return assemble(self.plan.results.dtype_of(index, position), index.shape_of(position), list(holders), parts)
+        tensor, held = find_parts(self.plan, name)
+        held.sort(key=lambda holder: holder.result)
+        parts: list[bytes] = []
+        for result in dict.fromkeys(holder.result for holder in held):
+            ranks = [holder.rank for holder in held if holder.result == result]
+            parts += self._ready().call("take_bytes", result, ranks=ranks, keep_on_failure=True)
+        return assemble(held[0].dtype, self.plan.index.shape_of(tensor), held, parts)
 
     def restart(self, rank: int) -> RankStatistics:
         """Replaces one rank's actor, dead or alive, and loads its slices again; the other ranks keep theirs.

@@ -13,11 +13,12 @@ from ray_streamer.cluster.gpus import assigned_device
 from ray_streamer.device import open_device
 from ray_streamer.errors import ClusterError, LoadAbortedError
 from ray_streamer.exchange.liveness import Timeouts
-from ray_streamer.planning.read_plan import plan_reads
-from ray_streamer.planning.topology import Topology
+from ray_streamer.planning.node_plan import plan_node
+from ray_streamer.planning.rank_plan import RankPlan
 from ray_streamer.rank.context import RankContext
 from ray_streamer.rank.load import RankLoad
 from ray_streamer.rank.options import RankOptions
+from ray_streamer.slices.rank_sources import RankSources
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -65,19 +66,29 @@ class LoadWorker:
             RankFailedError: A neighbour failed.
             StorageError: A read of this rank failed.
         """
+        # Several nodes may share a machine, and with it the names of sockets.
+        session = f"{session}/{plan.topology.node_of(self._rank)}"
+        return self._load_plan(plan.rank_plan(self._rank), session, node, memory_limit)
+
+    def load_alone(self, plan: ReadPlan, session: str, node: str, memory_limit: int) -> RankStatistics:
+        """Loads this rank's tensors with nobody's help: the others have theirs. The same objects as in `plan`, or none."""
+        said = plan.slices[self._rank]
+        alone = plan_node(plan.index, [RankSources.of(said)], plan.limits)
+        mine = RankPlan.of(plan.index, alone, said, ranks=(self._rank,), local_rank=0)
+        return self._load_plan(mine, session, node, memory_limit)
+
+    def _load_plan(self, mine: RankPlan, session: str, node: str, memory_limit: int) -> RankStatistics:
         self._context = None
-        node_number = plan.topology.node_of(self._rank)
         options = RankOptions(
-            # Several nodes may share a machine, and with it the names of sockets.
-            session=f"{session}/{node_number}",
+            session=session,
             node=node,
             concurrency=self._request.settings.concurrency,
             memory_limit=memory_limit,
             timeouts=Timeouts.of(self._request.settings),
         )
-        storage = self._request.open_storage(num_sharers=len(plan.topology.nodes[node_number]))
+        storage = self._request.open_storage(num_sharers=len(mine.ranks))
         try:
-            load = RankLoad(plan, self._rank, storage, self._device, options)
+            load = RankLoad(mine, storage, self._device, options)
             self._begin(load)
             tensors = load.run()
         finally:
@@ -86,12 +97,6 @@ class LoadWorker:
             rank=self._rank, mesh=self._request.mesh, device=self._device.name, node=node, tensors=tensors
         )
         return load.statistics()
-
-    def load_alone(self, plan: ReadPlan, session: str, node: str, memory_limit: int) -> RankStatistics:
-        """Loads this rank's tensors with nobody's help: the others have theirs. The same objects as in `plan`, or none."""
-        num_ranks = plan.topology.num_ranks
-        alone = plan_reads(plan.index, plan.slices, Topology.even(num_ranks, num_ranks), plan.limits)
-        return self.load(alone, session, node, memory_limit)
 
     def _begin(self, load: RankLoad) -> None:
         with self._lock:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
+from ray_streamer.device.caller_memory import writable_alias
 from ray_streamer.errors import DeviceError
 
 if TYPE_CHECKING:
@@ -29,11 +30,27 @@ class Result(NamedTuple):
 
     Attributes:
         tensor: What the caller gets.
+        num_bytes: From the first byte of its memory to one past the last.
         host_bytes: Its memory, where reads and host copies may land; None when only the device reaches it.
     """
 
     tensor: torch.Tensor
+    num_bytes: int
     host_bytes: NDArray[np.uint8] | None
+
+    def storage_view(self, dtype: torch.dtype) -> torch.Tensor:
+        """All of its memory as a flat tensor of `dtype` that in-place operations may write."""
+        memory = writable_alias(self.tensor)
+        flat = memory.as_strided((self.num_bytes // memory.itemsize,), (1,), memory.storage_offset())
+        return flat if flat.dtype == dtype else flat.view(dtype)
+
+
+def span_bytes(tensor: torch.Tensor) -> int:
+    """Bytes from the first of a tensor's memory to one past the last."""
+    if not tensor.numel():
+        return 0
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return (last + 1) * tensor.itemsize
 
 
 class Copy(NamedTuple):
@@ -69,7 +86,7 @@ class Device(Protocol):
         """Refuses memory of the caller that this device cannot write.
 
         Raises:
-            DeviceError: Wrong device, not contiguous, or read-only.
+            DeviceError: Wrong device, or read-only.
         """
         ...
 
@@ -116,12 +133,10 @@ class Device(Protocol):
 
 
 def check_out(name: str, tensor: torch.Tensor, *, is_here: bool, device_name: str) -> None:
-    """Refuses a tensor of the caller's that is elsewhere or not contiguous.
+    """Refuses a tensor of the caller's that is elsewhere.
 
     Raises:
         DeviceError: Names the tensor.
     """
     if not is_here:
         raise DeviceError(f"out[{name!r}] lies on {tensor.device}, the load was asked to deliver to {device_name}")
-    if not tensor.is_contiguous():
-        raise DeviceError(f"out[{name!r}] is not contiguous: shape {tuple(tensor.shape)}, strides {tensor.stride()}")

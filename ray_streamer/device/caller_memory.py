@@ -91,7 +91,7 @@ def refuse_overlaps(out: Mapping[str, torch.Tensor]) -> None:
     spans = sorted(
         (str(tensor.device), tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes, name)
         for name, tensor in out.items()
-        if tensor.nbytes
+        if tensor.nbytes and tensor.is_contiguous()
     )
     for (device, _, stop, name), (other_device, start, _, other) in itertools.pairwise(spans):
         if device == other_device and start < stop:

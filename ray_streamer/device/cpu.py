@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from ray_streamer.device.base import Result, check_out
+from ray_streamer.device.base import Result, check_out, span_bytes
 from ray_streamer.device.first_touch import fault_in
 from ray_streamer.errors import DeviceError
 from ray_streamer.process_limits import limits_explained
@@ -44,7 +44,8 @@ class CpuDevice:
         # Storage bytes rather than `view(uint8)`: packed and complex dtypes and scalars have no such view.
         first = tensor.storage_offset() * tensor.itemsize
         raw = torch.empty(0, dtype=torch.uint8, device="cpu").set_(tensor.detach().untyped_storage())
-        return Result(tensor, raw[first : first + tensor.nbytes].numpy())
+        num_bytes = span_bytes(tensor)
+        return Result(tensor, num_bytes, raw[first : first + num_bytes].numpy())
 
     def check_target(self, name: str, tensor: torch.Tensor) -> None:
         """See `Device.check_target`."""

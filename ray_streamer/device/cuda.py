@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ray_streamer.device.base import Result, check_out
+from ray_streamer.device.base import Result, check_out, span_bytes
 from ray_streamer.device.cuda_library import find_loaded_library
 from ray_streamer.device.cuda_runtime import MAX_STRIDE_BYTES, CudaRuntime
 from ray_streamer.device.direct_storage import DirectStorage, open_direct_storage
@@ -100,7 +100,7 @@ class CudaDevice:
 
     def result(self, tensor: torch.Tensor) -> Result:
         """See `Device.result`."""
-        return Result(tensor, None)
+        return Result(tensor, span_bytes(tensor), None)
 
     def check_target(self, name: str, tensor: torch.Tensor) -> None:
         """See `Device.check_target`."""
@@ -137,7 +137,7 @@ class CudaDevice:
             self._started.result()
             self._locks.wait_for(address_of(source))
             for piece, target in copies:
-                self._copy(source, piece, target.tensor)
+                self._copy(source, piece, target)
         except BaseException as error:
             failure = error
         try:
@@ -148,10 +148,10 @@ class CudaDevice:
             # Also after a failure: copies that were queued before it still read the source.
             self._finisher.submit(self._finish, event, done, failure)
 
-    def _copy(self, source: NDArray[np.uint8], piece: Piece, tensor: torch.Tensor) -> None:
+    def _copy(self, source: NDArray[np.uint8], piece: Piece, result: Result) -> None:
         """Queues one piece."""
-        check_bounds(piece, source.nbytes, tensor.nbytes)
-        start, target = address_of(source) + piece.source_start, tensor.data_ptr() + piece.target_start
+        check_bounds(piece, source.nbytes, result.num_bytes)
+        start, target = address_of(source) + piece.source_start, result.tensor.data_ptr() + piece.target_start
         if piece.num_runs == 1 or piece.run_bytes == piece.source_stride == piece.target_stride:
             self._runtime.copy(target, start, piece.num_bytes)
         elif piece.run_bytes < self._short_run_bytes and self._scratch.takes(piece):

@@ -59,6 +59,8 @@ def cover(whole: Sequence[NestedView], views: Sequence[NestedView]) -> Coverage:
     >>> cover([NestedView(0, 0, (Dim(12, 1, 0),))], rows)
     Coverage(num_covered=8, twice=8, outside=None, holes=(Hole(offset=4, shape=(1, 4), strides=(8, 1)),))
     """
+    if not whole and not views:
+        return Coverage(0, None, None, ())
     scales = _scales([*whole, *views])
     found = None if scales is None else _cover_cells(scales, whole, views)
     return found or _cover_windows(whole, views)

@@ -8,6 +8,7 @@ as checkpoint fractions that sum to more than 1. Why each tensor is read as it i
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,17 +16,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ray_streamer.planning.pieces import PIECE_COLUMNS
-from ray_streamer.planning.read_plan import column
+from ray_streamer.planning.pieces import PIECE_COLUMNS, STRIDED_COLUMNS, RowLandings, cut_pieces, cut_strided
+from ray_streamer.planning.reads import bytes_by_block, kinds_of
+from ray_streamer.slices.rank_sources import RankSources
 from ray_streamer.units import counted, human_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from numpy.typing import NDArray
-
-    from ray_streamer.planning.read_plan import NodePlan, ReadPlan
+    from ray_streamer.planning.landing import StridedMove
+    from ray_streamer.planning.read_plan import ReadPlan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,11 +36,11 @@ class RankSummary:
     Attributes:
         rank: Global rank.
         node: Position of its node in the topology.
-        result_bytes: Bytes of its tensors.
+        result_bytes: Bytes of its results that the checkpoint fills.
         read_bytes: Bytes that it reads from storage, for itself and for its neighbours.
         requests: Blocks that it reads.
-        direct_bytes: Bytes of its tensors out of blocks that it reads and nobody else wants.
-        from_neighbours_bytes: Bytes of its tensors out of blocks that a neighbour reads.
+        direct_bytes: Bytes of the checkpoint that it wants, in blocks that it reads and nobody else wants.
+        from_neighbours_bytes: Bytes of the checkpoint that it wants, in blocks that a neighbour reads.
     """
 
     rank: int
@@ -158,7 +159,8 @@ def summarize(plan: ReadPlan) -> PlanSummary:
 def write_plan(plan: ReadPlan, folder: Path) -> None:
     """Writes `blocks.parquet`, `pieces.parquet` and `summary.json` into `folder`, which is made when it does not exist.
 
-    Blocks are numbered per node; a piece names its node and block. Files and tensors go by name, ranks are global.
+    Blocks are numbered per node; a piece names its node and block. Files and results go by name, ranks are global. A piece that
+    is a part of a strided move has no runs, and says the move.
     """
     folder.mkdir(parents=True, exist_ok=True)
     _write_nodes(plan, folder / "blocks.parquet", _blocks_of_node)
@@ -181,7 +183,7 @@ def _summarize_node(plan: ReadPlan, node: int) -> NodeSummary:
         read_bytes=read_bytes,
         amplification=_amplification(read_bytes, node_plan.needed_bytes),
         checkpoint_fraction=read_bytes / checkpoint_bytes if checkpoint_bytes else 0.0,
-        requests=node_plan.blocks.num_rows,
+        requests=len(node_plan.blocks),
     )
 
 
@@ -191,7 +193,7 @@ def _summarize_ranks(plan: ReadPlan) -> list[RankSummary]:
     ranks: list[RankSummary] = []
     for node, (members, plan_id) in enumerate(zip(plan.topology.nodes, plan.node_plan_ids, strict=True)):
         if plan_id not in shares:
-            shares[plan_id] = _count_shares(plan.node_plans[plan_id], len(members))
+            shares[plan_id] = _count_shares(plan, node)
         ranks.extend(
             RankSummary(rank=rank, node=node, **{name: counts[local] for name, counts in shares[plan_id].items()})
             for local, rank in enumerate(members)
@@ -199,26 +201,21 @@ def _summarize_ranks(plan: ReadPlan) -> list[RankSummary]:
     return sorted(ranks, key=lambda summary: summary.rank)
 
 
-def _count_shares(node_plan: NodePlan, num_local_ranks: int) -> dict[str, list[int]]:
+def _count_shares(plan: ReadPlan, node: int) -> dict[str, list[int]]:
     """By the names of `RankSummary`, one count per local rank."""
-    readers, block = column(node_plan.blocks, "reader"), column(node_plan.pieces, "block")
-    takers = column(node_plan.pieces, "rank")
-    moved = column(node_plan.pieces, "run_bytes").astype(np.int64) * column(node_plan.pieces, "num_runs")
-    is_own = column(node_plan.blocks, "num_takers")[block] == 1
-    is_neighbours = readers[block] != takers
-    lengths = column(node_plan.blocks, "stop") - column(node_plan.blocks, "start")
-
-    def per_rank(ranks: NDArray[np.integer], amounts: NDArray[np.integer]) -> list[int]:
-        # Weights are added as doubles: exact up to 2**53 bytes, which no node holds.
-        return np.bincount(ranks, weights=amounts, minlength=num_local_ranks).astype(np.int64).tolist()
-
-    return {
-        "result_bytes": per_rank(takers, moved),
-        "read_bytes": per_rank(readers, lengths),
-        "requests": per_rank(readers, np.ones_like(lengths)),
-        "direct_bytes": per_rank(takers[is_own], moved[is_own]),
-        "from_neighbours_bytes": per_rank(takers[is_neighbours], moved[is_neighbours]),
-    }
+    node_plan, members = plan.node_plans[plan.node_plan_ids[node]], plan.topology.nodes[node]
+    blocks, readers = node_plan.blocks, node_plan.readers
+    lengths, is_own = blocks.stops - blocks.starts, node_plan.takers.sum(axis=1) == 1
+    kinds = kinds_of(plan.index, [RankSources.of(plan.slices[rank]) for rank in members])
+    counts: dict[str, list[int]] = defaultdict(list)
+    for local_rank, rank in enumerate(members):
+        is_reader, wanted = readers == local_rank, bytes_by_block(plan.index, kinds, blocks, local_rank)
+        counts["result_bytes"].append(int(RowLandings.of(plan.index, plan.slices[rank]).num_bytes.sum()))
+        counts["read_bytes"].append(int(lengths[is_reader].sum()))
+        counts["requests"].append(int(is_reader.sum()))
+        counts["direct_bytes"].append(int(wanted[is_reader & is_own].sum()))
+        counts["from_neighbours_bytes"].append(int(wanted[~is_reader].sum()))
+    return counts
 
 
 def _write_nodes(plan: ReadPlan, path: Path, table_of: Callable[[ReadPlan, int], pa.Table]) -> None:
@@ -231,25 +228,55 @@ def _write_nodes(plan: ReadPlan, path: Path, table_of: Callable[[ReadPlan, int],
 
 
 def _blocks_of_node(plan: ReadPlan, node: int) -> pa.Table:
-    blocks = plan.node_plans[plan.node_plan_ids[node]].blocks
+    node_plan = plan.node_plans[plan.node_plan_ids[node]]
+    blocks = node_plan.blocks
     paths = pa.array([file.path for file in plan.index.files], pa.string())
     return pa.table(
         {
-            "node": np.full(blocks.num_rows, node, dtype=np.int32),
-            "block": np.arange(blocks.num_rows, dtype=np.int32),
-            "path": pa.DictionaryArray.from_arrays(column(blocks, "file"), paths),
-            "start": blocks.column("start"),
-            "stop": blocks.column("stop"),
-            "reader": np.array(plan.topology.nodes[node], dtype=np.int32)[column(blocks, "reader")],
-            "num_takers": blocks.column("num_takers"),
+            "node": np.full(len(blocks), node, dtype=np.int32),
+            "block": np.arange(len(blocks), dtype=np.int32),
+            "path": pa.DictionaryArray.from_arrays(blocks.file_ids.astype(np.int32), paths),
+            "start": blocks.starts,
+            "stop": blocks.stops,
+            "reader": np.array(plan.topology.nodes[node], dtype=np.int32)[node_plan.readers],
+            "num_takers": node_plan.takers.sum(axis=1).astype(np.int16),
         }
     )
 
 
 def _pieces_of_node(plan: ReadPlan, node: int) -> pa.Table:
-    pieces = plan.node_plans[plan.node_plan_ids[node]].pieces
-    columns: dict[str, Any] = {name: pieces.column(name) for name in PIECE_COLUMNS}
-    columns["rank"] = np.array(plan.topology.nodes[node], dtype=np.int32)[column(pieces, "rank")]
-    names = pa.array(plan.index.names, pa.string())
-    columns["tensor"] = pa.DictionaryArray.from_arrays(column(pieces, "tensor"), names)
-    return pa.table({"node": np.full(pieces.num_rows, node, dtype=np.int32), **columns})
+    node_plan = plan.node_plans[plan.node_plan_ids[node]]
+    tables: list[pa.Table] = []
+    for rank in plan.topology.nodes[node]:
+        rows = RowLandings.of(plan.index, plan.slices[rank])
+        pieces = cut_pieces(rows, node_plan.blocks)
+        strided, moves = cut_strided(rows, node_plan.blocks)
+        plain = dict(zip(PIECE_COLUMNS, pieces.rows.T, strict=True))
+        parts = dict(zip(STRIDED_COLUMNS, strided.rows.T, strict=True))
+        texts = [_text_of(moves[number]) for number in parts.pop("move").tolist()]
+        for block, columns, text in ((pieces.blocks, plain, None), (strided.blocks, parts, texts)):
+            names = pa.array(
+                [plan.slices[rank].results.names[at] for at in columns.pop("result").tolist()], pa.string()
+            )
+            known = {name: pa.array(values, pa.int64()) for name, values in columns.items()}
+            places = {"node": node, "rank": rank, "block": block}
+            tables.append(
+                pa.table(
+                    {
+                        **{
+                            name: np.broadcast_to(np.asarray(value, np.int32), len(names))
+                            for name, value in places.items()
+                        },
+                        "result": names,
+                        **{name: known.get(name, pa.nulls(len(names), pa.int64())) for name in PIECE_COLUMNS[1:]},
+                        "move": pa.nulls(len(names), pa.string()) if text is None else pa.array(text, pa.string()),
+                    }
+                )
+            )
+    return pa.concat_tables(tables)
+
+
+def _text_of(move: StridedMove) -> str:
+    """A strided move in a few words: dtypes, and (size, stride in the tensor, stride in the result) of each dimension."""
+    dims = [tuple(dim) for dim in move.view.dims]
+    return f"{move.source_dtype.name} -> {move.target_dtype.name} {[*dims, *((size, 0, step) for size, step in move.repeats)]}"

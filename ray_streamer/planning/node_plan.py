@@ -17,7 +17,8 @@ import pyarrow as pa
 from ray_streamer.errors import PlanError
 from ray_streamer.planning.assign import assign_readers
 from ray_streamer.planning.limits import ReadLimits
-from ray_streamer.planning.reads import BlockColumns, cover_node, cut_blocks, kinds_of, meet, spans_by_kind, tensor_keys
+from ray_streamer.planning.reads import BlockColumns, bytes_by_block, cover_node, cut_blocks, kinds_of
+from ray_streamer.units import counted, human_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 PLAN_VERSION = 2
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class NodePlan:
     """Reads of one node; ranks are local.
 
@@ -50,6 +51,10 @@ class NodePlan:
     takers: NDArray[np.bool_] = field(repr=False)
     needed_bytes: int
     plan_hash: str
+
+    def __repr__(self) -> str:
+        ranks = counted(self.num_local_ranks, "rank")
+        return f"NodePlan({ranks}, {counted(len(self.blocks), 'block')}, {human_bytes(self.read_bytes)})"
 
     @property
     def num_local_ranks(self) -> int:
@@ -166,20 +171,11 @@ def _takers(
     index: CheckpointIndex, kinds: TensorKinds, blocks: BlockColumns, sources: Sequence[RankSources]
 ) -> NDArray[np.bool_]:
     takers = np.zeros((len(blocks), len(sources)), dtype=bool)
-    keys = tensor_keys(index)
     first_alike: dict[int, int] = {}
     for local_rank, rank_sources in enumerate(sources):
         alike = first_alike.setdefault(id(rank_sources), local_rank)
-        if alike != local_rank:
+        if alike == local_rank:
+            takers[:, local_rank] = bytes_by_block(index, kinds, blocks, local_rank) > 0
+        else:
             takers[:, local_rank] = takers[:, alike]
-            continue
-        spans = spans_by_kind(kinds, local_rank)
-        owners, rows = spans.expand(kinds.kind_ids)
-        start, run, count, stride = (spans.columns[name][rows] for name in ("start", "run_bytes", "num_runs", "stride"))
-        pairs = meet(blocks, keys[owners] + start, (count - 1) * stride + run)
-        run, stride = run[pairs.owner], stride[pairs.owner]
-        before = pairs.low // stride
-        # A block may lie between two runs: it begins behind one, and ends before the next.
-        has_bytes = (pairs.low - before * stride < run) | ((before + 1) * stride < pairs.high)
-        takers[pairs.block[has_bytes], local_rank] = True
     return takers

@@ -1,106 +1,189 @@
-"""Where does each byte of a block go? Regions met with blocks become strided copies.
+"""Where does each byte of a block go? A rank's own slices met with the blocks of its node.
 
 A block may begin or end in the middle of a run, so one region and one block make at most three pieces: the rest of a run
-(head), whole runs (body), the beginning of a run (tail).
+(head), whole runs (body), the beginning of a run (tail). Of a strided move a block holds one part, whatever it looks like: a
+piece says which move and where the tensor begins, and who copies finds the part.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ray_streamer.planning.cover import tensor_keys
+from ray_streamer.dtypes import DTYPE_CODES, DTYPES
+from ray_streamer.errors import PlanError
+from ray_streamer.planning.groups import group_rows
+from ray_streamer.planning.landing import Region, land
+from ray_streamer.planning.reads import Ragged, meet, tensor_keys
+from ray_streamer.planning.wanted import Span, spans_of
+from ray_streamer.slices.move import Side
+from ray_streamer.slices.rank_sources import SourceView
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from numpy.typing import NDArray
 
     from ray_streamer.checkpoint.index import CheckpointIndex
-    from ray_streamer.planning.cover import BlockColumns, NodeCover, TensorKinds
+    from ray_streamer.planning.landing import Landing, StridedMove
+    from ray_streamer.planning.reads import BlockColumns, Meeting
+    from ray_streamer.slices.rank_slices import RankSlices
 
     Column = NDArray[np.int64]
 
-PIECE_COLUMNS: dict[str, type[np.integer]] = {
-    "block": np.int32,
-    "rank": np.int16,
-    "tensor": np.int32,
-    "source_start": np.int32,
-    "run_bytes": np.int32,
-    "num_runs": np.int32,
-    "source_stride": np.int32,
-    "target_start": np.int64,
-    "target_stride": np.int64,
-}
-"""Columns of the pieces table: a strided copy from a block (source) to a rank's tensor (target), in bytes."""
+PIECE_COLUMNS = (
+    "result",
+    "source_start",
+    "run_bytes",
+    "num_runs",
+    "source_stride",
+    "target_start",
+    "target_stride",
+)
+"""A copy of rows of bytes from a block (source) to the memory of a result (target)."""
 
-Pieces = dict[str, "NDArray[np.integer]"]
+STRIDED_COLUMNS = ("result", "move", "source_start", "target_start")
+"""A part of a strided move: where the tensor begins, from the block's first byte, and where the target's first element lies."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Meeting:
-    """Pairs of a region and a block that overlap; `low` and `high` bound the block in bytes from the region's first."""
+class RowLandings:
+    """How the rows of a rank's slices land.
 
-    regions: dict[str, Column]
-    block: Column
-    low: Column
-    high: Column
-    base: Column
+    Attributes:
+        landings: Distinct ones.
+        landing_ids: For each row its position in `landings`.
+        tensor_keys: For each row the key of the tensor's first byte.
+        result_ids: For each row the number of its result.
+        target_starts: For each row what is added to every target, in bytes.
+    """
+
+    landings: tuple[Landing, ...]
+    landing_ids: Column = field(repr=False)
+    tensor_keys: Column = field(repr=False)
+    result_ids: Column = field(repr=False)
+    target_starts: Column = field(repr=False)
+
+    @classmethod
+    def of(cls, index: CheckpointIndex, slices: RankSlices) -> RowLandings:
+        """The landings of all rows.
+
+        Raises:
+            PlanError: A move does not lie on whole bytes, or cannot be cast.
+        """
+        codes = _result_codes(slices)[slices.result_ids]
+        sources = index.dtype_codes[slices.tensor_ids]
+        landing_ids, examples = group_rows([slices.pattern_ids, sources, codes])
+        kinds = zip(
+            slices.pattern_ids[examples].tolist(), sources[examples].tolist(), codes[examples].tolist(), strict=True
+        )
+        landings = tuple(land(slices.patterns[at], DTYPES[source], DTYPES[target]) for at, source, target in kinds)
+        bits = slices.target_offsets * np.array([dtype.num_bits for dtype in DTYPES], dtype=np.int64)[codes]
+        if (bits % 8).any():
+            row = int(np.flatnonzero(bits % 8)[0])
+            name = slices.results.names[slices.result_ids[row]]
+            raise PlanError(f"slices put {index.names[slices.tensor_ids[row]]!r} inside a byte of result {name!r}")
+        keys = tensor_keys(index)[slices.tensor_ids]
+        return cls(landings, landing_ids, keys, slices.result_ids.astype(np.int64), bits // 8)
+
+    @property
+    def num_bytes(self) -> Column:
+        """For each row the bytes that come to its result."""
+        sizes = np.array([landing.num_bytes for landing in self.landings], dtype=np.int64)
+        return sizes[self.landing_ids] if len(sizes) else np.zeros(0, dtype=np.int64)
+
+    def bytes_to_fill(self, num_results: int) -> Column:
+        """Bytes that come to each result."""
+        filled = np.zeros(num_results, dtype=np.int64)
+        np.add.at(filled, self.result_ids, self.num_bytes)
+        return filled
 
 
-def cut_pieces(index: CheckpointIndex, kinds: TensorKinds, cover: NodeCover, blocks: BlockColumns) -> Pieces:
-    """Every byte of every local rank's slice as pieces, sorted by block and local rank."""
-    meeting = _meet(index, kinds, cover, blocks)
-    run, stride = meeting.regions["run_bytes"], meeting.regions["source_stride"]
-    low_run = meeting.low // stride
-    inside = meeting.low - low_run * stride
+@dataclass(frozen=True, slots=True, eq=False)
+class BlockTable:
+    """Rows of whole numbers by block: block `b` owns rows `firsts[b]` to `firsts[b + 1]`.
+
+    Attributes:
+        rows: int64 of shape (num_rows, num_columns).
+        firsts: One more than there are blocks.
+    """
+
+    rows: Column = field(repr=False)
+    firsts: Column = field(repr=False)
+
+    @classmethod
+    def sorted_by(cls, blocks: Column, columns: Sequence[Column], num_blocks: int) -> BlockTable:
+        """`columns` in order of `blocks`; rows of one block stay in their order."""
+        order = np.argsort(blocks, kind="stable")
+        rows = np.empty((len(order), len(columns)), dtype=np.int64)
+        for at, column in enumerate(columns):
+            np.take(column, order, out=rows[:, at])
+        firsts = np.zeros(num_blocks + 1, dtype=np.int64)
+        np.cumsum(np.bincount(blocks, minlength=num_blocks), out=firsts[1:])
+        return cls(rows, firsts)
+
+    @property
+    def blocks(self) -> Column:
+        """The block of each row."""
+        return np.repeat(np.arange(len(self.firsts) - 1), np.diff(self.firsts))
+
+    def of_block(self, number: int) -> list[list[int]]:
+        """The rows of one block."""
+        return self.rows[self.firsts[number] : self.firsts[number + 1]].tolist()
+
+
+def cut_pieces(rows: RowLandings, blocks: BlockColumns) -> BlockTable:
+    """The regions of all rows as pieces; columns are `PIECE_COLUMNS`."""
+    regions = Ragged.from_rows([landing.regions for landing in rows.landings], Region._fields)
+    owners, numbers = regions.expand(rows.landing_ids)
+    table = {name: column[numbers] for name, column in regions.columns.items()}
+    lengths = (table["num_runs"] - 1) * table["source_stride"] + table["run_bytes"]
+    meeting = meet(blocks, rows.tensor_keys[owners] + table["source_start"], lengths)
+    table = {name: column[meeting.owner] for name, column in table.items()}
+    table["target_start"] += rows.target_starts[owners][meeting.owner]
+    table["result"] = rows.result_ids[owners][meeting.owner]
+    parts = _head_body_tail(meeting, table)
+    joined = {name: np.concatenate([part[name] for part in parts]) for name in ("block", *PIECE_COLUMNS)}
+    return BlockTable.sorted_by(joined["block"], [joined[name] for name in PIECE_COLUMNS], len(blocks))
+
+
+def _head_body_tail(meeting: Meeting, table: dict[str, Column]) -> list[dict[str, Column]]:
+    run, stride, low, high = table["run_bytes"], table["source_stride"], meeting.low, meeting.high
+    low_run = low // stride
+    inside = low - low_run * stride
     # A block that starts at the first byte of a run needs no head; one that starts behind a run skips to the next.
     body_first = low_run + (inside > 0)
-    body_stop = np.maximum((meeting.high - run) // stride + 1, body_first)
-    head_stop = np.minimum(meeting.high - low_run * stride, run)
+    body_stop = np.maximum((high - run) // stride + 1, body_first)
+    head_stop = np.minimum(high - low_run * stride, run)
     has_head = (inside > 0) & (inside < head_stop)
-    tail_bytes = np.minimum(meeting.high - body_stop * stride, run)
-    has_tail = (body_stop < meeting.regions["num_runs"]) & (tail_bytes > 0)
-    parts = [
-        _pieces_where(has_head, meeting, low_run, inside, head_stop - inside, np.ones_like(run)),
-        _pieces_where(body_stop > body_first, meeting, body_first, np.zeros_like(run), run, body_stop - body_first),
-        _pieces_where(has_tail, meeting, body_stop, np.zeros_like(run), tail_bytes, np.ones_like(run)),
+    tail_bytes = np.minimum(high - body_stop * stride, run)
+    has_tail = (body_stop < table["num_runs"]) & (tail_bytes > 0)
+    none, one = np.zeros_like(run), np.ones_like(run)
+    return [
+        _pieces_where(has_head, meeting, table, low_run, inside, head_stop - inside, one),
+        _pieces_where(body_stop > body_first, meeting, table, body_first, none, run, body_stop - body_first),
+        _pieces_where(has_tail, meeting, table, body_stop, none, tail_bytes, one),
     ]
-    joined = {name: np.concatenate([part[name] for part in parts]) for name in PIECE_COLUMNS}
-    order = np.argsort(joined["block"].astype(np.int64) << 16 | joined["rank"], kind="stable")
-    return {name: column[order].astype(PIECE_COLUMNS[name]) for name, column in joined.items()}
-
-
-def _meet(index: CheckpointIndex, kinds: TensorKinds, cover: NodeCover, blocks: BlockColumns) -> _Meeting:
-    owners, rows = cover.regions.expand(kinds.kind_ids)
-    table = cover.regions.columns
-    lengths = (table["num_runs"] - 1) * table["source_stride"] + table["run_bytes"]
-    starts = tensor_keys(index)[owners] + table["source_start"][rows]
-    keys = blocks.keys
-    first = np.searchsorted(keys, starts, side="right") - 1
-    last = np.searchsorted(keys, starts + lengths[rows] - 1, side="right") - 1
-    counts = last - first + 1
-    pair = np.repeat(np.arange(len(owners), dtype=np.int64), counts)
-    block = np.arange(len(pair), dtype=np.int64) + (first - (np.cumsum(counts) - counts))[pair]
-    block_low = keys[block] - starts[pair]
-    block_high = block_low + (blocks.stops - blocks.starts)[block]
-    rows = rows[pair]
-    regions = {name: column[rows] for name, column in table.items()}
-    regions["tensor"] = owners[pair]
-    return _Meeting(regions, block, np.maximum(block_low, 0), np.minimum(block_high, lengths[rows]), block_low)
 
 
 def _pieces_where(
-    mask: NDArray[np.bool_], meeting: _Meeting, first_run: Column, skip: Column, run_bytes: Column, num_runs: Column
+    mask: NDArray[np.bool_],
+    meeting: Meeting,
+    table: dict[str, Column],
+    first_run: Column,
+    skip: Column,
+    run_bytes: Column,
+    num_runs: Column,
 ) -> dict[str, Column]:
     """Pieces that start `skip` bytes into run `first_run`, for the pairs of a region and a block that `mask` selects."""
-    taken = {name: column[mask] for name, column in meeting.regions.items()}
+    taken = {name: column[mask] for name, column in table.items()}
     first_run, skip, run_bytes, num_runs = first_run[mask], skip[mask], run_bytes[mask], num_runs[mask]
     is_lone = num_runs == 1
     return {
         "block": meeting.block[mask],
-        "rank": taken["rank"],
-        "tensor": taken["tensor"],
+        "result": taken["result"],
         "source_start": first_run * taken["source_stride"] + skip - meeting.base[mask],
         "run_bytes": run_bytes,
         "num_runs": num_runs,
@@ -108,3 +191,38 @@ def _pieces_where(
         "target_start": taken["target_start"] + first_run * taken["target_stride"] + skip,
         "target_stride": np.where(is_lone, run_bytes, taken["target_stride"]),
     }
+
+
+def cut_strided(rows: RowLandings, blocks: BlockColumns) -> tuple[BlockTable, tuple[StridedMove, ...]]:
+    """The parts of all rows' strided moves, and the moves; columns are `STRIDED_COLUMNS`."""
+    moves: dict[StridedMove, int] = {}
+    spans: list[list[tuple[int, ...]]] = []
+    for landing in rows.landings:
+        numbered = [(moves.setdefault(move, len(moves)), move) for move in landing.strided]
+        spans.append([(number, *span) for number, move in numbered for span in _source_spans(move)])
+    table = Ragged.from_rows(spans, ("move", *Span._fields))
+    owners, numbers = table.expand(rows.landing_ids)
+    columns = {name: column[numbers] for name, column in table.columns.items()}
+    lengths = (columns["num_runs"] - 1) * columns["stride"] + columns["run_bytes"]
+    meeting = meet(blocks, rows.tensor_keys[owners] + columns["start"], lengths)
+    columns = {name: column[meeting.owner] for name, column in columns.items()}
+    has_bytes = meeting.num_bytes(columns["run_bytes"], columns["stride"]) > 0
+    owner, block = owners[meeting.owner][has_bytes], meeting.block[has_bytes]
+    columns = {name: column[has_bytes] for name, column in columns.items()}
+    _, first = group_rows([owner, block, columns["move"]])
+    owner, block, move = owner[first], block[first], columns["move"][first]
+    source_starts = -(meeting.base[has_bytes] + columns["start"])[first]
+    parts = [rows.result_ids[owner], move, source_starts, rows.target_starts[owner]]
+    return BlockTable.sorted_by(block, parts, len(blocks)), tuple(moves)
+
+
+def _source_spans(move: StridedMove) -> list[Span]:
+    sizes, strides = [dim.size for dim in move.view.dims], [dim.stride for dim in move.view.dims]
+    view = SourceView(tuple(sizes), Side(move.view.offset, tuple(strides)))
+    return spans_of(view, move.source_dtype.num_bits)
+
+
+def _result_codes(slices: RankSlices) -> NDArray[np.int64]:
+    """For each result the code of its dtype."""
+    by_form = np.array([DTYPE_CODES[form.dtype] for form in slices.results.forms], dtype=np.int64)
+    return by_form[slices.results.form_ids] if len(by_form) else np.zeros(0, dtype=np.int64)

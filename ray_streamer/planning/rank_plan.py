@@ -1,4 +1,7 @@
-"""What does one rank do? Its share of the node plan: blocks to read, pieces to take, neighbours to tell."""
+"""What does one rank do? Its share of the node's plan: blocks to read, pieces to take, neighbours to tell.
+
+Made by each rank from what it said itself and from the node's plan; it holds nothing of the neighbours' pieces, and no index.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +10,21 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from ray_streamer.errors import PlanError
 from ray_streamer.extent import Extent
-from ray_streamer.planning.read_plan import column
+from ray_streamer.planning.fills import check_fills
+from ray_streamer.planning.pieces import RowLandings, cut_pieces, cut_strided
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from ray_streamer.planning.read_plan import NodePlan, ReadPlan
+    from ray_streamer.checkpoint.index import CheckpointIndex, ShardFile
+    from ray_streamer.planning.fills import OpenResults
+    from ray_streamer.planning.landing import StridedMove
+    from ray_streamer.planning.node_plan import NodePlan
+    from ray_streamer.planning.pieces import BlockTable
+    from ray_streamer.slices.rank_slices import RankSlices
+    from ray_streamer.slices.result import ResultSpecs
 
 
 class Block(NamedTuple):
@@ -33,9 +44,9 @@ class Block(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """A strided copy out of a block into a tensor of this rank, in bytes."""
+    """A copy of rows of bytes out of a block into the memory of one of this rank's results."""
 
-    tensor: int
+    result: int
     source_start: int
     run_bytes: int
     num_runs: int
@@ -58,109 +69,142 @@ class Piece(NamedTuple):
         return np.ndarray(shape, np.uint8, block, self.source_start, (self.source_stride, 1))
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class RankPlan:
-    """The view that one rank has of its node's plan.
+class StridedPiece(NamedTuple):
+    """The part of a strided move that lies in a block.
 
     Attributes:
-        rank: Global rank.
-        local_rank: Its position on the node.
-        neighbours: Global ranks of the node, in local order, this one included.
-        reads: Numbers of the blocks that this rank reads, in file order.
-        taken: Numbers of the blocks that hold pieces for this rank, in file order.
-        tensor_bytes: Bytes to deliver to each tensor of the index; 0 where this rank holds nothing.
+        result: Number of the result.
+        move: What is moved.
+        source_start: The tensor's first byte, from the block's; negative when it lies in an earlier block.
+        target_start: What is added to the move's target, in bytes.
     """
 
-    rank: int
+    result: int
+    move: StridedMove
+    source_start: int
+    target_start: int
+
+
+class BlockPieces(NamedTuple):
+    """All that a rank takes from one block."""
+
+    plain: list[Piece]
+    strided: list[StridedPiece]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RankPlan:
+    """What one rank does.
+
+    Attributes:
+        uri: The checkpoint's folder.
+        files: Its files.
+        node_plan: The reads of the node.
+        ranks: Global ranks of the node in local order, this one included.
+        local_rank: This rank's position among them.
+        results: What this rank ends with.
+        bytes_to_fill: For each result the bytes that come to it.
+        holes: What is to be zeroed.
+        reads: Numbers of the blocks that this rank reads, in file order.
+        taken: Numbers of the blocks that hold something for this rank, in file order.
+    """
+
+    uri: str
+    files: tuple[ShardFile, ...] = field(repr=False)
+    node_plan: NodePlan
+    ranks: tuple[int, ...]
     local_rank: int
-    neighbours: tuple[int, ...]
-    reads: NDArray[np.int64]
-    taken: NDArray[np.int64]
-    tensor_bytes: NDArray[np.int64]
-    _blocks: dict[str, NDArray[np.integer]] = field(repr=False)
-    _pieces: dict[str, NDArray[np.integer]] = field(repr=False)
-    _first_pieces: NDArray[np.int64] = field(repr=False)
-    _takers: dict[int, tuple[int, ...]] = field(repr=False)
-    _is_exclusive: NDArray[np.bool_] = field(repr=False)
+    results: ResultSpecs
+    bytes_to_fill: NDArray[np.int64] = field(repr=False)
+    holes: tuple[OpenResults, ...] = field(repr=False)
+    reads: NDArray[np.int64] = field(repr=False)
+    taken: NDArray[np.int64] = field(repr=False)
+    _pieces: BlockTable = field(repr=False)
+    _strided: BlockTable = field(repr=False)
+    _moves: tuple[StridedMove, ...] = field(repr=False)
 
     @classmethod
-    def of(cls, plan: ReadPlan, rank: int) -> RankPlan:
-        """The part of `plan` that concerns `rank`."""
-        node_plan, local_rank = plan.node_plan_of(rank)
-        blocks = {name: column(node_plan.blocks, name) for name in node_plan.blocks.column_names}
-        ranks = column(node_plan.pieces, "rank")
-        is_mine = ranks == local_rank
-        pieces = {name: column(node_plan.pieces, name)[is_mine] for name in ("block", *Piece._fields)}
-        moved = pieces["run_bytes"].astype(np.int64) * pieces["num_runs"]
-        tensor_bytes = np.zeros(len(plan.index), dtype=np.int64)
-        np.add.at(tensor_bytes, pieces["tensor"], moved)
-        first_pieces = np.searchsorted(pieces["block"], np.arange(len(blocks["reader"]) + 1))
+    def of(
+        cls, index: CheckpointIndex, node_plan: NodePlan, slices: RankSlices, *, ranks: tuple[int, ...], local_rank: int
+    ) -> RankPlan:
+        """The part of `node_plan` that concerns the rank which said `slices`.
+
+        Args:
+            index: The checkpoint that was planned.
+            node_plan: Of this rank's node.
+            slices: What this rank said.
+            ranks: Global ranks of the node.
+            local_rank: This rank's position among them.
+
+        Raises:
+            PlanError: Slices write one element twice, leave their results, or are not those that were planned.
+        """
+        holes = check_fills(index, slices)
+        rows = RowLandings.of(index, slices)
+        pieces = cut_pieces(rows, node_plan.blocks)
+        strided, moves = cut_strided(rows, node_plan.blocks)
+        taken = np.flatnonzero(node_plan.takers[:, local_rank])
+        has_pieces = (np.diff(pieces.firsts) + np.diff(strided.firsts)) > 0
+        if not np.array_equal(np.flatnonzero(has_pieces), taken):
+            raise PlanError(f"rank {ranks[local_rank]} said other slices than those that its node's plan was made of")
         return cls(
-            rank=rank,
+            uri=index.uri,
+            files=index.files,
+            node_plan=node_plan,
+            ranks=ranks,
             local_rank=local_rank,
-            neighbours=plan.topology.nodes[plan.topology.node_of(rank)],
-            reads=np.flatnonzero(blocks["reader"] == local_rank),
-            taken=np.unique(pieces["block"]).astype(np.int64),
-            tensor_bytes=tensor_bytes,
-            _blocks=blocks,
+            results=slices.results,
+            bytes_to_fill=rows.bytes_to_fill(len(slices.results)),
+            holes=tuple(holes),
+            reads=np.flatnonzero(node_plan.readers == local_rank),
+            taken=taken,
             _pieces=pieces,
-            _first_pieces=first_pieces,
-            _takers=_other_takers(node_plan, blocks, local_rank),
-            _is_exclusive=_exclusive_blocks(blocks, pieces, first_pieces, local_rank),
+            _strided=strided,
+            _moves=moves,
         )
+
+    @property
+    def rank(self) -> int:
+        """The global rank."""
+        return self.ranks[self.local_rank]
 
     def block(self, number: int) -> Block:
         """The block in row `number` of the node plan."""
-        columns = self._blocks
-        extent = Extent(int(columns["start"][number]), int(columns["stop"][number]))
-        return Block(number, int(columns["file"][number]), extent, int(columns["reader"][number]))
+        blocks = self.node_plan.blocks
+        extent = Extent(int(blocks.starts[number]), int(blocks.stops[number]))
+        return Block(number, int(blocks.file_ids[number]), extent, int(self.node_plan.readers[number]))
 
-    def pieces(self, number: int) -> list[Piece]:
-        """The pieces that this rank takes from block `number`."""
-        rows = slice(self._first_pieces[number], self._first_pieces[number + 1])
-        return list(map(Piece._make, zip(*(self._pieces[name][rows].tolist() for name in Piece._fields), strict=True)))
+    def pieces(self, number: int) -> BlockPieces:
+        """What this rank takes from block `number`."""
+        return BlockPieces(
+            list(map(Piece._make, self._pieces.of_block(number))),
+            [
+                StridedPiece(result, self._moves[move], source_start, target_start)
+                for result, move, source_start, target_start in self._strided.of_block(number)
+            ],
+        )
 
     def takers(self, number: int) -> tuple[int, ...]:
-        """Other local ranks that take pieces from block `number`, which this rank reads."""
-        return self._takers.get(number, ())
+        """Other local ranks that take something from block `number`."""
+        takers = np.flatnonzero(self.node_plan.takers[number]).tolist()
+        return tuple(taker for taker in takers if taker != self.local_rank)
 
     def exclusive_piece(self, number: int) -> Piece | None:
         """The one contiguous piece that is all of block `number`, when this rank alone takes it; else None."""
-        return self.pieces(number)[0] if self._is_exclusive[number] else None
+        pieces = self.pieces(number)
+        if len(pieces.plain) != 1 or pieces.strided or self.takers(number):
+            return None
+        piece, block = pieces.plain[0], self.block(number)
+        return piece if piece.num_runs == 1 and piece.run_bytes == block.extent.num_bytes else None
 
-    def files(self) -> list[int]:
+    def wanted_files(self) -> list[int]:
         """Files that the node reads."""
-        return np.unique(self._blocks["file"]).tolist()
+        return np.unique(self.node_plan.blocks.file_ids).tolist()
 
     def files_of(self, numbers: NDArray[np.int64]) -> NDArray[np.integer]:
         """File of each block in `numbers`."""
-        return self._blocks["file"][numbers]
+        return self.node_plan.blocks.file_ids[numbers]
 
     def readers_of(self, numbers: NDArray[np.int64]) -> NDArray[np.integer]:
         """Local rank that reads each block in `numbers`."""
-        return self._blocks["reader"][numbers]
-
-
-def _other_takers(
-    node_plan: NodePlan, blocks: dict[str, NDArray[np.integer]], local_rank: int
-) -> dict[int, tuple[int, ...]]:
-    piece_blocks, piece_ranks = column(node_plan.pieces, "block"), column(node_plan.pieces, "rank")
-    is_told = (blocks["reader"][piece_blocks] == local_rank) & (piece_ranks != local_rank)
-    pairs = np.unique(piece_blocks[is_told].astype(np.int64) << 16 | piece_ranks[is_told])
-    takers: dict[int, list[int]] = {}
-    for pair in pairs.tolist():
-        takers.setdefault(pair >> 16, []).append(pair & 0xFFFF)
-    return {block: tuple(ranks) for block, ranks in takers.items()}
-
-
-def _exclusive_blocks(
-    blocks: dict[str, NDArray[np.integer]],
-    pieces: dict[str, NDArray[np.integer]],
-    first_pieces: NDArray[np.int64],
-    local_rank: int,
-) -> NDArray[np.bool_]:
-    is_alone = (blocks["num_takers"] == 1) & (blocks["reader"] == local_rank) & (np.diff(first_pieces) == 1)
-    lone_pieces = first_pieces[:-1][is_alone]
-    is_all = pieces["run_bytes"][lone_pieces] == (blocks["stop"] - blocks["start"])[is_alone]
-    is_alone[is_alone] = is_all & (pieces["num_runs"][lone_pieces] == 1)
-    return is_alone
+        return self.node_plan.readers[numbers]

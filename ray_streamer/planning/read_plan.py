@@ -1,7 +1,7 @@
-"""Which reads, by whom, and where does each byte go? The answer as two tables per node.
+"""Which reads, by whom, over all nodes? One node plan for each distinct node, for looking at and for loads that one process plans.
 
-A plan is a pure function of index, slices, topology and limits: same inputs, same tables, same hash, in every process.
-Nodes whose ranks want the same slices share one node plan, so replicas cost nothing; ranks in a node plan are local.
+A plan is a pure function of index, slices, topology and limits: same inputs, same rows, same hash, in every process.
+Nodes whose ranks say the same share one node plan, so replicas cost nothing.
 """
 
 from __future__ import annotations
@@ -11,59 +11,30 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-import numpy as np
-import pyarrow as pa
-
 from ray_streamer.errors import PlanError
-from ray_streamer.planning.assign import assign_readers
-from ray_streamer.planning.cover import cover_node, cut_blocks, kinds_of
-from ray_streamer.planning.pieces import cut_pieces
-from ray_streamer.sharding.result_table import ResultTable
+from ray_streamer.planning.fills import check_fills
+from ray_streamer.planning.node_plan import plan_node
+from ray_streamer.planning.rank_plan import RankPlan
+from ray_streamer.slices.rank_sources import RankSources
 from ray_streamer.units import counted
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
+    from collections.abc import Sequence
 
     from ray_streamer.checkpoint.index import CheckpointIndex
-    from ray_streamer.planning.cover import BlockColumns, TensorKinds
     from ray_streamer.planning.limits import ReadLimits
-    from ray_streamer.planning.pieces import Pieces
+    from ray_streamer.planning.node_plan import NodePlan
     from ray_streamer.planning.topology import Topology
-    from ray_streamer.sharding.slices import SliceTable, TensorSlice
-
-PLAN_VERSION = 1
-
-
-@dataclass(frozen=True, slots=True, eq=False, repr=False)
-class NodePlan:
-    """Reads and copies of one node.
-
-    Attributes:
-        blocks: One row per storage request in file order: `file`, `start`, `stop`, `reader` (local rank), `num_takers`.
-        pieces: One row per strided copy, sorted by block and rank; see `PIECE_COLUMNS`.
-        needed_bytes: Bytes of the checkpoint that at least one local rank wants.
-    """
-
-    blocks: pa.Table
-    pieces: pa.Table
-    needed_bytes: int
-
-    def __repr__(self) -> str:
-        return f"NodePlan({counted(self.blocks.num_rows, 'block')}, {counted(self.pieces.num_rows, 'piece')})"
-
-    @property
-    def read_bytes(self) -> int:
-        """Bytes that the node reads from storage."""
-        return int((column(self.blocks, "stop") - column(self.blocks, "start")).sum())
+    from ray_streamer.slices.rank_slices import RankSlices
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
 class ReadPlan:
-    """Everything that the ranks need to know to load.
+    """What every node reads, and what every rank said.
 
     Attributes:
         index: The checkpoint.
-        slices: What each rank holds.
+        slices: What each rank said, in rank order; ranks that hold the same may share one object.
         topology: Which ranks share a node.
         limits: The sizes that shaped the plan.
         node_plans: Distinct node plans.
@@ -72,7 +43,7 @@ class ReadPlan:
     """
 
     index: CheckpointIndex
-    slices: SliceTable
+    slices: tuple[RankSlices, ...] = field(repr=False)
     topology: Topology
     limits: ReadLimits
     node_plans: tuple[NodePlan, ...]
@@ -81,7 +52,7 @@ class ReadPlan:
 
     def __repr__(self) -> str:
         ranks, nodes = counted(self.topology.num_ranks, "rank"), counted(len(self.topology.nodes), "node")
-        blocks = counted(sum(self.node_plans[number].blocks.num_rows for number in self.node_plan_ids), "block")
+        blocks = counted(sum(len(self.node_plans[number].blocks) for number in self.node_plan_ids), "block")
         return f"ReadPlan({self.index.uri!r}, {ranks} on {nodes}, {blocks})"
 
     def node_plan_of(self, rank: int) -> tuple[NodePlan, int]:
@@ -89,100 +60,52 @@ class ReadPlan:
         node = self.topology.node_of(rank)
         return self.node_plans[self.node_plan_ids[node]], self.topology.nodes[node].index(rank)
 
-    def slice_of(self, tensor: int, rank: int) -> TensorSlice | None:
-        """What `rank` holds of the tensor at position `tensor` of the index."""
-        return self.slices.slice_of(tensor, rank)
+    def rank_plan(self, rank: int) -> RankPlan:
+        """What one rank does.
 
-    @property
-    def results(self) -> ResultTable:
-        """In which results slices land."""
-        return self.slices.results or ResultTable.of(self.index)
+        Raises:
+            PlanError: The plan has no such rank.
+        """
+        node_plan, local_rank = self.node_plan_of(rank)
+        ranks = self.topology.nodes[self.topology.node_of(rank)]
+        return RankPlan.of(self.index, node_plan, self.slices[rank], ranks=ranks, local_rank=local_rank)
 
     @property
     def plan_hash(self) -> str:
-        """Hex digest over every input and every row; equal plans have equal hashes."""
-        digest = hashlib.blake2b(digest_size=16)
-        digest.update(repr((PLAN_VERSION, self.index.fingerprint(), self.topology, self.limits)).encode())
-        digest.update(repr((self.slices.num_ranks, self.slices.patterns, self.node_plan_ids)).encode())
-        digest.update(np.ascontiguousarray(self.slices.pattern_ids).data)
-        if self.slices.results is not None:
-            digest.update(repr((self.slices.results.names, sorted(self.slices.results.casts.items()))).encode())
-            digest.update(np.ascontiguousarray(self.slices.results.result_ids).data)
-        for node_plan in self.node_plans:
-            for table in (node_plan.blocks, node_plan.pieces):
-                for name in table.column_names:
-                    digest.update(np.ascontiguousarray(column(table, name)).data)
-        return digest.hexdigest()
+        """Hex digest over all nodes; equal plans have equal hashes."""
+        hashes = [self.node_plans[number].plan_hash for number in self.node_plan_ids]
+        return hashlib.blake2b(repr((self.topology, hashes)).encode(), digest_size=16).hexdigest()
 
 
-def column(table: pa.Table, name: str) -> NDArray[np.integer]:
-    """One column of a plan's table as numpy, without a copy."""
-    return table.column(name).to_numpy()
-
-
-def plan_reads(index: CheckpointIndex, slices: SliceTable, topology: Topology, limits: ReadLimits) -> ReadPlan:
-    """Plans every node's reads and copies.
+def plan_reads(
+    index: CheckpointIndex, slices: Sequence[RankSlices], topology: Topology, limits: ReadLimits
+) -> ReadPlan:
+    """Plans every node's reads.
 
     Args:
         index: The checkpoint's tensors; nothing is read.
-        slices: What each rank holds, in the order of the index.
+        slices: What each rank says, in rank order; ranks that hold the same are planned once when they share one object.
         topology: Which ranks share a node, and so may share what they read.
         limits: Sizes; see `ReadLimits`.
 
     Raises:
-        PlanError: Slices, index and topology disagree.
+        PlanError: Slices read what the checkpoint does not have, write an element twice or beyond their results, or are not
+            as many as the topology has ranks.
     """
     started = time.perf_counter()
-    if len(slices.pattern_ids) != len(index):
-        raise PlanError(f"slices describe {len(slices.pattern_ids)} tensors, {index.uri} has {len(index)}")
-    if slices.num_ranks != topology.num_ranks:
-        raise PlanError(f"slices are for {slices.num_ranks} ranks, the topology has {topology.num_ranks}")
-    kinds = kinds_of(index, slices)
-    holdings = _holdings(slices)
+    if len(slices) != topology.num_ranks:
+        raise PlanError(f"slices are for {len(slices)} ranks, the topology has {topology.num_ranks}")
+    sources: dict[int, RankSources] = {}
+    for said in slices:
+        if id(said) not in sources:
+            check_fills(index, said)
+            sources[id(said)] = RankSources.of(said)
     node_plans: dict[tuple[int, ...], NodePlan] = {}
-    for ranks in topology.nodes:
-        held = tuple(holdings[rank] for rank in ranks)
-        if held not in node_plans:
-            node_plans[held] = _plan_node(index, slices, kinds, ranks, limits)
-    order = {held: position for position, held in enumerate(node_plans)}
-    node_plan_ids = tuple(order[tuple(holdings[rank] for rank in ranks)] for ranks in topology.nodes)
+    held = [tuple(id(slices[rank]) for rank in ranks) for ranks in topology.nodes]
+    for ranks in held:
+        if ranks not in node_plans:
+            node_plans[ranks] = plan_node(index, [sources[said] for said in ranks], limits)
+    order = {ranks: position for position, ranks in enumerate(node_plans)}
+    node_plan_ids = tuple(order[ranks] for ranks in held)
     seconds = time.perf_counter() - started
-    return ReadPlan(index, slices, topology, limits, tuple(node_plans.values()), node_plan_ids, seconds)
-
-
-def _holdings(slices: SliceTable) -> list[int]:
-    """For each rank a number that is equal for ranks which hold the same slice of every tensor."""
-    ids: dict[tuple[TensorSlice | None, ...], int] = {}
-    by_rank = zip(*slices.patterns, strict=True) if slices.patterns else [()] * slices.num_ranks
-    return [ids.setdefault(tuple(held), len(ids)) for held in by_rank]
-
-
-def _plan_node(
-    index: CheckpointIndex, slices: SliceTable, kinds: TensorKinds, ranks: tuple[int, ...], limits: ReadLimits
-) -> NodePlan:
-    cover = cover_node(kinds, slices, ranks, limits)
-    blocks = cut_blocks(index, kinds, cover, limits)
-    pieces = cut_pieces(index, kinds, cover, blocks)
-    wants = np.zeros((len(blocks.starts), len(ranks)), dtype=bool)
-    wants[pieces["block"], pieces["rank"]] = True
-    needed_bytes = int(cover.needed_bytes[kinds.kind_ids].sum())
-    return _tables(blocks, pieces, wants, needed_bytes)
-
-
-def _tables(blocks: BlockColumns, pieces: Pieces, wants: NDArray[np.bool_], needed_bytes: int) -> NodePlan:
-    """The tables, less blocks that hold nothing but a gap."""
-    is_wanted = wants.any(axis=1)
-    wants = wants[is_wanted]
-    file_ids, starts, stops = blocks.file_ids[is_wanted], blocks.starts[is_wanted], blocks.stops[is_wanted]
-    renumbered = (np.cumsum(is_wanted) - 1).astype(np.int32)
-    block_table = pa.table(
-        {
-            "file": file_ids.astype(np.int32),
-            "start": starts,
-            "stop": stops,
-            "reader": assign_readers(wants, stops - starts),
-            "num_takers": wants.sum(axis=1).astype(np.int16),
-        }
-    )
-    piece_table = pa.table({**pieces, "block": renumbered[pieces["block"]]})
-    return NodePlan(block_table, piece_table, needed_bytes)
+    return ReadPlan(index, tuple(slices), topology, limits, tuple(node_plans.values()), node_plan_ids, seconds)

@@ -251,6 +251,13 @@ class Meeting:
     high: Column
     base: Column
 
+    def num_bytes(self, run_bytes: Column, strides: Column) -> Column:
+        """Bytes of the span's runs that a pair shares, 0 between two runs; both columns have one row for each pair."""
+        before_low, before_high = (
+            at // strides * run_bytes + np.minimum(at % strides, run_bytes) for at in (self.low, self.high)
+        )
+        return before_high - before_low
+
 
 def meet(blocks: BlockColumns, starts: Column, lengths: Column) -> Meeting:
     """Every pair of a span and a block that overlap; each span's first and last byte lie in blocks.
@@ -269,3 +276,14 @@ def meet(blocks: BlockColumns, starts: Column, lengths: Column) -> Meeting:
     base = keys[block] - starts[owner]
     high = base + (blocks.stops - blocks.starts)[block]
     return Meeting(owner, block, np.maximum(base, 0), np.minimum(high, lengths[owner]), base)
+
+
+def bytes_by_block(index: CheckpointIndex, kinds: TensorKinds, blocks: BlockColumns, local_rank: int) -> Column:
+    """How many bytes of each block one rank wants."""
+    spans = spans_by_kind(kinds, local_rank)
+    owners, rows = spans.expand(kinds.kind_ids)
+    start, run, count, stride = (spans.columns[name][rows] for name in ("start", "run_bytes", "num_runs", "stride"))
+    pairs = meet(blocks, tensor_keys(index)[owners] + start, (count - 1) * stride + run)
+    # Weights are added as doubles: exact up to 2**53 bytes, which no block holds.
+    shared = pairs.num_bytes(run[pairs.owner], stride[pairs.owner])
+    return np.bincount(pairs.block, weights=shared, minlength=len(blocks)).astype(np.int64)

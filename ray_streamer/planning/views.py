@@ -140,6 +140,8 @@ def index_at(dims: tuple[Dim, ...], position: int) -> tuple[int, ...] | None:
     >>> index_at((Dim(4, 10, 0), Dim(3, 1, 0)), 21), index_at((Dim(4, 10, 0), Dim(3, 1, 0)), 25)
     ((2, 1), None)
     """
+    if position < 0:
+        return None
     index: list[int] = []
     for size, stride, _ in dims:
         step = min(position // stride, size - 1)
@@ -155,6 +157,20 @@ def steps_of(dims: Sequence[Dim]) -> Iterator[tuple[int, int]]:
             sum(step * dim.stride for step, dim in zip(index, dims, strict=True)),
             sum(step * dim.other for step, dim in zip(index, dims, strict=True)),
         )
+
+
+def unit_views(shape: Sequence[int], offset: int, strides: Sequence[int], num_bits: int) -> list[NestedView]:
+    """A view of elements of `num_bits`, in elements, or in bytes where they do not lie on whole ones; none when it has no element.
+
+    Raises:
+        PlanError: It begins, ends or steps inside a byte.
+    """
+    if 0 in shape:
+        return []
+    dims = [Dim(size, stride, stride) for size, stride in zip(shape, strides, strict=True) if size > 1]
+    if num_bits % 8:
+        return whole_bytes(offset, offset, dims, num_bits)
+    return nested_views(offset, offset, dims)
 
 
 def whole_bytes(offset: int, other: int, dims: Sequence[Dim], num_bits: int) -> list[NestedView]:

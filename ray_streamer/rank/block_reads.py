@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from ray_streamer.checkpoint.index import ShardFile
     from ray_streamer.device.base import Device
-    from ray_streamer.device.results import Results
     from ray_streamer.planning.rank_plan import Block, Piece, RankPlan
-    from ray_streamer.planning.read_plan import ReadPlan
+    from ray_streamer.rank.results import Results
     from ray_streamer.rank.statistics import Counters
     from ray_streamer.storage.base import Storage
 
@@ -28,7 +27,6 @@ class BlockReads:
 
     def __init__(
         self,
-        plan: ReadPlan,
         mine: RankPlan,
         results: Results,
         *,
@@ -36,7 +34,7 @@ class BlockReads:
         device: Device,
         counters: Counters,
     ) -> None:
-        self._plan, self._mine, self._results = plan, mine, results
+        self._mine, self._results = mine, results
         self._storage, self._device, self._counters = storage, device, counters
         self.files_of_device: set[int] = set()
 
@@ -50,7 +48,7 @@ class BlockReads:
     def read_directly(self, block: Block) -> bool:
         """Reads a block to where it belongs, without staging; whether that was possible."""
         piece = self._mine.exclusive_piece(block.number)
-        if piece is None or self._results.is_cast(piece.tensor):
+        if piece is None:
             return False
         if not (self._read_onto_device(block, piece) or self._read_into_tensor(block, piece)):
             return False
@@ -65,14 +63,14 @@ class BlockReads:
             return False
         self.files_of_device.add(block.file)
         with self._counters.timed("read_seconds"):
-            self._device.read_file(file_name, block.extent, self._results.result(piece.tensor), piece.target_start)
+            self._device.read_file(file_name, block.extent, self._results.result(piece.result), piece.target_start)
         self._counters.add(bytes_read=block.extent.num_bytes, num_requests=1)
         return True
 
     def _read_into_tensor(self, block: Block, piece: Piece) -> bool:
         if self._storage.prefers_aligned(self._file_of(block).path):
             return False
-        result = self._results.result(piece.tensor)
+        result = self._results.result(piece.result)
         memory = self._device.landing(result, piece.target_start, piece.target_start + piece.run_bytes)
         if memory is None:
             return False
@@ -80,4 +78,4 @@ class BlockReads:
         return True
 
     def _file_of(self, block: Block) -> ShardFile:
-        return self._plan.index.files[block.file]
+        return self._mine.files[block.file]

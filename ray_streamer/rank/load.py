@@ -19,17 +19,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ray_streamer.device.cast import Casts
-from ray_streamer.device.results import Results
+from ray_streamer.device.strided import StridedCopies
 from ray_streamer.errors import BudgetError
 from ray_streamer.planning.limits import AS_MUCH_AS_USEFUL
-from ray_streamer.planning.rank_plan import Piece, RankPlan
 from ray_streamer.process_limits import limits_explained
 from ray_streamer.rank.block_reads import BlockReads
 from ray_streamer.rank.inbox import Announced, Inbox
 from ray_streamer.rank.neighbourhood import Neighbourhood
 from ray_streamer.rank.remains import clear_frames
-from ray_streamer.rank.statistics import Counters, RankStatistics
+from ray_streamer.rank.results import Results
+from ray_streamer.rank.statistics import Counters, RankStatistics, process_cpu_seconds
 from ray_streamer.stream.arena import Arena
 from ray_streamer.stream.countdown import Countdown
 from ray_streamer.stream.stop import StopSignal
@@ -43,10 +42,10 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from ray_streamer.device.base import Device
-    from ray_streamer.device.results import OnComplete
     from ray_streamer.exchange.session import NodeSession
-    from ray_streamer.planning.read_plan import ReadPlan
+    from ray_streamer.planning.rank_plan import RankPlan
     from ray_streamer.rank.options import RankOptions
+    from ray_streamer.rank.results import OnComplete
     from ray_streamer.storage.base import Storage
 
 logger = logging.getLogger(__name__)
@@ -58,8 +57,7 @@ class RankLoad:
     """One load of one rank; make it, `run` it once, ask it for statistics at any time.
 
     Args:
-        plan: The whole plan; equal on all ranks.
-        rank: This rank.
+        plan: What this rank does.
         storage: Open on the plan's checkpoint. A load that fails closes it: that wakes reads which wait for a network.
         device: Where the tensors go.
         options: See `RankOptions`.
@@ -74,8 +72,7 @@ class RankLoad:
 
     def __init__(
         self,
-        plan: ReadPlan,
-        rank: int,
+        plan: RankPlan,
         storage: Storage,
         device: Device,
         options: RankOptions,
@@ -84,22 +81,19 @@ class RankLoad:
         out: Mapping[str, torch.Tensor] | None = None,
         on_complete: OnComplete | None = None,
     ) -> None:
-        self._plan, self._storage, self._device, self._options = plan, storage, device, options
-        self._mine = RankPlan.of(plan, rank)
-        self._results = Results(plan, self._mine, device, out=out, on_complete=on_complete)
-        self._casts = Casts(self._results)
+        self._mine, self._storage, self._device, self._options = plan, storage, device, options
+        self._results = Results(plan, device, out=out, on_complete=on_complete)
+        self._strided = StridedCopies(self._results.device)
         self._stop = StopSignal()
         self._inbox = Inbox(self._stop)
-        self._arena = Arena(self._num_slots(), plan.limits.block_bytes, self._stop)
+        self._arena = Arena(self._num_slots(), plan.node_plan.limits.block_bytes, self._stop)
         self._neighbours = Neighbourhood(
             self._mine, options, session, inbox=self._inbox, arena=self._arena, stop=self._stop
         )
         self._activity = self._neighbours.activity
         self._views: dict[int, NDArray[np.uint8]] = {}
         self._counters = Counters()
-        self._reads = BlockReads(
-            plan, self._mine, self._results, storage=storage, device=device, counters=self._counters
-        )
+        self._reads = BlockReads(plan, self._results, storage=storage, device=device, counters=self._counters)
         self._blocks_left = Countdown(self._stop)
         self._stop.on_set(storage.close)
 
@@ -115,7 +109,7 @@ class RankLoad:
             RankFailedError: A neighbour failed; names it.
             BaseException: What `abort` was called with.
         """
-        cpu_started = _cpu_seconds()
+        cpu_started = process_cpu_seconds()
         try:
             with limits_explained("load"), self._arena:
                 self._stream_and_give_back()
@@ -125,7 +119,7 @@ class RankLoad:
             raise
         finally:
             self._results.forget()
-            self._counters.add(cpu_seconds=_cpu_seconds() - cpu_started)
+            self._counters.add(cpu_seconds=process_cpu_seconds() - cpu_started)
         self._log()
         return tensors
 
@@ -140,7 +134,7 @@ class RankLoad:
             self._storage.statistics(),
             rank=self._mine.rank,
             bytes_delivered=self._results.delivered_bytes,
-            bytes_to_deliver=int(self._mine.tensor_bytes.sum()),
+            bytes_to_deliver=int(self._mine.bytes_to_fill.sum()),
             peak_staging_bytes=self._arena.peak_slots * self._arena.slot_bytes,
             memory_limit=max(self._options.memory_limit, self._arena.num_slots * self._arena.slot_bytes),
         )
@@ -148,7 +142,7 @@ class RankLoad:
     def _num_slots(self) -> int:
         """Slots within the limit, and no more than there are blocks that could need one."""
         num_reads = len(self._mine.reads)
-        memory_limit, slot_bytes = self._options.memory_limit, self._plan.limits.block_bytes
+        memory_limit, slot_bytes = self._options.memory_limit, self._mine.node_plan.limits.block_bytes
         if memory_limit == AS_MUCH_AS_USEFUL:
             return num_reads
         if 0 < memory_limit < slot_bytes:
@@ -183,7 +177,7 @@ class RankLoad:
         self._activity.phase = "preparing memory for the tensors"
         with limits_explained("connect the ranks of this node"), self._counters.timed("connect"):
             self._device.adopt(self._arena.memory)
-            self._neighbours.meet(self._plan.plan_hash)
+            self._neighbours.meet()
             for memory in self._neighbours.memories:
                 self._device.adopt(memory)
             viewed = self._agree_on_views()
@@ -200,8 +194,8 @@ class RankLoad:
 
     def _agree_on_views(self) -> list[int]:
         """Files that all ranks of the node copy from a mapping; the node's first rank says which."""
-        files = self._plan.index.files
-        candidates = [] if self._device.wants_staging else self._mine.files()
+        files = self._mine.files
+        candidates = [] if self._device.wants_staging else self._mine.wanted_files()
         viewed = self._neighbours.share_numbers(
             lambda: [file for file in candidates if self._storage.is_resident(files[file].path)]
         )
@@ -212,7 +206,7 @@ class RankLoad:
 
     def _check_unchanged(self, files: set[int]) -> None:
         """Mappings and devices show what is written to a file meanwhile; the storage's reads find that out themselves."""
-        for file in (self._plan.index.files[number] for number in files):
+        for file in (self._mine.files[number] for number in files):
             self._storage.check_unchanged(file.path, etag=file.etag)
 
     def _move_blocks(self, viewed: list[int]) -> None:
@@ -223,7 +217,7 @@ class RankLoad:
         num_copies = int((is_viewed | is_announced).sum())
         self._inbox.open(taken[is_viewed].tolist(), int(is_announced.sum()))
         self._blocks_left.start(len(own_reads) + num_copies)
-        num_copiers = min(num_copies, MAX_COPIERS, max(1, len(os.sched_getaffinity(0)) // len(self._mine.neighbours)))
+        num_copiers = min(num_copies, MAX_COPIERS, max(1, len(os.sched_getaffinity(0)) // len(self._mine.ranks)))
         num_readers = min(len(own_reads), self._options.concurrency)
         name = f"ray_streamer-{self._mine.rank}"
         readers = TaskThreads(f"{name}-read", num_readers, own_reads, self._read, self._stop)
@@ -237,7 +231,7 @@ class RankLoad:
         with self._activity.working():
             is_in_place = self._reads.read_directly(block)
         if is_in_place:
-            self._settle(self._mine.pieces(number))
+            self._settle([(piece.result, piece.num_bytes) for piece in self._mine.pieces(number).plain])
             return
         with self._counters.timed("wait_seconds"):
             slot = self._arena.acquire()
@@ -264,12 +258,14 @@ class RankLoad:
         # A file that was cut short by now would end the process instead.
         self._check_unchanged({block.file})
         source = self._views[block.file][block.extent.start : block.extent.stop]
-        self._counters.add(page_cache_bytes=sum(piece.num_bytes for piece in self._mine.pieces(task)))
-        self._deliver(task, source, lambda: None)
+        self._deliver(task, source, lambda: None, is_page_cache=True)
 
-    def _deliver(self, number: int, source: NDArray[np.uint8], let_go: Callable[[], None]) -> None:
-        """Copies the pieces of one block to their tensors; `let_go` gives the source back."""
+    def _deliver(
+        self, number: int, source: NDArray[np.uint8], let_go: Callable[[], None], *, is_page_cache: bool = False
+    ) -> None:
+        """Copies what this rank takes from one block to its tensors; `let_go` gives the source back."""
         pieces = self._mine.pieces(number)
+        delivered = [(piece.result, piece.num_bytes) for piece in pieces.plain]
         self._activity.begin()
 
         def done(error: BaseException | None) -> None:
@@ -279,20 +275,25 @@ class RankLoad:
                 self._stop.set(error)
                 return
             try:
-                self._settle(pieces)
+                self._settle(delivered)
             except BaseException as failure:  # a callback's; the device that calls this could do nothing with it
                 self._stop.set(failure)
 
         with self._counters.timed("copy_seconds"):
-            copies = self._results.copies(self._casts.deliver(source, pieces))
-            if copies:
-                self._device.deliver(source, copies, done)
+            delivered += [
+                (piece.result, self._strided.deliver(source, piece, self._results.result(piece.result)))
+                for piece in pieces.strided
+            ]
+            if is_page_cache:
+                self._counters.add(page_cache_bytes=sum(num_bytes for _, num_bytes in delivered))
+            if pieces.plain:
+                self._device.deliver(source, self._results.copies(pieces.plain), done)
             else:
                 done(None)
 
-    def _settle(self, pieces: list[Piece]) -> None:
+    def _settle(self, delivered: list[tuple[int, int]]) -> None:
         """One block less to wait for."""
-        self._results.settle(pieces)
+        self._results.settle(delivered)
         self._blocks_left.count()
 
     def _log(self) -> None:
@@ -305,8 +306,3 @@ class RankLoad:
             statistics.num_requests,
             sum(statistics.seconds.values()),
         )
-
-
-def _cpu_seconds() -> float:
-    times = os.times()
-    return times.user + times.system

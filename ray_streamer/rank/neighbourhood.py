@@ -63,7 +63,7 @@ class Neighbourhood:
         self._arenas: dict[int, _Arena] = {}
         self.activity = session.activity if session is not None else Activity()
 
-    def meet(self, plan_hash: str) -> None:
+    def meet(self) -> None:
         """Meets the other ranks, unless they met already, and exchanges arenas; blocks may be offered from then on.
 
         Raises:
@@ -75,7 +75,7 @@ class Neighbourhood:
             place = Place(
                 session=self._options.session,
                 rank=self._mine.rank,
-                ranks=self._mine.neighbours,
+                ranks=self._mine.ranks,
                 node=self._options.node,
                 timeouts=self._options.timeouts,
             )
@@ -84,6 +84,7 @@ class Neighbourhood:
         session.stop.on_set(self._end_load)
         self._stop.on_set(self._end_session)
         session.begin_load(self)
+        plan_hash = self._mine.node_plan.plan_hash
         about = {"plan": plan_hash, "num_slots": self._arena.num_slots, "slot_bytes": self._arena.slot_bytes}
         num_bytes = self._arena.num_slots * self._arena.slot_bytes
         lent = session.lend(json.dumps(about).encode(), self._arena.fd, num_bytes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from contextlib import contextmanager
@@ -71,6 +72,12 @@ class RankStatistics:
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         return asdict(self)
+
+
+def process_cpu_seconds() -> float:
+    """User and system seconds of this process so far."""
+    times = os.times()
+    return times.user + times.system
 
 
 class Counters:

@@ -16,8 +16,6 @@ from dataclasses import dataclass
 
 from ray_streamer.errors import ShardingError
 from ray_streamer.sharding.part import Part, as_parts, check_grain, check_parts, chunk, first_refusal, is_count
-from ray_streamer.sharding.slices import TensorSlice as BoxSlice
-from ray_streamer.sharding.slices import in_boxes
 from ray_streamer.sharding.tensor_slice import TensorSlice
 
 
@@ -29,11 +27,6 @@ class Placement(ABC):
     def refusal(self, shape: tuple[int, ...], tp: int) -> str | None:
         """Why a tensor of `shape` cannot be placed on `tp` ranks, or None when it can."""
         return None
-
-    def slice_of(self, shape: tuple[int, ...], *, tp_index: int, tp: int) -> BoxSlice | None:
-        """As `share_of`, in boxes."""
-        share = self.share_of(shape, tp_index=tp_index, tp=tp)
-        return None if share is None else in_boxes(share)
 
     @abstractmethod
     def share_of(self, shape: tuple[int, ...], *, tp_index: int, tp: int) -> TensorSlice | None:

@@ -1,7 +1,7 @@
 """Where do the tensors of a known model family lie? A family's names and roles, made placements by the sizes in config.json.
 
 Names are those on disk, not those of the modules in memory, and may carry any prefix. Tensors of one dimension that no
-family names (norms, rotary frequencies) are replicated by `resolve_slices`.
+family names (norms, rotary frequencies) are replicated by `RuleSlices`.
 
 A layout is what the tensors are for. All differences between layouts are in this module, and in what a family says of
 transformers:

@@ -127,14 +127,6 @@ def find_quantized(index: CheckpointIndex, names: NameKinds) -> QuantizedWeights
     return _with_forms(index, tensor_of[is_held], [*parts])
 
 
-def stored_forms(index: CheckpointIndex) -> dict[int, StoredForm]:
-    """How the tensors of quantized weights hold them: position in the index -> form, without those of any other tensor."""
-    found = find_quantized(index, NameKinds.of(index.names))
-    return {
-        tensor: found.forms[form] for tensor, form in zip(found.tensors.tolist(), found.form_ids.tolist(), strict=True)
-    }
-
-
 def _rows_of_roles(
     names: NameKinds, weights: list[Components], roles: list[tuple[int, int, int, tuple[int, ...]]]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:

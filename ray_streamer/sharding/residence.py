@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from ray_streamer.sharding.name_kinds import NameKinds
     from ray_streamer.sharding.pipeline import Stages
     from ray_streamer.sharding.placement import Placement
-    from ray_streamer.sharding.slices import SlicePattern
-    from ray_streamer.sharding.slices import TensorSlice as BoxSlice
     from ray_streamer.sharding.tensor_slice import TensorSlice
 
 
@@ -74,16 +72,6 @@ class Residence:
             return share
         rows = self.experts[at.expert_group]
         return share.with_indices(0, runs_of(rows))
-
-    def pattern(self, shares: Sequence[BoxSlice | None], mesh: Mesh) -> SlicePattern:
-        """What each rank of the mesh holds, given the share of each tp index among `tp` of them."""
-        slices: list[BoxSlice | None] = []
-        for rank in range(mesh.num_ranks):
-            at = mesh.position(rank)
-            share = shares[at.tp % len(shares)] if self.holds(at) else None
-            is_stacked = self.experts is not None and share is not None
-            slices.append(share.rows(self.experts[at.expert_group]) if is_stacked else share)  # type: ignore[union-attr,index]
-        return tuple(slices)
 
 
 EVERYWHERE = Residence()

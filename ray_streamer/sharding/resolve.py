@@ -1,4 +1,4 @@
-"""What do these rules mean for this checkpoint on this mesh? A `SliceTable`, or one error that says it all.
+"""Can a checkpoint be placed on a mesh by these rules? All tensors in groups, or one error that says it all.
 
 Tensors alike in rule, shape and dtype are resolved once: a model of 92,000 tensors has a few dozen such groups. All
 tensors that cannot be split so are found before anything is raised.
@@ -15,7 +15,6 @@ from ray_streamer.sharding.groups import TensorGroup, TensorGroups, group_tensor
 from ray_streamer.sharding.mesh import Mesh
 from ray_streamer.sharding.name_kinds import NameKinds
 from ray_streamer.sharding.residence import EVERYWHERE, find_residences
-from ray_streamer.sharding.slices import SlicePattern, SliceTable, in_boxes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -77,28 +76,6 @@ def legal_tp(index: CheckpointIndex, rules: ShardRules, *, unmatched: Unmatched 
     nowhere_else = np.zeros(len(index), dtype=np.int64)
     grouped = group_tensors(index, NameKinds.of(index.names), rules, [EVERYWHERE], nowhere_else, unmatched)
     return _legal_among(grouped.groups, Mesh())
-
-
-def resolve_slices(
-    index: CheckpointIndex,
-    rules: ShardRules,
-    mesh: Mesh,
-    *,
-    unmatched: Unmatched = "error",
-    stage_layers: Sequence[int] | None = None,
-    experts: ExpertsLike | None = None,
-) -> SliceTable:
-    """Every rank's slice of every tensor; arguments and errors as `checked_groups`."""
-    names = NameKinds.of(index.names)
-    grouped = checked_groups(index, names, rules, mesh, unmatched=unmatched, stage_layers=stage_layers, experts=experts)
-    positions = [mesh.position(rank) for rank in range(mesh.num_ranks)]
-    ids: dict[SlicePattern, int] = {}
-    numbers: list[int] = []
-    for group in grouped.groups:
-        held = {at: group.slice_of(mesh, at) for at in set(positions)}
-        boxes = {at: None if part is None else in_boxes(part) for at, part in held.items()}
-        numbers.append(ids.setdefault(tuple(boxes[at] for at in positions), len(ids)))
-    return SliceTable(mesh.num_ranks, tuple(ids), np.array(numbers, dtype=np.int32)[grouped.ids])
 
 
 def _cannot_split(

@@ -92,7 +92,7 @@ class ShardRules:
         Args:
             config: Needs `model_type` and the sizes that its family splits by; None when the checkpoint has none.
             first: Rules that go before the preset's. With them, a model of no known family is no error: they stand
-                alone, and what they do not match is for `resolve_slices` to refuse.
+                alone, and what they do not match is for `RuleSlices` to refuse.
             layout: What the tensors are for; see `presets`.
             drafts: Whether what only multi-token prediction uses is loaded, too.
 

@@ -73,6 +73,10 @@ class Move:
         """Elements written."""
         return prod(self.shape)
 
+    def shifted(self, num_elements: int) -> Move:
+        """The same move, its target so many elements further on."""
+        return Move(self.shape, self.source, Side(self.target.offset + num_elements, self.target.strides))
+
     @classmethod
     def box(
         cls,

@@ -13,8 +13,9 @@ import ray_streamer
 from ray_streamer.cluster.worker import LoadWorker
 from ray_streamer.planning.topology import Topology
 from ray_streamer.rank import request as request_module
-from ray_streamer.rank.request import LoadRequest, RuleSlices
+from ray_streamer.rank.request import LoadRequest
 from ray_streamer.sharding import Mesh
+from ray_streamer.sharding.source import RuleSlices
 from ray_streamer.storage.posix import PosixStorage
 from ray_streamer.testing.fake_cuda import FakeCuda, open_fake_cuda
 

@@ -14,7 +14,6 @@ from api_support.processes import RankProcesses
 
 import ray_streamer
 from ray_streamer.errors import (
-    ClusterError,
     DeviceError,
     ObjectMissingError,
     RankFailedError,
@@ -310,7 +309,7 @@ def test_a_rank_that_does_not_come_is_named(checkpoint: Any) -> None:
         ray_streamer.load_rank(checkpoint.uri, rank=0, world_size=2, session=secrets.token_hex(8), settings=settings)
 
 
-def test_ranks_with_different_plans_are_told_apart(
+def test_ranks_with_different_limits_load_by_those_of_the_first(
     pair: RankProcesses, checkpoint: Any, numbered: list[dict[str, Any]]
 ) -> None:
     common = {"uri": checkpoint.uri, "folder": checkpoint.uri, "tp_index": 0}
@@ -318,9 +317,7 @@ def test_ranks_with_different_plans_are_told_apart(
         numbered[rank] | common | {"settings": ray_streamer.Settings(block_bytes=size, startup_timeout_seconds=20)}
         for rank, size in enumerate((64 << 10, 32 << 10))
     ]
-    for error in pair.run(rank_tasks.load, ranks):
-        assert isinstance(error, ClusterError)
-        assert "give every rank the same uri, rules and limits" in str(error)
+    assert pair.run(rank_tasks.load, ranks) == [[], []]
 
 
 @pytest.mark.parametrize(

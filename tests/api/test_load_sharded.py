@@ -279,17 +279,22 @@ def test_progress_grows_while_a_load_is_not_waited_for(local_ray: None, checkpoi
 
 
 def test_replicas_of_one_file_by_slices_of_the_callers_own(local_ray: None, single_file: Any) -> None:
-    def last_layer_and_some_rows(index: Any, mesh: Any) -> Any:
-        held = {
-            name: (ray_streamer.TensorSlice.whole(index.shape_of(number)),) * mesh.num_ranks
-            for number, name in enumerate(index.names)
-            if "layers.1." in name
-        }
-        rows = index.shape_of(index.position("lm_head.weight"))
-        held["lm_head.weight"] = tuple(
-            ray_streamer.TensorSlice.along(rows, dim=0, start=100 * rank, stop=100 * rank + 50) for rank in range(2)
-        )
-        return ray_streamer.SliceTable.from_slices(index, held, num_ranks=mesh.num_ranks)
+    def last_layer_and_some_rows(index: Any, rank: int) -> Any:
+        boxes = {name: ((0,), index.shape_of(at)) for at, name in enumerate(index.names) if "layers.1." in name}
+        num_columns = index.shape_of(index.position("lm_head.weight"))[1]
+        boxes["lm_head.weight"] = ((100 * rank,), (50, num_columns))
+        specs, rows = [], []
+        for name, (first_row, shape) in boxes.items():
+            whole = index.shape_of(index.position(name))
+            starts = (*first_row, *(0 for _ in shape[1:]))
+            specs.append(
+                ray_streamer.ResultSpec(name=name, dtype=index.dtype_of(index.position(name)).name, shape=shape)
+            )
+            move = ray_streamer.Move.box(
+                shape, source_shape=whole, source_starts=starts, target_shape=shape, target_starts=(0,) * len(shape)
+            )
+            rows.append((name, name, [move]))
+        return ray_streamer.RankSlices.from_rows(index, specs, rows)
 
     uri = str(single_file.folder / "model.safetensors")
     settings = ray_streamer.Settings(page_cache="off", max_gap_bytes=0)

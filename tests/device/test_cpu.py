@@ -28,7 +28,7 @@ def test_every_dtype_lies_in_memory_as_in_the_file(dtype, shape):
         pytest.skip("not whole bytes: no file holds it")
     device = CpuDevice()
     result = device.result(device.empty(dtype, shape))
-    tensor, host_bytes = result
+    tensor, _, host_bytes = result
     assert tensor.dtype == getattr(torch, dtype.torch_name)
     assert tuple(tensor.shape) == dtype.torch_shape(shape)
     assert tensor.is_contiguous()

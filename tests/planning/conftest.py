@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from itertools import product
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,11 +15,12 @@ from ray_streamer.checkpoint.index import CheckpointIndex, ShardFile
 from ray_streamer.dtypes import dtype_named
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
 
     from numpy.typing import NDArray
 
-    from ray_streamer.planning.read_plan import NodePlan, ReadPlan
+    from ray_streamer.planning.rank_plan import Piece, StridedPiece
+    from ray_streamer.planning.read_plan import ReadPlan
 
 TensorSpec = tuple[str, str, tuple[int, ...]]
 """Name, dtype and shape."""
@@ -75,38 +77,52 @@ def _make(
     return TinyCheckpoint(CheckpointIndex.from_headers("memory://tiny", files, headers), contents)
 
 
-def _execute(plan: ReadPlan, contents: Sequence[bytes]) -> dict[tuple[int, int], Delivery]:
-    deliveries: dict[tuple[int, int], Delivery] = {}
-    for tensor in range(len(plan.index)):
-        for rank in range(plan.topology.num_ranks):
-            held = plan.slice_of(tensor, rank)
-            if held is not None:
-                num_bits = plan.index.dtype_of(tensor).num_bits
-                size = int(np.prod(held.shape, dtype=np.int64)) * num_bits // 8
-                deliveries[rank, tensor] = Delivery(np.zeros(size, np.uint8), np.zeros(size, np.int64))
-    for ranks, plan_id in zip(plan.topology.nodes, plan.node_plan_ids, strict=True):
-        _execute_node(plan.node_plans[plan_id], ranks, contents, deliveries)
+def _execute(plan: ReadPlan, contents: Sequence[bytes]) -> dict[tuple[int, str], Delivery]:
+    deliveries: dict[tuple[int, str], Delivery] = {}
+    for rank in range(plan.topology.num_ranks):
+        mine = plan.rank_plan(rank)
+        held = [
+            Delivery(np.zeros(size, np.uint8), np.zeros(size, np.int64))
+            for size in (spec.num_storage_elements * spec.stored.num_bits // 8 for spec in mine.results)
+        ]
+        for number in mine.taken.tolist():
+            block = mine.block(number)
+            data = np.frombuffer(contents[block.file][block.extent.start : block.extent.stop], np.uint8)
+            pieces = mine.pieces(number)
+            for piece in pieces.plain:
+                _execute_piece(piece, data, held[piece.result])
+            for part in pieces.strided:
+                _execute_part(part, data, held[part.result])
+        deliveries |= {(rank, name): held[at] for at, name in enumerate(mine.results.names)}
     return deliveries
 
 
-def _execute_node(
-    node_plan: NodePlan,
-    ranks: tuple[int, ...],
-    contents: Sequence[bytes],
-    deliveries: dict[tuple[int, int], Delivery],
-) -> None:
-    blocks = node_plan.blocks.to_pylist()
-    for piece in node_plan.pieces.to_pylist():
-        block = blocks[piece["block"]]
-        data = np.frombuffer(contents[block["file"]][block["start"] : block["stop"]], np.uint8)
-        delivery = deliveries[ranks[piece["rank"]], piece["tensor"]]
-        for run in range(piece["num_runs"]):
-            source = piece["source_start"] + run * piece["source_stride"]
-            target = piece["target_start"] + run * piece["target_stride"]
-            assert 0 <= source < source + piece["run_bytes"] <= len(data), "a piece leaves its block"
-            assert 0 <= target < target + piece["run_bytes"] <= len(delivery.data), "a piece leaves its tensor"
-            delivery.data[target : target + piece["run_bytes"]] = data[source : source + piece["run_bytes"]]
-            delivery.num_writes[target : target + piece["run_bytes"]] += 1
+def _execute_piece(piece: Piece, data: NDArray[np.uint8], delivery: Delivery) -> None:
+    for run in range(piece.num_runs):
+        source = piece.source_start + run * piece.source_stride
+        target = piece.target_start + run * piece.target_stride
+        assert 0 <= source < source + piece.run_bytes <= len(data), "a piece leaves its block"
+        assert 0 <= target < target + piece.run_bytes <= len(delivery.data), "a piece leaves its tensor"
+        delivery.data[target : target + piece.run_bytes] = data[source : source + piece.run_bytes]
+        delivery.num_writes[target : target + piece.run_bytes] += 1
+
+
+def _execute_part(part: StridedPiece, data: NDArray[np.uint8], delivery: Delivery) -> None:
+    """Byte by byte, those that lie in the block."""
+    move = part.move
+    assert move.source_dtype == move.target_dtype
+    width = move.source_dtype.num_bits // 8
+    for index in product(*(range(dim.size) for dim in move.view.dims)):
+        source = part.source_start + width * (
+            move.view.offset + sum(at * dim.stride for at, dim in zip(index, move.view.dims, strict=True))
+        )
+        target = part.target_start + width * (
+            move.view.other + sum(at * dim.other for at, dim in zip(index, move.view.dims, strict=True))
+        )
+        for byte in range(width):
+            if 0 <= source + byte < len(data):
+                delivery.data[target + byte] = data[source + byte]
+                delivery.num_writes[target + byte] += 1
 
 
 @pytest.fixture(scope="session")
@@ -116,15 +132,6 @@ def make_checkpoint() -> Callable[..., TinyCheckpoint]:
 
 
 @pytest.fixture(scope="session")
-def execute() -> Callable[[ReadPlan, Sequence[bytes]], dict[tuple[int, int], Delivery]]:
-    """Carries a plan out run by run; what it delivered by (rank, tensor)."""
+def execute() -> Callable[[ReadPlan, Sequence[bytes]], dict[tuple[int, str], Delivery]]:
+    """Carries a plan out byte by byte; what it delivered by (rank, result)."""
     return _execute
-
-
-@pytest.fixture(scope="session")
-def nodes_of() -> Callable[[ReadPlan], Iterator[tuple[tuple[int, ...], NodePlan]]]:
-    """The ranks and the plan of each node."""
-    return lambda plan: (
-        (ranks, plan.node_plans[plan_id])
-        for ranks, plan_id in zip(plan.topology.nodes, plan.node_plan_ids, strict=True)
-    )

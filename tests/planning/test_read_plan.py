@@ -16,26 +16,29 @@ from ray_streamer.errors import PlanError
 from ray_streamer.planning.limits import ReadLimits
 from ray_streamer.planning.read_plan import plan_reads
 from ray_streamer.planning.topology import Topology
-from ray_streamer.sharding.slices import Box, SliceTable, TensorSlice
+from ray_streamer.slices import Move, Side
+from ray_streamer.testing.parts import TensorPart, slices_of_parts
 
 EXACT = ReadLimits(block_bytes=4096, min_run_bytes=0, max_gap_bytes=0)
 
 
-def _split(shape: tuple[int, ...], *, dim: int, tp: int, dp: int = 1) -> tuple[TensorSlice | None, ...]:
+def _split(shape: tuple[int, ...], *, dim: int, tp: int, dp: int = 1) -> tuple[TensorPart | None, ...]:
     step = shape[dim] // tp
-    return tuple(TensorSlice.along(shape, dim=dim, start=i * step, stop=(i + 1) * step) for i in range(tp)) * dp
+    return tuple(TensorPart.along(shape, dim=dim, start=i * step, stop=(i + 1) * step) for i in range(tp)) * dp
 
 
 def _plan(checkpoint, slices, *, num_nodes=1, limits=EXACT):
     num_ranks = len(next(iter(slices.values())))
-    table = SliceTable.from_slices(checkpoint.index, slices, num_ranks=num_ranks)
-    return plan_reads(checkpoint.index, table, Topology.even(num_ranks, num_nodes), limits)
+    return plan_reads(
+        checkpoint.index, slices_of_parts(checkpoint.index, slices), Topology.even(num_ranks, num_nodes), limits
+    )
 
 
 def _places(checkpoint, node_plan) -> list[tuple[int, int]]:
     """Blocks as (start, stop) from the first byte of the only file's data."""
     data_start = int(checkpoint.index.starts[0])
-    return [(row["start"] - data_start, row["stop"] - data_start) for row in node_plan.blocks.to_pylist()]
+    starts, stops = node_plan.blocks.starts.tolist(), node_plan.blocks.stops.tolist()
+    return [(start - data_start, stop - data_start) for start, stop in zip(starts, stops, strict=True)]
 
 
 @pytest.mark.parametrize(
@@ -50,7 +53,7 @@ def _places(checkpoint, node_plan) -> list[tuple[int, int]]:
 def test_column_slice_of_one_rank(make_checkpoint, min_run_bytes, max_gap_bytes, places):
     checkpoint = make_checkpoint([[("w", "U8", (4, 16))]])
     limits = replace(EXACT, min_run_bytes=min_run_bytes, max_gap_bytes=max_gap_bytes)
-    plan = _plan(checkpoint, {"w": (TensorSlice.along((4, 16), dim=1, start=0, stop=8),)}, limits=limits)
+    plan = _plan(checkpoint, {"w": (TensorPart.along((4, 16), dim=1, start=0, stop=8),)}, limits=limits)
     assert _places(checkpoint, plan.node_plans[0]) == places
     assert plan.node_plans[0].needed_bytes == 32
 
@@ -63,11 +66,11 @@ def test_columns_that_the_neighbours_hold_together_are_one_run(make_checkpoint):
 
 def test_blocks_are_cut_on_the_files_own_grid(make_checkpoint):
     checkpoint = make_checkpoint([[("w", "U8", (9000,))]], padding=3)
-    plan = _plan(checkpoint, {"w": (TensorSlice.whole((9000,)),)})
+    plan = _plan(checkpoint, {"w": (TensorPart.whole((9000,)),)})
     start = int(checkpoint.index.starts[0])
     bounds = [start, 4096, 8192, start + 9000]
-    rows = plan.node_plans[0].blocks.to_pylist()
-    assert [(row["start"], row["stop"]) for row in rows] == list(pairwise(bounds))
+    blocks = plan.node_plans[0].blocks
+    assert list(zip(blocks.starts.tolist(), blocks.stops.tolist(), strict=True)) == list(pairwise(bounds))
 
 
 @pytest.mark.parametrize("padding", range(12))
@@ -75,12 +78,18 @@ def test_the_grid_may_cut_a_run_at_any_byte(make_checkpoint, execute, padding):
     # Rows of 12 bytes move over the grid byte by byte, so that heads and tails of every length occur.
     checkpoint = make_checkpoint([[("w", "U8", (400, 12))]], padding=padding)
     columns = ((0, 5), (5, 6), (3, 12))
-    held = tuple(TensorSlice.along((400, 12), dim=1, start=start, stop=stop) for start, stop in columns)
+    held = tuple(TensorPart.along((400, 12), dim=1, start=start, stop=stop) for start, stop in columns)
     deliveries = execute(_plan(checkpoint, {"w": held}), checkpoint.contents)
     rows = np.frombuffer(checkpoint.tensor_bytes(0), np.uint8).reshape(400, 12)
     for rank, (start, stop) in enumerate(columns):
-        assert (deliveries[rank, 0].num_writes == 1).all()
-        assert deliveries[rank, 0].data.tobytes() == rows[:, start:stop].tobytes()
+        assert (deliveries[rank, "w"].num_writes == 1).all()
+        assert deliveries[rank, "w"].data.tobytes() == rows[:, start:stop].tobytes()
+
+
+def _move(shape, source, source_starts, target, target_starts):
+    return Move.box(
+        shape, source_shape=source, source_starts=source_starts, target_shape=target, target_starts=target_starts
+    )
 
 
 @pytest.mark.parametrize(
@@ -88,29 +97,36 @@ def test_the_grid_may_cut_a_run_at_any_byte(make_checkpoint, execute, padding):
     [
         pytest.param(
             (4, 5, 6),
-            (Box((1, 1, 2), (3, 4, 5), (0, 0, 0)),),
+            [((2, 3, 3), (1, 1, 2), (0, 0, 0))],
             lambda tensor: tensor[1:3, 1:4, 2:5],
             id="a-box-cuts-two-inner-dimensions",
         ),
         pytest.param(
             (2, 3, 4),
-            (Box((0, 0, 0), (2, 3, 2), (0, 0, 0)), Box((0, 0, 2), (2, 3, 4), (0, 3, 0))),
+            [((2, 3, 2), (0, 0, 0), (0, 0, 0)), ((2, 3, 2), (0, 0, 2), (0, 3, 0))],
             lambda tensor: np.concatenate([tensor[:, :, :2], tensor[:, :, 2:]], axis=1),
             id="column-halves-lie-below-each-other",
         ),
         pytest.param(
             (4, 3),
-            (Box((0, 0), (2, 3), (0, 0)), Box((2, 0), (4, 3), (0, 3))),
+            [((2, 3), (0, 0), (0, 0)), ((2, 3), (2, 0), (0, 3))],
             lambda tensor: np.concatenate([tensor[:2], tensor[2:]], axis=1),
             id="row-halves-lie-side-by-side",
+        ),
+        pytest.param(
+            (300, 130),
+            [((150, 130), (0, 0), (0, 0)), ((150, 130), (150, 0), (0, 130))],
+            lambda tensor: np.concatenate([tensor[:150], tensor[150:]], axis=1),
+            id="long-row-halves-lie-side-by-side",
         ),
     ],
 )
 def test_boxes_land_where_they_say(make_checkpoint, execute, shape, boxes, expected):
-    checkpoint = make_checkpoint([[("w", "U8", shape)]])
+    checkpoint = make_checkpoint([[("w", "U8", shape)]], padding=5)
     result = expected(np.frombuffer(checkpoint.tensor_bytes(0), np.uint8).reshape(shape))
-    plan = _plan(checkpoint, {"w": (TensorSlice(result.shape, boxes),)})
-    delivery = execute(plan, checkpoint.contents)[0, 0]
+    moves = tuple(_move(size, shape, starts, result.shape, lands) for size, starts, lands in boxes)
+    plan = _plan(checkpoint, {"w": (TensorPart(result.shape, moves),)})
+    delivery = execute(plan, checkpoint.contents)[0, "w"]
     assert (delivery.num_writes == 1).all()
     assert delivery.data.tobytes() == result.tobytes()
 
@@ -118,18 +134,18 @@ def test_boxes_land_where_they_say(make_checkpoint, execute, shape, boxes, expec
 def test_grid_cells_inside_a_gap_are_not_read(make_checkpoint):
     checkpoint = make_checkpoint([[("w", "U8", (2, 20000))]])
     limits = replace(EXACT, min_run_bytes=1 << 20)
-    plan = _plan(checkpoint, {"w": (TensorSlice.along((2, 20000), dim=1, start=0, stop=8),)}, limits=limits)
-    assert plan.node_plans[0].blocks.num_rows == 2
+    plan = _plan(checkpoint, {"w": (TensorPart.along((2, 20000), dim=1, start=0, stop=8),)}, limits=limits)
+    assert len(plan.node_plans[0].blocks) == 2
     assert plan.node_plans[0].read_bytes < 3 * 4096
 
 
 def test_replicated_tensor_is_read_once_and_evenly(make_checkpoint):
     checkpoint = make_checkpoint([[("w", "U8", (40000,))]])
-    node_plan = _plan(checkpoint, {"w": (TensorSlice.whole((40000,)),) * 4}).node_plans[0]
+    node_plan = _plan(checkpoint, {"w": (TensorPart.whole((40000,)),) * 4}).node_plans[0]
     assert node_plan.read_bytes == node_plan.needed_bytes == 40000
-    rows = node_plan.blocks.to_pylist()
-    assert {row["num_takers"] for row in rows} == {4}
-    loads = [sum(row["stop"] - row["start"] for row in rows if row["reader"] == rank) for rank in range(4)]
+    assert node_plan.takers.all()
+    lengths = node_plan.blocks.stops - node_plan.blocks.starts
+    loads = [int(lengths[node_plan.readers == rank].sum()) for rank in range(4)]
     assert max(loads) - min(loads) <= 4096
 
 
@@ -151,7 +167,7 @@ def test_column_parallel_tensor_on_two_nodes_is_read_once_in_all(make_checkpoint
 
 def test_replicas_share_one_node_plan(make_checkpoint):
     checkpoint = make_checkpoint([[("w", "U8", (4, 16)), ("b", "U8", (3,))]])
-    slices = {"w": _split((4, 16), dim=1, tp=2, dp=3), "b": (TensorSlice.whole((3,)),) * 6}
+    slices = {"w": _split((4, 16), dim=1, tp=2, dp=3), "b": (TensorPart.whole((3,)),) * 6}
     plan = _plan(checkpoint, slices, num_nodes=3)
     assert len(plan.node_plans) == 1
     assert plan.node_plan_ids == (0, 0, 0)
@@ -161,8 +177,8 @@ def test_replicas_share_one_node_plan(make_checkpoint):
 
 def test_nothing_wanted_reads_nothing(make_checkpoint):
     checkpoint = make_checkpoint([[("w", "U8", (4, 16)), ("e", "U8", (0, 3))]])
-    node_plan = _plan(checkpoint, {"e": (TensorSlice.whole((0, 3)),) * 2}).node_plans[0]
-    assert (node_plan.blocks.num_rows, node_plan.pieces.num_rows, node_plan.needed_bytes) == (0, 0, 0)
+    node_plan = _plan(checkpoint, {"e": (TensorPart.whole((0, 3)),) * 2}).node_plans[0]
+    assert (len(node_plan.blocks), node_plan.needed_bytes) == (0, 0)
 
 
 BASE = {
@@ -177,8 +193,7 @@ BASE = {
 def _base_plan(make_checkpoint, **changes):
     case = BASE | changes
     index = make_checkpoint(case["tensors"], etag=case["etag"]).index
-    table = SliceTable.from_slices(index, case["slices"], num_ranks=4)
-    return plan_reads(index, table, Topology(case["nodes"]), case["limits"])
+    return plan_reads(index, slices_of_parts(index, case["slices"]), Topology(case["nodes"]), case["limits"])
 
 
 @pytest.mark.parametrize(
@@ -199,16 +214,9 @@ def test_hash_changes_with_every_input(make_checkpoint, changes):
 
 
 def test_hash_tells_topologies_apart_that_read_alike(make_checkpoint):
-    slices = {"w": (TensorSlice.whole((4, 16)),) * 4}
+    slices = {"w": (TensorPart.whole((4, 16)),) * 4}
     plans = [_base_plan(make_checkpoint, slices=slices, nodes=nodes) for nodes in (((0, 1), (2, 3)), ((0, 2), (1, 3)))]
-    assert plans[0].node_plans[0].pieces.equals(plans[1].node_plans[0].pieces)
-    assert plans[0].plan_hash != plans[1].plan_hash
-
-
-def test_hash_tells_slices_apart_that_hold_no_bytes(make_checkpoint):
-    tensors = [[("u", "U8", (4,)), ("v", "U8", (0, 4)), ("w", "U8", (0, 4))]]
-    held = (TensorSlice.whole((0, 4)),) * 4
-    plans = [_base_plan(make_checkpoint, tensors=tensors, slices={name: held}) for name in ("v", "w")]
+    assert plans[0].node_plans[0].plan_hash == plans[1].node_plans[0].plan_hash
     assert plans[0].plan_hash != plans[1].plan_hash
 
 
@@ -236,11 +244,22 @@ def test_hash_is_the_same_in_every_process(make_checkpoint, tmp_path):
 @pytest.mark.parametrize(
     ("dtype", "shape", "held", "message"),
     [
-        pytest.param("U8", (4,), TensorSlice((5,), (Box((0,), (5,), (0,)),)), "does not fit", id="leaves-the-tensor"),
-        pytest.param("U8", (4,), TensorSlice((2,), (Box((0,), (2,), (1,)),)), "does not fit", id="leaves-the-result"),
-        pytest.param("U8", (4,), TensorSlice.whole((4, 1)), "does not fit", id="has-other-dimensions"),
-        pytest.param("F4", (4,), TensorSlice.along((4,), dim=0, start=1, stop=4), "whole bytes", id="cuts-a-byte"),
-        pytest.param("F4", (2, 3), TensorSlice.along((2, 3), dim=1, start=0, stop=2), "whole bytes", id="odd-rows"),
+        pytest.param(
+            "U8",
+            (4,),
+            TensorPart((5,), (Move((5,), Side(0, (1,)), Side(0, (1,))),)),
+            "reads 5 elements",
+            id="leaves-the-tensor",
+        ),
+        pytest.param(
+            "U8",
+            (4,),
+            TensorPart((2,), (Move((2,), Side(0, (1,)), Side(1, (1,))),)),
+            "none of its shape",
+            id="leaves-the-result",
+        ),
+        pytest.param("F4", (4,), TensorPart.along((4,), dim=0, start=1, stop=4), "whole bytes", id="cuts-a-byte"),
+        pytest.param("F4", (2, 3), TensorPart.along((2, 3), dim=1, start=0, stop=2), "whole bytes", id="odd-rows"),
     ],
 )
 def test_slices_that_cannot_be_read_are_refused(make_checkpoint, dtype, shape, held, message):
@@ -248,14 +267,14 @@ def test_slices_that_cannot_be_read_are_refused(make_checkpoint, dtype, shape, h
         _plan(make_checkpoint([[("w", dtype, shape)]]), {"w": (held,)})
 
 
-def test_slices_of_another_checkpoint_are_refused(make_checkpoint):
+def test_slices_of_another_checkpoint_or_for_other_ranks_are_refused(make_checkpoint):
     index = make_checkpoint([[("w", "U8", (4,))]]).index
     other = make_checkpoint([[("v", "U8", (4,)), ("w", "U8", (4,))]]).index
-    table = SliceTable.from_slices(other, {"w": (TensorSlice.whole((4,)),)}, num_ranks=1)
-    with pytest.raises(PlanError, match="slices describe 2 tensors, memory://tiny has 1"):
-        plan_reads(index, table, Topology.even(1), EXACT)
+    slices = slices_of_parts(other, {"w": (TensorPart.whole((4,)),)})
+    with pytest.raises(PlanError, match="reads tensor 1 of 1 in memory://tiny"):
+        plan_reads(index, slices, Topology.even(1), EXACT)
     with pytest.raises(PlanError, match="slices are for 1 ranks, the topology has 2"):
-        plan_reads(other, table, Topology.even(2), EXACT)
+        plan_reads(other, slices, Topology.even(2), EXACT)
 
 
 @pytest.mark.parametrize(

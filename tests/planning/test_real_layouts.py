@@ -9,7 +9,8 @@ from ray_streamer.planning.limits import ReadLimits
 from ray_streamer.planning.read_plan import plan_reads
 from ray_streamer.planning.tensor_reads import explain_tensors
 from ray_streamer.planning.topology import Topology
-from ray_streamer.sharding import Mesh, ShardRules, resolve_slices
+from ray_streamer.sharding import Mesh, ShardRules
+from ray_streamer.sharding.source import RuleSlices
 from ray_streamer.testing.layouts import deepseek_v3_layout, llama_layout, mixtral_layout, qwen3_layout
 from ray_streamer.testing.plan_inputs import DEEPSEEK_V3_RULES, header_only_index
 
@@ -24,7 +25,9 @@ def deepseek():
 
 def _plan(index, rules, *, num_nodes, **sizes):
     mesh = Mesh(**sizes)
-    return plan_reads(index, resolve_slices(index, rules, mesh), Topology.even(mesh.num_ranks, num_nodes), LIMITS)
+    source = RuleSlices(mesh=mesh, rules=rules)
+    slices = [source(index, rank) for rank in range(mesh.num_ranks)]
+    return plan_reads(index, slices, Topology.even(mesh.num_ranks, num_nodes), LIMITS)
 
 
 def test_deepseek_on_one_node_reads_every_byte_once(deepseek):

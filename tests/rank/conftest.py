@@ -25,11 +25,14 @@ from ray_streamer.planning.read_plan import plan_reads
 from ray_streamer.rank.load import RankLoad
 from ray_streamer.rank.options import RankOptions
 from ray_streamer.settings import Settings
-from ray_streamer.sharding.slices import SliceTable, TensorSlice
+from ray_streamer.slices import RankSlices
 from ray_streamer.storage import open_storage
+from ray_streamer.testing.parts import TensorPart, even_parts, slices_of_parts
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Sequence
+
+    import torch
 
     from ray_streamer.checkpoint import CheckpointIndex
     from ray_streamer.extent import Extent
@@ -161,7 +164,7 @@ def _open_index(uri: str) -> CheckpointIndex:
 
 def _plan(
     uri: str,
-    slices: dict[str, tuple[TensorSlice | None, ...]],
+    slices: dict[str, tuple[TensorPart | None, ...]] | Sequence[RankSlices],
     *,
     topology: Topology,
     block_bytes: int = 4096,
@@ -170,8 +173,9 @@ def _plan(
 ) -> ReadPlan:
     index = _open_index(uri)
     limits = ReadLimits(block_bytes=block_bytes, min_run_bytes=min_run_bytes, max_gap_bytes=max_gap_bytes)
-    table = SliceTable.from_slices(index, slices, num_ranks=topology.num_ranks)
-    return plan_reads(index, table, topology, limits)
+    nothing = [RankSlices.from_rows(index, [], [])] * topology.num_ranks
+    said = slices_of_parts(index, slices) or nothing if isinstance(slices, dict) else slices
+    return plan_reads(index, said, topology, limits)
 
 
 def _prepare(
@@ -188,6 +192,7 @@ def _prepare(
     devices: dict[int, Any] | None = None,
     resident_paths: Collection[str] = (),
     prefers_aligned: bool = False,
+    out_by_rank: Sequence[dict[str, torch.Tensor]] | None = None,
     **load_arguments: Any,
 ) -> Running:
     session = session or secrets.token_hex(8)
@@ -217,7 +222,9 @@ def _prepare(
             ),
         )
         device = (devices or {}).get(rank) or open_device("cpu")
-        loads.append(RankLoad(plan, rank, storage, device, options, **load_arguments))
+        if out_by_rank is not None:
+            load_arguments["out"] = out_by_rank[rank]
+        loads.append(RankLoad(plan.rank_plan(rank), storage, device, options, **load_arguments))
     return Running(plan, loads, storages)
 
 
@@ -239,6 +246,10 @@ def _nothing_left() -> Iterator[None]:
     gc.collect()
     before = _possessions()
     yield
+    # A device's start is over before its load ends, its thread a moment later.
+    for thread in threading.enumerate():
+        if thread.name.startswith("ray_streamer-cuda-start"):
+            thread.join()
     # Without a collection: what only the garbage collector would find is left behind as long as it does not run.
     after = _possessions()
     left = after[0] - before[0]
@@ -262,6 +273,7 @@ class Ranks:
     """The verbs of this file, as one fixture."""
 
     write = staticmethod(_write)
+    index = staticmethod(_open_index)
     plan = staticmethod(_plan)
     prepare = staticmethod(_prepare)
     nothing_left = staticmethod(_nothing_left)
@@ -275,16 +287,6 @@ def ranks() -> Ranks:
 
 
 @pytest.fixture(scope="session")
-def split() -> Callable[..., tuple[TensorSlice | None, ...]]:
+def split() -> Callable[..., tuple[TensorPart, ...]]:
     """Even shares of dimension `dim` of a tensor for every rank."""
-
-    def split_evenly(shape: tuple[int, ...], num_ranks: int, dim: int = 0) -> tuple[TensorSlice, ...]:
-        share = -(-shape[dim] // num_ranks)
-        return tuple(
-            TensorSlice.along(
-                shape, dim=dim, start=min(rank * share, shape[dim]), stop=min((rank + 1) * share, shape[dim])
-            )
-            for rank in range(num_ranks)
-        )
-
-    return split_evenly
+    return even_parts

@@ -65,7 +65,7 @@ def _main(plan_file: str, rank: str, session: str, where: str) -> None:
     options = RankOptions(
         session=session, node="node-0", concurrency=1, memory_limit=2 * 4096, timeouts=Timeouts.of(Settings())
     )
-    RankLoad(plan, int(rank), storage, device, options).run()
+    RankLoad(plan.rank_plan(int(rank)), storage, device, options).run()
 
 
 if __name__ == "__main__":

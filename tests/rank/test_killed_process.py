@@ -14,7 +14,7 @@ import pytest
 
 from ray_streamer.errors import RankFailedError
 from ray_streamer.planning.topology import Topology
-from ray_streamer.sharding.slices import TensorSlice
+from ray_streamer.testing.parts import TensorPart
 
 SHAPE = (40 * 4096,)
 
@@ -22,7 +22,7 @@ SHAPE = (40 * 4096,)
 @pytest.mark.parametrize("where", ["read", "deliver"])
 def test_survivors_name_the_killed_process(ranks, tmp_path, where):
     folder = ranks.write(tmp_path / "checkpoint", [[("shared", "U8", SHAPE)]])
-    plan = ranks.plan(str(folder), {"shared": (TensorSlice.whole(SHAPE),) * 3}, topology=Topology.even(3))
+    plan = ranks.plan(str(folder), {"shared": (TensorPart.whole(SHAPE),) * 3}, topology=Topology.even(3))
     (tmp_path / "plan").write_bytes(pickle.dumps(plan))
     session = secrets.token_hex(8)
     shared_memory = sorted(os.listdir("/dev/shm"))

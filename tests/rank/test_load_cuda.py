@@ -11,8 +11,8 @@ import torch
 
 from ray_streamer.errors import DeviceError, LoadAbortedError, RankFailedError, ShortReadError
 from ray_streamer.planning.topology import Topology
-from ray_streamer.sharding.slices import TensorSlice
 from ray_streamer.testing.fake_cuda import FakeCuda, open_fake_cuda
+from ray_streamer.testing.parts import TensorPart
 
 if TYPE_CHECKING:
     from ray_streamer.planning.read_plan import ReadPlan
@@ -26,7 +26,7 @@ SHAPE = (NUM_BLOCKS * 16, 256)
 def halves_plan(ranks, split, tmp_path) -> ReadPlan:
     """Two ranks that each take half of every row of a tensor of 24 blocks, and all of a small one."""
     folder = ranks.write(tmp_path / "checkpoint", [[("columns", "U8", SHAPE), ("small", "F32", (3,))]])
-    slices = {"columns": split(SHAPE, 2, dim=1), "small": (TensorSlice.whole((3,)),) * 2}
+    slices = {"columns": split(SHAPE, 2, dim=1), "small": (TensorPart.whole((3,)),) * 2}
     return ranks.plan(str(folder), slices, topology=Topology.even(2), min_run_bytes=4096, max_gap_bytes=4096)
 
 
@@ -67,7 +67,7 @@ def test_no_block_is_read_into_a_slot_whose_event_has_not_fired(ranks, halves_pl
 
     alone = ranks.plan(
         halves_plan.index.uri,
-        {"columns": (TensorSlice.along(SHAPE, dim=1, start=0, stop=128),), "small": (TensorSlice.whole((3,)),)},
+        {"columns": (TensorPart.along(SHAPE, dim=1, start=0, stop=128),), "small": (TensorPart.whole((3,)),)},
         topology=Topology.even(1),
         min_run_bytes=4096,
         max_gap_bytes=4096,

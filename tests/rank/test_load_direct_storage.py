@@ -11,9 +11,9 @@ import torch
 from ray_streamer.device.direct_storage import DirectStorage
 from ray_streamer.errors import DeviceError, ObjectChangedError
 from ray_streamer.planning.topology import Topology
-from ray_streamer.sharding.slices import TensorSlice
 from ray_streamer.storage.memory import MemoryStorage
 from ray_streamer.testing.fake_cuda import FakeCuda, open_fake_cuda
+from ray_streamer.testing.parts import TensorPart
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -57,8 +57,8 @@ def specs() -> list[tuple[str, str, tuple[int, ...]]]:
 
 def _plan(ranks, uri: str) -> Any:
     slices = {
-        "rows": (TensorSlice.along(ROWS, dim=0, start=0, stop=200),),
-        "columns": (TensorSlice.along(COLUMNS, dim=1, start=0, stop=100),),
+        "rows": (TensorPart.along(ROWS, dim=0, start=0, stop=200),),
+        "columns": (TensorPart.along(COLUMNS, dim=1, start=0, stop=100),),
     }
     return ranks.plan(uri, slices, topology=Topology.even(1), min_run_bytes=4096, max_gap_bytes=4096)
 
@@ -120,7 +120,7 @@ def test_a_file_that_was_replaced_is_found_out(ranks, specs, tmp_path) -> None:
     (path,) = folder.iterdir()
     os.utime(path, ns=(1, 1))
     rows_only = ranks.plan(
-        str(folder), {"rows": (TensorSlice.whole(ROWS),), "columns": (None,)}, topology=Topology.even(1)
+        str(folder), {"rows": (TensorPart.whole(ROWS),), "columns": (None,)}, topology=Topology.even(1)
     )
     os.utime(path, ns=(2, 2))
     for stale in (plan, rows_only):

@@ -20,9 +20,9 @@ from ray_streamer.errors import (
     StartupTimeoutError,
 )
 from ray_streamer.planning.topology import Topology
-from ray_streamer.sharding.slices import TensorSlice
 from ray_streamer.stream.arena import Arena
 from ray_streamer.stream.countdown import Countdown
+from ray_streamer.testing.parts import TensorPart
 
 if TYPE_CHECKING:
     import torch
@@ -40,7 +40,7 @@ def shared_plan(ranks, tmp_path):
     def make(num_ranks: int, **limits) -> ReadPlan:
         specs = [("large", "U8", (NUM_BYTES,)), ("empty", "F32", (0, 2)), ("small", "I64", (3,))]
         folder = ranks.write(tmp_path / "checkpoint", [specs])
-        slices = {name: (TensorSlice.whole(shape),) * num_ranks for name, _, shape in specs}
+        slices = {name: (TensorPart.whole(shape),) * num_ranks for name, _, shape in specs}
         return ranks.plan(str(folder), slices, topology=Topology.even(num_ranks), **limits)
 
     return make
@@ -252,7 +252,7 @@ def test_abort_before_run(ranks, shared_plan):
 
 def test_abort_of_a_load_with_nothing_to_do(ranks, tmp_path):
     folder = ranks.write(tmp_path, [[("empty", "U8", (0,))]])
-    plan = ranks.plan(str(folder), {"empty": (TensorSlice.whole((0,)),)}, topology=Topology.even(1))
+    plan = ranks.plan(str(folder), {"empty": (TensorPart.whole((0,)),)}, topology=Topology.even(1))
     error = LoadAbortedError("nobody wants it")
     running = ranks.prepare(plan)
     running.loads[0].abort(error)
@@ -294,8 +294,8 @@ def test_a_neighbour_with_another_plan_is_refused(ranks, shared_plan):
         outcomes = running.join() + running_other.join()
     for outcome in outcomes:
         assert type(outcome) is ClusterError
-        assert plan.plan_hash in str(outcome)
-        assert other.plan_hash in str(outcome)
+        assert plan.node_plans[0].plan_hash in str(outcome)
+        assert other.node_plans[0].plan_hash in str(outcome)
 
 
 def test_two_loads_cannot_share_a_session(ranks, shared_plan):
@@ -376,7 +376,7 @@ def test_a_file_that_changes_while_it_is_copied(ranks, tmp_path, change, modifie
     """Changed after the first block was delivered: a mapping would show it, or end the process where the file is cut short."""
     folder = ranks.write(tmp_path, [[("large", "U8", (NUM_BYTES,))]])
     path = folder / "00000.safetensors"
-    plan = ranks.plan(str(folder), {"large": (TensorSlice.whole((NUM_BYTES,)),)}, topology=Topology.even(1))
+    plan = ranks.plan(str(folder), {"large": (TensorPart.whole((NUM_BYTES,)),)}, topology=Topology.even(1))
     changes = iter([change])
 
     class WritingDevice(CpuDevice):

@@ -3,33 +3,26 @@
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
-import torch
-from safetensors import safe_open
 
 from ray_streamer.device.cpu import CpuDevice
 from ray_streamer.errors import BudgetError
 from ray_streamer.planning.limits import AS_MUCH_AS_USEFUL
 from ray_streamer.planning.topology import Topology
-from ray_streamer.sharding.slices import TensorSlice
-
-if TYPE_CHECKING:
-    from pathlib import Path
+from ray_streamer.testing.oracle import bytes_of, expected_results
+from ray_streamer.testing.parts import TensorPart
 
 GATE_SECONDS = 30.0
 
 
-def _expect_slices(path: Path, tensors_by_rank, slices) -> None:
-    with safe_open(path, "pt") as file:
-        for rank, tensors in enumerate(tensors_by_rank):
-            held = {name: pattern[rank] for name, pattern in slices.items() if pattern[rank] is not None}
-            assert tensors.keys() == held.keys()
-            for name, tensor in tensors.items():
-                (box,) = held[name].boxes
-                expected = file.get_slice(name)[tuple(map(slice, box.starts, box.stops)) or ...]
-                assert torch.equal(tensor.reshape(-1).view(torch.uint8), expected.reshape(-1).view(torch.uint8))
+def _expect_slices(plan, tensors_by_rank) -> None:
+    for tensors, said in zip(tensors_by_rank, plan.slices, strict=True):
+        expected = expected_results(Path(plan.index.uri), plan.index, said)
+        assert {name: bytes_of(tensor) for name, tensor in tensors.items()} == {
+            name: bytes_of(tensor) for name, tensor in expected.items()
+        }
 
 
 class GatedDevice(CpuDevice):
@@ -57,12 +50,12 @@ class GatedDevice(CpuDevice):
 
 def test_more_ranks_than_tensors(ranks, tmp_path):
     folder = ranks.write(tmp_path, [[("one", "I64", (3, 5))]])
-    slices = {"one": (*(None,) * 4, TensorSlice.whole((3, 5)))}
+    slices = {"one": (*(None,) * 4, TensorPart.whole((3, 5)))}
     plan = ranks.plan(str(folder), slices, topology=Topology.even(5))
     with ranks.nothing_left():
         running = ranks.prepare(plan)
         tensors = running.start().tensors()
-    _expect_slices(folder / "00000.safetensors", tensors, slices)
+    _expect_slices(plan, tensors)
     assert [len(storage.reads) for storage in running.storages] == [0, 0, 0, 0, 1]
 
 
@@ -77,16 +70,16 @@ def test_a_rank_alone_on_its_node_needs_no_neighbours(ranks, split, tmp_path):
     slices = {"rows": split((64, 64), 2)}
     plan = ranks.plan(str(folder), slices, topology=Topology.even(2, 2))
     tensors = ranks.prepare(plan).start().tensors()
-    _expect_slices(folder / "00000.safetensors", tensors, slices)
+    _expect_slices(plan, tensors)
 
 
 def test_a_rank_takes_without_reading(ranks, tmp_path):
     """One block, wanted by all: one rank reads it, the others have no slots, and still get their bytes."""
     folder = ranks.write(tmp_path, [[("shared", "U8", (100,))]])
-    slices = {"shared": (TensorSlice.whole((100,)),) * 3}
+    slices = {"shared": (TensorPart.whole((100,)),) * 3}
     plan = ranks.plan(str(folder), slices, topology=Topology.even(3))
     running = ranks.prepare(plan)
-    _expect_slices(folder / "00000.safetensors", running.start().tensors(), slices)
+    _expect_slices(plan, running.start().tensors())
     assert [len(storage.reads) for storage in running.storages] == [1, 0, 0]
     assert [load.statistics().peak_staging_bytes for load in running.loads] == [4096, 0, 0]
 
@@ -94,10 +87,10 @@ def test_a_rank_takes_without_reading(ranks, tmp_path):
 def test_empty_tensors_and_scalars_only(ranks, tmp_path):
     specs = [("empty", "F32", (0, 7)), ("scalar", "F64", ()), ("byte", "U8", (1,))]
     folder = ranks.write(tmp_path, [specs], padding=3)
-    slices = {name: (TensorSlice.whole(shape),) * 2 for name, _, shape in specs}
+    slices = {name: (TensorPart.whole(shape),) * 2 for name, _, shape in specs}
     plan = ranks.plan(str(folder), slices, topology=Topology.even(2))
     tensors = ranks.prepare(plan).start().tensors()
-    _expect_slices(folder / "00000.safetensors", tensors, slices)
+    _expect_slices(plan, tensors)
     assert tensors[0]["empty"].shape == (0, 7)
 
 
@@ -107,7 +100,7 @@ def test_a_tensor_larger_than_the_whole_limit(ranks, split, tmp_path):
     slices = {"large": split(shape, 3, dim=1)}
     plan = ranks.plan(str(folder), slices, topology=Topology.even(3), min_run_bytes=1 << 20)
     running = ranks.prepare(plan, memory_limit=2 * 4096, concurrency=8)
-    _expect_slices(folder / "00000.safetensors", running.start().tensors(), slices)
+    _expect_slices(plan, running.start().tensors())
     for load in running.loads:
         statistics = load.statistics()
         assert statistics.bytes_delivered > 20 * statistics.memory_limit
@@ -118,7 +111,7 @@ def test_concurrent_reads_hold_slots_at_the_same_time(ranks, tmp_path):
     """The limit is used as well as kept: four reads are under way at once."""
     folder = ranks.write(tmp_path, [[("large", "U8", (20 * 4096,))]])
     plan = ranks.plan(
-        str(folder), {"large": (TensorSlice.whole((20 * 4096,)),) * 2}, topology=Topology.even(2), block_bytes=4096
+        str(folder), {"large": (TensorPart.whole((20 * 4096,)),) * 2}, topology=Topology.even(2), block_bytes=4096
     )
     meeting = threading.Barrier(4)
 
@@ -133,7 +126,7 @@ def test_concurrent_reads_hold_slots_at_the_same_time(ranks, tmp_path):
 
 def test_no_more_reads_than_concurrency_at_once(ranks, tmp_path):
     folder = ranks.write(tmp_path, [[("large", "U8", (40 * 4096,))]])
-    plan = ranks.plan(str(folder), {"large": (TensorSlice.whole((40 * 4096,)),)}, topology=Topology.even(1))
+    plan = ranks.plan(str(folder), {"large": (TensorPart.whole((40 * 4096,)),)}, topology=Topology.even(1))
     lock, under_way, most = threading.Lock(), [0], [0]
 
     class Counting:
@@ -162,7 +155,7 @@ def test_no_more_reads_than_concurrency_at_once(ranks, tmp_path):
 )
 def test_slots_of_a_limit(ranks, tmp_path, memory_limit, num_slots):
     folder = ranks.write(tmp_path, [[("large", "U8", (9 * 4096 + 1,))]])
-    plan = ranks.plan(str(folder), {"large": (TensorSlice.whole((9 * 4096 + 1,)),)}, topology=Topology.even(1))
+    plan = ranks.plan(str(folder), {"large": (TensorPart.whole((9 * 4096 + 1,)),)}, topology=Topology.even(1))
     running = ranks.prepare(plan, memory_limit=memory_limit)
     statistics = running.loads[0].statistics()
     assert len(running.loads[0]._mine.reads) == 10
@@ -173,7 +166,7 @@ def test_slots_of_a_limit(ranks, tmp_path, memory_limit, num_slots):
 def test_a_limit_below_one_block_is_refused_before_anything_is_read(ranks, tmp_path):
     folder = ranks.write(tmp_path, [[("large", "U8", (20000,))]])
     plan = ranks.plan(
-        str(folder), {"large": (TensorSlice.whole((20000,)),)}, topology=Topology.even(1), block_bytes=8192
+        str(folder), {"large": (TensorPart.whole((20000,)),)}, topology=Topology.even(1), block_bytes=8192
     )
     with pytest.raises(
         BudgetError, match=r"memory_limit of 8 KiB \(8191 bytes\) of rank 0 cannot hold one block of 8 KiB"
@@ -185,7 +178,7 @@ def test_a_slow_neighbour_holds_the_reader_back(ranks, tmp_path):
     """The reader fills its two slots and waits; it never takes memory beyond its limit, however much there is to read."""
     shape = (12 * 4096,)
     folder = ranks.write(tmp_path, [[("shared", "U8", shape)]])
-    slices = {"shared": (TensorSlice.whole(shape),) * 2}
+    slices = {"shared": (TensorPart.whole(shape),) * 2}
     plan = ranks.plan(str(folder), slices, topology=Topology.even(2))
     slow = GatedDevice()
     with ranks.nothing_left():
@@ -201,14 +194,14 @@ def test_a_slow_neighbour_holds_the_reader_back(ranks, tmp_path):
         assert running.threads[1].is_alive()
         slow.open()
         tensors = running.tensors()
-    _expect_slices(folder / "00000.safetensors", tensors, slices)
+    _expect_slices(plan, tensors)
 
 
 def test_two_slow_neighbours_with_one_slot_each_do_not_wait_for_each_other(ranks, tmp_path):
     """Both hold their only slot for the other one's copy, and both copies come late: no circular wait."""
     shape = (8 * 4096,)
     folder = ranks.write(tmp_path, [[("shared", "U8", shape)]])
-    slices = {"shared": (TensorSlice.whole(shape),) * 2}
+    slices = {"shared": (TensorPart.whole(shape),) * 2}
     plan = ranks.plan(str(folder), slices, topology=Topology.even(2))
     devices = {0: GatedDevice(), 1: GatedDevice()}
     running = ranks.prepare(plan, memory_limit=4096, devices=devices).start()
@@ -220,13 +213,13 @@ def test_two_slow_neighbours_with_one_slot_each_do_not_wait_for_each_other(ranks
     assert [len(storage.reads) for storage in running.storages] == [1, 1]
     for device in devices.values():
         device.open()
-    _expect_slices(folder / "00000.safetensors", running.tensors(), slices)
+    _expect_slices(plan, running.tensors())
     assert all(load.statistics().peak_staging_bytes == 4096 for load in running.loads)
 
 
 def test_a_load_that_never_runs_leaves_nothing(ranks, tmp_path):
     folder = ranks.write(tmp_path, [[("large", "U8", (20000,))]])
-    plan = ranks.plan(str(folder), {"large": (TensorSlice.whole((20000,)),)}, topology=Topology.even(1))
+    plan = ranks.plan(str(folder), {"large": (TensorPart.whole((20000,)),)}, topology=Topology.even(1))
     with ranks.nothing_left():
         ranks.prepare(plan).close()
 
@@ -236,7 +229,7 @@ def test_tensors_are_the_callers_alone_after_the_load(ranks, tmp_path):
     import weakref
 
     folder = ranks.write(tmp_path, [[("large", "U8", (20000,))]])
-    plan = ranks.plan(str(folder), {"large": (TensorSlice.whole((20000,)),)}, topology=Topology.even(1))
+    plan = ranks.plan(str(folder), {"large": (TensorPart.whole((20000,)),)}, topology=Topology.even(1))
     running = ranks.prepare(plan)
     (tensors,) = running.start().tensors()
     watched = weakref.ref(tensors["large"])

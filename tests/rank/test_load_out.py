@@ -12,7 +12,7 @@ import torch
 from ray_streamer.device.cpu import CpuDevice
 from ray_streamer.errors import DeviceError
 from ray_streamer.planning.topology import Topology
-from ray_streamer.sharding.slices import TensorSlice
+from ray_streamer.testing.parts import TensorPart
 
 if TYPE_CHECKING:
     from ray_streamer.planning.read_plan import ReadPlan
@@ -27,9 +27,9 @@ def mixed_plan(ranks, split, tmp_path) -> ReadPlan:
     slices = {
         "rows": split((64, 48), 2),
         "columns": split((96, 200), 2, dim=1),
-        "empty": (TensorSlice.whole((0, 3)),) * 2,
-        "scalar": (TensorSlice.whole(()),) * 2,
-        "alone": (TensorSlice.whole((10,)), None),
+        "empty": (TensorPart.whole((0, 3)),) * 2,
+        "scalar": (TensorPart.whole(()),) * 2,
+        "alone": (TensorPart.whole((10,)), None),
     }
     return ranks.plan(str(folder), slices, topology=Topology.even(2))
 
@@ -37,7 +37,7 @@ def mixed_plan(ranks, split, tmp_path) -> ReadPlan:
 @pytest.fixture
 def alone_plan(ranks, tmp_path) -> ReadPlan:
     folder = ranks.write(tmp_path, [SPECS])
-    slices = {name: (TensorSlice.whole(shape),) for name, _, shape in SPECS}
+    slices = {name: (TensorPart.whole(shape),) for name, _, shape in SPECS}
     return ranks.plan(str(folder), slices, topology=Topology.even(1))
 
 

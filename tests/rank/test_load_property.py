@@ -2,8 +2,7 @@
 
 Any of the ranks may have a CUDA device, on a runtime that moves bytes as late as it may.
 
-The oracle is `safetensors.safe_open().get_slice()`, which reads the files on disk without any of our code; the dtypes that it
-cannot slice are sliced as numpy bytes.
+The oracle is what safetensors reads of the files on disk without any of our code, cut and copied by torch.
 """
 
 from __future__ import annotations
@@ -17,17 +16,14 @@ from random import Random
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
 
 from ray_streamer.planning.topology import Topology
-from ray_streamer.sharding import Mesh, Part, Replicate, Skip, Split, SplitVocabulary
-from ray_streamer.sharding.residence import Residence
-from ray_streamer.sharding.slices import TensorSlice
 from ray_streamer.storage.memory import MemoryStorage
 from ray_streamer.testing.fake_cuda import FakeCuda, open_fake_cuda
-from ray_streamer.testing.oracle import bytes_of, cut_by_safetensors, cut_bytes
+from ray_streamer.testing.oracle import bytes_of, expected_results
+from ray_streamer.testing.parts import TensorPart, even_parts
 
 if TYPE_CHECKING:
     from ray_streamer.device.cuda import CudaDevice
@@ -35,18 +31,12 @@ if TYPE_CHECKING:
 DTYPE_NAMES = ("U8", "F8_E4M3", "BF16", "F16", "F32", "I64", "F64", "C64", "F4", "F6_E2M3")
 PACKED_STEP = {"F4": 2, "F6_E2M3": 4}
 """Elements of a packed dtype that fill whole bytes."""
-MESHES = [
-    *(Mesh(tp=tp, dp=dp) for tp in range(1, 5) for dp in (1, 1, 2)),
-    *(Mesh(tp=tp, pp=2, dp=dp) for tp in (1, 2) for dp in (1, 2)),
-    *(Mesh(tp=4, ep=ep) for ep in (2, 4)),
-    *(Mesh(tp=2, pp=pp, dp=2, ep=ep) for pp in (1, 2) for ep in (2, 4)),
-]
 
 
 @dataclass(frozen=True)
 class Case:
     tensors_by_file: list[list[tuple[str, str, tuple[int, ...]]]]
-    slices: dict[str, tuple[TensorSlice | None, ...]]
+    slices: dict[str, tuple[TensorPart | None, ...]]
     topology: Topology
     num_slots: int
     concurrency: int
@@ -64,66 +54,29 @@ class Case:
 
 
 @st.composite
-def _placements(draw, shape: tuple[int, ...], tp: int):
-    """A placement that can place `shape` on `tp` ranks."""
-    dims = st.integers(0, max(0, len(shape) - 1))
-    kv_heads = draw(st.integers(1, 8))
-    size = shape[draw(dims)] if shape else 0
-    first = size // tp // 2 * tp
-    candidates = {
-        "split": Split(draw(dims)),
-        "vocabulary": SplitVocabulary(draw(dims)),
-        "parts": Split(draw(dims), parts=(first, size - first)),
-        "kv heads": Split(draw(dims), kv_heads=kv_heads),
-        "kv parts": Split(draw(dims), parts=(first, Part(size - first, kv_heads=kv_heads))),
-        "replicate": Replicate(),
-        "skip": Skip(),
-    }
-    wished = candidates[draw(st.sampled_from(sorted(candidates)))]
-    if wished.refusal(shape, tp) is None:
-        return wished
-    return candidates["vocabulary"] if shape else Replicate()
+def _ranges(draw, size: int) -> tuple[tuple[int, int], ...]:
+    """Some ranges of a dimension, in any order; they may overlap, since nothing forbids to hold rows twice."""
+    bounds = st.integers(0, size)
+    pairs = draw(st.lists(st.tuples(bounds, bounds).map(sorted).map(tuple), min_size=1, max_size=3))
+    return tuple((start, stop) for start, stop in pairs)
 
 
 @st.composite
-def _residences(draw, shape: tuple[int, ...], mesh: Mesh) -> Residence:
-    """Where a layer's, an expert's or stacked experts' tensor lies, or any other."""
-    stages = draw(st.none() | st.sets(st.integers(0, mesh.pp - 1), min_size=1).map(sorted).map(tuple))
-    kind = draw(st.sampled_from(["any", "any", "expert", "experts"]))
-    if kind == "expert":
-        return Residence(stages, groups=tuple(draw(st.sets(st.integers(0, mesh.ep - 1), min_size=1))))
-    if kind == "any" or not shape or not shape[0]:
-        return Residence(stages)
-    # Every expert is somebody's; some groups hold more of them.
-    rows = [[expert for expert in range(shape[0]) if expert % mesh.ep == group] for group in range(mesh.ep)]
-    more = draw(st.sets(st.integers(0, shape[0] - 1), max_size=3))
-    return Residence(
-        stages, experts=tuple(tuple(sorted({*group, *more}, reverse=draw(st.booleans()))) for group in rows)
-    )
-
-
-@st.composite
-def _patterns(draw, shape: tuple[int, ...], dtype: str, mesh: Mesh) -> tuple[TensorSlice | None, ...]:
-    residence = Residence() if dtype in PACKED_STEP else draw(_residences(shape, mesh))
-    tp, num_ranks = residence.tp(mesh), mesh.num_ranks
-    placement = Replicate() if dtype in PACKED_STEP and len(shape) < 2 else draw(_placements(shape, tp))
-    if residence.refusal(placement, shape, mesh):
-        placement = Replicate()
-    shares = [placement.slice_of(shape, tp_index=index, tp=tp) for index in range(tp)]
-    pattern = residence.pattern(shares, mesh)
-    step = PACKED_STEP.get(dtype, 1)
-    cuts_a_byte = any(
-        value % step for part in pattern if part for box in part.boxes for value in (*box.starts[-1:], *box.stops[-1:])
-    )
-    if cuts_a_byte:
-        pattern = tuple(SplitVocabulary(0).slice_of(shape, tp_index=rank % tp, tp=tp) for rank in range(num_ranks))
-    if shape and draw(st.integers(0, 5)) == 0:
-        # Nothing forbids to hold the same rows twice.
-        rows = (0, shape[0] // 2) if dtype not in PACKED_STEP or len(shape) > 1 else (0, shape[0])
-        pattern = (TensorSlice.parts(shape, dim=0, parts=(rows, rows)), *pattern[1:])
+def _parts(draw, shape: tuple[int, ...], dtype: str, num_ranks: int) -> tuple[TensorPart | None, ...]:
+    """What each rank holds: all, an even share of some dimension, or ranges of its own."""
+    # Shares of a packed dtype must lie on whole bytes, and so must what lies between them.
+    dims = range(max(1, len(shape) - 1)) if dtype in PACKED_STEP else range(len(shape))
+    kind = draw(st.sampled_from(["whole", "shares", "shares", "ranges"])) if shape else "whole"
+    if kind == "whole" or (dtype in PACKED_STEP and len(shape) < 2):
+        held = [TensorPart.whole(shape)] * num_ranks
+    elif kind == "shares":
+        held = list(even_parts(shape, num_ranks, dim=draw(st.sampled_from(dims))))
+    else:
+        dim = draw(st.sampled_from(dims))
+        held = [TensorPart.ranges(shape, dim=dim, ranges=draw(_ranges(shape[dim]))) for _ in range(num_ranks)]
     # Some ranks want nothing of a tensor that others want.
     absent = draw(st.sets(st.integers(0, num_ranks - 1), max_size=2))
-    return tuple(None if rank in absent else part for rank, part in enumerate(pattern))
+    return tuple(None if rank in absent else part for rank, part in enumerate(held))
 
 
 @st.composite
@@ -138,16 +91,15 @@ def _shapes(draw, dtype: str) -> tuple[int, ...]:
 
 @st.composite
 def cases(draw) -> Case:
-    mesh = draw(st.sampled_from(MESHES))
-    num_ranks = mesh.num_ranks
+    num_ranks = draw(st.integers(1, 8))
     order = draw(st.permutations(range(num_ranks)))
     bounds = sorted(draw(st.sets(st.integers(1, num_ranks - 1), max_size=2))) if num_ranks > 1 else []
     tensors_by_file: list[list[tuple[str, str, tuple[int, ...]]]] = []
-    slices: dict[str, tuple[TensorSlice | None, ...]] = {}
+    slices: dict[str, tuple[TensorPart | None, ...]] = {}
 
     def add(name: str, dtype: str, shape: tuple[int, ...]) -> None:
         tensors_by_file[-1].append((name, dtype, shape))
-        slices[name] = draw(_patterns(shape, dtype, mesh))
+        slices[name] = draw(_parts(shape, dtype, num_ranks))
 
     for file in range(draw(st.integers(1, 3))):
         tensors_by_file.append([])
@@ -178,25 +130,14 @@ def cases(draw) -> Case:
 
 
 def _check_tensors(plan, folder: Path, tensors_by_rank) -> None:
-    index = plan.index
     for rank, tensors in enumerate(tensors_by_rank):
-        held_by_rank = {index.names[i]: plan.slice_of(i, rank) for i in range(len(index))}
-        assert tensors.keys() == {name for name, held in held_by_rank.items() if held is not None}
+        expected = expected_results(folder, plan.index, plan.slices[rank])
+        assert list(tensors) == list(expected)
         for name, tensor in tensors.items():
             note(f"rank {rank}, tensor {name}")
-            position, held = index.position(name), held_by_rank[name]
-            dtype, path = index.dtype_of(position), folder / index.files[index.file_ids[position]].path
             assert tensor.is_contiguous()
-            assert tensor.dtype == getattr(torch, dtype.torch_name)
-            if dtype.is_packed:
-                extent = index.extent_of(position)
-                data = path.read_bytes()[extent.start : extent.stop]
-                assert tuple(tensor.shape) == dtype.torch_shape(held.shape)
-                assert bytes_of(tensor) == cut_bytes(data, dtype.name, index.shape_of(position), held)
-            else:
-                expected = cut_by_safetensors(path, name, held)
-                assert (tensor.shape, tensor.dtype) == (expected.shape, expected.dtype)
-                assert bytes_of(tensor) == bytes_of(expected)
+            assert (tensor.shape, tensor.dtype) == (expected[name].shape, expected[name].dtype)
+            assert bytes_of(tensor) == bytes_of(expected[name])
 
 
 def _wanted(plan, ranks: tuple[int, ...]) -> list[np.ndarray]:
@@ -205,11 +146,14 @@ def _wanted(plan, ranks: tuple[int, ...]) -> list[np.ndarray]:
     wanted = [np.zeros(file.size_bytes, dtype=bool) for file in index.files]
     for tensor in range(len(index)):
         num_bits, shape, extent = index.dtype_of(tensor).num_bits, index.shape_of(tensor), index.extent_of(tensor)
-        bits = np.zeros((*shape, num_bits), dtype=bool)
-        for rank in ranks:
-            held = plan.slice_of(tensor, rank)
-            for box in held.boxes if held else ():
-                bits[tuple(map(slice, box.starts, box.stops))] = True
+        bits = np.zeros((int(np.prod(shape)), num_bits), dtype=bool)
+        for said in (plan.slices[rank] for rank in ranks):
+            for row in np.flatnonzero(said.tensor_ids == tensor):
+                for move in said.patterns[said.pattern_ids[row]]:
+                    strides = [step * num_bits for step in move.source.strides]
+                    if move.num_elements:
+                        first = move.source.offset * num_bits
+                        np.ndarray((*move.shape, num_bits), bool, bits.reshape(-1), first, (*strides, 1))[...] = True
         wanted[index.file_ids[tensor]][extent.start : extent.stop] = bits.reshape(-1, 8).any(axis=1)
     return wanted
 
@@ -221,8 +165,9 @@ def _check_reads(plan, storages, case: Case) -> None:
         reads = [read for rank in ranks for read in storages[rank].reads]
         # A GPU prefers staged memory, and the node's first rank decides.
         viewed_files = set() if ranks[0] in case.cuda_ranks else case.resident_files
-        rows = [row for row in node_plan.blocks.to_pylist() if row["file"] not in viewed_files]
-        planned = [(paths[row["file"]], row["start"], row["stop"]) for row in rows]
+        blocks = node_plan.blocks
+        rows = zip(blocks.file_ids.tolist(), blocks.starts.tolist(), blocks.stops.tolist(), strict=True)
+        planned = [(paths[file], start, stop) for file, start, stop in rows if file not in viewed_files]
         assert Counter((path, extent.start, extent.stop) for path, extent in reads) == Counter(planned)
         assert all(extent.num_bytes <= case.block_bytes for _, extent in reads)
         num_reads = [np.zeros(file.size_bytes, dtype=int) for file in plan.index.files]

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 
 from ray_streamer.rank import request as request_module
-from ray_streamer.rank.request import LoadRequest, RuleSlices
+from ray_streamer.rank.request import LoadRequest
 from ray_streamer.settings import Settings
 from ray_streamer.sharding.mesh import Mesh
+from ray_streamer.sharding.source import RuleSlices
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 # Helpers that other processes import, too.
 sys.path.append(str(Path(__file__).parent))
 
+from family_support.held import boxes_of
+
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -45,14 +47,12 @@ def _index_of(shapes: Shapes, *, dtype: str = "F32", config: dict[str, Any] | No
 
 def _cut(tensor: torch.Tensor, part: TensorSlice) -> torch.Tensor:
     result = torch.full(part.shape, float("nan"), dtype=tensor.dtype)
-    for box in part.boxes:
-        source = tuple(slice(start, stop) for start, stop in zip(box.starts, box.stops, strict=True))
-        target = tuple(slice(land, land + size) for land, size in zip(box.lands, box.shape, strict=True))
+    for source, target in boxes_of(part):
         assert result[target].isnan().all(), "two boxes land on one element"
         result[target] = tensor[source]
-    filled = result[tuple(slice(reach) for reach in part.reach)]
+    filled = result[tuple(map(slice, part.lengths))]
     assert not filled.isnan().any(), "no box lands on an element of the result"
-    assert int(filled.numel()) == int((~result.isnan()).sum()), "a box lands behind the reach"
+    assert int(filled.numel()) == int((~result.isnan()).sum()), "a box lands behind what is filled"
     return result.nan_to_num(0.0)
 
 

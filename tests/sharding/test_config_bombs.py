@@ -6,9 +6,10 @@ import json
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from family_support.held import resolve
 
 from ray_streamer.errors import RayStreamerError, ShardingError
-from ray_streamer.sharding import Mesh, ShardRules, resolve_slices
+from ray_streamer.sharding import Mesh, ShardRules
 from ray_streamer.sharding.sizes import MAX_DRAFT_LAYERS, MAX_EXPERTS, MAX_LAYERS
 
 if TYPE_CHECKING:
@@ -63,16 +64,16 @@ def tensors(experts: int = 0) -> dict[str, tuple[int, ...]]:
 def refusal(index_of: Callable[..., CheckpointIndex]) -> Callable[..., str]:
     """Resolves every tensor; the text of the one error that this must end in."""
 
-    def resolve(config: dict[str, Any], mesh: str = "tp", *, experts: int = 0) -> str:
+    def refuse(config: dict[str, Any], mesh: str = "tp", *, experts: int = 0) -> str:
         index = index_of(tensors(experts), config=config)
         with pytest.raises(RayStreamerError) as caught:
-            resolve_slices(index, ShardRules.for_config(config), MESHES[mesh])
+            resolve(index, ShardRules.for_config(config), MESHES[mesh])
         text = str(caught.value)
         assert "\n" not in text
         assert len(text) < 1000
         return text
 
-    return resolve
+    return refuse
 
 
 @pytest.mark.parametrize("value", NO_COUNTS.values(), ids=NO_COUNTS)
@@ -99,7 +100,7 @@ def test_what_is_no_count_is_refused_by_name(
 def test_heads_that_fit_no_tensor_are_refused_with_the_tensors(index_of: Callable[..., CheckpointIndex]) -> None:
     config = LLAMA | {"num_attention_heads": 10**9}
     with pytest.raises(ShardingError, match=r"cannot be split over tp=2:(.|\n)*self_attn") as caught:
-        resolve_slices(index_of(tensors(), config=config), ShardRules.for_config(config), Mesh(tp=2))
+        resolve(index_of(tensors(), config=config), ShardRules.for_config(config), Mesh(tp=2))
     assert len(str(caught.value)) < 2000
 
 
@@ -142,8 +143,8 @@ def test_a_model_type_that_is_none_is_shown_short(refusal: Callable[..., str], m
 
 def test_names_with_numbers_without_end(index_of: Callable[..., CheckpointIndex]) -> None:
     shapes = tensors() | {f"model.layers.{'9' * 5000}.self_attn.q_proj.weight": (64, 64)}
-    table = resolve_slices(index_of(shapes, config=LLAMA), ShardRules.for_config(LLAMA), Mesh(tp=2, pp=2))
-    assert len(table.pattern_ids) == len(shapes)
+    table = resolve(index_of(shapes, config=LLAMA), ShardRules.for_config(LLAMA), Mesh(tp=2, pp=2))
+    assert len(table.groups.ids) == len(shapes)
 
 
 def test_the_largest_counts_are_still_counts() -> None:
@@ -167,8 +168,8 @@ def test_quantization_sizes_of_any_kind_and_depth(index_of: Callable[..., Checkp
     ):
         config = LLAMA | {"quantization_config": value}
         shapes = tensors() | {"model.layers.0.self_attn.q_proj.weight_scale": (64, 1)}
-        table = resolve_slices(index_of(shapes, config=config), ShardRules.for_config(config), Mesh(tp=2))
-        assert len(table.pattern_ids) == len(shapes)
+        table = resolve(index_of(shapes, config=config), ShardRules.for_config(config), Mesh(tp=2))
+        assert len(table.groups.ids) == len(shapes)
 
 
 def test_config_of_a_bomb_is_still_json() -> None:

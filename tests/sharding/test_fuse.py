@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pytest
+import torch
+from family_support.held import numbers, results_of
 
 from ray_streamer.errors import ShardingError
-from ray_streamer.sharding import Mesh, Replicate, ShardRules, SliceTable, Split, resolve_slices
-from ray_streamer.sharding.slice_tables import fuse_slices, rename_results
+from ray_streamer.sharding import Mesh, Replicate, RuleSlices, ShardRules, Split
 from ray_streamer.testing.layouts import TensorSpec, llama_layout
 from ray_streamer.testing.plan_inputs import header_only_index
 
@@ -19,46 +19,26 @@ if TYPE_CHECKING:
 LLAMA = llama_layout(32, 2, 8, 2, 24, 11)
 
 
-def _whole(index: CheckpointIndex, tensor: int) -> np.ndarray:
-    shape = index.shape_of(tensor)
-    return np.arange(int(np.prod(shape)), dtype=float).reshape(shape) + 1e6 * (tensor + 1)
-
-
-def _results_of(index: CheckpointIndex, table: SliceTable, rank: int) -> dict[str, np.ndarray]:
-    """The rank's results by name, box by box; what no box fills is NaN."""
-    results: dict[str, np.ndarray] = {}
-    for tensor, name in enumerate(index.names):
-        part = table.slice_of(tensor, rank)
-        if part is None:
-            continue
-        named = table.results.name_of(tensor) if table.results else name
-        result = results.setdefault(named, np.full(part.shape, np.nan))
-        assert result.shape == part.shape
-        whole = _whole(index, tensor)
-        for box in part.boxes:
-            target = tuple(slice(land, land + size) for land, size in zip(box.lands, box.shape, strict=True))
-            assert np.isnan(result[target]).all(), "two boxes land on one element"
-            result[target] = whole[tuple(map(slice, box.starts, box.stops))] if whole.shape else whole
-    return results
+def _results(index: CheckpointIndex, rank: int, **arguments: Any) -> dict[str, torch.Tensor]:
+    """The rank's results; every element of the checkpoint is another number."""
+    return results_of(index, RuleSlices(**arguments)(index, rank))
 
 
 @pytest.mark.parametrize("mesh", [Mesh(tp=1), Mesh(tp=4), Mesh(tp=2, pp=2), Mesh(tp=2, dp=2)])
 def test_a_fused_result_is_the_concatenation_of_its_parts(mesh: Mesh) -> None:
     index = header_only_index(LLAMA.tensors, num_files=1, config=LLAMA.config)
-    plain = resolve_slices(index, ShardRules.for_config(LLAMA.config), mesh)
-    fused = fuse_slices(index, plain, True)
     for rank in range(mesh.num_ranks):
-        expected = _results_of(index, plain, rank)
+        expected = _results(index, rank, mesh=mesh)
         for layer in (f"model.layers.{number}." for number in range(2)):
             if f"{layer}mlp.up_proj.weight" in expected:
                 parts = [expected.pop(f"{layer}self_attn.{part}_proj.weight") for part in "qkv"]
-                expected[f"{layer}self_attn.qkv_proj.weight"] = np.concatenate(parts)
+                expected[f"{layer}self_attn.qkv_proj.weight"] = torch.cat(parts)
                 parts = [expected.pop(f"{layer}mlp.{part}_proj.weight") for part in ("gate", "up")]
-                expected[f"{layer}mlp.gate_up_proj.weight"] = np.concatenate(parts)
-        found = _results_of(index, fused, rank)
+                expected[f"{layer}mlp.gate_up_proj.weight"] = torch.cat(parts)
+        found = _results(index, rank, mesh=mesh, fuse=True)
         assert found.keys() == expected.keys()
         for name, result in found.items():
-            np.testing.assert_array_equal(result, expected[name])
+            assert torch.equal(result, expected[name])
 
 
 def _quantized(stored: dict[str, tuple[str, tuple[int, ...]]], **config: Any) -> CheckpointIndex:
@@ -74,38 +54,35 @@ def test_packed_words_are_fused_along_outputs_and_what_counts_none_stays_apart()
         "g_idx": ("I32", (64,)),
     }
     index = _quantized(stored, bits=4, group_size=32)
-    plain = resolve_slices(index, ShardRules({"*_proj.weight": Split(0)}), Mesh(tp=2))
-    parts, fused = (_results_of(index, table, 1) for table in (plain, fuse_slices(index, plain, True)))
+    rules = ShardRules({"*_proj.weight": Split(0)})
+    parts, fused = (_results(index, 1, mesh=Mesh(tp=2), rules=rules, fuse=fuse) for fuse in (False, True))
     assert fused.keys() == {*(f"gate_up_proj.{name}" for name in list(stored)[:3]), "gate_proj.g_idx", "up_proj.g_idx"}
     for name in list(stored)[:3]:
-        joined = np.concatenate([parts[f"{part}_proj.{name}"] for part in ("gate", "up")], axis=1)
-        np.testing.assert_array_equal(fused[f"gate_up_proj.{name}"], joined)
+        joined = torch.cat([parts[f"{part}_proj.{name}"] for part in ("gate", "up")], dim=1)
+        assert torch.equal(fused[f"gate_up_proj.{name}"], joined)
 
 
 @pytest.mark.parametrize(("shape", "slots"), [((), (2,)), ((1,), (2,)), ((1, 1), (2, 1))])
 def test_scales_of_whole_weights_become_slots(shape: tuple[int, ...], slots: tuple[int, ...]) -> None:
     index = _quantized({"weight": ("F8_E4M3", (32, 16)), "weight_scale": ("F32", shape)})
-    table = fuse_slices(index, resolve_slices(index, ShardRules({"*.weight": Split(0)}), Mesh(tp=2)), True)
-    result = _results_of(index, table, 1)["gate_up_proj.weight_scale"]
+    rules = ShardRules({"*.weight": Split(0)})
+    result = _results(index, 1, mesh=Mesh(tp=2), rules=rules, fuse=True)["gate_up_proj.weight_scale"]
     assert result.shape == slots
-    assert sorted(result.ravel().tolist()) == sorted(
-        _whole(index, index.position(f"{part}_proj.weight_scale")).item() for part in ("gate", "up")
-    )
+    assert result.ravel().tolist() == [
+        numbers(index, index.position(f"{part}_proj.weight_scale")).item() for part in ("gate", "up")
+    ]
 
 
 def test_blocks_are_fused_when_they_are_whole() -> None:
     for rows, blocks in ((256, 2), (192, 2)):
         stored = {"weight": ("F8_E4M3", (rows, 128)), "weight_scale_inv": ("F32", (blocks, 1))}
         index = _quantized(stored, weight_block_size=[128, 128])
-        plain = resolve_slices(index, ShardRules({"*.weight": Replicate()}), Mesh())
+        rules = ShardRules({"*.weight": Replicate()})
         if rows == 256:
-            assert _results_of(index, fuse_slices(index, plain, True), 0)["gate_up_proj.weight_scale_inv"].shape == (
-                4,
-                1,
-            )
+            assert _results(index, 0, rules=rules, fuse=True)["gate_up_proj.weight_scale_inv"].shape == (4, 1)
         else:
             with pytest.raises(ShardingError, match="192 indices of one part are no whole blocks of 128"):
-                fuse_slices(index, plain, True)
+                _results(index, 0, rules=rules, fuse=True)
 
 
 def _pair(first: tuple[str, tuple[int, ...]], second: tuple[str, tuple[int, ...]], **more: Any) -> CheckpointIndex:
@@ -132,7 +109,7 @@ def _pair(first: tuple[str, tuple[int, ...]], second: tuple[str, tuple[int, ...]
             _pair(("BF16", (8, 4)), ("BF16", (8, 4))),
             {"*.gate_proj.weight": Split(0), "*": Split(1)},
             True,
-            "the parts of rank 0 have the shapes",
+            "the parts of the ranks with tp index 0 have the shapes",
             id="cut-differently",
         ),
         pytest.param(
@@ -153,25 +130,22 @@ def _pair(first: tuple[str, tuple[int, ...]], second: tuple[str, tuple[int, ...]
     ],
 )
 def test_what_cannot_be_fused_is_refused(index: CheckpointIndex, rules: Any, fuse: Any, message: str) -> None:
-    table = resolve_slices(index, ShardRules(rules or {"*": Replicate()}), Mesh(tp=2))
     with pytest.raises(ShardingError, match=message):
-        fuse_slices(index, table, fuse)
+        _results(index, 0, mesh=Mesh(tp=2), rules=ShardRules(rules or {"*": Replicate()}), fuse=fuse)
 
 
 def test_projections_that_a_model_lacks_are_left_alone() -> None:
     index = header_only_index([TensorSpec("a.q_proj.weight", "BF16", (8, 4))], num_files=1)
-    table = fuse_slices(index, resolve_slices(index, ShardRules({"*": Split(0)}), Mesh(tp=2)), True)
-    assert _results_of(index, table, 0).keys() == {"a.q_proj.weight"}
+    found = _results(index, 0, mesh=Mesh(tp=2), rules=ShardRules({"*": Split(0)}), fuse=True)
+    assert found.keys() == {"a.q_proj.weight"}
 
 
 def test_results_are_renamed_fused_or_not() -> None:
     index = header_only_index(LLAMA.tensors, num_files=1, config=LLAMA.config)
-    table = fuse_slices(index, resolve_slices(index, ShardRules.for_config(LLAMA.config), Mesh()), True)
-    renamed = rename_results(index, table, {r"^model\.": "", "qkv_proj": "Wqkv"})
-    assert {"layers.1.self_attn.Wqkv.weight", "embed_tokens.weight", "lm_head.weight"} <= _results_of(
-        index, renamed, 0
-    ).keys()
-    assert rename_results(index, table, str.upper).results.names[0] == table.results.names[0].upper()  # type: ignore[union-attr]
+    renamed = _results(index, 0, fuse=True, rename={r"^model\.": "", "qkv_proj": "Wqkv"})
+    assert {"layers.1.self_attn.Wqkv.weight", "embed_tokens.weight", "lm_head.weight"} <= renamed.keys()
+    plain = _results(index, 0, fuse=True)
+    assert list(_results(index, 0, fuse=True, rename=str.upper)) == [name.upper() for name in plain]
 
 
 @pytest.mark.parametrize(
@@ -188,6 +162,5 @@ def test_results_are_renamed_fused_or_not() -> None:
 )
 def test_names_that_cannot_be_are_refused(rename: Any, message: str) -> None:
     index = header_only_index(LLAMA.tensors, num_files=1, config=LLAMA.config)
-    table = resolve_slices(index, ShardRules.for_config(LLAMA.config), Mesh())
     with pytest.raises(ShardingError, match=message):
-        rename_results(index, table, rename)
+        _results(index, 0, rename=rename)

@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from family_support.held import resolve
 from family_support.tiny_models import save_model
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoConfig
 
 from ray_streamer.checkpoint.index import CheckpointIndex
-from ray_streamer.sharding import Mesh, ShardRules, TensorSlice, resolve_slices
+from ray_streamer.sharding import Mesh, ShardRules, TensorSlice
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -100,7 +101,7 @@ def check_sums(model_type: str, num_blocks: int, tp: int, index_of: IndexOf, cut
     tensors = load_file(tmp_path / "model.safetensors")
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     index = index_of(shapes, dtype="F64", config=AutoConfig.from_pretrained(tmp_path).to_dict())
-    table = resolve_slices(index, ShardRules.for_config(index.config), Mesh(tp=tp))
+    table = resolve(index, ShardRules.for_config(index.config), Mesh(tp=tp))
     sums = {name: torch.zeros_like(call.output) for name, call in calls.items()}
     for rank in range(tp):
         parts = [table.slice_of(tensor, rank) for tensor in range(len(index))]

@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+from family_support.held import Held, boxes_of, resolve
 from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
 
 from ray_streamer.errors import SettingsError, ShardingError
-from ray_streamer.sharding import Mesh, ShardRules, Split, TensorSlice, resolve_slices
+from ray_streamer.sharding import Mesh, ShardRules, Split, TensorSlice
 from ray_streamer.sharding.anatomy import Anatomy
 from ray_streamer.sharding.experts import divide_experts
 from ray_streamer.sharding.name_kinds import NameKinds
@@ -21,7 +22,6 @@ from ray_streamer.testing.plan_inputs import header_only_index
 
 if TYPE_CHECKING:
     from ray_streamer.checkpoint.index import CheckpointIndex
-    from ray_streamer.sharding import SliceTable
 
 MIXTRAL = mixtral_layout(64, 3, 8, 2, 32, 101, experts=5)
 LLAMA = llama_layout(64, 5, 8, 4, 32, 101)
@@ -31,13 +31,13 @@ def _index(layout: ModelLayout) -> CheckpointIndex:
     return header_only_index(layout.tensors, num_files=2, config=layout.config)
 
 
-def _resolve(layout: ModelLayout, mesh: Mesh, **arguments: Any) -> tuple[CheckpointIndex, SliceTable]:
+def _resolve(layout: ModelLayout, mesh: Mesh, **arguments: Any) -> tuple[CheckpointIndex, Held]:
     index = _index(layout)
-    return index, resolve_slices(index, ShardRules.for_config(layout.config), mesh, **arguments)
+    return index, resolve(index, ShardRules.for_config(layout.config), mesh, **arguments)
 
 
-def _holders(index: CheckpointIndex, table: SliceTable, name: str) -> list[int]:
-    return [rank for rank in range(table.num_ranks) if table.slice_of(index.position(name), rank) is not None]
+def _holders(index: CheckpointIndex, table: Held, name: str) -> list[int]:
+    return [rank for rank in range(table.mesh.num_ranks) if table.slice_of(index.position(name), rank) is not None]
 
 
 # From vLLM's own tests of its partition (tests/distributed/test_pipeline_partition.py), by pp_size.
@@ -57,7 +57,7 @@ def test_each_stage_holds_its_layers_and_the_ends_what_belongs_to_them() -> None
         first = name == "model.embed_tokens.weight" or (layer is not None and layer < 3)
         assert _holders(index, table, name) == stages[0 if first else 1], name
     query = index.position("model.layers.4.self_attn.q_proj.weight")
-    assert table.slice_of(query, 3) == TensorSlice.along((64, 64), dim=0, start=32, stop=64)
+    assert table.slice_of(query, 3) == TensorSlice.along((64, 64), 0, [range(32, 64)])
 
 
 def test_a_tied_embedding_lies_on_both_ends() -> None:
@@ -82,14 +82,14 @@ def test_drafts_follow_the_head_and_towers_stand_with_the_embeddings() -> None:
     }
     index = header_only_index([*llama.values(), *drafts], num_files=1, config=config)
     rules = ShardRules.for_config(config, drafts=True)
-    assert _holders(index, resolve_slices(index, rules, Mesh(pp=2)), "model.layers.2.mlp.up_proj.weight") == [1]
-    skipped = resolve_slices(index, ShardRules.for_config(config), Mesh(pp=2))
+    assert _holders(index, resolve(index, rules, Mesh(pp=2)), "model.layers.2.mlp.up_proj.weight") == [1]
+    skipped = resolve(index, ShardRules.for_config(config), Mesh(pp=2))
     assert _holders(index, skipped, "model.layers.2.mlp.up_proj.weight") == []
 
     config = {"model_type": "gemma3", "text_config": LLAMA.config | {"head_dim": 8}}
     tower = TensorSpec("vision_tower.encoder.layers.4.fc.weight", "BF16", (4, 4))
     index = header_only_index([tower, *LLAMA.tensors], num_files=1, config=config)
-    table = resolve_slices(index, ShardRules.for_config(config), Mesh(pp=2))
+    table = resolve(index, ShardRules.for_config(config), Mesh(pp=2))
     assert _holders(index, table, tower.name) == [0]
 
 
@@ -109,13 +109,13 @@ def test_layers_that_do_not_divide_are_refused(pp: int, layers: tuple[int, ...] 
 def test_a_pipeline_knows_every_layer_or_nothing() -> None:
     index = header_only_index(LLAMA.tensors, num_files=1, config=LLAMA.config | {"num_hidden_layers": 7})
     with pytest.raises(ShardingError, match="no tensors in 2 of its 7 layers, such as layer 5"):
-        resolve_slices(index, ShardRules.for_config(index.config), Mesh(pp=2))
+        resolve(index, ShardRules.for_config(index.config), Mesh(pp=2))
     index = header_only_index(LLAMA.tensors, num_files=1, config={"model_type": "unheard_of"})
     with pytest.raises(ShardingError, match=r"pp=2 and ep=1 need to know .* no preset for model_type 'unheard_of'"):
-        resolve_slices(index, ShardRules({"*": Split(0)}), Mesh(pp=2))
+        resolve(index, ShardRules({"*": Split(0)}), Mesh(pp=2))
 
 
-def _experts_of(index: CheckpointIndex, table: SliceTable, rank: int, layer: int = 0) -> list[int]:
+def _experts_of(index: CheckpointIndex, table: Held, rank: int, layer: int = 0) -> list[int]:
     names = {expert: f"model.layers.{layer}.block_sparse_moe.experts.{expert}.w1.weight" for expert in range(5)}
     return [expert for expert, name in names.items() if table.slice_of(index.position(name), rank) is not None]
 
@@ -128,14 +128,14 @@ def test_ranks_hold_whole_experts_and_slices_of_the_rest() -> None:
     gate = index.position("model.layers.0.block_sparse_moe.gate.weight")
     assert table.slice_of(gate, 1) == TensorSlice.whole((5, 64))
     query = index.position("model.layers.0.self_attn.q_proj.weight")
-    assert table.slice_of(query, 1) == TensorSlice.along((64, 64), dim=0, start=32, stop=64)
+    assert table.slice_of(query, 1) == TensorSlice.along((64, 64), 0, [range(32, 64)])
 
 
 def test_experts_may_be_cut_inside_of_their_groups_and_spread_over_replicas() -> None:
     index, table = _resolve(MIXTRAL, Mesh(tp=4, ep=2, dp=2))
     assert [_experts_of(index, table, rank) for rank in range(8)] == [[0, 1, 2], [0, 1, 2], [3, 4], [3, 4]] * 2
     up = index.position("model.layers.0.block_sparse_moe.experts.4.w3.weight")
-    assert table.slice_of(up, 7) == TensorSlice.along((32, 64), dim=0, start=16, stop=32)
+    assert table.slice_of(up, 7) == TensorSlice.along((32, 64), 0, [range(16, 32)])
     index, table = _resolve(MIXTRAL, Mesh(tp=1, dp=5, ep=5))
     assert [_experts_of(index, table, rank) for rank in range(5)] == [[0], [1], [2], [3], [4]]
     query = index.position("model.layers.0.self_attn.q_proj.weight")
@@ -161,7 +161,7 @@ def test_stacked_experts_are_taken_row_by_row_with_their_scales() -> None:
     }
     index = header_only_index([TensorSpec(name, *spec) for name, spec in stored.items()], num_files=1, config=config)
     rules = ShardRules({"*.gate_up_proj": Split(2, parts=(16, 16)), "*.down_proj": Split(1)})
-    table = resolve_slices(index, rules, Mesh(tp=4, ep=2), experts=[[0, 1], [3, 2, 0]])
+    table = resolve(index, rules, Mesh(tp=4, ep=2), experts=[[0, 1], [3, 2, 0]])
     whole = np.arange(4 * 16 * 8).reshape(4, 16, 8)
     down = table.slice_of(index.position(f"{prefix}.down_proj"), 3)
     np.testing.assert_array_equal(_cut(whole, down), whole[[3, 2, 0], 8:])
@@ -170,7 +170,7 @@ def test_stacked_experts_are_taken_row_by_row_with_their_scales() -> None:
         part = table.slice_of(index.position(f"{prefix}.{name}"), 0)
         np.testing.assert_array_equal(_cut(whole, part), whole[:2][:, :, [*range(8), *range(16, 24)]])
     with pytest.raises(ShardingError, match=r"down_proj \[4, 16, 8\]: .* its rule divides them again"):
-        resolve_slices(index, ShardRules({"*.gate_up_proj": Split(2), "*.down_proj": Split(0)}), Mesh(tp=4, ep=2))
+        resolve(index, ShardRules({"*.gate_up_proj": Split(2), "*.down_proj": Split(0)}), Mesh(tp=4, ep=2))
 
 
 @pytest.mark.parametrize(
@@ -195,7 +195,7 @@ def test_experts_that_do_not_divide_are_refused(layout: ModelLayout, ep: int, ex
 def test_an_expert_that_config_does_not_count_is_refused() -> None:
     index = header_only_index(MIXTRAL.tensors, num_files=1, config=MIXTRAL.config | {"num_local_experts": 4})
     with pytest.raises(ShardingError, match=r"experts\.4\.\S+ is of expert 4; config.json names 4 experts"):
-        resolve_slices(index, ShardRules.for_config(index.config), Mesh(tp=2, ep=2))
+        resolve(index, ShardRules.for_config(index.config), Mesh(tp=2, ep=2))
 
 
 def test_whole_experts_ask_less_of_tp_than_cut_ones() -> None:
@@ -212,10 +212,9 @@ def test_whole_experts_ask_less_of_tp_than_cut_ones() -> None:
 def _cut(whole: np.ndarray, part: TensorSlice | None) -> np.ndarray:
     assert part is not None
     result = np.full(part.shape, -1)
-    for box in part.boxes:
-        target = tuple(slice(land, land + size) for land, size in zip(box.lands, box.shape, strict=True))
+    for source, target in boxes_of(part):
         assert (result[target] == -1).all(), "two boxes land on one element"
-        result[target] = whole[tuple(map(slice, box.starts, box.stops))]
+        result[target] = whole[source]
     return result
 
 
@@ -245,8 +244,8 @@ def test_the_ranks_of_a_replica_hold_the_whole_model_between_them(
             ranks = [rank for rank in range(mesh.num_ranks) if first <= mesh.coordinate(rank)["dp"] < first + together]
             counts = np.zeros(shape, dtype=int)
             for rank in ranks:
-                for box in part.boxes if (part := table.slice_of(tensor, rank)) is not None else ():
-                    counts[tuple(map(slice, box.starts, box.stops))] += 1
+                for source, _ in boxes_of(part) if (part := table.slice_of(tensor, rank)) is not None else ():
+                    counts[source] += 1
             assert counts.all(), f"{name}: {(counts == 0).sum()} elements on no rank"
             _check_copies(name, counts, mesh, tied=tied, kv_heads=kv_heads)
 

@@ -32,7 +32,7 @@ def numbered(*shape: int) -> torch.Tensor:
 
 def slices(placement: Placement, shape: tuple[int, ...], tp: int) -> list[TensorSlice]:
     assert placement.refusal(shape, tp) is None
-    found = [placement.slice_of(shape, tp_index=index, tp=tp) for index in range(tp)]
+    found = [placement.share_of(shape, tp_index=index, tp=tp) for index in range(tp)]
     return [part for part in found if part is not None]
 
 
@@ -167,7 +167,7 @@ def test_a_padded_vocabulary_has_rows_of_zeros_at_the_end(cut: Cut, size: int, t
 def test_replicate_is_whole_and_skip_is_nothing(cut: Cut, shape: tuple[int, ...]) -> None:
     tensor = numbered(*shape)
     assert all(torch.equal(cut(tensor, part), tensor) for part in slices(Replicate(), shape, 3))
-    assert Skip().slice_of(shape, tp_index=0, tp=3) is None
+    assert Skip().share_of(shape, tp_index=0, tp=3) is None
 
 
 @st.composite

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import pytest
 import torch
+from family_support.held import resolve
 from family_support.tiny_models import MODEL_TYPES, VOCABULARY, config_of
 from safetensors.torch import save_file
 from torch import nn
@@ -28,7 +29,6 @@ from ray_streamer.sharding import (
     SplitVocabulary,
     TensorSlice,
     legal_tp,
-    resolve_slices,
 )
 from ray_streamer.sharding.families import FAMILIES
 from ray_streamer.sharding.name_kinds import NameKinds
@@ -107,8 +107,8 @@ def test_every_tensor_that_transformers_writes_has_a_rule(
         with pytest.raises(ShardingError, match=f"transformers has no tensor-parallel plan for {model_type} models"):
             ShardRules.for_config(index.config, layout=layout)
         return
-    table = resolve_slices(index, ShardRules.for_config(index.config, layout=layout), Mesh(tp=2))
-    assert sum(part is None for pattern in table.patterns for part in pattern) == 0
+    table = resolve(index, ShardRules.for_config(index.config, layout=layout), Mesh(tp=2))
+    assert not any(part is None for held in table.distinct() for part in held)
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
@@ -116,7 +116,7 @@ def test_every_tensor_lies_on_the_stage_of_its_layer_or_beside_the_layers(
     model_type: str, saved: Callable[[str], Saved]
 ) -> None:
     index = saved(model_type).index
-    table = resolve_slices(index, ShardRules.for_config(index.config), Mesh(pp=2))
+    table = resolve(index, ShardRules.for_config(index.config), Mesh(pp=2))
     stages = {
         name: {rank for rank in range(2) if table.slice_of(tensor, rank)} for tensor, name in enumerate(index.names)
     }
@@ -155,7 +155,7 @@ def test_published_names_have_rules(
     names = OLD_NAMES.get(model_type, {}) | DRAFTS.get(model_type, {})
     index = index_of(names, config=config)
     for drafts in (False, True):
-        table = resolve_slices(index, ShardRules.for_config(config, drafts=drafts), Mesh(tp=2))
+        table = resolve(index, ShardRules.for_config(config, drafts=drafts), Mesh(tp=2))
         held = {name for tensor, name in enumerate(index.names) if table.slice_of(tensor, 0) is not None}
         masks = {name for name in names if name.endswith((".attn.bias", ".attention.bias", ".masked_bias"))}
         assert held == names.keys() - masks - (set() if drafts else DRAFTS.get(model_type, {}).keys())
@@ -172,7 +172,7 @@ def test_gemma3_names_with_either_prefix_are_split_and_towers_are_not(prefix: st
     }
     # What gemma-3-4b-it's config.json leaves out are the class' defaults: 8 heads, 4 key-value heads.
     rules = ShardRules.for_config({"model_type": "gemma3", "text_config": {"hidden_size": 2560}})
-    table = resolve_slices(index_of(names), rules, Mesh(tp=8))
+    table = resolve(index_of(names), rules, Mesh(tp=8))
     shapes = [table.slice_of(tensor, 7).shape for tensor in range(len(names))]
     assert shapes == [(8, 16), (0, 16), *list(names.values())[2:]]
 
@@ -203,7 +203,7 @@ def test_gpt_oss_experts_are_cut_in_blocks_of_32(index_of: IndexOf) -> None:
     }
     config = {"model_type": "gpt_oss", "num_attention_heads": 64, "num_key_value_heads": 8, "num_local_experts": 128}
     index = index_of({prefix + name: shapes[0] for name, shapes in local.items()}, dtype="U8", config=config)
-    table = resolve_slices(index, ShardRules.for_config(config), Mesh(tp=8))
+    table = resolve(index, ShardRules.for_config(config), Mesh(tp=8))
     for tensor, name in enumerate(index.names):
         held = [table.slice_of(tensor, rank) for rank in (0, 7)]
         assert tuple(part.shape for part in held if part) == local[name.removeprefix(prefix)][1:], name
@@ -254,7 +254,7 @@ def test_ranks_modules_add_up_to_the_whole_models(
     whole = saved(model_type)
     calls = _record_calls(whole.model)
     rules = ShardRules.for_config(whole.index.config)
-    table = resolve_slices(whole.index, rules, Mesh(tp=tp))
+    table = resolve(whole.index, rules, Mesh(tp=tp))
     sums = {name: torch.zeros_like(output) for name, (_, _, output) in calls.items()}
     for rank in range(tp):
         slices: dict[str, torch.Tensor] = {}

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+from family_support.held import boxes_of, resolve
 
 from ray_streamer.errors import ShardingError
-from ray_streamer.sharding import Mesh, Part, Placement, Replicate, ShardRules, Skip, Split, legal_tp, resolve_slices
-from ray_streamer.sharding.slices import TensorSlice
+from ray_streamer.sharding import Mesh, Part, Placement, Replicate, ShardRules, Skip, Split, TensorSlice, legal_tp
 from ray_streamer.testing.layouts import TensorSpec
 from ray_streamer.testing.plan_inputs import header_only_index
 
@@ -233,20 +233,19 @@ PLACEMENTS: dict[str, Placement] = {
 
 def _cut(whole: np.ndarray, part: TensorSlice) -> np.ndarray:
     result = np.empty(part.shape, whole.dtype)
-    for box in part.boxes:
-        target = tuple(slice(land, land + size) for land, size in zip(box.lands, box.shape, strict=True))
-        result[target] = whole[tuple(map(slice, box.starts, box.stops))]
+    for source, target in boxes_of(part):
+        result[target] = whole[source]
     return result
 
 
 def _check_dequantized(form: Format, rules: ShardRules, placement: Placement, tp: int) -> None:
     index, contents = form.index, form.contents()
-    table = resolve_slices(index, rules, Mesh(tp=tp))
+    table = resolve(index, rules, Mesh(tp=tp))
     whole = form.dequantize(contents)
     assert whole.shape == form.shape
     for rank in range(tp):
         held = {name: table.slice_of(index.position(name), rank) for name in form.stored}
-        weight = placement.slice_of(form.shape, tp_index=rank, tp=tp)
+        weight = placement.share_of(form.shape, tp_index=rank, tp=tp)
         if weight is None:
             assert set(held.values()) == {None}
             continue
@@ -274,7 +273,7 @@ def test_parts_of_a_fused_weight_are_cut_with_it_where_their_blocks_allow() -> N
     with pytest.raises(
         ShardingError, match=r"m.weight_scale_inv \[8, 4\]: the weight is cut at index 32 .* inside of the 128"
     ):
-        resolve_slices(form.index, ShardRules({"m.weight": torn}), Mesh(tp=2))
+        resolve(form.index, ShardRules({"m.weight": torn}), Mesh(tp=2))
 
 
 @pytest.mark.parametrize(
@@ -295,7 +294,7 @@ def test_a_cut_inside_of_what_is_held_together_is_refused(
     form: str, placement: Placement, tp: int, legal: str, name: str
 ) -> None:
     with pytest.raises(ShardingError) as raised:
-        resolve_slices(FORMATS[form].index, ShardRules({FORMATS[form].weight: placement}), Mesh(tp=tp))
+        resolve(FORMATS[form].index, ShardRules({FORMATS[form].weight: placement}), Mesh(tp=tp))
     assert name in str(raised.value)
     assert "inside of the" in str(raised.value)
     assert str(raised.value).endswith(f"tp that works for every tensor: {legal}")
@@ -303,8 +302,8 @@ def test_a_cut_inside_of_what_is_held_together_is_refused(
 
 def test_scales_of_a_torn_block_are_held_whole_when_asked() -> None:
     index = FORMATS["fp8-blocks"].index
-    table = resolve_slices(index, ShardRules({"m.weight": Split(1), "*.weight_scale_inv": Replicate()}), Mesh(tp=8))
-    assert table.slice_of(index.position("m.weight"), 7) == TensorSlice.along((1024, 512), dim=1, start=448, stop=512)
+    table = resolve(index, ShardRules({"m.weight": Split(1), "*.weight_scale_inv": Replicate()}), Mesh(tp=8))
+    assert table.slice_of(index.position("m.weight"), 7) == TensorSlice.along((1024, 512), 1, [range(448, 512)])
     assert table.slice_of(index.position("m.weight_scale_inv"), 7) == TensorSlice.whole((8, 4))
 
 
@@ -312,7 +311,7 @@ def test_activation_order_cuts_outputs_but_not_inputs_unless_every_rank_holds_al
     form = _gptq_format(4, 32, desc_act=True)
     _check_dequantized(form, ShardRules({"m.weight": Split(0)}), Split(0), 4)
     with pytest.raises(ShardingError, match=r"m.scales \[8, 64\]: quantized in activation order"):
-        resolve_slices(form.index, ShardRules({"m.weight": Split(1)}), Mesh(tp=2))
+        resolve(form.index, ShardRules({"m.weight": Split(1)}), Mesh(tp=2))
     rules = ShardRules({"m.weight": Split(1), "*.scales": Replicate(), "*.qzeros": Replicate()})
     _check_dequantized(form, rules, Split(1), 4)
 
@@ -320,7 +319,7 @@ def test_activation_order_cuts_outputs_but_not_inputs_unless_every_rank_holds_al
 def test_without_a_config_the_order_of_gptq_groups_is_not_known() -> None:
     specs = [TensorSpec(name, *spec) for name, spec in FORMATS["gptq-4"].stored.items()]
     with pytest.raises(ShardingError, match="activation order"):
-        resolve_slices(header_only_index(specs, num_files=1), ShardRules({"m.weight": Split(1)}), Mesh(tp=2))
+        resolve(header_only_index(specs, num_files=1), ShardRules({"m.weight": Split(1)}), Mesh(tp=2))
 
 
 @pytest.mark.parametrize(
@@ -334,11 +333,11 @@ def test_a_shorter_last_block_is_cut_nowhere_but_at_whole_blocks(config: dict[st
     stored = [TensorSpec("kv.weight", "F8_E4M3", (576, 512)), TensorSpec("kv.weight_scale_inv", "F32", (5, 4))]
     index = header_only_index(stored, num_files=1, config=config)
     with pytest.raises(ShardingError, match=f"for every tensor: {legal}$") as raised:
-        resolve_slices(index, ShardRules({"kv.weight": Split(0)}), Mesh(tp=2))
+        resolve(index, ShardRules({"kv.weight": Split(0)}), Mesh(tp=2))
     assert ("cut at index 288" in str(raised.value)) == bool(config)
     assert ("its shape does not tell" in str(raised.value)) == (not config)
     # Replicated it may be, with or without knowing its blocks.
-    table = resolve_slices(index, ShardRules({"kv.weight": Replicate()}), Mesh(tp=2))
+    table = resolve(index, ShardRules({"kv.weight": Replicate()}), Mesh(tp=2))
     assert table.slice_of(index.position("kv.weight_scale_inv"), 1) == TensorSlice.whole((5, 4))
 
 
@@ -352,8 +351,8 @@ def test_four_bits_of_bitsandbytes_are_refused_or_replicated() -> None:
     ]
     index = header_only_index(stored, num_files=1)
     with pytest.raises(ShardingError, match=r"q_proj.weight \[2048, 1\]: bitsandbytes .*whole"):
-        resolve_slices(index, ShardRules({"*.q_proj.weight": Split(0)}), Mesh(tp=2))
-    table = resolve_slices(index, ShardRules({"*_proj.weight": Replicate()}), Mesh(tp=2))
+        resolve(index, ShardRules({"*.q_proj.weight": Split(0)}), Mesh(tp=2))
+    table = resolve(index, ShardRules({"*_proj.weight": Replicate()}), Mesh(tp=2))
     assert all(table.slice_of(i, 1) == TensorSlice.whole(index.shape_of(i)) for i in range(len(stored)))
     assert legal_tp(index, ShardRules({"*.q_proj.weight": Split(0)})) == (1,)
 
@@ -362,12 +361,12 @@ def test_an_unknown_number_of_bits_is_refused() -> None:
     stored = [TensorSpec("m.weight_packed", "I32", (64, 16)), TensorSpec("m.weight_scale", "BF16", (64, 4))]
     index = header_only_index(stored, num_files=1)
     with pytest.raises(ShardingError, match=r"m.weight_packed \[64, 16\]: config.json does not say how many bits"):
-        resolve_slices(index, ShardRules({"m.weight": Split(0)}), Mesh(tp=2))
+        resolve(index, ShardRules({"m.weight": Split(0)}), Mesh(tp=2))
 
 
 def test_a_weight_without_a_rule_leaves_its_parts_without_one() -> None:
     with pytest.raises(ShardingError, match=r"3 tensors .* no rule: .*m.qweight \[32, 64\], m.qzeros"):
-        resolve_slices(FORMATS["gptq-4"].index, ShardRules(), Mesh(tp=2))
+        resolve(FORMATS["gptq-4"].index, ShardRules(), Mesh(tp=2))
 
 
 def test_a_vector_beside_a_cut_weight_is_not_replicated_in_silence(index_of: Callable[..., CheckpointIndex]) -> None:
@@ -375,16 +374,16 @@ def test_a_vector_beside_a_cut_weight_is_not_replicated_in_silence(index_of: Cal
         {"l.0.q_proj.weight": (8, 4), "l.0.q_proj.curious": (8,), "l.0.q_proj.k_scale": (1,), "norm.weight": (4,)}
     )
     with pytest.raises(ShardingError) as raised:
-        resolve_slices(index, ShardRules({"*.q_proj.weight": Split(0)}), Mesh(tp=2))
+        resolve(index, ShardRules({"*.q_proj.weight": Split(0)}), Mesh(tp=2))
     assert "1 tensor of memory://model lies beside a weight that is cut and has no rule: l.0.q_proj.curious [8]" in str(
         raised.value
     )
     assert 'rules={"l.*.q_proj.curious": Replicate()}' in str(raised.value)
-    resolve_slices(index, ShardRules({"*.q_proj.weight": Split(0), "l.*.q_proj.curious": Replicate()}), Mesh(tp=2))
-    resolve_slices(index, ShardRules({"*.q_proj.weight": Split(0)}), Mesh(tp=2), unmatched="replicate")
-    resolve_slices(index, ShardRules({"*.q_proj.weight": Replicate()}), Mesh(tp=2))
+    resolve(index, ShardRules({"*.q_proj.weight": Split(0), "l.*.q_proj.curious": Replicate()}), Mesh(tp=2))
+    resolve(index, ShardRules({"*.q_proj.weight": Split(0)}), Mesh(tp=2), unmatched="replicate")
+    resolve(index, ShardRules({"*.q_proj.weight": Replicate()}), Mesh(tp=2))
 
 
 def test_bytes_that_are_no_quantized_weight_stay_bytes(index_of: Callable[..., CheckpointIndex]) -> None:
-    table = resolve_slices(index_of({"m.weight": (8, 6)}, dtype="U8"), ShardRules({"m.weight": Split(1)}), Mesh(tp=2))
-    assert table.slice_of(0, 1) == TensorSlice.along((8, 6), dim=1, start=3, stop=6)
+    table = resolve(index_of({"m.weight": (8, 6)}, dtype="U8"), ShardRules({"m.weight": Split(1)}), Mesh(tp=2))
+    assert table.slice_of(0, 1) == TensorSlice.along((8, 6), 1, [range(3, 6)])

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from family_support.held import resolve
 
 from ray_streamer.checkpoint.index import CheckpointIndex
 from ray_streamer.errors import SettingsError, ShardingError
@@ -14,13 +15,13 @@ from ray_streamer.sharding import (
     Placement,
     Replicate,
     Rule,
+    RuleSlices,
     ShardRules,
     Skip,
     Split,
     SplitVocabulary,
     TensorSlice,
     legal_tp,
-    resolve_slices,
 )
 
 IndexOf = Callable[..., CheckpointIndex]
@@ -47,29 +48,29 @@ def llama(index_of: IndexOf) -> CheckpointIndex:
 
 def test_every_replica_holds_the_same_as_the_first(index_of: IndexOf) -> None:
     index = index_of({"a": (8, 2), "b": (8, 2), "norm": (8,)})
-    table = resolve_slices(index, ShardRules({"a": Split(0), "b": Skip()}), Mesh(tp=2, dp=3))
-    halves = [TensorSlice.along((8, 2), dim=0, start=4 * half, stop=4 * half + 4) for half in range(2)]
-    assert table.num_ranks == 6
+    table = resolve(index, ShardRules({"a": Split(0), "b": Skip()}), Mesh(tp=2, dp=3))
+    halves = [TensorSlice.along((8, 2), 0, [range(4 * half, 4 * half + 4)]) for half in range(2)]
     assert [table.slice_of(0, rank) for rank in range(6)] == halves * 3
     assert [table.slice_of(1, rank) for rank in range(6)] == [None] * 6
     assert [table.slice_of(2, rank) for rank in range(6)] == [TensorSlice.whole((8,))] * 6
 
 
 def test_alike_answers_are_kept_once(llama: CheckpointIndex) -> None:
-    table = resolve_slices(llama, ShardRules.for_config(llama.config), Mesh(tp=8, dp=2))
-    assert len(table.patterns) == len(set(table.patterns)) == 7
-    assert len(table.pattern_ids) == len(llama)
+    table = resolve(llama, ShardRules.for_config(llama.config), Mesh(tp=8, dp=2))
+    assert len(table.groups.groups) == 9
+    assert len(table.groups.ids) == len(llama)
     down = llama.position("model.layers.31.mlp.down_proj.weight")
-    assert table.slice_of(down, 11) == TensorSlice.along((4096, 14336), dim=1, start=3 * 1792, stop=4 * 1792)
+    assert table.slice_of(down, 11) == TensorSlice.along((4096, 14336), 1, [range(3 * 1792, 4 * 1792)])
 
 
-def test_an_empty_checkpoint_has_an_empty_table(index_of: IndexOf) -> None:
-    assert len(resolve_slices(index_of({}), ShardRules(), Mesh(tp=2)).pattern_ids) == 0
+def test_an_empty_checkpoint_has_no_slices(index_of: IndexOf) -> None:
+    assert not resolve(index_of({}), ShardRules(), Mesh(tp=2)).groups.groups
+    assert len(RuleSlices(rules=ShardRules({"*": Split(0)}, optional=True))(index_of({}), 0)) == 0
 
 
 def test_shapes_that_differ_in_padding_only_are_kept_apart(index_of: IndexOf) -> None:
     index = index_of({"a": (4,), "b": (4, 1), "c": (4, 1, 1), "d": ()})
-    table = resolve_slices(index, ShardRules(), Mesh(tp=2), unmatched="replicate")
+    table = resolve(index, ShardRules(), Mesh(tp=2), unmatched="replicate")
     shapes = [table.slice_of(tensor, 1).shape for tensor in range(4)]  # type: ignore[union-attr]
     assert shapes == [(4,), (4, 1), (4, 1, 1), ()]
 
@@ -77,7 +78,7 @@ def test_shapes_that_differ_in_padding_only_are_kept_apart(index_of: IndexOf) ->
 def test_tensors_without_a_rule_are_an_error_from_two_dimensions_on(index_of: IndexOf) -> None:
     shapes = {f"layers.{layer}.mixer.weight": (4, 4) for layer in range(12)} | {"scale": (), "norm": (4,)}
     with pytest.raises(ShardingError) as raised:
-        resolve_slices(index_of(shapes), ShardRules(), Mesh(tp=2))
+        resolve(index_of(shapes), ShardRules(), Mesh(tp=2))
     message = str(raised.value)
     assert "12 tensors of memory://model" in message
     assert "layers.0.mixer.weight [4, 4], layers.1.mixer.weight [4, 4]" in message
@@ -85,15 +86,15 @@ def test_tensors_without_a_rule_are_an_error_from_two_dimensions_on(index_of: In
     assert 'rules={"layers.*.mixer.weight": Split(0)}' in message
     assert 'unmatched="replicate"' in message
     assert "norm" not in message
-    table = resolve_slices(index_of(shapes), ShardRules(), Mesh(tp=2), unmatched="replicate")
+    table = resolve(index_of(shapes), ShardRules(), Mesh(tp=2), unmatched="replicate")
     assert table.slice_of(0, 1) == TensorSlice.whole((4, 4))
 
 
 def test_the_example_rule_of_the_error_works(index_of: IndexOf) -> None:
     index = index_of({"layers.3.experts.17.weight": (4, 4), "layers.4.experts.2.weight": (4, 4)})
     with pytest.raises(ShardingError, match=r'\{"layers\.\*\.experts\.\*\.weight": Split\(0\)\}'):
-        resolve_slices(index, ShardRules(), Mesh(tp=2))
-    resolve_slices(index, ShardRules({"layers.*.experts.*.weight": Split(0)}), Mesh(tp=2))
+        resolve(index, ShardRules(), Mesh(tp=2))
+    resolve(index, ShardRules({"layers.*.experts.*.weight": Split(0)}), Mesh(tp=2))
 
 
 def test_a_rule_that_places_nothing_is_an_error_unless_optional(index_of: IndexOf) -> None:
@@ -101,29 +102,29 @@ def test_a_rule_that_places_nothing_is_an_error_unless_optional(index_of: IndexO
     typing_error, shadowed = ("*.q_porj.weight", Split(1)), ("layers.0.*", Split(1))
     rules = ShardRules([("*.q_proj.weight", Split(0)), typing_error, shadowed])
     with pytest.raises(ShardingError) as raised:
-        resolve_slices(index, rules, Mesh(tp=2))
+        resolve(index, rules, Mesh(tp=2))
     message = str(raised.value)
     assert "2 rules place no tensor of memory://model: '*.q_porj.weight', 'layers.0.*'. No name" in message
     assert "'*.q_proj.weight'" not in message
     lenient = ShardRules([("*.q_proj.weight", Split(0)), Rule(*typing_error, optional=True)])
-    resolve_slices(index, lenient + ShardRules([shadowed], optional=True), Mesh(tp=2))
+    resolve(index, lenient + ShardRules([shadowed], optional=True), Mesh(tp=2))
 
 
 def test_both_troubles_with_rules_are_told_at_once(index_of: IndexOf) -> None:
     with pytest.raises(ShardingError) as raised:
-        resolve_slices(index_of({"q_proj": (4, 4)}), ShardRules({"q_porj": Split(0)}), Mesh(tp=2))
+        resolve(index_of({"q_proj": (4, 4)}), ShardRules({"q_porj": Split(0)}), Mesh(tp=2))
     assert "1 rule places no tensor" in str(raised.value)
     assert "1 tensor of memory://model has two or more dimensions and no rule" in str(raised.value)
 
 
 def test_an_unknown_word_for_unmatched_is_refused(index_of: IndexOf) -> None:
     with pytest.raises(SettingsError, match="unmatched is one of error, replicate, not 'eror'"):
-        resolve_slices(index_of({"a": (2, 2)}), ShardRules({"a": Split(0)}), Mesh(), unmatched="eror")  # type: ignore[arg-type]
+        resolve(index_of({"a": (2, 2)}), ShardRules({"a": Split(0)}), Mesh(), unmatched="eror")  # type: ignore[arg-type]
 
 
 def test_impossible_splits_are_told_together_with_the_sizes_that_work(llama: CheckpointIndex) -> None:
     with pytest.raises(ShardingError) as raised:
-        resolve_slices(llama, ShardRules.for_config(llama.config), Mesh(tp=6))
+        resolve(llama, ShardRules.for_config(llama.config), Mesh(tp=6))
     message = str(raised.value)
     # 7 split tensors in each of 32 layers; the vocabulary and the norms never mind.
     assert message.startswith("224 tensors of memory://model cannot be split over tp=6:")
@@ -140,7 +141,7 @@ def test_legal_tp_is_exactly_what_resolves(llama: CheckpointIndex) -> None:
     resolves: list[int] = []
     for tp in range(1, 40):
         try:
-            resolve_slices(llama, rules, Mesh(tp=tp))
+            resolve(llama, rules, Mesh(tp=tp))
         except ShardingError:
             continue
         resolves.append(tp)
@@ -161,7 +162,7 @@ def test_legal_tp_of_one_placement(index_of: IndexOf, placement: Placement, lega
     assert legal_tp(index, ShardRules({"w": placement})) == legal
     if not legal:
         with pytest.raises(ShardingError, match="no tp works with these rules"):
-            resolve_slices(index, ShardRules({"w": placement}), Mesh(tp=1))
+            resolve(index, ShardRules({"w": placement}), Mesh(tp=1))
 
 
 @pytest.mark.parametrize(
@@ -180,15 +181,15 @@ def test_packed_dtypes_are_cut_at_whole_bytes(
     index = index_of({"layers.0.w": shape}, dtype=dtype)
     rules = ShardRules({"layers.0.w": placement})
     with pytest.raises(ShardingError, match=rf"layers.0.w \[.*inside a byte of packed {dtype}"):
-        resolve_slices(index, rules, Mesh(tp=tp))
+        resolve(index, rules, Mesh(tp=tp))
     if legal is not None:
         assert legal_tp(index, rules) == legal
 
 
 @pytest.mark.parametrize(("dtype", "dim"), [("F4", 0), ("F4", 1), ("F6_E3M2", 1), ("F8_E4M3", 1)])
 def test_packed_dtypes_are_split_where_bytes_are_whole(index_of: IndexOf, dtype: str, dim: int) -> None:
-    table = resolve_slices(index_of({"w": (8, 8)}, dtype=dtype), ShardRules({"w": Split(dim)}), Mesh(tp=2))
-    assert table.slice_of(0, 1) == TensorSlice.along((8, 8), dim=dim, start=4, stop=8)
+    table = resolve(index_of({"w": (8, 8)}, dtype=dtype), ShardRules({"w": Split(dim)}), Mesh(tp=2))
+    assert table.slice_of(0, 1) == TensorSlice.along((8, 8), dim, [range(4, 8)])
 
 
 def _deepseek_names() -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -221,8 +222,9 @@ def test_ninety_thousand_tensors_cost_no_more_than_their_kinds(
         return cut(*arguments, **keywords)
 
     monkeypatch.setattr(Split, "share_of", counted)
-    table = resolve_slices(index, rules, Mesh(tp=8, dp=2))
+    source = RuleSlices(mesh=Mesh(tp=8, dp=2), rules=rules)
+    slices = [source(index, rank) for rank in range(16)]
     assert len(shapes) > 89_000
-    assert len(table.patterns) == 5 + len(numbered)
+    assert {len(held.patterns) for held in slices} == {5 + len(numbered)}
     # A slice for each kind of tensor and rank, asked for a few times; not one for each tensor.
-    assert 0 < calls["share_of"] <= 4 * 8 * len(table.patterns)
+    assert 0 < calls["share_of"] <= 6 * 8 * (7 + len(numbered))

@@ -151,7 +151,7 @@ def test_styles_of_a_plan_of_transformers(name: str, shape: tuple[int, ...], las
     assert placement is not None
     assert placement.refusal(shape, 4) is None
     # Of 10 indices the four ranks hold 3, 3, 3 and 1.
-    part = placement.slice_of(shape, tp_index=3, tp=4)
+    part = placement.share_of(shape, tp_index=3, tp=4)
     assert part is not None
     assert part.shape == last
 

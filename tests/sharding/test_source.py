@@ -1,24 +1,22 @@
-"""Rules as a slice source: each rank's results, element by element, against the slices of all ranks in a table."""
+"""Rules as a slice source: each rank's results, element by element, and what is kept between ranks."""
 
 from __future__ import annotations
 
 import gc
 import pickle
 import weakref
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, get_args
 
 import pytest
 import torch
+from family_support.held import cut_numbers, numbers, resolve, results_of
 from family_support.tiny_models import MODEL_TYPES
 
 from ray_streamer.errors import SettingsError, ShardingError
-from ray_streamer.sharding import Mesh, Replicate, ShardRules, Skip, SliceTable, Split, resolve_slices
+from ray_streamer.sharding import Mesh, Replicate, ShardRules, Skip, Split
 from ray_streamer.sharding.families import FAMILIES
 from ray_streamer.sharding.presets import Layout
-from ray_streamer.sharding.slice_tables import cast_results, fuse_slices, rename_results
 from ray_streamer.sharding.source import RuleSlices
-from ray_streamer.slices import ResultSpecs
 from ray_streamer.testing.layouts import (
     ModelLayout,
     TensorSpec,
@@ -27,7 +25,6 @@ from ray_streamer.testing.layouts import (
     phi3_layout,
     qwen3_moe_layout,
 )
-from ray_streamer.testing.oracle import landed
 from ray_streamer.testing.plan_inputs import header_only_index
 
 if TYPE_CHECKING:
@@ -36,7 +33,6 @@ if TYPE_CHECKING:
     from family_support.saved import Saved
 
     from ray_streamer.checkpoint.index import CheckpointIndex
-    from ray_streamer.slices import RankSlices
 
 LLAMA = llama_layout(32, 2, 8, 2, 24, 11)
 MIXTRAL = mixtral_layout(32, 3, 8, 2, 16, 101, experts=5)
@@ -55,65 +51,19 @@ MESHES = {
 EXPERT_MESHES = MESHES | {"ep": Mesh(tp=4, ep=4), "ep2": Mesh(tp=4, ep=2), "ep-dp": Mesh(tp=2, dp=2, ep=4, pp=2)}
 
 
-def _numbers(index: CheckpointIndex, tensor: int, dtype: str) -> torch.Tensor:
-    """Elements of which no two in the checkpoint are alike."""
-    shape = index.shape_of(tensor)
-    return (torch.arange(torch.Size(shape).numel(), dtype=torch.float64) + 1e6 * (tensor + 1)).reshape(shape)
-
-
-def _of_source(index: CheckpointIndex, slices: RankSlices) -> dict[str, torch.Tensor]:
-    assert all(slices.results.form_of(at).zeroes_holes for at in range(len(slices.results)))
-    found = landed(_in_doubles(slices), lambda tensor: _numbers(index, tensor, "F64").reshape(-1))
-    assert list(found) == list(slices.results.names)
-    return found
-
-
-def _in_doubles(slices: RankSlices) -> RankSlices:
-    """The same slices, whose results tell all elements apart."""
-    forms = tuple(replace(form, dtype="F64") for form in slices.results.forms)
-    return replace(slices, results=ResultSpecs(slices.results.names, forms, slices.results.form_ids))
-
-
-def _of_table(index: CheckpointIndex, table: SliceTable, rank: int) -> dict[str, torch.Tensor]:
-    """The rank's results by name, box by box."""
-    results: dict[str, torch.Tensor] = {}
-    for tensor, name in enumerate(index.names):
-        part = table.slice_of(tensor, rank)
-        if part is None:
-            continue
-        named = table.results.name_of(tensor) if table.results else name
-        result = results.setdefault(named, torch.zeros(part.shape, dtype=torch.float64))
-        whole = _numbers(index, tensor, "F64")
-        for box in part.boxes:
-            target = tuple(slice(land, land + size) for land, size in zip(box.lands, box.shape, strict=True))
-            result[target] = whole[tuple(map(slice, box.starts, box.stops))] if whole.shape else whole
-    return results
-
-
-def _check(index: CheckpointIndex, source: RuleSlices, table: SliceTable) -> None:
-    for rank in range(source.mesh.num_ranks):
-        slices = source(index, rank)
-        found, expected = _of_source(index, slices), _of_table(index, table, rank)
-        assert found.keys() == expected.keys()
-        for name, tensor in found.items():
-            assert torch.equal(tensor, expected[name]), f"{name} on rank {rank}"
-        _check_dtypes(index, slices, table)
-
-
-def _check_dtypes(index: CheckpointIndex, slices: RankSlices, table: SliceTable) -> None:
-    for tensor, result in zip(slices.tensor_ids.tolist(), slices.result_ids.tolist(), strict=True):
-        dtype = table.results.dtype_of(index, tensor) if table.results else index.dtype_of(tensor)
-        assert slices.results.form_of(result).stored == dtype
-
-
-def _table(index: CheckpointIndex, source: RuleSlices) -> SliceTable:
-    """The same of all ranks, made as a table is made."""
+def _check(index: CheckpointIndex, source: RuleSlices) -> None:
+    """Every rank's results are the slices of its tensors, cut out box by box."""
     rules = ShardRules.for_config(index.config, first=source.rules, layout=source.layout, drafts=source.drafts)
-    table = resolve_slices(index, rules, source.mesh, unmatched=source.unmatched, experts=source.experts)
-    table = fuse_slices(index, table, source.fuse)
-    if source.dtype is not None:
-        table = cast_results(index, table, source.dtype)
-    return table if source.rename is None else rename_results(index, table, source.rename)
+    held = resolve(index, rules, source.mesh)
+    for rank in range(source.mesh.num_ranks):
+        parts = [held.slice_of(tensor, rank) for tensor in range(len(index))]
+        slices = source(index, rank)
+        found = results_of(index, slices)
+        assert list(found) == [name for name, part in zip(index.names, parts, strict=True) if part is not None]
+        for tensor, (name, part) in enumerate(zip(index.names, parts, strict=True)):
+            if part is not None:
+                assert torch.equal(found[name], cut_numbers(index, tensor, part)), f"{name} on rank {rank}"
+                assert slices.results[slices.results.names.index(name)].stored == index.dtype_of(tensor)
 
 
 def _index(layout: ModelLayout) -> CheckpointIndex:
@@ -128,18 +78,15 @@ def test_every_family_on_every_rank(model_type: str, layout: Layout, saved: Call
     index = saved(model_type).index
     for mesh in (Mesh(tp=2), Mesh(tp=4), Mesh(tp=2, pp=2)):
         source = RuleSlices(mesh=mesh, layout=layout)
-        _check(index, source, _table(index, source))
+        _check(index, source)
 
 
-@pytest.mark.parametrize("more", [{}, {"fuse": True}, {"fuse": True, "dtype": "float32", "rename": {"model": "m"}}])
 @pytest.mark.parametrize("mesh", EXPERT_MESHES)
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_meshes_fused_and_not(name: str, mesh: str, more: dict[str, Any]) -> None:
-    index = _index(LAYOUTS[name])
+def test_meshes(name: str, mesh: str) -> None:
     if mesh not in MESHES and not name.endswith(("moe", "mixtral")):
         pytest.skip("has no experts")
-    source = RuleSlices(mesh=EXPERT_MESHES[mesh], layout="vllm", **more)
-    _check(index, source, _table(index, source))
+    _check(_index(LAYOUTS[name]), RuleSlices(mesh=EXPERT_MESHES[mesh], layout="vllm"))
 
 
 def test_ranks_that_hold_the_same_get_the_same_object_as_long_as_the_index_lives() -> None:
@@ -189,26 +136,14 @@ def test_tensors_that_share_a_result_say_so_in_rows() -> None:
     assert offsets == {"q_proj": 0, "k_proj": 8 * 32, "v_proj": 12 * 32}
 
 
-def test_scales_of_whole_weights_become_slots() -> None:
-    stored = {"weight": ("F8_E4M3", (32, 16)), "weight_scale": ("F32", ())}
-    specs = [TensorSpec(f"{part}_proj.{name}", *spec) for part in ("gate", "up") for name, spec in stored.items()]
-    index = header_only_index(specs, num_files=1)
-    source = RuleSlices(mesh=Mesh(tp=2), rules=ShardRules({"*.weight": Split(0)}), fuse=True)
-    slices = source(index, 1)
-    found = _of_source(index, slices)["gate_up_proj.weight_scale"]
-    assert found.tolist() == [
-        _numbers(index, index.position(f"{part}_proj.weight_scale"), "").item() for part in ("gate", "up")
-    ]
-
-
 def test_modules_that_are_called_by_numbers_are_fused() -> None:
     index = header_only_index([TensorSpec(f"mlp.{module}.weight", "BF16", (8, 4)) for module in (0, 1, 2)], num_files=1)
     fuse = {"gate_up": ("2", "0")}
     slices = RuleSlices(mesh=Mesh(tp=2), rules=ShardRules({"*": Split(0)}), fuse=fuse)(index, 1)
     assert sorted(slices.results.names) == ["mlp.1.weight", "mlp.gate_up.weight"]
-    parts = {name: _numbers(index, tensor, "")[4:] for tensor, name in enumerate(index.names)}
+    parts = {name: numbers(index, tensor)[4:] for tensor, name in enumerate(index.names)}
     expected = torch.cat([parts["mlp.2.weight"], parts["mlp.0.weight"]])
-    assert torch.equal(_of_source(index, slices)["mlp.gate_up.weight"], expected)
+    assert torch.equal(results_of(index, slices)["mlp.gate_up.weight"], expected)
 
 
 @pytest.mark.parametrize(

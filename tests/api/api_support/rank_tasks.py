@@ -119,11 +119,9 @@ def own_tensors(uri: str, *, rank: int, world_size: int, names: Iterable[str] | 
     """Tensors of ones, shaped like what the rank will hold."""
     plan = ray_streamer.plan(uri, world_size)
     tensors: dict[str, torch.Tensor] = {}
-    for name in plan.index.names if names is None else names:
-        position = plan.index.position(name)
-        held = plan.slice_of(position, rank)
-        if held is not None:
-            tensors[name] = torch.ones(held.shape, dtype=getattr(torch, plan.index.dtype_of(position).torch_name))
+    for spec in plan.slices[rank].results:
+        if names is None or spec.name in names:
+            tensors[spec.name] = torch.ones(spec.shape, dtype=getattr(torch, spec.stored.torch_name))
     return tensors
 
 

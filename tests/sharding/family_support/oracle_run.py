@@ -36,8 +36,9 @@ from torch.distributed.tensor import DTensor
 
 import ray_streamer
 from family_support import others, quantized
+from family_support.held import boxes_of, resolve
 from family_support.tiny_models import MODEL_TYPES, model_class, save_model
-from ray_streamer.sharding import resolve_slices
+from ray_streamer.sharding import Mesh, RuleSlices, ShardRules
 from ray_streamer.sharding.families import FAMILIES
 from ray_streamer.testing.oracle import bytes_of
 
@@ -47,7 +48,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from family_support.others import Tensors
-    from ray_streamer import CheckpointIndex, Mesh, SliceTable
+    from ray_streamer import CheckpointIndex
+    from ray_streamer.slices import RankSlices
 
 TP_SIZES = (2, 4)
 VARIANTS = {
@@ -135,8 +137,9 @@ def _run_rank(folder: Path, rank: int, tp: int) -> None:
 def _compare_slices(folder: Path, rank: int, tp: int) -> Iterator[Finding]:
     # What vllm's layout adds is best seen on four ranks: the last one's vocabulary is all padding, its neighbour's in part.
     for layout in ("generic", "vllm") if tp == TP_SIZES[-1] else ("generic",):
-        plan = ray_streamer.plan(str(folder), tp=tp, layout=layout)
-        theirs = others.sliced_by_safetensors(folder, plan, rank)
+        index = ray_streamer.plan(str(folder), tp=tp, layout=layout).index
+        held = resolve(index, ShardRules.for_config(index.config, layout=layout), Mesh(tp=tp))
+        theirs = others.sliced_by_safetensors(folder, index, held, rank)
         yield _finding(folder, f"get_slice, {layout}", rank, tp, _load(folder, rank, tp, layout), theirs)
 
 
@@ -177,11 +180,11 @@ def _load(folder: Path, rank: int, tp: int, layout: Any, *, ep: bool = False) ->
 
 
 def _load_by_plan(folder: Path, plan: dict[str, str], rank: int, tp: int) -> Tensors:
-    rules = ray_streamer.ShardRules.from_tp_plan(plan)
+    source = RuleSlices(mesh=Mesh(tp=tp), rules=ShardRules.from_tp_plan(plan), unmatched="replicate")
 
-    def slices(index: CheckpointIndex, mesh: Mesh) -> SliceTable:
+    def slices(index: CheckpointIndex, rank: int) -> RankSlices:
         # Without the family's preset, which would go on where the plan says nothing.
-        return resolve_slices(index, rules, mesh, unmatched="replicate")
+        return source(replace(index, config=None), rank)
 
     session = f"{os.getppid()}-{folder.name}-plan-{tp}"
     return ray_streamer.load_rank(str(folder), rank=rank, world_size=tp, session=session, slices=slices)
@@ -251,16 +254,14 @@ def _compare_mxfp4(folder: Path, rank: int, tp: int) -> Finding:
 
 def _slices(folder: Path, rank: int, tp: int) -> dict[str, tuple[slice, ...]]:
     """Where in its tensor each of this rank's slices lies, if it is of four dimensions or two."""
-    plan = ray_streamer.plan(str(folder), tp=tp)
+    index = ray_streamer.plan(str(folder), tp=tp).index
+    held = resolve(index, ShardRules.for_config(index.config), Mesh(tp=tp))
     found: dict[str, tuple[slice, ...]] = {}
-    for number, name in enumerate(plan.index.names):
-        part = plan.slice_of(number, rank)
+    for number, name in enumerate(index.names):
+        part = held.slice_of(number, rank)
         assert part is not None
-        # A rank whose share is empty has no box.
-        for box in part.boxes:
-            if len(box.starts) in (2, 4):
-                assert name not in found
-                found[name] = tuple(map(slice, box.starts, box.stops))
+        if len(part.shape) in (2, 4):
+            ((found[name], _),) = boxes_of(part) if part.num_elements else (((slice(0),) * len(part.shape), ()),)
     return found
 
 

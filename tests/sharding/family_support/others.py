@@ -6,6 +6,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import safe_open
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 from torch.distributed.checkpoint.quantized_hf_storage import QuantizedHuggingFaceStorageReader
@@ -13,8 +14,8 @@ from torch.distributed.tensor import DTensor, Shard
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.distributed import DistributedConfig
 
+from family_support.held import boxes_of
 from family_support.tiny_models import model_class
-from ray_streamer.testing.oracle import cut_by_safetensors
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
-    from ray_streamer import ReadPlan
+    from family_support.held import Held
+    from ray_streamer import CheckpointIndex
 
 Tensors = dict[str, torch.Tensor]
 
@@ -76,11 +78,15 @@ def dequantized_by_dcp(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> T
     return targets
 
 
-def sliced_by_safetensors(folder: Path, plan: ReadPlan, rank: int) -> Tensors:
-    """Every slice of the plan, cut by safetensors."""
+def sliced_by_safetensors(folder: Path, index: CheckpointIndex, held: Held, rank: int) -> Tensors:
+    """Every slice of the rank, cut by safetensors box by box; what no box fills is zero."""
     tensors: Tensors = {}
-    for number, name in enumerate(plan.index.names):
-        part = plan.slice_of(number, rank)
-        assert part is not None
-        tensors[name] = cut_by_safetensors(folder / "model.safetensors", name, part)
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        for number, name in enumerate(index.names):
+            part, lazy = held.slice_of(number, rank), file.get_slice(name)
+            assert part is not None
+            whole = lazy[...] if not part.shape else lazy[tuple(slice(0, 0) for _ in part.shape)]
+            tensors[name] = torch.zeros(part.shape, dtype=whole.dtype) if part.shape else whole
+            for source, target in boxes_of(part) if part.shape else ():
+                tensors[name][target] = lazy[source]
     return tensors
