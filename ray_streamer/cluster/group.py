@@ -62,6 +62,7 @@ class WorkerGroup:
         placement: PlacementOptions | None = None,
         holding: str = "workers",
         meanwhile: Callable[[WorkerGroup], None] | None = None,
+        is_called_off: Callable[[], bool] = bool,
         startup_timeout_seconds: float,
     ) -> None:
         """Start the actors and their workers, or leave nothing behind.
@@ -73,10 +74,11 @@ class WorkerGroup:
             placement: What each rank reserves, and where.
             holding: What the ranks hold, in a word: part of the names of actors and placement group.
             meanwhile: Called once every actor has told its `facts`, while the workers are still being made.
+            is_called_off: Asked while the start lasts; when it says so, everything is torn down.
             startup_timeout_seconds: How long reservation, actors and constructors may take together.
 
         Raises:
-            ClusterError: There is no room, or Ray cannot start the actors.
+            ClusterError: There is no room, Ray cannot start the actors, or the start was called off.
             StartupTimeoutError: Room or answers did not come in time; names the silent seats.
             RankFailedError: A worker's constructor raised.
             Exception: Whatever `meanwhile` raised.
@@ -95,7 +97,7 @@ class WorkerGroup:
         self._release = weakref.finalize(self, resources.close)
         try:
             with ray_errors_translated(f"starting {num_ranks} ranks"):
-                self._start(resources, meanwhile)
+                self._start(resources, meanwhile, Deadline(startup_timeout_seconds, is_called_off=is_called_off))
         except BaseException:
             self.shutdown()
             raise
@@ -223,9 +225,7 @@ class WorkerGroup:
     def __exit__(self, *_: object) -> None:
         self.shutdown()
 
-    def _start(self, resources: ExitStack, meanwhile: Callable[[WorkerGroup], None] | None) -> None:
-        started = time.monotonic()
-        deadline = Deadline(self._startup_timeout_seconds)
+    def _start(self, resources: ExitStack, meanwhile: Callable[[WorkerGroup], None] | None, deadline: Deadline) -> None:
         ranks = range(self._name.num_ranks)
         self._seats += take_seats(self._name, self._placement, deadline=deadline, resources=resources)
         resources.callback(_kill, self._actors)
@@ -236,7 +236,7 @@ class WorkerGroup:
         if meanwhile is not None:
             meanwhile(self)
         self._await_workers(building, deadline)
-        seconds = time.monotonic() - started
+        seconds = time.monotonic() - deadline.started
         logger.info("started %s on %d nodes in %.1f s", self._name.label, len(self.nodes), seconds)
 
     def _start_actor(self, rank: int) -> Any:

@@ -4,9 +4,9 @@ Ray removes a placement group when the job that made it ends. A driver is its jo
 task or a Serve replica is not: when one is killed, or its handle goes out of scope, its ranks die with it, and their
 resources would stay reserved until the whole job ends.
 
-The keeper is detached and reserves nothing. It is told all it needs when it is made, so an owner that dies at once is
-noticed too. It looks once a second whether Ray still counts the owner's process and node as alive, and ends with its
-group, whoever ends that.
+The keeper is detached and reserves nothing. It is there before the group, and knows the group by its name, so that no
+moment is left in which a caller that dies leaves a group behind. It looks once a second whether Ray still counts the
+owner's process and node as alive, and ends with its group, whoever ends that.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from typing import TYPE_CHECKING, Any
 import ray
 import ray._private.state
 from ray.exceptions import RayError
-from ray.util.placement_group import placement_group_table, remove_placement_group
+from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 if TYPE_CHECKING:
-    from ray.util.placement_group import PlacementGroup
-
     from ray_streamer.cluster.names import GroupName
 
 _NAMESPACE = "ray_streamer"
 _LOOK_SECONDS = 1.0
+_LOOKS_AFTER_THE_OWNER = 3
+_MOST_LOOKS_FOR_ACCEPTANCE = 500
 
 
 class Keeper:
@@ -35,15 +35,15 @@ class Keeper:
 
     Args:
         label: How Ray's dashboard and logs show it.
-        group: What to remove.
+        group_name: Name of what to remove; no other group has it.
         owner_id: Ray's id of the owner's process.
         node_id: Ray's id of the owner's node.
     """
 
-    def __init__(self, label: str, group: PlacementGroup, owner_id: str, node_id: str) -> None:
+    def __init__(self, label: str, group_name: str, owner_id: str, node_id: str) -> None:
         self._label = label
         this = ray.get_runtime_context().current_actor
-        threading.Thread(target=_keep, args=(group, owner_id, node_id, this), name="keeper", daemon=True).start()
+        threading.Thread(target=_keep, args=(group_name, owner_id, node_id, this), name="keeper", daemon=True).start()
 
     def __repr__(self) -> str:
         return self._label
@@ -58,8 +58,8 @@ def is_needed() -> bool:
     return ray.get_runtime_context().worker.mode == ray.WORKER_MODE
 
 
-def start_keeper(group: PlacementGroup, name: GroupName) -> Any:
-    """The handle of a keeper that watches this process; kill it when the group was removed.
+def start_keeper(name: GroupName) -> Any:
+    """The handle of a keeper that watches this process; make the group after it, and kill it after the group.
 
     It starts on another node than this one where there is one, since a node may be lost with all that runs there.
     """
@@ -67,26 +67,52 @@ def start_keeper(group: PlacementGroup, name: GroupName) -> Any:
     here = context.get_node_id()
     nodes = sorted(node["NodeID"] for node in ray.nodes() if node["Alive"])
     elsewhere = next((node for node in nodes if node != here), here)
-    return _KeeperActor.options(
+    keeper = _KeeperActor.options(
         lifetime="detached",
         namespace=_NAMESPACE,
         name=name.keeper,
         scheduling_strategy=NodeAffinitySchedulingStrategy(elsewhere, soft=True),
-    ).remote(name.keeper, group, context.get_worker_id(), here)
+    ).remote(name.keeper, name.group, context.get_worker_id(), here)
+    _wait_until_accepted(keeper)
+    return keeper
 
 
-def _keep(group: PlacementGroup, owner_id: str, node_id: str, this: Any) -> None:
+def _wait_until_accepted(keeper: Any) -> None:
+    """Until then Ray forgets an actor whose creator dies, a detached one, too. It takes milliseconds."""
     pause = threading.Event()
-    is_needed_still = True
-    while is_needed_still:
-        pause.wait(_LOOK_SECONDS)
+    for _ in range(_MOST_LOOKS_FOR_ACCEPTANCE):
+        record = ray._private.state.actors(keeper._actor_id.hex())
+        if record and record["State"] != "DEPENDENCIES_UNREADY":
+            return
+        pause.wait(0.01)
+
+
+def _keep(group_name: str, owner_id: str, node_id: str, this: Any) -> None:
+    pause = threading.Event()
+    was_there = False
+    looks_left = _LOOKS_AFTER_THE_OWNER
+    while looks_left:
         # A control service that does not answer now may do so the next time.
         with suppress(RayError):
-            is_needed_still = placement_group_table(group).get("state", "REMOVED") != "REMOVED"
-            if is_needed_still and not (_is_process_alive(owner_id) and _is_node_alive(node_id)):
-                remove_placement_group(group)
-                is_needed_still = False
+            groups = _groups_called(group_name)
+            if was_there and not groups:
+                break
+            was_there = was_there or bool(groups)
+            if not (_is_process_alive(owner_id) and _is_node_alive(node_id)):
+                # The owner's last words may still be under way.
+                looks_left -= 1
+                for group in groups:
+                    remove_placement_group(group)
+        pause.wait(_LOOK_SECONDS)
     ray.kill(this)
+
+
+def _groups_called(name: str) -> list[PlacementGroup]:
+    return [
+        PlacementGroup(ray.PlacementGroupID(bytes.fromhex(group_id)))
+        for group_id, entry in placement_group_table().items()
+        if entry["name"] == name and entry["state"] != "REMOVED"
+    ]
 
 
 def _is_node_alive(node_id: str) -> bool:

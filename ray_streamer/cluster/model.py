@@ -190,6 +190,7 @@ class ShardedModel:
             placement=self._placement,
             holding=model_of(request.uri),
             meanwhile=self._plan_meanwhile,
+            is_called_off=lambda: self._is_shut_down,
             startup_timeout_seconds=request.settings.startup_timeout_seconds,
         )
         self._phases.end("import")

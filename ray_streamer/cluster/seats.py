@@ -158,16 +158,15 @@ def _seats_in_own(
     if not options.wait_for_nodes:
         check_room(strategy, rooms, num_ranks, options.bundle)
     selectors = [dict(options.label_selector)] * num_ranks
+    if keeper.is_needed():
+        resources.callback(_end, keeper.start_keeper(name))
     try:
         group = placement_group(
             [options.bundle] * num_ranks, strategy=strategy, name=name.group, bundle_label_selector=selectors
         )
     except (TypeError, ValueError) as error:
         raise ClusterError(f"Ray refuses this placement group: {error}") from error
-    keepers: list[Any] = []
-    resources.callback(_remove, group, keepers)
-    if keeper.is_needed():
-        keepers.append(keeper.start_keeper(group, name))
+    resources.callback(_remove, group)
     _wait_until_ready(group, name, options, strategy, deadline)
     _own_groups[group.id.hex()] = name.label
     return _bundle_seats(group, range(num_ranks))
@@ -283,11 +282,15 @@ def _wait_until_ready(
     wait_for_room(group, wanted, deadline)
 
 
-def _remove(group: PlacementGroup, keepers: Sequence[Any]) -> None:
+def _remove(group: PlacementGroup) -> None:
     _own_groups.pop(group.id.hex(), None)
+    with suppress(RayError):
+        if ray.is_initialized():
+            remove_placement_group(group)
+
+
+def _end(actor: Any) -> None:
     # ValueError: an actor of a Ray that this process has since left.
     with suppress(RayError, ValueError):
         if ray.is_initialized():
-            remove_placement_group(group)
-            for actor in keepers:
-                ray.kill(actor)
+            ray.kill(actor)

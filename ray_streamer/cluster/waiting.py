@@ -22,7 +22,7 @@ from ray_streamer.errors import ClusterError, StartupTimeoutError
 from ray_streamer.units import counted
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from ray.util.placement_group import PlacementGroup
 
@@ -45,15 +45,26 @@ class Deadline:
     Attributes:
         timeout_seconds: The whole allowance, for messages.
         started: When it began, on the monotonic clock.
+        is_called_off: Whether nobody wants the start any more.
     """
 
     timeout_seconds: float
     started: float = field(default_factory=time.monotonic)
+    is_called_off: Callable[[], bool] = bool
 
     @property
     def remaining_seconds(self) -> float:
         """What is left, never below 0."""
         return max(0.0, self.started + self.timeout_seconds - time.monotonic())
+
+    def check(self) -> None:
+        """End a wait for what nobody wants any more.
+
+        Raises:
+            ClusterError: The start was called off.
+        """
+        if self.is_called_off():
+            raise ClusterError("the start of these ranks was called off")
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +135,7 @@ def wait_for_room(group: PlacementGroup, wanted: RoomWanted, deadline: Deadline)
     ready = group.ready()
     news = News()
     while True:
+        deadline.check()
         is_ready = bool(ray.wait([ready], timeout=min(0.5, deadline.remaining_seconds))[0])
         # A group that is removed counts as ready, and actors in it would wait for ever.
         if placement_group_table(group).get("state", "REMOVED") == "REMOVED":
@@ -166,6 +178,7 @@ def wait_for_start(
     """
     news = News(_SLOW_START_SECONDS)
     while calls.pending and not calls.failures:
+        deadline.check()
         calls.collect(min(1.0, deadline.remaining_seconds))
         if not calls.pending or calls.failures:
             return

@@ -96,7 +96,7 @@ def test_an_actor_that_ends_leaves_no_rank_no_group_and_no_keeper(
     assert_gone(pids)
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(6))
 def test_an_actor_killed_at_any_moment_of_its_start_leaves_nothing(seed: int, wait_until: Check) -> None:
     owner = Owner.remote()
     actors = ray._private.state.actors
@@ -105,10 +105,10 @@ def test_an_actor_killed_at_any_moment_of_its_start_leaves_nothing(seed: int, wa
         return next((a["Pid"] for a in actors().values() if a["ActorID"] == owner._actor_id.hex()), 0)
 
     wait_until(pid_of_owner, 30)
-    threading.Event().wait(random.Random(seed).uniform(0, 2))
+    # Most of these fall between the keeper, the group and the ranks.
+    threading.Event().wait(random.Random(seed).uniform(0, 1.5))
     os.kill(pid_of_owner(), signal.SIGKILL)
-    wait_until(lambda: all(a["State"] == "DEAD" for a in actors().values()), 30)
-    assert num_groups() == 0
+    wait_until(lambda: num_groups() == 0 and all(a["State"] == "DEAD" for a in actors().values()), 30)
 
 
 def test_an_actor_whose_handle_goes_out_of_scope_leaves_nothing(wait_until: Check, assert_gone: Check) -> None:

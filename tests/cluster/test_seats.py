@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import threading
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -258,3 +259,26 @@ def test_what_the_calling_actor_itself_holds_is_refused_at_once() -> None:
 def test_wait_for_nodes_waits_for_what_is_not_there_yet() -> None:
     with pytest.raises(StartupTimeoutError, match=r"GPU 1 needed, 0 of 0 free.*Add nodes"):
         start(1, timeout=1, num_gpus_per_rank=1, wait_for_nodes=True)
+
+
+def test_a_start_that_is_called_off_while_it_waits_for_room_leaves_nothing(make_group: MakeGroup) -> None:
+    taken = make_group([{"CPU": 1}] * 4)
+    is_off = threading.Event()
+    seen: list[str] = []
+
+    class CallsOffWhenTold(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            seen.append(record.getMessage())
+            is_off.set()
+
+    handler = CallsOffWhenTold(logging.WARNING)
+    logging.getLogger("ray_streamer.cluster.waiting").addHandler(handler)
+    try:
+        with pytest.raises(ClusterError, match="called off") as caught:
+            WorkerGroup(Worker, 2, is_called_off=is_off.is_set, startup_timeout_seconds=60)
+    finally:
+        logging.getLogger("ray_streamer.cluster.waiting").removeHandler(handler)
+    assert len(seen) == 1
+    assert not isinstance(caught.value, StartupTimeoutError)
+    states = {entry["state"] for key, entry in placement_group_table().items() if key != taken.id.hex()}
+    assert states == {"REMOVED"}
