@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import pytest
 import ray
 
-from ray_streamer.cluster.session import Session, connect
+from ray_streamer.cluster.session import Session, connect, has_same_variables
 from ray_streamer.errors import ClusterError
 
 if TYPE_CHECKING:
@@ -234,3 +234,12 @@ def test_a_ray_with_another_token_is_refused_with_the_way_in(
     assert "lets nobody in without its token" in said
     assert "Set RAY_AUTH_MODE=token" in said
     assert "~/.ray/auth_token" in said
+
+
+def test_variables_are_the_same_until_one_differs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://here")
+    assert has_same_variables(None)
+    assert has_same_variables({"pip": ["numpy"]})
+    assert has_same_variables({"env_vars": {"AWS_ENDPOINT_URL": "http://here"}})
+    assert not has_same_variables({"env_vars": {"AWS_ENDPOINT_URL": "http://there"}})
+    assert not has_same_variables({"env_vars": {"AWS_PROFILE": "mine"}})
