@@ -157,6 +157,8 @@ class WorkerGroup:
         """
         if not self._release.alive:
             raise ClusterError(f"cannot call {method}: this group of workers was shut down")
+        if not ray.is_initialized():
+            raise ClusterError(f"cannot call {method}: Ray was shut down, and these workers with it")
         chosen = tuple(range(self.num_ranks)) if ranks is None else tuple(ranks)
         extra = per_rank_args if per_rank_args is not None else [()] * len(chosen)
         calls = Calls({})

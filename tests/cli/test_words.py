@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -89,21 +88,21 @@ def test_a_folder_that_cannot_be_made_is_refused(invoke, checkpoint, tmp_path, c
     assert f"'{option}'" in result.stderr
 
 
-STARTS_NO_RAY = """
-import sys, ray
-def refuse(*args, **kwargs):
-    raise AssertionError("Ray was started")
-ray.init = refuse
-from ray_streamer.cli import main
-main(sys.argv[1:])
-"""
+@pytest.fixture
+def starts(monkeypatch, tmp_path):
+    """How often Ray was asked to start; it does not."""
+    import ray
 
+    asked = []
 
-def load_without_ray(*arguments, **variables):
-    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    environment |= {"PYTHONPATH": os.pathsep.join(sys.path), **variables}
-    command = [sys.executable, "-c", STARTS_NO_RAY, "load", *map(str, arguments)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    def refuse(**arguments):
+        asked.append(arguments)
+        raise RuntimeError("not in this test")
+
+    monkeypatch.setattr(ray, "init", refuse)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    return asked
 
 
 @pytest.mark.parametrize("place", [("--address", "local"), ()], ids=["local", "none-running"])
@@ -117,27 +116,50 @@ def load_without_ray(*arguments, **variables):
         pytest.param(("CHECKPOINT", "--tp", 2, "--rule", "nothing.*=skip"), "nothing.*", id="rule-without-a-tensor"),
     ],
 )
-def test_what_the_driver_can_see_is_told_before_ray_starts(checkpoint, tmp_path, arguments, sentence, place):
+def test_what_the_driver_can_see_is_told_before_ray_starts(invoke, checkpoint, starts, arguments, sentence, place):
     typed = [checkpoint if argument == "CHECKPOINT" else argument for argument in arguments]
-    ended = load_without_ray(*typed, *place, RAY_TMPDIR=str(tmp_path))
-    assert ended.returncode == 1
-    assert sentence in ended.stderr
-    assert "Traceback" not in ended.stderr
+    result = invoke("load", *typed, *place)
+    assert result.exit_code == 1
+    assert sentence in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not starts
 
 
-def test_what_only_object_stores_can_know_is_told_before_ray_starts(checkpoint, s3_credentials, tmp_path):
-    uri = s3_credentials.upload_folder(Path(checkpoint), "before-ray")
-    variables = s3_credentials.environment() | {"RAY_TMPDIR": str(tmp_path)}
-    wrong_tp = load_without_ray(uri, "--tp", 3, "--address", "local", **variables)
+def test_what_only_object_stores_can_know_is_told_before_ray_starts(invoke, checkpoint, s3_credentials, starts):
+    uri = s3_credentials.upload_folder(checkpoint, "before-ray")
+    wrong_tp = invoke("load", uri, "--tp", 3, "--address", "local")
     assert "tp that works for every tensor: 1, 2, 4, 8" in wrong_tp.stderr
-    wrong_path = load_without_ray(f"{uri}-not", "--tp", 2, "--address", "local", **variables)
-    assert wrong_path.returncode == 1
+    wrong_path = invoke("load", f"{uri}-not", "--tp", 2, "--address", "local")
+    assert wrong_path.exit_code == 1
     assert "before-ray" in wrong_path.stderr
-    assert "Ray was started" not in wrong_tp.stderr + wrong_path.stderr
+    assert not starts
 
 
-def test_a_driver_that_may_not_read_starts_ray_all_the_same(checkpoint, s3_server, tmp_path):
-    uri = s3_server.upload_folder(Path(checkpoint), "not-for-the-driver")
-    variables = {"AWS_ENDPOINT_URL": s3_server.endpoint_url, "RAY_TMPDIR": str(tmp_path)}
-    ended = load_without_ray(uri, "--tp", 2, "--address", "local", **variables)
-    assert "Ray was started" in ended.stderr
+def test_a_driver_that_may_not_read_starts_ray_all_the_same(invoke, checkpoint, s3_server, starts):
+    uri = s3_server.upload_folder(checkpoint, "not-for-the-driver")
+    result = invoke("load", uri, "--tp", 2, "--address", "local", "--s3-endpoint-url", s3_server.endpoint_url)
+    assert len(starts) == 1
+    assert "not in this test" in result.stderr
+
+
+IMPORTS_NEITHER = """
+import sys
+from ray_streamer.cli import main
+try:
+    main(sys.argv[1:])
+finally:
+    print(sorted({"ray", "torch"} & set(sys.modules)))
+"""
+
+
+def test_a_fault_of_the_request_is_told_without_importing_ray_or_torch(checkpoint):
+    ended = subprocess.run(
+        [sys.executable, "-c", IMPORTS_NEITHER, "load", str(checkpoint), "--tp", "3"],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode == 1
+    assert "tp that works" in ended.stderr
+    assert ended.stdout == "[]\n"

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 import pytest
 import ray
 
+from ray_streamer.cluster.group import WorkerGroup
 from ray_streamer.cluster.session import Session, connect, has_same_variables
 from ray_streamer.errors import ClusterError
 
@@ -234,6 +235,20 @@ def test_a_ray_with_another_token_is_refused_with_the_way_in(
     assert "lets nobody in without its token" in said
     assert "Set RAY_AUTH_MODE=token" in said
     assert "~/.ray/auth_token" in said
+
+
+def test_a_group_whose_ray_was_shut_down_says_so_and_starts_no_other(
+    monkeypatch: pytest.MonkeyPatch, short_folder: Path
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("RAY_TMPDIR", str(short_folder))
+    session = connect("local", num_local_cpus=1)
+    group = WorkerGroup(int, 1, startup_timeout_seconds=60)
+    session.close()
+    with pytest.raises(ClusterError, match="Ray was shut down"):
+        group.call("anything")
+    assert not ray.is_initialized()
+    group.shutdown()
 
 
 def test_variables_are_the_same_until_one_differs(monkeypatch: pytest.MonkeyPatch) -> None:
