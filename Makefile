@@ -1,5 +1,6 @@
 # make demo    load a checkpoint over a local Ray from disk and from S3, and prove every slice
 # make test    lint, and the whole test suite
+# make test-vllm  what vLLM's own loaders and engine make of it, in an environment of its own (3.8 GB)
 # make bench   side by side with other ways to load
 # make gpu-check  what this project does on a GPU of this machine: right, how fast, and next to whom
 # make docs    pages that are made from the sources
@@ -11,6 +12,7 @@
 SHELL := /bin/bash
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
+VENV_VLLM ?= .venv-vllm
 PIP_ARGS ?=
 DEMO_ARGS ?=
 GPU_CHECK_ARGS ?=
@@ -19,7 +21,7 @@ PYTEST_ARGS ?=
 BIN := $(VENV)/bin
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt
 
-.PHONY: demo test bench gpu-check docs clean
+.PHONY: demo test test-vllm bench gpu-check docs clean
 
 demo: $(VENV)/.demo-installed
 	$(BIN)/ray-streamer demo $(DEMO_ARGS)
@@ -28,6 +30,9 @@ test: $(VENV)/.test-installed
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-vllm: $(VENV_VLLM)/.installed
+	$(VENV_VLLM)/bin/python -m pytest tests/vllm $(PYTEST_ARGS)
 
 bench: $(VENV)/.test-installed $(VENV)/.bench-installed
 	$(BIN)/python benchmarks/plan_deepseek.py
@@ -61,6 +66,11 @@ $(VENV)/.%-installed: pyproject.toml constraints.txt | $(BIN)/python
 	$(INSTALL) --editable ".[$*]"
 	@touch $@
 
+$(VENV_VLLM)/.installed: pyproject.toml constraints-vllm.txt tests/vllm/make_environment.py
+	@echo "installing vLLM into $(VENV_VLLM)"
+	$(PYTHON) tests/vllm/make_environment.py $(VENV_VLLM) constraints-vllm.txt $(PIP_ARGS)
+	@touch $@
+
 clean:
-	rm -rf $(VENV) .demo build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV_VLLM) .demo build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -30,6 +30,7 @@ ORDER = (
     ("report",),
     ("cluster",),
     ("api",),
+    ("integrations",),
     ("testing",),
     ("demo",),
     ("cli",),
@@ -41,11 +42,12 @@ LEVELS = {name: level for level, names in enumerate(ORDER) for name in names}
 HOMES = {
     "ray": {"cluster"},
     # api asks torch.distributed which rank this is; demo compares; testing stands in for a GPU
-    "torch": {"capture", "device", "rank", "cluster", "api", "demo", "testing"},
+    "torch": {"capture", "device", "rank", "cluster", "api", "integrations", "demo", "testing"},
     "boto3": {"storage", "testing"},
     "botocore": {"storage", "testing"},
     "click": {"cli"},
     "rich": {"report", "cli", "demo"},
+    "vllm": {"integrations"},
 }
 """Packages that may import a foreign one when they run; naming its types is free."""
 

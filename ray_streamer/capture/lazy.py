@@ -6,11 +6,9 @@ not, is answered with real values.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 import torch
-
-from ray_streamer.capture.strided import Strided
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -52,11 +50,6 @@ class LazyTensor(torch.Tensor):
         lazy = next(found for found in tensors_among(args, kwargs) if isinstance(found, LazyTensor))
         return lazy._lazy_recorder.run(func, args, kwargs)
 
-    @property
-    def _lazy_view(self) -> Strided:
-        shadow = self._lazy_shadow
-        return Strided(tuple(shadow.shape), tuple(shadow.stride()), int(shadow.storage_offset()))
-
     def _lazy_real(self) -> torch.Tensor:
         """The same view of real memory, which may be written to through it."""
         return self._lazy_recorder.real(self, is_written=True)
@@ -66,7 +59,7 @@ class LazyTensor(torch.Tensor):
         names = ", ".join(self._lazy_memory.tensors[:3])
         return f"LazyTensor({names}, shape={tuple(self.shape)}, dtype={self.dtype})"
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+    def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
         """A lazy copy."""
         copied = self.clone()
         memo[id(self)] = copied

@@ -193,6 +193,11 @@ class Memory:
         return pieces
 
 
+def view_of(tensor: torch.Tensor) -> Strided:
+    """The tensor as a view of its storage, in elements."""
+    return Strided(tuple(tensor.shape), tuple(tensor.stride()), int(tensor.storage_offset()))
+
+
 def seen(tensor: torch.Tensor, view: Strided) -> torch.Tensor:
     """That view of a contiguous `tensor`."""
     return tensor.as_strided(view.shape, view.strides, tensor.storage_offset() + view.offset)

@@ -32,7 +32,7 @@ class Kind(Enum):
     """Reads values, writes them, or both."""
 
 
-_BY_NAME = {
+_BY_NAME: dict[Any, Kind] = {
     _aten._unsafe_view: Kind.VIEW,
     _aten._reshape_alias: Kind.VIEW,
     _aten.copy_: Kind.COPY_INTO,

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from itertools import count
 from typing import TYPE_CHECKING
 
+from ray_streamer.capture.memory import view_of
 from ray_streamer.capture.strided import Strided, may_meet
 
 if TYPE_CHECKING:
@@ -101,8 +102,7 @@ class Pending:
         """Copies that may write an element of `tensor`."""
         if not self.knows(tensor):
             return []
-        view = Strided(tuple(tensor.shape), tuple(tensor.stride()), tensor.storage_offset())
-        return self.meeting_bytes(tensor.untyped_storage(), view.in_bytes(tensor.element_size()))
+        return self.meeting_bytes(tensor.untyped_storage(), view_of(tensor).in_bytes(tensor.element_size()))
 
     def meeting_bytes(self, storage: torch.UntypedStorage, extent: Strided) -> list[Copy]:
         """Copies that may write a byte of `extent`."""

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ray_streamer.capture.lazy import LazyTensor, tensors_among, with_each
-from ray_streamer.capture.memory import Memory, Place, seen
+from ray_streamer.capture.memory import Memory, Place, seen, view_of
 from ray_streamer.capture.operations import Kind, kind_of, written_arguments
 from ray_streamer.capture.pending import Copy, Pending
 from ray_streamer.capture.strided import Loop, Strided, holds
@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 
 CASTABLE = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 """Elements of these dtypes are cast to each other on their way into a result, bit for bit as `copy_` does."""
+
+_NO_DISPATCH = getattr(torch.Tensor, "__torch_dispatch__")  # noqa: B009
+"""What tensors have whose operations go to torch itself."""
 
 _BATCH_BYTES = 256 << 20
 """Whole tensors that are read at once for copies that must be made early."""
@@ -77,7 +80,7 @@ class Recorder:
             for name in memory.tensors:
                 self.reasons.setdefault(name, reason)
         value = memory.own(self._whole) if is_written else memory.read(self._whole)
-        return seen(value, lazy._lazy_view)
+        return seen(value, view_of(lazy._lazy_shadow))
 
     def make_early(self, copies: Sequence[Copy]) -> None:
         """Makes copies now that were only written down."""
@@ -102,11 +105,10 @@ class Recorder:
         shadow = lazy._lazy_shadow
         if shadow.shape != target.shape:
             shadow = shadow.expand(target.shape)
-        source = Strided(tuple(shadow.shape), tuple(shadow.stride()), int(shadow.storage_offset()))
-        pieces = memory.pieces(source, target.stride())
-        if pieces is None or Strided(source.shape, tuple(target.stride()), 0).repeats:
+        whole = view_of(target)
+        pieces = memory.pieces(view_of(shadow), whole.strides)
+        if pieces is None or whole.repeats:
             return False
-        whole = Strided(tuple(target.shape), tuple(target.stride()), target.storage_offset())
         self._make_room(target, whole.in_bytes(target.element_size()))
         for piece in pieces:
             self.pending.add(_copy_of(piece, target))
@@ -190,7 +192,7 @@ class Recorder:
 
     def _place_of(self, shadow: torch.Tensor, memory: Memory) -> Place | None:
         """Where in one tensor of the checkpoint the elements of that view of `memory` are, in row-major order."""
-        view = Strided(tuple(shadow.shape), tuple(shadow.stride()), int(shadow.storage_offset()))
+        view = view_of(shadow)
         pieces = memory.pieces(view, row_major(view.shape)) if shadow.numel() else None
         if not pieces or len(pieces) > 1:
             return None
@@ -237,7 +239,7 @@ def is_plain(tensor: Any) -> bool:
     """Whether this is a tensor whose elements lie in a storage as its strides say."""
     return (
         isinstance(tensor, torch.Tensor)
-        and type(tensor).__torch_dispatch__ is torch.Tensor.__torch_dispatch__
+        and getattr(type(tensor), "__torch_dispatch__", None) is _NO_DISPATCH
         and tensor.layout is torch.strided
         and not tensor.is_meta
         and not tensor.is_conj()
@@ -258,7 +260,7 @@ def whole_storage(storage: torch.UntypedStorage, dtype: torch.dtype, device: tor
 
 
 def _copy_of(piece: Piece, target: torch.Tensor) -> Copy:
-    offset = target.storage_offset() + piece.other_offset
+    offset = int(target.storage_offset()) + piece.other_offset
     loops = piece.loops
     view = Strided(tuple(loop.size for loop in loops), tuple(loop.other_step for loop in loops), offset)
     extent = view.in_bytes(target.element_size())

@@ -14,11 +14,12 @@ import numpy as np
 import torch
 
 from ray_streamer.capture.lazy import LazyTensor
+from ray_streamer.capture.memory import view_of
 from ray_streamer.capture.recorder import is_plain, whole_storage
-from ray_streamer.capture.strided import Strided, holds
+from ray_streamer.capture.strided import holds
 from ray_streamer.dtypes import DTYPES
 from ray_streamer.errors import CaptureError
-from ray_streamer.slices import Move, RankSlices, ResultSpec, Side
+from ray_streamer.slices import Move, RankSlices, ResultSpec, ResultSpecs, Side
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -87,7 +88,7 @@ def _result_of(
 
 
 def _has(tensor: torch.Tensor, copy: Copy) -> bool:
-    view = Strided(tuple(tensor.shape), tuple(tensor.stride()), tensor.storage_offset())
+    view = view_of(tensor)
     return not view.repeats and holds(view, copy.target)
 
 
@@ -97,13 +98,13 @@ def _is_held(storage: torch.UntypedStorage) -> bool:
 
 def _move_of(copy: Copy, tensor: torch.Tensor) -> Move:
     source, target = copy.source, copy.target
-    offset = target.offset - tensor.storage_offset()
+    offset = target.offset - int(tensor.storage_offset())
     return Move(source.shape, Side(source.offset, source.strides), Side(offset, target.strides))
 
 
 def _rank_slices(results: dict[str, _Result]) -> RankSlices:
     """Rows whose patterns begin at 0, so that equal moves of many tensors and places are one pattern."""
-    specs = tuple(_spec(name, result.tensor) for name, result in results.items())
+    specs = (_spec(name, result.tensor) for name, result in results.items())
     patterns: dict[tuple[Move, ...], int] = {}
     rows: list[tuple[int, int, int, int]] = []
     for number, result in enumerate(results.values()):
@@ -114,8 +115,15 @@ def _rank_slices(results: dict[str, _Result]) -> RankSlices:
             )
             rows.append((tensor, number, patterns.setdefault(shifted, len(patterns)), start))
     table = np.array(rows, dtype=np.int64).reshape(-1, 4)
-    ids = [np.ascontiguousarray(table[:, at], dtype=np.int32) for at in range(3)]
-    return RankSlices(specs, tuple(patterns), *ids, np.ascontiguousarray(table[:, 3]))
+    tensor_ids, result_ids, pattern_ids = (np.ascontiguousarray(table[:, at], dtype=np.int32) for at in range(3))
+    return RankSlices(
+        ResultSpecs.of(specs),
+        tuple(patterns),
+        tensor_ids,
+        result_ids,
+        pattern_ids,
+        target_offsets=np.ascontiguousarray(table[:, 3]),
+    )
 
 
 def _spec(name: str, tensor: torch.Tensor) -> ResultSpec:

@@ -1,0 +1,136 @@
+"""What is known of vLLM's inside? Everything that this package uses of it, in one place, and the versions that it was seen in.
+
+Public: `register_model_loader`, `BaseModelLoader`. The rest are names inside of vLLM that may move; where one is missing, the
+error says which one, and which versions have it.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any, cast
+
+from ray_streamer.errors import SettingsError
+
+if TYPE_CHECKING:
+    import logging
+    from collections.abc import Callable, Iterator
+
+    import torch
+    import torch.distributed as dist
+
+TESTED_VERSIONS = ("0.32.0",)
+
+_LOADERS = "vllm.model_executor.model_loader"
+_GROUPS = "vllm.distributed.parallel_state"
+
+_said_versions: set[str] = set()
+
+
+def internal(module: str, name: str) -> Any:
+    """`name` of vLLM's `module`.
+
+    Raises:
+        SettingsError: This vLLM has no such thing; says which versions have it.
+    """
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise SettingsError(
+            f"load format ray_streamer needs {module}.{name}, which this vLLM {_version()} does not have: {error}. It was tested "
+            f"with vLLM {', '.join(TESTED_VERSIONS)}"
+        ) from error
+
+
+def register_format(name: str, loader: type) -> None:
+    """Makes `loader` vLLM's load format `name`; does nothing when it is that already."""
+    if internal(_LOADERS, "_LOAD_FORMAT_TO_MODEL_LOADER").get(name) is not loader:
+        internal(_LOADERS, "register_model_loader")(name)(loader)
+
+
+def logger_of(name: str) -> logging.Logger:
+    """A logger whose lines come out as vLLM's own do."""
+    return internal("vllm.logger", "init_logger")(f"vllm.{name}")
+
+
+def say_untested_version(logger: logging.Logger) -> None:
+    """One warning per process when this vLLM is none that this package was tested with."""
+    version = _version()
+    if version.split("+")[0] not in TESTED_VERSIONS and version not in _said_versions:
+        _said_versions.add(version)
+        logger.warning(
+            "ray_streamer was tested with vLLM %s; this is %s. Loads check themselves, but compare a few answers.",
+            ", ".join(TESTED_VERSIONS),
+            version,
+        )
+
+
+def is_draft(model_config: Any) -> bool:
+    """Whether this is the configuration of a draft model, which gets the options of its target."""
+    config = internal("vllm.config", "get_current_vllm_config")()
+    return config.model_config is not None and model_config is not config.model_config
+
+
+def loading_group(model_config: Any) -> dist.ProcessGroup | None:
+    """Host-side group of the ranks that all load this model at the same time; None for a single rank.
+
+    All ranks of the engine load its model. A draft model exists in some stages of a pipeline only, so its ranks are those of one
+    tensor-parallel group.
+    """
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        return None
+    name = "get_tp_group" if is_draft(model_config) else "get_world_group"
+    group = internal(_GROUPS, name)()
+    return group.cpu_group if group.world_size > 1 else None
+
+
+def skips_tensor(model: Any) -> Callable[[str], bool]:
+    """The model's own word on which tensors of its checkpoint it never looks at."""
+    return getattr(model, "is_unused_checkpoint_weight", None) or (lambda name: False)
+
+
+def refuse_own_files(model: Any) -> None:
+    """Models that choose their files by pattern are not loaded by this format.
+
+    Raises:
+        SettingsError: This is one.
+    """
+    patterns = getattr(model, "allow_patterns_overrides", None)
+    if patterns is not None:
+        raise SettingsError(
+            f"{type(model).__name__} loads the files {patterns} only, which load format ray_streamer cannot; use --load-format auto"
+        )
+
+
+def secondary_tensors(model: Any, load_config: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """Tensors that the model takes from other places than its checkpoint, read as vLLM's own loader reads them."""
+    sources = getattr(model, "secondary_weights", ())
+    if not sources:
+        return
+    stock = _stock_loader(load_config)
+    for source in sources:
+        yield from stock._get_weights_iterator(source)
+
+
+def refuse_missing(model: Any, loaded: set[str] | None, model_config: Any) -> None:
+    """Refuses a model with parameters that nothing was loaded into, where vLLM's own loader does.
+
+    Raises:
+        ValueError: vLLM's own, which names the parameters.
+    """
+    if model_config.quantization is None and loaded is not None:
+        check = internal(_LOADERS, "DefaultModelLoader").track_weights_loading
+        check(cast("Any", None), model, loaded)
+
+
+def _stock_loader(load_config: Any) -> Any:
+    replace = internal("vllm.config", "replace")
+    plain = replace(load_config, load_format="safetensors", model_loader_extra_config={})
+    return internal(_LOADERS, "DefaultModelLoader")(plain)
+
+
+def _version() -> str:
+    import vllm
+
+    return str(getattr(vllm, "__version__", "of unknown version"))

@@ -1,0 +1,143 @@
+"""How does vLLM's load format `ray_streamer` fill a model? The model's own loader says what it wants, and this package brings it.
+
+1. All ranks of the engine meet; one of each node reads the checkpoint's headers.
+2. Each rank runs the model's `load_weights` with tensors that hold no values, and learns which slices go where.
+3. Each node reads every byte that one of its ranks wants once; slices land in the parameters themselves.
+
+What a loader does with values, and not only with places, is read at once by that rank (`CaptureReport.whole`).
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+from ray_streamer.api.rank import load_rank
+from ray_streamer.checkpoint import locate, open_checkpoint
+from ray_streamer.integrations.vllm import internals
+from ray_streamer.integrations.vllm.capturing import CapturedSlices, read_tensors
+from ray_streamer.integrations.vllm.options import LoaderOptions
+from ray_streamer.integrations.vllm.summary import Summary, gather_summaries
+from ray_streamer.integrations.vllm.tied_heads import refuse_other_head
+from ray_streamer.storage import open_storage
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import torch
+    from torch import nn
+
+    from ray_streamer.api.rank import RankArguments
+    from ray_streamer.rank.statistics import RankStatistics
+
+BaseModelLoader: Any = internals.internal("vllm.model_executor.model_loader", "BaseModelLoader")
+
+logger = internals.logger_of(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _Origin:
+    """What a model was loaded from: its `model_config.model`, to which `uri` belonged."""
+
+    model: str
+    uri: str
+
+
+_origins: WeakKeyDictionary[nn.Module, _Origin] = WeakKeyDictionary()
+"""By model, since vLLM makes a new loader for each load and reload."""
+
+
+class RayStreamerLoader(BaseModelLoader):
+    """vLLM's load format `ray_streamer`; vLLM makes one for each load.
+
+    Attributes:
+        summary: What the load took on this rank; None before it.
+    """
+
+    def __init__(self, load_config: Any) -> None:
+        super().__init__(load_config)
+        self._options = LoaderOptions.of(load_config.model_loader_extra_config)
+        self.summary: Summary | None = None
+        internals.say_untested_version(logger)
+
+    def download_model(self, model_config: Any) -> None:
+        """Nothing is downloaded: weights go from where they are into the parameters."""
+
+    def load_weights(self, model: nn.Module, model_config: Any) -> None:
+        """Fills the parameters and buffers of `model`; every rank of the engine calls it.
+
+        Raises:
+            RayStreamerError: The checkpoint cannot be read, or another rank failed; nothing of the model may be used then.
+            ValueError: The checkpoint lacks parameters of the model.
+        """
+        internals.refuse_own_files(model)
+        started = time.perf_counter()
+        uri = self._uri_of(model_config)
+        _origins[model] = _Origin(model_config.model, uri)
+        secondary = internals.secondary_tensors(model, self.load_config)
+        captured = CapturedSlices(
+            uri,
+            self._options.settings,
+            load=lambda tensors: model.load_weights(itertools.chain(tensors, secondary)),
+            targets=lambda: targets_of(model),
+            skips=internals.skips_tensor(model),
+        )
+        group = internals.loading_group(model_config)
+        statistics: list[RankStatistics] = []
+        # A rank on its own is told so: what else is in the process is none of its load.
+        ranks: RankArguments = {"rank": 0, "world_size": 1} if group is None else {"group": group}
+        load_rank(
+            uri,
+            slices=captured,
+            out=captured.out,
+            settings=self._options.settings,
+            device=device_of(model),
+            on_statistics=statistics.append,
+            **ranks,
+        )
+        internals.refuse_missing(model, captured.loaded, model_config)
+        refuse_other_head(captured, model_config, uri, self._options.settings, group)
+        self.summary = Summary.of(captured, statistics[0], seconds=time.perf_counter() - started)
+        line = gather_summaries(self.summary, group)
+        if line is not None:
+            logger.info(line)
+
+    def get_all_weights(self, model_config: Any, model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every tensor of the checkpoint with its values, as vLLM's reload takes them; read by each rank for itself.
+
+        Raises:
+            RayStreamerError: The checkpoint cannot be read.
+        """
+        origin = _origins.get(model)
+        uri = self._uri_of(model_config)
+        if origin is not None and origin.model != model_config.model:
+            # The engine was told to load another model, which `uri` says nothing about.
+            uri = model_config.model
+        skips = internals.skips_tensor(model)
+        storage = open_storage(locate(uri).folder_uri, self._options.settings)
+        try:
+            index = open_checkpoint(uri, storage, concurrency=self._options.settings.concurrency)
+        finally:
+            storage.close()
+        for name in index.names:
+            if not skips(name):
+                yield from read_tensors(uri, self._options.settings, index, [name]).items()
+        yield from internals.secondary_tensors(model, self.load_config)
+
+    def _uri_of(self, model_config: Any) -> str:
+        said = self._options.draft_uri if internals.is_draft(model_config) else self._options.uri
+        return said or model_config.model_weights or model_config.model
+
+
+def targets_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters, then buffers, by name; of tensors that share memory the first name is there."""
+    return dict(model.named_parameters()) | dict(model.named_buffers())
+
+
+def device_of(model: nn.Module) -> str:
+    """Where the model's parameters are, as `load_rank` takes it."""
+    devices = {parameter.device for parameter in model.parameters() if parameter.device.type != "meta"}
+    return str(next(iter(devices), "cpu"))

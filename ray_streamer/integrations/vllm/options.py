@@ -1,0 +1,60 @@
+"""What may `--model-loader-extra-config` say? Where the weights are, and every setting of a load."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from ray_streamer.errors import SettingsError
+from ray_streamer.settings import Settings
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+OWN_KEYS = ("uri", "draft_uri", "distributed")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoaderOptions:
+    """One engine's options for loading.
+
+    Attributes:
+        uri: Where the model's weights are; None = in the model's own folder.
+        draft_uri: Where the weights of a draft model are; None = in its own folder.
+        settings: Every knob of a load.
+    """
+
+    uri: str | None = None
+    draft_uri: str | None = None
+    settings: Settings = field(default_factory=Settings.resolve)
+
+    @classmethod
+    def of(cls, extra_config: Mapping[str, Any] | None) -> LoaderOptions:
+        """The options that `extra_config` says; what it leaves out comes from the environment or is the default.
+
+        `distributed` is taken as Run:ai's loader takes it, and changes nothing: ranks of a node always share their reads.
+
+        Raises:
+            SettingsError: A key is unknown, or a value cannot be used; names both, and the keys that exist.
+        """
+        said = dict(extra_config or {})
+        known = {*OWN_KEYS, *Settings.model_fields}
+        unknown = sorted(said.keys() - known)
+        if unknown:
+            raise SettingsError(
+                f"model_loader_extra_config has {', '.join(map(repr, unknown))}, which load format ray_streamer does not "
+                f"know; it takes {', '.join(sorted(known))}"
+            )
+        distributed = said.pop("distributed", True)
+        if not isinstance(distributed, bool):
+            raise SettingsError(f"model_loader_extra_config: distributed must be true or false, got {distributed!r}")
+        places = {name: _checked_uri(name, said.pop(name, None)) for name in ("uri", "draft_uri")}
+        return cls(**places, settings=Settings.resolve(**said))
+
+
+def _checked_uri(name: str, value: Any) -> str | None:
+    if value is None or (isinstance(value, str) and value):
+        return value
+    raise SettingsError(
+        f"model_loader_extra_config: {name} must be a path or a URI such as s3://bucket/model, got {value!r}"
+    )

@@ -1,0 +1,47 @@
+"""What --model-loader-extra-config may say, and how it is refused; needs no vLLM."""
+
+from __future__ import annotations
+
+import pytest
+
+from ray_streamer.errors import SettingsError
+from ray_streamer.integrations.vllm.options import LoaderOptions
+
+
+def test_nothing_said_is_the_models_own_folder_and_the_defaults():
+    for nothing in (None, {}):
+        options = LoaderOptions.of(nothing)
+        assert (options.uri, options.draft_uri, options.settings.concurrency) == (None, None, 16)
+
+
+def test_keys_of_run_ai_mean_the_same():
+    options = LoaderOptions.of({"distributed": False, "concurrency": 4, "memory_limit": 5368709120})
+    assert (options.settings.concurrency, options.settings.memory_limit) == (4, 5 << 30)
+
+
+def test_settings_may_be_written_as_on_the_command_line():
+    options = LoaderOptions.of(
+        {"uri": "s3://bucket/model", "memory_limit": "512MiB", "s3_endpoint_url": "http://host:1"}
+    )
+    assert options.uri == "s3://bucket/model"
+    assert options.settings.memory_limit == 512 << 20
+
+
+def test_what_is_not_said_comes_from_the_environment(monkeypatch):
+    monkeypatch.setenv("RAY_STREAMER_CONCURRENCY", "3")
+    assert LoaderOptions.of({"block_bytes": "4MiB"}).settings.concurrency == 3
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ({"url": "s3://b"}, "'url', which load format ray_streamer does not know; it takes .*block_bytes.*uri"),
+        ({"distributed": 1}, "distributed must be true or false, got 1"),
+        ({"uri": ""}, "uri must be a path or a URI"),
+        ({"draft_uri": 3}, "draft_uri must be a path or a URI .* got 3"),
+        ({"concurrency": 0}, "concurrency"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused_by_name(extra, message):
+    with pytest.raises(SettingsError, match=message):
+        LoaderOptions.of(extra)

@@ -1,0 +1,184 @@
+"""Which model families does vLLM load, and how is a checkpoint of each made so small that it loads in a second?
+
+A configuration of transformers with few and small layers, random values in every parameter, saved as transformers saves it.
+Sizes are such that tp=2 divides them, that key and value heads are fewer than query heads, and that the vocabulary needs padding.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+SMALL = {
+    "vocab_size": 300,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 256,
+    "tie_word_embeddings": False,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+"""Where a configuration has a field of this name, it gets this value."""
+
+TIED = {"tie_word_embeddings": True}
+MOE = {
+    "moe_intermediate_size": 32,
+    "num_experts": 4,
+    "n_routed_experts": 4,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+}
+MLA = {"q_lora_rank": 24, "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16}
+GPT = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256, "n_inner": 128}
+DEEPSEEK = {
+    **MOE,
+    **MLA,
+    "head_dim": 8,
+    "num_key_value_heads": 4,
+    "n_group": 2,
+    "topk_group": 1,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+}
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "apertus": {},
+    "arcee": {},
+    "bloom": {**TIED, "n_layer": 2, "n_head": 4},
+    "cohere": TIED,
+    "cohere2": TIED,
+    "deepseek_v2": {**DEEPSEEK, "topk_method": "group_limited_greedy"},
+    "deepseek_v3": {**DEEPSEEK, "topk_method": "noaux_tc"},
+    "dots1": {**MOE, "n_group": 2, "topk_group": 1, "n_shared_experts": 1, "first_k_dense_replace": 1},
+    "ernie4_5": {},
+    "ernie4_5_moe": {**MOE, "moe_num_experts": 4, "moe_k": 2, "moe_layer_start_index": 1, "moe_num_shared_experts": 1},
+    "exaone4": {"sliding_window": 32, "sliding_window_pattern": 2},
+    "falcon": {
+        "new_decoder_architecture": True,
+        "num_kv_heads": 2,
+        "alibi": False,
+        "multi_query": False,
+        "bias": False,
+    },
+    "falcon_h1": {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 2, "mamba_d_state": 16},
+    "flex_olmo": {**MOE, "moe_intermediate_size": 128},
+    "gemma": TIED,
+    "gemma2": {**TIED, "query_pre_attn_scalar": 16},
+    "gemma3_text": {**TIED, "query_pre_attn_scalar": 16, "sliding_window": 32},
+    "glm": {},
+    "glm4": {},
+    "glm4_moe": {
+        **MOE,
+        "head_dim": 16,
+        "n_group": 1,
+        "topk_group": 1,
+        "n_shared_experts": 1,
+        "first_k_dense_replace": 1,
+    },
+    "gpt2": {**GPT, **TIED},
+    "gpt_bigcode": {**GPT, **TIED},
+    "gpt_neox": {"rotary_pct": 0.5},
+    "gpt_oss": {**MOE, "sliding_window": 32, "num_local_experts": 4, "intermediate_size": 64},
+    "gptj": {**GPT, "rotary_dim": 8},
+    "granite": {},
+    "granitemoe": MOE,
+    "granitemoeshared": {**MOE, "shared_intermediate_size": 64},
+    "helium": {},
+    "hunyuan_v1_dense": {},
+    "hunyuan_v1_moe": {**MOE, "moe_topk": 2, "moe_intermediate_size": 128},
+    "jamba": {
+        **MOE,
+        "attn_layer_period": 2,
+        "attn_layer_offset": 1,
+        "expert_layer_period": 2,
+        "expert_layer_offset": 1,
+        "mamba_d_state": 16,
+        "use_mamba_kernels": False,
+    },
+    "lfm2": {"conv_dim": 64, "layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
+    "llama": {},
+    "llama4_text": {
+        **MOE,
+        "intermediate_size_mlp": 128,
+        "interleave_moe_layer_step": 2,
+        "moe_layers": [1],
+        "layer_types": ["chunked_attention", "full_attention"],
+    },
+    "mamba": {"state_size": 16},
+    "mamba2": {"num_heads": 8, "head_dim": 16, "n_groups": 2, "state_size": 16},
+    "minimax_m2": {**MOE, "rotary_dim": 8},
+    "mistral": {},
+    "mixtral": MOE,
+    "nemotron": {},
+    "olmo": {},
+    "olmo2": {},
+    "olmo3": {"layer_types": ["sliding_attention", "full_attention"]},
+    "olmoe": MOE,
+    "opt": {**TIED, "ffn_dim": 128, "word_embed_proj_dim": 64},
+    "persimmon": {"num_key_value_heads": 4},
+    "phi": {"num_key_value_heads": 4},
+    "phi3": {},
+    "phimoe": {**MOE, "moe_intermediate_size": 128},
+    "qwen2": TIED,
+    "qwen2_moe": {**MOE, "shared_expert_intermediate_size": 64},
+    "qwen3": {},
+    "qwen3_moe": MOE,
+    "qwen3_next": {
+        **MOE,
+        "shared_expert_intermediate_size": 64,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 16,
+        "linear_value_head_dim": 16,
+        "layer_types": ["linear_attention", "full_attention"],
+    },
+    "seed_oss": {},
+    "smollm3": {"no_rope_layers": [1, 0]},
+    "solar_open": {**MOE, "n_group": 1, "topk_group": 1, "n_shared_experts": 1, "first_k_dense_replace": 1},
+    "stablelm": {},
+    "starcoder2": {},
+}
+"""transformers' `model_type`, and where a small configuration needs other values than `SMALL`."""
+
+
+def save_checkpoint(family: str, folder: Path, *, seed: int = 0) -> None:
+    """A checkpoint of `family` in `folder`: config.json and safetensors files of bfloat16."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config_class = type(AutoConfig.for_model(family))
+    known = vars(AutoConfig.for_model(family)) | vars(config_class).get("attribute_map", {})
+    wished = SMALL | FAMILIES[family]
+    config = config_class(
+        **{name: value for name, value in wished.items() if name in known or name in FAMILIES[family]}
+    )
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config).to(torch.bfloat16)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.1)
+        for name, buffer in model.named_buffers():
+            if "bias" in name and buffer.is_floating_point():
+                buffer.normal_(std=0.1)
+    model.save_pretrained(folder, max_shard_size="100KB")
+
+
+def save_tokenizer(folder: Path) -> None:
+    """A tokenizer of as many words as the small vocabulary has, for what asks for one."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Whitespace
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(WordLevel({f"w{number}": number for number in range(SMALL["vocab_size"])}, unk_token="w0"))
+    words.pre_tokenizer = Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0", bos_token="w1", eos_token="w2").save_pretrained(
+        folder
+    )

@@ -1,0 +1,12 @@
+"""What does a worker of the engine hold? Mixed into vLLM's worker by `worker_extension_cls`, and asked by `collective_rpc`."""
+
+from __future__ import annotations
+
+from ranks import hashes_of
+
+
+class Probe:
+    """Methods that every worker gets."""
+
+    def parameter_hashes(self) -> dict[str, str]:
+        return hashes_of(self.model_runner.model)

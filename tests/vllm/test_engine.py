@@ -1,0 +1,130 @@
+"""The whole way through vLLM's engine: tokens, logprobs and every parameter are the stock loader's, from disk and from S3."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+from engine_process import PROMPTS
+from engines import run_engine, served, try_engine
+from families import save_checkpoint, save_tokenizer
+
+from ray_streamer.checkpoint import open_checkpoint
+from ray_streamer.checkpoint.open import HEAD_BYTES
+from ray_streamer.settings import Settings
+from ray_streamer.storage import open_storage
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    """Folder of a family's checkpoint, made once."""
+    made = {}
+
+    def checkpoint(family, seed=0):
+        if (family, seed) not in made:
+            made[family, seed] = tmp_path_factory.mktemp(f"{family}-{seed}") / "model"
+            save_checkpoint(family, made[family, seed], seed=seed)
+        return made[family, seed]
+
+    return checkpoint
+
+
+def without_weights(model, folder):
+    """A folder with the configuration only, as a node has it when weights stay in S3."""
+    folder.mkdir()
+    for path in model.iterdir():
+        if path.suffix == ".json" and "index" not in path.name:
+            shutil.copy(path, folder)
+    return folder
+
+
+def tensor_bytes(model):
+    storage = open_storage(str(model), Settings())
+    try:
+        return open_checkpoint(str(model), storage).total_bytes
+    finally:
+        storage.close()
+
+
+@pytest.mark.parametrize(("family", "tp"), [("llama", 1), ("llama", 2), ("qwen3_moe", 2), ("gemma3_text", 2)])
+def test_from_disk_as_the_stock_loader(family, tp, checkpoints, tmp_path):
+    engine = {"model": str(checkpoints(family)), "tensor_parallel_size": tp}
+    stock = run_engine(tmp_path / "stock", engine)
+    ours = run_engine(tmp_path / "ours", {**engine, "load_format": "ray_streamer"})
+    assert ours["hashes"] == stock["hashes"]
+    assert ours["answers"] == stock["answers"]
+    assert f"into {'1 rank' if tp == 1 else f'{tp} ranks'} in" in ours["log"]
+
+
+def test_from_s3_with_a_folder_that_holds_the_configuration_only(checkpoints, s3_credentials, tmp_path):
+    model = checkpoints("llama")
+    stock = run_engine(tmp_path / "stock", {"model": str(model), "tensor_parallel_size": 2})
+    uri = s3_credentials.upload_folder(model, "vllm", "llama")
+    sent, requests = s3_credentials.bytes_sent(), s3_credentials.requests()
+    ours = run_engine(
+        tmp_path / "s3",
+        {
+            "model": str(without_weights(model, tmp_path / "config")),
+            "tensor_parallel_size": 2,
+            "load_format": "ray_streamer",
+            "model_loader_extra_config": {"uri": uri, "concurrency": 4},
+        },
+    )
+    sent, requests = s3_credentials.bytes_sent() - sent, s3_credentials.requests() - requests
+    assert ours["hashes"] == stock["hashes"]
+    assert ours["answers"] == stock["answers"]
+    assert_read_once(model, sent, requests)
+
+
+def test_serve_over_http_from_s3(checkpoints, s3_credentials, tmp_path):
+    model = checkpoints("llama")
+    stock = run_engine(tmp_path / "stock", {"model": str(model), "tensor_parallel_size": 2})
+    uri = s3_credentials.upload_folder(model, "vllm", "served")
+    sent, requests = s3_credentials.bytes_sent(), s3_credentials.requests()
+    config = without_weights(model, tmp_path / "config")
+    save_tokenizer(config)
+    extra = ["--load-format", "ray_streamer", "--model-loader-extra-config", json.dumps({"uri": uri})]
+    with served(tmp_path / "serve", config, "--tensor-parallel-size", "2", *extra) as ask:
+        for prompt, (token_ids, _) in zip(PROMPTS, stock["answers"], strict=True):
+            answer = ask({"prompt": prompt, "max_tokens": 8, "temperature": 0, "return_token_ids": True})
+            assert answer["choices"][0]["token_ids"] == token_ids
+    assert_read_once(model, s3_credentials.bytes_sent() - sent, s3_credentials.requests() - requests)
+
+
+def assert_read_once(model, sent, requests):
+    """Each tensor came once for both workers, and so did headers, index and config.json."""
+    needed = tensor_bytes(model)
+    heads = sum(min(HEAD_BYTES, path.stat().st_size) for path in model.glob("*.safetensors"))
+    extra = sent - needed - heads
+    print(
+        f"{sent} bytes in {requests} requests: {needed} of tensors, {heads} of first bytes with headers, {extra} beside"
+    )
+    assert 0 <= extra < 100_000
+
+
+def test_what_cannot_be_loaded_ends_the_engine_with_a_sentence(checkpoints, tmp_path):
+    engine = {"model": str(checkpoints("llama")), "tensor_parallel_size": 2, "load_format": "ray_streamer"}
+    status, answer, log = try_engine(
+        tmp_path / "gone", {**engine, "model_loader_extra_config": {"uri": str(tmp_path / "nothing")}}
+    )
+    assert (answer, status) == (None, 1)
+    assert "ObjectMissingError" in log
+    assert str(tmp_path / "nothing") in log
+    status, answer, log = try_engine(tmp_path / "key", {**engine, "model_loader_extra_config": {"url": "x"}})
+    assert (answer, status) == (None, 1)
+    assert "model_loader_extra_config has 'url', which load format ray_streamer does not know" in log
+
+
+def test_reload_with_other_weights(checkpoints, tmp_path):
+    first, second = checkpoints("llama"), checkpoints("llama", seed=1)
+    stock = run_engine(tmp_path / "stock", {"model": str(second), "tensor_parallel_size": 2})
+    ours = run_engine(
+        tmp_path / "ours",
+        {"model": str(first), "tensor_parallel_size": 2, "load_format": "ray_streamer"},
+        reloads=[{"weights_path": str(second)}, {"weights_path": str(first)}],
+    )
+    assert ours["reloaded"][0]["hashes"] == stock["hashes"]
+    assert ours["reloaded"][0]["answers"] == stock["answers"]
+    assert ours["reloaded"][1]["hashes"] == ours["hashes"]
+    assert ours["reloaded"][1]["answers"] == ours["answers"]

@@ -1,0 +1,87 @@
+"""Every model family that vLLM and transformers share loads as with the stock loader: each parameter and buffer of each rank."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import pytest
+from families import FAMILIES, save_checkpoint
+from ranks import Layout, on_all_ranks, stock
+
+from ray_streamer.checkpoint import open_checkpoint
+from ray_streamer.checkpoint.open import HEAD_BYTES
+from ray_streamer.settings import Settings
+from ray_streamer.storage import open_storage
+
+LAYOUTS = [
+    pytest.param("llama", Layout(tp=1), id="llama-tp1"),
+    pytest.param("llama", Layout(pp=2), id="llama-pp2"),
+    pytest.param("gemma3_text", Layout(pp=2), id="tied-pp2"),
+    pytest.param("llama", Layout(tp=2, pp=2), id="llama-tp2-pp2"),
+    pytest.param("qwen3_moe", Layout(tp=2, ep=True), id="experts-tp2-ep"),
+    pytest.param("deepseek_v3", Layout(tp=2, ep=True), id="mla-tp2-ep"),
+]
+
+
+def ours(model: Any, model_config: Any, **extra: Any) -> Any:
+    """Fills the model as `--load-format ray_streamer` does, and says what it took on this rank."""
+    from vllm.config import LoadConfig
+
+    from ray_streamer.integrations.vllm.loader import RayStreamerLoader
+
+    # What the page cache holds would not be counted as read.
+    loader = RayStreamerLoader(
+        LoadConfig(load_format="ray_streamer", model_loader_extra_config={"page_cache": "off", **extra})
+    )
+    loader.load_weights(model, model_config)
+    return loader.summary
+
+
+def total_bytes(folder):
+    storage = open_storage(str(folder), Settings())
+    try:
+        return open_checkpoint(str(folder), storage).total_bytes
+    finally:
+        storage.close()
+
+
+def check(folder, layout, scratch, **extra):
+    """Compares all ranks, and gives what each took."""
+    said = []
+    for theirs, mine in on_all_ranks(folder, layout, [stock, partial(ours, **extra)], scratch):
+        assert mine.before == theirs.before
+        assert mine.after == theirs.after
+        said.append(mine.said)
+    return said
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_family_loads_as_with_the_stock_loader(family, tmp_path):
+    save_checkpoint(family, tmp_path / "model")
+    first, second = check(tmp_path / "model", Layout(tp=2), tmp_path)
+    print(
+        f"{family}: {first.num_tensors} tensors, planned {first.num_planned}, cast {first.num_cast}, early {first.num_early}, "
+        f"whole {len(first.whole)} {first.whole[:2]}; "
+        f"{first.num_bytes + second.num_bytes} bytes by plan, {first.early_bytes + second.early_bytes} early"
+    )
+    assert first.num_bytes + second.num_bytes <= total_bytes(tmp_path / "model")
+
+
+@pytest.mark.parametrize(("family", "layout"), LAYOUTS)
+def test_a_layout_loads_as_with_the_stock_loader(family, layout, tmp_path):
+    save_checkpoint(family, tmp_path / "model")
+    check(tmp_path / "model", layout, tmp_path)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe", "phi3", "gpt2", "falcon"])
+def test_from_s3_every_byte_leaves_once_for_all_ranks(family, tmp_path, s3_credentials):
+    save_checkpoint(family, tmp_path / "model")
+    uri = s3_credentials.upload_folder(tmp_path / "model", "families", family)
+    sent = s3_credentials.bytes_sent()
+    first, second = check(tmp_path / "model", Layout(tp=2), tmp_path, uri=uri)
+    sent = s3_credentials.bytes_sent() - sent
+    needed = total_bytes(tmp_path / "model")
+    assert first.num_bytes + second.num_bytes == needed
+    heads = sum(min(HEAD_BYTES, path.stat().st_size) for path in (tmp_path / "model").glob("*.safetensors"))
+    assert needed <= sent - heads < needed + 50_000
