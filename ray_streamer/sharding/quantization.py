@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ray_streamer.sharding.distinct_rows import distinct_rows
-from ray_streamer.sharding.name_kinds import NameKinds, as_text, number_of, take_apart
+from ray_streamer.sharding.name_kinds import NameKinds, as_text, number_of
 from ray_streamer.sharding.stored_form import HOLDERS, WHOLE, QuantizationHints, StoredForm, StoredPart, forms_of
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ class QuantizedWeights:
             return
         examples = np.empty(len(self.wholes), dtype=np.int64)
         examples[self.weight_ids] = self.tensors
-        of_weights = [weight_of(take_apart(names.names[tensor])[0]) or "" for tensor in examples[unnamed].tolist()]
+        of_weights = [_weight_name(names.names[tensor]) for tensor in examples[unnamed].tolist()]
         rules_of_weights[unnamed] = rules.first_matches(NameKinds.of(of_weights))
 
 
@@ -123,8 +123,11 @@ def find_quantized(index: CheckpointIndex, names: NameKinds) -> QuantizedWeights
     instances = distinct_rows([kind_of_weight, *numbers.T])
     tensor_of = np.full((len(instances.firsts), len(parts)), -1, dtype=np.int64)
     tensor_of[instances.ids, part_ids] = tensors
-    is_held = (tensor_of[:, [number for part, number in parts.items() if part in HOLDERS]] >= 0).any(axis=1)
-    return _with_forms(index, tensor_of[is_held], [*parts])
+    has_part = tensor_of >= 0
+    is_held = has_part[:, [number for part, number in parts.items() if part in HOLDERS]].any(axis=1)
+    # A weight like others that are quantized may have nothing beside it.
+    is_quantized = has_part[:, [number for part, number in parts.items() if part != WHOLE]].any(axis=1)
+    return _with_forms(index, tensor_of[is_held & is_quantized], [*parts])
 
 
 def _rows_of_roles(
@@ -186,6 +189,14 @@ def weight_of(kind: Components) -> str | None:
     """The weight, as rules call it, that a tensor of this kind of name would be a part of; None when it is none by its name."""
     found = _split(kind)
     return None if found is None else as_text(found[0])
+
+
+def _weight_name(name: str) -> str:
+    """The weight, as rules call it, that the tensor called `name` is a part of."""
+    found = _split(tuple(name.split(".")))
+    assert found is not None
+    components, _, hidden = found
+    return ".".join([*map(str, components[: -len(hidden) or None]), *map(str, hidden)])
 
 
 def _split(kind: Components) -> tuple[Components, str, tuple[int, ...]] | None:

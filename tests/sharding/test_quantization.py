@@ -13,7 +13,18 @@ import pytest
 from family_support.held import boxes_of, resolve
 
 from ray_streamer.errors import ShardingError
-from ray_streamer.sharding import Mesh, Part, Placement, Replicate, ShardRules, Skip, Split, TensorSlice, legal_tp
+from ray_streamer.sharding import (
+    Mesh,
+    Part,
+    Placement,
+    Replicate,
+    RuleSlices,
+    ShardRules,
+    Skip,
+    Split,
+    TensorSlice,
+    legal_tp,
+)
 from ray_streamer.testing.layouts import TensorSpec
 from ray_streamer.testing.plan_inputs import header_only_index
 
@@ -387,3 +398,25 @@ def test_a_vector_beside_a_cut_weight_is_not_replicated_in_silence(index_of: Cal
 def test_bytes_that_are_no_quantized_weight_stay_bytes(index_of: Callable[..., CheckpointIndex]) -> None:
     table = resolve(index_of({"m.weight": (8, 6)}, dtype="U8"), ShardRules({"m.weight": Split(1)}), Mesh(tp=2))
     assert table.slice_of(0, 1) == TensorSlice.along((8, 6), 1, [range(3, 6)])
+
+
+@pytest.mark.parametrize("form", ["gptq-4", "awq", "fp8-blocks"])
+def test_a_rule_for_one_layer_places_the_parts_of_its_weights(form: str) -> None:
+    one = FORMATS[form].index
+    parts = [(name, one.dtype_of(at).name, one.shape_of(at)) for at, name in enumerate(one.names)]
+    specs = [TensorSpec(f"layers.{layer}.{name}", dtype, shape) for layer in (3, 12) for name, dtype, shape in parts]
+    index = header_only_index(specs, num_files=1, config=one.config)
+    table = resolve(index, ShardRules({"layers.12.m.weight": Split(0), "*.m.weight": Replicate()}), Mesh(tp=2))
+    alone = resolve(one, ShardRules({"m.weight": Split(0)}), Mesh(tp=2))
+    for at, (name, _, shape) in enumerate(parts):
+        assert table.slice_of(index.position(f"layers.12.{name}"), 1) == alone.slice_of(at, 1)
+        assert table.slice_of(index.position(f"layers.3.{name}"), 1) == TensorSlice.whole(shape)
+
+
+def test_a_weight_without_scales_is_not_quantized_because_others_like_it_are() -> None:
+    specs = [TensorSpec(f"layers.{layer}.m.weight", "BF16", (64, 64)) for layer in (0, 1)]
+    specs.append(TensorSpec("layers.0.m.weight_scale", "F32", (64, 1)))
+    index = header_only_index(specs, num_files=1)
+    results = RuleSlices(rules=ShardRules({"*.weight": Split(0)}), dtype="float32")(index, 0).results
+    dtypes = {spec.name: spec.dtype for spec in results}
+    assert dtypes == {"layers.0.m.weight": "BF16", "layers.0.m.weight_scale": "F32", "layers.1.m.weight": "F32"}
