@@ -73,7 +73,7 @@ class NameKinds:
                     # A name that ends with a number says nothing of longer numbers.
                     head = name[: len(name) - len(rest)] if rest else _NO_HEAD
                     behind = known.setdefault(components[: len(components) - rest.count(".") - 1], {}) if rest else {}
-                    behind[rest] = kind
+                    behind |= {rest: kind} if rest else {}
                 length = len(head)
                 rows.append(numbers)
                 firsts.append(len(kind_ids))

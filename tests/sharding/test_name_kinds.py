@@ -28,6 +28,8 @@ def _neighbours(names: list[str]) -> list[str]:
 @example(["a.3", "a.31.w", "a.3.w", "a.4", "a.4.w"])
 @example(["a.3.a.b", "a.b", "a.5", "a.5.a.b"])
 @example(["3.w", "4.w", ".3.w", "w"])
+@example(["", "\0"])
+@example(["a.3", "\0", "\0w", "a.3.w"])
 @example(["1.2.3.4.5.6.7.8", "1.2.3.4.5.6.7.9", "1.2.3.4.5.7.7.8"])
 def test_a_name_is_its_kind_and_its_numbers(names: list[str]) -> None:
     kinds = NameKinds.of(names)
