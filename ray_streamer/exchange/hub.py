@@ -257,7 +257,7 @@ class Hub:
             self.meeting.close()
 
     def _receive(self, link: Link) -> None:
-        while not self._mailbox.is_gone(link.local_rank):
+        while self._is_linked(link) and not self._mailbox.is_gone(link.local_rank):
             try:
                 message, fds, _, _ = socket.recv_fds(link.socket, MAX_MESSAGE_BYTES, 1, socket.MSG_CMSG_CLOEXEC)
             except BlockingIOError:
@@ -292,6 +292,9 @@ class Hub:
             self._mailbox.finish(link.local_rank)
         elif kind is Kind.FAILED:
             failure = decode_failure(payload)
+            if failure.rank == self._place.rank and self.meeting.missing:
+                self._part(link)
+                return
             # Whoever gave up waiting for a third rank names it as well as this rank would.
             is_absence = failure.kind == StartupTimeoutError.__name__
             self._stop.set(StartupTimeoutError(failure.text) if is_absence else failure.as_error())
@@ -305,10 +308,25 @@ class Hub:
 
     def _lose(self, link: Link, reason: str) -> None:
         """A rank is gone; its sockets are listened to no more."""
+        if self._is_linked(link):
+            self._stop_listening(link)
+            self._mailbox.lose(link.local_rank, reason, has_left=reason is _LEFT)
+
+    def _part(self, link: Link) -> None:
+        """Forgets a rank that ends because an earlier attempt of this rank failed; like this one, it may come again."""
+        self._stop_listening(link)
+        del self._links[link.local_rank]
+        self._mailbox.part(link.local_rank)
+        self.meeting.missing.add(link.local_rank)
+        link.close()
+
+    def _stop_listening(self, link: Link) -> None:
         for source in (link.socket, link.watch.process.fd):
             with contextlib.suppress(KeyError, ValueError):
                 self._selector.unregister(source)
-        self._mailbox.lose(link.local_rank, reason, has_left=reason is _LEFT)
+
+    def _is_linked(self, link: Link) -> bool:
+        return self._links.get(link.local_rank) is link
 
 
 _open_hubs: weakref.WeakSet[Hub] = weakref.WeakSet()

@@ -77,6 +77,11 @@ class Mailbox:
             self._met.add(peer)
             self._changed.notify_all()
 
+    def part(self, peer: int) -> None:
+        """A rank that was connected is not any more, and may come again."""
+        with self._changed:
+            self._met.discard(peer)
+
     def wait_met(self, seconds: float) -> set[int]:
         """Waits until all ranks are connected, or so many seconds have passed; those that are not."""
         with self._activity.waiting(), self._changed:

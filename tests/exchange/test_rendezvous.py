@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from ray_streamer.errors import ClusterError, LoadAbortedError, StartupTimeoutError
+from ray_streamer.errors import ClusterError, LoadAbortedError, RankFailedError, StartupTimeoutError
 from ray_streamer.exchange import peer, rendezvous
-from ray_streamer.exchange.messages import Hello, Kind, encode_hello
+from ray_streamer.exchange.messages import Failure, Hello, Kind, encode_failure, encode_hello
 from ray_streamer.exchange.names import address_of, longer_names
 from ray_streamer.exchange.session import NodeSession
 from ray_streamer.stream.stop import StopSignal
@@ -215,6 +215,33 @@ def test_a_rank_that_tries_again_meets_the_rest(start):
     assert isinstance(start(_ranks_met, 0, 2, startup=0.1).join(), StartupTimeoutError)
     second = start(_ranks_met, 1, 2)
     assert start(_ranks_met, 0, 2).join() == second.join() == [b"20", b"21"]
+
+
+def test_a_rank_that_still_hears_of_its_own_earlier_failure_goes_on(start, session):
+    """Rank 1 learned of the first attempt from somebody else; it ends because of it, and comes again."""
+    first = start(_ranks_met, 0, 3)
+    with _dial(session, 0) as late:
+        late.send(HELLO)
+        assert late.recv(10000)[:1] == bytes([Kind.HELLO])
+        late.send(encode_failure(Failure(rank=20, node="n", kind="LookupError", text="the first attempt")))
+        while late.recv(10000):
+            pass
+    others = [start(_ranks_met, number, 3) for number in (1, 2)]
+    assert [rank.join() for rank in (first, *others)] == [[b"20", b"21", b"22"]] * 3
+
+
+def test_ranks_that_all_try_again_after_a_failure_meet(start):
+
+    def fail(session):
+        raise LookupError("the first attempt")
+
+    first = start(fail, 0, 3)
+    second = start(_ranks_met, 1, 3)
+    third = start(_ranks_met, 2, 3)
+    assert isinstance(first.join(), LookupError)
+    assert {type(rank.join()) for rank in (second, third)} == {RankFailedError}
+    again = [start(_ranks_met, number, 3) for number in range(3)]
+    assert [rank.join() for rank in again] == [[b"20", b"21", b"22"]] * 3
 
 
 def test_ranks_meet_again_under_the_same_name(together):
