@@ -2,9 +2,10 @@
 
     python benchmarks/soak_ranks.py [ROUNDS] [SEED]
 
-In each round four processes load one checkpoint without Ray, and one of them is made to end at a random moment between its start
-and a little after a load's usual end. Every other rank must then succeed, or name that rank within 10 s on a machine that has CPUs
-to spare, with no thread, descriptor, mapping or socket left of the load. Linux, CPU only; prints one line per round and a table.
+In each round four processes load one checkpoint without Ray, and one of them is made to end at a random moment between the call of
+`load_rank` and a little after a load's usual end. Every other rank must then succeed, or name that rank within 10 s on a machine that
+has CPUs to spare, with no thread, descriptor, mapping or socket left of the load. A rank that ends before it met anybody has not come:
+it is named after the startup timeout, here 15 s. Linux, CPU only; prints one line per round and a table.
 """
 
 from __future__ import annotations
@@ -30,12 +31,13 @@ import torch
 import ray_streamer
 import ray_streamer.api.rank
 from ray_streamer import Settings, Split
-from ray_streamer.errors import RankFailedError, ShortReadError
+from ray_streamer.errors import RankFailedError, ShortReadError, StartupTimeoutError
 
 NUM_RANKS = 4
 NUM_TENSORS = 24
 ACTIONS = ("kill", "stop", "fork", "fail")
 SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "fork": signal.SIGUSR1, "fail": signal.SIGUSR2}
+STARTUP_SECONDS = 15.0
 GIVEN_UP_SECONDS = 120.0
 _RAW_FORK = {"x86_64": 57}
 
@@ -84,9 +86,15 @@ def run_rank(rank: int, folder: str, session: str, answers: int) -> None:
     signal.signal(signal.SIGUSR1, _fork_and_die)
     signal.signal(signal.SIGUSR2, _fail)
     settings = Settings.resolve(
-        memory_limit="64KiB", block_bytes="8KiB", concurrency=2, page_cache="off", direct_io="off"
+        memory_limit="64KiB",
+        block_bytes="8KiB",
+        concurrency=2,
+        page_cache="off",
+        direct_io="off",
+        startup_timeout_seconds=STARTUP_SECONDS,
     )
     before = possessions()
+    os.write(answers, b"\n")
     arguments: dict[str, Any] = {"rules": {"*": Split(1)}, "settings": settings}
     try:
         ray_streamer.load_rank(folder, rank=rank, world_size=NUM_RANKS, session=session, **arguments)
@@ -116,11 +124,19 @@ class Round:
             os._exit(0)
         return pid
 
+    def wait_until_called(self) -> None:
+        """Until every rank is about to call `load_rank`."""
+        while self._text.count(b"\n") < NUM_RANKS:
+            self._text += os.read(self._answers, 1 << 16)
+
     def outcomes(self, ranks: set[int]) -> dict[int, dict[str, Any]]:
         """What these ranks ended with, as far as they end in time."""
         deadline = time.monotonic() + GIVEN_UP_SECONDS
         while True:
-            said = {answer["rank"]: answer for answer in map(json.loads, self._text.decode().splitlines())}
+            lines = [
+                line for line in self._text.decode().splitlines(keepends=True) if line.strip() and line.endswith("\n")
+            ]
+            said = {answer["rank"]: answer for answer in map(json.loads, lines)}
             if ranks <= said.keys() or time.monotonic() > deadline:
                 return said
             if select.select([self._answers], [], [], 1.0)[0]:
@@ -138,6 +154,7 @@ class Round:
 def play(folder: str, action: str | None, delay_seconds: float, victim: int) -> dict[str, Any]:
     """One round; what the survivors said, and after how many seconds the last one of them."""
     scene = Round(folder)
+    scene.wait_until_called()
     time.sleep(delay_seconds)
     acted = time.monotonic()
     if action is not None:
@@ -158,6 +175,9 @@ def faults(result: dict[str, Any], victim: int) -> list[str]:
     """What is not as it should be."""
     found = [f"rank {rank} did not end" for rank in result["silent"]]
     for rank, outcome in result["outcomes"].items():
+        is_absence = outcome["error"] == StartupTimeoutError.__name__ and f"ranks [{victim}]" in outcome["text"]
+        if is_absence:
+            continue
         if outcome["error"] not in (None, RankFailedError.__name__):
             found.append(f"rank {rank} raised {outcome['error']}: {outcome['text']}")
         elif outcome["error"] is not None and outcome["named"] != victim:
@@ -181,12 +201,13 @@ def main(num_rounds: int, seed: int) -> int:
             delay_seconds = chance.uniform(0, 1.1 * usual)
             result = play(folder, action, delay_seconds, victim)
             wrong = faults(result, victim)
-            has_named = any(outcome["error"] for outcome in result["outcomes"].values())
-            table[action, "named" if has_named else "loaded"].append(result["seconds"])
+            errors = {outcome["error"] for outcome in result["outcomes"].values()} - {None}
+            end = "absent" if StartupTimeoutError.__name__ in errors else "named" if errors else "loaded"
+            table[action, end].append(result["seconds"])
             num_bad += bool(wrong)
             print(
                 f"{number:3} {action:5} rank {victim} after {delay_seconds:5.2f} s: "
-                f"{'named' if has_named else 'loaded'} within {result['seconds']:5.2f} s {'; '.join(wrong) or 'ok'}",
+                f"{end} within {result['seconds']:5.2f} s {'; '.join(wrong) or 'ok'}",
                 flush=True,
             )
     for (action, end), seconds in sorted(table.items()):

@@ -250,6 +250,7 @@ def test_an_error_of_the_first_rank_reaches_all_with_its_class(together):
 @pytest.mark.parametrize("verb", ["gather", "share", "lend", "finish"])
 def test_a_rank_that_fails_is_named_whatever_the_others_wait_for(together, verb):
     def work(session):
+        session.gather(b"all have met")
         if session.place.local_rank == 0:
             raise LookupError("no such thing")
         if verb == "finish":
@@ -292,6 +293,7 @@ def test_a_rank_that_leaves_while_others_wait_for_it_is_named(together):
 
 def test_a_session_that_failed_refuses_every_verb(together):
     def work(session):
+        session.gather(b"all have met")
         session.fail(LookupError("over"))
         for verb in (
             lambda: session.gather(b""),
