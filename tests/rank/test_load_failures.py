@@ -293,7 +293,8 @@ def test_a_neighbour_with_another_plan_is_refused(ranks, shared_plan):
         running_other.start()
         outcomes = running.join() + running_other.join()
     for outcome in outcomes:
-        assert type(outcome) is ClusterError
+        # Both find it out, and the one that is quicker tells the other.
+        assert isinstance(outcome.cause if isinstance(outcome, RankFailedError) else outcome, ClusterError)
         assert plan.node_plans[0].plan_hash in str(outcome)
         assert other.node_plans[0].plan_hash in str(outcome)
 
