@@ -15,7 +15,7 @@ PACKAGE = Path(ray_streamer.__file__).parent
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 ORDER = (
-    ("errors", "settings", "extent", "dtypes", "units", "machine", "process_limits", "wording"),
+    ("errors", "settings", "extent", "dtypes", "units", "machine", "process_limits", "wording", "rows"),
     ("storage",),
     ("files",),
     ("checkpoint",),

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ray_streamer.planning.groups import group_rows
+from ray_streamer.rows import group_rows
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

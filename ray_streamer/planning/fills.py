@@ -13,8 +13,8 @@ import numpy as np
 
 from ray_streamer.errors import PlanError
 from ray_streamer.planning.coverage import Hole, cover, num_covered
-from ray_streamer.planning.groups import group_rows, group_sequences
 from ray_streamer.planning.views import index_at, unit_views
+from ray_streamer.rows import group_rows, group_sequences
 from ray_streamer.wording import shown
 
 if TYPE_CHECKING:

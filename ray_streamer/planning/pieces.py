@@ -14,10 +14,10 @@ import numpy as np
 
 from ray_streamer.dtypes import DTYPE_CODES, DTYPES
 from ray_streamer.errors import PlanError
-from ray_streamer.planning.groups import group_rows
 from ray_streamer.planning.landing import Region, land
 from ray_streamer.planning.reads import Ragged, meet, tensor_keys
 from ray_streamer.planning.wanted import Span, spans_of
+from ray_streamer.rows import group_rows
 from ray_streamer.slices.move import Side
 from ray_streamer.slices.rank_sources import SourceView
 

@@ -16,8 +16,8 @@ import numpy as np
 
 from ray_streamer.dtypes import DTYPES
 from ray_streamer.planning.coverage import num_covered
-from ray_streamer.planning.groups import group_rows
 from ray_streamer.planning.wanted import extents_of, join_spans, source_bytes, spans_of
+from ray_streamer.rows import group_rows
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

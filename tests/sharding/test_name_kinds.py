@@ -63,7 +63,8 @@ def test_rows_are_alike_when_all_their_columns_are(
     num_rows: int, is_hashed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not is_hashed:
-        monkeypatch.setattr("ray_streamer.sharding.distinct_rows._ODD", np.uint64(0))
+        monkeypatch.setattr("ray_streamer.rows.MOST_KEYS", 0)
+        monkeypatch.setattr("ray_streamer.rows._MIX", np.uint64(0))
     random = np.random.default_rng(0)
     columns = [random.integers(-2, 3, num_rows), random.integers(0, 2, num_rows).astype(np.uint8)]
     rows = list(zip(*(column.tolist() for column in columns), strict=True))
