@@ -27,6 +27,12 @@ def test_settings_may_be_written_as_on_the_command_line():
     assert options.settings.memory_limit == 512 << 20
 
 
+def test_a_draft_model_has_a_place_of_its_own():
+    options = LoaderOptions.of({"uri": "s3://bucket/model", "draft_uri": "s3://bucket/draft"})
+    assert (options.uri_of(is_draft=False), options.uri_of(is_draft=True)) == (options.uri, options.draft_uri)
+    assert LoaderOptions.of({"uri": "s3://bucket/model"}).uri_of(is_draft=True) is None
+
+
 def test_what_is_not_said_comes_from_the_environment(monkeypatch):
     monkeypatch.setenv("RAY_STREAMER_CONCURRENCY", "3")
     assert LoaderOptions.of({"block_bytes": "4MiB"}).settings.concurrency == 3

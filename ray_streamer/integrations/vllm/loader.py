@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 import time
+from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -18,10 +19,11 @@ from weakref import WeakKeyDictionary
 from ray_streamer.api.rank import load_rank
 from ray_streamer.checkpoint import locate, open_checkpoint
 from ray_streamer.integrations.vllm import internals
-from ray_streamer.integrations.vllm.capturing import CapturedSlices, read_tensors
+from ray_streamer.integrations.vllm.capturing import CapturedSlices
 from ray_streamer.integrations.vllm.options import LoaderOptions
 from ray_streamer.integrations.vllm.summary import Summary, gather_summaries
 from ray_streamer.integrations.vllm.tied_heads import refuse_other_head
+from ray_streamer.rank.whole_tensors import read_in_batches
 from ray_streamer.storage import open_storage
 
 if TYPE_CHECKING:
@@ -38,12 +40,22 @@ BaseModelLoader: Any = internals.internal("vllm.model_executor.model_loader", "B
 logger = internals.logger_of(__name__)
 
 
+_RELOAD_BATCH_BYTES = 256 << 20
+
+
 @dataclass(frozen=True, slots=True)
 class _Origin:
-    """What a model was loaded from: its `model_config.model`, to which `uri` belonged."""
+    """What a model was loaded from first.
+
+    Attributes:
+        model: Its `model_config.model`, to which `uri` belonged.
+        is_draft: Whether it is a draft model.
+        uri: What the options said; None = the model's own folder.
+    """
 
     model: str
-    uri: str
+    is_draft: bool
+    uri: str | None
 
 
 _origins: WeakKeyDictionary[nn.Module, _Origin] = WeakKeyDictionary()
@@ -75,8 +87,10 @@ class RayStreamerLoader(BaseModelLoader):
         """
         internals.refuse_own_files(model)
         started = time.perf_counter()
-        uri = self._uri_of(model_config)
-        _origins[model] = _Origin(model_config.model, uri)
+        is_draft = internals.is_draft(model_config)
+        said = self._options.uri_of(is_draft=is_draft)
+        _origins[model] = _Origin(model_config.model, is_draft, said)
+        uri = said or own_place(model_config)
         secondary = internals.secondary_tensors(model, self.load_config)
         captured = CapturedSlices(
             uri,
@@ -111,25 +125,32 @@ class RayStreamerLoader(BaseModelLoader):
         Raises:
             RayStreamerError: The checkpoint cannot be read.
         """
-        origin = _origins.get(model)
-        uri = self._uri_of(model_config)
-        if origin is not None and origin.model != model_config.model:
-            # The engine was told to load another model, which `uri` says nothing about.
-            uri = model_config.model
-        skips = internals.skips_tensor(model)
-        storage = open_storage(locate(uri).folder_uri, self._options.settings)
-        try:
-            index = open_checkpoint(uri, storage, concurrency=self._options.settings.concurrency)
-        finally:
-            storage.close()
-        for name in index.names:
-            if not skips(name):
-                yield from read_tensors(uri, self._options.settings, index, [name]).items()
+        uri = self._uri_of_reload(model_config, _origins.get(model))
+        skips, settings = internals.skips_tensor(model), self._options.settings
+        with closing(open_storage(locate(uri).folder_uri, settings)) as storage:
+            index = open_checkpoint(uri, storage, concurrency=settings.concurrency)
+            yield from read_in_batches(
+                index,
+                storage,
+                (name for name in index.names if not skips(name)),
+                batch_bytes=_RELOAD_BATCH_BYTES,
+                block_bytes=int(settings.block_bytes),
+                concurrency=settings.concurrency,
+            )
         yield from internals.secondary_tensors(model, self.load_config)
 
-    def _uri_of(self, model_config: Any) -> str:
-        said = self._options.draft_uri if internals.is_draft(model_config) else self._options.uri
-        return said or model_config.model_weights or model_config.model
+    def _uri_of_reload(self, model_config: Any, origin: _Origin | None) -> str:
+        said = self._options.uri_of(is_draft=origin is not None and origin.is_draft)
+        # Options that changed since are about the weights that are wanted now. Options that did not are about the model that was
+        # loaded first, and say nothing about another one.
+        if origin is not None and said == origin.uri and model_config.model != origin.model:
+            return own_place(model_config)
+        return said or own_place(model_config)
+
+
+def own_place(model_config: Any) -> str:
+    """Where vLLM itself would look for the weights of that model."""
+    return model_config.model_weights or model_config.model
 
 
 def targets_of(model: nn.Module) -> dict[str, torch.Tensor]:

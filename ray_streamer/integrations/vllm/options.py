@@ -28,6 +28,10 @@ class LoaderOptions:
     draft_uri: str | None = None
     settings: Settings = field(default_factory=Settings.resolve)
 
+    def uri_of(self, *, is_draft: bool) -> str | None:
+        """What is said about the weights of the model, or of its draft model."""
+        return self.draft_uri if is_draft else self.uri
+
     @classmethod
     def of(cls, extra_config: Mapping[str, Any] | None) -> LoaderOptions:
         """The options that `extra_config` says; what it leaves out comes from the environment or is the default.
