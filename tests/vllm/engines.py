@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from contextlib import contextmanager
@@ -36,9 +37,8 @@ def run_engine(scratch: Path, engine: dict[str, Any], **wish: Any) -> dict[str, 
 
 def try_engine(scratch: Path, engine: dict[str, Any], **wish: Any) -> tuple[int, dict[str, Any] | None, str]:
     """Exit status, answer or None, and log of an engine with these arguments."""
-    environment = _environment(scratch)
     command = [sys.executable, str(HERE / "engine_process.py"), json.dumps({"engine": engine, **wish})]
-    with (scratch / "engine.log").open("w+") as log:
+    with _environment(scratch) as environment, (scratch / "engine.log").open("w+") as log:
         done = subprocess.run(command, stdout=log, stderr=log, env=environment, timeout=TIMEOUT_SECONDS, check=False)
         log.seek(0)
         text = log.read()
@@ -53,7 +53,7 @@ def served(scratch: Path, model: Path, *arguments: str) -> Iterator[Callable[[di
     Raises:
         AssertionError: It ended, or did not get healthy in time; says the end of its log.
     """
-    environment, port = _environment(scratch), free_port()
+    port = free_port()
     command = [
         str(Path(sys.executable).parent / "vllm"),
         "serve",
@@ -64,7 +64,7 @@ def served(scratch: Path, model: Path, *arguments: str) -> Iterator[Callable[[di
         str(port),
     ]
     shape = ["--enforce-eager", "--dtype", "bfloat16", "--max-model-len", "128", "--max-num-seqs", "4"]
-    with (scratch / "serve.log").open("w") as log:
+    with _environment(scratch) as environment, (scratch / "serve.log").open("w") as log:
         server = subprocess.Popen(
             [*command, *shape, *arguments], stdout=log, stderr=log, env=environment, start_new_session=True
         )
@@ -99,10 +99,13 @@ def _post(port: int, body: dict[str, Any]) -> dict[str, Any]:
         return json.load(answer)
 
 
-def _environment(scratch: Path) -> dict[str, str]:
+@contextmanager
+def _environment(scratch: Path) -> Iterator[dict[str, str]]:
+    """The environment of an engine, whose sockets lie in a folder of a short name: paths of sockets have 107 characters."""
     scratch.mkdir(parents=True, exist_ok=True)
-    return os.environ | {
-        "TMPDIR": str(scratch),
-        "PYTHONPATH": os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]),
-        "VLLM_LOGGING_LEVEL": "INFO",
-    }
+    with tempfile.TemporaryDirectory(prefix="v-", ignore_cleanup_errors=True) as folder:
+        yield os.environ | {
+            "TMPDIR": folder,
+            "PYTHONPATH": os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]),
+            "VLLM_LOGGING_LEVEL": "INFO",
+        }

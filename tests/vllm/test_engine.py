@@ -30,6 +30,20 @@ def checkpoints(tmp_path_factory):
     return checkpoint
 
 
+@pytest.fixture(scope="module")
+def stock(checkpoints, tmp_path_factory):
+    """What the stock loader's engine says of a family's checkpoint, found out once."""
+    said = {}
+
+    def answer(family, tp, seed=0):
+        if (family, tp, seed) not in said:
+            engine = {"model": str(checkpoints(family, seed)), "tensor_parallel_size": tp}
+            said[family, tp, seed] = run_engine(tmp_path_factory.mktemp("stock"), engine)
+        return said[family, tp, seed]
+
+    return answer
+
+
 def without_weights(model, folder):
     """A folder with the configuration only, as a node has it when weights stay in S3."""
     folder.mkdir()
@@ -48,18 +62,16 @@ def tensor_bytes(model):
 
 
 @pytest.mark.parametrize(("family", "tp"), [("llama", 1), ("llama", 2), ("qwen3_moe", 2), ("gemma3_text", 2)])
-def test_from_disk_as_the_stock_loader(family, tp, checkpoints, tmp_path):
-    engine = {"model": str(checkpoints(family)), "tensor_parallel_size": tp}
-    stock = run_engine(tmp_path / "stock", engine)
-    ours = run_engine(tmp_path / "ours", {**engine, "load_format": "ray_streamer"})
-    assert ours["hashes"] == stock["hashes"]
-    assert ours["answers"] == stock["answers"]
+def test_from_disk_as_the_stock_loader(family, tp, checkpoints, stock, tmp_path):
+    engine = {"model": str(checkpoints(family)), "tensor_parallel_size": tp, "load_format": "ray_streamer"}
+    ours, theirs = run_engine(tmp_path, engine), stock(family, tp)
+    assert ours["hashes"] == theirs["hashes"]
+    assert ours["answers"] == theirs["answers"]
     assert f"into {'1 rank' if tp == 1 else f'{tp} ranks'} in" in ours["log"]
 
 
-def test_from_s3_with_a_folder_that_holds_the_configuration_only(checkpoints, s3_credentials, tmp_path):
-    model = checkpoints("llama")
-    stock = run_engine(tmp_path / "stock", {"model": str(model), "tensor_parallel_size": 2})
+def test_from_s3_with_a_folder_that_holds_the_configuration_only(checkpoints, stock, s3_credentials, tmp_path):
+    model, theirs = checkpoints("llama"), stock("llama", 2)
     uri = s3_credentials.upload_folder(model, "vllm", "llama")
     sent, requests = s3_credentials.bytes_sent(), s3_credentials.requests()
     ours = run_engine(
@@ -72,21 +84,20 @@ def test_from_s3_with_a_folder_that_holds_the_configuration_only(checkpoints, s3
         },
     )
     sent, requests = s3_credentials.bytes_sent() - sent, s3_credentials.requests() - requests
-    assert ours["hashes"] == stock["hashes"]
-    assert ours["answers"] == stock["answers"]
+    assert ours["hashes"] == theirs["hashes"]
+    assert ours["answers"] == theirs["answers"]
     assert_read_once(model, sent, requests)
 
 
-def test_serve_over_http_from_s3(checkpoints, s3_credentials, tmp_path):
-    model = checkpoints("llama")
-    stock = run_engine(tmp_path / "stock", {"model": str(model), "tensor_parallel_size": 2})
+def test_serve_over_http_from_s3(checkpoints, stock, s3_credentials, tmp_path):
+    model, theirs = checkpoints("llama"), stock("llama", 2)
     uri = s3_credentials.upload_folder(model, "vllm", "served")
     sent, requests = s3_credentials.bytes_sent(), s3_credentials.requests()
     config = without_weights(model, tmp_path / "config")
     save_tokenizer(config)
     extra = ["--load-format", "ray_streamer", "--model-loader-extra-config", json.dumps({"uri": uri})]
     with served(tmp_path / "serve", config, "--tensor-parallel-size", "2", *extra) as ask:
-        for prompt, (token_ids, _) in zip(PROMPTS, stock["answers"], strict=True):
+        for prompt, (token_ids, _) in zip(PROMPTS, theirs["answers"], strict=True):
             answer = ask({"prompt": prompt, "max_tokens": 8, "temperature": 0, "return_token_ids": True})
             assert answer["choices"][0]["token_ids"] == token_ids
     assert_read_once(model, s3_credentials.bytes_sent() - sent, s3_credentials.requests() - requests)
@@ -116,15 +127,14 @@ def test_what_cannot_be_loaded_ends_the_engine_with_a_sentence(checkpoints, tmp_
     assert "model_loader_extra_config has 'url', which load format ray_streamer does not know" in log
 
 
-def test_reload_with_other_weights(checkpoints, tmp_path):
-    first, second = checkpoints("llama"), checkpoints("llama", seed=1)
-    stock = run_engine(tmp_path / "stock", {"model": str(second), "tensor_parallel_size": 2})
+def test_reload_with_other_weights(checkpoints, stock, tmp_path):
+    first, second, theirs = checkpoints("llama"), checkpoints("llama", seed=1), stock("llama", 2, seed=1)
     ours = run_engine(
         tmp_path / "ours",
         {"model": str(first), "tensor_parallel_size": 2, "load_format": "ray_streamer"},
         reloads=[{"weights_path": str(second)}, {"weights_path": str(first)}],
     )
-    assert ours["reloaded"][0]["hashes"] == stock["hashes"]
-    assert ours["reloaded"][0]["answers"] == stock["answers"]
+    assert ours["reloaded"][0]["hashes"] == theirs["hashes"]
+    assert ours["reloaded"][0]["answers"] == theirs["answers"]
     assert ours["reloaded"][1]["hashes"] == ours["hashes"]
     assert ours["reloaded"][1]["answers"] == ours["answers"]
