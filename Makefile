@@ -1,5 +1,7 @@
 # make demo    load a checkpoint over a local Ray from disk and from S3, and prove every slice
-# make test    lint, and the whole test suite
+# make check   lint, types and the quick tests
+# make test    lint, types and the whole test suite, but for the oracles
+# make test-oracles  every model family against other people's loaders
 # make test-vllm  what vLLM's own loaders and engine make of it, in an environment of its own (3.8 GB)
 # make bench   side by side with other ways to load
 # make gpu-check  what this project does on a GPU of this machine: right, how fast, and next to whom
@@ -18,18 +20,31 @@ DEMO_ARGS ?=
 GPU_CHECK_ARGS ?=
 PYTEST_ARGS ?=
 
+# Without Ray, S3 servers and processes of their own.
+QUICK_TESTS := $(addprefix tests/,capture checkpoint planning sharding slices stream test_architecture.py test_errors.py \
+	test_settings.py)
+
 BIN := $(VENV)/bin
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt
 
-.PHONY: demo test test-vllm bench gpu-check docs clean
+.PHONY: demo lint check test test-oracles test-vllm bench gpu-check docs clean
 
 demo: $(VENV)/.demo-installed
 	$(BIN)/ray-streamer demo $(DEMO_ARGS)
 
-test: $(VENV)/.test-installed
+lint: $(VENV)/.test-installed
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/basedpyright --pythonpath $(BIN)/python
+
+check: lint
+	$(BIN)/python -m pytest -m "not oracle" $(QUICK_TESTS) $(PYTEST_ARGS)
+
+test: lint
+	$(BIN)/python -m pytest -m "not oracle" $(PYTEST_ARGS)
+
+test-oracles: $(VENV)/.test-installed
+	$(BIN)/python -m pytest -m oracle $(PYTEST_ARGS)
 
 test-vllm: $(VENV_VLLM)/.installed
 	$(VENV_VLLM)/bin/python -m pytest tests/vllm $(PYTEST_ARGS)

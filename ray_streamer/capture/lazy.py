@@ -4,6 +4,8 @@ Every operation on it comes to the recorder that made it. What its own Python me
 not, is answered with real values.
 """
 
+# pyright: reportPrivateUsage=false
+# Names of a lazy tensor begin with _lazy_, since Tensor has most others; torch offers some things under private names only.
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any

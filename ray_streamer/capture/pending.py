@@ -4,6 +4,8 @@ Kept by storage, sorted by their first byte, so that the 768 copies into a stack
 with each other. Each storage is kept alive: its address must not be given to another tensor while it stands for a copy's target.
 """
 
+# pyright: reportPrivateUsage=false
+# Names of a lazy tensor begin with _lazy_, since Tensor has most others; torch offers some things under private names only.
 from __future__ import annotations
 
 from bisect import bisect_left, insort

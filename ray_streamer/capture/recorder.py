@@ -8,6 +8,8 @@
 So a loader that nobody knew is slower, never wrong.
 """
 
+# pyright: reportPrivateUsage=false
+# Names of a lazy tensor begin with _lazy_, since Tensor has most others; torch offers some things under private names only.
 from __future__ import annotations
 
 from collections import defaultdict

@@ -4,6 +4,8 @@ A result is the parameter or buffer that holds a copy's elements; where several 
 has it. What the loader filled that has no name among the targets, and that somebody still holds, is a result all the same.
 """
 
+# pyright: reportPrivateUsage=false
+# Names of a lazy tensor begin with _lazy_, since Tensor has most others; torch offers some things under private names only.
 from __future__ import annotations
 
 from collections import defaultdict

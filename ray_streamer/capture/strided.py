@@ -5,6 +5,8 @@ position of an element is that number. A view is then a box: a range of digits f
 other there is no such picture, and the answers are the cautious ones: views may meet, and what a view is of is not known.
 """
 
+# pyright: reportPrivateUsage=false
+# Names of a lazy tensor begin with _lazy_, since Tensor has most others; torch offers some things under private names only.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace

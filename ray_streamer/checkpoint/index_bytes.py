@@ -80,7 +80,8 @@ def _parse(data: memoryview) -> CheckpointIndex:
     text: dict[str, Any] = head["text"]
     texts = {name: kind(text[name]) for name, kind in _TEXTS.items()}
     files = tuple(ShardFile(*file) for file in text["files"])
-    return CheckpointIndex(**text | texts | {"files": files}, **columns)
+    fields: dict[str, Any] = text | texts | {"files": files} | columns
+    return CheckpointIndex(**fields)
 
 
 def _padding(num_bytes: int) -> int:

@@ -24,7 +24,7 @@ def parse_stages(text: str) -> int | tuple[int, ...]:
     return counts[0] if len(counts) == 1 else counts
 
 
-class _Stages(click.ParamType):
+class _Stages(click.ParamType):  # pyright: ignore[reportMissingTypeArgument]  # generic since click 8.4 only
     name = "number"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | tuple[int, ...]:
@@ -34,7 +34,7 @@ class _Stages(click.ParamType):
             self.fail(f"{value!r} is neither a number of stages nor a list of layers such as 31,30", param, ctx)
 
 
-class _Groups(click.ParamType):
+class _Groups(click.ParamType):  # pyright: ignore[reportMissingTypeArgument]  # generic since click 8.4 only
     name = "number"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | bool:

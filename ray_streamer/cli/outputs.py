@@ -37,7 +37,7 @@ def check_folder(path: Path) -> None:
         pass
 
 
-class _Output(click.ParamType):
+class _Output(click.ParamType):  # pyright: ignore[reportMissingTypeArgument]  # generic since click 8.4 only
     """A path that is checked as it is parsed."""
 
     def __init__(self, name: str, check: Callable[[Path], None]) -> None:

@@ -44,7 +44,7 @@ def _parse_placement(text: str) -> Placement:
     return placements[text]
 
 
-class _RuleType(click.ParamType):
+class _RuleType(click.ParamType):  # pyright: ignore[reportMissingTypeArgument]  # generic since click 8.4 only
     name = "glob=placement"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Rule:

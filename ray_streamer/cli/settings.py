@@ -45,7 +45,7 @@ def default_text(field: FieldInfo) -> str | None:
     return human_bytes(field.default) if isinstance(field.default, ByteSize) else str(field.default)
 
 
-class _SettingType(click.ParamType):
+class _SettingType(click.ParamType):  # pyright: ignore[reportMissingTypeArgument]  # generic since click 8.4 only
     """Text that the setting's own type accepts."""
 
     def __init__(self, name: str, field: FieldInfo) -> None:

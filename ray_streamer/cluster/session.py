@@ -102,7 +102,8 @@ def is_one_machine() -> bool:
 def has_same_variables(runtime_env: Mapping[str, Any] | None) -> bool:
     """Whether a runtime environment, and that of the job, give actors no other variables than this process has."""
     of_the_job: Mapping[str, Any] = ray.get_runtime_context().runtime_env if ray.is_initialized() else {}
-    variables = {**of_the_job.get("env_vars", {}), **(runtime_env or {}).get("env_vars", {})}
+    asked: Mapping[str, Any] = runtime_env or {}
+    variables: dict[str, str] = {**of_the_job.get("env_vars", {}), **asked.get("env_vars", {})}
     return all(os.environ.get(name) == value for name, value in variables.items())
 
 

@@ -83,7 +83,7 @@ def _reads(
 ) -> Iterator[tuple[str, Extent, memoryview, str]]:
     position = index.position(name)
     file, extent = index.files[index.file_ids[position]], index.extent_of(position)
-    view = memoryview(memory.numpy())
+    view = memory.numpy().data
     for start in range(extent.start, extent.stop, block_bytes):
         stop = min(start + block_bytes, extent.stop)
         yield file.path, Extent(start, stop), view[start - extent.start : stop - extent.start], file.etag

@@ -151,8 +151,8 @@ def _rows_of_roles(
         rows[:, :num_own] = names.numbers[positions, :num_own]
         rows[:, num_own : num_own + len(further)] = further
         first += len(positions)
-    columns = (np.repeat([role[at] for role in roles], counts).astype(np.int64) for at in (1, 2))
-    return np.concatenate([np.empty(0, np.int64), *tensors]), *columns, numbers
+    first_column, second_column = (np.repeat([role[at] for role in roles], counts).astype(np.int64) for at in (1, 2))
+    return np.concatenate([np.empty(0, np.int64), *tensors]), first_column, second_column, numbers
 
 
 def _with_forms(index: CheckpointIndex, tensor_of: NDArray[np.int64], parts: list[str]) -> QuantizedWeights:

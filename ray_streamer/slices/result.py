@@ -150,4 +150,4 @@ class ResultSpecs(Sequence[ResultSpec]):
         """Whether both hold equal results in the same order."""
         return isinstance(other, ResultSpecs) and tuple(self) == tuple(other)
 
-    __hash__ = None
+    __hash__ = None  # pyright: ignore[reportAssignmentType]  # they may hold arrays

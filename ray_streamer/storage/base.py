@@ -63,7 +63,6 @@ class StorageSettings(Protocol):
     list_timeout_seconds: float
     retry_deadline_seconds: float
     hedge_percent: float
-    max_bandwidth: int | None
     s3_endpoint_url: str | None
     s3_region: str | None
     s3_profile: str | None
@@ -75,6 +74,9 @@ class StorageSettings(Protocol):
     s3_access_key_id: SecretStr | None
     s3_secret_access_key: SecretStr | None
     s3_session_token: SecretStr | None
+
+    @property
+    def max_bandwidth(self) -> int | None: ...
 
 
 class Storage(Protocol):

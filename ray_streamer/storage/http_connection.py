@@ -96,7 +96,7 @@ class HttpConnection:
                 lines.append(("Proxy-Authorization", self.route.authorization))
         lines += headers.items()
         self._secrets = Secrets(target, dict(lines))
-        encoded = [(name, value.encode("latin-1")) for name, value in lines]
+        encoded = [(name.encode("ascii"), value.encode("latin-1")) for name, value in lines]
         self._send(h11.Request(method="GET", target=target, headers=encoded))
 
     def receive_head(self) -> HttpAnswer | None:

@@ -88,4 +88,4 @@ def _as_result(memory: torch.Tensor, form: ResultForm) -> torch.Tensor:
 
 def bytes_of(tensor: torch.Tensor) -> bytes:
     """The content of a contiguous tensor, wherever it is."""
-    return memoryview(tensor.cpu().reshape(-1).view(torch.uint8).numpy()).tobytes() if tensor.numel() else b""
+    return tensor.cpu().reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b""

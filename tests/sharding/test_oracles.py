@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from types import ModuleType
 
 # All of it happens in one fixture, which takes most of a minute by itself and much longer on a machine that is shared.
-pytestmark = pytest.mark.timeout(900)
+pytestmark = [pytest.mark.timeout(900), pytest.mark.oracle]
 
 Findings = list[dict[str, Any]]
 

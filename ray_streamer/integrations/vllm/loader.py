@@ -102,7 +102,7 @@ class RayStreamerLoader(BaseModelLoader):
         group = internals.loading_group(model_config)
         statistics: list[RankStatistics] = []
         # A rank on its own is told so: what else is in the process is none of its load.
-        ranks: RankArguments = {"rank": 0, "world_size": 1} if group is None else {"group": group}
+        ranks: dict[str, Any] = {"rank": 0, "world_size": 1} if group is None else {"group": group}
         load_rank(
             uri,
             slices=captured,
