@@ -20,7 +20,6 @@ from ray_streamer.errors import (
     IndexMismatchError,
     ObjectMissingError,
     PlanError,
-    RankFailedError,
     RayStreamerError,
     SettingsError,
     ShardingError,
@@ -275,7 +274,7 @@ def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     def connect(*_: object, **__: object) -> NoReturn:
         pytest.fail("Ray was asked for")
 
-    monkeypatch.setattr("ray_streamer.api.sharded.connect", connect)
+    monkeypatch.setattr("ray_streamer.cluster.driver.connect", connect)
 
 
 @pytest.mark.parametrize(
@@ -305,7 +304,7 @@ def test_what_is_refused_before_ray_is_asked_for(
 
 def test_a_node_memory_limit_that_is_too_small_names_the_smallest(checkpoint: Any) -> None:
     settings = Settings(node_memory_limit=300 << 10)
-    with pytest.raises(BudgetError, match=r"smallest that works is 262144 bytes per rank"):
+    with pytest.raises(BudgetError, match=r"smallest that works is 256 KiB per rank"):
         ray_streamer.plan(checkpoint.uri, tp=2, settings=settings)
     assert ray_streamer.plan(checkpoint.uri, tp=2, settings=Settings(node_memory_limit=512 << 10))
 
@@ -365,14 +364,13 @@ class TestOnRay:
     pytestmark = pytest.mark.usefixtures("local_ray")
 
     def test_tp_larger_than_the_cluster_is_refused_at_once(self, checkpoint: Any) -> None:
-        with pytest.raises(ClusterError, match=r"8 ranks with CPU 1 each.* do not fit.*Use a smaller tp"):
+        with pytest.raises(ClusterError, match=r"8 ranks with CPU 1 each.* cannot fit.*Use a smaller tp"):
             ray_streamer.load_sharded(checkpoint.uri, tp=8)
 
     def test_no_such_path(self, tmp_path: Path, nothing_left: None) -> None:
         with pytest.raises(RayStreamerError) as caught:
             ray_streamer.load_sharded(str(tmp_path / "nothing"), tp=1)
         expect(caught.value, ObjectMissingError, [str(tmp_path / "nothing"), "check the path"])
-        assert type(caught.value.__cause__) is RankFailedError
 
     def test_tp_that_does_not_divide(self, checkpoint: Any, nothing_left: None) -> None:
         placement = PlacementOptions(num_cpus_per_rank=0.5)
@@ -388,7 +386,7 @@ class TestOnRay:
         expect(caught.value, AccessError, ["AWS_ACCESS_KEY_ID"])
 
     def test_a_node_memory_limit_that_is_too_small(self, checkpoint: Any, nothing_left: None) -> None:
-        with pytest.raises(BudgetError, match="smallest that works is 262144 bytes per rank"):
+        with pytest.raises(BudgetError, match="smallest that works is 256 KiB per rank"):
             ray_streamer.load_sharded(checkpoint.uri, node_memory_limit="100KiB")
 
     @pytest.fixture
