@@ -41,7 +41,7 @@ class LazyTensor(torch.Tensor):
         made._lazy_recorder, made._lazy_memory, made._lazy_shadow = recorder, memory, shadow
         return made
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # pyright: ignore[reportAssignmentType]  # as torch documents it
 
     @classmethod
     def __torch_dispatch__(

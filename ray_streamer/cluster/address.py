@@ -15,7 +15,7 @@ import socket
 
 import ray.exceptions
 from ray._private import services
-from ray._raylet import GcsClient
+from ray._raylet import GcsClient  # pyright: ignore[reportAttributeAccessIssue]  # compiled, without stubs
 from ray.exceptions import RayError
 
 from ray_streamer.errors import ClusterError

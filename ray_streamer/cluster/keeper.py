@@ -125,4 +125,4 @@ def _is_process_alive(worker_id: str) -> bool:
 
     accessor = ray._private.state.state._connect_and_get_accessor()  # pyright: ignore[reportPrivateUsage]
     record = accessor.get_worker_info(ray.WorkerID(bytes.fromhex(worker_id)))
-    return record is not None and gcs_pb2.WorkerTableData.FromString(record).is_alive
+    return record is not None and gcs_pb2.WorkerTableData.FromString(record).is_alive  # pyright: ignore[reportAttributeAccessIssue]  # made by protobuf at run time

@@ -16,7 +16,6 @@ import os
 import threading
 from concurrent.futures import Future
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -101,7 +100,7 @@ def is_one_machine() -> bool:
 
 def has_same_variables(runtime_env: Mapping[str, Any] | None) -> bool:
     """Whether a runtime environment, and that of the job, give actors no other variables than this process has."""
-    of_the_job: Mapping[str, Any] = ray.get_runtime_context().runtime_env if ray.is_initialized() else {}
+    of_the_job: Any = ray.get_runtime_context().runtime_env if ray.is_initialized() else {}
     asked: Mapping[str, Any] = runtime_env or {}
     variables: dict[str, str] = {**of_the_job.get("env_vars", {}), **asked.get("env_vars", {})}
     return all(os.environ.get(name) == value for name, value in variables.items())
@@ -119,9 +118,10 @@ def _initialise(address: str | None, known: str | None, num_local_cpus: int | No
         # "auto" stays "auto": Ray reads its token by itself only for a cluster that it found itself.
         ray.init(address=address or "auto", logging_level=logging.WARNING)
         return
-    start = partial(
-        ray.init, address="local", num_cpus=num_local_cpus, include_dashboard=False, logging_level=logging.WARNING
-    )
+
+    def start() -> None:
+        ray.init(address="local", num_cpus=num_local_cpus, include_dashboard=False, logging_level=logging.WARNING)
+
     if threading.current_thread() is threading.main_thread():
         start()
     else:

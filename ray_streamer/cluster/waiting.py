@@ -277,7 +277,7 @@ def _live_actors() -> Sequence[Any]:
         from ray.core.generated import gcs_pb2
 
         accessor = ray._private.state.state._connect_and_get_accessor()  # pyright: ignore[reportPrivateUsage]
-        return [gcs_pb2.ActorTableData.FromString(record) for record in accessor.get_actor_table(None, "ALIVE")]
+        return [gcs_pb2.ActorTableData.FromString(record) for record in accessor.get_actor_table(None, "ALIVE")]  # pyright: ignore[reportAttributeAccessIssue]  # made by protobuf at run time
     except (AttributeError, ImportError, TypeError, RayError) as error:
         logger.debug("Ray does not list its actors: %s", error)
         return []

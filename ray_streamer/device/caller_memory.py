@@ -48,7 +48,7 @@ def refuse_unwritable(name: str, tensor: torch.Tensor) -> None:
     if not isinstance(tensor, torch.Tensor):
         raise DeviceError(f"out[{name!r}] must be a torch.Tensor, got {type(tensor).__name__}")
     # A class that dispatches operations itself keeps its memory elsewhere; parameters, and subclasses of them, do not.
-    if type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+    if type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:  # pyright: ignore[reportAttributeAccessIssue]  # compared, not called
         has_local = hasattr(tensor, "to_local")
         advice = f"give {name}.to_local()" if has_local else "give the plain tensor that holds its memory"
         raise DeviceError(f"out[{name!r}] is a {type(tensor).__name__}, not plain memory; {advice}")

@@ -66,7 +66,7 @@ class DirectStorage:
 def open_direct_storage() -> DirectStorage | None:
     """GPUDirect Storage, or None where kvikio cannot be used."""
     try:
-        import kvikio
+        import kvikio  # pyright: ignore[reportMissingImports]  # where it is installed
     except Exception as error:  # its own search for libraries raises what it likes
         logger.info("gpu_direct_storage=on has no effect: kvikio does not import (%s)", error)
         return None

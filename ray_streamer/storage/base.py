@@ -76,7 +76,9 @@ class StorageSettings(Protocol):
     s3_session_token: SecretStr | None
 
     @property
-    def max_bandwidth(self) -> int | None: ...
+    def max_bandwidth(self) -> int | None:
+        """Bytes per second of the node; settings may be of a narrower type."""
+        ...
 
 
 class Storage(Protocol):

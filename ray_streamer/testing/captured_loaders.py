@@ -70,9 +70,9 @@ def index_of(tensors: Tensors) -> CheckpointIndex:
 def make_moves(slices: RankSlices, out: Tensors, tensors: Mapping[str, torch.Tensor], names: Sequence[str]) -> None:
     """Makes every move as torch would: a strided view copied into a strided view."""
     for row in range(len(slices)):
-        source = tensors[names[slices.tensor_ids[row]]].contiguous()
-        target = out[slices.results.names[slices.result_ids[row]]]
-        for move in slices.patterns[slices.pattern_ids[row]]:
+        source = tensors[names[int(slices.tensor_ids[row])]].contiguous()
+        target = out[slices.results.names[int(slices.result_ids[row])]]
+        for move in slices.patterns[int(slices.pattern_ids[row])]:
             start = target.storage_offset() + move.target.offset + int(slices.target_offsets[row])
             view = target.as_strided(move.shape, move.target.strides, start)
             with torch.no_grad():

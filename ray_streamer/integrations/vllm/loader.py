@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from ray_streamer.api.rank import RankArguments
     from ray_streamer.rank.statistics import RankStatistics
 
 BaseModelLoader: Any = internals.internal("vllm.model_executor.model_loader", "BaseModelLoader")
@@ -95,7 +94,7 @@ class RayStreamerLoader(BaseModelLoader):
         captured = CapturedSlices(
             uri,
             self._options.settings,
-            load=lambda tensors: model.load_weights(itertools.chain(tensors, secondary)),
+            load=lambda tensors: model.load_weights(itertools.chain(tensors, secondary)),  # pyright: ignore[reportCallIssue]  # every model of vLLM has it
             targets=lambda: targets_of(model),
             skips=internals.skips_tensor(model),
         )
