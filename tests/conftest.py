@@ -6,12 +6,19 @@ import os
 import signal
 from typing import TYPE_CHECKING
 
+import hypothesis
 import pytest
 
 from ray_streamer.testing.s3_server import S3Server, S3ServerUnavailableError, start_s3_server
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+# No test asserts on time, and a first example may wait for a machine that is busy.
+hypothesis.settings.register_profile(
+    "ray_streamer", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("ray_streamer")
 
 os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
 os.environ["AWS_EC2_METADATA_DISABLED"] = "true"
