@@ -56,7 +56,7 @@ This page is made by `make docs`; a test checks that it is current.
 
 A bias that belongs to rows that are summed is whole on every rank, never divided: whoever runs the model adds it once.
 vLLM goes on from there: it joins q, k, v and gate, up of separate tensors, and turns Llama 4's queries and keys for its rotary
-embedding; neither is done here. Layers for multi-token prediction are not read unless `drafts=True`.
+embedding; neither is done here. Layers for multi-token prediction are not read unless `mtp=True`.
 
 ## Families
 
@@ -127,7 +127,7 @@ def _family_cells(family: Family) -> list[str]:
         elif weight.role is not Role.REPLICATED:
             cells[4].append(f"{name}: {_described(weight)}")
     cells[4] += [f"{glob}: not read" for glob in family.skipped]
-    if family.num_draft_layers or family.drafts:
+    if family.num_mtp_layers or family.mtp:
         cells[4].append("multi-token prediction: not read unless asked")
     if family.towers:
         cells[4].append("other modalities: whole")

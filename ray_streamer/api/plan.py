@@ -36,7 +36,7 @@ def plan(
         replicas: As in `load_sharded`.
         num_nodes: Nodes over which the ranks are packed in order.
         settings: Every knob; from the environment when unset. Without a memory limit, that of a large node is assumed.
-        slicing: `rules`, `slices`, `unmatched`, `layout`, `drafts`, `experts`, `fuse`, `rename` and `dtype`, as in `load_sharded`.
+        slicing: `rules`, `slices`, `unmatched`, `layout`, `mtp`, `experts`, `fuse`, `rename` and `dtype`, as in `load_sharded`.
 
     Returns:
         The plan; `summarize(plan)` gives its figures.

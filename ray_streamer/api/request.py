@@ -35,7 +35,7 @@ class SliceArguments(TypedDict, total=False):
     slices: SliceSource | None
     unmatched: Unmatched
     layout: Layout
-    drafts: bool
+    mtp: bool
     experts: ExpertsLike | None
     fuse: FuseLike
     rename: RenameLike | None
@@ -94,7 +94,7 @@ def num_stages(pp: Stages) -> int:
 
 def _slice_source(mesh: Mesh, stage_layers: tuple[int, ...] | None, **slicing: Unpack[SliceArguments]) -> SliceSource:
     rules, slices, experts = (slicing.get(name) for name in ("rules", "slices", "experts"))
-    layout, drafts = slicing.get("layout", "generic"), slicing.get("drafts", False)
+    layout, mtp = slicing.get("layout", "generic"), slicing.get("mtp", False)
     fuse, rename, dtype = slicing.get("fuse", False), slicing.get("rename"), slicing.get("dtype")
     if slices is None:
         return RuleSlices(
@@ -102,7 +102,7 @@ def _slice_source(mesh: Mesh, stage_layers: tuple[int, ...] | None, **slicing: U
             rules=ShardRules(rules or ()),
             unmatched=slicing.get("unmatched", "error"),
             layout=layout,
-            drafts=drafts,
+            mtp=mtp,
             stage_layers=stage_layers,
             experts=experts,
             fuse=fuse,
@@ -111,8 +111,8 @@ def _slice_source(mesh: Mesh, stage_layers: tuple[int, ...] | None, **slicing: U
         )
     if rules is not None:
         raise SettingsError("give rules or slices, not both: slices say all that rules could")
-    if layout != "generic" or drafts:
-        raise SettingsError(f"layout={layout!r} and drafts={drafts} choose a preset; slices need none")
+    if layout != "generic" or mtp:
+        raise SettingsError(f"layout={layout!r} and mtp={mtp} choose a preset; slices need none")
     if experts is not None or stage_layers is not None:
         raise SettingsError("with slices, which say all of it, experts and layers of stages are not given")
     if fuse is not False or rename is not None or dtype is not None:

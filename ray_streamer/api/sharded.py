@@ -41,7 +41,7 @@ def load_sharded(
     slices: SliceSource | None = None,
     unmatched: Unmatched = "error",
     layout: Layout = "generic",
-    drafts: bool = False,
+    mtp: bool = False,
     experts: ExpertsLike | None = None,
     fuse: FuseLike = False,
     rename: RenameLike | None = None,
@@ -71,7 +71,7 @@ def load_sharded(
         unmatched: "error", or "replicate" for tensors of two or more dimensions without a rule.
         layout: Which preset: "generic" as Megatron-LM, "transformers" as its tensor-parallel plan, "vllm" as its layers hold
             their tensors; see docs/families.md.
-        drafts: Whether what only multi-token prediction uses is loaded, too.
+        mtp: Whether the layers for multi-token prediction (MTP) are loaded, too.
         experts: With `ep`: the experts that each group holds, such as [[0, 1, 4], [2, 3, 4]], or such lists by layer; an
             expert may be in several.
         fuse: True = q, k and v projections land in one qkv_proj, gate and up in one gate_up_proj, where a model has them
@@ -115,7 +115,7 @@ def load_sharded(
         slices=slices,
         unmatched=unmatched,
         layout=layout,
-        drafts=drafts,
+        mtp=mtp,
         experts=experts,
         fuse=fuse,
         rename=rename,

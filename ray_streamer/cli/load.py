@@ -69,7 +69,7 @@ def command(
     rules: tuple[Rule, ...] | None,
     unmatched: Unmatched,
     layout: Layout,
-    drafts: bool,
+    mtp: bool,
     as_json: bool,
     settings: Settings,
 ) -> None:
@@ -92,7 +92,7 @@ def command(
             rules=rules,
             unmatched=unmatched,
             layout=layout,
-            drafts=drafts,
+            mtp=mtp,
             device=device,
             settings=settings,
             placement=placement,

@@ -47,7 +47,7 @@ def command(
     rules: tuple[Rule, ...] | None,
     unmatched: Unmatched,
     layout: Layout,
-    drafts: bool,
+    mtp: bool,
     as_json: bool,
     settings: Settings,
 ) -> None:
@@ -60,7 +60,7 @@ def command(
     from ray_streamer.planning.tensor_reads import explain_tensors
 
     plan = make_plan(
-        uri, **mesh, num_nodes=nodes, rules=rules, unmatched=unmatched, layout=layout, drafts=drafts, settings=settings
+        uri, **mesh, num_nodes=nodes, rules=rules, unmatched=unmatched, layout=layout, mtp=mtp, settings=settings
     )
     if rank is not None and rank >= plan.topology.num_ranks:
         raise click.BadParameter(f"{rank} is outside the {plan.topology.num_ranks} ranks", param_hint="--rank")

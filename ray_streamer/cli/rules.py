@@ -55,7 +55,7 @@ class _RuleType(click.ParamType):  # pyright: ignore[reportMissingTypeArgument] 
 
 
 def with_rules(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Adds `--rule` as argument `rules`, None when there are none, `--unmatched`, `--layout` and `--drafts`."""
+    """Adds `--rule` as argument `rules`, None when there are none, `--unmatched`, `--layout` and `--mtp`."""
     unmatched = click.option(
         "--unmatched",
         type=click.Choice(["error", "replicate"]),
@@ -70,7 +70,7 @@ def with_rules(function: Callable[..., Any]) -> Callable[..., Any]:
         show_default=True,
         help="What the tensors are for, and so which preset; see docs/families.md.",
     )
-    drafts = click.option("--drafts", is_flag=True, help="Also load what only multi-token prediction uses.")
+    mtp = click.option("--mtp", is_flag=True, help="Also load the layers for multi-token prediction (MTP).")
     rule = click.option(
         "--rule",
         "rules",
@@ -80,4 +80,4 @@ def with_rules(function: Callable[..., Any]) -> Callable[..., Any]:
         help="How tensors lie whose name matches the glob, before the preset that config.json names; may be given "
         f"again, the first match decides. Placements: {_GRAMMAR}.",
     )
-    return rule(layout(drafts(unmatched(function))))
+    return rule(layout(mtp(unmatched(function))))

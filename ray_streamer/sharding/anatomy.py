@@ -34,7 +34,7 @@ class Locations:
         is_stacked_experts: Whether the first dimension counts the experts.
         is_before_layers: Whether the first layer needs the tensor before it; embeddings do.
         is_after_layers: Whether the tensor follows the last layer; the head and the last norm do.
-        is_draft: Whether only multi-token prediction uses the tensor.
+        is_mtp: Whether only multi-token prediction uses the tensor.
         is_tower: Whether the tensor belongs to another modality's part.
     """
 
@@ -43,7 +43,7 @@ class Locations:
     is_stacked_experts: NDArray[np.bool_]
     is_before_layers: NDArray[np.bool_]
     is_after_layers: NDArray[np.bool_]
-    is_draft: NDArray[np.bool_]
+    is_mtp: NDArray[np.bool_]
     is_tower: NDArray[np.bool_]
 
 
@@ -59,15 +59,15 @@ class Anatomy:
 
     Attributes:
         family: How names tell.
-        num_layers: Layers of the model itself; numbers from here on are draft layers.
+        num_layers: Layers of the model itself; numbers from here on are MTP layers.
         num_experts: Routed experts of a layer that has any; 0 when the model has none.
-        num_draft_layers: Layers for multi-token prediction, numbered on after the model's own.
+        num_mtp_layers: Layers for multi-token prediction, numbered on after the model's own.
     """
 
     family: Family
     num_layers: int
     num_experts: int = 0
-    num_draft_layers: int = 0
+    num_mtp_layers: int = 0
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> Self:
@@ -82,7 +82,7 @@ class Anatomy:
             family=family,
             num_layers=sizes.layers,
             num_experts=sizes.experts,
-            num_draft_layers=sizes.draft_layers,
+            num_mtp_layers=sizes.mtp_layers,
         )
 
     def locate(self, names: NameKinds) -> Locations:
@@ -92,9 +92,9 @@ class Anatomy:
         nowhere = np.full(len(names), -1, dtype=np.int64)
         layers = np.where(is_tower, -1, names.number_after(self.family.layers))
         experts = np.where(is_tower, -1, names.number_after(self.family.experts)) if self.num_experts else nowhere
-        is_draft = _of_kinds(names, matches_any(self.family.drafts, texts))
-        if self.num_draft_layers:
-            is_draft |= layers >= self.num_layers
+        is_mtp = _of_kinds(names, matches_any(self.family.mtp, texts))
+        if self.num_mtp_layers:
+            is_mtp |= layers >= self.num_layers
         is_free = (layers < 0) & ~is_tower
         weights = [weight_of(kind) for kind in names.kinds]
         stacked = matches_any(self.family.stacked_experts, texts)
@@ -105,7 +105,7 @@ class Anatomy:
             is_stacked_experts=_of_kinds(names, map(or_, stacked, stacked_weights)) & bool(self.num_experts),
             is_before_layers=is_free & _of_kinds(names, matches_any(self.family.first_stage, texts)),
             is_after_layers=is_free & _of_kinds(names, matches_any(self.family.last_stage, texts)),
-            is_draft=is_draft,
+            is_mtp=is_mtp,
             is_tower=is_tower,
         )
 

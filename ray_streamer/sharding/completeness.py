@@ -8,7 +8,7 @@ beyond it is a warning. Without one, nothing else tells of a file that is not th
 - an expert of a layer that has others, below the config's number of experts;
 - where there are several files: embeddings, the last norm, or a head that is not tied.
 
-Not judged is what the caller named on purpose, one file or an index json of his own; a family that is not known; drafts,
+Not judged is what the caller named on purpose, one file or an index json of his own; a family that is not known; MTP layers,
 which have layers and modules of their own.
 """
 
@@ -211,7 +211,7 @@ def _missing_experts(held: _Held, anatomy: Anatomy) -> Iterator[str]:
 
 def _missing_ends(index: CheckpointIndex, names: NameKinds, located: Locations, anatomy: Anatomy) -> Iterator[str]:
     family = anatomy.family
-    globs = (*(f"{glob}.*" for glob in family.modules), *family.drafts, *family.skipped)
+    globs = (*(f"{glob}.*" for glob in family.modules), *family.mtp, *family.skipped)
     is_known = names.of_kinds(matches_any(globs, names.texts), dtype=bool)
     is_known |= located.is_before_layers | located.is_after_layers | located.is_tower | (located.layers >= 0)
     if not is_known.all():

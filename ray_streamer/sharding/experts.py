@@ -68,9 +68,7 @@ class ExpertMap:
         by_layer = {
             layer: _checked(groups, anatomy.num_experts, ep, f"experts[{layer!r}]") for layer, groups in experts.items()
         }
-        if unknown := [
-            layer for layer in by_layer if layer not in range(anatomy.num_layers + anatomy.num_draft_layers)
-        ]:
+        if unknown := [layer for layer in by_layer if layer not in range(anatomy.num_layers + anatomy.num_mtp_layers)]:
             raise ShardingError(f"experts names layer {unknown[0]!r}; the model has {anatomy.num_layers}")
         return cls(divide_experts(anatomy.num_experts, ep), by_layer)
 

@@ -105,7 +105,7 @@ class Pipeline:
         sets: list[Stages | None] = [*((stage,) for stage in range(last + 1)), tuple(sorted({0, last})), None]
         ends = np.array(self._ends, dtype=np.int64)
         conditions = (
-            (located.is_draft | (located.layers >= self.num_layers), last),
+            (located.is_mtp | (located.layers >= self.num_layers), last),
             (located.layers >= 0, np.searchsorted(ends, located.layers, side="right")),
             (located.is_tower, 0),
             (located.is_before_layers, first_and_last if self.is_tied else 0),

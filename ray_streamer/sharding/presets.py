@@ -35,13 +35,13 @@ VLLM_VOCABULARY_MULTIPLE = 64
 _Rules = list[tuple[str, Placement]]
 
 
-def preset_for(config: Mapping[str, Any], *, layout: Layout = "generic", drafts: bool = False) -> _Rules:
+def preset_for(config: Mapping[str, Any], *, layout: Layout = "generic", mtp: bool = False) -> _Rules:
     """Globs and placements for the model that `config`, a parsed config.json, describes.
 
     Args:
         config: Needs `model_type` and the sizes that its family splits by.
         layout: What the tensors are for.
-        drafts: Whether what only multi-token prediction uses is loaded, too.
+        mtp: Whether the layers for multi-token prediction (MTP) are loaded, too.
 
     Raises:
         ShardingError: The config's model type is not among `FAMILIES`, transformers has no plan for it, or a size is
@@ -56,7 +56,7 @@ def preset_for(config: Mapping[str, Any], *, layout: Layout = "generic", drafts:
     sizes = Sizes(family, config)
     return [
         *((glob, Skip()) for glob in family.skipped),
-        *(() if drafts else _without_drafts(family, sizes)),
+        *(() if mtp else _without_mtp(family, sizes)),
         *(_tensors(family.transformers or {}, sizes, layout) if layout == "transformers" else ()),
         *((glob, Replicate()) for glob in family.towers),
         *_tensors(family.tensors, sizes, layout),
@@ -64,10 +64,10 @@ def preset_for(config: Mapping[str, Any], *, layout: Layout = "generic", drafts:
     ]
 
 
-def _without_drafts(family: Family, sizes: Sizes) -> Iterator[tuple[str, Placement]]:
-    for glob in family.drafts:
+def _without_mtp(family: Family, sizes: Sizes) -> Iterator[tuple[str, Placement]]:
+    for glob in family.mtp:
         yield glob, Skip()
-    for number in range(sizes.layers, sizes.layers + sizes.draft_layers) if family.num_draft_layers else ():
+    for number in range(sizes.layers, sizes.layers + sizes.mtp_layers) if family.num_mtp_layers else ():
         yield f"*{family.layers}.{number}.*", Skip()
 
 

@@ -85,7 +85,7 @@ class ShardRules:
         *,
         first: RulesLike = (),
         layout: Layout = "generic",
-        drafts: bool = False,
+        mtp: bool = False,
     ) -> Self:
         """The preset for the model that `config`, a parsed config.json, describes.
 
@@ -94,7 +94,7 @@ class ShardRules:
             first: Rules that go before the preset's. With them, a model of no known family is no error: they stand
                 alone, and what they do not match is for `RuleSlices` to refuse.
             layout: What the tensors are for; see `presets`.
-            drafts: Whether what only multi-token prediction uses is loaded, too.
+            mtp: Whether the layers for multi-token prediction (MTP) are loaded, too.
 
         Raises:
             ShardingError: There is no preset and nothing in `first`, or the config lacks a size.
@@ -103,7 +103,7 @@ class ShardRules:
         if before.rules and family_of(config) is None:
             logger.warning("no preset for model_type %s: the given rules stand alone", brief(config.get("model_type")))
             return before
-        return before + cls(preset_for(config, layout=layout, drafts=drafts), optional=True)
+        return before + cls(preset_for(config, layout=layout, mtp=mtp), optional=True)
 
     @classmethod
     def from_tp_plan(cls, plan: Mapping[str, str]) -> Self:

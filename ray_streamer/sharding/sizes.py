@@ -24,7 +24,7 @@ _LAYER_NUMBER = re.compile(r"[0-9]{1,9}")
 
 MAX_SIZE = 2**31 - 1
 MAX_LAYERS = 4096
-MAX_DRAFT_LAYERS = 64
+MAX_MTP_LAYERS = 64
 MAX_EXPERTS = 1 << 16
 """What is done for each layer or expert that a config.json claims is bounded by these; models have a hundredth of it."""
 
@@ -84,12 +84,12 @@ class Sizes:
         return self._size("num_hidden_layers", least=0, largest=MAX_LAYERS)
 
     @property
-    def draft_layers(self) -> int:
+    def mtp_layers(self) -> int:
         """Layers for multi-token prediction, numbered on after the model's own; 1 where such a config does not say."""
-        key = self._family.num_draft_layers
+        key = self._family.num_mtp_layers
         if key is None or self._value(key) == 0:
             return 0
-        return 1 if self._value(key) is None else self._size(key, largest=MAX_DRAFT_LAYERS)
+        return 1 if self._value(key) is None else self._size(key, largest=MAX_MTP_LAYERS)
 
     @property
     def experts(self) -> int:

@@ -53,7 +53,7 @@ class RuleSlices:
         rules: The caller's.
         unmatched: What becomes of tensors of two or more dimensions that no rule matches.
         layout: What the tensors are for, and so which preset.
-        drafts: Whether what only multi-token prediction uses is loaded, too.
+        mtp: Whether the layers for multi-token prediction (MTP) are loaded, too.
         stage_layers: Layers of each stage; as even as can be when unset.
         experts: Experts of each group, for all layers or by layer; neighbours when unset.
         fuse: Which modules' tensors land in common results.
@@ -69,7 +69,7 @@ class RuleSlices:
     rules: ShardRules = field(default_factory=ShardRules)
     unmatched: Unmatched = "error"
     layout: Layout = "generic"
-    drafts: bool = False
+    mtp: bool = False
     stage_layers: tuple[int, ...] | None = None
     experts: ExpertsLike | None = None
     fuse: FuseLike = False
@@ -109,7 +109,7 @@ class RuleSlices:
 
     def _resolve(self, index: CheckpointIndex) -> _RankTable:
         try:
-            rules = ShardRules.for_config(index.config, first=self.rules, layout=self.layout, drafts=self.drafts)
+            rules = ShardRules.for_config(index.config, first=self.rules, layout=self.layout, mtp=self.mtp)
         except ShardingError as error:
             raise ShardingError(f"{index.uri}: {error}") from error
         refuse_absent(index, rules)

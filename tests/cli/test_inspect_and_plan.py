@@ -140,7 +140,7 @@ def drafting(tmp_path):
     return write_checkpoint(tmp_path / "drafting", tensors, config=config)
 
 
-@pytest.mark.parametrize(("options", "rows", "held"), [((), 65, False), (("--layout", "vllm", "--drafts"), 96, True)])
+@pytest.mark.parametrize(("options", "rows", "held"), [((), 65, False), (("--layout", "vllm", "--mtp"), 96, True)])
 def test_layouts_and_drafts(invoke, drafting, options, rows, held):
     result = invoke("plan", drafting, "--tp", 2, "--json", "--top", 3, "--rank", 1, *options)
     tensors = {tensor["name"]: tensor for tensor in json.loads(result.stdout)["tensors"]}

@@ -60,7 +60,7 @@ def test_experts_have_numbers_where_a_model_has_experts() -> None:
 def test_families_ask_for_no_particular_number() -> None:
     # Kinds of names are asked, in place of the 92,000 names that a model may have.
     for family in FAMILIES.values():
-        globs = (*family.towers, *family.drafts, *family.first_stage, *family.last_stage, *family.stacked_experts)
+        globs = (*family.towers, *family.mtp, *family.first_stage, *family.last_stage, *family.stacked_experts)
         assert not any(map(is_numbered, globs))
 
 

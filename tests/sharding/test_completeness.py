@@ -168,7 +168,7 @@ def test_experts(tmp_path: Path) -> None:
 @pytest.mark.parametrize("num_files", [1, 2])
 def test_drafts_stand_alone(tmp_path: Path, config: dict[str, Any], shapes: Shapes, num_files: int) -> None:
     uri = write(tmp_path, shapes, config, num_files=num_files)
-    assert loaded(uri, rules={"fc.weight": Replicate()} if "fc.weight" in shapes else None, drafts=True) == set(shapes)
+    assert loaded(uri, rules={"fc.weight": Replicate()} if "fc.weight" in shapes else None, mtp=True) == set(shapes)
 
 
 def test_parts_that_an_index_json_leaves_out_are_one_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -227,7 +227,7 @@ def test_drafts_that_the_index_json_names_are_needed_only_when_asked_for(tmp_pat
     index_of_some(tmp_path, llama() | {"model.layers.3.eh_proj.weight": (8, 16)})
     assert loaded(uri) == set(llama())
     with pytest.raises(IndexMismatchError, match="eh_proj"):
-        loaded(uri, drafts=True)
+        loaded(uri, mtp=True)
 
 
 def test_matrices_that_neither_index_nor_rules_know_are_left_out(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from family_support.held import resolve
 
 from ray_streamer.errors import RayStreamerError, ShardingError
 from ray_streamer.sharding import Mesh, ShardRules
-from ray_streamer.sharding.sizes import MAX_DRAFT_LAYERS, MAX_EXPERTS, MAX_LAYERS
+from ray_streamer.sharding.sizes import MAX_EXPERTS, MAX_LAYERS, MAX_MTP_LAYERS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -148,11 +148,11 @@ def test_names_with_numbers_without_end(index_of: Callable[..., CheckpointIndex]
 
 
 def test_the_largest_counts_are_still_counts() -> None:
-    most = DEEPSEEK | {"num_hidden_layers": MAX_LAYERS, "num_nextn_predict_layers": MAX_DRAFT_LAYERS}
+    most = DEEPSEEK | {"num_hidden_layers": MAX_LAYERS, "num_nextn_predict_layers": MAX_MTP_LAYERS}
     rules = ShardRules.for_config(most | {"n_routed_experts": MAX_EXPERTS})
-    assert f"*layers.{MAX_LAYERS + MAX_DRAFT_LAYERS - 1}.*" in {rule.glob for rule in rules}
-    with pytest.raises(ShardingError, match=f"1 to {MAX_DRAFT_LAYERS}"):
-        ShardRules.for_config(most | {"num_nextn_predict_layers": MAX_DRAFT_LAYERS + 1})
+    assert f"*layers.{MAX_LAYERS + MAX_MTP_LAYERS - 1}.*" in {rule.glob for rule in rules}
+    with pytest.raises(ShardingError, match=f"1 to {MAX_MTP_LAYERS}"):
+        ShardRules.for_config(most | {"num_nextn_predict_layers": MAX_MTP_LAYERS + 1})
 
 
 def test_quantization_sizes_of_any_kind_and_depth(index_of: Callable[..., CheckpointIndex]) -> None:

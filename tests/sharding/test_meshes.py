@@ -74,14 +74,14 @@ def test_layers_of_stages_may_be_given() -> None:
 
 def test_drafts_follow_the_head_and_towers_stand_with_the_embeddings() -> None:
     llama = {spec.name: spec for spec in llama_layout(64, 2, 8, 4, 32, 101).tensors}
-    drafts = [TensorSpec(name.replace(".1.", ".2."), *spec[1:]) for name, spec in llama.items() if ".layers.1." in name]
+    mtp = [TensorSpec(name.replace(".1.", ".2."), *spec[1:]) for name, spec in llama.items() if ".layers.1." in name]
     config = llama_layout(64, 2, 8, 4, 32, 101).config | {
         "model_type": "glm4_moe",
         "num_nextn_predict_layers": 1,
         "n_routed_experts": 4,
     }
-    index = header_only_index([*llama.values(), *drafts], num_files=1, config=config)
-    rules = ShardRules.for_config(config, drafts=True)
+    index = header_only_index([*llama.values(), *mtp], num_files=1, config=config)
+    rules = ShardRules.for_config(config, mtp=True)
     assert _holders(index, resolve(index, rules, Mesh(pp=2)), "model.layers.2.mlp.up_proj.weight") == [1]
     skipped = resolve(index, ShardRules.for_config(config), Mesh(pp=2))
     assert _holders(index, skipped, "model.layers.2.mlp.up_proj.weight") == []

@@ -139,7 +139,7 @@ def test_every_glob_of_every_family_names_a_tensor_of_some_model(saved: Callable
         index = saved(model_type).index
         names = (*index.names, *OLD_NAMES.get(model_type, ()), *DRAFTS.get(model_type, ()))
         for layout in ("generic", "transformers") if FAMILIES[model_type].transformers is not None else ("generic",):
-            rules = ShardRules.for_config(index.config, layout=layout, drafts=layout == "generic")
+            rules = ShardRules.for_config(index.config, layout=layout, mtp=layout == "generic")
             known |= {rule.glob for rule in rules if not rule.glob.endswith(".bias")}
             used |= {
                 rules.rules[position].glob for position in rules.first_matches(NameKinds.of(names)) if position >= 0
@@ -154,11 +154,11 @@ def test_published_names_have_rules(
     config = saved(model_type).index.config
     names = OLD_NAMES.get(model_type, {}) | DRAFTS.get(model_type, {})
     index = index_of(names, config=config)
-    for drafts in (False, True):
-        table = resolve(index, ShardRules.for_config(config, drafts=drafts), Mesh(tp=2))
+    for mtp in (False, True):
+        table = resolve(index, ShardRules.for_config(config, mtp=mtp), Mesh(tp=2))
         held = {name for tensor, name in enumerate(index.names) if table.slice_of(tensor, 0) is not None}
         masks = {name for name in names if name.endswith((".attn.bias", ".attention.bias", ".masked_bias"))}
-        assert held == names.keys() - masks - (set() if drafts else DRAFTS.get(model_type, {}).keys())
+        assert held == names.keys() - masks - (set() if mtp else DRAFTS.get(model_type, {}).keys())
 
 
 @pytest.mark.parametrize("prefix", ["language_model.model.", "model.language_model."])

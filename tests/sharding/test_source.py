@@ -53,7 +53,7 @@ EXPERT_MESHES = MESHES | {"ep": Mesh(tp=4, ep=4), "ep2": Mesh(tp=4, ep=2), "ep-d
 
 def _check(index: CheckpointIndex, source: RuleSlices) -> None:
     """Every rank's results are the slices of its tensors, cut out box by box."""
-    rules = ShardRules.for_config(index.config, first=source.rules, layout=source.layout, drafts=source.drafts)
+    rules = ShardRules.for_config(index.config, first=source.rules, layout=source.layout, mtp=source.mtp)
     held = resolve(index, rules, source.mesh)
     for rank in range(source.mesh.num_ranks):
         parts = [held.slice_of(tensor, rank) for tensor in range(len(index))]

@@ -75,9 +75,9 @@ class Family:
         experts: Component of a name that an expert's number follows, where each expert has tensors of its own.
         stacked_experts: Globs of tensors that hold one expert per index of their first dimension.
         num_experts: Keys of the config that may hold the number of routed experts; empty when there are none.
-        num_draft_layers: Key of the config that holds how many layers for multi-token prediction are numbered on after
+        num_mtp_layers: Key of the config that holds how many layers for multi-token prediction are numbered on after
             the model's own; None when the family has none.
-        drafts: Globs of further tensors that only multi-token prediction uses.
+        mtp: Globs of further tensors that only multi-token prediction uses.
         varying: Globs of tensors, from their layer on, in which layers of one model differ; each layer has some of them.
         is_tied: Whether the embedding is the head, too, where config.json does not say.
     """
@@ -95,7 +95,7 @@ class Family:
     experts: str = "experts"
     stacked_experts: tuple[str, ...] = ()
     num_experts: tuple[str, ...] = ()
-    num_draft_layers: str | None = None
-    drafts: tuple[str, ...] = ()
+    num_mtp_layers: str | None = None
+    mtp: tuple[str, ...] = ()
     varying: tuple[str, ...] = ()
     is_tied: bool = False

@@ -60,7 +60,7 @@ _MODEL_TYPES = (
     "falcon", "phi3", "gpt_oss", "granitemoe", "llama4", "glm4_moe", "bloom", "gpt_neox", "mistral3", "deepseek_v2",
 )  # fmt: skip
 _MESHES: list[dict[str, Any]] = [
-    {"tp": 2}, {"tp": 1, "pp": 2}, {"tp": 2, "ep": True}, {"tp": 2, "drafts": True, "unmatched": "replicate"},
+    {"tp": 2}, {"tp": 1, "pp": 2}, {"tp": 2, "ep": True}, {"tp": 2, "mtp": True, "unmatched": "replicate"},
     {"tp": 2, "layout": "vllm"}, {"tp": 2, "layout": "transformers", "unmatched": "replicate"}, {"tp": 1, "pp": [1, 1]},
 ]  # fmt: skip
 
