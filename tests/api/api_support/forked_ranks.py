@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 STEPS: dict[str, tuple[type, str]] = {
     "opening the device": (LoadRequest, "open_device"),
     "reading headers": (LoadRequest, "read_index"),
-    "planning": (LoadRequest, "plan"),
+    "planning": (LoadRequest, "read_limits"),
     "exchanging arenas": (Neighbourhood, "meet"),
     "reading a block": (BlockReads, "read_into"),
     "finishing": (Neighbourhood, "finish"),
