@@ -166,7 +166,9 @@ class Hub:
         try:
             while not self._stop.is_set:
                 self._turn()
-                if (self._flush() and self._closing_since is not None) or self._is_closing_too_long():
+                # Looked at first: what was queued before the closing is to be sent before the end.
+                is_closing = self._closing_since is not None
+                if (self._flush() and is_closing) or self._is_closing_too_long():
                     break
                 self._tick()
         except BaseException as error:  # a hub that died silently would leave every rank waiting

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 import threading
 from collections import Counter
 from pathlib import Path
@@ -313,11 +314,10 @@ def test_a_session_that_failed_refuses_every_verb(together):
 )
 def test_a_message_that_means_nothing_ends_the_session_by_type(together, message):
     def work(session):
+        session.begin_load(Listener())
+        session.gather(b"all listen")
         if session.place.local_rank == 0:
-            session.begin_load(Listener())
             session._hub.send([1], message)
-        else:
-            session.begin_load(Listener())
         session.gather(b"")
         session.gather(b"")
 
@@ -341,6 +341,16 @@ def test_ranks_that_wait_for_each_other_are_not_left_alone(together):
     for outcome in together(work, 2, progress=0.5):
         assert isinstance(outcome, ClusterError)
         assert "waited for each other for progress_timeout_seconds=0.5" in str(outcome)
+
+
+def test_a_rank_that_leaves_at_once_says_so_first(together):
+    """What was queued before the closing is sent before the end, however the threads take turns."""
+    sys.setswitchinterval(0.0001)
+    try:
+        for _ in range(100):
+            assert together(lambda session: bytes(session.share(lambda: b"s" * 2049)), 3) == [b"s" * 2049] * 3
+    finally:
+        sys.setswitchinterval(0.005)
 
 
 def test_closing_twice_is_closing_once(together):
