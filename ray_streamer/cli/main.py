@@ -16,6 +16,7 @@ COMMANDS = {
     "inspect": "What a checkpoint holds, and how its tensors would lie.",
     "plan": "What a load would read, by whom; only headers are read.",
     "load": "Load over the ranks of a Ray cluster and report what it took.",
+    "serve": "Serve a checkpoint with vLLM, its weights streamed from the uri.",
     "ls": "Every file at a uri.",
     "pull": "Copy config, tokenizer or other files from a uri into a folder.",
     "demo": "Make a checkpoint, load it from disk and from S3, prove every slice.",

@@ -1,0 +1,102 @@
+"""`ray-streamer serve`: fetch config and tokenizer, then become `vllm serve` with the weights streamed from the uri."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import click
+
+from ray_streamer.cli.command import Command, verbose_option
+from ray_streamer.cli.settings import with_settings
+from ray_streamer.errors import SettingsError
+from ray_streamer.settings import SECRET_SETTINGS
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from ray_streamer.settings import Settings
+
+_EXTRA_CONFIG = "--model-loader-extra-config"
+_SET_HERE = ("--load-format", "--model")
+
+
+@click.command("serve", cls=Command)
+@click.argument("uri")
+@click.argument("vllm_arguments", nargs=-1, type=click.UNPROCESSED, metavar="[-- VLLM SERVE ARGUMENTS]")
+@verbose_option
+@with_settings
+def command(uri: str, vllm_arguments: tuple[str, ...], settings: Settings) -> NoReturn:
+    """Serve the checkpoint at URI with vLLM. What stands after -- is passed to `vllm serve` as it is.
+
+    Config and tokenizer files come to this node's cache; weights go from URI straight into vLLM's parameters.
+
+        ray-streamer serve s3://bucket/model -- --tensor-parallel-size 8 --port 8000
+    """
+    from ray_streamer.api.files import cached
+    from ray_streamer.storage import absolute_uri
+
+    program = find_vllm()
+    uri = absolute_uri(uri)
+    folder = cached(uri, settings=settings)
+    arguments = serve_arguments(uri, folder, vllm_arguments, settings)
+    os.execv(program, [program, *arguments])
+
+
+def find_vllm() -> str:
+    """The `vllm` command of this environment, else the one on the PATH.
+
+    Raises:
+        SettingsError: There is none.
+    """
+    found = shutil.which("vllm", path=str(Path(sys.executable).parent)) or shutil.which("vllm")
+    if found is None:
+        raise SettingsError('there is no vllm command here; install it with: pip install "ray_streamer[vllm]"')
+    return found
+
+
+def serve_arguments(uri: str, folder: Path, given: Sequence[str], settings: Settings) -> list[str]:
+    """What `vllm` is called with.
+
+    Args:
+        uri: Where the weights are.
+        folder: Where config and tokenizer are.
+        given: The caller's own arguments of `vllm serve`.
+        settings: Those that were set go to the load format; secrets stay in the environment.
+
+    Raises:
+        SettingsError: `given` has an argument that this command sets itself, or its extra config is no JSON object.
+    """
+    rest, extra = _without_extra_config(given)
+    names = {argument.partition("=")[0] for argument in rest}
+    for name in _SET_HERE:
+        if name in names:
+            raise SettingsError(f"{name} is set by ray-streamer serve; call vllm serve itself to choose another one")
+    chosen = settings.model_dump(mode="json", include=settings.model_fields_set - SECRET_SETTINGS)
+    served = [] if "--served-model-name" in names else ["--served-model-name", uri]
+    config = json.dumps({"uri": uri, **chosen, **extra})
+    return ["serve", str(folder), "--load-format", "ray_streamer", _EXTRA_CONFIG, config, *served, *rest]
+
+
+def _without_extra_config(given: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
+    """The arguments less the loader's extra config, and that config."""
+    rest: list[str] = []
+    extra: dict[str, Any] = {}
+    waiting = iter(given)
+    for argument in waiting:
+        name, has_value, value = argument.partition("=")
+        if name != _EXTRA_CONFIG:
+            rest.append(argument)
+            continue
+        text = value if has_value else next(waiting, "")
+        try:
+            extra = json.loads(text)
+        except ValueError:
+            extra = {}
+        if not isinstance(extra, dict) or not extra:
+            raise SettingsError(f'{_EXTRA_CONFIG} must be a JSON object such as {{"concurrency": 32}}, got {text!r}')
+    return rest, extra
