@@ -96,10 +96,10 @@ def agree(
     session.activity.phase = "planning"
     said = request.slices(index, membership.rank)
     # Before anybody is told: what is wrong with a rank's own results is found by the rank itself.
-    check_fills(index, said)
+    holes = check_fills(index, said)
     node_plan = _share_plan(session, index, said, request.read_limits(memory_limits))
     place = session.place
-    plan = RankPlan.of(index, node_plan, said, ranks=place.ranks, local_rank=place.local_rank)
+    plan = RankPlan.of(index, node_plan, said, ranks=place.ranks, local_rank=place.local_rank, holes=holes)
     return Agreement(plan, memory_limit)
 
 

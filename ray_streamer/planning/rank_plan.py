@@ -13,9 +13,12 @@ import numpy as np
 from ray_streamer.errors import PlanError
 from ray_streamer.extent import Extent
 from ray_streamer.planning.fills import check_fills
-from ray_streamer.planning.pieces import RowLandings, cut_pieces, cut_strided
+from ray_streamer.planning.pieces import PIECE_COLUMNS, RowLandings, cut_pieces, cut_strided
+from ray_streamer.rows import group_rows
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from numpy.typing import NDArray
 
     from ray_streamer.checkpoint.index import CheckpointIndex, ShardFile
@@ -122,10 +125,20 @@ class RankPlan:
     _pieces: BlockTable = field(repr=False)
     _strided: BlockTable = field(repr=False)
     _moves: tuple[StridedMove, ...] = field(repr=False)
+    _is_exclusive: NDArray[np.bool_] = field(repr=False)
+    _circles: tuple[tuple[int, ...], ...] = field(repr=False)
+    _circle_ids: NDArray[np.int64] = field(repr=False)
 
     @classmethod
     def of(
-        cls, index: CheckpointIndex, node_plan: NodePlan, slices: RankSlices, *, ranks: tuple[int, ...], local_rank: int
+        cls,
+        index: CheckpointIndex,
+        node_plan: NodePlan,
+        slices: RankSlices,
+        *,
+        ranks: tuple[int, ...],
+        local_rank: int,
+        holes: Sequence[OpenResults] | None = None,
     ) -> RankPlan:
         """The part of `node_plan` that concerns the rank which said `slices`.
 
@@ -135,11 +148,12 @@ class RankPlan:
             slices: What this rank said.
             ranks: Global ranks of the node.
             local_rank: This rank's position among them.
+            holes: What `check_fills` found in these slices, where it was asked before.
 
         Raises:
             PlanError: Slices write one element twice, leave their results, or are not those that were planned.
         """
-        holes = check_fills(index, slices)
+        holes = check_fills(index, slices) if holes is None else holes
         rows = RowLandings.of(index, slices)
         pieces = cut_pieces(rows, node_plan.blocks)
         strided, moves = cut_strided(rows, node_plan.blocks)
@@ -147,6 +161,7 @@ class RankPlan:
         has_pieces = (np.diff(pieces.firsts) + np.diff(strided.firsts)) > 0
         if not np.array_equal(np.flatnonzero(has_pieces), taken):
             raise PlanError(f"rank {ranks[local_rank]} said other slices than those that its node's plan was made of")
+        circles, circle_ids = _other_takers(node_plan, local_rank)
         return cls(
             uri=index.uri,
             files=index.files,
@@ -161,6 +176,9 @@ class RankPlan:
             _pieces=pieces,
             _strided=strided,
             _moves=moves,
+            _is_exclusive=_exclusive_blocks(node_plan, pieces, strided, local_rank),
+            _circles=circles,
+            _circle_ids=circle_ids,
         )
 
     @property
@@ -176,26 +194,22 @@ class RankPlan:
 
     def pieces(self, number: int) -> BlockPieces:
         """What this rank takes from block `number`."""
-        return BlockPieces(
-            list(map(Piece._make, self._pieces.of_block(number))),
-            [
-                StridedPiece(result, self._moves[move], source_start, target_start)
-                for result, move, source_start, target_start in self._strided.of_block(number)
-            ],
-        )
+        plain = list(map(Piece._make, self._pieces.of_block(number)))
+        if not self._moves:
+            return BlockPieces(plain, [])
+        strided = [
+            StridedPiece(result, self._moves[move], source_start, target_start)
+            for result, move, source_start, target_start in self._strided.of_block(number)
+        ]
+        return BlockPieces(plain, strided)
 
     def takers(self, number: int) -> tuple[int, ...]:
         """Other local ranks that take something from block `number`."""
-        takers = np.flatnonzero(self.node_plan.takers[number]).tolist()
-        return tuple(taker for taker in takers if taker != self.local_rank)
+        return self._circles[self._circle_ids[number]]
 
     def exclusive_piece(self, number: int) -> Piece | None:
         """The one contiguous piece that is all of block `number`, when this rank alone takes it; else None."""
-        pieces = self.pieces(number)
-        if len(pieces.plain) != 1 or pieces.strided or self.takers(number):
-            return None
-        piece, block = pieces.plain[0], self.block(number)
-        return piece if piece.num_runs == 1 and piece.run_bytes == block.extent.num_bytes else None
+        return self.pieces(number).plain[0] if self._is_exclusive[number] else None
 
     def wanted_files(self) -> list[int]:
         """Files that the node reads."""
@@ -208,3 +222,23 @@ class RankPlan:
     def readers_of(self, numbers: NDArray[np.int64]) -> NDArray[np.integer]:
         """Local rank that reads each block in `numbers`."""
         return self.node_plan.readers[numbers]
+
+
+def _other_takers(node_plan: NodePlan, local_rank: int) -> tuple[tuple[tuple[int, ...], ...], NDArray[np.int64]]:
+    """The distinct circles of other ranks that take something out of a block, and each block's position among them."""
+    circle_ids, examples = group_rows(list(node_plan.takers.T))
+    circles = [np.flatnonzero(row).tolist() for row in node_plan.takers[examples]]
+    return tuple(tuple(rank for rank in circle if rank != local_rank) for circle in circles), circle_ids
+
+
+def _exclusive_blocks(
+    node_plan: NodePlan, pieces: BlockTable, strided: BlockTable, local_rank: int
+) -> NDArray[np.bool_]:
+    """Which blocks are one contiguous piece of this rank's, and of nobody else's."""
+    is_alone = (node_plan.takers.sum(axis=1) == 1) & (node_plan.readers == local_rank)
+    is_alone &= (np.diff(pieces.firsts) == 1) & (np.diff(strided.firsts) == 0)
+    lone = pieces.rows[pieces.firsts[:-1][is_alone]]
+    run_bytes, num_runs = (lone[:, PIECE_COLUMNS.index(name)] for name in ("run_bytes", "num_runs"))
+    lengths = (node_plan.blocks.stops - node_plan.blocks.starts)[is_alone]
+    is_alone[is_alone] = (num_runs == 1) & (run_bytes == lengths)
+    return is_alone
