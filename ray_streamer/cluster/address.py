@@ -12,6 +12,9 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import threading
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
 
 import ray.exceptions
 from ray._private import services
@@ -61,45 +64,62 @@ def find_cluster(address: str | None, connect_timeout_seconds: float) -> str | N
             f"no Ray cluster answers at {origin}={named or address!r}: {error}. Give the host:port of its head node, "
             "unset it to start a local Ray, or start one with `ray start --head`"
         ) from error
-    _enter(known)
+    _enter(known, connect_timeout_seconds)
     return known
 
 
-def _enter(known: str) -> None:
+def _enter(known: str, timeout_seconds: float) -> None:
     """Make sure that the cluster takes this process's token, or needs none."""
     try:
-        _knock(known)
+        _knock(known, timeout_seconds)
     except _AuthenticationError as refusal:
         if os.environ.get(_MODE_VARIABLE) is None and _is_found_by_ray(known) and _take_token():
             try:
-                _knock(known)
+                _knock(known, timeout_seconds)
             except _AuthenticationError as second_refusal:
                 raise _no_entry(known, second_refusal) from second_refusal
         else:
             raise _no_entry(known, refusal) from refusal
 
 
-def _knock(known: str) -> None:
+def _knock(known: str, timeout_seconds: float) -> None:
     """Ask the cluster for its id, as every client does first.
 
     Raises:
         AuthenticationError: It asks for another token, or for one at all.
         ClusterError: What answers there is no Ray of this version.
     """
-    try:
-        if _AuthenticationError:
-            from ray._private.authentication.authentication_token_setup import ensure_token_if_auth_enabled
+    if _AuthenticationError:
+        from ray._private.authentication.authentication_token_setup import ensure_token_if_auth_enabled
 
-            # Without a token in token mode, Ray's own client ends the process.
-            ensure_token_if_auth_enabled(None, create_token_if_missing=False)
-        GcsClient(address=known)
+        # Without a token in token mode, Ray's own client ends the process.
+        ensure_token_if_auth_enabled(None, create_token_if_missing=False)
+    answered: Future[None] = Future()
+    threading.Thread(target=_ask, args=(known, answered), name="ray_streamer-knock", daemon=True).start()
+    try:
+        answered.result(timeout_seconds)
+    except FutureTimeoutError:
+        reason = f"no answer within connect_timeout_seconds={timeout_seconds:g}"
     except _AuthenticationError:
         raise
     except (RayError, RuntimeError, ConnectionError) as error:
-        raise ClusterError(
-            f"something answers at {known}, but not as the control service of a Ray cluster: {error}. Give the "
-            "host:port that `ray start --head` printed, and the same version of Ray"
-        ) from error
+        reason = str(error).rstrip(".")
+    else:
+        return
+    raise ClusterError(
+        f"something answers at {known}, but not as the control service of a Ray cluster: {reason}. Give the host:port "
+        "that `ray start --head` printed, and use the same version of Ray"
+    )
+
+
+def _ask(known: str, answered: Future[None]) -> None:
+    # In a thread of its own: Ray's client waits for 20 to 40 s, whatever it is told.
+    try:
+        GcsClient(address=known)
+    except BaseException as error:
+        answered.set_exception(error)
+    else:
+        answered.set_result(None)
 
 
 def _is_found_by_ray(known: str) -> bool:

@@ -49,6 +49,15 @@ def test_an_address_that_does_not_answer_is_refused_at_once(dead_address: str) -
     assert not ray.is_initialized()
 
 
+def test_an_address_of_something_else_is_given_up_within_the_connect_timeout() -> None:
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        with pytest.raises(ClusterError, match=r"not as the control service of a Ray .* connect_timeout_seconds=0\.5"):
+            connect(f"127.0.0.1:{silent.getsockname()[1]}", connect_timeout_seconds=0.5)
+    assert not ray.is_initialized()
+
+
 @pytest.mark.parametrize("address", [None, "auto"])
 def test_the_environments_address_is_named_when_it_does_not_answer(
     address: str | None, dead_address: str, monkeypatch: pytest.MonkeyPatch
