@@ -50,6 +50,8 @@ class Session:
         with _connecting:
             if self.is_opened_here and ray.is_initialized():
                 ray.shutdown()
+                while _lasting_threads:
+                    _lasting_threads.pop().end()
 
 
 def connect(
@@ -125,21 +127,38 @@ def _initialise(address: str | None, known: str | None, num_local_cpus: int | No
     if threading.current_thread() is threading.main_thread():
         start()
     else:
-        _call_in_lasting_thread(start)
+        _lasting_threads.append(_LastingThread(start))
 
 
-def _call_in_lasting_thread(start: Callable[[], object]) -> None:
-    """Call `start` in a thread that never ends by itself: Linux kills Ray's processes with the thread that forked them."""
-    started: Future[None] = Future()
+class _LastingThread:
+    """A thread that outlives the call that it is for: Linux kills Ray's processes with the thread that forked them.
 
-    def run() -> None:
+    Args:
+        start: What to call in it.
+    """
+
+    def __init__(self, start: Callable[[], object]) -> None:
+        self._start = start
+        self._started: Future[None] = Future()
+        self._is_over = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="ray_streamer-ray", daemon=True)
+        self._thread.start()
+        self._started.result()
+
+    def end(self) -> None:
+        """Let the thread go, after what it started has ended."""
+        self._is_over.set()
+        self._thread.join()
+
+    def _run(self) -> None:
         try:
-            start()
+            self._start()
         except BaseException as error:
-            started.set_exception(error)
+            self._started.set_exception(error)
         else:
-            started.set_result(None)
-            threading.Event().wait()
+            self._started.set_result(None)
+            self._is_over.wait()
 
-    threading.Thread(target=run, name="ray_streamer-ray", daemon=True).start()
-    started.result()
+
+# Those of Rays that other threads than the main one have started here; more than one where the caller shut Ray down.
+_lasting_threads: list[_LastingThread] = []

@@ -130,6 +130,7 @@ def test_threads_that_connect_at_once_share_one_ray(monkeypatch: pytest.MonkeyPa
         for session in sessions:
             session.close()
     assert not ray.is_initialized()
+    assert not [thread for thread in threading.enumerate() if thread.name == "ray_streamer-ray"]
 
 
 TASK_THAT_PRINTS = """
