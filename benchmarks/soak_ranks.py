@@ -69,9 +69,6 @@ def possessions() -> list[str]:
 def _fork_and_die(*_: object) -> None:
     # Without Python's hooks, and with its lock: the child keeps copies of every socket open, as one of a C library would.
     if ctypes.PyDLL(None).syscall(_RAW_FORK[os.uname().machine]) == 0:
-        os.close(1)
-        os.setsid()
-        signal.alarm(60)
         while True:
             signal.pause()
     os.kill(os.getpid(), signal.SIGKILL)
@@ -120,6 +117,7 @@ class Round:
         pid = os.fork()
         if pid == 0:
             os.close(self._answers)
+            os.setpgid(0, 0)
             run_rank(rank, folder, self.session, answers)
             os._exit(0)
         return pid
@@ -145,7 +143,8 @@ class Round:
     def end(self) -> list[str]:
         """Ends all processes; the sockets that are left then."""
         for pid in self.pids:
-            os.kill(pid, signal.SIGKILL)
+            # The group: whatever the rank forked is in it.
+            os.killpg(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
         os.close(self._answers)
         return [line for line in Path("/proc/net/unix").read_text().splitlines() if self.session in line]
