@@ -22,9 +22,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ray_streamer.errors import CheckpointError, IndexMismatchError
-from ray_streamer.sharding.anatomy import Anatomy
 from ray_streamer.sharding.families import family_of
 from ray_streamer.sharding.globs import matches_any
+from ray_streamer.sharding.model_structure import ModelStructure
 from ray_streamer.sharding.name_kinds import NameKinds, as_text
 from ray_streamer.sharding.placement import Skip
 from ray_streamer.sharding.quantization import weight_of
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from ray_streamer.checkpoint.index import CheckpointIndex
-    from ray_streamer.sharding.anatomy import Locations
+    from ray_streamer.sharding.model_structure import Locations
     from ray_streamer.sharding.rules import ShardRules
 
 _NORM = re.compile(r"norm|(?:^|\.)ln_[0-9a-z]+$")
@@ -84,8 +84,8 @@ def refuse_absent(index: CheckpointIndex, rules: ShardRules) -> None:
     rule_ids = np.where(by_name >= 0, by_name, by_weight).tolist()
     held = set(NameKinds.of(index.names).kinds)
     is_alike = names.of_kinds([kind in held for kind in names.kinds], dtype=bool)
-    anatomy = _anatomy_of(index)
-    is_end, is_tied_head = _ends(index, names, anatomy)
+    structure = _structure_of(index)
+    is_end, is_tied_head = _ends(index, names, structure)
     needed = [
         name
         for name, rule_id, is_known, is_tied in zip(
@@ -103,31 +103,35 @@ def refuse_absent(index: CheckpointIndex, rules: ShardRules) -> None:
 
 
 def _ends(
-    index: CheckpointIndex, names: NameKinds, anatomy: Anatomy | None
+    index: CheckpointIndex, names: NameKinds, structure: ModelStructure | None
 ) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
     """Which names stand before or behind the layers, and which are a head that is tied to the embeddings."""
-    if anatomy is None:
+    if structure is None:
         return np.zeros(len(names), dtype=np.bool_), np.zeros(len(names), dtype=np.bool_)
-    said = Sizes(anatomy.family, index.config or {}).says_tied
-    is_tied = anatomy.family.is_tied if said is None else said
-    located = anatomy.locate(names)
+    said = Sizes(structure.family, index.config or {}).says_tied
+    is_tied = structure.family.is_tied if said is None else said
+    located = structure.locate(names)
     return located.is_before_layers | located.is_after_layers, located.is_after_layers & is_tied
 
 
 def missing_parts(index: CheckpointIndex) -> list[str]:
     """What the checkpoint lacks of the model that its config.json describes, one clause each; empty when that is unknown."""
-    anatomy = _anatomy_of(index)
-    if anatomy is None:
+    structure = _structure_of(index)
+    if structure is None:
         return []
     names = NameKinds.of(index.names)
-    located = anatomy.locate(names)
-    is_own = (located.layers >= 0) & (located.layers < anatomy.num_layers)
+    located = structure.locate(names)
+    is_own = (located.layers >= 0) & (located.layers < structure.num_layers)
     if not is_own.any():
         # Drafts alone, or a model with names of its own.
         return []
-    held = _Held.of(names, located, is_own, anatomy)
-    clauses = [*_missing_layers(held, anatomy), *_missing_modules(held, anatomy), *_missing_experts(held, anatomy)]
-    return clauses + (list(_missing_ends(index, names, located, anatomy)) if len(index.files) > 1 else [])
+    held = _Held.of(names, located, is_own, structure)
+    clauses = [
+        *_missing_layers(held, structure),
+        *_missing_modules(held, structure),
+        *_missing_experts(held, structure),
+    ]
+    return clauses + (list(_missing_ends(index, names, located, structure)) if len(index.files) > 1 else [])
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,15 +153,15 @@ class _Held:
     expert_counts: NDArray[np.int64]
 
     @classmethod
-    def of(cls, names: NameKinds, located: Locations, is_own: NDArray[np.bool_], anatomy: Anatomy) -> _Held:
+    def of(cls, names: NameKinds, located: Locations, is_own: NDArray[np.bool_], structure: ModelStructure) -> _Held:
         ids: dict[str, int] = {}
-        in_layer = re.compile(rf"(?:^|\.){re.escape(anatomy.family.layers)}\.[0-9]+\.(.+)$", re.DOTALL)
+        in_layer = re.compile(rf"(?:^|\.){re.escape(structure.family.layers)}\.[0-9]+\.(.+)$", re.DOTALL)
         of_kinds = [ids.setdefault(_module_in_layer(text, in_layer), len(ids)) for text in _weights_of(names)]
         pairs = (located.layers * len(ids) + names.of_kinds(of_kinds))[is_own]
         experts = located.experts[is_own]
-        is_expert = (experts >= 0) & (experts < anatomy.num_experts)
-        single = np.unique(pairs[is_expert] * max(1, anatomy.num_experts) + experts[is_expert])
-        expert_pairs, counts = np.unique(single // max(1, anatomy.num_experts), return_counts=True)
+        is_expert = (experts >= 0) & (experts < structure.num_experts)
+        single = np.unique(pairs[is_expert] * max(1, structure.num_experts) + experts[is_expert])
+        expert_pairs, counts = np.unique(single // max(1, structure.num_experts), return_counts=True)
         return cls(np.unique(located.layers[is_own]), tuple(ids), np.unique(pairs), expert_pairs, counts)
 
     def layers_of(self, modules: Sequence[int]) -> NDArray[np.int64]:
@@ -175,16 +179,16 @@ def _module_in_layer(name: str, in_layer: re.Pattern[str]) -> str:
     return _NUMBER.sub("*", found[1].rpartition(".")[0] or found[1]) if found else ""
 
 
-def _missing_layers(held: _Held, anatomy: Anatomy) -> Iterator[str]:
-    if num_missing := anatomy.num_layers - len(held.layers):
-        first = np.setdiff1d(np.arange(anatomy.num_layers), held.layers)[0]
-        yield f"{num_missing} of the {counted(anatomy.num_layers, 'layer')} of config.json {'is' if num_missing == 1 else 'are'} missing, such as layer {first}"
+def _missing_layers(held: _Held, structure: ModelStructure) -> Iterator[str]:
+    if num_missing := structure.num_layers - len(held.layers):
+        first = np.setdiff1d(np.arange(structure.num_layers), held.layers)[0]
+        yield f"{num_missing} of the {counted(structure.num_layers, 'layer')} of config.json {'is' if num_missing == 1 else 'are'} missing, such as layer {first}"
 
 
-def _missing_modules(held: _Held, anatomy: Anatomy) -> Iterator[str]:
+def _missing_modules(held: _Held, structure: ModelStructure) -> Iterator[str]:
     # Globs of families begin with "*.", so a dot before the module lets them match.
-    known = matches_any(anatomy.family.modules, [f".{module}" for module in held.modules])
-    varying = matches_any(anatomy.family.varying, [f".{module}." for module in held.modules])
+    known = matches_any(structure.family.modules, [f".{module}" for module in held.modules])
+    varying = matches_any(structure.family.varying, [f".{module}." for module in held.modules])
     # Not those of towers, which have layers of their own.
     here = np.unique(held.pairs % len(held.modules)).tolist()
     wanted = [number for number in here if known[number] or _NORM.search(held.modules[number])]
@@ -198,19 +202,21 @@ def _missing_modules(held: _Held, anatomy: Anatomy) -> Iterator[str]:
             yield f"layer {first}{more} has no {' or '.join(shown(held.modules[number]) for number in modules[:4])}"
 
 
-def _missing_experts(held: _Held, anatomy: Anatomy) -> Iterator[str]:
-    lacking = np.flatnonzero(held.expert_counts < anatomy.num_experts)
+def _missing_experts(held: _Held, structure: ModelStructure) -> Iterator[str]:
+    lacking = np.flatnonzero(held.expert_counts < structure.num_experts)
     if len(lacking):
         layer, module = divmod(int(held.expert_pairs[lacking[0]]), len(held.modules))
         more = f", and so in {counted(len(lacking) - 1, 'more place')}" if len(lacking) > 1 else ""
         yield (
             f"layer {layer} has {shown(held.modules[module])} of {held.expert_counts[lacking[0]]} of the "
-            f"{counted(anatomy.num_experts, 'expert')} of config.json{more}"
+            f"{counted(structure.num_experts, 'expert')} of config.json{more}"
         )
 
 
-def _missing_ends(index: CheckpointIndex, names: NameKinds, located: Locations, anatomy: Anatomy) -> Iterator[str]:
-    family = anatomy.family
+def _missing_ends(
+    index: CheckpointIndex, names: NameKinds, located: Locations, structure: ModelStructure
+) -> Iterator[str]:
+    family = structure.family
     globs = (*(f"{glob}.*" for glob in family.modules), *family.mtp, *family.skipped)
     is_known = names.of_kinds(matches_any(globs, names.texts), dtype=bool)
     is_known |= located.is_before_layers | located.is_after_layers | located.is_tower | (located.layers >= 0)
@@ -225,11 +231,11 @@ def _missing_ends(index: CheckpointIndex, names: NameKinds, located: Locations, 
         yield "the head is missing, which config.json does not tie to the embeddings"
 
 
-def _anatomy_of(index: CheckpointIndex) -> Anatomy | None:
+def _structure_of(index: CheckpointIndex) -> ModelStructure | None:
     """The parts of the model; None when its config does not tell."""
     config = index.config or {}
     family = family_of(config)
-    return Anatomy.of(config) if family is not None and Sizes(family, config).says_layers else None
+    return ModelStructure.of(config) if family is not None and Sizes(family, config).says_layers else None
 
 
 def _has_own_head(config: Mapping[str, Any]) -> bool:

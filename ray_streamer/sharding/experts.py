@@ -13,7 +13,7 @@ from ray_streamer.errors import ShardingError
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from ray_streamer.sharding.anatomy import Anatomy
+    from ray_streamer.sharding.model_structure import ModelStructure
 
 Experts = tuple[int, ...]
 
@@ -52,25 +52,28 @@ class ExpertMap:
     by_layer: Mapping[int, tuple[Experts, ...]]
 
     @classmethod
-    def of(cls, anatomy: Anatomy, ep: int, experts: ExpertsLike | None) -> Self:
+    def of(cls, structure: ModelStructure, ep: int, experts: ExpertsLike | None) -> Self:
         """The map that `experts` describes, else one of `divide_experts`.
 
         Raises:
             ShardingError: The model has no experts, or too few; or `experts` does not have one list per group, or leaves an
                 expert out.
         """
-        if not anatomy.num_experts:
+        if not structure.num_experts:
             raise ShardingError(f"ep={ep} divides experts, and the model's config.json names none")
         if experts is None:
-            return cls(divide_experts(anatomy.num_experts, ep), {})
+            return cls(divide_experts(structure.num_experts, ep), {})
         if not isinstance(experts, Mapping):
-            return cls(_checked(experts, anatomy.num_experts, ep, "experts"), {})
+            return cls(_checked(experts, structure.num_experts, ep, "experts"), {})
         by_layer = {
-            layer: _checked(groups, anatomy.num_experts, ep, f"experts[{layer!r}]") for layer, groups in experts.items()
+            layer: _checked(groups, structure.num_experts, ep, f"experts[{layer!r}]")
+            for layer, groups in experts.items()
         }
-        if unknown := [layer for layer in by_layer if layer not in range(anatomy.num_layers + anatomy.num_mtp_layers)]:
-            raise ShardingError(f"experts names layer {unknown[0]!r}; the model has {anatomy.num_layers}")
-        return cls(divide_experts(anatomy.num_experts, ep), by_layer)
+        if unknown := [
+            layer for layer in by_layer if layer not in range(structure.num_layers + structure.num_mtp_layers)
+        ]:
+            raise ShardingError(f"experts names layer {unknown[0]!r}; the model has {structure.num_layers}")
+        return cls(divide_experts(structure.num_experts, ep), by_layer)
 
     def maps(self) -> list[tuple[Experts, ...]]:
         """Every map; the first is that of layers without one of their own."""

@@ -1,4 +1,4 @@
-"""Which tensors are alike? Those of one rule, shape, dtype and residence; what is wrong with the rules is found on the way.
+"""Which tensors are alike? Those of one rule, shape, dtype and holders; what is wrong with the rules is found on the way.
 
 A rule places a tensor by its name, or, where no rule has that name, as a part of a quantized weight that one has. Rules that
 decide nothing and tensors that have none are listed together.
@@ -26,10 +26,10 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from ray_streamer.checkpoint.index import CheckpointIndex
+    from ray_streamer.sharding.holders import Holders
     from ray_streamer.sharding.mesh import Mesh, MeshPosition
     from ray_streamer.sharding.name_kinds import NameKinds
     from ray_streamer.sharding.quantization import QuantizedWeights
-    from ray_streamer.sharding.residence import Residence
     from ray_streamer.sharding.rules import ShardRules
     from ray_streamer.sharding.tensor_slice import TensorSlice
 
@@ -42,13 +42,13 @@ _UNPLACED: dict[int, Placement] = {_NO_RULE: Replicate(), _LEFT_OUT: Skip()}
 
 @dataclass(frozen=True, slots=True)
 class TensorGroup:
-    """Tensors alike in rule, shape, dtype and residence, hence in slices.
+    """Tensors alike in rule, shape, dtype and holders, hence in slices.
 
     Attributes:
         placement: How they lie.
         shape: Logical elements.
         dtype: As their headers say.
-        residence: Which ranks may hold them.
+        holders: Which ranks may hold them.
         example: Position in the index of the first of them.
         num_tensors: How many there are.
     """
@@ -56,23 +56,23 @@ class TensorGroup:
     placement: Placement
     shape: tuple[int, ...]
     dtype: DType
-    residence: Residence
+    holders: Holders
     example: int = 0
     num_tensors: int = 1
 
     def refusal(self, mesh: Mesh) -> str | None:
         """Why these tensors cannot be placed on `mesh`, or None when they can."""
-        tp = self.residence.tp(mesh)
+        tp = self.holders.tp(mesh)
         refused = self.placement.refusal(self.shape, tp) or self._torn_byte(tp)
-        return refused or self.residence.refusal(self.placement, self.shape, mesh)
+        return refused or self.holders.refusal(self.placement, self.shape, mesh)
 
     def slice_of(self, mesh: Mesh, at: MeshPosition) -> TensorSlice | None:
         """What ranks at this position of `mesh` hold; None when nothing."""
-        if not self.residence.holds(at):
+        if not self.holders.holds(at):
             return None
-        tp = self.residence.tp(mesh)
+        tp = self.holders.tp(mesh)
         share = self.placement.share_of(self.shape, tp_index=at.tp % tp, tp=tp)
-        return None if share is None else self.residence.slice_of(share, at)
+        return None if share is None else self.holders.slice_of(share, at)
 
     def _torn_byte(self, tp: int) -> str | None:
         """Storage moves whole bytes, so a row of a dtype narrower than a byte may be cut at whole bytes only."""
@@ -105,8 +105,8 @@ def group_tensors(
     index: CheckpointIndex,
     names: NameKinds,
     rules: ShardRules,
-    residences: Sequence[Residence],
-    residence_ids: NDArray[np.int64],
+    holders: Sequence[Holders],
+    holder_ids: NDArray[np.int64],
     unmatched: Unmatched,
 ) -> TensorGroups:
     """The groups of all tensors.
@@ -115,8 +115,8 @@ def group_tensors(
         index: The checkpoint's tensors.
         names: Their names.
         rules: Which placement each name has.
-        residences: Which ranks may hold tensors.
-        residence_ids: For each tensor the position of its residence.
+        holders: Which ranks may hold tensors.
+        holder_ids: For each tensor the position of its holders.
         unmatched: What becomes of tensors that need a rule and have none.
 
     Raises:
@@ -128,16 +128,16 @@ def group_tensors(
     if unmatched == "error":
         rule_ids = np.where(_left_over(index, rule_ids), _LEFT_OUT, rule_ids)
     _check_rules(index, rules, rule_ids, unmatched)
-    columns = [rule_ids, form_ids, residence_ids, index.dtype_codes, index.num_dims, *index.shapes.T]
+    columns = [rule_ids, form_ids, holder_ids, index.dtype_codes, index.num_dims, *index.shapes.T]
     alike = distinct_rows(columns)
     counts = np.bincount(alike.ids, minlength=len(alike.firsts)).tolist()
     groups: list[TensorGroup] = []
     for row, example, count in zip(alike.values(), alike.firsts.tolist(), counts, strict=True):
-        rule_id, form_id, residence_id, dtype_code, num_dims, *sizes = row
+        rule_id, form_id, holder_id, dtype_code, num_dims, *sizes = row
         placement = rules.rules[rule_id].placement if rule_id >= 0 else _UNPLACED[rule_id]
         placement = quantized.forms[form_id].placed_with(placement) if form_id >= 0 else placement
         shape = tuple(sizes[:num_dims])
-        groups.append(TensorGroup(placement, shape, DTYPES[dtype_code], residences[residence_id], example, count))
+        groups.append(TensorGroup(placement, shape, DTYPES[dtype_code], holders[holder_id], example, count))
     return TensorGroups(tuple(groups), alike.ids, quantized)
 
 

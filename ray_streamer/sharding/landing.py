@@ -140,7 +140,7 @@ def find_landings(
 
 def _is_held(group: TensorGroup, mesh: Mesh) -> bool:
     """Whether any rank holds a share of these tensors, if only an empty one."""
-    tp = group.residence.tp(mesh)
+    tp = group.holders.tp(mesh)
     return any(group.placement.share_of(group.shape, tp_index=index, tp=tp) is not None for index in range(tp))
 
 

@@ -17,9 +17,10 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from ray_streamer.checkpoint.index import CheckpointIndex
-    from ray_streamer.sharding.anatomy import Anatomy, Locations
+    from ray_streamer.sharding.model_structure import Locations, ModelStructure
 
-Stages = tuple[int, ...]
+StageSet = tuple[int, ...]
+"""Stages that hold one kind of tensor."""
 
 
 def divide_layers(num_layers: int, pp: int) -> tuple[int, ...]:
@@ -69,7 +70,7 @@ class Pipeline:
     def of(
         cls,
         index: CheckpointIndex,
-        anatomy: Anatomy,
+        structure: ModelStructure,
         located: Locations,
         pp: int,
         layers: Sequence[int] | None,
@@ -82,19 +83,19 @@ class Pipeline:
             ShardingError: The layers cannot be divided so, or the checkpoint has no tensors in some of them.
         """
         has_head = bool((located.is_after_layers & (index.num_dims >= 2)).any())
-        pipeline = cls(anatomy.num_layers, tuple(layers or divide_layers(anatomy.num_layers, pp)), not has_head)
+        pipeline = cls(structure.num_layers, tuple(layers or divide_layers(structure.num_layers, pp)), not has_head)
         found = np.unique(located.layers)
-        found = found[(found >= 0) & (found < anatomy.num_layers)]
-        if num_absent := anatomy.num_layers - len(found):
+        found = found[(found >= 0) & (found < structure.num_layers)]
+        if num_absent := structure.num_layers - len(found):
             # The first number that is not where it would be if none were absent.
             first = int(np.argmax(np.append(found, -1) != np.arange(len(found) + 1)))
             raise ShardingError(
-                f"{index.uri} has no tensors in {num_absent} of its {counted(anatomy.num_layers, 'layer')}, such as layer {first}; "
+                f"{index.uri} has no tensors in {num_absent} of its {counted(structure.num_layers, 'layer')}, such as layer {first}; "
                 "a pipeline needs to know where every layer is"
             )
         return pipeline
 
-    def stages_of(self, located: Locations) -> tuple[list[Stages | None], NDArray[np.int64]]:
+    def stages_of(self, located: Locations) -> tuple[list[StageSet | None], NDArray[np.int64]]:
         """Sets of stages, None for all of them, and for each tensor the position of the set that holds it.
 
         Towers of other modalities feed the embeddings and stand with them on the first stage, layers of multi-token
@@ -102,7 +103,7 @@ class Pipeline:
         """
         last = len(self.layers_of_stages) - 1
         first_and_last, everywhere = last + 1, last + 2
-        sets: list[Stages | None] = [*((stage,) for stage in range(last + 1)), tuple(sorted({0, last})), None]
+        sets: list[StageSet | None] = [*((stage,) for stage in range(last + 1)), tuple(sorted({0, last})), None]
         ends = np.array(self._ends, dtype=np.int64)
         conditions = (
             (located.is_mtp | (located.layers >= self.num_layers), last),

@@ -12,9 +12,9 @@ import numpy as np
 
 from ray_streamer.errors import ShardingError
 from ray_streamer.sharding.groups import TensorGroup, TensorGroups, group_tensors, named
+from ray_streamer.sharding.holders import ALL_RANKS, find_holders
 from ray_streamer.sharding.mesh import Mesh
 from ray_streamer.sharding.name_kinds import NameKinds
-from ray_streamer.sharding.residence import EVERYWHERE, find_residences
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -59,8 +59,8 @@ def checked_groups(
             whole checkpoint can.
         SettingsError: `unmatched` is neither of its two values.
     """
-    residences, residence_ids = find_residences(index, names, mesh, stage_layers=stage_layers, experts=experts)
-    grouped = group_tensors(index, names, rules, residences, residence_ids, unmatched)
+    holders, holder_ids = find_holders(index, names, mesh, stage_layers=stage_layers, experts=experts)
+    grouped = group_tensors(index, names, rules, holders, holder_ids, unmatched)
     refusals = [(group, refusal) for group in grouped.groups if (refusal := group.refusal(mesh))]
     if refusals:
         raise ShardingError(_cannot_split(index, mesh, refusals, _legal_among(grouped.groups, mesh)))
@@ -74,7 +74,7 @@ def legal_tp(index: CheckpointIndex, rules: ShardRules, *, unmatched: Unmatched 
         ShardingError: The rules do not fit the checkpoint at any size: as `checked_groups` says.
     """
     nowhere_else = np.zeros(len(index), dtype=np.int64)
-    grouped = group_tensors(index, NameKinds.of(index.names), rules, [EVERYWHERE], nowhere_else, unmatched)
+    grouped = group_tensors(index, NameKinds.of(index.names), rules, [ALL_RANKS], nowhere_else, unmatched)
     return _legal_among(grouped.groups, Mesh())
 
 

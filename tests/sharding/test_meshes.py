@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from ray_streamer.errors import SettingsError, ShardingError
 from ray_streamer.sharding import Mesh, ShardRules, Split, TensorSlice
-from ray_streamer.sharding.anatomy import Anatomy
 from ray_streamer.sharding.experts import divide_experts
+from ray_streamer.sharding.model_structure import ModelStructure
 from ray_streamer.sharding.name_kinds import NameKinds
 from ray_streamer.sharding.pipeline import divide_layers
 from ray_streamer.testing.layouts import ModelLayout, TensorSpec, llama_layout, mixtral_layout
@@ -233,7 +233,7 @@ def test_the_ranks_of_a_replica_hold_the_whole_model_between_them(
     layout = mixtral_layout(32, 3, 8, kv_heads, 16, vocab, experts=5)
     tensors = [spec for spec in layout.tensors if not (tied and spec.name == "lm_head.weight")]
     index, table = _resolve(ModelLayout(tensors, layout.config), mesh)
-    experts = Anatomy.of(layout.config).locate(NameKinds.of(index.names)).experts
+    experts = ModelStructure.of(layout.config).locate(NameKinds.of(index.names)).experts
     span = max(1, mesh.ep // mesh.tp)
     for tensor, name in enumerate(index.names):
         note(name)

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ray_streamer.errors import ShardingError
-from ray_streamer.sharding.anatomy import Anatomy
 from ray_streamer.sharding.distinct_rows import distinct_rows
 from ray_streamer.sharding.experts import ExpertMap
+from ray_streamer.sharding.model_structure import ModelStructure
 from ray_streamer.sharding.pipeline import Pipeline
 from ray_streamer.sharding.tensor_slice import runs_of
 
@@ -20,17 +20,17 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from ray_streamer.checkpoint.index import CheckpointIndex
-    from ray_streamer.sharding.anatomy import Locations
     from ray_streamer.sharding.experts import Experts, ExpertsLike
     from ray_streamer.sharding.mesh import Mesh, MeshPosition
+    from ray_streamer.sharding.model_structure import Locations
     from ray_streamer.sharding.name_kinds import NameKinds
-    from ray_streamer.sharding.pipeline import Stages
+    from ray_streamer.sharding.pipeline import StageSet
     from ray_streamer.sharding.placement import Placement
     from ray_streamer.sharding.tensor_slice import TensorSlice
 
 
 @dataclass(frozen=True, slots=True)
-class Residence:
+class Holders:
     """Where one kind of tensor may lie.
 
     Attributes:
@@ -39,7 +39,7 @@ class Residence:
         experts: The experts of each group, when its first dimension counts experts; else None.
     """
 
-    stages: Stages | None = None
+    stages: StageSet | None = None
     groups: tuple[int, ...] | None = None
     experts: tuple[Experts, ...] | None = None
 
@@ -74,17 +74,17 @@ class Residence:
         return share.with_indices(0, runs_of(rows))
 
 
-EVERYWHERE = Residence()
+ALL_RANKS = Holders()
 
 
-def find_residences(
+def find_holders(
     index: CheckpointIndex,
     names: NameKinds,
     mesh: Mesh,
     *,
     stage_layers: Sequence[int] | None = None,
     experts: ExpertsLike | None = None,
-) -> tuple[list[Residence], NDArray[np.int64]]:
+) -> tuple[list[Holders], NDArray[np.int64]]:
     """Residences, and for each tensor of the checkpoint the position of its own.
 
     Args:
@@ -98,42 +98,42 @@ def find_residences(
         ShardingError: The config's family is not known, layers or experts do not divide so, or the checkpoint lacks some.
     """
     if mesh.pp == mesh.ep == 1:
-        return [EVERYWHERE], np.zeros(len(index), dtype=np.int64)
+        return [ALL_RANKS], np.zeros(len(index), dtype=np.int64)
     try:
-        anatomy = Anatomy.of(index.config or {})
+        structure = ModelStructure.of(index.config or {})
     except ShardingError as error:
         raise ShardingError(
             f"{index.uri}: pp={mesh.pp} and ep={mesh.ep} need to know which tensor is in which layer and expert: {error}"
         ) from error
-    located = anatomy.locate(names)
+    located = structure.locate(names)
     nowhere = np.full(len(index), -1, dtype=np.int64)
     sets, stages = [], nowhere
     if mesh.pp > 1:
-        sets, stages = Pipeline.of(index, anatomy, located, mesh.pp, stage_layers).stages_of(located)
+        sets, stages = Pipeline.of(index, structure, located, mesh.pp, stage_layers).stages_of(located)
     groups, group_ids, stacked, stacked_ids = [], nowhere, [], nowhere
     if mesh.ep > 1:
-        expert_map = ExpertMap.of(anatomy, mesh.ep, experts)
+        expert_map = ExpertMap.of(structure, mesh.ep, experts)
         stacked, map_ids = expert_map.maps(), expert_map.map_ids(located.layers)
         stacked_ids = np.where(located.is_stacked_experts & (located.experts < 0), map_ids, -1)
-        _check_experts(index, anatomy, located)
+        _check_experts(index, structure, located)
         groups, group_ids = _groups_of_experts(expert_map, map_ids, located.experts)
     rows = distinct_rows([stages, group_ids, stacked_ids])
-    residences = [
-        Residence(
+    holders = [
+        Holders(
             stages=sets[stage] if stage >= 0 else None,
             groups=groups[group] if group >= 0 else None,
             experts=stacked[number] if number >= 0 else None,
         )
         for stage, group, number in rows.values()
     ]
-    return residences, rows.ids
+    return holders, rows.ids
 
 
-def _check_experts(index: CheckpointIndex, anatomy: Anatomy, located: Locations) -> None:
-    beyond = np.flatnonzero(located.experts >= anatomy.num_experts)
+def _check_experts(index: CheckpointIndex, structure: ModelStructure, located: Locations) -> None:
+    beyond = np.flatnonzero(located.experts >= structure.num_experts)
     if len(beyond):
         name, expert = index.names[beyond[0]], located.experts[beyond[0]]
-        raise ShardingError(f"{name} is of expert {expert}; config.json names {anatomy.num_experts} experts")
+        raise ShardingError(f"{name} is of expert {expert}; config.json names {structure.num_experts} experts")
 
 
 def _groups_of_experts(

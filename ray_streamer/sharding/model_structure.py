@@ -48,12 +48,12 @@ class Locations:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Anatomy:
+class ModelStructure:
     """The parts of one model.
 
     >>> from ray_streamer.sharding.name_kinds import NameKinds
-    >>> anatomy = Anatomy.of({"model_type": "mixtral", "num_hidden_layers": 32, "num_local_experts": 8})
-    >>> found = anatomy.locate(NameKinds.of(("model.layers.3.block_sparse_moe.experts.7.w1.weight",)))
+    >>> structure = ModelStructure.of({"model_type": "mixtral", "num_hidden_layers": 32, "num_local_experts": 8})
+    >>> found = structure.locate(NameKinds.of(("model.layers.3.block_sparse_moe.experts.7.w1.weight",)))
     >>> found.layers.item(), found.experts.item()
     (3, 7)
 

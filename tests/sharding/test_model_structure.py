@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 
 from ray_streamer.errors import ShardingError
-from ray_streamer.sharding.anatomy import Anatomy, Locations
 from ray_streamer.sharding.families import FAMILIES
 from ray_streamer.sharding.globs import is_numbered
+from ray_streamer.sharding.model_structure import Locations, ModelStructure
 from ray_streamer.sharding.name_kinds import NameKinds
 
 MIXTRAL = {"model_type": "mixtral", "num_hidden_layers": 2, "num_local_experts": 8}
@@ -15,7 +15,7 @@ GEMMA3 = {"model_type": "gemma3", "text_config": {"num_hidden_layers": 34}}
 
 
 def _locate(config: dict[str, Any], *names: str) -> Locations:
-    return Anatomy.of(config).locate(NameKinds.of(names))
+    return ModelStructure.of(config).locate(NameKinds.of(names))
 
 
 @pytest.mark.parametrize(
@@ -50,10 +50,10 @@ def test_what_lies_before_the_layers_and_after_them(name: str, before: bool, aft
 
 def test_experts_have_numbers_where_a_model_has_experts() -> None:
     names = ("model.layers.1.block_sparse_moe.experts.7.w1.weight", "model.layers.1.block_sparse_moe.gate.weight")
-    assert Anatomy.of(MIXTRAL).num_experts == 8
+    assert ModelStructure.of(MIXTRAL).num_experts == 8
     assert _locate(MIXTRAL, *names).experts.tolist() == [7, -1]
     llama = {"model_type": "llama", "num_hidden_layers": 2}
-    assert Anatomy.of(llama).num_experts == 0
+    assert ModelStructure.of(llama).num_experts == 0
     assert _locate(llama, *names).experts.tolist() == [-1, -1]
 
 
@@ -67,9 +67,9 @@ def test_families_ask_for_no_particular_number() -> None:
 @pytest.mark.parametrize("num_layers", [None, -1, "2", True])
 def test_a_number_of_layers_is_needed(num_layers: object) -> None:
     with pytest.raises(ShardingError, match=r"llama model needs a number for num_hidden_layers"):
-        Anatomy.of({"model_type": "llama", "num_hidden_layers": num_layers})
+        ModelStructure.of({"model_type": "llama", "num_hidden_layers": num_layers})
 
 
 def test_an_unknown_family_has_no_anatomy() -> None:
     with pytest.raises(ShardingError, match=r"no preset for model_type 'nobody'"):
-        Anatomy.of({"model_type": "nobody"})
+        ModelStructure.of({"model_type": "nobody"})
