@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import heapq
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -32,19 +32,33 @@ def assign_readers(wants: NDArray[np.bool_], num_bytes: NDArray[np.int64]) -> ND
     members = [np.flatnonzero(row) for row in wants[shared[examples]]]
     for circle in sorted(range(len(members)), key=lambda circle: (len(members[circle]), members[circle].tolist())):
         blocks = shared[circle_ids == circle]
-        readers[blocks] = _share_out(num_bytes[blocks].tolist(), members[circle].tolist(), loads)
+        readers[blocks] = _share_out(num_bytes[blocks], members[circle], loads)
     return readers
 
 
-def _share_out(num_bytes: list[int], ranks: list[int], loads: NDArray[np.int64]) -> list[int]:
+def _share_out(num_bytes: NDArray[np.int64], ranks: NDArray[np.int64], loads: NDArray[np.int64]) -> NDArray[np.int64]:
     """Readers for the blocks of one circle of takers; `loads` is brought up to date."""
-    heap = [(int(loads[rank]), rank) for rank in ranks]
-    heapq.heapify(heap)
-    readers: list[int] = []
-    for size in num_bytes:
-        load, rank = heap[0]
-        readers.append(rank)
-        heapq.heapreplace(heap, (load + size, rank))
-    for load, rank in heap:
-        loads[rank] = load
+    readers = np.empty(len(num_bytes), dtype=np.int64)
+    changes = np.flatnonzero(np.diff(num_bytes)) + 1
+    for first, stop in pairwise([0, *changes.tolist(), len(num_bytes)]):
+        size, count = int(num_bytes[first]), stop - first
+        if count == 1:
+            chosen = ranks[np.argmin(loads[ranks])]
+            loads[chosen] += size
+        else:
+            chosen = _share_alike(size, count, ranks, loads)
+            loads += size * np.bincount(chosen, minlength=len(loads))
+        readers[first:stop] = chosen
     return readers
+
+
+def _share_alike(size: int, count: int, ranks: NDArray[np.int64], loads: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Readers for `count` blocks of one size: the first of all loads that the ranks could have, in order."""
+    level = (int(loads[ranks].sum()) + count * size) // len(ranks) + size
+    # The fullest of them may have more than its share already, so the others reach beyond the common level by at most that.
+    turns = np.clip((level - loads[ranks]) // size + 2, 0, count)
+    while int(turns.sum()) < count:
+        turns = np.minimum(2 * turns + 1, count)
+    takers = np.repeat(ranks, turns)
+    turn = np.arange(len(takers)) - np.repeat(np.cumsum(turns) - turns, turns)
+    return takers[np.lexsort((takers, loads[takers] + turn * size))[:count]]

@@ -253,10 +253,15 @@ class Meeting:
 
     def num_bytes(self, run_bytes: Column, strides: Column) -> Column:
         """Bytes of the span's runs that a pair shares, 0 between two runs; both columns have one row for each pair."""
-        before_low, before_high = (
-            at // strides * run_bytes + np.minimum(at % strides, run_bytes) for at in (self.low, self.high)
-        )
-        return before_high - before_low
+        shared = self.high - self.low
+        (gapped,) = np.nonzero(run_bytes != strides)
+        run_bytes, strides = run_bytes[gapped], strides[gapped]
+        before = [
+            runs * run_bytes + np.minimum(rest, run_bytes)
+            for runs, rest in (np.divmod(at[gapped], strides) for at in (self.low, self.high))
+        ]
+        shared[gapped] = before[1] - before[0]
+        return shared
 
 
 def meet(blocks: BlockColumns, starts: Column, lengths: Column) -> Meeting:
