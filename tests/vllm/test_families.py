@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from functools import partial
 from typing import Any
 
 import pytest
 from families import FAMILIES, save_checkpoint
 from ranks import Layout, on_all_ranks, stock
+from safetensors.torch import load_file, save_file
 
 from ray_streamer.checkpoint import open_checkpoint
 from ray_streamer.checkpoint.open import HEAD_BYTES
@@ -85,3 +87,38 @@ def test_from_s3_every_byte_leaves_once_for_all_ranks(family, tmp_path, s3_crede
     assert first.num_bytes + second.num_bytes == needed
     heads = sum(min(HEAD_BYTES, path.stat().st_size) for path in (tmp_path / "model").glob("*.safetensors"))
     assert needed <= sent - heads < needed + 50_000
+
+
+def save_with_head(folder, make_head):
+    """A tied checkpoint whose files have a head of their own, made of the embedding; and a folder with its configuration."""
+    save_checkpoint("qwen2", folder / "saved")
+    tensors = {}
+    for path in (folder / "saved").glob("*.safetensors"):
+        tensors |= load_file(path)
+    tensors["lm_head.weight"] = make_head(tensors["model.embed_tokens.weight"])
+    for name in ("config", "model"):
+        (folder / name).mkdir()
+        shutil.copy(folder / "saved" / "config.json", folder / name)
+    save_file(tensors, folder / "model" / "model.safetensors")
+    return folder / "model", folder / "config"
+
+
+def test_a_tied_model_with_another_head_is_loaded_or_refused(tmp_path):
+    model, config = save_with_head(tmp_path, lambda embedding: embedding * 2)
+    # vLLM finds the head in the folder, and unties.
+    check(model, Layout(tp=2), tmp_path)
+    with pytest.raises(AssertionError, match=r"lm_head\.weight differs from model\.embed_tokens\.weight"):
+        on_all_ranks(config, Layout(tp=2), [partial(ours, uri=str(model))], tmp_path)
+
+
+def test_a_tied_model_with_the_same_head_once_more_is_loaded(tmp_path):
+    model, config = save_with_head(tmp_path, lambda embedding: embedding.clone())
+    for rank in on_all_ranks(config, Layout(tp=2), [partial(ours, uri=str(model))], tmp_path):
+        assert rank[0].said.num_planned == rank[0].said.num_tensors - 1
+
+
+def test_another_models_weights_are_refused_by_vllm_itself(tmp_path):
+    save_checkpoint("llama", tmp_path / "llama")
+    save_checkpoint("gpt2", tmp_path / "gpt2")
+    with pytest.raises(AssertionError, match=r"transformer\.|wte|ValueError|KeyError"):
+        on_all_ranks(tmp_path / "llama", Layout(tp=2), [partial(ours, uri=str(tmp_path / "gpt2"))], tmp_path)

@@ -77,7 +77,7 @@ class RayStreamerLoader(BaseModelLoader):
     def download_model(self, model_config: Any) -> None:
         """Nothing is downloaded: weights go from where they are into the parameters."""
 
-    def load_weights(self, model: nn.Module, model_config: Any) -> None:
+    def load_weights(self, model: Any, model_config: Any) -> None:
         """Fills the parameters and buffers of `model`; every rank of the engine calls it.
 
         Raises:
@@ -100,8 +100,6 @@ class RayStreamerLoader(BaseModelLoader):
         )
         group = internals.loading_group(model_config)
         statistics: list[RankStatistics] = []
-        # A rank on its own is told so: what else is in the process is none of its load.
-        ranks: dict[str, Any] = {"rank": 0, "world_size": 1} if group is None else {"group": group}
         load_rank(
             uri,
             slices=captured,
@@ -109,7 +107,10 @@ class RayStreamerLoader(BaseModelLoader):
             settings=self._options.settings,
             device=device_of(model),
             on_statistics=statistics.append,
-            **ranks,
+            group=group,
+            # A rank on its own is told so: what else is in the process is none of its load.
+            rank=0 if group is None else None,
+            world_size=1 if group is None else None,
         )
         internals.refuse_missing(model, captured.loaded, model_config)
         refuse_other_head(captured, model_config, uri, self._options.settings, group)
