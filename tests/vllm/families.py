@@ -148,14 +148,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
 """transformers' `model_type`, and where a small configuration needs other values than `SMALL`."""
 
 
-def save_checkpoint(family: str, folder: Path, *, seed: int = 0) -> None:
-    """A checkpoint of `family` in `folder`: config.json and safetensors files of bfloat16."""
+def save_checkpoint(family: str, folder: Path, *, seed: int = 0, **sizes: int) -> None:
+    """A checkpoint of `family` in `folder`: config.json and safetensors files of bfloat16; `sizes` are other than `SMALL`'s."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config_class = type(AutoConfig.for_model(family))
     known = vars(AutoConfig.for_model(family)) | vars(config_class).get("attribute_map", {})
-    wished = SMALL | FAMILIES[family]
+    wished = SMALL | FAMILIES[family] | sizes
     config = config_class(
         **{name: value for name, value in wished.items() if name in known or name in FAMILIES[family]}
     )
