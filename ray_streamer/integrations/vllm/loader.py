@@ -94,7 +94,7 @@ class RayStreamerLoader(BaseModelLoader):
         captured = CapturedSlices(
             uri,
             self._options.settings,
-            load=lambda tensors: model.load_weights(itertools.chain(tensors, secondary)),  # pyright: ignore[reportCallIssue]  # every model of vLLM has it
+            load=lambda tensors: model.load_weights(itertools.chain(tensors, secondary)),
             targets=lambda: targets_of(model),
             skips=internals.skips_tensor(model),
         )
