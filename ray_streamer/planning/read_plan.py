@@ -72,9 +72,11 @@ class ReadPlan:
 
     @property
     def plan_hash(self) -> str:
-        """Hex digest over all nodes; equal plans have equal hashes."""
-        hashes = [self.node_plans[number].plan_hash for number in self.node_plan_ids]
-        return hashlib.blake2b(repr((self.topology, hashes)).encode(), digest_size=16).hexdigest()
+        """Hex digest over what all nodes read and all ranks hold; equal plans have equal hashes."""
+        reads = [self.node_plans[number].plan_hash for number in self.node_plan_ids]
+        distinct = {number: said.fingerprint() for number, said in {id(said): said for said in self.slices}.items()}
+        held = [distinct[id(said)] for said in self.slices]
+        return hashlib.blake2b(repr((self.topology, reads, held)).encode(), digest_size=16).hexdigest()
 
 
 def plan_reads(

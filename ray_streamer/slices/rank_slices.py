@@ -7,6 +7,7 @@ rank's neighbours are told what it reads only (`rank_sources`).
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Self
@@ -68,6 +69,14 @@ class RankSlices:
     def __len__(self) -> int:
         """Number of rows."""
         return len(self.tensor_ids)
+
+    def fingerprint(self) -> str:
+        """A hash of all that the rank says: equal for equal slices, in every process."""
+        digest = hashlib.blake2b(digest_size=16)
+        digest.update(repr((self.results.names, self.results.forms, self.patterns)).encode())
+        for column in (self.results.form_ids, *(getattr(self, name) for name in _ROWS)):
+            digest.update(np.ascontiguousarray(column).data)
+        return digest.hexdigest()
 
     @classmethod
     def from_rows(

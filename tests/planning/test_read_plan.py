@@ -220,6 +220,20 @@ def test_hash_tells_topologies_apart_that_read_alike(make_checkpoint):
     assert plans[0].plan_hash != plans[1].plan_hash
 
 
+def test_hash_tells_ranks_apart_that_hold_other_parts_of_one_block(make_checkpoint):
+    halves = _split((4, 16), dim=0, tp=4)
+    plans = [_base_plan(make_checkpoint, slices={"w": held}, nodes=((0, 1, 2, 3),)) for held in (halves, halves[::-1])]
+    assert plans[0].node_plans[0].plan_hash == plans[1].node_plans[0].plan_hash
+    assert plans[0].plan_hash != plans[1].plan_hash
+
+
+def test_hash_tells_slices_apart_that_hold_no_bytes(make_checkpoint):
+    tensors = [[("u", "U8", (4,)), ("v", "U8", (0, 4)), ("w", "U8", (0, 4))]]
+    held = (TensorPart.whole((0, 4)),) * 4
+    plans = [_base_plan(make_checkpoint, tensors=tensors, slices={name: held}) for name in ("v", "w")]
+    assert plans[0].plan_hash != plans[1].plan_hash
+
+
 def test_hash_is_the_same_in_every_process(make_checkpoint, tmp_path):
     plan = _base_plan(make_checkpoint)
     inputs = tmp_path / "inputs.pickle"
