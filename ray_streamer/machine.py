@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 
 import psutil
 
+from ray_streamer.process_limits import limits_explained
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -44,8 +46,13 @@ def count_cpus() -> int:
 
 
 def measure_available_memory() -> int:
-    """Bytes that this process could still take: what the machine has, within the limits of its control groups."""
-    return min([psutil.virtual_memory().available, *group_headrooms()])
+    """Bytes that this process could still take: what the machine has, within the limits of its control groups.
+
+    Raises:
+        BudgetError: The process has no descriptor left to ask with.
+    """
+    with limits_explained("measure the memory of this machine"):
+        return min([psutil.virtual_memory().available, *group_headrooms()])
 
 
 def group_headrooms(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")) -> Iterator[int]:

@@ -53,7 +53,10 @@ def say_farewell(
     )
     deadline = time.monotonic() + LINGER_SECONDS
     while missing - failed and time.monotonic() < deadline:
-        meet_more()
+        try:
+            meet_more()
+        except OSError:  # no descriptors are left: nobody else can be met
+            return
         _tell(links, told, message)
 
 

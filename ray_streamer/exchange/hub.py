@@ -37,7 +37,7 @@ from ray_streamer.exchange.messages import (
 )
 from ray_streamer.exchange.outbox import Letter, Outbox
 from ray_streamer.exchange.rendezvous import Link, Meeting
-from ray_streamer.process_limits import start_thread
+from ray_streamer.process_limits import limits_explained, start_thread
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -164,18 +164,22 @@ class Hub:
 
     def _run(self) -> None:
         try:
-            while not self._stop.is_set:
-                self._turn()
-                # Looked at first: what was queued before the closing is to be sent before the end.
-                is_closing = self._closing_since is not None
-                if (self._flush() and is_closing) or self._is_closing_too_long():
-                    break
-                self._tick()
+            with limits_explained("connect the ranks of this node"):
+                self._serve()
         except BaseException as error:  # a hub that died silently would leave every rank waiting
             self._stop.set(error)
         # Asked again: a failure and the closing after it may come between two looks.
         if self._stop.is_set:
             say_farewell(self._stop.error, self._place, self._links, self.meeting.missing, self._turn)
+
+    def _serve(self) -> None:
+        while not self._stop.is_set:
+            self._turn()
+            # Looked at first: what was queued before the closing is to be sent before the end.
+            is_closing = self._closing_since is not None
+            if (self._flush() and is_closing) or self._is_closing_too_long():
+                break
+            self._tick()
 
     def _turn(self) -> None:
         """Waits for something to happen, or for the next tick, and does what is to be done about it."""

@@ -23,6 +23,7 @@ from ray_streamer.exchange.liveness import Activity
 from ray_streamer.exchange.mailbox import Mailbox, Received
 from ray_streamer.exchange.memory import map_value, write_sealed
 from ray_streamer.exchange.messages import MAX_INLINE_BYTES, Kind, ValueHead, encode_value
+from ray_streamer.process_limits import limits_explained
 from ray_streamer.stream.stop import StopSignal
 
 if TYPE_CHECKING:
@@ -72,7 +73,8 @@ class NodeSession:
         self._mailbox = Mailbox(place, self.activity, self.stop)
         self._hub: Hub | None = None
         if len(place.ranks) > 1:
-            self._hub = Hub(place, self._mailbox, activity=self.activity, stop=self.stop)
+            with limits_explained("connect the ranks of this node"):
+                self._hub = Hub(place, self._mailbox, activity=self.activity, stop=self.stop)
 
     @classmethod
     def meet(cls, place: Place, stop: StopSignal | None = None, activity: Activity | None = None) -> NodeSession:
