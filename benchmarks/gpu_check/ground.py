@@ -17,6 +17,7 @@ import torch
 
 from ray_streamer.device.cuda import open_cuda
 from ray_streamer.device.cuda_library import find_loaded_library
+from ray_streamer.exchange.liveness import Timeouts
 from ray_streamer.rank.load import RankLoad
 from ray_streamer.rank.options import RankOptions
 from ray_streamer.storage import open_storage
@@ -44,6 +45,7 @@ class LocalSettings:
 
     direct_io: str = "auto"
     page_cache: str = "auto"
+    concurrency: int = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +169,7 @@ def load(
         node="this machine",
         concurrency=CONCURRENCY,
         memory_limit=max(memory_limit, plan.limits.block_bytes),
-        startup_timeout_seconds=120,
+        timeouts=Timeouts(startup_seconds=120, neighbour_seconds=60, progress_seconds=300),
     )
     device = device or ground.open_device(**(device_options or {}))
     try:

@@ -22,7 +22,6 @@ BLOCKED = (
     "botocore",
     "click",
     "rich",
-    "psutil",
     "moto",
     "transformers",
 )
