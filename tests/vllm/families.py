@@ -102,7 +102,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "mamba_d_state": 16,
         "use_mamba_kernels": False,
     },
-    "lfm2": {"conv_dim": 64, "layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
     "llama": {},
     "llama4_text": {
         **MOE,
@@ -113,7 +112,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "mamba": {"state_size": 16},
     "mamba2": {"num_heads": 8, "head_dim": 16, "n_groups": 2, "state_size": 16},
-    "minimax_m2": {**MOE, "rotary_dim": 8},
     "mistral": {},
     "mixtral": MOE,
     "nemotron": {},

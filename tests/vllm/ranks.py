@@ -156,7 +156,8 @@ def hashes_of(model: Any) -> dict[str, str]:
     tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
     for path, module in model.named_modules():
         for name, value in vars(module).items():
-            if isinstance(value, torch.Tensor):
+            # Tracing leaves constants of its own, in the first model of a process only.
+            if isinstance(value, torch.Tensor) and not name.startswith("_tensor_constant"):
                 tensors[f"{path}.{name}"] = value
     return {name: hash_of(tensor) for name, tensor in tensors.items()}
 
