@@ -67,6 +67,7 @@ gpu-check:
 docs: $(VENV)/.test-installed
 	$(BIN)/python docs/write_settings.py
 	$(BIN)/python docs/write_families.py
+	$(BIN)/python docs/write_architecture.py
 	$(BIN)/python benchmarks/plan_layouts.py > docs/plans.md
 
 # Debian's python3 makes an environment without pip unless python3-venv is installed; its own pip then fills it.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -113,11 +114,78 @@ def test_importing_the_package_imports_neither_ray_nor_torch():
     assert found.stdout.strip() == "set()"
 
 
-def test_every_public_name_resolves():
-    assert sorted(ray_streamer.__all__) == list(ray_streamer.__all__)
-    for name in ray_streamer.__all__:
+PUBLIC = [
+    "AccessError",
+    "BudgetError",
+    "CaptureError",
+    "CheckpointError",
+    "CheckpointIndex",
+    "ClusterError",
+    "DeviceError",
+    "HeaderError",
+    "IndexMismatchError",
+    "LoadAbortedError",
+    "LoadReport",
+    "Mesh",
+    "Move",
+    "ObjectChangedError",
+    "ObjectMissingError",
+    "Part",
+    "PlacementOptions",
+    "PlanError",
+    "RankContext",
+    "RankFailedError",
+    "RankSlices",
+    "RayStreamerError",
+    "ReadPlan",
+    "Replicate",
+    "ResultSpec",
+    "Rule",
+    "RuleSlices",
+    "Settings",
+    "SettingsError",
+    "ShardRules",
+    "ShardedModel",
+    "ShardingError",
+    "ShortReadError",
+    "Side",
+    "Skip",
+    "Split",
+    "SplitGroups",
+    "SplitVocabulary",
+    "StartupTimeoutError",
+    "StorageError",
+    "ThrottledError",
+    "errors",
+    "load_rank",
+    "load_sharded",
+    "ls",
+    "plan",
+    "pull",
+    "stream_rank",
+    "summarize",
+]
+"""What people may rely on: a name more or less is a decision, and stands in CHANGELOG.md."""
+
+
+def test_the_public_names_are_these_and_resolve():
+    assert ray_streamer.__all__ == PUBLIC
+    for name in PUBLIC:
         assert getattr(ray_streamer, name) is not None
     assert callable(ray_streamer.plan)
+
+
+def test_errors_are_there_after_a_bare_import():
+    code = "import ray_streamer; assert ray_streamer.errors.StorageError is ray_streamer.StorageError"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_drawing_of_the_packages_is_current():
+    path = PACKAGE.parent / "docs" / "write_architecture.py"
+    spec = importlib.util.spec_from_file_location("write_architecture", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.drawing() in module.PAGE.read_text(), "run make docs"
 
 
 def test_functions_stay_short():
