@@ -84,12 +84,12 @@ def test_a_worker_keeps_its_tensors_on_the_gpu(checkpoint, use_library, scratch:
     request = LoadRequest(
         uri=checkpoint.uri,
         mesh=Mesh(tp=2),
-        slices=RuleSlices(),
+        slices=RuleSlices(mesh=Mesh(tp=2)),
         settings=ray_streamer.Settings(memory_limit=1 << 20, device_scratch_bytes=scratch),
         device="cuda",
     )
     worker = LoadWorker(1, request)
-    plan = worker.plan(Topology.even(2, 2), (1 << 20, 1 << 20))
+    plan = request.plan(Topology.even(2, 2), memory_limits=(1 << 20, 1 << 20))
     for session in ("first", "again"):
         worker.load(plan, session, "here", 1 << 20)
         context = worker.run(lambda context: context, ())
