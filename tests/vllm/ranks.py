@@ -156,8 +156,9 @@ def hashes_of(model: Any) -> dict[str, str]:
     tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
     for path, module in model.named_modules():
         for name, value in vars(module).items():
-            # Tracing leaves constants of its own, in the first model of a process only.
-            if isinstance(value, torch.Tensor) and not name.startswith("_tensor_constant"):
+            # Not loaded: constants that tracing leaves in the first model of a process, and what answers left in the KV cache.
+            is_loaded = name != "kv_cache" and not name.startswith("_tensor_constant")
+            if isinstance(value, torch.Tensor) and is_loaded:
                 tensors[f"{path}.{name}"] = value
     return {name: hash_of(tensor) for name, tensor in tensors.items()}
 
