@@ -312,9 +312,10 @@ def test_a_rank_that_does_not_come_is_named(checkpoint: Any) -> None:
 def test_ranks_with_different_limits_load_by_those_of_the_first(
     pair: RankProcesses, checkpoint: Any, numbered: list[dict[str, Any]]
 ) -> None:
-    common = {"uri": checkpoint.uri, "folder": checkpoint.uri, "tp_index": 0}
+    common = {"uri": checkpoint.uri, "folder": checkpoint.uri}
     ranks = [
-        numbered[rank] | common | {"settings": ray_streamer.Settings(block_bytes=size, startup_timeout_seconds=20)}
+        {**numbered[rank], **common, "tp_index": rank}
+        | {"settings": ray_streamer.Settings(block_bytes=size, startup_timeout_seconds=60)}
         for rank, size in enumerate((64 << 10, 32 << 10))
     ]
     assert pair.run(rank_tasks.load, ranks) == [[], []]
