@@ -24,8 +24,10 @@ ACTIONS = [
 
 @pytest.mark.parametrize("step", STEPS)
 @pytest.mark.parametrize(("action", "reason"), ACTIONS)
-def test_the_others_name_the_rank(script, step, action, reason):
-    """The bounds are those of the script: 1.5 s of silence and idleness, 3 s without a step."""
+def test_the_others_name_the_rank(script, monkeypatch, step, action, reason):
+    """The bounds are those of the script: 1.5 s of silence and idleness, and so long without a step."""
+    if action == "hang":
+        monkeypatch.setenv("PROGRESS_SECONDS", "3")
     ranks = [script(number, NUM_RANKS, *((action, step) if number == VICTIM else ())) for number in range(NUM_RANKS)]
     child = ranks[VICTIM].child() if action == "fork raw" else None
     try:

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from ray_streamer.planning.topology import Topology
     from ray_streamer.storage.base import Storage
 
-HANG_SECONDS = 60.0
+HANG_SECONDS = 120.0
 NO_PAGE_CACHE = Settings(page_cache="off")
 
 TensorSpec = tuple[str, str, tuple[int, ...]]
