@@ -16,7 +16,7 @@ from click.testing import CliRunner
 import ray_streamer
 from ray_streamer import PlacementOptions, Settings
 from ray_streamer.cli import main
-from ray_streamer.errors import AccessError, RankFailedError, RayStreamerError, SettingsError
+from ray_streamer.errors import AccessError, RayStreamerError, SettingsError
 from ray_streamer.testing.hostile_store import HostileStore, answer_bytes
 
 if TYPE_CHECKING:
@@ -102,10 +102,10 @@ def test_a_load_over_ray(local_ray: None, uri, settings, wrong_settings, assert_
         report = model.stats()
         assert report.bytes_read > 0
         assert_clean(repr(model), repr(report), str(report.as_dict()), pickle.dumps(report))
+    # Keys in the settings are those of the ranks, too: the driver sees by itself that they are wrong.
     with pytest.raises(RayStreamerError) as caught:
         ray_streamer.load_sharded(uri, tp=2, settings=wrong_settings)
     assert isinstance(caught.value, AccessError)
-    assert isinstance(caught.value.__cause__, RankFailedError)
     assert_clean(*everything_said(caught.value), everything_logged.getvalue())
     logs = Path(ray._private.worker.global_worker.node.get_logs_dir_path())
     assert_clean(*(path.read_bytes() for path in logs.rglob("*") if path.is_file() and path.stat().st_size))

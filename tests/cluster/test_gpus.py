@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from ray_streamer import PlacementOptions, load_sharded
+from ray_streamer import PlacementOptions, Replicate, load_sharded
 from ray_streamer.cluster.gpus import assigned_device, choose_device
 from ray_streamer.errors import DeviceError, RankFailedError
 from ray_streamer.testing.checkpoints import TensorSpec, write_checkpoint
@@ -100,5 +100,5 @@ def test_ray_assigns_a_gpu_and_hides_the_others_or_not() -> None:
 def test_a_rank_whose_torch_sees_no_gpu_says_so(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, [TensorSpec("a", "F32", (4, 4))], num_files=1, config={})
     with pytest.raises(RankFailedError, match=r"device 'cuda:0': torch .* sees no CUDA device") as caught:
-        load_sharded(str(tmp_path), 2, device="cuda", unmatched="replicate")
+        load_sharded(str(tmp_path), 2, device="cuda", rules={"*": Replicate()})
     assert isinstance(caught.value.cause, DeviceError)
