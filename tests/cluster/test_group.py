@@ -358,7 +358,8 @@ def test_a_rank_that_does_not_start_is_named_and_the_half_started_group_goes(wai
     ],
 )
 def test_a_constructor_that_fails_names_its_rank(worker_class: type[Any], message: str) -> None:
-    with pytest.raises(RankFailedError, match=f"rank 1 on node .* {message}"):
+    # Whether its node is known by then is chance: a process that is killed may take its first answer along.
+    with pytest.raises(ClusterError, match=f"rank 1 (on node|in bundle) .* {message}"):
         start(2, worker_class)
 
 
