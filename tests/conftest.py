@@ -16,7 +16,10 @@ if TYPE_CHECKING:
 
 # No test asserts on time, and a first example may wait for a machine that is busy.
 hypothesis.settings.register_profile(
-    "ray_streamer", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+    "ray_streamer",
+    deadline=None,
+    max_examples=int(os.environ.get("HYPOTHESIS_EXAMPLES", "40")),
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
 )
 hypothesis.settings.load_profile("ray_streamer")
 

@@ -25,7 +25,7 @@ def test_survivors_name_the_killed_process(ranks, tmp_path, where):
     plan = ranks.plan(str(folder), {"shared": (TensorPart.whole(SHAPE),) * 3}, topology=Topology.even(3))
     (tmp_path / "plan").write_bytes(pickle.dumps(plan))
     session = secrets.token_hex(8)
-    shared_memory = sorted(os.listdir("/dev/shm"))
+    shared_memory = set(os.listdir("/dev/shm"))
     with ranks.nothing_left():
         # The test's sessions end in the number of their node.
         command = [sys.executable, str(Path(__file__).with_name("stuck_rank.py")), str(tmp_path / "plan"), "2"]
@@ -45,7 +45,8 @@ def test_survivors_name_the_killed_process(ranks, tmp_path, where):
             assert isinstance(outcome, RankFailedError)
             assert (outcome.rank, outcome.node) == (2, "node-0")
             assert "its process ended" in str(outcome)
-    assert sorted(os.listdir("/dev/shm")) == shared_memory
+    # Others may use this folder meanwhile; what is ours is called so.
+    assert not [name for name in set(os.listdir("/dev/shm")) - shared_memory if "ray_streamer" in name]
     assert not ranks.sockets_named([session])
     # The next load works.
     tensors = ranks.prepare(plan).start().tensors()
