@@ -24,6 +24,8 @@ PYTEST_ARGS ?=
 QUICK_TESTS := $(addprefix tests/,capture checkpoint planning sharding slices stream test_architecture.py test_errors.py \
 	test_settings.py)
 
+RAY_TESTS := tests/api tests/cluster tests/cli
+
 BIN := $(VENV)/bin
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt
 
@@ -40,8 +42,16 @@ lint: $(VENV)/.test-installed
 check: lint
 	$(BIN)/python -m pytest -m "not oracle" $(QUICK_TESTS) $(PYTEST_ARGS)
 
+# What starts Ray waits most of the time, so it runs beside the rest; with PYTEST_ARGS all is one run.
 test: lint
+ifeq ($(PYTEST_ARGS),)
+	@echo "running $(RAY_TESTS) beside the rest"
+	@$(BIN)/python -m pytest -m "not oracle" $(RAY_TESTS) > .test-ray.log 2>&1 & beside=$$!; \
+		$(BIN)/python -m pytest -m "not oracle" tests ray_streamer $(addprefix --ignore=,$(RAY_TESTS)) & rest=$$!; \
+		wait $$rest; rest=$$?; wait $$beside; beside=$$?; cat .test-ray.log; exit $$((rest | beside))
+else
 	$(BIN)/python -m pytest -m "not oracle" $(PYTEST_ARGS)
+endif
 
 test-oracles: $(VENV)/.test-installed
 	$(BIN)/python -m pytest -m oracle $(PYTEST_ARGS)
@@ -88,5 +98,5 @@ $(VENV_VLLM)/.installed: pyproject.toml constraints-vllm.txt tests/vllm/make_env
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV_VLLM) .demo build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV_VLLM) .demo .test-ray.log build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
