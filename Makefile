@@ -24,7 +24,8 @@ PYTEST_ARGS ?=
 QUICK_TESTS := $(addprefix tests/,capture checkpoint planning sharding slices stream test_architecture.py test_errors.py \
 	test_settings.py)
 
-RAY_TESTS := tests/api tests/cluster tests/cli
+RAY_TESTS := tests/cluster tests/cli $(addsuffix .py,$(addprefix tests/api/test_,bad_input failures kills load_sharded \
+	memory meshes secrets two_nodes))
 
 BIN := $(VENV)/bin
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt
@@ -45,7 +46,7 @@ check: lint
 # What starts Ray waits most of the time, so it runs beside the rest; with PYTEST_ARGS all is one run.
 test: lint
 ifeq ($(PYTEST_ARGS),)
-	@echo "running $(RAY_TESTS) beside the rest"
+	@echo "what starts Ray runs beside the rest, and is shown after it"
 	@$(BIN)/python -m pytest -m "not oracle" $(RAY_TESTS) > .test-ray.log 2>&1 & beside=$$!; \
 		$(BIN)/python -m pytest -m "not oracle" tests ray_streamer $(addprefix --ignore=,$(RAY_TESTS)) & rest=$$!; \
 		wait $$rest; rest=$$?; wait $$beside; beside=$$?; cat .test-ray.log; exit $$((rest | beside))
