@@ -84,7 +84,7 @@ from ray_streamer.settings import Settings
 settings = Settings.resolve(memory_limit="8MiB", block_bytes="64KiB", page_cache="off", startup_timeout_seconds=30)
 options = {"rules": {"*": ray_streamer.Replicate()}, "settings": settings, "world_size": 2}
 ray_streamer.load_rank(sys.argv[1], rules={"*": ray_streamer.Replicate()})  # everything is imported
-for extra in range(14):
+for extra in (0, 2, 6):
     pids = []
     for rank in range(2):
         pid = os.fork()
@@ -110,7 +110,7 @@ def test_a_rank_with_few_descriptors_ends_its_neighbours_load_by_name(folder):
     run = subprocess.run(command, capture_output=True, text=True, check=False, timeout=280)
     assert run.returncode == 0, run.stderr
     outcomes = [line.split() for line in run.stdout.splitlines()]
-    assert len(outcomes) == 14
+    assert len(outcomes) == 3
     assert {code for pair in outcomes for code in pair} <= {"0", "1"}, run.stderr
     assert all(first == second for first, second in outcomes), "one rank loaded where the other could not"
     assert outcomes[0] == ["1", "1"]
