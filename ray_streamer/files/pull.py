@@ -6,19 +6,21 @@ import os
 import secrets
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from ray_streamer.errors import StorageError
 from ray_streamer.extent import Extent
 from ray_streamer.files.selection import check_path
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
     from ray_streamer.storage import ObjectInfo, Storage
 
 _BLOCK_BYTES = 4 << 20
+
+_Outcome = TypeVar("_Outcome")
 
 
 def pull_files(storage: Storage, paths: Sequence[str], folder: Path, *, concurrency: int) -> list[Path]:
@@ -41,23 +43,21 @@ def pull_files(storage: Storage, paths: Sequence[str], folder: Path, *, concurre
     """
     for path in paths:
         check_path(path, uri=storage.uri)
-    if not paths:
-        return []
-    pool = ThreadPoolExecutor(min(concurrency, len(paths)), thread_name_prefix="pull-file")
-    try:
-        futures = [pool.submit(_pull_file, storage, path, folder) for path in paths]
-        return [future.result() for future in futures]
-    finally:
-        pool.shutdown(cancel_futures=True)
+    return _of_each(paths, lambda path: _pull_file(storage, path, folder), concurrency=concurrency)
 
 
 def identities(storage: Storage, paths: Sequence[str], *, concurrency: int) -> list[ObjectInfo]:
     """Size and identity of every file, in the order of `paths`."""
+    return _of_each(paths, storage.size_and_etag, concurrency=concurrency)
+
+
+def _of_each(paths: Sequence[str], work: Callable[[str], _Outcome], *, concurrency: int) -> list[_Outcome]:
+    """What `work` gives for each path, in their order; the first error by path ends it, and what has not begun."""
     if not paths:
         return []
-    pool = ThreadPoolExecutor(min(concurrency, len(paths)), thread_name_prefix="look-at-file")
+    pool = ThreadPoolExecutor(min(concurrency, len(paths)), thread_name_prefix="file")
     try:
-        return list(pool.map(storage.size_and_etag, paths))
+        return list(pool.map(work, paths))
     finally:
         pool.shutdown(cancel_futures=True)
 
