@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from statistics import median
 from typing import TYPE_CHECKING
 
-from ray_streamer.planning.explain import summarize
 from ray_streamer.planning.limits import ReadLimits
 from ray_streamer.planning.read_plan import plan_reads
+from ray_streamer.planning.summary import summarize
 from ray_streamer.planning.topology import Topology
 from ray_streamer.sharding import Mesh, ShardRules
 from ray_streamer.sharding.source import RuleSlices

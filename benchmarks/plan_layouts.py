@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ray_streamer.planning.explain import summarize
 from ray_streamer.planning.limits import ReadLimits
 from ray_streamer.planning.read_plan import plan_reads
+from ray_streamer.planning.summary import summarize
 from ray_streamer.planning.tensor_reads import explain_tensors
 from ray_streamer.planning.topology import Topology
 from ray_streamer.sharding import Mesh

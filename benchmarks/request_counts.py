@@ -15,7 +15,7 @@ from pathlib import Path
 
 import ray_streamer
 from ray_streamer import Replicate, Settings
-from ray_streamer.planning.explain import summarize
+from ray_streamer.planning.summary import summarize
 from ray_streamer.testing.checkpoints import write_checkpoint
 from ray_streamer.testing.s3_server import S3Server, start_s3_server
 

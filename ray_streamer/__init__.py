@@ -46,8 +46,8 @@ if TYPE_CHECKING:
         StorageError,
         ThrottledError,
     )
-    from ray_streamer.planning.explain import summarize
     from ray_streamer.planning.read_plan import ReadPlan
+    from ray_streamer.planning.summary import summarize
     from ray_streamer.rank.context import RankContext
     from ray_streamer.report.load_report import LoadReport
     from ray_streamer.settings import Settings
@@ -113,7 +113,7 @@ _HOMES = {
     "plan": "api.plan",
     "pull": "api.files",
     "stream_rank": "api.rank",
-    "summarize": "planning.explain",
+    "summarize": "planning.summary",
 }
 
 __all__ = [

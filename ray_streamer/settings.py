@@ -290,6 +290,15 @@ class Settings(BaseSettings):
         except ValidationError as error:
             raise SettingsError(_explain(error, set(given))) from None
 
+    @classmethod
+    def of_call(cls, settings: Self | None, **explicit: Any) -> Self:
+        """The settings of one call: its own arguments win over `settings`, which stand in place of the environment.
+
+        Raises:
+            SettingsError: A value cannot be used.
+        """
+        return cls.resolve(**explicit) if settings is None else settings.override(**explicit)
+
     def override(self, **explicit: Any) -> Self:
         """These settings with some replaced; arguments that are None count as not given.
 

@@ -2,44 +2,74 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Unpack
+from typing import TYPE_CHECKING
 
-from ray_streamer.api.request import make_request
+from ray_streamer.api.arguments import SHARDING, Sharding
 from ray_streamer.planning.limits import DEFAULT_MEMORY_LIMIT, share_memory
 from ray_streamer.planning.topology import Topology
 from ray_streamer.settings import Settings
 
 if TYPE_CHECKING:
-    from ray_streamer.api.request import SliceArguments, Stages
+    from ray_streamer.api.arguments import StagesLike
     from ray_streamer.planning.read_plan import ReadPlan
+    from ray_streamer.sharding.cast import DTypeLike
+    from ray_streamer.sharding.experts import ExpertsLike
+    from ray_streamer.sharding.fuse import FuseLike
+    from ray_streamer.sharding.groups import Unmatched
+    from ray_streamer.sharding.presets import Layout
+    from ray_streamer.sharding.rename import RenameLike
+    from ray_streamer.sharding.rules import RulesLike
+    from ray_streamer.slices import SliceSource
     from ray_streamer.storage import UriLike
 
 
 def plan(
     uri: UriLike,
-    tp: int = 1,
+    tp: int | None = SHARDING.tp,
     *,
-    pp: Stages = 1,
-    ep: int | bool = False,
+    pp: StagesLike = SHARDING.pp,
+    ep: int | bool = SHARDING.ep,
     replicas: int = 1,
+    rules: RulesLike | None = SHARDING.rules,
+    slices: SliceSource | None = SHARDING.slices,
+    unmatched: Unmatched = SHARDING.unmatched,
+    layout: Layout = SHARDING.layout,
+    mtp: bool = SHARDING.mtp,
+    experts: ExpertsLike | None = SHARDING.experts,
+    fuse: FuseLike = SHARDING.fuse,
+    rename: RenameLike | None = SHARDING.rename,
+    dtype: DTypeLike = SHARDING.dtype,
     num_nodes: int = 1,
+    concurrency: int | None = None,
+    memory_limit: int | str | None = None,
+    node_memory_limit: int | str | None = None,
     settings: Settings | None = None,
-    **slicing: Unpack[SliceArguments],
 ) -> ReadPlan:
     """Plans a load without loading; only headers are read, and Ray is not used.
 
     Args:
-        uri: As in `load_sharded`.
-        tp: As in `load_sharded`.
-        pp: As in `load_sharded`.
-        ep: As in `load_sharded`.
-        replicas: As in `load_sharded`.
+        uri: As in `load_sharded`, like every argument that is not named here.
+        tp: Ranks that share the tensors of one stage; 1 when unset.
+        pp: Stages.
+        ep: Groups of experts.
+        replicas: Copies of the model.
+        rules: Placements by glob of names.
+        slices: Who says what each rank holds, instead of rules.
+        unmatched: What becomes of weights without a rule.
+        layout: Which preset.
+        mtp: Whether MTP layers are planned, too.
+        experts: Experts of each group.
+        fuse: Modules that share results.
+        rename: Results' names.
+        dtype: Results' dtypes.
         num_nodes: Nodes over which the ranks are packed in order.
-        settings: Every knob; from the environment when unset. Without a memory limit, that of a large node is assumed.
-        slicing: `rules`, `slices`, `unmatched`, `layout`, `mtp`, `experts`, `fuse`, `rename` and `dtype`, as in `load_sharded`.
+        concurrency: Reads in flight per rank.
+        memory_limit: Staging bytes per rank. When unset, a node with enough memory is assumed.
+        node_memory_limit: Upper bound of staging bytes over all ranks of a node.
+        settings: Every other knob; from the environment when unset. The three above win over it.
 
     Returns:
-        The plan; `summarize(plan)` gives its figures.
+        The plan; `plan.summary()` gives its figures.
 
     Raises:
         SettingsError: An argument cannot mean anything.
@@ -49,8 +79,25 @@ def plan(
         StorageError: There is no such checkpoint, or it may not be read.
         PlanError: The ranks cannot lie on that many nodes.
     """
-    settings = settings or Settings.resolve()
-    request = make_request(uri, tp=tp, pp=pp, ep=ep, replicas=replicas, settings=settings, device="cpu", **slicing)
+    sharding = Sharding(
+        tp=tp,
+        pp=pp,
+        ep=ep,
+        replicas=replicas,
+        rules=rules,
+        slices=slices,
+        unmatched=unmatched,
+        layout=layout,
+        mtp=mtp,
+        experts=experts,
+        fuse=fuse,
+        rename=rename,
+        dtype=dtype,
+    )
+    settings = Settings.of_call(
+        settings, concurrency=concurrency, memory_limit=memory_limit, node_memory_limit=node_memory_limit
+    )
+    request = sharding.request(uri, settings=settings, device="cpu")
     topology = Topology.even(request.mesh.num_ranks, num_nodes)
     return request.plan(topology, memory_limits=assumed_limits(topology, settings))
 

@@ -6,12 +6,13 @@ import contextlib
 import queue
 import socket
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Unpack
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
 
 from ray_streamer.api.agreement import agree, read_index_for_all_nodes
+from ray_streamer.api.arguments import SHARDING, Sharding
 from ray_streamer.api.membership import find_membership
-from ray_streamer.api.request import SliceArguments, make_request, num_stages, slice_arguments
-from ray_streamer.errors import SettingsError
 from ray_streamer.exchange.liveness import Timeouts
 from ray_streamer.exchange.place import Place
 from ray_streamer.exchange.session import NodeSession
@@ -27,21 +28,65 @@ if TYPE_CHECKING:
     import torch.distributed as dist
 
     from ray_streamer.api.agreement import Agreement
+    from ray_streamer.api.arguments import StagesLike
     from ray_streamer.api.membership import Membership
-    from ray_streamer.api.request import Stages
     from ray_streamer.rank.background import Item
-    from ray_streamer.rank.request import LoadRequest
     from ray_streamer.rank.statistics import RankStatistics
+    from ray_streamer.sharding.cast import DTypeLike
+    from ray_streamer.sharding.experts import ExpertsLike
+    from ray_streamer.sharding.fuse import FuseLike
+    from ray_streamer.sharding.groups import Unmatched
+    from ray_streamer.sharding.presets import Layout
+    from ray_streamer.sharding.rename import RenameLike
+    from ray_streamer.sharding.rules import RulesLike
+    from ray_streamer.slices import SliceSource
     from ray_streamer.storage import UriLike
 
 
-class RankArguments(SliceArguments, total=False):
-    """What `load_rank` and `stream_rank` take beside the uri, those of `SliceArguments` included; everything has a default.
+def load_rank(
+    uri: UriLike,
+    tp: int | None = SHARDING.tp,
+    *,
+    pp: StagesLike = SHARDING.pp,
+    ep: int | bool = SHARDING.ep,
+    rules: RulesLike | None = SHARDING.rules,
+    slices: SliceSource | None = SHARDING.slices,
+    unmatched: Unmatched = SHARDING.unmatched,
+    layout: Layout = SHARDING.layout,
+    mtp: bool = SHARDING.mtp,
+    experts: ExpertsLike | None = SHARDING.experts,
+    fuse: FuseLike = SHARDING.fuse,
+    rename: RenameLike | None = SHARDING.rename,
+    dtype: DTypeLike = SHARDING.dtype,
+    rank: int | None = None,
+    world_size: int | None = None,
+    local_world_size: int | None = None,
+    session: str | None = None,
+    group: dist.ProcessGroup | None = None,
+    device: str = "cpu",
+    concurrency: int | None = None,
+    memory_limit: int | str | None = None,
+    node_memory_limit: int | str | None = None,
+    settings: Settings | None = None,
+    out: Mapping[str, torch.Tensor] | None = None,
+    on_statistics: Callable[[RankStatistics], None] | None = None,
+) -> dict[str, torch.Tensor]:
+    """Loads this process's slices; every rank of the load calls it, and ranks of a node read for each other.
 
-    Attributes:
+    Args:
+        uri: As in `load_sharded`, like every argument that is not named here.
         tp: Ranks that share the tensors of one stage; all ranks of a stage when unset, else the rest of them are replicas.
-        pp: As in `load_sharded`.
-        ep: As in `load_sharded`.
+        pp: Stages.
+        ep: Groups of experts.
+        rules: Placements by glob of names.
+        slices: Who says what each rank holds, instead of rules.
+        unmatched: What becomes of weights without a rule.
+        layout: Which preset.
+        mtp: Whether MTP layers are loaded, too.
+        experts: Experts of each group.
+        fuse: Modules that share results.
+        rename: Results' names.
+        dtype: Results' dtypes.
         rank: This process; unset = from torch.distributed when it is initialised, else from the variable RANK.
         world_size: Ranks of the load; given or left out together with `rank`.
         local_world_size: Ranks on each node, numbered in a row; all of them when unset.
@@ -49,32 +94,13 @@ class RankArguments(SliceArguments, total=False):
         group: The torch.distributed process group whose ranks load, instead of `rank` and `world_size`; its default group when
             unset. Ranks are those of the group.
         device: "cpu"; "cuda", torch's current device; or "cuda:N".
-        settings: Every knob, equal on all ranks; from the environment when unset.
-        out: Contiguous tensors of this rank by name, filled in place; tensors not named are allocated. After an error their
+        concurrency: Reads in flight per rank.
+        memory_limit: Staging bytes per rank.
+        node_memory_limit: Upper bound of staging bytes over all ranks of a node.
+        settings: Every other knob, equal on all ranks; from the environment when unset. The three above win over it.
+        out: Tensors of this rank by name, filled in place, of any strides; tensors not named are allocated. After an error their
             content is undefined.
         on_statistics: Called with this rank's statistics when its load is complete.
-    """
-
-    tp: int | None
-    pp: Stages
-    ep: int | bool
-    rank: int | None
-    world_size: int | None
-    local_world_size: int | None
-    session: str | None
-    group: dist.ProcessGroup | None
-    device: str
-    settings: Settings | None
-    out: Mapping[str, torch.Tensor] | None
-    on_statistics: Callable[[RankStatistics], None] | None
-
-
-def load_rank(uri: UriLike, **arguments: Unpack[RankArguments]) -> dict[str, torch.Tensor]:
-    """Loads this process's slices; every rank of the load calls it, and ranks of a node read for each other.
-
-    Args:
-        uri: As in `load_sharded`.
-        arguments: See `RankArguments`.
 
     Returns:
         Every tensor that this rank holds, by the name of its result, complete.
@@ -85,19 +111,99 @@ def load_rank(uri: UriLike, **arguments: Unpack[RankArguments]) -> dict[str, tor
         StartupTimeoutError: Ranks of this node did not come.
         RayStreamerError: As `load_sharded` raises, for what this rank met itself.
     """
-    with contextlib.closing(stream_rank(uri, **arguments)) as stream:
+    stream = stream_rank(
+        uri,
+        tp=tp,
+        pp=pp,
+        ep=ep,
+        rules=rules,
+        slices=slices,
+        unmatched=unmatched,
+        layout=layout,
+        mtp=mtp,
+        experts=experts,
+        fuse=fuse,
+        rename=rename,
+        dtype=dtype,
+        rank=rank,
+        world_size=world_size,
+        local_world_size=local_world_size,
+        session=session,
+        group=group,
+        device=device,
+        concurrency=concurrency,
+        memory_limit=memory_limit,
+        node_memory_limit=node_memory_limit,
+        settings=settings,
+        out=out,
+        on_statistics=on_statistics,
+    )
+    with contextlib.closing(stream):
         return dict(stream)
 
 
-def stream_rank(uri: UriLike, **arguments: Unpack[RankArguments]) -> RankStream:
-    """As `load_rank`, but gives each tensor as it becomes complete, while the others still load.
+def stream_rank(
+    uri: UriLike,
+    tp: int | None = SHARDING.tp,
+    *,
+    pp: StagesLike = SHARDING.pp,
+    ep: int | bool = SHARDING.ep,
+    rules: RulesLike | None = SHARDING.rules,
+    slices: SliceSource | None = SHARDING.slices,
+    unmatched: Unmatched = SHARDING.unmatched,
+    layout: Layout = SHARDING.layout,
+    mtp: bool = SHARDING.mtp,
+    experts: ExpertsLike | None = SHARDING.experts,
+    fuse: FuseLike = SHARDING.fuse,
+    rename: RenameLike | None = SHARDING.rename,
+    dtype: DTypeLike = SHARDING.dtype,
+    rank: int | None = None,
+    world_size: int | None = None,
+    local_world_size: int | None = None,
+    session: str | None = None,
+    group: dist.ProcessGroup | None = None,
+    device: str = "cpu",
+    concurrency: int | None = None,
+    memory_limit: int | str | None = None,
+    node_memory_limit: int | str | None = None,
+    settings: Settings | None = None,
+    out: Mapping[str, torch.Tensor] | None = None,
+    on_statistics: Callable[[RankStatistics], None] | None = None,
+) -> RankStream:
+    """As `load_rank`, whose arguments it takes, but gives each tensor as it becomes complete, while the others still load.
 
-    The load begins with the first tensor asked for: planning and every check come before it. Closing the stream early ends
-    the load; its neighbours then fail with `RankFailedError`. A stream that is dropped ends, too.
+    The load begins with the first tensor asked for: meeting the other ranks, planning and every check of the checkpoint come
+    before it. Closing the stream early ends the load; its neighbours then fail with `RankFailedError`. A stream that is
+    dropped ends, too.
 
     Args:
-        uri: As in `load_sharded`.
-        arguments: See `RankArguments`.
+        uri: As in `load_sharded`, like every argument that is not named here.
+        tp: Ranks that share the tensors of one stage; all ranks of a stage when unset, else the rest of them are replicas.
+        pp: Stages.
+        ep: Groups of experts.
+        rules: Placements by glob of names.
+        slices: Who says what each rank holds, instead of rules.
+        unmatched: What becomes of weights without a rule.
+        layout: Which preset.
+        mtp: Whether MTP layers are loaded, too.
+        experts: Experts of each group.
+        fuse: Modules that share results.
+        rename: Results' names.
+        dtype: Results' dtypes.
+        rank: This process; unset = from torch.distributed when it is initialised, else from the variable RANK.
+        world_size: Ranks of the load; given or left out together with `rank`.
+        local_world_size: Ranks on each node, numbered in a row; all of them when unset.
+        session: With `rank`: a name that the ranks of this load share and no other load on these machines uses.
+        group: The torch.distributed process group whose ranks load, instead of `rank` and `world_size`; its default group when
+            unset. Ranks are those of the group.
+        device: "cpu"; "cuda", torch's current device; or "cuda:N".
+        concurrency: Reads in flight per rank.
+        memory_limit: Staging bytes per rank.
+        node_memory_limit: Upper bound of staging bytes over all ranks of a node.
+        settings: Every other knob, equal on all ranks; from the environment when unset. The three above win over it.
+        out: Tensors of this rank by name, filled in place, of any strides; tensors not named are allocated. After an error their
+            content is undefined.
+        on_statistics: Called with this rank's statistics when its load is complete.
 
     Returns:
         An iterator of (name of the result, tensor), each tensor once, in no particular order.
@@ -105,14 +211,67 @@ def stream_rank(uri: UriLike, **arguments: Unpack[RankArguments]) -> RankStream:
     Raises:
         RayStreamerError: As `load_rank`, while tensors are taken; those that were given before are complete.
     """
-    return RankStream(uri, arguments)
+    sharding = Sharding(
+        tp=tp,
+        pp=pp,
+        ep=ep,
+        rules=rules,
+        slices=slices,
+        unmatched=unmatched,
+        layout=layout,
+        mtp=mtp,
+        experts=experts,
+        fuse=fuse,
+        rename=rename,
+        dtype=dtype,
+        # As many as the ranks make.
+        replicas=None,
+    )
+    settings = Settings.of_call(
+        settings, concurrency=concurrency, memory_limit=memory_limit, node_memory_limit=node_memory_limit
+    )
+    return RankStream(
+        _Call(
+            uri=uri,
+            sharding=sharding,
+            # Ranks of a process group ask each other: not before the load begins.
+            find_membership=partial(find_membership, rank, world_size, local_world_size, session, group),
+            settings=settings,
+            device=device,
+            out=out,
+            on_statistics=on_statistics,
+        )
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Call:
+    """What one rank was asked to load, and how.
+
+    Attributes:
+        uri: The checkpoint.
+        sharding: Which part of it.
+        find_membership: Says which rank this is, among which others.
+        settings: Every knob.
+        device: Where the tensors go.
+        out: Tensors that are filled, by name.
+        on_statistics: Who is told what the load did.
+    """
+
+    uri: UriLike
+    sharding: Sharding
+    find_membership: Callable[[], Membership]
+    settings: Settings
+    device: str
+    out: Mapping[str, torch.Tensor] | None
+    on_statistics: Callable[[RankStatistics], None] | None
 
 
 class RankStream(Iterator[tuple[str, "torch.Tensor"]]):
     """The tensors of one rank as they become complete; made by `stream_rank`. One thread takes them."""
 
-    def __init__(self, uri: UriLike, arguments: RankArguments) -> None:
-        self._uri, self._arguments = uri, arguments
+    def __init__(self, call: _Call) -> None:
+        self._call = call
         self._running: BackgroundLoad | None = None
         self._load: RankLoad | None = None
         self._is_over = False
@@ -123,7 +282,7 @@ class RankStream(Iterator[tuple[str, "torch.Tensor"]]):
             raise StopIteration
         try:
             if self._running is None:
-                self._load, self._running = _begin(self._uri, self._arguments)
+                self._load, self._running = _begin(self._call)
             item = self._running.take()
         except BaseException:
             self.close()
@@ -131,9 +290,8 @@ class RankStream(Iterator[tuple[str, "torch.Tensor"]]):
         if item is not None:
             return item
         self._is_over = True
-        report = self._arguments.get("on_statistics")
-        if report is not None and self._load is not None:
-            report(self._load.statistics())
+        if self._call.on_statistics is not None and self._load is not None:
+            self._call.on_statistics(self._load.statistics())
         raise StopIteration
 
     def close(self) -> None:
@@ -149,9 +307,12 @@ class RankStream(Iterator[tuple[str, "torch.Tensor"]]):
             self._running.drop()
 
 
-def _begin(uri: UriLike, arguments: RankArguments) -> tuple[RankLoad, BackgroundLoad]:
+def _begin(call: _Call) -> tuple[RankLoad, BackgroundLoad]:
     """Meets the other ranks, agrees with them and starts the load."""
-    membership, request = _request_of_rank(uri, arguments)
+    membership = call.find_membership()
+    request = call.sharding.request(
+        call.uri, settings=call.settings, device=call.device, num_ranks=membership.topology.num_ranks
+    )
     index_bytes = read_index_for_all_nodes(membership, request)
     completed: queue.SimpleQueue[Item | BaseException | None] = queue.SimpleQueue()
     with contextlib.ExitStack() as owned:
@@ -168,7 +329,7 @@ def _begin(uri: UriLike, arguments: RankArguments) -> tuple[RankLoad, Background
             device,
             _options(session, agreement, request.settings),
             session=session,
-            out=arguments.get("out"),
+            out=call.out,
             on_complete=lambda name, tensor: completed.put((name, tensor)),
         )
 
@@ -207,40 +368,4 @@ def _options(session: NodeSession, agreement: Agreement, settings: Settings) -> 
         concurrency=settings.concurrency,
         memory_limit=agreement.memory_limit,
         timeouts=session.place.timeouts,
-    )
-
-
-def _request_of_rank(uri: UriLike, arguments: RankArguments) -> tuple[Membership, LoadRequest]:
-    unknown = arguments.keys() - RankArguments.__annotations__.keys()
-    if unknown:
-        raise TypeError(f"unknown arguments {sorted(unknown)}; there are {sorted(RankArguments.__annotations__)}")
-    membership = find_membership(
-        arguments.get("rank"),
-        arguments.get("world_size"),
-        arguments.get("local_world_size"),
-        arguments.get("session"),
-        arguments.get("group"),
-    )
-    return membership, _request(uri, arguments, membership.topology.num_ranks)
-
-
-def _request(uri: UriLike, arguments: RankArguments, num_ranks: int) -> LoadRequest:
-    pp, tp = arguments.get("pp", 1), arguments.get("tp")
-    stages = num_stages(pp)
-    if stages < 1 or num_ranks % stages:
-        raise SettingsError(f"pp={stages} does not divide the {num_ranks} ranks of this load")
-    if tp is None:
-        tp = num_ranks // stages
-    if tp < 1 or num_ranks % (tp * stages):
-        with_pp = f" and pp={stages}" if stages > 1 else ""
-        raise SettingsError(f"tp={tp}{with_pp} does not divide the {num_ranks} ranks of this load")
-    return make_request(
-        uri,
-        tp=tp,
-        pp=pp,
-        ep=arguments.get("ep", False),
-        replicas=num_ranks // (tp * stages),
-        settings=arguments.get("settings") or Settings.resolve(),
-        device=arguments.get("device", "cpu"),
-        **slice_arguments(arguments),
     )

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ray_streamer.api.arguments import SHARDING, Sharding
 from ray_streamer.api.frames import with_few_frames
-from ray_streamer.api.request import make_request
 from ray_streamer.cluster.phases import Phases
 from ray_streamer.cluster.placement import PlacementOptions
 from ray_streamer.cluster.preflight import Preflight
@@ -15,7 +15,7 @@ from ray_streamer.settings import Settings
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from ray_streamer.api.request import Stages
+    from ray_streamer.api.arguments import StagesLike
     from ray_streamer.cluster.model import ShardedModel
     from ray_streamer.rank.statistics import RankStatistics
     from ray_streamer.sharding.cast import DTypeLike
@@ -32,20 +32,20 @@ if TYPE_CHECKING:
 @with_few_frames
 def load_sharded(
     uri: UriLike,
-    tp: int = 1,
+    tp: int | None = SHARDING.tp,
     *,
-    pp: Stages = 1,
-    ep: int | bool = False,
+    pp: StagesLike = SHARDING.pp,
+    ep: int | bool = SHARDING.ep,
     replicas: int = 1,
-    rules: RulesLike | None = None,
-    slices: SliceSource | None = None,
-    unmatched: Unmatched = "error",
-    layout: Layout = "generic",
-    mtp: bool = False,
-    experts: ExpertsLike | None = None,
-    fuse: FuseLike = False,
-    rename: RenameLike | None = None,
-    dtype: DTypeLike = None,
+    rules: RulesLike | None = SHARDING.rules,
+    slices: SliceSource | None = SHARDING.slices,
+    unmatched: Unmatched = SHARDING.unmatched,
+    layout: Layout = SHARDING.layout,
+    mtp: bool = SHARDING.mtp,
+    experts: ExpertsLike | None = SHARDING.experts,
+    fuse: FuseLike = SHARDING.fuse,
+    rename: RenameLike | None = SHARDING.rename,
+    dtype: DTypeLike = SHARDING.dtype,
     device: str = "cpu",
     concurrency: int | None = None,
     memory_limit: int | str | None = None,
@@ -61,13 +61,14 @@ def load_sharded(
     Args:
         uri: Folder or prefix, one `.safetensors` file, or one index json: a path, of the caller's
             folder when it is relative and with `~` for homes, `file://`, `s3://`, `gs://`, `abfss://` or `hdfs://`.
-        tp: Ranks that share the tensors of one stage.
+        tp: Ranks that share the tensors of one stage; 1 when unset.
         pp: Stages of layers, as even as can be; or the number of layers of each, such as (31, 30).
         ep: True = every rank of a replica holds whole experts, a `tp`-th of them, instead of slices of all; a number = over
             so many groups of ranks, see `Mesh`.
         replicas: Copies of the model; `tp * pp * replicas` ranks are started.
         rules: Glob of tensor names -> placement, before the preset that the checkpoint's config.json names.
-        slices: Instead of rules, fuse, rename and dtype: a picklable callable (index, rank) -> `RankSlices`.
+        slices: Instead of rules, fuse, rename and dtype: a picklable callable (index, rank) -> `RankSlices`. `RuleSlices` is one;
+            its mesh says tp, pp, ep and replicas where they are left out.
         unmatched: "error", or "replicate" for tensors of two or more dimensions without a rule.
         layout: Which preset: "generic" as Megatron-LM, "transformers" as its tensor-parallel plan, "vllm" as its layers hold
             their tensors; see docs/families.md.
@@ -84,7 +85,7 @@ def load_sharded(
         memory_limit: Staging bytes per rank: N or text such as "512MiB" = at most N; 0 = the least that works; -1 = as much
             as the plan can use; unset = the smaller of 1 GiB and a quarter of the node's available memory over its ranks.
         node_memory_limit: Upper bound of staging bytes over all ranks of a node.
-        settings: Every other knob; from the environment when unset. The three above override it.
+        settings: Every other knob; from the environment when unset. The three above win over it.
         placement: What each rank reserves, and where; a placement group of the caller's is one of its fields.
         address: Ray cluster; unset = the one this process is connected to, else RAY_ADDRESS, else a running one, else a
             local one, which stays until this process ends or calls `ray.shutdown()`.
@@ -105,8 +106,7 @@ def load_sharded(
         RankFailedError: A rank failed while loading; names it, its node and the cause. Nothing is left running then.
     """
     phases = Phases()
-    request = make_request(
-        uri,
+    sharding = Sharding(
         tp=tp,
         pp=pp,
         ep=ep,
@@ -120,11 +120,11 @@ def load_sharded(
         fuse=fuse,
         rename=rename,
         dtype=dtype,
-        settings=(settings or Settings.resolve()).override(
-            concurrency=concurrency, memory_limit=memory_limit, node_memory_limit=node_memory_limit
-        ),
-        device=device,
     )
+    settings = Settings.of_call(
+        settings, concurrency=concurrency, memory_limit=memory_limit, node_memory_limit=node_memory_limit
+    )
+    request = sharding.request(uri, settings=settings, device=device)
     placement = (placement or PlacementOptions()).for_device(is_gpu=is_cuda(device))
     preflight = Preflight(request)
     preflight.check_request()

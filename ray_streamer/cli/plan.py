@@ -56,7 +56,7 @@ def command(
     Only headers are read, and Ray is not needed. Without a memory limit, nodes with enough memory are assumed.
     """
     from ray_streamer.api.plan import plan as make_plan
-    from ray_streamer.planning.explain import summarize, write_plan
+    from ray_streamer.planning.export import write_plan
     from ray_streamer.planning.tensor_reads import explain_tensors
 
     plan = make_plan(
@@ -66,7 +66,7 @@ def command(
         raise click.BadParameter(f"{rank} is outside the {plan.topology.num_ranks} ranks", param_hint="--rank")
     if out is not None:
         write_plan(plan, out)
-    summary = summarize(plan)
+    summary = plan.summary()
     tensors = explain_tensors(plan, rank=rank, top=top) if top else []
     if as_json:
         print_json(summary.as_dict() | ({"tensors": [asdict(tensor) for tensor in tensors]} if top else {}))

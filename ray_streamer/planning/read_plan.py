@@ -15,6 +15,7 @@ from ray_streamer.errors import PlanError
 from ray_streamer.planning.fills import check_fills
 from ray_streamer.planning.node_plan import plan_node
 from ray_streamer.planning.rank_plan import RankPlan
+from ray_streamer.planning.summary import PlanSummary, summarize
 from ray_streamer.slices.rank_sources import RankSources
 from ray_streamer.units import counted
 
@@ -54,6 +55,10 @@ class ReadPlan:
         ranks, nodes = counted(self.topology.num_ranks, "rank"), counted(len(self.topology.nodes), "node")
         blocks = counted(sum(len(self.node_plans[number].blocks) for number in self.node_plan_ids), "block")
         return f"ReadPlan({self.index.uri!r}, {ranks} on {nodes}, {blocks})"
+
+    def summary(self) -> PlanSummary:
+        """The plan's figures: bytes, requests and copies of every node and rank."""
+        return summarize(self)
 
     def node_plan_of(self, rank: int) -> tuple[NodePlan, int]:
         """The node plan that holds `rank`, and its local rank there."""

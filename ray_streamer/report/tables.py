@@ -13,7 +13,7 @@ from ray_streamer.wording import printable
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from ray_streamer.planning.explain import PlanSummary
+    from ray_streamer.planning.summary import PlanSummary
     from ray_streamer.planning.tensor_reads import TensorReads
     from ray_streamer.report.checkpoint_summary import CheckpointSummary, Share
     from ray_streamer.report.load_report import LoadReport

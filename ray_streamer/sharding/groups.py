@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 Unmatched = Literal["error", "replicate"]
 
+DEFAULT_UNMATCHED: Unmatched = "error"
+
 _NUM_SHOWN = 8
 _NO_RULE, _LEFT_OUT = -1, -2
 _UNPLACED: dict[int, Placement] = {_NO_RULE: Replicate(), _LEFT_OUT: Skip()}

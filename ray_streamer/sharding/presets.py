@@ -29,13 +29,15 @@ if TYPE_CHECKING:
 
 Layout = Literal["generic", "transformers", "vllm"]
 
+DEFAULT_LAYOUT: Layout = "generic"
+
 VLLM_VOCABULARY_MULTIPLE = 64
 """`DEFAULT_VOCAB_PADDING_SIZE` of vLLM 0.33."""
 
 _Rules = list[tuple[str, Placement]]
 
 
-def preset_for(config: Mapping[str, Any], *, layout: Layout = "generic", mtp: bool = False) -> _Rules:
+def preset_for(config: Mapping[str, Any], *, layout: Layout, mtp: bool) -> _Rules:
     """Globs and placements for the model that `config`, a parsed config.json, describes.
 
     Args:

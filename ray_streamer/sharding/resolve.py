@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ray_streamer.errors import ShardingError
-from ray_streamer.sharding.groups import TensorGroup, TensorGroups, group_tensors, named
+from ray_streamer.sharding.groups import DEFAULT_UNMATCHED, TensorGroup, TensorGroups, Unmatched, group_tensors, named
 from ray_streamer.sharding.holders import ALL_RANKS, find_holders
 from ray_streamer.sharding.mesh import Mesh
 from ray_streamer.sharding.name_kinds import NameKinds
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
     from ray_streamer.checkpoint.index import CheckpointIndex
     from ray_streamer.sharding.experts import ExpertsLike
-    from ray_streamer.sharding.groups import Unmatched
     from ray_streamer.sharding.rules import ShardRules
 
 LARGEST_TP = 128
@@ -36,7 +35,7 @@ def checked_groups(
     rules: ShardRules,
     mesh: Mesh,
     *,
-    unmatched: Unmatched = "error",
+    unmatched: Unmatched = DEFAULT_UNMATCHED,
     stage_layers: Sequence[int] | None = None,
     experts: ExpertsLike | None = None,
 ) -> TensorGroups:
@@ -67,7 +66,7 @@ def checked_groups(
     return grouped
 
 
-def legal_tp(index: CheckpointIndex, rules: ShardRules, *, unmatched: Unmatched = "error") -> tuple[int, ...]:
+def legal_tp(index: CheckpointIndex, rules: ShardRules, *, unmatched: Unmatched = DEFAULT_UNMATCHED) -> tuple[int, ...]:
     """The tp sizes, up to `LARGEST_TP`, over which every tensor can be split.
 
     Raises:

@@ -12,7 +12,7 @@ from ray_streamer.sharding.families import family_of
 from ray_streamer.sharding.globs import first_matches
 from ray_streamer.sharding.name_kinds import NameKinds
 from ray_streamer.sharding.placement import Placement
-from ray_streamer.sharding.presets import Layout, preset_for
+from ray_streamer.sharding.presets import DEFAULT_LAYOUT, Layout, preset_for
 from ray_streamer.sharding.tp_plan import rules_of_plan
 from ray_streamer.wording import brief
 
@@ -84,7 +84,7 @@ class ShardRules:
         config: Mapping[str, Any] | None,
         *,
         first: RulesLike = (),
-        layout: Layout = "generic",
+        layout: Layout = DEFAULT_LAYOUT,
         mtp: bool = False,
     ) -> Self:
         """The preset for the model that `config`, a parsed config.json, describes.

@@ -16,11 +16,11 @@ from ray_streamer.errors import SettingsError, ShardingError
 from ray_streamer.sharding.cast import DTypeLike, checked_dtypes
 from ray_streamer.sharding.completeness import refuse_absent
 from ray_streamer.sharding.fuse import FuseLike, checked_fusions
-from ray_streamer.sharding.groups import Unmatched
+from ray_streamer.sharding.groups import DEFAULT_UNMATCHED, Unmatched
 from ray_streamer.sharding.landing import find_landings
 from ray_streamer.sharding.mesh import Mesh
 from ray_streamer.sharding.name_kinds import NameKinds
-from ray_streamer.sharding.presets import Layout
+from ray_streamer.sharding.presets import DEFAULT_LAYOUT, Layout
 from ray_streamer.sharding.rename import RenameLike, renaming
 from ray_streamer.sharding.resolve import checked_groups
 from ray_streamer.sharding.rules import ShardRules
@@ -67,8 +67,8 @@ class RuleSlices:
 
     mesh: Mesh = field(default_factory=Mesh)
     rules: ShardRules = field(default_factory=ShardRules)
-    unmatched: Unmatched = "error"
-    layout: Layout = "generic"
+    unmatched: Unmatched = DEFAULT_UNMATCHED
+    layout: Layout = DEFAULT_LAYOUT
     mtp: bool = False
     stage_layers: tuple[int, ...] | None = None
     experts: ExpertsLike | None = None

@@ -20,7 +20,7 @@ from ray_streamer.errors import (
     SettingsError,
     StartupTimeoutError,
 )
-from ray_streamer.planning.explain import summarize
+from ray_streamer.planning.summary import summarize
 from ray_streamer.testing.faults import Fault, FaultProxy
 
 if TYPE_CHECKING:

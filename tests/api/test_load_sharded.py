@@ -98,7 +98,7 @@ def test_each_byte_is_read_once_and_staging_stays_within_the_limit(model: Sharde
 
 
 def test_the_report_agrees_with_itself_and_with_the_plan(model: ShardedModel) -> None:
-    report, summary = model.stats(), ray_streamer.summarize(model.plan)
+    report, summary = model.stats(), model.plan.summary()
     assert (report.uri, report.mesh, report.plan_hash) == (
         model.plan.index.uri,
         {"tp": 2, "pp": 1, "dp": 1, "ep": 1},

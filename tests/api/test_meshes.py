@@ -69,7 +69,7 @@ def test_every_rank_holds_its_stage_and_its_experts(local_ray: None, mixtral: Pa
         report = model.stats()
         assert report.mesh == {"tp": model.mesh.tp, "pp": model.mesh.pp, "dp": model.mesh.dp, "ep": model.mesh.ep}
         # On one node, stages, experts and replicas all share what is read.
-        assert ray_streamer.summarize(model.plan).amplification == 1.0
+        assert model.plan.summary().amplification == 1.0
         whole = model.gather("model.layers.2.block_sparse_moe.experts.3.w2.weight")
         assert tuple(whole.shape) == (64, 96)
 

@@ -25,7 +25,7 @@ def plan(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def test_a_plan_and_what_it_holds_are_one_line(plan: Any) -> None:
-    summary = ray_streamer.summarize(plan)
+    summary = plan.summary()
     for value in (plan, plan.index, plan.node_plans[0], summary):
         text = repr(value)
         assert text.startswith(f"{type(value).__name__}(")

@@ -13,7 +13,7 @@ from safetensors import safe_open
 
 import ray_streamer
 from ray_streamer import Settings, Split
-from ray_streamer.planning.explain import summarize
+from ray_streamer.planning.summary import summarize
 from ray_streamer.testing.checkpoints import write_checkpoint
 
 _numbers = itertools.count()

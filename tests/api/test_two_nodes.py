@@ -51,7 +51,7 @@ def test_two_nodes(
 
     assert plan.topology.nodes == nodes
     assert len({report.nodes[ranks[0]] for ranks in nodes}) == 2
-    summary = ray_streamer.summarize(plan)
+    summary = plan.summary()
     assert summary.read_bytes == report.bytes_read == sum(rank.read_bytes for rank in summary.ranks)
     assert [rank.bytes_read for rank in report.ranks] == [rank.read_bytes for rank in summary.ranks]
     assert [rank.num_requests for rank in report.ranks] == [rank.requests for rank in summary.ranks]
@@ -77,7 +77,7 @@ def test_a_rank_alone_on_its_node_says_that_it_reads_whole_rows(checkpoint: Any)
     placement = ray_streamer.PlacementOptions(strategy="STRICT_SPREAD")
     with ray_streamer.load_sharded(checkpoint.uri, tp=2, settings=settings, placement=placement) as model:
         assert model.run(find_faults, checkpoint.uri) == [[], []]
-        summary, report = ray_streamer.summarize(model.plan), model.stats()
+        summary, report = model.plan.summary(), model.stats()
     assert summary.amplification == report.amplification > 1.1
     assert summary.read_bytes == report.bytes_read > report.needed_bytes
     assert sum(node.checkpoint_fraction for node in summary.nodes) > 1.1

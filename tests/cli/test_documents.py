@@ -44,9 +44,8 @@ def test_python_of_the_documents_compiles_and_uses_public_names(source):
 @pytest.mark.parametrize("source", PYTHON_SOURCES)
 def test_arguments_in_the_documents_exist(source):
     known = {
-        "load_sharded": set(inspect.signature(ray_streamer.load_sharded).parameters),
-        "load_rank": set(importlib.import_module("ray_streamer.api.rank").RankArguments.__annotations__),
-        "stream_rank": set(importlib.import_module("ray_streamer.api.rank").RankArguments.__annotations__),
+        name: set(inspect.signature(getattr(ray_streamer, name)).parameters)
+        for name in ("load_sharded", "load_rank", "stream_rank", "plan")
     }
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in known:

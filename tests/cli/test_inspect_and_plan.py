@@ -83,7 +83,7 @@ def test_names_that_look_like_markup_are_shown_as_they_are(invoke, tmp_path):
 def test_plan_says_what_the_api_says(invoke, checkpoint):
     found = json.loads(invoke("plan", checkpoint, "--tp", 2, "--replicas", 2, "--nodes", 2, "--json").stdout)
     plan = ray_streamer.plan(str(checkpoint), 2, replicas=2, num_nodes=2)
-    expected = ray_streamer.summarize(plan).as_dict()
+    expected = plan.summary().as_dict()
     assert found.pop("plan_seconds") > 0
     assert found == json.loads(json.dumps(expected | {"plan_seconds": None}), object_hook=_without_plan_seconds)
     assert [rank["node"] for rank in found["ranks"]] == [0, 0, 1, 1]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 import ray_streamer
-from ray_streamer.api.request import make_request
+from ray_streamer.api.arguments import Sharding
 from ray_streamer.cluster.preflight import Preflight
 from ray_streamer.errors import (
     BudgetError,
@@ -34,7 +34,7 @@ def folder(tmp_path: Path) -> Path:
 
 def look(uri: Any, tp: int = 2, **arguments: Any) -> Preflight:
     settings = ray_streamer.Settings.resolve(**arguments.pop("settings", {}))
-    request = make_request(uri, tp=tp, pp=1, ep=False, replicas=1, settings=settings, device="cpu", **arguments)
+    request = Sharding(tp=tp, **arguments).request(uri, settings=settings, device="cpu")
     return Preflight(request)
 
 

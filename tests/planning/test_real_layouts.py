@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from ray_streamer.planning.explain import summarize
 from ray_streamer.planning.limits import ReadLimits
 from ray_streamer.planning.read_plan import plan_reads
+from ray_streamer.planning.summary import summarize
 from ray_streamer.planning.tensor_reads import explain_tensors
 from ray_streamer.planning.topology import Topology
 from ray_streamer.sharding import Mesh, ShardRules

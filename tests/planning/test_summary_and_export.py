@@ -9,9 +9,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from ray_streamer.errors import PlanError
-from ray_streamer.planning.explain import summarize, write_plan
+from ray_streamer.planning.export import write_plan
 from ray_streamer.planning.limits import ReadLimits
 from ray_streamer.planning.read_plan import plan_reads
+from ray_streamer.planning.summary import summarize
 from ray_streamer.planning.tensor_reads import explain_tensors
 from ray_streamer.planning.topology import Topology
 from ray_streamer.testing.parts import TensorPart, slices_of_parts
