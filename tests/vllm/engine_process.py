@@ -1,9 +1,8 @@
-"""One engine in a process of its own: loads, answers, and says what its workers hold. Told what to do by one JSON argument."""
+"""One engine: loads, answers, and says what its workers hold, on standard output."""
 
 from __future__ import annotations
 
 import json
-import sys
 from typing import Any
 
 PROMPTS = [[5, 17, 250, 3, 99], [1, 2, 3], [280, 281, 7, 7, 7, 42]]
@@ -40,7 +39,3 @@ def answers_of(llm: Any, sampling: Any) -> list[Any]:
         ]
         for output in outputs
     ]
-
-
-if __name__ == "__main__":
-    main(json.loads(sys.argv[1]))

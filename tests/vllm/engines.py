@@ -1,19 +1,29 @@
-"""How does a test run an engine? In a process of its own, bounded, with a folder of its own for what vLLM leaves in TMPDIR."""
+"""How does a test run an engine? In a process forked from this one, which has vLLM imported already, bounded, with a log of its own.
+
+Importing vLLM takes most of an engine's start, and a fresh engine imports it in each of its four processes. These are forked from
+one that has done so, as vLLM itself forks on a GPU. `vllm serve` starts as users start it.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+import traceback
 import urllib.request
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import engine_process
 
 from ray_streamer.testing.s3_server import free_port
 
@@ -22,6 +32,17 @@ if TYPE_CHECKING:
 
 TIMEOUT_SECONDS = 420
 HERE = Path(__file__).parent
+
+_FORK = multiprocessing.get_context("fork")
+_IMPORTED_BY_ENGINES = (
+    "vllm.entrypoints.llm",
+    "vllm.v1.engine.coordinator",
+    "vllm.v1.engine.core",
+    "vllm.v1.engine.utils",
+    "vllm.v1.executor.multiproc_executor",
+    "vllm.v1.worker.cpu_worker",
+    "ray_streamer.integrations.vllm.loader",
+)
 
 
 def run_engine(scratch: Path, engine: dict[str, Any], **wish: Any) -> dict[str, Any]:
@@ -35,15 +56,73 @@ def run_engine(scratch: Path, engine: dict[str, Any], **wish: Any) -> dict[str, 
     return answer | {"log": log}
 
 
-def try_engine(scratch: Path, engine: dict[str, Any], **wish: Any) -> tuple[int, dict[str, Any] | None, str]:
-    """Exit status, answer or None, and log of an engine with these arguments."""
-    command = [sys.executable, str(HERE / "engine_process.py"), json.dumps({"engine": engine, **wish})]
-    with _environment(scratch) as environment, (scratch / "engine.log").open("w+") as log:
-        done = subprocess.run(command, stdout=log, stderr=log, env=environment, timeout=TIMEOUT_SECONDS, check=False)
-        log.seek(0)
-        text = log.read()
-    answers = [line.partition("ANSWER ")[2] for line in text.splitlines() if "ANSWER {" in line]
-    return done.returncode, json.loads(answers[-1]) if answers else None, text
+def try_engine(
+    scratch: Path, engine: dict[str, Any], prepare: Callable[[], None] = lambda: None, **wish: Any
+) -> tuple[int, dict[str, Any] | None, str]:
+    """Exit status, answer or None, and log of an engine with these arguments.
+
+    Args:
+        scratch: Folder for the log.
+        engine: Arguments of `vllm.LLM`.
+        prepare: Called in the engine's process before the engine starts; its workers are forked from there.
+        wish: What else the process is to do, see `engine_process`.
+    """
+    _import_vllm()
+    with _environment(scratch) as environment:
+        process = _FORK.Process(
+            target=_run_forked, args=(scratch / "engine.log", environment, prepare, {"engine": engine, **wish})
+        )
+        process.start()
+        process.join(TIMEOUT_SECONDS)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.join()
+    log = (scratch / "engine.log").read_text()
+    answers = [line.partition("ANSWER ")[2] for line in log.splitlines() if "ANSWER {" in line]
+    return process.exitcode, json.loads(answers[-1]) if answers else None, log
+
+
+def _run_forked(log: Path, environment: dict[str, str], prepare: Callable[[], None], wish: dict[str, Any]) -> NoReturn:
+    status = 1
+    try:
+        _become_engine(log, environment)
+        prepare()
+        engine_process.main(wish)
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        with contextlib.suppress(BaseException):
+            # What the interpreter does at its end, less what pytest would do.
+            import_module("multiprocessing.util")._exit_function()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def _become_engine(log: Path, environment: dict[str, str]) -> None:
+    """A session, an output, an environment and a way to start processes that are this process's own."""
+    os.setsid()
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
+    sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
+    os.environ.update(environment)
+    tempfile.tempdir = None
+    import_module("vllm.logger")._configure_vllm_root_logger()
+    # Looks at the class of the model in a fresh interpreter, for which vLLM has to be imported once more.
+    import_module("vllm.model_executor.models.registry")._run_in_subprocess = lambda function: function()
+    for module in list(sys.modules.values()):
+        # The CPU platform spawns.
+        if module.__name__.startswith("vllm.") and hasattr(module, "get_mp_context"):
+            module.get_mp_context = lambda: _FORK
+
+
+@functools.cache
+def _import_vllm() -> None:
+    for name in _IMPORTED_BY_ENGINES:
+        import_module(name)
 
 
 @contextmanager
