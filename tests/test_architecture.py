@@ -114,6 +114,14 @@ def test_importing_the_package_imports_neither_ray_nor_torch():
     assert found.stdout.strip() == "set()"
 
 
+def test_what_comes_before_landing_imports_no_torch():
+    """A driver never needs it; a rank reads headers, plans and meets its neighbours while torch is imported."""
+    modules = "ray_streamer.cluster.driver, ray_streamer.cluster.worker, ray_streamer.api.rank, ray_streamer.rank.load"
+    code = f"import sys, {modules}; print('torch' in sys.modules)"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "False"
+
+
 PUBLIC = [
     "AccessError",
     "BudgetError",

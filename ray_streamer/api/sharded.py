@@ -129,7 +129,7 @@ def load_sharded(
     preflight = Preflight(request)
     preflight.check_request()
     phases.end("check")
-    # Ray and torch take seconds to import: not before it is known that they are needed.
+    # Ray takes seconds to import: not before it is known that it is needed.
     from ray_streamer.cluster.driver import drive
 
     return drive(request, placement, preflight, phases, address=address, wait=wait, on_progress=on_progress)

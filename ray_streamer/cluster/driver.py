@@ -6,12 +6,12 @@ import math
 import os
 from typing import TYPE_CHECKING
 
+from ray_streamer.cluster.model import ShardedModel
 from ray_streamer.cluster.session import connect, has_same_variables, is_one_machine, starts_local_ray
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from ray_streamer.cluster.model import ShardedModel
     from ray_streamer.cluster.phases import Phases
     from ray_streamer.cluster.placement import PlacementOptions
     from ray_streamer.cluster.preflight import Preflight
@@ -53,6 +53,4 @@ def drive(
     index = preflight.check(
         is_one_machine=is_one_machine(), is_own_environment=has_same_variables(placement.runtime_env)
     )
-    from ray_streamer.cluster.model import ShardedModel  # and with it torch
-
     return ShardedModel(request, placement, index=index, phases=phases, wait=wait, on_progress=on_progress)

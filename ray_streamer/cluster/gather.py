@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ray_streamer.device.cpu import CpuDevice
+from ray_streamer.device import open_device
 from ray_streamer.errors import ShardingError
 from ray_streamer.planning.views import Dim, whole_bytes
 
@@ -79,7 +79,7 @@ def assemble(dtype: DType, shape: tuple[int, ...], held: Sequence[Held], parts: 
     Raises:
         ShardingError: The parts leave some of the tensor open.
     """
-    device = CpuDevice()
+    device = open_device("cpu")
     result = device.result(device.empty(dtype, shape))
     assert result.host_bytes is not None
     is_filled = np.zeros(result.host_bytes.nbytes, dtype=np.uint8)

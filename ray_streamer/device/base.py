@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from ray_streamer.device.caller_memory import writable_alias
 from ray_streamer.errors import DeviceError
 
 if TYPE_CHECKING:
@@ -40,6 +39,8 @@ class Result(NamedTuple):
 
     def storage_view(self, dtype: torch.dtype) -> torch.Tensor:
         """All of its memory as a flat tensor of `dtype` that in-place operations may write."""
+        from ray_streamer.device.caller_memory import writable_alias
+
         memory = writable_alias(self.tensor)
         flat = memory.as_strided((self.num_bytes // memory.itemsize,), (1,), memory.storage_offset())
         return flat if flat.dtype == dtype else flat.view(dtype)

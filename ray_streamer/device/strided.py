@@ -16,7 +16,6 @@ from math import prod
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-import torch
 
 from ray_streamer.device.first_touch import fault_in
 from ray_streamer.planning.views import boxes_between, index_at
@@ -24,6 +23,7 @@ from ray_streamer.planning.views import boxes_between, index_at
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    import torch
     from numpy.typing import NDArray
 
     from ray_streamer.device.base import Result
@@ -36,7 +36,6 @@ TILE = 128
 """Elements along either side of a tile of a transposition: both of its memories fit a core's cache."""
 
 _UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
-_SIGNED = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class _View(NamedTuple):
@@ -64,7 +63,7 @@ class StridedCopies:
 
     def __init__(self, device: torch.device) -> None:
         # The caller's own: what it has queued for memory that it gave back, or lent, comes before what is written here.
-        self._stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+        self._stream = _current_stream(device) if device.type == "cuda" else None
         self._lock = threading.Lock()
         self._torn: dict[tuple[int, StridedMove, int, int], dict[int, int]] = {}
 
@@ -145,13 +144,15 @@ class StridedCopies:
         self, source: NDArray[np.uint8], read: _View, write: _View, move: StridedMove, target: Result
     ) -> None:
         """Copies elements through a chunk of their own: staged memory may be read-only, and elements in it not aligned."""
+        import torch
+
         width = move.source_dtype.num_bits // 8
         kept = len(read.sizes) - len(move.repeats)
         packed = np.array(_View(read.start, read.sizes[:kept], read.strides[:kept]).of(source, width), order="C")
         is_cast = move.source_dtype != move.target_dtype
         # Where nothing is cast, bytes are moved as they are: torch makes other bytes of some truth values.
         dtypes = [
-            getattr(torch, dtype.torch_name) if is_cast else _SIGNED[width]
+            getattr(torch, dtype.torch_name if is_cast else f"int{8 * width}")
             for dtype in (move.source_dtype, move.target_dtype)
         ]
         values = torch.from_numpy(packed.reshape(-1).view(np.uint8)).view(dtypes[0])
@@ -161,6 +162,12 @@ class StridedCopies:
         strides = [stride // item for stride in write.strides]
         with torch.cuda.stream(self._stream):
             flat.as_strided(write.sizes, strides, flat.storage_offset() + write.start // item).copy_(values)
+
+
+def _current_stream(device: torch.device) -> torch.cuda.Stream:
+    import torch
+
+    return torch.cuda.current_stream(device)
 
 
 def _fault_in(memory: NDArray[np.uint8], piece: StridedPiece, box: Box) -> None:

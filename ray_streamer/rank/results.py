@@ -6,7 +6,6 @@ import threading
 from typing import TYPE_CHECKING
 
 from ray_streamer.device.base import Copy, Result
-from ray_streamer.device.caller_memory import refuse_modes, refuse_overlaps, refuse_unwritable, without_tied_names
 from ray_streamer.errors import DeviceError
 
 if TYPE_CHECKING:
@@ -62,17 +61,19 @@ class Results:
 
     def _given(self, out: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The tensors of the caller, checked."""
-        refuse_modes()
+        from ray_streamer.device import caller_memory
+
+        caller_memory.refuse_modes()
         if not out:
             return {}
         for name, tensor in out.items():
-            refuse_unwritable(name, tensor)
+            caller_memory.refuse_unwritable(name, tensor)
         numbers = {name: number for number, name in enumerate(self._specs.names)}
-        given = without_tied_names(out, numbers, rank=self._rank)
+        given = caller_memory.without_tied_names(out, numbers, rank=self._rank)
         for name, tensor in given.items():
             self._check_fit(name, tensor, self._specs.form_of(numbers[name]))
             self._device.check_target(name, tensor)
-        refuse_overlaps(given)
+        caller_memory.refuse_overlaps(given)
         return given
 
     def _check_fit(self, name: str, tensor: torch.Tensor, form: ResultForm) -> None:
