@@ -2,80 +2,150 @@
 
 host memory of the tensor    the storage reads into it
 device memory                the device reads a local file itself, where it can (GPUDirect Storage)
+a slot of the arena          the storage reads into it, and neighbours who want parts of the block are told
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
+import numpy as np
+
+from ray_streamer.rank.block_source import Loan, Way, keep
+
 if TYPE_CHECKING:
-    from ray_streamer.checkpoint.index import ShardFile
     from ray_streamer.device.base import Device
+    from ray_streamer.exchange.liveness import Activity
     from ray_streamer.planning.rank_plan import Block, Piece, RankPlan
+    from ray_streamer.rank.neighbourhood import Neighbourhood
     from ray_streamer.rank.results import Results
     from ray_streamer.rank.statistics import Counters
     from ray_streamer.storage.base import Storage
+    from ray_streamer.stream.arena import Arena
 
 
 class BlockReads:
     """The reads of one rank, counted; safe to use from many threads.
 
-    Attributes:
-        files_of_device: Numbers of the files that the device read, which knows nothing of the index: whether they are still
-            the same is to be asked afterwards.
+    Args:
+        mine: What this rank does.
+        storage: Holds the files.
+        activity: Told of reads under way.
+        counters: Where reads are counted.
+    """
+
+    def __init__(self, mine: RankPlan, storage: Storage, *, activity: Activity, counters: Counters) -> None:
+        self._mine, self._storage = mine, storage
+        self._activity, self._counters = activity, counters
+
+    def read_into(self, block: Block, buffer: memoryview) -> None:
+        """Reads a block into the caller's memory."""
+        file = self._mine.files[block.file]
+        with self._activity.working(), self._counters.timed("read_seconds"):
+            self._storage.read_into(file.path, block.extent, buffer, etag=file.etag)
+        self._counters.add(bytes_read=block.extent.num_bytes, num_requests=1)
+
+    def read_onto_device(self, block: Block, device: Device, file_name: str, piece: Piece, results: Results) -> None:
+        """Lets the device read a block that is all of `piece`."""
+        with self._activity.working(), self._counters.timed("read_seconds"):
+            device.read_file(file_name, block.extent, results.result(piece.result), piece.target_start)
+        self._counters.add(bytes_read=block.extent.num_bytes, num_requests=1)
+
+
+class DirectReads:
+    """Blocks that storage brings straight to their tensor; see `BlockSource`.
+
+    Args:
+        mine: What this rank does.
+        storage: Holds the files.
+        device: Where the tensors are.
+        results: The tensors.
+        reads: Reads.
+        counters: Where direct bytes are counted.
     """
 
     def __init__(
         self,
         mine: RankPlan,
-        results: Results,
-        *,
         storage: Storage,
         device: Device,
+        results: Results,
+        reads: BlockReads,
+        *,
         counters: Counters,
     ) -> None:
-        self._mine, self._results = mine, results
-        self._storage, self._device, self._counters = storage, device, counters
-        self.files_of_device: set[int] = set()
+        self._mine, self._storage, self._device, self._results = mine, storage, device, results
+        self._reads, self._counters = reads, counters
+        self._files_of_device: set[int] = set()
 
-    def read_into(self, block: Block, buffer: memoryview) -> None:
-        """Reads a block into the caller's memory."""
-        shard_file = self._file_of(block)
-        with self._counters.timed("read_seconds"):
-            self._storage.read_into(shard_file.path, block.extent, buffer, etag=shard_file.etag)
-        self._counters.add(bytes_read=block.extent.num_bytes, num_requests=1)
-
-    def read_directly(self, block: Block) -> bool:
-        """Reads a block to where it belongs, without staging; whether that was possible."""
+    def borrow(self, block: Block) -> Loan | None:
+        """See `BlockSource.borrow`; the block lies in its tensor then."""
         piece = self._mine.exclusive_piece(block.number)
         if piece is None:
-            return False
+            return None
         if not (self._read_onto_device(block, piece) or self._read_into_tensor(block, piece)):
-            return False
+            return None
         self._counters.add(direct_bytes=block.extent.num_bytes)
-        return True
+        return Loan(Way.DIRECT, None, keep)
+
+    def verify(self) -> None:
+        """See `BlockSource.verify`; a device opens files by name, and knows nothing of the index."""
+        for file in (self._mine.files[number] for number in self._files_of_device):
+            self._storage.check_unchanged(file.path, etag=file.etag)
 
     def _read_onto_device(self, block: Block, piece: Piece) -> bool:
         if not self._device.reads_files:
             return False
-        file_name = self._storage.local_path(self._file_of(block).path)
+        file_name = self._storage.local_path(self._mine.files[block.file].path)
         if file_name is None:
             return False
-        self.files_of_device.add(block.file)
-        with self._counters.timed("read_seconds"):
-            self._device.read_file(file_name, block.extent, self._results.result(piece.result), piece.target_start)
-        self._counters.add(bytes_read=block.extent.num_bytes, num_requests=1)
+        self._files_of_device.add(block.file)
+        self._reads.read_onto_device(block, self._device, file_name, piece, self._results)
         return True
 
     def _read_into_tensor(self, block: Block, piece: Piece) -> bool:
-        if self._storage.prefers_aligned(self._file_of(block).path):
+        if self._storage.prefers_aligned(self._mine.files[block.file].path):
             return False
         result = self._results.result(piece.result)
         memory = self._device.landing(result, piece.target_start, piece.target_start + piece.run_bytes)
         if memory is None:
             return False
-        self.read_into(block, memory.data)
+        self._reads.read_into(block, memory.data)
         return True
 
-    def _file_of(self, block: Block) -> ShardFile:
-        return self._mine.files[block.file]
+
+class StagedReads:
+    """Blocks that storage brings into this rank's arena, for itself and its neighbours; see `BlockSource`.
+
+    Args:
+        mine: What this rank does.
+        arena: This rank's.
+        neighbours: Told of the blocks that they want parts of.
+        reads: Reads.
+        counters: Where the waiting for slots is counted.
+    """
+
+    def __init__(
+        self, mine: RankPlan, arena: Arena, neighbours: Neighbourhood, reads: BlockReads, *, counters: Counters
+    ) -> None:
+        self._mine, self._arena, self._neighbours = mine, arena, neighbours
+        self._reads, self._counters = reads, counters
+
+    def borrow(self, block: Block) -> Loan:
+        """See `BlockSource.borrow`; waits for a slot."""
+        with self._counters.timed("wait_seconds"):
+            slot = self._arena.acquire()
+        view = self._arena.view(slot, block.extent)
+        try:
+            self._reads.read_into(block, view)
+            takers = self._mine.takers(block.number)
+            self._arena.hold(slot, len(takers))
+            self._neighbours.announce(block.number, slot, takers)
+        except BaseException:
+            self._arena.release(slot)
+            raise
+        return Loan(Way.STAGED, np.frombuffer(view, dtype=np.uint8), partial(self._arena.release, slot))
+
+    def verify(self) -> None:
+        """See `BlockSource.verify`; the storage compares with each read."""

@@ -1,10 +1,10 @@
-"""What is left to copy that this rank does not read? Blocks that neighbours announce, and blocks of mapped files."""
+"""Which blocks can be copied now that this rank does not read? Those that neighbours offer, and those of mapped files."""
 
 from __future__ import annotations
 
 import threading
 from collections import deque
-from typing import TYPE_CHECKING, NamedTuple, Self
+from typing import TYPE_CHECKING, Self
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -12,40 +12,32 @@ if TYPE_CHECKING:
     from ray_streamer.stream.stop import StopSignal
 
 
-class Announced(NamedTuple):
-    """A block that lies in a neighbour's arena."""
-
-    owner: int
-    block: int
-    slot: int
-
-
 class Inbox:
-    """An iterator of copies to make, announced ones first since they hold a neighbour's memory.
+    """An iterator of numbers of blocks, offered ones first since they hold a neighbour's memory.
 
-    Announcements may come before `open` says what to expect; nothing is taken out before.
+    Offers may come before `open` says what to expect; nothing is taken out before.
 
     Args:
-        stop: Ends the waiting for announcements.
+        stop: Ends the waiting for offers.
     """
 
     def __init__(self, stop: StopSignal) -> None:
-        self._viewed: Iterator[int] = iter(())
+        self._mapped: Iterator[int] = iter(())
         self._num_awaited = 0
-        self._announced: deque[Announced] = deque()
+        self._offered: deque[int] = deque()
         self._changed = threading.Condition()
         self._stop = stop
         stop.on_set(self._wake)
 
-    def open(self, viewed: Iterable[int], num_announced: int) -> None:
-        """Says what will be taken out: blocks of mapped files, and how many blocks neighbours will announce."""
-        self._viewed = iter(viewed)
-        self._num_awaited = num_announced
+    def open(self, mapped: Iterable[int], num_offered: int) -> None:
+        """Says what will be taken out: blocks of mapped files, and how many blocks neighbours will offer."""
+        self._mapped = iter(mapped)
+        self._num_awaited = num_offered
 
-    def announce(self, owner: int, block: int, slot: int) -> None:
-        """Takes note of a neighbour's block."""
+    def put(self, block: int) -> None:
+        """A neighbour offers a block."""
         with self._changed:
-            self._announced.append(Announced(owner, block, slot))
+            self._offered.append(block)
             self._changed.notify()
 
     def _wake(self) -> None:
@@ -55,17 +47,17 @@ class Inbox:
     def __iter__(self) -> Self:
         return self
 
-    def __next__(self) -> Announced | int:
+    def __next__(self) -> int:
         with self._changed:
             while True:
-                if self._announced:
+                if self._offered:
                     self._num_awaited -= 1
                     if not self._num_awaited:
                         self._changed.notify_all()
-                    return self._announced.popleft()
-                viewed = next(self._viewed, None)
-                if viewed is not None:
-                    return viewed
+                    return self._offered.popleft()
+                mapped = next(self._mapped, None)
+                if mapped is not None:
+                    return mapped
                 if not self._num_awaited or self._stop.is_set:
                     raise StopIteration
                 self._changed.wait()

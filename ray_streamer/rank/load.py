@@ -1,13 +1,12 @@
-"""How do a rank's tensors get their bytes? Four kinds of block, each with one way from storage to the tensor.
+"""How do a rank's tensors get their bytes? Each block is borrowed from the place that has it, copied to its tensors, and given back.
 
-    own, exclusive, one contiguous piece   read ──────────────────────> tensor                      (no staging; see `BlockReads`)
-    own                                    read ─> slot ─> copies ────> tensor, announced to neighbours who want it
-    a neighbour's                          announced ─> copies out of the neighbour's slot ─> tensor, released
-    in a file that the page cache holds    copies out of a mapping ───> tensor                      (nobody reads it)
+    reader threads   this rank's blocks, in plan order  ┐
+                                                        ├─> borrow from a `BlockSource` ─> `Deliveries` ─> tensors
+    copier threads   blocks that neighbours offer, and  ┘
+                     blocks of mapped files
 
-Reader threads take this rank's blocks in plan order and wait for slots; copier threads take what neighbours announce and what
-mapped files hold. Which files are mapped is decided once per node, by its first rank, so that all ranks agree. A rank is done
-when it has all its bytes, its slots are free again and its neighbours say the same; until then nothing is handed out.
+A rank is done when it has all its bytes, its slots are free again and its neighbours say the same; until then nothing is
+handed out.
 """
 
 from __future__ import annotations
@@ -17,14 +16,13 @@ import logging
 import os
 from typing import TYPE_CHECKING
 
-import numpy as np
-
-from ray_streamer.device.strided import StridedCopies
 from ray_streamer.errors import BudgetError
 from ray_streamer.planning.limits import AS_MUCH_AS_USEFUL
 from ray_streamer.process_limits import limits_explained
-from ray_streamer.rank.block_reads import BlockReads
-from ray_streamer.rank.inbox import Announced, Inbox
+from ray_streamer.rank.block_reads import BlockReads, DirectReads, StagedReads
+from ray_streamer.rank.deliveries import Deliveries
+from ray_streamer.rank.inbox import Inbox
+from ray_streamer.rank.mappings import Mappings
 from ray_streamer.rank.neighbourhood import Neighbourhood
 from ray_streamer.rank.remains import clear_frames
 from ray_streamer.rank.results import Results
@@ -36,14 +34,14 @@ from ray_streamer.stream.threads import TaskThreads
 from ray_streamer.units import exact_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Mapping
 
     import torch
-    from numpy.typing import NDArray
 
     from ray_streamer.device.base import Device
     from ray_streamer.exchange.session import NodeSession
-    from ray_streamer.planning.rank_plan import RankPlan
+    from ray_streamer.planning.rank_plan import Block, RankPlan
+    from ray_streamer.rank.block_source import BlockSource, Loan
     from ray_streamer.rank.options import RankOptions
     from ray_streamer.rank.results import OnComplete
     from ray_streamer.storage.base import Storage
@@ -83,7 +81,6 @@ class RankLoad:
     ) -> None:
         self._mine, self._storage, self._device, self._options = plan, storage, device, options
         self._results = Results(plan, device, out=out, on_complete=on_complete)
-        self._strided = StridedCopies(self._results.device)
         self._stop = StopSignal()
         self._inbox = Inbox(self._stop)
         self._arena = Arena(self._num_slots(), plan.node_plan.limits.block_bytes, self._stop)
@@ -91,10 +88,19 @@ class RankLoad:
             self._mine, options, session, inbox=self._inbox, arena=self._arena, stop=self._stop
         )
         self._activity = self._neighbours.activity
-        self._views: dict[int, NDArray[np.uint8]] = {}
         self._counters = Counters()
-        self._reads = BlockReads(plan, self._results, storage=storage, device=device, counters=self._counters)
         self._blocks_left = Countdown(self._stop)
+        self._mappings = Mappings(plan, storage)
+        self._sources = self._sources_of_blocks()
+        self._deliveries = Deliveries(
+            plan,
+            device,
+            self._results,
+            activity=self._activity,
+            counters=self._counters,
+            blocks_left=self._blocks_left,
+            stop=self._stop,
+        )
         self._stop.on_set(storage.close)
 
     def run(self) -> dict[str, torch.Tensor]:
@@ -152,10 +158,21 @@ class RankLoad:
             )
         return min(num_reads, max(1, memory_limit // slot_bytes))
 
+    def _sources_of_blocks(self) -> tuple[BlockSource, ...]:
+        """The places that are asked for a block, in this order; the last one has every block."""
+        mine, storage, counters = self._mine, self._storage, self._counters
+        reads = BlockReads(mine, storage, activity=self._activity, counters=counters)
+        return (
+            self._mappings,
+            self._neighbours,
+            DirectReads(mine, storage, self._device, self._results, reads, counters=counters),
+            StagedReads(mine, self._arena, self._neighbours, reads, counters=counters),
+        )
+
     def _stream_and_give_back(self) -> None:
         with contextlib.ExitStack() as owned:
             owned.callback(self._neighbours.close)
-            owned.callback(self._views.clear)
+            owned.callback(self._mappings.close)
             # Ends first: its copies under way read what the others give back.
             owned.callback(self._close_device)
             try:
@@ -180,121 +197,46 @@ class RankLoad:
             self._neighbours.meet()
             for memory in self._neighbours.memories:
                 self._device.adopt(memory)
-            viewed = self._agree_on_views()
+            self._mappings.open(self._neighbours.share_numbers, is_wanted=not self._device.wants_staging)
         self._activity.phase = "reading and copying tensors"
         with self._counters.timed("stream"):
             self._results.complete_empty()
-            self._move_blocks(viewed)
-            self._check_unchanged({*viewed, *self._reads.files_of_device})
+            self._move_blocks()
+            for source in self._sources:
+                source.verify()
         with self._counters.timed("finish"):
             with self._activity.waiting():
                 self._arena.wait_idle()
             self._neighbours.finish()
         self._stop.check()
 
-    def _agree_on_views(self) -> list[int]:
-        """Files that all ranks of the node copy from a mapping; the node's first rank says which."""
-        files = self._mine.files
-        candidates = [] if self._device.wants_staging else self._mine.wanted_files()
-        viewed = self._neighbours.share_numbers(
-            lambda: [file for file in candidates if self._storage.is_resident(files[file].path)]
-        )
-        for file in viewed:
-            view = self._storage.view(files[file].path, etag=files[file].etag)
-            self._views[file] = np.frombuffer(view, dtype=np.uint8)
-        return viewed
-
-    def _check_unchanged(self, files: set[int]) -> None:
-        """Mappings and devices show what is written to a file meanwhile; the storage's reads find that out themselves."""
-        for file in (self._mine.files[number] for number in files):
-            self._storage.check_unchanged(file.path, etag=file.etag)
-
-    def _move_blocks(self, viewed: list[int]) -> None:
-        reads, taken = self._mine.reads, self._mine.taken
-        is_viewed = np.isin(self._mine.files_of(taken), viewed)
-        is_announced = ~is_viewed & (self._mine.readers_of(taken) != self._mine.local_rank)
-        own_reads = reads[~np.isin(self._mine.files_of(reads), viewed)].tolist()
-        num_copies = int((is_viewed | is_announced).sum())
-        self._inbox.open(taken[is_viewed].tolist(), int(is_announced.sum()))
+    def _move_blocks(self) -> None:
+        mine, mappings = self._mine, self._mappings
+        is_mapped = mappings.have(mine.taken)
+        is_offered = ~is_mapped & (mine.readers_of(mine.taken) != mine.local_rank)
+        own_reads = mine.reads[~mappings.have(mine.reads)].tolist()
+        num_copies = int((is_mapped | is_offered).sum())
+        self._inbox.open(mine.taken[is_mapped].tolist(), int(is_offered.sum()))
         self._blocks_left.start(len(own_reads) + num_copies)
-        num_copiers = min(num_copies, MAX_COPIERS, max(1, len(os.sched_getaffinity(0)) // len(self._mine.ranks)))
+        num_copiers = min(num_copies, MAX_COPIERS, max(1, len(os.sched_getaffinity(0)) // len(mine.ranks)))
         num_readers = min(len(own_reads), self._options.concurrency)
-        name = f"ray_streamer-{self._mine.rank}"
-        readers = TaskThreads(f"{name}-read", num_readers, own_reads, self._read, self._stop)
-        copiers = TaskThreads(f"{name}-copy", num_copiers, self._inbox, self._take, self._stop)
+        name = f"ray_streamer-{mine.rank}"
+        readers = TaskThreads(f"{name}-read", num_readers, own_reads, self._move, self._stop)
+        copiers = TaskThreads(f"{name}-copy", num_copiers, self._inbox, self._move, self._stop)
         with readers, copiers, self._activity.waiting():
             self._blocks_left.wait()
 
-    def _read(self, number: int) -> None:
-        """Reads one block of this rank and delivers it."""
-        block = self._mine.block(number)
-        with self._activity.working():
-            is_in_place = self._reads.read_directly(block)
-        if is_in_place:
-            self._settle([(piece.result, piece.num_bytes) for piece in self._mine.pieces(number).plain])
-            return
-        with self._counters.timed("wait_seconds"):
-            slot = self._arena.acquire()
-        view = self._arena.view(slot, block.extent)
-        try:
-            with self._activity.working():
-                self._reads.read_into(block, view)
-            takers = self._mine.takers(number)
-            self._arena.hold(slot, len(takers))
-            self._neighbours.announce(number, slot, takers)
-        except BaseException:
-            self._arena.release(slot)
-            raise
-        self._deliver(number, np.frombuffer(view, dtype=np.uint8), lambda: self._arena.release(slot))
+    def _move(self, number: int) -> None:
+        """Brings what this rank takes of one block to its tensors."""
+        self._deliveries.deliver(number, self._borrow(self._mine.block(number)))
 
-    def _take(self, task: Announced | int) -> None:
-        """Copies this rank's pieces out of a neighbour's slot or out of a mapping."""
-        if isinstance(task, Announced):
-            view = self._neighbours.view(task.owner, task.slot, self._mine.block(task.block).extent)
-            source = np.frombuffer(view, dtype=np.uint8)
-            self._deliver(task.block, source, lambda: self._neighbours.release(task.owner, task.slot))
-            return
-        block = self._mine.block(task)
-        # A file that was cut short by now would end the process instead.
-        self._check_unchanged({block.file})
-        source = self._views[block.file][block.extent.start : block.extent.stop]
-        self._deliver(task, source, lambda: None, is_page_cache=True)
-
-    def _deliver(
-        self, number: int, source: NDArray[np.uint8], let_go: Callable[[], None], *, is_page_cache: bool = False
-    ) -> None:
-        """Copies what this rank takes from one block to its tensors; `let_go` gives the source back."""
-        pieces = self._mine.pieces(number)
-        delivered = [(piece.result, piece.num_bytes) for piece in pieces.plain]
-        self._activity.begin()
-
-        def done(error: BaseException | None) -> None:
-            self._activity.end()
-            let_go()
-            if error is not None:
-                self._stop.set(error)
-                return
-            try:
-                self._settle(delivered)
-            except BaseException as failure:  # a callback's; the device that calls this could do nothing with it
-                self._stop.set(failure)
-
-        with self._counters.timed("copy_seconds"):
-            delivered += [
-                (piece.result, self._strided.deliver(source, piece, self._results.result(piece.result)))
-                for piece in pieces.strided
-            ]
-            if is_page_cache:
-                self._counters.add(page_cache_bytes=sum(num_bytes for _, num_bytes in delivered))
-            if pieces.plain:
-                self._device.deliver(source, self._results.copies(pieces.plain), done)
-            else:
-                done(None)
-
-    def _settle(self, delivered: list[tuple[int, int]]) -> None:
-        """One block less to wait for."""
-        self._results.settle(delivered)
-        self._blocks_left.count()
+    def _borrow(self, block: Block) -> Loan:
+        """The block, from the first source that has it."""
+        for source in self._sources:
+            loan = source.borrow(block)
+            if loan is not None:
+                return loan
+        raise AssertionError(f"no source has block {block}")
 
     def _log(self) -> None:
         statistics = self.statistics()

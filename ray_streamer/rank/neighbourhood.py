@@ -1,8 +1,12 @@
-"""What does one load say to the other ranks of its node? The session's verbs, in the words of blocks, slots and files."""
+"""What does one load say to the other ranks of its node? The session's verbs, in the words of blocks, slots and files.
+
+The blocks that neighbours offer are lent here, too: their arenas are mapped.
+"""
 
 from __future__ import annotations
 
 import json
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -11,14 +15,14 @@ from ray_streamer.errors import ClusterError
 from ray_streamer.exchange.liveness import Activity
 from ray_streamer.exchange.place import Place
 from ray_streamer.exchange.session import NodeSession
+from ray_streamer.rank.block_source import Loan, Way
 from ray_streamer.stream.arena import slot_view
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from ray_streamer.exchange.session import Lent
-    from ray_streamer.extent import Extent
-    from ray_streamer.planning.rank_plan import RankPlan
+    from ray_streamer.planning.rank_plan import Block, RankPlan
     from ray_streamer.rank.inbox import Inbox
     from ray_streamer.rank.options import RankOptions
     from ray_streamer.stream.arena import Arena
@@ -32,14 +36,21 @@ class _Arena(NamedTuple):
     slot_bytes: int
 
 
+class _Offer(NamedTuple):
+    """Where a neighbour's block lies."""
+
+    owner: int
+    slot: int
+
+
 class Neighbourhood:
-    """The other ranks of this rank's node during one load.
+    """The other ranks of this rank's node during one load; a `BlockSource` of what they offer.
 
     Args:
         mine: What this rank does, and who the others are.
         options: Under which name the ranks meet, when `session` is None.
         session: Of ranks that met already, and go on together after the load; the failure of one ends the other.
-        inbox: Told of the blocks that neighbours offer.
+        inbox: Told which blocks neighbours offer.
         arena: This rank's; told what neighbours let go of.
         stop: Of the load.
 
@@ -61,6 +72,7 @@ class Neighbourhood:
         self._inbox, self._arena, self._stop = inbox, arena, stop
         self._owns_session = session is None
         self._arenas: dict[int, _Arena] = {}
+        self._offers: dict[int, _Offer] = {}
         self.activity = session.activity if session is not None else Activity()
 
     def meet(self) -> None:
@@ -102,14 +114,18 @@ class Neighbourhood:
         if takers:
             self._joined.announce(block, slot, takers)
 
-    def view(self, owner: int, slot: int, extent: Extent) -> memoryview:
-        """A block in a slot of a neighbour's arena; valid until it is released."""
-        arena = self._arenas[owner]
-        return slot_view(arena.memory, slot, arena.slot_bytes, extent)
+    def borrow(self, block: Block) -> Loan | None:
+        """See `BlockSource.borrow`: a block that a neighbour offers, in its arena."""
+        offer = self._offers.pop(block.number, None)
+        if offer is None:
+            return None
+        arena = self._arenas[offer.owner]
+        view = slot_view(arena.memory, offer.slot, arena.slot_bytes, block.extent)
+        give_back = partial(self._joined.release, offer.owner, offer.slot)
+        return Loan(Way.OFFERED, np.frombuffer(view, dtype=np.uint8), give_back)
 
-    def release(self, owner: int, slot: int) -> None:
-        """Lets go of a neighbour's slot."""
-        self._joined.release(owner, slot)
+    def verify(self) -> None:
+        """See `BlockSource.verify`; the neighbours compare what they read."""
 
     def share_numbers(self, make: Callable[[], list[int]]) -> list[int]:
         """The numbers that `make` gives on the node's first rank, on every rank."""
@@ -129,10 +145,12 @@ class Neighbourhood:
             session.stop.forget(self._end_load)
         self._stop.forget(self._end_session)
         self._arenas.clear()
+        self._offers.clear()
 
     def on_announce(self, owner: int, block: int, slot: int) -> None:
         """See `LoadListener`."""
-        self._inbox.announce(owner, block, slot)
+        self._offers[block] = _Offer(owner, slot)
+        self._inbox.put(block)
 
     def on_release(self, slot: int) -> None:
         """See `LoadListener`."""

@@ -1,0 +1,92 @@
+"""How do the bytes of a borrowed block reach this rank's tensors, and who hears of it? Copies, then the count of what is left."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ray_streamer.device.strided import StridedCopies
+from ray_streamer.rank.block_source import Way
+
+if TYPE_CHECKING:
+    from ray_streamer.device.base import Device
+    from ray_streamer.exchange.liveness import Activity
+    from ray_streamer.planning.rank_plan import RankPlan
+    from ray_streamer.rank.block_source import Loan
+    from ray_streamer.rank.results import Results
+    from ray_streamer.rank.statistics import Counters
+    from ray_streamer.stream.countdown import Countdown
+    from ray_streamer.stream.stop import StopSignal
+
+
+class Deliveries:
+    """The copies of one load, out of blocks into results; safe to call from many threads.
+
+    Args:
+        mine: What this rank does.
+        device: Copies.
+        results: Where the bytes go.
+        activity: Told of copies under way.
+        counters: Where they are counted.
+        blocks_left: Counted down by each block that has landed.
+        stop: Set when a copy fails.
+    """
+
+    def __init__(
+        self,
+        mine: RankPlan,
+        device: Device,
+        results: Results,
+        *,
+        activity: Activity,
+        counters: Counters,
+        blocks_left: Countdown,
+        stop: StopSignal,
+    ) -> None:
+        self._mine, self._device, self._results = mine, device, results
+        self._strided = StridedCopies(results.device)
+        self._activity, self._counters = activity, counters
+        self._blocks_left, self._stop = blocks_left, stop
+
+    def deliver(self, number: int, loan: Loan) -> None:
+        """Copies what this rank takes from block `number`, and gives the block back; a device may do both later.
+
+        Raises:
+            BaseException: A copy failed at once, or what is called for a complete result did.
+        """
+        pieces = self._mine.pieces(number)
+        delivered = [(piece.result, piece.num_bytes) for piece in pieces.plain]
+        # `done` must not close over the block: an error keeps the closure, and with it the arena's memory.
+        way, data, give_back = loan
+        if data is None:
+            give_back()
+            self._settle(delivered)
+            return
+        self._activity.begin()
+
+        def done(error: BaseException | None) -> None:
+            self._activity.end()
+            give_back()
+            if error is not None:
+                self._stop.set(error)
+                return
+            try:
+                self._settle(delivered)
+            except BaseException as failure:  # a callback's; the device that calls this could do nothing with it
+                self._stop.set(failure)
+
+        with self._counters.timed("copy_seconds"):
+            delivered += [
+                (piece.result, self._strided.deliver(data, piece, self._results.result(piece.result)))
+                for piece in pieces.strided
+            ]
+            if way is Way.MAPPED:
+                self._counters.add(page_cache_bytes=sum(num_bytes for _, num_bytes in delivered))
+            if pieces.plain:
+                self._device.deliver(data, self._results.copies(pieces.plain), done)
+            else:
+                done(None)
+
+    def _settle(self, delivered: list[tuple[int, int]]) -> None:
+        """One block less to wait for."""
+        self._results.settle(delivered)
+        self._blocks_left.count()
