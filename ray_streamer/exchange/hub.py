@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import os
 import selectors
-import socket
 import struct
 import threading
 import time
@@ -36,6 +35,7 @@ from ray_streamer.exchange.messages import (
     unreadable,
 )
 from ray_streamer.exchange.outbox import Letter, Outbox
+from ray_streamer.exchange.peer import receive_message
 from ray_streamer.exchange.rendezvous import Link, Meeting
 from ray_streamer.process_limits import limits_explained, start_thread
 
@@ -265,7 +265,7 @@ class Hub:
     def _receive(self, link: Link) -> None:
         while self._is_linked(link) and not self._mailbox.is_gone(link.local_rank):
             try:
-                message, fds, _, _ = socket.recv_fds(link.socket, MAX_MESSAGE_BYTES, 1, socket.MSG_CMSG_CLOEXEC)
+                message, fds = receive_message(link.socket, MAX_MESSAGE_BYTES)
             except BlockingIOError:
                 return
             except ConnectionError:

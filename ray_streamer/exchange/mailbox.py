@@ -179,6 +179,6 @@ class Mailbox:
     def _refuse_gone(self, needed: Iterable[int]) -> None:
         for peer in needed:
             if peer in self._gone:
-                error = RankFailedError(self._place.ranks[peer], self._place.node, self._gone[peer])
-                self._stop.set(error)
-                raise error
+                self.fail(peer, self._gone[peer])
+                # The first failure counts: the rank may be gone because of another one.
+                self._stop.check()

@@ -24,6 +24,24 @@ _STOPPED_STATES = {"T": "stopped by a signal", "t": "stopped by a debugger", "D"
 _ENDED_STATES = "ZX"
 
 
+def receive_message(connection: socket.socket, num_bytes: int) -> tuple[bytes, list[int]]:
+    """The next message of a non-blocking connection, and the descriptors that came with it; empty once the other end is closed.
+
+    The kernel (seen with Linux 6.18) looks for a message first and whether the other end is closed afterwards. When the other end
+    says its last words and closes between these two looks, the end is reported before the words, so an end is believed when it is
+    said twice.
+
+    Raises:
+        BlockingIOError: Nothing has come.
+        ConnectionError: The other end has closed with words of this one unread; comes once, before its last words.
+    """
+    for _ in range(2):
+        message, fds, _, _ = socket.recv_fds(connection, num_bytes, 1, socket.MSG_CMSG_CLOEXEC)
+        if message:
+            return message, fds
+    return b"", []
+
+
 class _Stat(NamedTuple):
     state: str
     start: str

@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import logging
+import os
 import selectors
 import time
 from dataclasses import dataclass, field
@@ -25,7 +26,7 @@ from ray_streamer.errors import ClusterError
 from ray_streamer.exchange.liveness import Watch
 from ray_streamer.exchange.messages import MAX_MESSAGE_BYTES, Hello, decode_hello, encode_hello
 from ray_streamer.exchange.names import address_of, connect, listen, longer_names
-from ray_streamer.exchange.peer import PeerProcess, is_same_user
+from ray_streamer.exchange.peer import PeerProcess, is_same_user, receive_message
 
 if TYPE_CHECKING:
     import socket
@@ -206,9 +207,11 @@ class Meeting:
     def _read_hello(self, connection: socket.socket) -> Hello | None:
         """The greeting that waits in `connection`; None, and a note, when it is none that fits."""
         try:
-            message = connection.recv(MAX_MESSAGE_BYTES)
+            message, fds = receive_message(connection, MAX_MESSAGE_BYTES)
         except OSError:
             return None
+        for fd in fds:
+            os.close(fd)
         if not message:
             return None
         try:

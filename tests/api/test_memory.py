@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 MIB = 1 << 20
 SLACK_BYTES = 4 * MIB
+# On a busy machine a short load passes between two looks, and one reader may do the work of all.
+MOST_TRIES = 5
 """What a rank may need beside staging: threads, plan, buffers of the interpreter. It does not depend on the checkpoint."""
 
 
@@ -85,6 +87,16 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return uris
 
 
+@pytest.fixture(scope="module")
+def warm_pair(pair: RankProcesses, checkpoints: dict[str, str]) -> RankProcesses:
+    """Has loaded before: what a first load imports and keeps is nobody's staging."""
+    places = [{"uri": checkpoints["small"], "rank": rank, "world_size": 2} for rank in range(2)]
+    session = {"settings": ray_streamer.Settings(page_cache="off"), "session": secrets.token_hex(8)}
+    pair.run(rank_tasks.hold_own_tensors, places)
+    pair.run(rank_tasks.load_into_held, [place | session for place in places])
+    return pair
+
+
 def measure(
     pair: RankProcesses, uri: str, settings: ray_streamer.Settings, *, own_memory: bool
 ) -> tuple[int, list[Any]]:
@@ -105,15 +117,20 @@ def measure(
 @pytest.mark.parametrize("own_memory", [pytest.param(True, id="own-memory"), pytest.param(False, id="fresh-tensors")])
 @pytest.mark.parametrize("limit_bytes", [4 * MIB, 32 * MIB])
 def test_staging_is_what_was_allowed_whatever_the_checkpoint(
-    pair: RankProcesses, checkpoints: dict[str, str], limit_bytes: int, own_memory: bool
+    warm_pair: RankProcesses, checkpoints: dict[str, str], limit_bytes: int, own_memory: bool
 ) -> None:
     settings = ray_streamer.Settings(page_cache="off", memory_limit=limit_bytes, concurrency=8)
     for uri in checkpoints.values():
-        extra_bytes, statistics = measure(pair, uri, settings, own_memory=own_memory)
-        for rank in statistics:
-            assert rank.memory_limit == limit_bytes
-            assert limit_bytes // 2 <= rank.peak_staging_bytes <= limit_bytes
-        # Both arenas, each once, and an overhead that is the same for both checkpoints.
-        assert extra_bytes <= 2 * (limit_bytes + SLACK_BYTES)
-        # What was measured does contain the arenas; fresh tensors fill up while the arenas go.
-        assert extra_bytes >= 2 * limit_bytes or not own_memory
+        is_full = False
+        for _ in range(MOST_TRIES):
+            extra_bytes, statistics = measure(warm_pair, uri, settings, own_memory=own_memory)
+            assert {rank.memory_limit for rank in statistics} == {limit_bytes}
+            most_staged = [rank.peak_staging_bytes for rank in statistics]
+            assert max(most_staged) <= limit_bytes
+            # Both arenas, each once, and an overhead that is the same for both checkpoints.
+            assert extra_bytes <= 2 * (limit_bytes + SLACK_BYTES)
+            # What was measured does contain the arenas; fresh tensors fill up while the arenas go.
+            is_full = min(most_staged) >= limit_bytes // 2 and (extra_bytes >= 2 * limit_bytes or not own_memory)
+            if is_full:
+                break
+        assert is_full, "staging was never seen in use"

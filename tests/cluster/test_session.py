@@ -177,7 +177,7 @@ def guarded_ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str,
     log = folder / "log"
     with log.open("w") as output:
         head = subprocess.Popen(
-            [shutil.which("ray") or "ray", *command],
+            [sys.executable, "-m", "ray.scripts.scripts", *command],
             env=environment,
             stdout=output,
             stderr=subprocess.STDOUT,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import select
 import signal
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -55,10 +56,10 @@ def test_ranks_that_do_nothing_to_themselves_succeed(script):
 
 
 @pytest.mark.parametrize("action", ["kill", "stop"])
-def test_a_late_rank_hears_of_a_failure_that_came_before_it(script, session, action):
+def test_a_late_rank_hears_of_a_failure_that_came_before_it(script, action):
     """Ranks 0 and 1 meet and wait for rank 2, which comes when rank 1 is gone."""
     first, victim = script(0, NUM_RANKS), script(1, NUM_RANKS)
-    _wait_for_connection(session, victim.pid)
+    _wait_until_met(first.pid, victim.pid)
     os.kill(victim.pid, signal.SIGKILL if action == "kill" else signal.SIGSTOP)
     late = script(2, NUM_RANKS)
     for rank in (first, late):
@@ -66,13 +67,19 @@ def test_a_late_rank_hears_of_a_failure_that_came_before_it(script, session, act
         assert (outcome["error"], outcome["rank"]) == ("RankFailedError", 1), outcome
 
 
-def _wait_for_connection(session: str, pid: int) -> None:
-    """Until the process listens and is connected: its name stands for both ends once a rank has called it."""
-    connected = 0
-    while connected < 2:
-        lines = [line.split() for line in Path("/proc/net/unix").read_text().splitlines() if session in line]
-        # State 03 is connected; rank 1 calls rank 0, which accepts under its own name.
-        connected = sum(line[5] == "03" and line[-1].endswith("/0") for line in lines) + (len(lines) >= 3)
+def _wait_until_met(pid: int, other: int) -> None:
+    """Until process `pid` has read the greeting of process `other`: it watches that one then, by a pidfd."""
+    while not any(f"\nPid:\t{other}\n" in content for content in _descriptors(pid)):
+        pass
+
+
+def _descriptors(pid: int) -> list[str]:
+    """What the kernel shows of each descriptor of a process."""
+    contents: list[str] = []
+    for path in Path(f"/proc/{pid}/fdinfo").iterdir():
+        with suppress(FileNotFoundError):
+            contents.append(path.read_text())
+    return contents
 
 
 def test_a_rank_that_listens_and_hangs_before_it_met_anybody_is_named(script, session):

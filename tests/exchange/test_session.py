@@ -13,7 +13,10 @@ import pytest
 
 from ray_streamer.errors import BudgetError, ClusterError, ObjectMissingError, RankFailedError
 from ray_streamer.exchange import hub as hubs
+from ray_streamer.exchange.liveness import Activity
+from ray_streamer.exchange.mailbox import Mailbox
 from ray_streamer.exchange.messages import MAX_INLINE_BYTES
+from ray_streamer.stream.stop import StopSignal
 
 SIZES = [0, 1, MAX_INLINE_BYTES, MAX_INLINE_BYTES + 1, 1 << 20]
 
@@ -269,6 +272,18 @@ def test_a_rank_that_fails_is_named_whatever_the_others_wait_for(together, verb)
     for outcome in outcomes[1:]:
         assert isinstance(outcome, RankFailedError)
         assert (outcome.rank, outcome.node, outcome.cause) == (20, "n", "LookupError: no such thing")
+
+
+def test_a_rank_that_is_gone_because_of_another_one_is_not_blamed(place):
+    stop = StopSignal()
+    mailbox = Mailbox(place("s", 2, 3), Activity(), stop)
+    mailbox.wait_met(0)
+    first = RankFailedError(20, "n", "LookupError: no such thing")
+    stop.set(first)
+    mailbox.lose(1, "its process ended")
+    with pytest.raises(RankFailedError) as caught:
+        mailbox.begin_load()
+    assert caught.value is first
 
 
 def test_a_failure_that_is_closed_at_once_is_told_all_the_same(together):
