@@ -24,9 +24,6 @@ PYTEST_ARGS ?=
 QUICK_TESTS := $(addprefix tests/,capture checkpoint planning sharding slices stream test_architecture.py test_errors.py \
 	test_settings.py)
 
-RAY_TESTS := tests/cluster tests/cli $(addsuffix .py,$(addprefix tests/api/test_,bad_input failures kills load_sharded \
-	memory meshes secrets two_nodes))
-
 BIN := $(VENV)/bin
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt
 
@@ -43,16 +40,9 @@ lint: $(VENV)/.test-installed
 check: lint
 	$(BIN)/python -m pytest -m "not oracle" $(QUICK_TESTS) $(PYTEST_ARGS)
 
-# What starts Ray waits most of the time, so it runs beside the rest; with PYTEST_ARGS all is one run.
+# Many tests wait for others to fail or to come, so three processes keep two cores busy; tests that start Ray stay in one of them.
 test: lint
-ifeq ($(PYTEST_ARGS),)
-	@echo "what starts Ray runs beside the rest, and is shown after it"
-	@$(BIN)/python -m pytest -m "not oracle" $(RAY_TESTS) > .test-ray.log 2>&1 & beside=$$!; \
-		$(BIN)/python -m pytest -m "not oracle" tests ray_streamer $(addprefix --ignore=,$(RAY_TESTS)) & rest=$$!; \
-		wait $$rest; rest=$$?; wait $$beside; beside=$$?; cat .test-ray.log; exit $$((rest | beside))
-else
-	$(BIN)/python -m pytest -m "not oracle" $(PYTEST_ARGS)
-endif
+	$(BIN)/python -m pytest -n 3 --dist loadgroup -m "not oracle" $(PYTEST_ARGS)
 
 test-oracles: $(VENV)/.test-installed
 	$(BIN)/python -m pytest -m oracle $(PYTEST_ARGS)
@@ -99,5 +89,5 @@ $(VENV_VLLM)/.installed: pyproject.toml constraints-vllm.txt tests/vllm/make_env
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV_VLLM) .demo .test-ray.log build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV_VLLM) .demo build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

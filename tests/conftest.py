@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import hypothesis
@@ -25,6 +26,25 @@ hypothesis.settings.load_profile("ray_streamer")
 
 os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
 os.environ["AWS_EC2_METADATA_DISABLED"] = "true"
+
+
+# What starts Ray stays together: such tests also look for the Rays of this machine.
+RAY_TESTS = (
+    "cluster/",
+    "cli/",
+    *(f"api/test_{name}.py" for name in (
+        "bad_input", "failures", "kills", "load_sharded", "memory", "meshes", "secrets", "two_nodes",
+    )),
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests of one file, and all that start Ray, run in one process when several share the work (`-n 3 --dist loadgroup`)."""
+    if config.pluginmanager.has_plugin("xdist"):
+        here = Path(__file__).parent
+        for item in items:
+            name = os.path.relpath(item.path, here)
+            item.add_marker(pytest.mark.xdist_group("ray" if name.startswith(RAY_TESTS) else name))
 
 
 @pytest.fixture(autouse=True)

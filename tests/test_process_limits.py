@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import resource
 import subprocess
@@ -17,33 +18,46 @@ from ray_streamer.errors import BudgetError, SettingsError
 from ray_streamer.process_limits import limit_met, limits_explained, pids_limit
 
 PROGRAM = """
-import os, resource, sys, threading
+import json, os, resource, sys, threading
 import numpy, torch
 import ray_streamer
 from ray_streamer.errors import RayStreamerError
 from ray_streamer.settings import Settings
 
-folder, limit, extra, seteuid = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+folder = sys.argv[1]
 settings = Settings.resolve(memory_limit="8MiB", block_bytes="64KiB", concurrency=64, page_cache="off", direct_io="off")
 options = {"rules": {"*": ray_streamer.Replicate()}, "settings": settings}
 ray_streamer.load_rank(folder, **options)  # everything is imported
-used = {
-    "RLIMIT_NOFILE": len(os.listdir("/proc/self/fd")) - 1,
-    "RLIMIT_AS": int(open("/proc/self/statm").read().split()[0]) * 4096,
-    "RLIMIT_NPROC": 0,
-    "RLIMIT_FSIZE": 0,
-}[limit]
-resource.setrlimit(getattr(resource, limit), (used + extra,) * 2)
-if seteuid:
-    os.setuid(seteuid)
-try:
-    ray_streamer.load_rank(folder, **options)
-    print("loaded")
-except RayStreamerError as error:
-    print(type(error).__name__, error)
-except BaseException as error:
-    print("UNTYPED", type(error).__name__, error)
-print(sorted(thread.name for thread in threading.enumerate() if thread.name.startswith("ray_streamer")))
+
+
+def load(limit, extra, user):
+    used = {
+        "RLIMIT_NOFILE": len(os.listdir("/proc/self/fd")) - 1,
+        "RLIMIT_AS": int(open("/proc/self/statm").read().split()[0]) * 4096,
+        "RLIMIT_NPROC": 0,
+        "RLIMIT_FSIZE": 0,
+    }[limit]
+    resource.setrlimit(getattr(resource, limit), (used + extra,) * 2)
+    if user:
+        os.setuid(user)
+    try:
+        ray_streamer.load_rank(folder, **options)
+        outcome = "loaded"
+    except RayStreamerError as error:
+        outcome = f"{type(error).__name__} {error}"
+    except BaseException as error:
+        outcome = f"UNTYPED {type(error).__name__} {error}"
+    print(outcome)
+    print(sorted(thread.name for thread in threading.enumerate() if thread.name.startswith("ray_streamer")), flush=True)
+
+
+# A process for each case, without another import of torch.
+for line in sys.stdin:
+    pid = os.fork()
+    if pid == 0:
+        load(*json.loads(line))
+        os._exit(0)
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
 """
 
 
@@ -57,18 +71,26 @@ def folder():
         yield name
 
 
-def _run(folder, limit, extra, *, user=0):
-    command = [sys.executable, "-c", PROGRAM, str(folder), limit, str(extra), str(user)]
-    run = subprocess.run(command, capture_output=True, text=True, check=False, timeout=200)
-    assert run.returncode == 0, run.stderr
-    outcome, threads = run.stdout.strip().splitlines()
-    assert threads == "[]", "threads are left"
-    return outcome
+@pytest.fixture(scope="module")
+def load(folder):
+    """Loads in a process of its own whose `limit` allows `extra` more than what is used; what came of it."""
+    # Forking is what it is for; other threads of that process hold nothing that a child needs.
+    command = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", PROGRAM, folder]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
+
+        def run(limit, extra, *, user=0):
+            print(json.dumps([limit, extra, user]), file=server.stdin, flush=True)
+            outcome, threads, code = (server.stdout.readline().strip() for _ in range(3))
+            assert code == "0"
+            assert threads == "[]", "threads are left"
+            return outcome
+
+        yield run
 
 
 @pytest.mark.parametrize("extra", [0, 1, 2, 3])
-def test_few_descriptors_are_enough_or_named(folder, extra):
-    outcome = _run(folder, "RLIMIT_NOFILE", extra)
+def test_few_descriptors_are_enough_or_named(load, extra):
+    outcome = load("RLIMIT_NOFILE", extra)
     assert outcome == "loaded" or ("Error" in outcome and "`ulimit -n`" in outcome), outcome
     assert "UNTYPED" not in outcome
     assert extra > 0 or outcome.startswith(("StorageError", "BudgetError"))
@@ -81,7 +103,7 @@ import ray_streamer
 from ray_streamer.errors import RayStreamerError
 from ray_streamer.settings import Settings
 
-settings = Settings.resolve(memory_limit="8MiB", block_bytes="64KiB", page_cache="off", startup_timeout_seconds=30)
+settings = Settings.resolve(memory_limit="8MiB", block_bytes="64KiB", page_cache="off", startup_timeout_seconds=10)
 options = {"rules": {"*": ray_streamer.Replicate()}, "settings": settings, "world_size": 2}
 ray_streamer.load_rank(sys.argv[1], rules={"*": ray_streamer.Replicate()})  # everything is imported
 for extra in (0, 2, 6):
@@ -117,24 +139,24 @@ def test_a_rank_with_few_descriptors_ends_its_neighbours_load_by_name(folder):
 
 
 @pytest.mark.parametrize("extra_mib", [1, 24])
-def test_a_little_address_space_is_named(folder, extra_mib):
-    outcome = _run(folder, "RLIMIT_AS", extra_mib << 20)
+def test_a_little_address_space_is_named(load, extra_mib):
+    outcome = load("RLIMIT_AS", extra_mib << 20)
     assert outcome.startswith("BudgetError"), outcome
     assert "`ulimit -v`" in outcome
     assert "raise it, or lower" in outcome
 
 
-def test_too_few_threads_are_named(folder):
+def test_too_few_threads_are_named(load):
     if os.geteuid():
         pytest.skip("root makes a user without threads; nobody else can")
-    outcome = _run(folder, "RLIMIT_NPROC", 0, user=61234)
+    outcome = load("RLIMIT_NPROC", 0, user=61234)
     assert outcome.startswith("BudgetError"), outcome
     assert "no thread can be started: the limit is 0 for threads of this user (`ulimit -u`)" in outcome
     assert "lower concurrency" in outcome
 
 
-def test_files_limited_in_size_limit_staging(folder):
-    outcome = _run(folder, "RLIMIT_FSIZE", 1 << 20)
+def test_files_limited_in_size_limit_staging(load):
+    outcome = load("RLIMIT_FSIZE", 1 << 20)
     assert outcome == "loaded" or ("1 MiB (`ulimit -f`): raise it" in outcome and outcome.startswith("BudgetError"))
 
 
