@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ray_streamer.errors import SettingsError
-from ray_streamer.rank.request import LoadRequest
 from ray_streamer.sharding.mesh import Mesh
 from ray_streamer.sharding.rules import ShardRules
 from ray_streamer.sharding.source import RuleSlices
 from ray_streamer.storage import absolute_uri
 
 if TYPE_CHECKING:
+    from ray_streamer.rank.request import LoadRequest
     from ray_streamer.settings import Settings
     from ray_streamer.sharding.cast import DTypeLike
     from ray_streamer.sharding.experts import ExpertsLike
@@ -99,6 +99,9 @@ class Sharding:
             SettingsError: The arguments do not fit together, or `uri` is none.
             ShardingError: `rules`, `fuse`, `rename` or `dtype` cannot mean anything.
         """
+        # Planning and storage are not needed to know defaults, as for the help of the command line.
+        from ray_streamer.rank.request import LoadRequest
+
         mesh = self._mesh(num_ranks)
         return LoadRequest(
             uri=absolute_uri(uri), mesh=mesh, slices=self._slice_source(mesh), settings=settings, device=device

@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Any, get_args
 import click
 
 from ray_streamer.cli.command import Command, json_option, print_json, verbose_option
-from ray_streamer.cli.mesh import with_mesh
 from ray_streamer.cli.outputs import OUTPUT_FILE
-from ray_streamer.cli.rules import with_rules
 from ray_streamer.cli.settings import with_settings
+from ray_streamer.cli.sharding import with_sharding
 from ray_streamer.cluster.placement import PlacementOptions, Strategy
 
 if TYPE_CHECKING:
@@ -23,14 +22,10 @@ if TYPE_CHECKING:
     from ray_streamer.report.load_report import LoadReport
     from ray_streamer.report.progress import ProgressBar
     from ray_streamer.settings import Settings
-    from ray_streamer.sharding import Rule
-    from ray_streamer.sharding.groups import Unmatched
-    from ray_streamer.sharding.presets import Layout
 
 
 @click.command("load", cls=Command)
 @click.argument("uri")
-@with_mesh
 @click.option("--device", default="cpu", show_default=True, help="Where the tensors go: cpu or cuda.")
 @click.option("--num-cpus-per-rank", type=float, default=1.0, show_default=True, help="CPUs that each rank reserves.")
 @click.option("--num-gpus-per-rank", type=float, help="GPUs that each rank reserves; unset = 1 on GPUs, else none.")
@@ -52,13 +47,12 @@ if TYPE_CHECKING:
     type=OUTPUT_FILE,
     help="Write the report as JSON there, too.",
 )
-@with_rules
+@with_sharding
 @json_option
 @verbose_option
 @with_settings
 def command(
     uri: str,
-    mesh: dict[str, Any],
     device: str,
     num_cpus_per_rank: float,
     num_gpus_per_rank: float | None,
@@ -66,10 +60,7 @@ def command(
     wait_for_nodes: bool,
     address: str | None,
     report_file: Path | None,
-    rules: tuple[Rule, ...] | None,
-    unmatched: Unmatched,
-    layout: Layout,
-    mtp: bool,
+    sharding: dict[str, Any],
     as_json: bool,
     settings: Settings,
 ) -> None:
@@ -88,11 +79,7 @@ def command(
     with _progress(uri) as on_progress:
         model = load_sharded(
             uri,
-            **mesh,
-            rules=rules,
-            unmatched=unmatched,
-            layout=layout,
-            mtp=mtp,
+            **sharding,
             device=device,
             settings=settings,
             placement=placement,

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-import functools
+import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from ray_streamer.api.arguments import SHARDING
+
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from ray_streamer.sharding.experts import ExpertsLike
+
+_EXPERTS_GRAMMAR = (
+    "one list of experts for each group, such as [[0, 1], [2, 3]], or such lists by layer, such as "
+    '{"0": [[0, 1], [2, 3]]}'
+)
 
 
 def parse_stages(text: str) -> int | tuple[int, ...]:
@@ -22,6 +30,35 @@ def parse_stages(text: str) -> int | tuple[int, ...]:
     """
     counts = tuple(map(int, text.split(",")))
     return counts[0] if len(counts) == 1 else counts
+
+
+def parse_experts(text: str) -> ExpertsLike:
+    """The experts of each group from what people type: JSON, or a file that holds it.
+
+    >>> parse_experts('{"3": [[0, 2], [1, 3]]}')
+    {3: [[0, 2], [1, 3]]}
+
+    Raises:
+        ValueError: It is no such JSON; says what it looks like.
+        OSError: There is no such file, or it cannot be read.
+    """
+    is_json = text.lstrip().startswith(("[", "{"))
+    try:
+        said: Any = json.loads(text if is_json else Path(text).expanduser().read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(
+            f"{text if is_json else f'file {text}'} is no JSON ({error}); give {_EXPERTS_GRAMMAR}"
+        ) from None
+    layers: dict[str, Any] = said if isinstance(said, dict) else {"0": said}
+    if not all(layer.isdecimal() and _is_groups(groups) for layer, groups in layers.items()):
+        raise ValueError(f"give {_EXPERTS_GRAMMAR}")
+    return {int(layer): groups for layer, groups in layers.items()} if isinstance(said, dict) else said
+
+
+def _is_groups(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(group, list) and all(type(expert) is int for expert in group) for group in value
+    )
 
 
 class _Stages(click.ParamType):  # pyright: ignore[reportMissingTypeArgument]  # generic since click 8.4 only
@@ -45,30 +82,43 @@ class _Groups(click.ParamType):  # pyright: ignore[reportMissingTypeArgument]  #
         return click.IntRange(1).convert(value, param, ctx)
 
 
-_OPTIONS = (
+class _Experts(click.ParamType):  # pyright: ignore[reportMissingTypeArgument]  # generic since click 8.4 only
+    name = "json|file"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> ExpertsLike:
+        try:
+            return parse_experts(value) if isinstance(value, str) else value
+        except OSError as error:
+            self.fail(f"{value!r} is neither JSON nor a file that can be read: {error.strerror}", param, ctx)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+MESH_OPTIONS = (
     click.option("--tp", type=click.IntRange(1), required=True, help="Ranks that share the tensors of one stage."),
     click.option(
-        "--pp", type=_Stages(), default="1", show_default=True, help="Stages of layers; or the layers of each: 31,30."
+        "--pp",
+        type=_Stages(),
+        default=str(SHARDING.pp),
+        show_default=True,
+        help="Pipeline stages; or the number of layers of each: 31,30.",
     ),
     click.option(
         "--ep",
         type=_Groups(),
         is_flag=False,
         flag_value="tp",
-        default=False,
+        default=SHARDING.ep,
         help="Whole experts on each rank instead of slices; with a number, over so many groups of ranks.",
     ),
-    click.option("--replicas", type=click.IntRange(1), default=1, show_default=True, help="Copies of the model."),
+    click.option(
+        "--experts",
+        type=_Experts(),
+        help="With --ep: which experts each group holds, as JSON or a file with JSON: [[0, 1], [2, 3]], or such lists by "
+        "layer.",
+    ),
+    click.option(
+        "--replicas", type=click.IntRange(1), default=SHARDING.replicas, show_default=True, help="Copies of the model."
+    ),
 )
-
-
-def with_mesh(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Adds `--tp`, `--pp`, `--ep` and `--replicas`; the function gets them as `mesh`, arguments of the Python functions."""
-
-    @functools.wraps(function)
-    def call(*args: Any, tp: int, pp: Any, ep: Any, replicas: int, **options: Any) -> Any:
-        return function(*args, mesh={"tp": tp, "pp": pp, "ep": ep, "replicas": replicas}, **options)
-
-    for option in reversed(_OPTIONS):
-        call = option(call)
-    return call
+"""`--tp`, `--pp`, `--ep`, `--experts` and `--replicas`."""

@@ -8,46 +8,42 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ray_streamer.cli.command import Command, json_option, print_json, verbose_option
-from ray_streamer.cli.mesh import with_mesh
 from ray_streamer.cli.outputs import OUTPUT_FOLDER
-from ray_streamer.cli.rules import with_rules
 from ray_streamer.cli.settings import with_settings
+from ray_streamer.cli.sharding import with_sharding
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from ray_streamer.settings import Settings
-    from ray_streamer.sharding import Rule
-    from ray_streamer.sharding.groups import Unmatched
-    from ray_streamer.sharding.presets import Layout
 
 
 @click.command("plan", cls=Command)
 @click.argument("uri")
-@with_mesh
 @click.option(
-    "--nodes", type=click.IntRange(1), default=1, show_default=True, help="Nodes that the ranks fill in order."
+    "--nodes",
+    "num_nodes",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="Nodes that the ranks fill in order.",
 )
 @click.option(
     "--top", type=click.IntRange(0), default=0, help="Also explain the K tensors that cost most.", metavar="K"
 )
 @click.option("--rank", type=click.IntRange(0), default=None, help="With --top: as this rank and its node see them.")
 @click.option("--out", type=OUTPUT_FOLDER, help="Write the plan's tables as Parquet there.")
-@with_rules
+@with_sharding
 @json_option
 @verbose_option
 @with_settings
 def command(
     uri: str,
-    mesh: dict[str, Any],
-    nodes: int,
+    num_nodes: int,
     top: int,
     rank: int | None,
     out: Path | None,
-    rules: tuple[Rule, ...] | None,
-    unmatched: Unmatched,
-    layout: Layout,
-    mtp: bool,
+    sharding: dict[str, Any],
     as_json: bool,
     settings: Settings,
 ) -> None:
@@ -59,9 +55,7 @@ def command(
     from ray_streamer.planning.export import write_plan
     from ray_streamer.planning.tensor_reads import explain_tensors
 
-    plan = make_plan(
-        uri, **mesh, num_nodes=nodes, rules=rules, unmatched=unmatched, layout=layout, mtp=mtp, settings=settings
-    )
+    plan = make_plan(uri, **sharding, num_nodes=num_nodes, settings=settings)
     if rank is not None and rank >= plan.topology.num_ranks:
         raise click.BadParameter(f"{rank} is outside the {plan.topology.num_ranks} ranks", param_hint="--rank")
     if out is not None:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, get_args
+from typing import Any, get_args
 
 import click
 
+from ray_streamer.api.arguments import SHARDING
 from ray_streamer.errors import ShardingError
 from ray_streamer.sharding import Placement, Replicate, Rule, Skip, Split, SplitVocabulary
+from ray_streamer.sharding.groups import Unmatched
 from ray_streamer.sharding.presets import Layout
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 _GRAMMAR = "split:DIM, vocabulary, replicate or skip"
 
@@ -54,24 +53,8 @@ class _RuleType(click.ParamType):  # pyright: ignore[reportMissingTypeArgument] 
             self.fail(str(error), param, ctx)
 
 
-def with_rules(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Adds `--rule` as argument `rules`, None when there are none, `--unmatched`, `--layout` and `--mtp`."""
-    unmatched = click.option(
-        "--unmatched",
-        type=click.Choice(["error", "replicate"]),
-        default="error",
-        show_default=True,
-        help="What becomes of tensors of two or more dimensions without a rule.",
-    )
-    layout = click.option(
-        "--layout",
-        type=click.Choice(get_args(Layout)),
-        default="generic",
-        show_default=True,
-        help="What the tensors are for, and so which preset; see docs/families.md.",
-    )
-    mtp = click.option("--mtp", is_flag=True, help="Also load the layers for multi-token prediction (MTP).")
-    rule = click.option(
+RULE_OPTIONS = (
+    click.option(
         "--rule",
         "rules",
         type=_RuleType(),
@@ -79,5 +62,21 @@ def with_rules(function: Callable[..., Any]) -> Callable[..., Any]:
         callback=lambda _ctx, _param, rules: rules or None,
         help="How tensors lie whose name matches the glob, before the preset that config.json names; may be given "
         f"again, the first match decides. Placements: {_GRAMMAR}.",
-    )
-    return rule(layout(mtp(unmatched(function))))
+    ),
+    click.option(
+        "--unmatched",
+        type=click.Choice(get_args(Unmatched)),
+        default=SHARDING.unmatched,
+        show_default=True,
+        help="What becomes of tensors of two or more dimensions without a rule.",
+    ),
+    click.option(
+        "--layout",
+        type=click.Choice(get_args(Layout)),
+        default=SHARDING.layout,
+        show_default=True,
+        help="What the tensors are for, and so which preset; see docs/families.md.",
+    ),
+    click.option("--mtp", is_flag=True, help="Also load the layers for multi-token prediction (MTP)."),
+)
+"""`--rule` as argument `rules`, None when there are none, `--unmatched`, `--layout` and `--mtp`."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from itertools import chain
 
 from ray_streamer.errors import PlanError
+from ray_streamer.units import counted
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +30,9 @@ class Topology:
     def even(cls, num_ranks: int, num_nodes: int = 1) -> Topology:
         """`num_ranks` packed in order over `num_nodes`, the first nodes one rank fuller where it does not divide."""
         if not 1 <= num_nodes <= num_ranks:
-            raise PlanError(f"{num_ranks} ranks cannot lie on {num_nodes} nodes, each with at least one")
+            raise PlanError(
+                f"num_nodes={num_nodes} for {counted(num_ranks, 'rank')}: each node needs at least one rank"
+            )
         base, extra = divmod(num_ranks, num_nodes)
         sizes = [base + (node < extra) for node in range(num_nodes)]
         firsts = [sum(sizes[:node]) for node in range(num_nodes)]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ray_streamer.dtypes import DTYPES
 from ray_streamer.errors import ShardingError
-from ray_streamer.sharding import Replicate, ShardRules, Skip, Split, SplitVocabulary, legal_tp
+from ray_streamer.sharding import Replicate, RuleSlices, ShardRules, Skip, Split, SplitVocabulary, legal_tp
 from ray_streamer.sharding.completeness import missing_parts
 from ray_streamer.sharding.name_kinds import NameKinds
 
@@ -59,9 +60,11 @@ class CheckpointSummary:
         fingerprint: Hash of names, shapes, extents and files' identities.
         files: Shard files, by path; bytes are those of tensors.
         dtypes: The largest first.
-        placements: How the preset for this model lays the tensors out, the largest first; empty without a preset.
-        legal_tp: Values of tp that work with the preset; empty without one.
+        placements: How rules and the preset for this model lay the tensors out, the largest first; empty where there are none.
+        legal_tp: Values of tp that work so; empty where there are no rules.
         largest: The largest tensors.
+        num_results: Tensors that a single rank would hold; None unless fuse, rename or dtype make them other tensors.
+        results: The largest of those.
         missing: What config.json and the other tensors lead one to expect beside these; see `sharding.completeness`.
     """
 
@@ -75,6 +78,8 @@ class CheckpointSummary:
     placements: tuple[Share, ...]
     legal_tp: tuple[int, ...]
     largest: tuple[TensorSize, ...]
+    num_results: int | None = None
+    results: tuple[TensorSize, ...] = ()
     missing: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
@@ -82,10 +87,20 @@ class CheckpointSummary:
         return asdict(self)
 
 
-def summarize_checkpoint(index: CheckpointIndex, *, top: int) -> CheckpointSummary:
-    """The figures of a checkpoint, with its `top` largest tensors."""
+def summarize_checkpoint(index: CheckpointIndex, *, top: int, slices: RuleSlices) -> CheckpointSummary:
+    """The figures of a checkpoint, with its `top` largest tensors.
+
+    Args:
+        index: What the headers say.
+        top: How many tensors are shown.
+        slices: How tensors are laid out, and into which results they go; its mesh has one rank.
+
+    Raises:
+        ShardingError: What `slices` asks for does not fit the checkpoint.
+    """
     sizes = index.stops - index.starts
-    placements, tp_sizes = _placements(index, sizes)
+    placements, tp_sizes = _placements(index, sizes, slices)
+    num_results, results = _results(index, slices, top)
     # Equal sizes in the order of the files, so that the same checkpoint always gives the same list.
     largest = np.argsort(-sizes, kind="stable")[:top].tolist()
     model_type = (index.config or {}).get("model_type")
@@ -108,6 +123,8 @@ def summarize_checkpoint(index: CheckpointIndex, *, top: int) -> CheckpointSumma
             )
             for position in largest
         ),
+        num_results=num_results,
+        results=results,
         missing=_missing(index),
     )
 
@@ -119,15 +136,37 @@ def _missing(index: CheckpointIndex) -> tuple[str, ...]:
         return (str(error),)
 
 
-def _placements(index: CheckpointIndex, sizes: NDArray[np.int64]) -> tuple[tuple[Share, ...], tuple[int, ...]]:
+def _results(index: CheckpointIndex, slices: RuleSlices, top: int) -> tuple[int | None, tuple[TensorSize, ...]]:
+    """How many results there are, and the largest."""
+    if slices.fuse is False and slices.rename is None and slices.dtype is None:
+        return None, ()
+    results = slices(index, 0).results
+    sizes = [
+        TensorSize(
+            name=result.name,
+            dtype=result.dtype,
+            shape=result.shape,
+            num_bytes=prod(result.shape) * result.stored.num_bits // 8,
+        )
+        for result in results
+    ]
+    return len(sizes), tuple(sorted(sizes, key=lambda size: -size.num_bytes)[:top])
+
+
+def _placements(
+    index: CheckpointIndex, sizes: NDArray[np.int64], slices: RuleSlices
+) -> tuple[tuple[Share, ...], tuple[int, ...]]:
     try:
-        rules = ShardRules.for_config(index.config)
+        rules = ShardRules.for_config(index.config, first=slices.rules, layout=slices.layout, mtp=slices.mtp)
     except ShardingError:
+        if slices != RuleSlices():
+            raise
         return (), ()
     kinds = [_kind_of(rule.placement) for rule in rules]
     names = sorted({*kinds, "replicated", "no rule"})
     codes = [names.index(kind) for kind in kinds]
-    without = np.where(index.num_dims >= 2, names.index("no rule"), names.index("replicated"))
+    unplaced = "replicated" if slices.unmatched == "replicate" else "no rule"
+    without = np.where(index.num_dims >= 2, names.index(unplaced), names.index("replicated"))
     matches = rules.first_matches(NameKinds.of(index.names))
     tensor_codes = np.where(matches >= 0, np.array(codes)[matches], without)
     return _largest_first(_shares(names, tensor_codes, sizes)), legal_tp(index, rules, unmatched="replicate")

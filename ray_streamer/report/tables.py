@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from ray_streamer.planning.summary import PlanSummary
     from ray_streamer.planning.tensor_reads import TensorReads
-    from ray_streamer.report.checkpoint_summary import CheckpointSummary, Share
+    from ray_streamer.report.checkpoint_summary import CheckpointSummary, Share, TensorSize
     from ray_streamer.report.load_report import LoadReport
     from ray_streamer.storage.base import StorageStatistics
 
@@ -74,10 +74,17 @@ def print_checkpoint(summary: CheckpointSummary) -> None:
     else:
         console.print("No preset for this model: give rules to plan or load it.")
     if summary.largest:
-        table = new_table("Largest tensors", "tensor", "dtype", "shape", "bytes", num_text_columns=2)
-        for tensor in summary.largest:
-            table.add_row(tensor.name, tensor.dtype, _shape(tensor.shape), human_bytes(tensor.num_bytes))
-        console.print(table)
+        console.print(_sizes_table("Largest tensors", summary.largest))
+    if summary.num_results is not None:
+        console.print(f"Loads as {counted(summary.num_results, 'tensor')}.")
+        console.print(_sizes_table("Largest loaded tensors", summary.results))
+
+
+def _sizes_table(title: str, tensors: Sequence[TensorSize]) -> Table:
+    table = new_table(title, "tensor", "dtype", "shape", "bytes", num_text_columns=2)
+    for tensor in tensors:
+        table.add_row(tensor.name, tensor.dtype, _shape(tensor.shape), human_bytes(tensor.num_bytes))
+    return table
 
 
 def print_plan(summary: PlanSummary, tensors: Sequence[TensorReads]) -> None:
@@ -85,7 +92,7 @@ def print_plan(summary: PlanSummary, tensors: Sequence[TensorReads]) -> None:
     console = new_console()
     console.print(
         f"{summary.uri}: {human_bytes(summary.read_bytes)} to read for {human_bytes(summary.needed_bytes)} "
-        f"needed ({summary.amplification:.3f}x), {summary.requests} requests of at most "
+        f"needed ({summary.amplification:.3f}x), {counted(summary.requests, 'request')} of at most "
         f"{human_bytes(summary.block_bytes)}, planned in {summary.plan_seconds:.3f} s, plan {summary.plan_hash[:12]}",
     )
     columns = ("rank", "node", "holds", "reads", "requests", "direct", "from neighbours")

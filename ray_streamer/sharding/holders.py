@@ -85,7 +85,7 @@ def find_holders(
     stage_layers: Sequence[int] | None = None,
     experts: ExpertsLike | None = None,
 ) -> tuple[list[Holders], NDArray[np.int64]]:
-    """Residences, and for each tensor of the checkpoint the position of its own.
+    """The distinct holders, and for each tensor of the checkpoint the position of its own.
 
     Args:
         index: The checkpoint's tensors.
@@ -97,7 +97,7 @@ def find_holders(
     Raises:
         ShardingError: The config's family is not known, layers or experts do not divide so, or the checkpoint lacks some.
     """
-    if mesh.pp == mesh.ep == 1:
+    if mesh.pp == mesh.ep == 1 and stage_layers is None:
         return [ALL_RANKS], np.zeros(len(index), dtype=np.int64)
     try:
         structure = ModelStructure.of(index.config or {})
@@ -108,7 +108,7 @@ def find_holders(
     located = structure.locate(names)
     nowhere = np.full(len(index), -1, dtype=np.int64)
     sets, stages = [], nowhere
-    if mesh.pp > 1:
+    if mesh.pp > 1 or stage_layers is not None:
         sets, stages = Pipeline.of(index, structure, located, mesh.pp, stage_layers).stages_of(located)
     groups, group_ids, stacked, stacked_ids = [], nowhere, [], nowhere
     if mesh.ep > 1:

@@ -26,7 +26,10 @@ def renaming(rename: RenameLike) -> Callable[[str], str]:
     pairs: list[Any] = list(rename.items() if isinstance(rename, Mapping) else rename)
     try:
         expressions = [(re.compile(expression), replacement) for expression, replacement in pairs]
-    except (re.error, TypeError, ValueError) as error:
+        for expression, replacement in expressions:
+            # Reads the replacement, whose groups may not exist, before the first name that it is for.
+            expression.sub(replacement, "")
+    except (re.error, IndexError, TypeError, ValueError) as error:
         raise ShardingError(f"rename needs pairs of a regular expression and its replacement: {error}") from error
 
     def apply(name: str) -> str:

@@ -26,6 +26,7 @@ from ray_streamer.sharding.resolve import checked_groups
 from ray_streamer.sharding.rules import ShardRules
 from ray_streamer.slices.rank_slices import RankSlices
 from ray_streamer.slices.result import ResultSpecs
+from ray_streamer.wording import brief
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Sequence
@@ -83,6 +84,8 @@ class RuleSlices:
         for name, value, kind in (("unmatched", self.unmatched, Unmatched), ("layout", self.layout, Layout)):
             if value not in get_args(kind):
                 raise SettingsError(f"{name} is one of {', '.join(get_args(kind))}, not {value!r}")
+        if self.experts is not None and self.mesh.ep == 1:
+            raise SettingsError(f"experts={brief(self.experts)} divides experts over groups of ranks; give ep, too")
         checked_fusions(self.fuse)
         if self.rename is not None:
             renaming(self.rename)

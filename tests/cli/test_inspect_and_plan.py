@@ -110,6 +110,65 @@ def test_stages_and_experts_of_the_command_line_are_those_of_the_api(invoke, tmp
     assert "--ep 3 groups of experts" in invoke("plan", tmp_path, "--tp", 2, "--ep", "3").stderr
 
 
+def test_which_results_and_experts_are_those_of_the_api(invoke, tmp_path):
+    layout = mixtral_layout(64, 3, 8, 2, 32, 101, experts=4)
+    folder = write_checkpoint(tmp_path / "model", layout.tensors, config=layout.config)
+    balanced = [[0, 3], [1, 2]]
+    (tmp_path / "experts.json").write_text(json.dumps(balanced))
+
+    def said(*args):
+        found = json.loads(invoke("plan", folder, "--tp", 2, *args, "--json").stdout)
+        return found["plan_hash"], tuple(rank["result_bytes"] for rank in found["ranks"])
+
+    def expected(**arguments):
+        plan = ray_streamer.plan(folder, 2, **arguments)
+        return plan.plan_hash, tuple(rank.result_bytes for rank in plan.summary().ranks)
+
+    qkv = {"qkv": ("q_proj", "k_proj", "v_proj")}
+    ways = {
+        said(): expected(),
+        said("--fuse"): expected(fuse=True),
+        said("--fuse", "standard"): expected(fuse=True),
+        said("--fuse", "qkv=q_proj,k_proj,v_proj"): expected(fuse=qkv),
+        said("--dtype", "float32"): expected(dtype="float32"),
+        said("--dtype", "float16", "--dtype", "*norm*=float32"): expected(dtype={"*norm*": "float32", "*": "float16"}),
+        said("--rename", r"^model\.=", "--rename", "layers=h"): expected(rename=[(r"^model\.", ""), ("layers", "h")]),
+        said("--ep", "--experts", "[[0, 3], [1, 2]]"): expected(ep=True, experts=balanced),
+        said("--ep", "--experts", tmp_path / "experts.json"): expected(ep=True, experts=balanced),
+        said("--ep", "--experts", '{"1": [[0, 3], [1, 2]]}'): expected(ep=True, experts={1: balanced}),
+    }
+    assert [way for way, wanted in ways.items() if way != wanted] == []
+    assert len({plan_hash for plan_hash, _ in ways.values()}) == 8
+
+
+def test_inspect_shows_what_a_load_would_make(invoke, checkpoint):
+    found = json.loads(invoke("inspect", checkpoint, "--json").stdout)
+    assert (found["num_results"], found["results"]) == (None, [])
+    args = ("inspect", checkpoint, "--fuse", "--dtype", "float32", "--rename", r"^model\.=", "--top", 100)
+    found = json.loads(invoke(*args, "--json").stdout)
+    made = ray_streamer.load_rank(
+        checkpoint, fuse=True, dtype="float32", rename={r"^model\.": ""}, rank=0, world_size=1
+    )
+    assert found["num_results"] == len(found["results"]) == len(made)
+    for result in found["results"]:
+        tensor = made[result["name"]]
+        assert (result["shape"], result["num_bytes"]) == (list(tensor.shape), tensor.nbytes)
+    assert "Loads as 15 tensors." in invoke(*args).stdout
+
+
+def test_inspect_takes_rules_of_its_own(invoke, stranger):
+    found = json.loads(invoke("inspect", stranger, "--rule", "a.*=split:0", "--rule", "b.*=skip", "--json").stdout)
+    assert {share["name"]: share["num_tensors"] for share in found["placements"]} == {
+        "split, dimension 0 (column-parallel)": 1,
+        "skipped": 1,
+        "replicated": 1,
+    }
+    assert found["legal_tp"] == [1, 2, 4, 8]
+    result = invoke("inspect", stranger, "--rule", "nothing.*=skip")
+    assert result.exit_code == 1
+    assert "nothing.*" in result.stderr
+
+
 def _without_plan_seconds(value):
     value.pop("plan_seconds", None)
     return value

@@ -78,3 +78,57 @@ def test_rules(text, glob, placement):
 def test_a_placement_that_is_none_lists_those_that_are():
     with pytest.raises(ShardingError, match="split:DIM, vocabulary, replicate or skip"):
         parse_rule("*=everywhere")
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [
+        ("--fuse", "qkv_proj", "NAME=MODULE,MODULE"),
+        ("--fuse", "qkv_proj=q_proj", "two or more modules"),
+        ("--fuse", "qkv_proj=q_proj,q_proj", "two or more modules"),
+        ("--fuse", "qkv_proj=q_proj,,v_proj", "two or more modules"),
+        ("--fuse", "=q_proj,k_proj", "NAME=MODULE,MODULE"),
+        ("--dtype", "int8", "bfloat16, float32, float64"),
+        ("--dtype", "=float32", "GLOB=DTYPE"),
+        ("--dtype", "*.bias=half", "GLOB=DTYPE"),
+        ("--rename", "model", "EXPRESSION=REPLACEMENT"),
+        ("--rename", "=model", "EXPRESSION=REPLACEMENT"),
+        ("--rename", "(=x", "unterminated subpattern"),
+        ("--rename", r"(a)=\2", "invalid group reference"),
+        ("--rename", r"a=\g<b>", "unknown group name"),
+        ("--experts", "[[0, 1], [2", "is no JSON"),
+        ("--experts", "[0, 1]", "one list of experts for each group"),
+        ("--experts", '{"first": [[0], [1]]}', "one list of experts for each group"),
+        ("--experts", "[[0.5], [true]]", "one list of experts for each group"),
+        ("--experts", "/no/such/file.json", "No such file"),
+    ],
+)
+def test_a_bad_value_is_refused_before_anything_is_read_and_says_what_is_meant(invoke, option, value, said):
+    result = invoke("plan", "/nowhere", "--tp", 2, option, value)
+    assert result.exit_code == 2
+    told = " ".join(result.stderr.replace("│", " ").split())
+    assert f"'{option}'" in told
+    assert said in told
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--fuse", "a=q,k", "--fuse", "b=q,v"),
+        ("--fuse", "a=q,k", "--fuse", "a=x,v"),
+        ("--fuse", "standard", "--fuse", "a=q_proj,k"),
+        ("--dtype", "float32", "--dtype", "float16"),
+        ("--dtype", "*.bias=float32", "--dtype", "*.bias=float16"),
+    ],
+    ids=" ".join,
+)
+def test_what_is_said_twice_is_wrong_usage(invoke, options):
+    result = invoke("plan", "/nowhere", "--tp", 2, *options)
+    assert result.exit_code == 2
+    assert "is given twice" in " ".join(result.stderr.replace("│", " ").split())
+
+
+def test_experts_without_groups_of_them_are_refused_in_flags(invoke):
+    result = invoke("plan", "/nowhere", "--tp", 2, "--experts", "[[0], [1]]")
+    assert result.exit_code == 1
+    assert "give ep, too" in result.stderr.replace("--ep", "ep")

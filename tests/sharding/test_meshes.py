@@ -98,6 +98,7 @@ def test_drafts_follow_the_head_and_towers_stand_with_the_embeddings() -> None:
     [
         pytest.param(6, None, "5 layers are too few for pp=6", id="too-few"),
         pytest.param(2, (2, 2), "stages of 2, 2 layers make 4; the model has 5", id="wrong-sum"),
+        pytest.param(1, (4,), "stages of 4 layers make 4; the model has 5", id="wrong-number-of-one-stage"),
         pytest.param(2, (5, 0), "at least 1, got \\(5, 0\\)", id="empty-stage"),
     ],
 )

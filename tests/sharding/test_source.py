@@ -153,6 +153,11 @@ def test_modules_that_are_called_by_numbers_are_fused() -> None:
         pytest.param({"layout": "megatron"}, SettingsError, "layout is one of generic", id="layout"),
         pytest.param({"fuse": ["x"]}, ShardingError, "fuse is True, or a mapping", id="fuse"),
         pytest.param({"rename": {"(": ""}}, ShardingError, "regular expression", id="rename"),
+        pytest.param({"rename": {"(a)": r"\2"}}, ShardingError, "invalid group reference", id="replacement"),
+        pytest.param({"rename": {"a": r"\g<b>"}}, ShardingError, "unknown group name", id="group-name"),
+        pytest.param({"rename": {"a": b"b"}}, ShardingError, "pairs of a regular expression", id="bytes"),
+        pytest.param({"experts": [[0], [1]]}, SettingsError, "give ep, too", id="experts-without-ep"),
+        pytest.param({"experts": {0: []}, "mesh": Mesh(tp=2)}, SettingsError, "give ep, too", id="layers-without-ep"),
         pytest.param({"dtype": "int8"}, ShardingError, "dtype is one of", id="dtype"),
     ],
 )
