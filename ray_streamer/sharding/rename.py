@@ -27,6 +27,8 @@ def renaming(rename: RenameLike) -> Callable[[str], str]:
     try:
         expressions = [(re.compile(expression), replacement) for expression, replacement in pairs]
         for expression, replacement in expressions:
+            if not isinstance(expression.pattern, str) or not isinstance(replacement, str):
+                raise TypeError(f"{expression.pattern!r} and {replacement!r} must both be text")
             # Reads the replacement, whose groups may not exist, before the first name that it is for.
             expression.sub(replacement, "")
     except (re.error, IndexError, TypeError, ValueError) as error:
