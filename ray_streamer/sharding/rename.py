@@ -25,12 +25,7 @@ def renaming(rename: RenameLike) -> Callable[[str], str]:
         return rename
     pairs: list[Any] = list(rename.items() if isinstance(rename, Mapping) else rename)
     try:
-        expressions = [(re.compile(expression), replacement) for expression, replacement in pairs]
-        for expression, replacement in expressions:
-            if not isinstance(expression.pattern, str) or not isinstance(replacement, str):
-                raise TypeError(f"{expression.pattern!r} and {replacement!r} must both be text")
-            # Reads the replacement, whose groups may not exist, before the first name that it is for.
-            expression.sub(replacement, "")
+        expressions = [_checked(expression, replacement) for expression, replacement in pairs]
     except (re.error, IndexError, TypeError, ValueError) as error:
         raise ShardingError(f"rename needs pairs of a regular expression and its replacement: {error}") from error
 
@@ -40,6 +35,16 @@ def renaming(rename: RenameLike) -> Callable[[str], str]:
         return name
 
     return apply
+
+
+def _checked(expression: Any, replacement: Any) -> tuple[re.Pattern[str], str]:
+    """The expression, compiled, and its replacement, whose groups exist."""
+    compiled = re.compile(expression)
+    if not isinstance(compiled.pattern, str) or not isinstance(replacement, str):
+        raise TypeError(f"{expression!r} and {replacement!r} must both be text")
+    # Reads the replacement before the first name that it is for.
+    compiled.sub(replacement, "")
+    return compiled, replacement
 
 
 def renamed(names: Iterable[str], rename: RenameLike) -> tuple[str, ...]:
