@@ -395,5 +395,5 @@ class TestOnRay:
         from ray.util.placement_group import placement_group_table
 
         yield
-        wait_until(lambda: ray.available_resources().get("CPU") == 4, 10)
+        wait_until(lambda: ray.available_resources().get("CPU") == 4)
         assert {entry["state"] for entry in placement_group_table().values()} <= {"REMOVED"}

@@ -181,7 +181,7 @@ def test_a_rank_is_killed_in_the_middle_of_a_load(
             stalled.model.wait(30)
         assert (caught.value.rank, caught.value.node) == (victim, nodes[victim])
         assert f"rank {victim} on node {nodes[victim]} failed: actor died" in str(caught.value)
-        wait_until(lambda: not stalled.held.left(), 5)
+        wait_until(lambda: not stalled.held.left())
     with pytest.raises(RankFailedError, match="actor died"):
         stalled.model.run(print)
     states = {entry["state"] for entry in placement_group_table().values()}
@@ -203,7 +203,7 @@ def test_an_object_is_replaced_in_the_middle_of_a_load(bench: Bench, wait_until:
             stalled.model.wait(30)
         assert type(caught.value.cause) is ObjectChangedError
         assert caught.value.rank in (0, 1)
-        wait_until(lambda: not stalled.held.left(), 5)
+        wait_until(lambda: not stalled.held.left())
 
 
 def test_a_server_that_goes_away_in_the_middle_of_a_load(bench: Bench, wait_until: Callable[..., None]) -> None:
@@ -213,7 +213,7 @@ def test_a_server_that_goes_away_in_the_middle_of_a_load(bench: Bench, wait_unti
         with pytest.raises(RankFailedError, match=r"slow down.* retry_deadline_seconds is 5") as caught:
             stalled.model.wait(40)
         assert type(caught.value.cause).__name__ == "ThrottledError"
-        wait_until(lambda: not stalled.held.left(), 5)
+        wait_until(lambda: not stalled.held.left())
 
 
 def test_a_shutdown_in_the_middle_of_a_load(bench: Bench, wait_until: Callable[..., None]) -> None:
@@ -222,7 +222,7 @@ def test_a_shutdown_in_the_middle_of_a_load(bench: Bench, wait_until: Callable[.
         with pytest.raises(ClusterError, match="was shut down") as caught:
             stalled.model.wait(30)
         assert not isinstance(caught.value, RankFailedError)
-        wait_until(lambda: not stalled.held.left(), 5)
+        wait_until(lambda: not stalled.held.left())
         for use in (stalled.model.stats, lambda: stalled.model.plan, lambda: stalled.model.workers):
             with pytest.raises(ClusterError, match="was shut down"):
                 use()

@@ -79,7 +79,7 @@ def test_a_rank_that_is_killed_at_any_moment_is_named_and_nothing_is_left(
     finally:
         killer.given_up.set()
         killer.join()
-    wait_until(lambda: all(actor["State"] == "DEAD" for actor in killer.new_actors()), 10)
+    wait_until(lambda: all(actor["State"] == "DEAD" for actor in killer.new_actors()))
     assert_gone([actor["Pid"] for actor in killer.new_actors() if actor["Pid"]])
     assert {entry["state"] for entry in placement_group_table().values()} == {"REMOVED"}
     assert not [name for name in os.listdir("/dev/shm") if "ray_streamer" in name]

@@ -251,7 +251,7 @@ def test_a_killed_actor_is_named_and_everything_is_torn_down(assert_gone: Check,
             group.call("block", on_progress=when_all_blocked(group, kill))
         assert (caught.value.rank, caught.value.node) == (2, nodes[2])
         assert_gone(pids)
-        wait_until(lambda: placement_group_states() == {"REMOVED"}, 10)
+        wait_until(lambda: placement_group_states() == {"REMOVED"})
     with start(4) as group:
         assert len(group.call("greet")) == 4
 
@@ -337,7 +337,7 @@ def test_a_forgotten_group_is_torn_down(assert_gone: Check, wait_until: Check) -
     del group
     gc.collect()
     assert_gone(pids)
-    wait_until(lambda: placement_group_states() == {"REMOVED"}, 10)
+    wait_until(lambda: placement_group_states() == {"REMOVED"})
 
 
 def test_a_rank_that_does_not_start_is_named_and_the_half_started_group_goes(wait_until: Check) -> None:
@@ -346,8 +346,8 @@ def test_a_rank_that_does_not_start_is_named_and_the_half_started_group_goes(wai
     ) as caught:
         start(2, SlowConstructor, timeout=4)
     assert "raise startup_timeout_seconds" in str(caught.value)
-    wait_until(lambda: placement_group_states() == {"REMOVED"}, 10)
-    wait_until(lambda: ray.available_resources().get("CPU") == 4, 10)
+    wait_until(lambda: placement_group_states() == {"REMOVED"})
+    wait_until(lambda: ray.available_resources().get("CPU") == 4)
 
 
 @pytest.mark.parametrize(

@@ -92,7 +92,7 @@ def test_an_actor_that_ends_leaves_no_rank_no_group_and_no_keeper(
     pids = ray.get(owner.pids.remote())
     assert (num_groups(), num_keepers()) == (1, 1)
     ENDS[end](owner, pids)
-    wait_until(lambda: (num_groups(), num_keepers()) == (0, 0), 30)
+    wait_until(lambda: (num_groups(), num_keepers()) == (0, 0))
     assert_gone(pids)
 
 
@@ -104,18 +104,18 @@ def test_an_actor_killed_at_any_moment_of_its_start_leaves_nothing(seed: int, wa
     def pid_of_owner() -> int:
         return next((a["Pid"] for a in actors().values() if a["ActorID"] == owner._actor_id.hex()), 0)
 
-    wait_until(pid_of_owner, 30)
+    wait_until(pid_of_owner)
     # Most of these fall between the keeper, the group and the ranks.
     threading.Event().wait(random.Random(seed).uniform(0, 1.5))
     os.kill(pid_of_owner(), signal.SIGKILL)
-    wait_until(lambda: num_groups() == 0 and all(a["State"] == "DEAD" for a in actors().values()), 30)
+    wait_until(lambda: num_groups() == 0 and all(a["State"] == "DEAD" for a in actors().values()))
 
 
 def test_an_actor_whose_handle_goes_out_of_scope_leaves_nothing(wait_until: Check, assert_gone: Check) -> None:
     owner = Owner.remote()
     pids = ray.get(owner.pids.remote())
     del owner
-    wait_until(lambda: (num_groups(), num_keepers()) == (0, 0), 30)
+    wait_until(lambda: (num_groups(), num_keepers()) == (0, 0))
     assert_gone(pids)
 
 
@@ -123,7 +123,7 @@ def test_a_task_that_is_killed_leaves_nothing(tmp_path: Path, wait_until: Check,
     pid_file = tmp_path / "pids"
     with pytest.raises(ray.exceptions.WorkerCrashedError):
         ray.get(start_and_die.remote(str(pid_file)))
-    wait_until(lambda: (num_groups(), num_keepers()) == (0, 0), 30)
+    wait_until(lambda: (num_groups(), num_keepers()) == (0, 0))
     assert_gone(map(int, pid_file.read_text().split()))
 
 
@@ -133,11 +133,11 @@ def test_a_rank_that_dies_takes_no_reservation_along(wait_until: Check) -> None:
     for pid in pids[1:]:
         os.kill(pid, signal.SIGKILL)
     wait_until(
-        lambda: sum(a["State"] == "DEAD" and a["Pid"] in pids for a in ray._private.state.actors().values()) == 2, 30
+        lambda: sum(a["State"] == "DEAD" and a["Pid"] in pids for a in ray._private.state.actors().values()) == 2
     )
     assert (num_groups(), num_keepers()) == (1, 1)
     ray.get(owner.let_go.remote())
-    wait_until(lambda: (num_groups(), num_keepers()) == (0, 0), 30)
+    wait_until(lambda: (num_groups(), num_keepers()) == (0, 0))
     ray.kill(owner)
 
 

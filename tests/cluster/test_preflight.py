@@ -10,6 +10,7 @@ import pytest
 
 import ray_streamer
 from ray_streamer.api.arguments import Sharding
+from ray_streamer.cluster import preflight
 from ray_streamer.cluster.preflight import Preflight
 from ray_streamer.errors import (
     BudgetError,
@@ -25,6 +26,13 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 LAYOUT = llama_layout(64, 1, 4, 2, 128, 100)
+
+
+@pytest.fixture(autouse=True)
+def much_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is seen here does not depend on how busy the machine is."""
+    for name in ("_HEAD_START_SECONDS", "_PATIENCE_SECONDS"):
+        monkeypatch.setattr(preflight, name, 60.0)
 
 
 @pytest.fixture

@@ -106,8 +106,8 @@ def test_bundles_that_others_hold_are_left_out(make_group: MakeGroup, wait_until
     given = make_group([{"CPU": 1}] * 3, "SPREAD")
     neighbour = Caller.options(num_cpus=1, scheduling_strategy=PlacementGroupSchedulingStrategy(given, 0)).remote()
     assert ray.get(neighbour.is_here.remote())
-    wait_until(lambda: ray.available_resources().get(f"CPU_group_{given.id.hex()}") == 2, 20)
-    with start(2, placement_group=given, timeout=20) as group:
+    wait_until(lambda: ray.available_resources().get(f"CPU_group_{given.id.hex()}") == 2)
+    with start(2, placement_group=given) as group:
         assert len(group.call("seat")) == 2
     ray.kill(neighbour)
 

@@ -20,7 +20,7 @@ from ray_streamer.exchange.session import NodeSession
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-HANG_SECONDS = 60.0
+HANG_SECONDS = 120.0
 FIRST_RANK = 20
 
 
