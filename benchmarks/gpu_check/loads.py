@@ -38,7 +38,7 @@ class NoReads:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._storage, name)
 
-    def read_into(self, path: str, extent: Any, buffer: Any, *, etag: str) -> None:
+    def read_into(self, path: str, extent: Any, buffer: Any, **_: Any) -> None:
         """Leaves the buffer as it is."""
 
 

@@ -7,50 +7,62 @@ a slot of the arena          the storage reads into it, and neighbours who want 
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ray_streamer.rank.block_source import Loan, Way, keep
+from ray_streamer.rank.recorder import Step
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
     from ray_streamer.device.base import Device
     from ray_streamer.exchange.liveness import Activity
     from ray_streamer.planning.rank_plan import Block, Piece, RankPlan
     from ray_streamer.rank.neighbourhood import Neighbourhood
+    from ray_streamer.rank.recorder import Recorder
     from ray_streamer.rank.results import Results
-    from ray_streamer.rank.statistics import Counters
     from ray_streamer.storage.base import Storage
     from ray_streamer.stream.arena import Arena
 
 
 class BlockReads:
-    """The reads of one rank, counted; safe to use from many threads.
+    """The reads of one rank, taken down as they go; safe to use from many threads.
 
     Args:
         mine: What this rank does.
         storage: Holds the files.
         activity: Told of reads under way.
-        counters: Where reads are counted.
+        recorder: Takes down the steps of each block.
     """
 
-    def __init__(self, mine: RankPlan, storage: Storage, *, activity: Activity, counters: Counters) -> None:
+    def __init__(self, mine: RankPlan, storage: Storage, *, activity: Activity, recorder: Recorder) -> None:
         self._mine, self._storage = mine, storage
-        self._activity, self._counters = activity, counters
+        self._activity, self._recorder = activity, recorder
 
     def read_into(self, block: Block, buffer: memoryview) -> None:
         """Reads a block into the caller's memory."""
         file = self._mine.files[block.file]
-        with self._activity.working(), self._counters.timed("read_seconds"):
-            self._storage.read_into(file.path, block.extent, buffer, etag=file.etag)
-        self._counters.add(bytes_read=block.extent.num_bytes, num_requests=1)
+        with self._reading(block.number) as first_byte_came:
+            self._storage.read_into(file.path, block.extent, buffer, etag=file.etag, on_first_byte=first_byte_came)
 
     def read_onto_device(self, block: Block, device: Device, file_name: str, piece: Piece, results: Results) -> None:
         """Lets the device read a block that is all of `piece`."""
-        with self._activity.working(), self._counters.timed("read_seconds"):
+        with self._reading(block.number) as first_byte_came:
             device.read_file(file_name, block.extent, results.result(piece.result), piece.target_start)
-        self._counters.add(bytes_read=block.extent.num_bytes, num_requests=1)
+            first_byte_came()
+
+    @contextmanager
+    def _reading(self, block: int) -> Iterator[Callable[[], None]]:
+        """For the length of the block a read is under way; what it gives is called when the first byte has come."""
+        recorder = self._recorder
+        with self._activity.working():
+            recorder.mark(Step.ASKED, block)
+            yield partial(recorder.mark, Step.FIRST_BYTE, block)
+            recorder.mark(Step.LAST_BYTE, block)
 
 
 class DirectReads:
@@ -62,21 +74,11 @@ class DirectReads:
         device: Where the tensors are.
         results: The tensors.
         reads: Reads.
-        counters: Where direct bytes are counted.
     """
 
-    def __init__(
-        self,
-        mine: RankPlan,
-        storage: Storage,
-        device: Device,
-        results: Results,
-        reads: BlockReads,
-        *,
-        counters: Counters,
-    ) -> None:
+    def __init__(self, mine: RankPlan, storage: Storage, device: Device, results: Results, reads: BlockReads) -> None:
         self._mine, self._storage, self._device, self._results = mine, storage, device, results
-        self._reads, self._counters = reads, counters
+        self._reads = reads
         self._files_of_device: set[int] = set()
 
     def borrow(self, block: Block) -> Loan | None:
@@ -86,7 +88,6 @@ class DirectReads:
             return None
         if not (self._read_onto_device(block, piece) or self._read_into_tensor(block, piece)):
             return None
-        self._counters.add(direct_bytes=block.extent.num_bytes)
         return Loan(Way.DIRECT, None, keep)
 
     def verify(self) -> None:
@@ -123,25 +124,23 @@ class StagedReads:
         arena: This rank's.
         neighbours: Told of the blocks that they want parts of.
         reads: Reads.
-        counters: Where the waiting for slots is counted.
+        recorder: Takes down the steps of each block.
     """
 
     def __init__(
-        self, mine: RankPlan, arena: Arena, neighbours: Neighbourhood, reads: BlockReads, *, counters: Counters
+        self, mine: RankPlan, arena: Arena, neighbours: Neighbourhood, reads: BlockReads, *, recorder: Recorder
     ) -> None:
         self._mine, self._arena, self._neighbours = mine, arena, neighbours
-        self._reads, self._counters = reads, counters
+        self._reads, self._recorder = reads, recorder
 
     def borrow(self, block: Block) -> Loan:
         """See `BlockSource.borrow`; waits for a slot."""
-        with self._counters.timed("wait_seconds"):
-            slot = self._arena.acquire()
+        self._recorder.mark(Step.QUEUED, block.number)
+        slot = self._arena.acquire()
         view = self._arena.view(slot, block.extent)
         try:
             self._reads.read_into(block, view)
-            takers = self._mine.takers(block.number)
-            self._arena.hold(slot, len(takers))
-            self._neighbours.announce(block.number, slot, takers)
+            self._offer(block.number, slot)
         except BaseException:
             self._arena.release(slot)
             raise
@@ -149,3 +148,11 @@ class StagedReads:
 
     def verify(self) -> None:
         """See `BlockSource.verify`; the storage compares with each read."""
+
+    def _offer(self, block: int, slot: int) -> None:
+        """Offers a block to the neighbours that want parts of it, which hold the slot then, too."""
+        takers = self._mine.takers(block)
+        if takers:
+            self._arena.hold(slot, len(takers))
+            self._neighbours.announce(block, slot, takers)
+            self._recorder.mark(Step.ANNOUNCED, block)

@@ -5,15 +5,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ray_streamer.device.strided import StridedCopies
-from ray_streamer.rank.block_source import Way
+from ray_streamer.rank.recorder import Step
 
 if TYPE_CHECKING:
     from ray_streamer.device.base import Device
     from ray_streamer.exchange.liveness import Activity
     from ray_streamer.planning.rank_plan import RankPlan
     from ray_streamer.rank.block_source import Loan
+    from ray_streamer.rank.recorder import Recorder
     from ray_streamer.rank.results import Results
-    from ray_streamer.rank.statistics import Counters
     from ray_streamer.stream.countdown import Countdown
     from ray_streamer.stream.stop import StopSignal
 
@@ -26,7 +26,7 @@ class Deliveries:
         device: Copies.
         results: Where the bytes go.
         activity: Told of copies under way.
-        counters: Where they are counted.
+        recorder: Takes down when a block is taken, and when it has landed.
         blocks_left: Counted down by each block that has landed.
         stop: Set when a copy fails.
     """
@@ -38,13 +38,13 @@ class Deliveries:
         results: Results,
         *,
         activity: Activity,
-        counters: Counters,
+        recorder: Recorder,
         blocks_left: Countdown,
         stop: StopSignal,
     ) -> None:
         self._mine, self._device, self._results = mine, device, results
         self._strided = StridedCopies(results.device)
-        self._activity, self._counters = activity, counters
+        self._activity, self._recorder = activity, recorder
         self._blocks_left, self._stop = blocks_left, stop
 
     def deliver(self, number: int, loan: Loan) -> None:
@@ -57,10 +57,12 @@ class Deliveries:
         delivered = [(piece.result, piece.num_bytes) for piece in pieces.plain]
         # `done` must not close over the block: an error keeps the closure, and with it the arena's memory.
         way, data, give_back = loan
+        self._recorder.came(way, number)
         if data is None:
             give_back()
-            self._settle(delivered)
+            self._settle(number, delivered)
             return
+        self._recorder.mark(Step.TAKEN, number)
         self._activity.begin()
 
         def done(error: BaseException | None) -> None:
@@ -70,23 +72,21 @@ class Deliveries:
                 self._stop.set(error)
                 return
             try:
-                self._settle(delivered)
+                self._settle(number, delivered)
             except BaseException as failure:  # a callback's; the device that calls this could do nothing with it
                 self._stop.set(failure)
 
-        with self._counters.timed("copy_seconds"):
-            delivered += [
-                (piece.result, self._strided.deliver(data, piece, self._results.result(piece.result)))
-                for piece in pieces.strided
-            ]
-            if way is Way.MAPPED:
-                self._counters.add(page_cache_bytes=sum(num_bytes for _, num_bytes in delivered))
-            if pieces.plain:
-                self._device.deliver(data, self._results.copies(pieces.plain), done)
-            else:
-                done(None)
+        delivered += [
+            (piece.result, self._strided.deliver(data, piece, self._results.result(piece.result)))
+            for piece in pieces.strided
+        ]
+        if pieces.plain:
+            self._device.deliver(data, self._results.copies(pieces.plain), done)
+        else:
+            done(None)
 
-    def _settle(self, delivered: list[tuple[int, int]]) -> None:
+    def _settle(self, number: int, delivered: list[tuple[int, int]]) -> None:
         """One block less to wait for."""
+        self._recorder.landed(number, sum(num_bytes for _, num_bytes in delivered))
         self._results.settle(delivered)
         self._blocks_left.count()

@@ -24,9 +24,10 @@ from ray_streamer.rank.deliveries import Deliveries
 from ray_streamer.rank.inbox import Inbox
 from ray_streamer.rank.mappings import Mappings
 from ray_streamer.rank.neighbourhood import Neighbourhood
+from ray_streamer.rank.recorder import Recorder
 from ray_streamer.rank.remains import clear_frames
 from ray_streamer.rank.results import Results
-from ray_streamer.rank.statistics import Counters, RankStatistics, process_cpu_seconds
+from ray_streamer.rank.statistics import RankStatistics
 from ray_streamer.stream.arena import Arena
 from ray_streamer.stream.countdown import Countdown
 from ray_streamer.stream.stop import StopSignal
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from ray_streamer.planning.rank_plan import Block, RankPlan
     from ray_streamer.rank.block_source import BlockSource, Loan
     from ray_streamer.rank.options import RankOptions
+    from ray_streamer.rank.recorder import Spans
     from ray_streamer.rank.results import OnComplete
     from ray_streamer.storage.base import Storage
 
@@ -84,11 +86,17 @@ class RankLoad:
         self._stop = StopSignal()
         self._inbox = Inbox(self._stop)
         self._arena = Arena(self._num_slots(), plan.node_plan.limits.block_bytes, self._stop)
+        self._recorder = Recorder(len(plan.node_plan.blocks))
         self._neighbours = Neighbourhood(
-            self._mine, options, session, inbox=self._inbox, arena=self._arena, stop=self._stop
+            self._mine,
+            options,
+            session,
+            inbox=self._inbox,
+            recorder=self._recorder,
+            arena=self._arena,
+            stop=self._stop,
         )
         self._activity = self._neighbours.activity
-        self._counters = Counters()
         self._blocks_left = Countdown(self._stop)
         self._mappings = Mappings(plan, storage)
         self._sources = self._sources_of_blocks()
@@ -97,7 +105,7 @@ class RankLoad:
             device,
             self._results,
             activity=self._activity,
-            counters=self._counters,
+            recorder=self._recorder,
             blocks_left=self._blocks_left,
             stop=self._stop,
         )
@@ -115,9 +123,8 @@ class RankLoad:
             RankFailedError: A neighbour failed; names it.
             BaseException: What `abort` was called with.
         """
-        cpu_started = process_cpu_seconds()
         try:
-            with limits_explained("load"), self._arena:
+            with self._recorder.cpu_counted(), limits_explained("load"), self._arena:
                 self._stream_and_give_back()
             tensors = self._results.tensors()
         except BaseException as error:
@@ -125,7 +132,6 @@ class RankLoad:
             raise
         finally:
             self._results.forget()
-            self._counters.add(cpu_seconds=process_cpu_seconds() - cpu_started)
         self._log()
         return tensors
 
@@ -136,14 +142,16 @@ class RankLoad:
     def statistics(self) -> RankStatistics:
         """What this rank has done so far."""
         return RankStatistics.of(
-            self._counters,
+            self._recorder,
+            self._mine,
             self._storage.statistics(),
-            rank=self._mine.rank,
-            bytes_delivered=self._results.delivered_bytes,
-            bytes_to_deliver=int(self._mine.bytes_to_fill.sum()),
             peak_staging_bytes=self._arena.peak_slots * self._arena.slot_bytes,
             memory_limit=max(self._options.memory_limit, self._arena.num_slots * self._arena.slot_bytes),
         )
+
+    def spans(self) -> Spans:
+        """When each block took each step so far."""
+        return self._recorder.spans()
 
     def _num_slots(self) -> int:
         """Slots within the limit, and no more than there are blocks that could need one."""
@@ -160,13 +168,13 @@ class RankLoad:
 
     def _sources_of_blocks(self) -> tuple[BlockSource, ...]:
         """The places that are asked for a block, in this order; the last one has every block."""
-        mine, storage, counters = self._mine, self._storage, self._counters
-        reads = BlockReads(mine, storage, activity=self._activity, counters=counters)
+        mine, storage = self._mine, self._storage
+        reads = BlockReads(mine, storage, activity=self._activity, recorder=self._recorder)
         return (
             self._mappings,
             self._neighbours,
-            DirectReads(mine, storage, self._device, self._results, reads, counters=counters),
-            StagedReads(mine, self._arena, self._neighbours, reads, counters=counters),
+            DirectReads(mine, storage, self._device, self._results, reads),
+            StagedReads(mine, self._arena, self._neighbours, reads, recorder=self._recorder),
         )
 
     def _stream_and_give_back(self) -> None:
@@ -192,19 +200,19 @@ class RankLoad:
 
     def _stream(self) -> None:
         self._activity.phase = "preparing memory for the tensors"
-        with limits_explained("connect the ranks of this node"), self._counters.timed("connect"):
+        with limits_explained("connect the ranks of this node"), self._recorder.phase("connect"):
             self._device.adopt(self._arena.memory)
             self._neighbours.meet()
             for memory in self._neighbours.memories:
                 self._device.adopt(memory)
             self._mappings.open(self._neighbours.share_numbers, is_wanted=not self._device.wants_staging)
         self._activity.phase = "reading and copying tensors"
-        with self._counters.timed("stream"):
+        with self._recorder.phase("stream"):
             self._results.complete_empty()
             self._move_blocks()
             for source in self._sources:
                 source.verify()
-        with self._counters.timed("finish"):
+        with self._recorder.phase("finish"):
             with self._activity.waiting():
                 self._arena.wait_idle()
             self._neighbours.finish()

@@ -16,6 +16,7 @@ from ray_streamer.exchange.liveness import Activity
 from ray_streamer.exchange.place import Place
 from ray_streamer.exchange.session import NodeSession
 from ray_streamer.rank.block_source import Loan, Way
+from ray_streamer.rank.recorder import Step
 from ray_streamer.stream.arena import slot_view
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from ray_streamer.planning.rank_plan import Block, RankPlan
     from ray_streamer.rank.inbox import Inbox
     from ray_streamer.rank.options import RankOptions
+    from ray_streamer.rank.recorder import Recorder
     from ray_streamer.stream.arena import Arena
     from ray_streamer.stream.stop import StopSignal
 
@@ -51,6 +53,7 @@ class Neighbourhood:
         options: Under which name the ranks meet, when `session` is None.
         session: Of ranks that met already, and go on together after the load; the failure of one ends the other.
         inbox: Told which blocks neighbours offer.
+        recorder: Takes down when offers come.
         arena: This rank's; told what neighbours let go of.
         stop: Of the load.
 
@@ -65,11 +68,12 @@ class Neighbourhood:
         session: NodeSession | None,
         *,
         inbox: Inbox,
+        recorder: Recorder,
         arena: Arena,
         stop: StopSignal,
     ) -> None:
         self._mine, self._options, self._session = mine, options, session
-        self._inbox, self._arena, self._stop = inbox, arena, stop
+        self._inbox, self._recorder, self._arena, self._stop = inbox, recorder, arena, stop
         self._owns_session = session is None
         self._arenas: dict[int, _Arena] = {}
         self._offers: dict[int, _Offer] = {}
@@ -149,6 +153,7 @@ class Neighbourhood:
 
     def on_announce(self, owner: int, block: int, slot: int) -> None:
         """See `LoadListener`."""
+        self._recorder.mark(Step.ANNOUNCED, block)
         self._offers[block] = _Offer(owner, slot)
         self._inbox.put(block)
 

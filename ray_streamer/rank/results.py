@@ -48,7 +48,6 @@ class Results:
         self._on_complete = on_complete
         self._lock = threading.Lock()
         self._missing: list[int] = plan.bytes_to_fill.tolist()
-        self.delivered_bytes = 0
         given = self._given(out or {})
         # All before the first read, and in the caller's thread: memory that is not there is found missing at once, and
         # threads that allocate one by one get in each other's way in the kernel.
@@ -146,7 +145,6 @@ class Results:
                 if not num_bytes:
                     continue
                 self._missing[number] -= num_bytes
-                self.delivered_bytes += num_bytes
                 if self._missing[number] == 0:
                     completed.append(number)
         for number in completed:

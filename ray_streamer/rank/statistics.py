@@ -1,22 +1,19 @@
-"""What did one rank do? Counters while it loads, frozen snapshots for everybody else."""
+"""What did one rank do, in figures? Sums of what its recorder took down, as a frozen snapshot for everybody else."""
 
 from __future__ import annotations
 
-import os
-import threading
-import time
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
+from ray_streamer.rank.block_source import Way
+from ray_streamer.rank.recorder import Step
 
+if TYPE_CHECKING:
+    from ray_streamer.planning.rank_plan import RankPlan
+    from ray_streamer.rank.recorder import Recorder
     from ray_streamer.storage.base import StorageStatistics
 
 PHASES = ("connect", "stream", "finish")
-COUNTED = ("bytes_read", "page_cache_bytes", "direct_bytes", "num_requests")
-TIMED = ("wait_seconds", "read_seconds", "copy_seconds", "cpu_seconds")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,9 +32,11 @@ class RankStatistics:
         num_requests: Storage requests.
         peak_staging_bytes: Most staging memory in use at once.
         memory_limit: Staging memory that this rank was allowed.
-        wait_seconds: Seconds that reader threads waited for a free slot, summed over threads.
-        read_seconds: Seconds that reader threads spent in storage, summed over threads.
-        copy_seconds: Seconds spent in copies, summed over threads; on a GPU, in queueing them.
+        wait_seconds: Seconds that reader threads waited for a free slot, summed over blocks.
+        first_byte_seconds: Seconds from a request to the first byte of its answer, summed over blocks. A storage that brings
+            a block in one call tells of its first byte when the call is over.
+        read_seconds: Seconds from a request to its last byte, summed over blocks.
+        copy_seconds: Seconds from the beginning of a copy to its end, summed over blocks; on a GPU, its queue included.
         cpu_seconds: User and system seconds of the process during the load.
         storage: What it took to get the bytes: retries, second requests and the like.
     """
@@ -53,59 +52,52 @@ class RankStatistics:
     peak_staging_bytes: int
     memory_limit: int
     wait_seconds: float
+    first_byte_seconds: float
     read_seconds: float
     copy_seconds: float
     cpu_seconds: float
     storage: StorageStatistics
 
     @classmethod
-    def of(cls, counters: Counters, storage: StorageStatistics, **known: int) -> RankStatistics:
-        """A snapshot of `counters`, with the fields that are kept elsewhere."""
+    def of(
+        cls,
+        recorder: Recorder,
+        mine: RankPlan,
+        storage: StorageStatistics,
+        *,
+        peak_staging_bytes: int,
+        memory_limit: int,
+    ) -> RankStatistics:
+        """The figures of a load, as far as it is.
+
+        Args:
+            recorder: Of the load.
+            mine: What the rank does.
+            storage: What the storage counted.
+            peak_staging_bytes: Most staging memory in use at once.
+            memory_limit: Staging memory that the rank may use.
+        """
+        spans, blocks = recorder.spans(), mine.node_plan.blocks
+        sizes, is_read = blocks.stops - blocks.starts, spans.reached(Step.LAST_BYTE)
         return cls(
-            seconds={phase: counters.seconds(phase) for phase in PHASES},
-            **{name: counters.total(name) for name in COUNTED},
-            **{name: counters.seconds(name) for name in TIMED},
-            **known,
+            rank=mine.rank,
+            seconds={phase: spans.seconds_in(phase) for phase in PHASES},
+            bytes_read=int(sizes[is_read].sum()),
+            page_cache_bytes=int(spans.landed_bytes[spans.ways == Way.MAPPED].sum()),
+            bytes_delivered=int(spans.landed_bytes.sum()),
+            bytes_to_deliver=int(mine.bytes_to_fill.sum()),
+            direct_bytes=int(sizes[is_read & (spans.ways == Way.DIRECT)].sum()),
+            num_requests=int(is_read.sum()),
+            peak_staging_bytes=peak_staging_bytes,
+            memory_limit=memory_limit,
+            wait_seconds=spans.seconds_between(Step.QUEUED, Step.ASKED),
+            first_byte_seconds=spans.seconds_between(Step.ASKED, Step.FIRST_BYTE),
+            read_seconds=spans.seconds_between(Step.ASKED, Step.LAST_BYTE),
+            copy_seconds=spans.seconds_between(Step.TAKEN, Step.LANDED),
+            cpu_seconds=recorder.cpu_seconds,
             storage=storage,
         )
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         return asdict(self)
-
-
-def process_cpu_seconds() -> float:
-    """User and system seconds of this process so far."""
-    times = os.times()
-    return times.user + times.system
-
-
-class Counters:
-    """Named sums that many threads add to."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._sums: dict[str, float] = {}
-
-    def add(self, **amounts: float) -> None:
-        """Adds to each named sum."""
-        with self._lock:
-            for name, amount in amounts.items():
-                self._sums[name] = self._sums.get(name, 0) + amount
-
-    @contextmanager
-    def timed(self, name: str) -> Iterator[None]:
-        """Adds the wall seconds of the block to sum `name`."""
-        started = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.add(**{name: time.perf_counter() - started})
-
-    def total(self, name: str) -> int:
-        """A sum of whole numbers."""
-        return int(self._sums.get(name, 0))
-
-    def seconds(self, name: str) -> float:
-        """A sum of seconds, to the microsecond."""
-        return round(self._sums.get(name, 0.0), 6)

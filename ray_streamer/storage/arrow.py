@@ -27,12 +27,12 @@ from ray_streamer.errors import (
     StorageError,
 )
 from ray_streamer.extent import Extent
-from ray_streamer.storage.base import ObjectInfo, RemoteStorage, StorageStatistics, check_buffer
+from ray_streamer.storage.base import ObjectInfo, RemoteStorage, StorageStatistics, check_buffer, ignore
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from ray_streamer.storage.base import StorageSettings
+    from ray_streamer.storage.base import OnFirstByte, StorageSettings
 
 _STORES_WITH_ETAGS = frozenset({"s3", "abfs"})
 """By pyarrow's own names; Google's store has them too, but to open a file there means to begin to download it."""
@@ -98,7 +98,9 @@ class ArrowStorage(RemoteStorage):
         self._fill(path, Extent(0, len(head)), memoryview(head), opened)
         return bytes(head), opened.info
 
-    def read_into(self, path: str, extent: Extent, buffer: memoryview, *, etag: str) -> None:
+    def read_into(
+        self, path: str, extent: Extent, buffer: memoryview, *, etag: str, on_first_byte: OnFirstByte = ignore
+    ) -> None:
         """See `Storage`."""
         check_buffer(extent, buffer)
         if not extent.num_bytes:
@@ -111,6 +113,7 @@ class ArrowStorage(RemoteStorage):
         if extent.stop > opened.info.size_bytes:
             raise ShortReadError(f"{self._name(path)} ends at {opened.info.size_bytes}, before extent {extent} does")
         self._fill(path, extent, buffer.cast("B"), opened)
+        on_first_byte()
 
     def list(self, prefix: str = "", *, recursive: bool = False) -> list[str]:
         """See `Storage`; empty for a folder that does not exist."""

@@ -6,6 +6,7 @@ docstrings of `Storage` are the contract; one test suite holds every backend to 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
@@ -15,6 +16,14 @@ if TYPE_CHECKING:
     from pydantic import SecretStr
 
     from ray_streamer.extent import Extent
+
+
+OnFirstByte = Callable[[], None]
+"""Told that the bytes of an extent begin to come."""
+
+
+def ignore() -> None:
+    """Takes no note of the first byte."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,11 +111,16 @@ class Storage(Protocol):
         """The first bytes of a file, at most `max_bytes`, and the identity of what was read, in one request."""
         ...
 
-    def read_into(self, path: str, extent: Extent, buffer: memoryview, *, etag: str) -> None:
+    def read_into(
+        self, path: str, extent: Extent, buffer: memoryview, *, etag: str, on_first_byte: OnFirstByte = ignore
+    ) -> None:
         """Fill `buffer` with the bytes of `extent`; an empty extent touches nothing, not even the storage.
 
         The caller owns the buffer, lends it until the call returns or raises, and may reuse it then. Its length must be
         `extent.num_bytes`. After an error its content is undefined; bytes outside of it are never written.
+
+        `on_first_byte` is called in the calling thread, once for an extent that is not empty: over HTTP when the response
+        headers of the first successful answer are there, elsewhere when the storage returns from the call that brings all.
 
         Raises:
             ShortReadError: The file ends before the extent does.

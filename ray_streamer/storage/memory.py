@@ -11,13 +11,13 @@ import threading
 from typing import TYPE_CHECKING
 
 from ray_streamer.errors import ObjectChangedError, ObjectMissingError, ShortReadError, StorageError
-from ray_streamer.storage.base import ObjectInfo, StorageStatistics, check_buffer
+from ray_streamer.storage.base import ObjectInfo, StorageStatistics, check_buffer, ignore
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from ray_streamer.extent import Extent
-    from ray_streamer.storage.base import StorageSettings
+    from ray_streamer.storage.base import OnFirstByte, StorageSettings
 
 _lock = threading.Lock()
 _versions = itertools.count(1)
@@ -63,7 +63,9 @@ class MemoryStorage:
         content, info = self._find(path)
         return content[:max_bytes], info
 
-    def read_into(self, path: str, extent: Extent, buffer: memoryview, *, etag: str) -> None:
+    def read_into(
+        self, path: str, extent: Extent, buffer: memoryview, *, etag: str, on_first_byte: OnFirstByte = ignore
+    ) -> None:
         """See `Storage`."""
         check_buffer(extent, buffer)
         if not extent.num_bytes:
@@ -72,6 +74,7 @@ class MemoryStorage:
         if extent.stop > len(content):
             raise ShortReadError(f"{self.uri}/{path} ends at {len(content)}, before extent {extent} does")
         buffer.cast("B")[:] = memoryview(content)[extent.start : extent.stop]
+        on_first_byte()
 
     def is_resident(self, path: str) -> bool:
         """See `Storage`; always, unless the setting `page_cache` is "off"."""

@@ -16,7 +16,7 @@ import threading
 from typing import TYPE_CHECKING
 
 from ray_streamer.errors import ObjectChangedError
-from ray_streamer.storage.base import ObjectInfo, StorageStatistics, check_buffer
+from ray_streamer.storage.base import ObjectInfo, StorageStatistics, check_buffer, ignore
 from ray_streamer.storage.file_identity import FileIdentity
 from ray_streamer.storage.mounts import mount_of, read_mount_table
 from ray_streamer.storage.open_files import OpenFiles, num_places
@@ -26,7 +26,7 @@ from ray_streamer.storage.uri import absolute_uri
 
 if TYPE_CHECKING:
     from ray_streamer.extent import Extent
-    from ray_streamer.storage.base import StorageSettings
+    from ray_streamer.storage.base import OnFirstByte, StorageSettings
 
 logger = logging.getLogger(__name__)
 
@@ -57,11 +57,14 @@ class PosixStorage:
         file = self._file(path, etag=self._look(path).info.etag)
         return file.read_head(max_bytes), file.info
 
-    def read_into(self, path: str, extent: Extent, buffer: memoryview, *, etag: str) -> None:
+    def read_into(
+        self, path: str, extent: Extent, buffer: memoryview, *, etag: str, on_first_byte: OnFirstByte = ignore
+    ) -> None:
         """See `Storage`."""
         check_buffer(extent, buffer)
         if extent.num_bytes:
             self._file(path, etag=etag).read_into(extent, buffer.cast("B"))
+            on_first_byte()
 
     def is_resident(self, path: str) -> bool:
         """See `Storage`; found out once per file."""

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from ray_streamer.errors import ObjectChangedError, ShortReadError, StorageError, ThrottledError
 from ray_streamer.extent import Extent
-from ray_streamer.storage.base import ObjectInfo, RemoteStorage, check_buffer
+from ray_streamer.storage.base import ObjectInfo, RemoteStorage, check_buffer, ignore
 from ray_streamer.storage.http_client import HttpClient
 from ray_streamer.storage.lateness import LateBodyError
 from ray_streamer.storage.request_limit import RequestLimit
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from contextlib import AbstractContextManager
 
-    from ray_streamer.storage.base import StorageSettings, StorageStatistics
+    from ray_streamer.storage.base import OnFirstByte, StorageSettings, StorageStatistics
     from ray_streamer.storage.http_connection import HttpAnswer
     from ray_streamer.storage.s3_answer import ContentRange
 
@@ -95,13 +95,15 @@ class S3Storage(RemoteStorage):
         self._sizes[path, identity.etag] = identity.size_bytes
         return head, ObjectInfo(identity.size_bytes, identity.token)
 
-    def read_into(self, path: str, extent: Extent, buffer: memoryview, *, etag: str) -> None:
+    def read_into(
+        self, path: str, extent: Extent, buffer: memoryview, *, etag: str, on_first_byte: OnFirstByte = ignore
+    ) -> None:
         """See `Storage`."""
         check_buffer(extent, buffer)
         identity = Identity.parse(etag)
         if identity.is_exact:
             identity = replace(identity, size_bytes=self._sizes.get((path, etag)))
-        landing = Landing(path, extent, buffer.cast("B"), identity)
+        landing = Landing(path, extent, buffer.cast("B"), identity, on_first_byte=on_first_byte)
         self._run(lambda: self._land(landing))
 
     def list(self, prefix: str = "", *, recursive: bool = False) -> list[str]:

@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING
 
 from ray_streamer.errors import ShortReadError
 from ray_streamer.extent import Extent
+from ray_streamer.storage.base import ignore
 
 if TYPE_CHECKING:
+    from ray_streamer.storage.base import OnFirstByte
     from ray_streamer.storage.s3_answer import ContentRange
     from ray_streamer.storage.s3_identity import Identity
 
@@ -21,10 +23,19 @@ class Landing:
         view: Where it goes; a head's own memory, made when its length is known.
         identity: Which object it must be; of a head, whichever answered first.
         num_landed: Bytes that are there, from the beginning on.
+
+    Args:
+        on_first_byte: Called when the first answer begins, and not for those that bring the rest of a broken one.
     """
 
     def __init__(
-        self, path: str, extent: Extent, view: memoryview | None = None, identity: Identity | None = None
+        self,
+        path: str,
+        extent: Extent,
+        view: memoryview | None = None,
+        identity: Identity | None = None,
+        *,
+        on_first_byte: OnFirstByte = ignore,
     ) -> None:
         self.path = path
         self.extent = extent
@@ -32,6 +43,7 @@ class Landing:
         self.identity = identity
         self.num_landed = 0
         self._is_head = view is None
+        self._on_first_byte = on_first_byte
 
     @property
     def rest(self) -> Extent:
@@ -50,3 +62,5 @@ class Landing:
             self.identity = identity
         elif given.extent != self.rest:
             raise ShortReadError(f"{what} ends at {given.size_bytes}, before extent {self.extent} does")
+        on_first_byte, self._on_first_byte = self._on_first_byte, ignore
+        on_first_byte()

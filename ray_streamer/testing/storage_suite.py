@@ -12,6 +12,7 @@ import pickle
 import random
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import get_ident
 from typing import TYPE_CHECKING, Protocol
 
 import pytest
@@ -125,6 +126,22 @@ class StorageContract:
         etag = storage.size_and_etag("model.safetensors").etag
         with pytest.raises(ValueError, match=r"9 bytes.*\[0, 10\)"):
             storage.read_into("model.safetensors", Extent(0, 10), memoryview(bytearray(9)), etag=etag)
+
+    def test_first_byte_is_told_once_by_the_thread_that_reads(self, storage: Storage) -> None:
+        etag = storage.size_and_etag("model.safetensors").etag
+        threads: list[int] = []
+        for extent, num_told in ((Extent(5, 5), 0), (Extent(5, 6), 1), (Extent(0, len(CONTENT)), 2)):
+            memory = memoryview(bytearray(extent.num_bytes))
+            storage.read_into(
+                "model.safetensors", extent, memory, etag=etag, on_first_byte=lambda: threads.append(get_ident())
+            )
+            assert threads == [get_ident()] * num_told
+        extent = Extent(len(CONTENT) - 1, len(CONTENT) + 1)
+        with pytest.raises(ShortReadError):
+            storage.read_into(
+                "model.safetensors", extent, memoryview(bytearray(2)), etag=etag, on_first_byte=threads.clear
+            )
+        assert len(threads) == 2
 
     @pytest.mark.parametrize("start", [len(CONTENT) - 10, len(CONTENT), len(CONTENT) + 10])
     def test_past_the_end(self, storage: Storage, start: int) -> None:

@@ -64,9 +64,9 @@ class RecordingStorage:
             raise self.failures[path]
         return self._storage.read_head(path, max_bytes)
 
-    def read_into(self, path: str, extent: Extent, buffer: memoryview, *, etag: str) -> None:
+    def read_into(self, path: str, extent: Extent, buffer: memoryview, **keywords) -> None:
         self.ranges.append((path, extent))
-        self._storage.read_into(path, extent, buffer, etag=etag)
+        self._storage.read_into(path, extent, buffer, **keywords)
 
     def list(self, prefix: str = "") -> list[str]:
         if "" in self.failures:

@@ -77,13 +77,13 @@ class RecordingStorage:
     def prefers_aligned(self, path: str) -> bool:
         return self._prefers_aligned
 
-    def read_into(self, path: str, extent: Extent, buffer: memoryview, *, etag: str) -> None:
+    def read_into(self, path: str, extent: Extent, buffer: memoryview, **keywords: Any) -> None:
         with self._lock:
             self.reads.append((path, extent))
             count = len(self.reads)
         if self._before_read is not None:
             self._before_read(path, extent, count)
-        self._inner.read_into(path, extent, buffer, etag=etag)
+        self._inner.read_into(path, extent, buffer, **keywords)
 
 
 @dataclass

@@ -45,6 +45,17 @@ def test_a_body_that_stalls_goes_on_elsewhere_where_it_stopped(open_hedged, etag
     assert f"bytes=100000-{len(CONTENT) - 1}" in proxy.ranges
 
 
+def test_the_first_byte_is_told_before_the_rest_and_not_again_for_it(open_hedged, etag, proxy):
+    """The first answer stalls in its body; the second one, which brings the rest, is no first byte."""
+    storage = open_hedged()
+    proxy.fail_next(Fault(body_bytes=100_000, end="stall"))
+    memory, seen = bytearray(len(CONTENT)), []
+    storage.read_into("a", WHOLE, memoryview(memory), etag=etag, on_first_byte=lambda: seen.append(bytes(memory)))
+    assert memory == CONTENT
+    assert seen == [bytes(len(CONTENT))]
+    assert len(proxy.ranges) >= 2
+
+
 def test_the_budget_ends(open_hedged, etag, proxy, monkeypatch):
     monkeypatch.setattr("random.uniform", lambda _low, _high: 0.0)
     storage = open_hedged(first_byte_timeout_seconds=0.4)
