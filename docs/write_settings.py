@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal, get_args, get_origin
 
 from ray_streamer.cli.settings import default_text
-from ray_streamer.settings import ALIASES, ENV_PREFIX, Settings
+from ray_streamer.settings import ALIASES, ENV_PREFIX, REPLACE_RUNAI, Settings
 
 PAGE = Path(__file__).with_name("settings.md")
 
@@ -33,6 +33,8 @@ _ALIAS_HEAD = f"""
 Whoever moves from Run:ai Model Streamer can keep the environment: these variables are read where `{ENV_PREFIX}NAME` is not set.
 `AWS_*` variables mean what they mean to boto3. Others of `RUNAI_STREAMER_*` have no counterpart and are not read; among them
 `RUNAI_STREAMER_OBJ_CONCURRENCY`, which counts clients that keep many requests each, where `concurrency` counts requests.
+
+`{REPLACE_RUNAI}=1` makes the vLLM plugin answer for load format `runai_streamer`: see [vllm.md](vllm.md).
 
 | variable | setting | difference |
 |---|---|---|

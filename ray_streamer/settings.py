@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 MIB = 1 << 20
 ENV_PREFIX = "RAY_STREAMER_"
 
+REPLACE_RUNAI = f"{ENV_PREFIX}REPLACE_RUNAI"
+"""Variable that makes the vLLM plugin answer for load format `runai_streamer`; no setting of a load."""
+
 # A week: longer waits are endless to people, and some are too long for the operating system's clocks.
 _LONGEST_SECONDS = 7 * 24 * 3600
 
@@ -316,6 +319,19 @@ SECRET_SETTINGS = frozenset(
 """Settings that no output shows and that no command line takes, since command lines are public."""
 
 
+def replaces_runai() -> bool:
+    """Whether `REPLACE_RUNAI` is on in this process.
+
+    Raises:
+        SettingsError: Its value is neither yes nor no.
+    """
+    text = os.environ.get(REPLACE_RUNAI, "")
+    try:
+        return TypeAdapter(bool).validate_python(text or False)
+    except ValidationError:
+        raise SettingsError(f"environment variable {REPLACE_RUNAI}={text!r}: give 1, or leave it out") from None
+
+
 _told: set[str] = set()
 
 
@@ -323,7 +339,7 @@ def _tell_misspelt_variables() -> None:
     """Warns once of variables that look like settings and are none: they change nothing, and somebody meant them to."""
     for variable in sorted(os.environ):
         name = variable.upper().removeprefix(ENV_PREFIX).lower()
-        is_ours = variable.upper().startswith(ENV_PREFIX)
+        is_ours = variable.upper().startswith(ENV_PREFIX) and variable != REPLACE_RUNAI
         if is_ours and name not in Settings.model_fields and variable not in _told:
             _told.add(variable)
             logger.warning("environment variable %s is no setting%s", variable, _nearest(name, prefix=ENV_PREFIX))

@@ -8,7 +8,7 @@ import pickle
 import pytest
 
 from ray_streamer.errors import SettingsError
-from ray_streamer.settings import ALIASES, MIB, SECRET_SETTINGS, Settings
+from ray_streamer.settings import ALIASES, MIB, SECRET_SETTINGS, Settings, replaces_runai
 
 
 def test_an_argument_beats_the_environment_beats_the_default(monkeypatch):
@@ -58,6 +58,21 @@ def test_override_keeps_what_is_not_given(monkeypatch):
     )
     with pytest.raises(SettingsError, match="concurrency=0"):
         settings.override(concurrency=0)
+
+
+@pytest.mark.parametrize(("text", "is_on"), [(None, False), ("", False), ("0", False), ("1", True), ("true", True)])
+def test_run_ai_is_replaced_where_the_variable_says_so(monkeypatch, caplog, text, is_on):
+    if text is not None:
+        monkeypatch.setenv("RAY_STREAMER_REPLACE_RUNAI", text)
+    assert replaces_runai() is is_on
+    Settings.resolve()
+    assert not caplog.records
+
+
+def test_a_switch_that_is_neither_on_nor_off_is_named(monkeypatch):
+    monkeypatch.setenv("RAY_STREAMER_REPLACE_RUNAI", "perhaps")
+    with pytest.raises(SettingsError, match=r"RAY_STREAMER_REPLACE_RUNAI='perhaps': give 1, or leave it out"):
+        replaces_runai()
 
 
 ALIAS_CASES = [

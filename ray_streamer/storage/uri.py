@@ -12,8 +12,8 @@ from urllib.parse import parse_qsl, unquote
 
 from ray_streamer.errors import SettingsError
 
-ARROW_SCHEMES = frozenset({"gs", "gcs", "abfs", "abfss", "hdfs", "viewfs"})
-"""What pyarrow opens."""
+ARROW_SCHEMES = frozenset({"gs", "gcs", "abfs", "abfss", "az", "hdfs", "viewfs"})
+"""What pyarrow opens; `az`, as Run:ai's streamer and vLLM write it, means an account that Azure's variables name."""
 
 UriLike = str | os.PathLike[str]
 """What the caller may say: text, or a path object for a local path."""

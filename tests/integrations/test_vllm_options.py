@@ -19,6 +19,22 @@ def test_keys_of_run_ai_mean_the_same():
     assert (options.settings.concurrency, options.settings.memory_limit) == (4, 5 << 30)
 
 
+@pytest.mark.parametrize(
+    ("extra", "of_each", "of_all"),
+    [
+        ({"memory_limit": 1 << 30}, 1 << 30, None),
+        ({"memory_limit": 1 << 30, "distributed": True}, None, 1 << 30),
+        ({"memory_limit": -1, "distributed": True}, -1, None),
+        ({"memory_limit": 0, "distributed": True}, 0, None),
+        ({"memory_limit": "1GiB", "node_memory_limit": "4GiB", "distributed": True}, 1 << 30, 4 << 30),
+        ({"distributed": True}, None, None),
+    ],
+)
+def test_a_distributed_limit_is_the_nodes_as_with_run_ai(extra, of_each, of_all):
+    settings = LoaderOptions.of(extra).settings
+    assert (settings.memory_limit, settings.node_memory_limit) == (of_each, of_all)
+
+
 def test_settings_may_be_written_as_on_the_command_line():
     options = LoaderOptions.of(
         {"uri": "s3://bucket/model", "memory_limit": "512MiB", "s3_endpoint_url": "http://host:1"}

@@ -188,6 +188,22 @@ def test_an_azure_uri_is_understood_without_a_network():
     storage.close()
 
 
+@pytest.mark.parametrize("variable", [None, "AZURE_STORAGE_ACCOUNT_KEY", "AZURE_STORAGE_SAS_TOKEN"])
+def test_an_azure_uri_without_an_account_takes_it_from_azures_variables(variable, monkeypatch):
+    for name in ("ACCOUNT_NAME", "ACCOUNT_KEY", "SAS_TOKEN"):
+        monkeypatch.delenv(f"AZURE_STORAGE_{name}", raising=False)
+    with pytest.raises(
+        SettingsError, match=r"az://models/llama names no storage account; set AZURE_STORAGE_ACCOUNT_NAME"
+    ):
+        open_storage("az://models/llama", Settings.resolve())
+    monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_NAME", "account")
+    if variable is not None:
+        monkeypatch.setenv(variable, "c2VjcmV0")
+    storage = open_storage("az://models/llama", Settings.resolve())
+    assert (storage.uri, storage.is_remote) == ("az://models/llama", True)
+    storage.close()
+
+
 def test_a_checkpoint_is_loaded_from_googles_store(google_place, tmp_path):
     layout = llama_layout(hidden=64, layers=2, heads=4, kv_heads=2, intermediate=128, vocab=100)
     write_checkpoint(tmp_path, layout.tensors, num_files=2, config=layout.config)

@@ -1,7 +1,7 @@
 """How does a test run an engine? In a process forked from this one, which has vLLM imported already, bounded, with a log of its own.
 
 Importing vLLM takes most of an engine's start, and a fresh engine imports it in each of its four processes. These are forked from
-one that has done so, as vLLM itself forks on a GPU. `vllm serve` starts as users start it.
+one that has done so, as vLLM itself forks on a GPU. So is `vllm serve`: its command's own `main`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import json
 import multiprocessing
 import os
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -35,7 +34,9 @@ HERE = Path(__file__).parent
 
 _FORK = multiprocessing.get_context("fork")
 _IMPORTED_BY_ENGINES = (
+    "vllm.entrypoints.cli.main",
     "vllm.entrypoints.llm",
+    "vllm.entrypoints.openai.api_server",
     "vllm.v1.engine.coordinator",
     "vllm.v1.engine.core",
     "vllm.v1.engine.utils",
@@ -69,25 +70,26 @@ def try_engine(
     """
     _import_vllm()
     with _environment(scratch) as environment:
-        process = _FORK.Process(
-            target=_run_forked, args=(scratch / "engine.log", environment, prepare, {"engine": engine, **wish})
-        )
+        work = functools.partial(_run_engine, prepare, {"engine": engine, **wish})
+        process = _FORK.Process(target=_run_forked, args=(scratch / "engine.log", environment, work))
         process.start()
         process.join(TIMEOUT_SECONDS)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.join()
+        _end(process)
     log = (scratch / "engine.log").read_text()
     answers = [line.partition("ANSWER ")[2] for line in log.splitlines() if "ANSWER {" in line]
     return process.exitcode, json.loads(answers[-1]) if answers else None, log
 
 
-def _run_forked(log: Path, environment: dict[str, str], prepare: Callable[[], None], wish: dict[str, Any]) -> NoReturn:
+def _run_engine(prepare: Callable[[], None], wish: dict[str, Any]) -> None:
+    prepare()
+    engine_process.main(wish)
+
+
+def _run_forked(log: Path, environment: dict[str, str], work: Callable[[], None]) -> NoReturn:
     status = 1
     try:
         _become_engine(log, environment)
-        prepare()
-        engine_process.main(wish)
+        work()
         status = 0
     except BaseException:
         traceback.print_exc()
@@ -113,9 +115,9 @@ def _become_engine(log: Path, environment: dict[str, str]) -> None:
     import_module("vllm.logger")._configure_vllm_root_logger()
     # Looks at the class of the model in a fresh interpreter, for which vLLM has to be imported once more.
     import_module("vllm.model_executor.models.registry")._run_in_subprocess = lambda function: function()
-    for module in list(sys.modules.values()):
+    for name, module in list(sys.modules.items()):
         # The CPU platform spawns.
-        if module.__name__.startswith("vllm.") and hasattr(module, "get_mp_context"):
+        if name.startswith("vllm.") and "get_mp_context" in vars(module):
             module.get_mp_context = lambda: _FORK
 
 
@@ -126,46 +128,48 @@ def _import_vllm() -> None:
 
 
 @contextmanager
-def served(scratch: Path, model: Path, *arguments: str) -> Iterator[Callable[[dict[str, Any]], dict[str, Any]]]:
+def served(scratch: Path, model: Path | str, *arguments: str) -> Iterator[Callable[[dict[str, Any]], dict[str, Any]]]:
     """`vllm serve` with these arguments, once it is healthy; gives a function that asks it for a completion.
 
     Raises:
         AssertionError: It ended, or did not get healthy in time; says the end of its log.
     """
+    _import_vllm()
     port = free_port()
-    command = [
-        str(Path(sys.executable).parent / "vllm"),
-        "serve",
-        str(model),
-        "--host",
-        "127.0.0.1",
-        "--port",
-        str(port),
-    ]
     shape = ["--enforce-eager", "--dtype", "bfloat16", "--max-model-len", "128", "--max-num-seqs", "4"]
-    with _environment(scratch) as environment, (scratch / "serve.log").open("w") as log:
-        server = subprocess.Popen(
-            [*command, *shape, *arguments], stdout=log, stderr=log, env=environment, start_new_session=True
-        )
+    command = ["vllm", "serve", str(model), "--host", "127.0.0.1", "--port", str(port), *shape, *arguments]
+    log = scratch / "serve.log"
+    with _environment(scratch) as environment:
+        server = _FORK.Process(target=_run_forked, args=(log, environment, functools.partial(_run_command, command)))
+        server.start()
         try:
-            _wait_until_healthy(server, port, scratch / "serve.log")
+            _wait_until_healthy(server, port, log)
             yield lambda body: _post(port, {"model": str(model), **body})
         finally:
-            # Workers outlive their parent for a while.
-            os.killpg(server.pid, signal.SIGKILL)
-            server.wait(TIMEOUT_SECONDS)
+            _end(server)
 
 
-def _wait_until_healthy(server: subprocess.Popen[bytes], port: int, log: Path) -> None:
+def _run_command(command: list[str]) -> None:
+    sys.argv = command
+    import_module("vllm.entrypoints.cli.main").main()
+
+
+def _end(process: Any) -> None:
+    """Ends the process and all that it started, which outlive it for a while otherwise."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.join()
+
+
+def _wait_until_healthy(server: Any, port: int, log: Path) -> None:
     deadline = time.monotonic() + TIMEOUT_SECONDS
-    while time.monotonic() < deadline and server.poll() is None:
+    while time.monotonic() < deadline and server.is_alive():
         try:
             with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
                 return
         except OSError:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                server.wait(0.5)
-    raise AssertionError(f"vllm serve did not get healthy (exit status {server.poll()}):\n{log.read_text()[-6000:]}")
+            server.join(0.5)
+    raise AssertionError(f"vllm serve did not get healthy (exit status {server.exitcode}):\n{log.read_text()[-6000:]}")
 
 
 def _post(port: int, body: dict[str, Any]) -> dict[str, Any]:

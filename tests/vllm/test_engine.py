@@ -7,13 +7,9 @@ import shutil
 
 import pytest
 from engine_process import PROMPTS
-from engines import run_engine, served, try_engine
+from engines import run_engine, served
 from families import save_checkpoint, save_tokenizer
-
-from ray_streamer.checkpoint import open_checkpoint
-from ray_streamer.checkpoint.open import HEAD_BYTES
-from ray_streamer.settings import Settings
-from ray_streamer.storage import open_storage
+from measures import assert_read_once
 
 
 @pytest.fixture(scope="module")
@@ -52,14 +48,6 @@ def without_weights(model, folder):
         if path.suffix == ".json" and "index" not in path.name:
             shutil.copy(path, folder)
     return folder
-
-
-def tensor_bytes(model):
-    storage = open_storage(str(model), Settings())
-    try:
-        return open_checkpoint(str(model), storage).total_bytes
-    finally:
-        storage.close()
 
 
 @pytest.mark.parametrize(("family", "tp"), [("llama", 1), ("llama", 2), ("qwen3_moe", 2), ("gemma3_text", 2)])
@@ -102,30 +90,6 @@ def test_serve_over_http_from_s3(checkpoints, stock, s3_credentials, tmp_path):
             answer = ask({"prompt": prompt, "max_tokens": 8, "temperature": 0, "return_token_ids": True})
             assert answer["choices"][0]["token_ids"] == token_ids
     assert_read_once(model, s3_credentials.bytes_sent() - sent, s3_credentials.requests() - requests)
-
-
-def assert_read_once(model, sent, requests):
-    """Each tensor came once for both workers, and so did headers, index and config.json."""
-    needed = tensor_bytes(model)
-    heads = sum(min(HEAD_BYTES, path.stat().st_size) for path in model.glob("*.safetensors"))
-    extra = sent - needed - heads
-    print(
-        f"{sent} bytes in {requests} requests: {needed} of tensors, {heads} of first bytes with headers, {extra} beside"
-    )
-    assert 0 <= extra < 100_000
-
-
-def test_what_cannot_be_loaded_ends_the_engine_with_a_sentence(checkpoints, tmp_path):
-    engine = {"model": str(checkpoints("llama")), "tensor_parallel_size": 2, "load_format": "ray_streamer"}
-    status, answer, log = try_engine(
-        tmp_path / "gone", {**engine, "model_loader_extra_config": {"uri": str(tmp_path / "nothing")}}
-    )
-    assert (answer, status) == (None, 1)
-    assert "ObjectMissingError" in log
-    assert str(tmp_path / "nothing") in log
-    status, answer, log = try_engine(tmp_path / "key", {**engine, "model_loader_extra_config": {"url": "x"}})
-    assert (answer, status) == (None, 1)
-    assert "model_loader_extra_config has 'url', which load format ray_streamer does not know" in log
 
 
 def test_reload_with_other_weights(checkpoints, stock, tmp_path):

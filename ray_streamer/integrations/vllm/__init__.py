@@ -2,10 +2,12 @@
 
 vllm serve /models/llama --load-format ray_streamer --tensor-parallel-size 8
 vllm serve /models/llama-config-only --load-format ray_streamer --model-loader-extra-config '{"uri": "s3://bucket/llama"}'
+RAY_STREAMER_REPLACE_RUNAI=1 vllm serve s3://bucket/llama --tensor-parallel-size 8
 
 options      what `--model-loader-extra-config` may say
 internals    all that is known of vLLM's inside, and the versions that it was seen in
 loader       the load format: capture of vLLM's own loaders, one session of the ranks, slices straight into parameters
+runai        commands and manifests written for Run:ai's streamer, when RAY_STREAMER_REPLACE_RUNAI=1 asks for it
 """
 
 from __future__ import annotations
@@ -17,9 +19,14 @@ def register() -> None:
     """Called by vLLM in each of its processes, maybe several times; makes the load format known and starts nothing.
 
     Raises:
-        ImportError: This vLLM has no registry of load formats.
+        SettingsError: This vLLM lacks what the load format needs, or RAY_STREAMER_REPLACE_RUNAI is neither 1 nor 0.
     """
     from ray_streamer.integrations.vllm.internals import register_format
     from ray_streamer.integrations.vllm.loader import RayStreamerLoader
+    from ray_streamer.settings import replaces_runai
 
     register_format(LOAD_FORMAT, RayStreamerLoader)
+    if replaces_runai():
+        from ray_streamer.integrations.vllm.runai import answer_for_runai
+
+        answer_for_runai()

@@ -7,8 +7,10 @@ error says which one, and which versions have it.
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any, cast
 
+from ray_streamer.checkpoint.folder_hints import INDEX_NAME
 from ray_streamer.errors import SettingsError
 
 if TYPE_CHECKING:
@@ -21,7 +23,11 @@ if TYPE_CHECKING:
 TESTED_VERSIONS = ("0.32.0",)
 
 _LOADERS = "vllm.model_executor.model_loader"
+_WEIGHTS = "vllm.model_executor.model_loader.weight_utils"
 _GROUPS = "vllm.distributed.parallel_state"
+_RUNAI_FORMAT = "runai_streamer"
+_MODEL_FILES = "ObjectStorageModel"
+_USERS_OF_MODEL_FILES = ("vllm.transformers_utils.runai_utils", "vllm.config.model")
 
 _said_versions: set[str] = set()
 
@@ -45,6 +51,26 @@ def register_format(name: str, loader: type) -> None:
     """Makes `loader` vLLM's load format `name`; does nothing when it is that already."""
     if internal(_LOADERS, "_LOAD_FORMAT_TO_MODEL_LOADER").get(name) is not loader:
         internal(_LOADERS, "register_model_loader")(name)(loader)
+
+
+def replace_runai(loader: type, model_files: type) -> bool:
+    """Makes `loader` vLLM's load format `runai_streamer`, and `model_files` what fetches config and tokenizer from object stores.
+
+    Returns:
+        Whether it was another one before.
+
+    Raises:
+        SettingsError: This vLLM has no such things; nothing was replaced then.
+    """
+    registry = internal(_LOADERS, "_LOAD_FORMAT_TO_MODEL_LOADER")
+    for module in _USERS_OF_MODEL_FILES:
+        internal(module, _MODEL_FILES)
+    for module in _USERS_OF_MODEL_FILES:
+        setattr(importlib.import_module(module), _MODEL_FILES, model_files)
+    is_new = registry.get(_RUNAI_FORMAT) is not loader
+    # Written here, as vLLM's own way to register would warn that a format is overwritten. That is what was asked for.
+    registry[_RUNAI_FORMAT] = loader
+    return is_new
 
 
 def logger_of(name: str) -> logging.Logger:
@@ -83,6 +109,22 @@ def loading_group(model_config: Any) -> dist.ProcessGroup | None:
     name = "get_tp_group" if is_draft(model_config) else "get_world_group"
     group = internal(_GROUPS, name)()
     return group.cpu_group if group.world_size > 1 else None
+
+
+def place_of_weights(model_config: Any, load_config: Any) -> str:
+    """Where vLLM itself would look for the weights of that model. Those of a model of the Hugging Face Hub are downloaded first.
+
+    Downloads once per node: vLLM's own function takes a lock.
+    """
+    place = model_config.model_weights or model_config.model
+    if "://" in place or os.path.isdir(place):
+        return place
+    cache, revision = load_config.download_dir, model_config.revision
+    folder = internal(_WEIGHTS, "download_weights_from_hf")(
+        place, cache, ["*.safetensors"], revision, ignore_patterns=load_config.ignore_patterns
+    )
+    internal(_WEIGHTS, "download_safetensors_index_file_from_hf")(place, INDEX_NAME, cache, revision=revision)
+    return folder
 
 
 def skips_tensor(model: Any) -> Callable[[str], bool]:

@@ -18,7 +18,7 @@ from weakref import WeakKeyDictionary
 
 from ray_streamer.api.rank import load_rank
 from ray_streamer.checkpoint import locate, open_checkpoint
-from ray_streamer.integrations.vllm import internals
+from ray_streamer.integrations.vllm import internals, mismatch
 from ray_streamer.integrations.vllm.capturing import CapturedSlices
 from ray_streamer.integrations.vllm.options import LoaderOptions
 from ray_streamer.integrations.vllm.summary import Summary, gather_summaries
@@ -89,12 +89,12 @@ class RayStreamerLoader(BaseModelLoader):
         is_draft = internals.is_draft(model_config)
         said = self._options.uri_of(is_draft=is_draft)
         _origins[model] = _Origin(model_config.model, is_draft, said)
-        uri = said or own_place(model_config)
+        uri = said or internals.place_of_weights(model_config, self.load_config)
         secondary = internals.secondary_tensors(model, self.load_config)
         captured = CapturedSlices(
             uri,
             self._options.settings,
-            load=lambda tensors: model.load_weights(itertools.chain(tensors, secondary)),
+            load=lambda tensors: mismatch.load_weights(model, itertools.chain(tensors, secondary), uri),
             targets=lambda: targets_of(model),
             skips=internals.skips_tensor(model),
         )
@@ -144,13 +144,8 @@ class RayStreamerLoader(BaseModelLoader):
         # Options that changed since are about the weights that are wanted now. Options that did not are about the model that was
         # loaded first, and say nothing about another one.
         if origin is not None and said == origin.uri and model_config.model != origin.model:
-            return own_place(model_config)
-        return said or own_place(model_config)
-
-
-def own_place(model_config: Any) -> str:
-    """Where vLLM itself would look for the weights of that model."""
-    return model_config.model_weights or model_config.model
+            said = None
+        return said or internals.place_of_weights(model_config, self.load_config)
 
 
 def targets_of(model: nn.Module) -> dict[str, torch.Tensor]:

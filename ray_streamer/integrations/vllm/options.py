@@ -36,7 +36,8 @@ class LoaderOptions:
     def of(cls, extra_config: Mapping[str, Any] | None) -> LoaderOptions:
         """The options that `extra_config` says; what it leaves out comes from the environment or is the default.
 
-        `distributed` is taken as Run:ai's loader takes it, and changes nothing: ranks of a node always share their reads.
+        Keys of Run:ai's loader mean what they mean there. Ranks of a node always share their reads; what `distributed` changes is
+        whose limit `memory_limit` is: with it that of all ranks of a node, without it that of each.
 
         Raises:
             SettingsError: A key is unknown, or a value cannot be used; names both, and the keys that exist.
@@ -49,11 +50,18 @@ class LoaderOptions:
                 f"model_loader_extra_config has {', '.join(map(repr, unknown))}, which load format ray_streamer does not "
                 f"know; it takes {', '.join(sorted(known))}"
             )
-        distributed = said.pop("distributed", True)
+        distributed = said.pop("distributed", False)
         if not isinstance(distributed, bool):
             raise SettingsError(f"model_loader_extra_config: distributed must be true or false, got {distributed!r}")
+        if distributed and _is_size(said.get("memory_limit")) and "node_memory_limit" not in said:
+            said["node_memory_limit"] = said.pop("memory_limit")
         places = {name: _checked_uri(name, said.pop(name, None)) for name in ("uri", "draft_uri")}
         return cls(**places, settings=Settings.resolve(**said))
+
+
+def _is_size(memory_limit: Any) -> bool:
+    """Whether it is a number of bytes, and neither unset, "as much as it takes" nor "as little as works"."""
+    return memory_limit is not None and str(memory_limit).strip() not in ("-1", "0")
 
 
 def _checked_uri(name: str, value: Any) -> str | None:

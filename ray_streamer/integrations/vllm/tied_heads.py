@@ -63,7 +63,7 @@ def _difference(index: CheckpointIndex, head: str, uri: str, settings: Settings)
         return None
     return (
         f"{index.uri}: config.json says tie_word_embeddings, but {head} differs from {embeddings[0]}, so the model would answer with "
-        "the wrong head. Set tie_word_embeddings to false in the config.json of the folder that vLLM is given as its model"
+        "the wrong head. Give vLLM --hf-overrides '{\"tie_word_embeddings\": false}' (in Python: hf_overrides), or correct config.json"
     )
 
 
