@@ -1,7 +1,7 @@
 """What do the ranks of a node agree on before they load? One index, read once, one limit of memory, and one plan of reads.
 
     every rank: uri, memory it measured ── gather ──> the same uri, the smallest limit
-    first rank: headers ── share ──> index ──> what this rank holds
+    first rank: headers ── share ──> index ──> what this rank holds; what it must read for that, it reads with the others
     every rank: what it reads ── gather ──> all of it
     first rank: the node's plan ── share ──> this rank's part of it
 
@@ -21,7 +21,8 @@ from ray_streamer.planning.fills import check_fills
 from ray_streamer.planning.limits import rank_memory_limit
 from ray_streamer.planning.node_plan import NodePlan, plan_node
 from ray_streamer.planning.rank_plan import RankPlan
-from ray_streamer.slices import RankSources
+from ray_streamer.rank.shared_tensors import SharedTensors
+from ray_streamer.slices import RankSources, ReadingSource
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -82,30 +83,87 @@ def agree(
             it wants.
         RankFailedError: Another rank failed.
     """
+    met = agree_on_index(session, membership, request, storage, index_bytes)
+    index = met.index
+    said = _say(session, membership.rank, request, storage, met)
+    session.activity.phase = "planning"
+    # Before anybody is told: what is wrong with a rank's own results is found by the rank itself.
+    holes = check_fills(index, said)
+    node_plan = _share_plan(session, index, said, met.limits)
+    place = session.place
+    plan = RankPlan.of(index, node_plan, said, ranks=place.ranks, local_rank=place.local_rank, holes=holes)
+    return Agreement(plan, met.memory_limit)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Met:
+    """What the ranks of a node have in common before any of them says what it holds.
+
+    Attributes:
+        index: Of the checkpoint.
+        memory_limit: Staging bytes of this rank; -1 for as much as the plan can use.
+        smallest_limit: Staging bytes of the rank that has least.
+        limits: The sizes of reads.
+        reads_values: Whether any rank may need values of tensors before it says what it holds.
+    """
+
+    index: CheckpointIndex
+    memory_limit: int
+    smallest_limit: int
+    limits: ReadLimits
+    reads_values: bool
+
+
+def agree_on_index(
+    session: NodeSession,
+    membership: Membership,
+    request: LoadRequest,
+    storage: Storage,
+    index_bytes: bytes | memoryview | None,
+) -> Met:
+    """The first part of `agree`, with the same arguments and errors."""
     memory_limit = rank_memory_limit(
         memory_limit=request.settings.memory_limit,
         node_memory_limit=request.settings.node_memory_limit,
         available_bytes=measure_available_memory(),
         num_local_ranks=len(membership.local_ranks),
     )
-    memory_limits = _gather_limits(session, request.uri, memory_limit)
+    smallest, limits, reads_values = _gather_terms(session, request, memory_limit)
     session.activity.phase = "reading the headers"
     if index_bytes is None:
         index_bytes = _share_index(session, request, storage)
-    index = index_from_bytes(index_bytes)
-    session.activity.phase = "planning"
-    said = request.slices(index, membership.rank)
-    # Before anybody is told: what is wrong with a rank's own results is found by the rank itself.
-    holes = check_fills(index, said)
-    node_plan = _share_plan(session, index, said, request.read_limits(memory_limits))
-    place = session.place
-    plan = RankPlan.of(index, node_plan, said, ranks=place.ranks, local_rank=place.local_rank, holes=holes)
-    return Agreement(plan, memory_limit)
+    return Met(
+        index=index_from_bytes(index_bytes),
+        memory_limit=memory_limit,
+        smallest_limit=smallest,
+        limits=limits,
+        reads_values=reads_values,
+    )
 
 
-def _gather_limits(session: NodeSession, uri: str, memory_limit: int) -> list[int]:
-    said = session.gather(json.dumps({"uri": uri, "memory_limit": memory_limit}).encode())
-    limits: list[int] = []
+def share_tensors(session: NodeSession, request: LoadRequest, storage: Storage, met: Met) -> SharedTensors:
+    """Tensors of the checkpoint that the ranks of the node, which all call this, read together; the caller closes it.
+
+    Raises:
+        BudgetError: The system refuses the memory.
+        RankFailedError: Another rank failed.
+    """
+    return SharedTensors.open(
+        session,
+        met.index,
+        storage,
+        memory_limit=met.smallest_limit,
+        block_bytes=met.limits.block_bytes,
+        concurrency=request.settings.concurrency,
+    )
+
+
+def _gather_terms(session: NodeSession, request: LoadRequest, memory_limit: int) -> tuple[int, ReadLimits, bool]:
+    """The smallest limit, the sizes that follow from it, and whether any rank may need values before it says what it holds."""
+    uri, reads_values = request.uri, isinstance(request.slices, ReadingSource)
+    mine = {"uri": uri, "memory_limit": memory_limit, "reads_values": reads_values}
+    said = session.gather(json.dumps(mine).encode())
+    memory_limits: list[int] = []
     for rank, words in zip(session.place.ranks, said, strict=True):
         theirs: dict[str, Any] = json.loads(bytes(words))
         if theirs["uri"] != uri:
@@ -113,8 +171,23 @@ def _gather_limits(session: NodeSession, uri: str, memory_limit: int) -> list[in
                 f"rank {rank} was asked for {theirs['uri']}, rank {session.place.rank} for {uri}: give every rank the same "
                 "uri, and concurrent loads a session of their own"
             )
-        limits.append(int(theirs["memory_limit"]))
-    return limits
+        memory_limits.append(int(theirs["memory_limit"]))
+        reads_values |= bool(theirs["reads_values"])
+    return (min(memory_limits), request.read_limits(memory_limits), reads_values)
+
+
+def _say(session: NodeSession, rank: int, request: LoadRequest, storage: Storage, met: Met) -> RankSlices:
+    """What this rank holds; ranks read together what one of them needs to know for that."""
+    source = request.slices
+    if not met.reads_values:
+        return source(met.index, rank)
+    session.activity.phase = "running the engine's loader"
+    with share_tensors(session, request, storage, met) as shared:
+        return (
+            source.with_values(met.index, rank, shared)
+            if isinstance(source, ReadingSource)
+            else source(met.index, rank)
+        )
 
 
 def _share_index(session: NodeSession, request: LoadRequest, storage: Storage) -> memoryview:

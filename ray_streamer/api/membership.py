@@ -11,16 +11,21 @@ from __future__ import annotations
 
 import os
 import secrets
+import socket
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ray_streamer.api.launchers import find_layout
 from ray_streamer.api.process_group import ProcessGroup
 from ray_streamer.errors import SettingsError
+from ray_streamer.exchange.liveness import Timeouts
+from ray_streamer.exchange.place import Place
 from ray_streamer.planning.topology import Topology
 
 if TYPE_CHECKING:
     import torch.distributed as dist
+
+    from ray_streamer.settings import Settings
 
 _JOB_VARIABLES = (
     "TORCHELASTIC_RUN_ID",
@@ -62,6 +67,18 @@ class Membership:
     def local_ranks(self) -> tuple[int, ...]:
         """Global ranks of this rank's node, in order."""
         return self.topology.nodes[self.node_number]
+
+    def place(self, settings: Settings) -> Place:
+        """Where this rank meets the others of its node."""
+        return Place(
+            # Several nodes may share a machine, and with it the names of sockets.
+            session=f"{self.session}/{self.node_number}",
+            rank=self.rank,
+            ranks=self.local_ranks,
+            node=socket.gethostname(),
+            timeouts=Timeouts.of(settings),
+            assumption=self.assumption,
+        )
 
 
 def find_membership(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import queue
-import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -13,8 +12,6 @@ from typing import TYPE_CHECKING
 from ray_streamer.api.agreement import agree, read_index_for_all_nodes
 from ray_streamer.api.arguments import SHARDING, Sharding
 from ray_streamer.api.membership import find_membership
-from ray_streamer.exchange.liveness import Timeouts
-from ray_streamer.exchange.place import Place
 from ray_streamer.exchange.session import NodeSession
 from ray_streamer.rank.background import BackgroundLoad
 from ray_streamer.rank.load import RankLoad
@@ -317,7 +314,7 @@ def _begin(call: _Call) -> tuple[RankLoad, BackgroundLoad]:
     completed: queue.SimpleQueue[Item | BaseException | None] = queue.SimpleQueue()
     with contextlib.ExitStack() as owned:
         # The others are looked for while device and storage are opened; what fails there is told to them.
-        session = owned.enter_context(NodeSession(_place(membership, request.settings)))
+        session = owned.enter_context(NodeSession(membership.place(request.settings)))
         device = request.open_device(request.device)
         storage = request.open_storage(num_sharers=len(membership.local_ranks))
         owned.callback(storage.close)
@@ -347,18 +344,6 @@ def _begin(call: _Call) -> tuple[RankLoad, BackgroundLoad]:
         except BaseException as error:
             close(error)
             raise
-
-
-def _place(membership: Membership, settings: Settings) -> Place:
-    return Place(
-        # Several nodes may share a machine, and with it the names of sockets.
-        session=f"{membership.session}/{membership.node_number}",
-        rank=membership.rank,
-        ranks=membership.local_ranks,
-        node=socket.gethostname(),
-        timeouts=Timeouts.of(settings),
-        assumption=membership.assumption,
-    )
 
 
 def _options(session: NodeSession, agreement: Agreement, settings: Settings) -> RankOptions:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from typing import TYPE_CHECKING, NamedTuple
 
 from ray_streamer.errors import ClusterError, RankFailedError
 from ray_streamer.exchange.memory import map_memory, map_value
-from ray_streamer.exchange.messages import decode_value
+from ray_streamer.exchange.messages import HANDED_OVER, decode_value
+from ray_streamer.process_limits import limits_explained
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -18,10 +20,17 @@ if TYPE_CHECKING:
 
 
 class Received(NamedTuple):
-    """What one rank gave to one step: its value, and memory that it lends; both read-only, mapped as long as they are used."""
+    """What one rank gave to one step.
+
+    Attributes:
+        value: Read-only, mapped as long as it is used.
+        memory: That it lends; likewise.
+        fd: Of memory that all ranks write to, the taker's to close; -1 when there is none.
+    """
 
     value: memoryview
     memory: memoryview
+    fd: int = -1
 
 
 def receive_value(payload: bytes, fds: list[int], *, rank: int) -> tuple[int, Received]:
@@ -35,6 +44,9 @@ def receive_value(payload: bytes, fds: list[int], *, rank: int) -> tuple[int, Re
     if (head.memory_bytes or is_beside) and not fds:
         raise ClusterError(f"memory of rank {rank} did not arrive: raise the limit of open files (ulimit -n)")
     value = map_value(fds[0], head.value_bytes) if is_beside else memoryview(inline)
+    if head.memory_bytes == HANDED_OVER:
+        with limits_explained("share memory with the other ranks"):
+            return head.step, Received(value, memoryview(b""), os.dup(fds[0]))
     memory = memoryview(map_memory(fds[0], head.memory_bytes)) if head.memory_bytes else memoryview(b"")
     return head.step, Received(value, memory)
 
@@ -174,6 +186,9 @@ class Mailbox:
 
     def close(self) -> None:
         """Drops what nobody took."""
+        for received in self._received.values():
+            if received.fd >= 0:
+                os.close(received.fd)
         self._received.clear()
 
     def _refuse_gone(self, needed: Iterable[int]) -> None:

@@ -75,13 +75,18 @@ class Hello:
             raise ValueError(f"local rank {self.local_rank} of {self.num_local_ranks} ranks cannot be")
 
 
+HANDED_OVER = (1 << 64) - 1
+"""In place of a length: the memory is not mapped, its descriptor is given."""
+
+
 class ValueHead(NamedTuple):
     """What a VALUE says before its bytes.
 
     Attributes:
         step: Number of the session's step.
         value_bytes: Length of the value; when the message holds less, the descriptor beside it holds it.
-        memory_bytes: Length of the memory that the descriptor beside it lends; 0 when none is lent.
+        memory_bytes: Length of the memory that the descriptor beside it lends; 0 when none is lent; `HANDED_OVER` when the receiver
+            keeps the descriptor itself.
     """
 
     step: int

@@ -4,6 +4,7 @@
         said = session.gather(b"what this rank wants")        # one value per rank, the same on every rank
         plan = session.share(make)                            # the first rank's, made once
         arenas = session.lend(b"how it is cut", fd, size)     # every rank's memory, mapped
+        fd = session.share_memory(make)                       # the first rank's memory, for all to write to
         session.begin_load(listener)                          # then `announce`, `release`
         session.finish_load()
 
@@ -22,7 +23,7 @@ from ray_streamer.exchange.hub import Hub
 from ray_streamer.exchange.liveness import Activity
 from ray_streamer.exchange.mailbox import Mailbox, Received
 from ray_streamer.exchange.memory import map_value, write_sealed
-from ray_streamer.exchange.messages import MAX_INLINE_BYTES, Kind, ValueHead, encode_value
+from ray_streamer.exchange.messages import HANDED_OVER, MAX_INLINE_BYTES, Kind, ValueHead, encode_value
 from ray_streamer.process_limits import limits_explained
 from ray_streamer.stream.stop import StopSignal
 
@@ -158,6 +159,28 @@ class NodeSession:
             self.fail(error)
             raise
 
+    def share_memory(self, make: Callable[[], int]) -> int:
+        """Memory that all ranks read and write: a descriptor, the caller's to close on every rank.
+
+        Args:
+            make: Returns a memory file; called on the first rank alone.
+
+        Raises:
+            BaseException: On the first rank, what `make` raised; the session is over then.
+            RankFailedError: On the others: names the first rank, its `cause` is that error.
+        """
+        self.stop.check()
+        step = self._next_step()
+        if not self.is_first:
+            return self._mailbox.take([0], step)[0].fd
+        try:
+            fd = make()
+            self._give(step, b"", fd, HANDED_OVER)
+        except BaseException as error:
+            self.fail(error)
+            raise
+        return fd
+
     def lend(self, about: bytes, fd: int, num_bytes: int) -> tuple[Lent, ...]:
         """Lends memory to all ranks and maps theirs; every rank's, in local order.
 
@@ -171,7 +194,8 @@ class NodeSession:
             ClusterError: Memory did not arrive.
         """
         assert len(about) <= MAX_INLINE_BYTES
-        return tuple(Lent(*received) for received in self._exchange(about, fd if num_bytes else -1, num_bytes))
+        received = self._exchange(about, fd if num_bytes else -1, num_bytes)
+        return tuple(Lent(each.value, each.memory) for each in received)
 
     def begin_load(self, listener: LoadListener) -> None:
         """Ranks may announce blocks from now on; call it before the step that tells the others that this rank is ready."""

@@ -10,18 +10,21 @@ no I/O, no torch.
 """
 
 from ray_streamer.slices.move import Move, Side
-from ray_streamer.slices.rank_slices import RankSlices, SliceSource
+from ray_streamer.slices.rank_slices import RankSlices
 from ray_streamer.slices.rank_sources import RankSources, SourceView
 from ray_streamer.slices.result import ResultForm, ResultSpec, ResultSpecs
+from ray_streamer.slices.source import ReadingSource, SliceSource, Values
 
 __all__ = [
     "Move",
     "RankSlices",
     "RankSources",
+    "ReadingSource",
     "ResultForm",
     "ResultSpec",
     "ResultSpecs",
     "Side",
     "SliceSource",
     "SourceView",
+    "Values",
 ]

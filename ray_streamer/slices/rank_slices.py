@@ -8,22 +8,21 @@ rank's neighbours are told what it reads only (`rank_sources`).
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Self
 
 import numpy as np
 
-from ray_streamer.checkpoint.index import CheckpointIndex
 from ray_streamer.errors import PlanError
 from ray_streamer.slices.move import Move
 from ray_streamer.slices.result import ResultSpecs
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from numpy.typing import NDArray
 
+    from ray_streamer.checkpoint.index import CheckpointIndex
     from ray_streamer.slices.result import ResultSpec
 
 Pattern = tuple[Move, ...]
@@ -104,10 +103,6 @@ class RankSlices:
         tensor_ids, result_ids, pattern_ids = (np.ascontiguousarray(table[:, at]) for at in range(3))
         offsets = np.zeros(len(table), dtype=np.int64)
         return cls(ResultSpecs.of(results), tuple(ids), tensor_ids, result_ids, pattern_ids, offsets)
-
-
-SliceSource = Callable[[CheckpointIndex, int], RankSlices]
-"""Who says what a rank holds: called with the index and the rank; picklable where ranks are other processes."""
 
 
 def _check_ids(name: str, ids: NDArray[np.int32], room: int) -> None:

@@ -10,22 +10,22 @@ from ray_streamer.rank.whole_tensors import read_whole
 from ray_streamer.storage import open_storage
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     import torch
 
-    from ray_streamer.capture import CaptureReport
+    from ray_streamer.capture import CaptureReport, Reader
     from ray_streamer.checkpoint import CheckpointIndex
     from ray_streamer.settings import Settings
-    from ray_streamer.slices import RankSlices
+    from ray_streamer.slices import RankSlices, Values
 
 
 class CapturedSlices:
-    """A slice source: called with the checkpoint's index, it runs the loader and says what it copied.
+    """A slice source: given the checkpoint's index, it runs the loader and says what it copied.
 
     Args:
-        uri: Of the checkpoint, for tensors whose values the loader needs.
-        settings: For reading those.
+        uri: Of the checkpoint.
+        settings: For reading it.
         load: The engine's loader; called with names and lazy tensors.
         targets: Parameters and buffers by name, asked for once the loader has run.
         skips: Names of tensors that are not offered to the loader.
@@ -35,6 +35,7 @@ class CapturedSlices:
         loaded: What the loader returned.
         report: What became of the tensors; None before it was called.
         index: The checkpoint; None before.
+        early_bytes: What this rank read while the loader ran.
     """
 
     def __init__(
@@ -52,13 +53,30 @@ class CapturedSlices:
         self.loaded: Any = None
         self.report: CaptureReport | None = None
         self.index: CheckpointIndex | None = None
+        self.early_bytes = 0
 
     def __call__(self, index: CheckpointIndex, rank: int) -> RankSlices:
         """The slices of this rank, whatever its number is; the loader knows which rank it is."""
+        return self._say(index, lambda names: read_tensors(self._uri, self._settings, index, names), lambda: None)
+
+    def with_values(self, index: CheckpointIndex, rank: int, values: Values) -> RankSlices:
+        """The same; values that the loader needs are read with the other ranks of the node."""
+        slices = self._say(index, values.read, values.step)
+        self.early_bytes = values.bytes_read
+        return slices
+
+    def _say(self, index: CheckpointIndex, read: Reader, step: Callable[[], None]) -> RankSlices:
         self.index = index
-        recording = Capture(index, lambda names: read_tensors(self._uri, self._settings, index, names))
+        recording = Capture(index, read)
+
+        def tensors() -> Iterator[tuple[str, torch.Tensor]]:
+            for name in index.names:
+                step()
+                if not self._skips(name):
+                    yield name, recording.tensor(name)
+
         with recording:
-            self.loaded = self._load(recording.tensors(name for name in index.names if not self._skips(name)))
+            self.loaded = self._load(tensors())
         slices, out = recording.slices(self._targets())
         self.out.update(out)
         self.report = recording.report

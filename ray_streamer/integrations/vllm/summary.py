@@ -21,7 +21,7 @@ class Summary:
     Attributes:
         seconds: From the beginning of `load_weights` to its end.
         num_bytes: Read or copied by this rank by plan.
-        early_bytes: Read whole by this rank during the dry run.
+        early_bytes: Read by this rank during the dry run, for all ranks of its node.
         whole: Tensors that were read whole for their values: name and operation.
         num_tensors: Tensors of the checkpoint.
         checkpoint_bytes: Bytes of all of them.
@@ -49,7 +49,7 @@ class Summary:
         return cls(
             seconds=seconds,
             num_bytes=statistics.bytes_read + statistics.page_cache_bytes,
-            early_bytes=report.early.num_bytes + report.whole.num_bytes,
+            early_bytes=captured.early_bytes,
             whole=tuple(report.reasons.items()),
             num_tensors=len(captured.index),
             checkpoint_bytes=captured.index.total_bytes,
