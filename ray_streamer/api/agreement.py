@@ -21,7 +21,6 @@ from ray_streamer.planning.fills import check_fills
 from ray_streamer.planning.limits import rank_memory_limit
 from ray_streamer.planning.node_plan import NodePlan, plan_node
 from ray_streamer.planning.rank_plan import RankPlan
-from ray_streamer.rank.shared_tensors import SharedTensors
 from ray_streamer.slices import RankSources, ReadingSource
 
 if TYPE_CHECKING:
@@ -32,6 +31,7 @@ if TYPE_CHECKING:
     from ray_streamer.exchange.session import NodeSession
     from ray_streamer.planning.limits import ReadLimits
     from ray_streamer.rank.request import LoadRequest
+    from ray_streamer.rank.shared_tensors import SharedTensors
     from ray_streamer.slices import RankSlices
     from ray_streamer.storage.base import Storage
 
@@ -148,6 +148,9 @@ def share_tensors(session: NodeSession, request: LoadRequest, storage: Storage, 
         BudgetError: The system refuses the memory.
         RankFailedError: Another rank failed.
     """
+    # It needs torch, which other loads import later.
+    from ray_streamer.rank.shared_tensors import SharedTensors
+
     return SharedTensors.open(
         session,
         met.index,
