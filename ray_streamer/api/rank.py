@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import queue
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -14,6 +14,7 @@ from ray_streamer.api.arguments import SHARDING, Sharding
 from ray_streamer.api.membership import find_membership
 from ray_streamer.exchange.session import NodeSession
 from ray_streamer.rank.background import BackgroundLoad
+from ray_streamer.rank.given_memory import into_given
 from ray_streamer.rank.load import RankLoad
 from ray_streamer.rank.options import RankOptions
 from ray_streamer.settings import Settings
@@ -310,6 +311,8 @@ def _begin(call: _Call) -> tuple[RankLoad, BackgroundLoad]:
     request = call.sharding.request(
         call.uri, settings=call.settings, device=call.device, num_ranks=membership.topology.num_ranks
     )
+    if call.out is not None:
+        request = replace(request, slices=into_given(request.slices, call.out))
     index_bytes = read_index_for_all_nodes(membership, request)
     completed: queue.SimpleQueue[Item | BaseException | None] = queue.SimpleQueue()
     with contextlib.ExitStack() as owned:

@@ -8,14 +8,18 @@ FakeTensor, sparse, conjugated) is refused by name.
 from __future__ import annotations
 
 import itertools
+from math import gcd
 from typing import TYPE_CHECKING
 
 import torch
 
+from ray_streamer.device.base import span_bytes
 from ray_streamer.errors import DeviceError
+from ray_streamer.planning.coverage import num_covered
+from ray_streamer.planning.views import Dim, nested_views
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Mapping, Sequence
 
 
 def writable_alias(tensor: torch.Tensor) -> torch.Tensor:
@@ -83,22 +87,60 @@ def without_tied_names(out: Mapping[str, torch.Tensor], held: Iterable[str], *, 
 
 
 def refuse_overlaps(out: Mapping[str, torch.Tensor]) -> None:
-    """Refuses two contiguous tensors that share bytes: which of them would be right at the end is chance.
+    """Refuses two tensors that share bytes: which of them would be right at the end is chance.
+
+    Tensors whose elements lie between each other's, such as two column blocks of one matrix, share none.
 
     Raises:
         DeviceError: Names both.
     """
     spans = sorted(
-        (str(tensor.device), tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes, name)
+        (str(tensor.device), tensor.data_ptr(), tensor.data_ptr() + span_bytes(tensor), name)
         for name, tensor in out.items()
-        if tensor.nbytes and tensor.is_contiguous()
+        if tensor.numel()
     )
-    for (device, _, stop, name), (other_device, start, _, other) in itertools.pairwise(spans):
-        if device == other_device and start < stop:
-            raise DeviceError(
-                f"out[{name!r}] and out[{other!r}] share memory, and the checkpoint holds both; leave one of them out, "
-                "or give each its own memory"
-            )
+    meeting: list[str] = []
+    last_device, last_stop = "", 0
+    for device, start, stop, name in spans:
+        if device != last_device or start >= last_stop:
+            _refuse_shared(meeting, out)
+            meeting, last_device, last_stop = [], device, stop
+        meeting.append(name)
+        last_stop = max(last_stop, stop)
+    _refuse_shared(meeting, out)
+
+
+def _refuse_shared(names: Sequence[str], out: Mapping[str, torch.Tensor]) -> None:
+    """Refuses tensors whose spans of memory meet, and that have a byte in common."""
+    if len(names) < 2 or not _share_bytes([out[name] for name in names]):
+        return
+    one, other = next(pair for pair in itertools.combinations(names, 2) if _share_bytes([out[name] for name in pair]))
+    raise DeviceError(
+        f"out[{one!r}] and out[{other!r}] share memory, and the checkpoint holds both; leave one of them out, or give each its "
+        "own memory"
+    )
+
+
+def _share_bytes(tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether two of the tensors, of one memory, have a byte in common."""
+    first = min(tensor.data_ptr() for tensor in tensors)
+    starts = [tensor.data_ptr() - first for tensor in tensors]
+    steps = [[(size, stride * tensor.itemsize) for size, stride in _dims(tensor)] for tensor in tensors]
+    unit = gcd(*starts, *(tensor.itemsize for tensor in tensors), *(step for dims in steps for _, step in dims))
+    views = [
+        view
+        for tensor, start, dims in zip(tensors, starts, steps, strict=True)
+        for view in nested_views(
+            start // unit,
+            0,
+            [*(Dim(size, step // unit, 0) for size, step in dims), Dim(tensor.itemsize // unit, 1, 0)],
+        )
+    ]
+    return num_covered(views) < sum(view.num_elements for view in views)
+
+
+def _dims(tensor: torch.Tensor) -> list[tuple[int, int]]:
+    return [(size, stride) for size, stride in zip(tensor.size(), tensor.stride(), strict=True) if size > 1]
 
 
 def _memory(tensor: torch.Tensor) -> tuple[object, ...]:

@@ -88,7 +88,8 @@ class Results:
         if is_flat or form.strides is None:
             if not tensor.is_contiguous():
                 raise DeviceError(
-                    f"out[{name!r}] is not contiguous: shape {tuple(tensor.shape)}, strides {tensor.stride()}"
+                    f"out[{name!r}] has strides {tensor.stride()} for shape {tuple(tensor.shape)}, in which its elements cannot "
+                    "be placed one by one; give a contiguous tensor"
                 )
             return
         # Strides of dimensions of one index say nothing.

@@ -131,6 +131,41 @@ def test_rows_of_padding_are_zeroed_in_them_too(folder, make):
     assert not target.detach()[34:].any()
 
 
+STRIDED = {
+    "transposed": lambda memory, shape: memory[: shape[0] * shape[1]].view(shape[1], shape[0]).T,
+    "column-block": lambda memory, shape: memory.view(-1, 2 * shape[1])[: shape[0], shape[1] : 2 * shape[1]],
+    "every-other-row": lambda memory, shape: memory.view(-1, 2, shape[1])[: shape[0], 1],
+    "every-other-element": lambda memory, shape: memory.view(-1, shape[1], 2)[: shape[0], :, 1],
+}
+
+
+@pytest.mark.parametrize("view", STRIDED.values(), ids=STRIDED.keys())
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_tensors_of_any_strides_are_filled_and_nothing_beside_them(folder, view, dtype, rank):
+    """The last rank's vocabulary ends in padding, which is zeroed; what lies between the rows of a view is not the load's."""
+    uri, expected = folder
+    memory = torch.full((96 * 2 * 64,), 7, dtype=torch.bfloat16 if dtype else torch.float32)
+    target = view(memory, (96, 64))
+    tensors = ray_streamer.load_rank(
+        uri,
+        layout="vllm",
+        out={"lm_head.weight": target},
+        dtype=dtype,
+        rank=rank,
+        world_size=2,
+        local_world_size=1,
+    )
+    assert tensors["lm_head.weight"] is target
+    wanted = torch.zeros(96, 64)
+    own = expected["lm_head.weight"][96 * rank :][:96]
+    wanted[: len(own)] = own
+    assert torch.equal(target.detach(), wanted.to(memory.dtype))
+    is_beside = torch.ones(memory.shape, dtype=torch.bool)
+    view(is_beside, (96, 64)).fill_(False)
+    assert bool((memory[is_beside] == 7).all())
+
+
 def test_a_tied_models_state_dict_is_filled_although_the_file_has_one_name(folder):
     uri, expected = folder
     model = torch.nn.Module()
@@ -167,6 +202,35 @@ def test_tensors_that_share_memory_are_refused(tmp_path, start):
     assert not memory.any()
     ray_streamer.load_rank(str(tmp_path), rules=RULES, out={"a": memory[:64], "b": memory[64:128]})
     assert memory[:128].all()
+
+
+SHARING = {
+    "columns": lambda memory: (memory.view(8, 8)[:, :5], memory.view(8, 8)[:, 4:]),
+    "rows-of-columns": lambda memory: (memory.view(8, 8)[:, 3:5], memory[8:16].view(8, 1)),
+    "transposed": lambda memory: (memory[:6].view(2, 3).T, memory[5:11].view(3, 2)),
+    "the-same": lambda memory: (memory.view(8, 8)[:, :2], memory.view(8, 8)[:, :2]),
+    "two-dtypes": lambda memory: (memory.view(8, 8)[:, :2], memory.view(torch.bfloat16).view(8, 16)[:, 3:5]),
+}
+
+
+@pytest.mark.parametrize("views", SHARING.values(), ids=SHARING.keys())
+def test_tensors_with_strides_that_share_memory_are_refused(views):
+    one, other = views(torch.zeros(64))
+    between = torch.zeros(64).view(8, 8)
+    with pytest.raises(DeviceError, match=r"out\['a'\] and out\['b'\] share memory"):
+        refuse_overlaps({"x": between[:, ::2], "a": one, "b": other, "y": between[:, 1::2]})
+
+
+def test_tensors_between_each_others_elements_share_nothing():
+    memory = torch.zeros(8, 8)
+    refuse_overlaps({f"column {at}": memory[:, at] for at in range(8)})
+    refuse_overlaps({"left": memory[:, :3], "middle": memory[:, 3:4], "right": memory.T[4:]})
+
+
+def test_views_that_repeat_their_elements_are_refused(folder):
+    uri, _ = folder
+    with pytest.raises(DeviceError, match="give a contiguous tensor"):
+        ray_streamer.load_rank(uri, rules=RULES, out={"norm.weight": torch.zeros(1).expand(64)})
 
 
 def test_neighbours_in_memory_and_empty_tensors_do_not_overlap():

@@ -1,0 +1,42 @@
+"""What do slices look like that go into the caller's tensors? A slice source around another one, for tensors that have strides."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ray_streamer.slices.given_strides import with_strides
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    import torch
+
+    from ray_streamer.checkpoint.index import CheckpointIndex
+    from ray_streamer.slices import RankSlices, SliceSource
+
+
+def into_given(source: SliceSource, out: Mapping[str, torch.Tensor]) -> SliceSource:
+    """The same source, whose results have the strides of the tensors in `out` that are not contiguous.
+
+    Args:
+        source: Who says slices; it may fill `out` itself, as a capture does.
+        out: Tensors of the caller by name. What is none, or has no strides, is refused when results are made.
+    """
+
+    def slices(index: CheckpointIndex, rank: int) -> RankSlices:
+        return with_strides(source(index, rank), _strides_of(out))
+
+    return slices
+
+
+def _strides_of(out: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
+    import torch
+
+    return {
+        name: tuple(tensor.stride())
+        for name, tensor in out.items()
+        if isinstance(tensor, torch.Tensor)
+        and tensor.layout is torch.strided
+        and not tensor.is_contiguous()
+        and not any(size > 1 and not stride for size, stride in zip(tensor.size(), tensor.stride(), strict=True))
+    }
