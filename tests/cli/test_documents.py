@@ -37,8 +37,14 @@ def test_python_of_the_documents_compiles_and_uses_public_names(source):
         if isinstance(node, ast.ImportFrom) and node.module == "ray_streamer"
         for alias in node.names
     }
-    assert used
+    modules = {
+        node.module
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("ray_streamer.")
+    }
+    assert used | modules
     assert used <= set(ray_streamer.__all__)
+    assert all(importlib.util.find_spec(module) for module in modules)
 
 
 @pytest.mark.parametrize("source", PYTHON_SOURCES)

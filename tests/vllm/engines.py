@@ -68,16 +68,20 @@ def try_engine(
         prepare: Called in the engine's process before the engine starts; its workers are forked from there.
         wish: What else the process is to do, see `engine_process`.
     """
+    return in_a_fork(scratch / "engine.log", functools.partial(_run_engine, prepare, {"engine": engine, **wish}))
+
+
+def in_a_fork(log: Path, work: Callable[[], None]) -> tuple[int, Any, str]:
+    """Exit status, answer or None, and log of a process forked from this one that does `work` and prints its answer."""
     _import_vllm()
-    with _environment(scratch) as environment:
-        work = functools.partial(_run_engine, prepare, {"engine": engine, **wish})
-        process = _FORK.Process(target=_run_forked, args=(scratch / "engine.log", environment, work))
+    with _environment(log.parent) as environment:
+        process = _FORK.Process(target=_run_forked, args=(log, environment, work))
         process.start()
         process.join(TIMEOUT_SECONDS)
         _end(process)
-    log = (scratch / "engine.log").read_text()
-    answers = [line.partition("ANSWER ")[2] for line in log.splitlines() if "ANSWER {" in line]
-    return process.exitcode, json.loads(answers[-1]) if answers else None, log
+    text = log.read_text()
+    answers = [line.partition("ANSWER ")[2] for line in text.splitlines() if "ANSWER " in line]
+    return process.exitcode, json.loads(answers[-1]) if answers else None, text
 
 
 def _run_engine(prepare: Callable[[], None], wish: dict[str, Any]) -> None:

@@ -24,7 +24,14 @@ VLLM_VERSION = "0.32.0+cpu"
 
 LEFT_OUT = {"torchvision", "torchaudio", "torchcodec"}
 PROJECT = Path(__file__).parents[2]
-TESTS = ("pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", "moto[server]>=5", "ray==2.60.0", "trustme>=1.2")
+TESTS = (
+    "pytest>=8",
+    "pytest-timeout>=2.3",
+    "hypothesis>=6.100",
+    "moto[server]>=5",
+    "ray[serve]==2.60.0",
+    "trustme>=1.2",
+)
 
 REQUIREMENTS = """
 from importlib.metadata import requires

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
+import re
 import shutil
 import signal
 
@@ -88,5 +88,4 @@ def test_a_worker_that_is_killed_while_it_loads(end_of):
         LlamaForCausalLM.load_weights = die_at_the_fifth_tensor
 
     log = end_of({}, kill_the_second_rank)
-    assert "rank 1" in log
-    print(json.dumps([line for line in log.splitlines() if "Error" in line][-12:], indent=1))
+    assert re.search("RankFailedError: rank 1 on node .* failed: its process ended while others waited for it", log)

@@ -1,0 +1,114 @@
+"""Ray Serve LLM serves from S3 over HTTP, with nothing but config and tokenizer on the node."""
+
+from __future__ import annotations
+
+import functools
+import os
+from importlib.util import find_spec
+
+import pytest
+import serve_llm_process
+from engine_process import PROMPTS
+from engines import in_a_fork, run_engine
+from families import save_checkpoint, save_tokenizer
+from measures import assert_read_once
+
+from ray_streamer.errors import SettingsError
+from ray_streamer.testing.s3_server import free_port
+
+pytestmark = pytest.mark.skipif(find_spec("grpc_reflection") is None, reason="Ray Serve is not installed here")
+
+
+def ask_ray(scratch, uri):
+    """The tokens that a Ray of its own answers with, when it serves `uri`."""
+    names = ("AWS_", "VLLM_", "RAY_STREAMER_", "OMP_", "TORCHDYNAMO_", "GLOO_", "HF_")
+    environment = {name: value for name, value in os.environ.items() if name.startswith(names)}
+    wish = {"uri": uri, "port": free_port(), "prompts": PROMPTS, "environment": environment}
+    status, answers, log = in_a_fork(scratch / "ray.log", functools.partial(serve_llm_process.main, wish))
+    assert (status, bool(answers)) == (0, True), log[-8000:]
+    return answers
+
+
+def test_ray_serve_llm_answers_from_s3(s3_credentials, tmp_path, monkeypatch):
+    save_checkpoint("llama", tmp_path / "model", hidden_size=256, head_dim=64)
+    save_tokenizer(tmp_path / "model")
+    theirs = run_engine(tmp_path / "stock", {"model": str(tmp_path / "model"), "tensor_parallel_size": 2})
+    uri = s3_credentials.upload_folder(tmp_path / "model", "ray-llm", "tiny")
+    monkeypatch.setenv("RAY_STREAMER_CACHE_DIR", str(tmp_path / "cache"))
+    sent, requests = s3_credentials.bytes_sent(), s3_credentials.requests()
+    ours = ask_ray(tmp_path / "ray", uri)
+    assert ours == [token_ids for token_ids, _ in theirs["answers"]]
+    assert_read_once(tmp_path / "model", s3_credentials.bytes_sent() - sent, s3_credentials.requests() - requests)
+    assert not list((tmp_path / "cache").rglob("*.safetensors"))
+
+
+def config_of(**words):
+    from ray.serve.llm import LLMConfig
+
+    return LLMConfig(
+        callback_config={"callback_class": "ray_streamer.integrations.ray_llm:StreamerCallback"},
+        accelerator_config={"kind": "cpu"},
+        **words,
+    )
+
+
+def callback_of(config):
+    from ray_streamer.integrations.ray_llm import StreamerCallback
+
+    return StreamerCallback(llm_config=config)
+
+
+@pytest.mark.parametrize("source", ["s3://bucket/m", {"bucket_uri": "s3://bucket/m"}])
+@pytest.mark.parametrize("engine", [{}, {"load_format": "ray_streamer"}])
+def test_a_configuration_needs_to_say_where_the_model_is_and_no_more(source, engine):
+    config = config_of(model_loading_config={"model_id": "m", "model_source": source}, engine_kwargs=engine)
+    callback = callback_of(config)
+    assert not callback.ctx.worker_node_download_model
+    assert config.engine_kwargs["load_format"] == "ray_streamer"
+    assert config.engine_kwargs["model_loader_extra_config"] == {"uri": "s3://bucket/m"}
+
+
+def test_what_a_configuration_says_stays():
+    from ray_streamer.integrations.ray_llm import llm_config
+
+    config = llm_config("s3://bucket/m/", tp=4, extra_config={"memory_limit": "2GiB"}, engine_kwargs={"seed": 1})
+    assert config.model_id == "m"
+    assert config.engine_kwargs == {
+        "seed": 1,
+        "tensor_parallel_size": 4,
+        "load_format": "ray_streamer",
+        "model_loader_extra_config": {"uri": "s3://bucket/m/", "memory_limit": "2GiB"},
+    }
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ({"engine_kwargs": {"load_format": "runai_streamer"}}, "load_format='runai_streamer', but .*StreamerCallback"),
+        ({"engine_kwargs": {"model_loader_extra_config": {"url": "x"}}}, "'url', which load format ray_streamer"),
+    ],
+)
+def test_what_does_not_fit_together_is_refused(words, message):
+    config = config_of(model_loading_config={"model_id": "m", "model_source": "s3://bucket/m"}, **words)
+    with pytest.raises(SettingsError, match=message):
+        callback_of(config)
+
+
+def test_a_model_without_a_place_is_refused():
+    with pytest.raises(SettingsError, match="'m' has no model_source"):
+        callback_of(config_of(model_loading_config={"model_id": "m"}))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ({"engine_kwargs": {"tensor_parallel_size": 2}}, "engine_kwargs says tensor_parallel_size"),
+        ({"model_loading_config": {}}, "config says model_loading_config"),
+        ({"extra_config": {"uris": 1}}, "'uris', which"),
+    ],
+)
+def test_what_llm_config_sets_itself_is_refused(words, message):
+    from ray_streamer.integrations.ray_llm import llm_config
+
+    with pytest.raises(SettingsError, match=message):
+        llm_config("s3://bucket/m", **words)
