@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ray_streamer.errors import SettingsError
+from ray_streamer.sharding.families import check_model_type
 from ray_streamer.sharding.mesh import Mesh
 from ray_streamer.sharding.rules import ShardRules
 from ray_streamer.sharding.source import RuleSlices
@@ -46,6 +47,7 @@ class Sharding:
         slices: Who says it all, instead of rules.
         unmatched: What becomes of weights without a rule.
         layout: Which preset.
+        model_type: What the model is, where config.json names a type without a preset.
         mtp: Whether MTP layers are loaded.
         experts: Experts of each group.
         fuse: Modules that share results.
@@ -64,6 +66,7 @@ class Sharding:
     slices: SliceSource | None = None
     unmatched: Unmatched = _UNSET.unmatched
     layout: Layout = _UNSET.layout
+    model_type: str | None = None
     mtp: bool = _UNSET.mtp
     experts: ExpertsLike | None = _UNSET.experts
     fuse: FuseLike = _UNSET.fuse
@@ -76,6 +79,8 @@ class Sharding:
             raise SettingsError(
                 f"pp is a number of stages, or the number of layers of each, such as (31, 30), got {pp!r}"
             )
+        if self.model_type is not None:
+            check_model_type(self.model_type)
         if self.slices is not None:
             self._refuse_beside_slices()
 
@@ -104,7 +109,12 @@ class Sharding:
 
         mesh = self._mesh(num_ranks)
         return LoadRequest(
-            uri=absolute_uri(uri), mesh=mesh, slices=self._slice_source(mesh), settings=settings, device=device
+            uri=absolute_uri(uri),
+            mesh=mesh,
+            slices=self._slice_source(mesh),
+            settings=settings,
+            device=device,
+            model_type=self.model_type,
         )
 
     def _mesh(self, num_ranks: int | None) -> Mesh:

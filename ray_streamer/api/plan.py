@@ -34,6 +34,7 @@ def plan(
     slices: SliceSource | None = SHARDING.slices,
     unmatched: Unmatched = SHARDING.unmatched,
     layout: Layout = SHARDING.layout,
+    model_type: str | None = SHARDING.model_type,
     mtp: bool = SHARDING.mtp,
     experts: ExpertsLike | None = SHARDING.experts,
     fuse: FuseLike = SHARDING.fuse,
@@ -57,6 +58,7 @@ def plan(
         slices: Who says what each rank holds, instead of rules.
         unmatched: What becomes of weights without a rule.
         layout: Which preset.
+        model_type: The model's type, where config.json names one that has no preset, such as an old architecture's new name.
         mtp: Whether MTP layers are planned, too.
         experts: Experts of each group.
         fuse: Modules that share results.
@@ -88,6 +90,7 @@ def plan(
         slices=slices,
         unmatched=unmatched,
         layout=layout,
+        model_type=model_type,
         mtp=mtp,
         experts=experts,
         fuse=fuse,

@@ -51,6 +51,7 @@ def load_rank(
     slices: SliceSource | None = SHARDING.slices,
     unmatched: Unmatched = SHARDING.unmatched,
     layout: Layout = SHARDING.layout,
+    model_type: str | None = SHARDING.model_type,
     mtp: bool = SHARDING.mtp,
     experts: ExpertsLike | None = SHARDING.experts,
     fuse: FuseLike = SHARDING.fuse,
@@ -80,6 +81,7 @@ def load_rank(
         slices: Who says what each rank holds, instead of rules.
         unmatched: What becomes of weights without a rule.
         layout: Which preset.
+        model_type: The model's type, where config.json names one that has no preset, such as an old architecture's new name.
         mtp: Whether MTP layers are loaded, too.
         experts: Experts of each group.
         fuse: Modules that share results.
@@ -118,6 +120,7 @@ def load_rank(
         slices=slices,
         unmatched=unmatched,
         layout=layout,
+        model_type=model_type,
         mtp=mtp,
         experts=experts,
         fuse=fuse,
@@ -150,6 +153,7 @@ def stream_rank(
     slices: SliceSource | None = SHARDING.slices,
     unmatched: Unmatched = SHARDING.unmatched,
     layout: Layout = SHARDING.layout,
+    model_type: str | None = SHARDING.model_type,
     mtp: bool = SHARDING.mtp,
     experts: ExpertsLike | None = SHARDING.experts,
     fuse: FuseLike = SHARDING.fuse,
@@ -183,6 +187,7 @@ def stream_rank(
         slices: Who says what each rank holds, instead of rules.
         unmatched: What becomes of weights without a rule.
         layout: Which preset.
+        model_type: The model's type, where config.json names one that has no preset, such as an old architecture's new name.
         mtp: Whether MTP layers are loaded, too.
         experts: Experts of each group.
         fuse: Modules that share results.
@@ -217,6 +222,7 @@ def stream_rank(
         slices=slices,
         unmatched=unmatched,
         layout=layout,
+        model_type=model_type,
         mtp=mtp,
         experts=experts,
         fuse=fuse,

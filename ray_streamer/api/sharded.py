@@ -41,6 +41,7 @@ def load_sharded(
     slices: SliceSource | None = SHARDING.slices,
     unmatched: Unmatched = SHARDING.unmatched,
     layout: Layout = SHARDING.layout,
+    model_type: str | None = SHARDING.model_type,
     mtp: bool = SHARDING.mtp,
     experts: ExpertsLike | None = SHARDING.experts,
     fuse: FuseLike = SHARDING.fuse,
@@ -72,6 +73,7 @@ def load_sharded(
         unmatched: "error", or "replicate" for tensors of two or more dimensions without a rule.
         layout: Which preset: "generic" as Megatron-LM, "transformers" as its tensor-parallel plan, "vllm" as its layers hold
             their tensors; see docs/families.md.
+        model_type: The model's type, where config.json names one that has no preset, such as an old architecture's new name.
         mtp: Whether the layers for multi-token prediction (MTP) are loaded, too.
         experts: With `ep`: the experts that each group holds, such as [[0, 1, 4], [2, 3, 4]], or such lists by layer; an
             expert may be in several.
@@ -115,6 +117,7 @@ def load_sharded(
         slices=slices,
         unmatched=unmatched,
         layout=layout,
+        model_type=model_type,
         mtp=mtp,
         experts=experts,
         fuse=fuse,

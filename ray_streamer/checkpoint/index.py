@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
 
@@ -133,6 +133,10 @@ class CheckpointIndex:
             unlisted=unlisted,
             metadata={key: value for header in headers for key, value in header.metadata.items()},
         )
+
+    def as_model_type(self, model_type: str | None) -> Self:
+        """The same checkpoint, whose config.json names another model type; itself with None."""
+        return self if model_type is None else replace(self, config={**(self.config or {}), "model_type": model_type})
 
     def __len__(self) -> int:
         """Number of tensors."""

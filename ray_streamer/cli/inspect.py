@@ -29,8 +29,12 @@ def command(uri: str, top: int, sharding: dict[str, Any], as_json: bool, setting
     from ray_streamer.checkpoint import locate, open_checkpoint
     from ray_streamer.report.checkpoint_summary import summarize_checkpoint
     from ray_streamer.sharding import RuleSlices, ShardRules
+    from ray_streamer.sharding.families import check_model_type
     from ray_streamer.storage import absolute_uri, open_storage
 
+    model_type = sharding.pop("model_type")
+    if model_type is not None:
+        check_model_type(model_type)
     slices = RuleSlices(rules=ShardRules(sharding.pop("rules") or ()), **sharding)
     uri = absolute_uri(uri)
     storage = open_storage(locate(uri).folder_uri, settings)
@@ -38,7 +42,7 @@ def command(uri: str, top: int, sharding: dict[str, Any], as_json: bool, setting
         index = open_checkpoint(uri, storage, concurrency=settings.concurrency, strict_index=settings.strict_index)
     finally:
         storage.close()
-    summary = summarize_checkpoint(index, top=top, slices=slices)
+    summary = summarize_checkpoint(index.as_model_type(model_type), top=top, slices=slices)
     if as_json:
         print_json(summary.as_dict())
         return

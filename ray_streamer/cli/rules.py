@@ -77,6 +77,10 @@ RULE_OPTIONS = (
         show_default=True,
         help="What the tensors are for, and so which preset; see docs/families.md.",
     ),
+    click.option(
+        "--model-type",
+        help="The model's type, where config.json names one that has no preset: llama, qwen3_moe, ...",
+    ),
     click.option("--mtp", is_flag=True, help="Also load the layers for multi-token prediction (MTP)."),
 )
-"""`--rule` as argument `rules`, None when there are none, `--unmatched`, `--layout` and `--mtp`."""
+"""`--rule` as argument `rules`, None when there are none, `--unmatched`, `--layout`, `--model-type` and `--mtp`."""

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     Decorator = Callable[[Function], Function]
 
 _MESH = ("tp", "pp", "ep", "experts", "replicas")
-_RULES = ("rules", "unmatched", "layout", "mtp")
+_RULES = ("rules", "unmatched", "layout", "model_type", "mtp")
 _RESULTS = ("fuse", "dtype", "rename")
 
 

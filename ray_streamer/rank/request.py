@@ -43,6 +43,7 @@ class LoadRequest:
         slices: Who says what each rank holds.
         settings: Every knob, resolved where the request was made.
         device: Where the tensors go.
+        model_type: What the model is, where config.json names a type without a preset; None = as config.json says.
     """
 
     uri: str
@@ -50,6 +51,7 @@ class LoadRequest:
     slices: SliceSource
     settings: Settings
     device: str
+    model_type: str | None = None
 
     def __post_init__(self) -> None:
         # Refused here, before anything is started or read.
@@ -100,7 +102,7 @@ class LoadRequest:
         """As `open_index`, through a storage that is open already and stays so."""
         index = open_checkpoint(
             self.uri, storage, concurrency=self.settings.concurrency, strict_index=self.settings.strict_index
-        )
+        ).as_model_type(self.model_type)
         refuse_incomplete(index)
         return index
 

@@ -12,6 +12,7 @@ from ray_streamer.dtypes import DTYPES
 from ray_streamer.errors import ShardingError
 from ray_streamer.sharding import Replicate, RuleSlices, ShardRules, Skip, Split, SplitVocabulary, legal_tp
 from ray_streamer.sharding.completeness import missing_parts
+from ray_streamer.sharding.lookalikes import lookalikes
 from ray_streamer.sharding.name_kinds import NameKinds
 
 if TYPE_CHECKING:
@@ -63,6 +64,7 @@ class CheckpointSummary:
         placements: How rules and the preset for this model lay the tensors out, the largest first; empty where there are none.
         legal_tp: Values of tp that work so; empty where there are no rules.
         largest: The largest tensors.
+        lookalikes: Model types whose preset would fit, where there is none for this one.
         num_results: Tensors that a single rank would hold; None unless fuse, rename or dtype make them other tensors.
         results: The largest of those.
         missing: What config.json and the other tensors lead one to expect beside these; see `sharding.completeness`.
@@ -78,6 +80,7 @@ class CheckpointSummary:
     placements: tuple[Share, ...]
     legal_tp: tuple[int, ...]
     largest: tuple[TensorSize, ...]
+    lookalikes: tuple[str, ...] = ()
     num_results: int | None = None
     results: tuple[TensorSize, ...] = ()
     missing: tuple[str, ...] = ()
@@ -123,6 +126,7 @@ def summarize_checkpoint(index: CheckpointIndex, *, top: int, slices: RuleSlices
             )
             for position in largest
         ),
+        lookalikes=() if placements else tuple(lookalikes(index, layout=slices.layout)),
         num_results=num_results,
         results=results,
         missing=_missing(index),

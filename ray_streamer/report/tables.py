@@ -73,6 +73,10 @@ def print_checkpoint(summary: CheckpointSummary) -> None:
         console.print(f"tp that works: {', '.join(map(str, summary.legal_tp)) or 'none'}")
     else:
         console.print("No preset for this model: give rules to plan or load it.")
+        if summary.lookalikes:
+            console.print(
+                f"If it is one of these under a new name, try --model-type {' or '.join(summary.lookalikes)}."
+            )
     if summary.largest:
         console.print(_sizes_table("Largest tensors", summary.largest))
     if summary.num_results is not None:

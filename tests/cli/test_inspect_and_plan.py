@@ -156,6 +156,20 @@ def test_inspect_shows_what_a_load_would_make(invoke, checkpoint):
     assert "Loads as 15 tensors." in invoke(*args).stdout
 
 
+def test_an_unknown_model_type_says_which_flag_helps(invoke, tmp_path):
+    layout = llama_layout(256, 1, 8, 4, 1024, 4000)
+    write_checkpoint(tmp_path, layout.tensors, config={**layout.config, "model_type": "brand_new"})
+    result = invoke("plan", tmp_path, "--tp", 2)
+    assert result.exit_code == 1
+    assert "give --model-type llama" in result.stderr
+    assert invoke("plan", tmp_path, "--tp", 2, "--model-type", "llama").exit_code == 0
+    assert json.loads(invoke("inspect", tmp_path, "--json").stdout)["lookalikes"] == ["llama"]
+    assert "--model-type llama" in invoke("inspect", tmp_path).stdout
+    found = json.loads(invoke("inspect", tmp_path, "--model-type", "llama", "--json").stdout)
+    assert (found["legal_tp"], found["lookalikes"]) == ([1, 2, 4, 8], [])
+    assert "--model-type lama is none" in invoke("inspect", tmp_path, "--model-type", "lama").stderr
+
+
 def test_inspect_takes_rules_of_its_own(invoke, stranger):
     found = json.loads(invoke("inspect", stranger, "--rule", "a.*=split:0", "--rule", "b.*=skip", "--json").stdout)
     assert {share["name"]: share["num_tensors"] for share in found["placements"]} == {

@@ -5,9 +5,10 @@ Sources: transformers 5.23, the modules, tensor-parallel plans and checkpoint na
 
 from __future__ import annotations
 
+import difflib
 from typing import TYPE_CHECKING, Any
 
-from ray_streamer.errors import ShardingError
+from ray_streamer.errors import SettingsError, ShardingError
 from ray_streamer.sharding.families.classics import CLASSICS
 from ray_streamer.sharding.families.dense import DENSE
 from ray_streamer.sharding.families.family import Family, Meaning, Role, Weight
@@ -17,7 +18,17 @@ from ray_streamer.wording import brief
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["FAMILIES", "RENAMED", "Family", "Meaning", "Role", "Weight", "family_of", "family_or_refuse"]
+__all__ = [
+    "FAMILIES",
+    "RENAMED",
+    "Family",
+    "Meaning",
+    "Role",
+    "Weight",
+    "check_model_type",
+    "family_of",
+    "family_or_refuse",
+]
 
 FAMILIES: dict[str, Family] = DENSE | MIXTURES | CLASSICS
 """Model type, as config.json spells it -> family."""
@@ -57,6 +68,20 @@ def family_of(config: Mapping[str, Any]) -> Family | None:
     return FAMILIES.get(RENAMED.get(model_type, model_type)) if isinstance(model_type, str) else None
 
 
+def check_model_type(model_type: str) -> None:
+    """Refuses a model type that is not known here.
+
+    Raises:
+        SettingsError: Names the nearest that are.
+    """
+    if not isinstance(model_type, str) or family_of({"model_type": model_type}) is None:
+        near = difflib.get_close_matches(str(model_type), [*FAMILIES, *RENAMED], 3)
+        known = (
+            f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(sorted({*FAMILIES, *RENAMED}))}"
+        )
+        raise SettingsError(f"model_type={model_type!r} is none that has a preset; {known}")
+
+
 def family_or_refuse(config: Mapping[str, Any]) -> Family:
     """As `family_of`.
 
@@ -67,7 +92,8 @@ def family_or_refuse(config: Mapping[str, Any]) -> Family:
     if family is None:
         raise ShardingError(
             f"no preset for model_type {brief(config.get('model_type'))} of config.json; known are "
-            f"{', '.join(sorted(FAMILIES))}, and as one of these {', '.join(RENAMED)}. Give rules of your own, for example "
-            'rules={"*.q_proj.weight": Split(0), "*.o_proj.weight": Split(1)}'
+            f"{', '.join(sorted(FAMILIES))}, and as one of these {', '.join(RENAMED)}. If the model is one of them under another "
+            'name, give model_type=; else rules of your own, for example rules={"*.q_proj.weight": Split(0), "*.o_proj.weight": '
+            "Split(1)}"
         )
     return family
