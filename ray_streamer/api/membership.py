@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from ray_streamer.api.launchers import find_layout
 from ray_streamer.api.process_group import ProcessGroup
+from ray_streamer.checkpoint.index_bytes import index_to_bytes
 from ray_streamer.errors import SettingsError
 from ray_streamer.exchange.liveness import Timeouts
 from ray_streamer.exchange.place import Place
@@ -25,6 +26,7 @@ from ray_streamer.planning.topology import Topology
 if TYPE_CHECKING:
     import torch.distributed as dist
 
+    from ray_streamer.rank.request import LoadRequest
     from ray_streamer.settings import Settings
 
 _JOB_VARIABLES = (
@@ -79,6 +81,16 @@ class Membership:
             timeouts=Timeouts.of(settings),
             assumption=self.assumption,
         )
+
+    def read_index(self, request: LoadRequest) -> bytes | None:
+        """The index as the first rank of a process group on several nodes reads it; None where the ranks of a node ask each other.
+
+        Raises:
+            RayStreamerError: The first rank could not read it; the same error on all ranks.
+        """
+        if self.group is None or len(self.topology.nodes) == 1:
+            return None
+        return self.group.share(lambda: index_to_bytes(request.open_index()))
 
 
 def find_membership(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 import socket
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,9 +49,9 @@ class ProcessGroup:
     @classmethod
     def default(cls) -> ProcessGroup | None:
         """The default group; None when torch.distributed is not initialised."""
-        import torch.distributed as dist
-
-        return cls(None) if dist.is_available() and dist.is_initialized() else None
+        # Where nobody has imported it yet, nobody has initialised it.
+        dist = sys.modules.get("torch.distributed")
+        return cls(None) if dist is not None and dist.is_available() and dist.is_initialized() else None
 
     def share(self, make: Callable[[], bytes]) -> bytes:
         """What `make` returned on the first rank, on all ranks.

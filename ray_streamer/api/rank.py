@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
-from ray_streamer.api.agreement import agree, read_index_for_all_nodes
 from ray_streamer.api.arguments import SHARDING, Sharding
 from ray_streamer.api.membership import find_membership
 from ray_streamer.exchange.session import NodeSession
+from ray_streamer.rank.agreement import agree
 from ray_streamer.rank.background import BackgroundLoad
 from ray_streamer.rank.given_memory import into_given
 from ray_streamer.rank.load import RankLoad
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     import torch
     import torch.distributed as dist
 
-    from ray_streamer.api.agreement import Agreement
     from ray_streamer.api.arguments import StagesLike
     from ray_streamer.api.membership import Membership
     from ray_streamer.rank.background import Item
@@ -319,21 +318,23 @@ def _begin(call: _Call) -> tuple[RankLoad, BackgroundLoad]:
     )
     if call.out is not None:
         request = replace(request, slices=into_given(request.slices, call.out))
-    index_bytes = read_index_for_all_nodes(membership, request)
+    index_bytes = membership.read_index(request)
     completed: queue.SimpleQueue[Item | BaseException | None] = queue.SimpleQueue()
     with contextlib.ExitStack() as owned:
         # The others are looked for while device and storage are opened; what fails there is told to them.
         session = owned.enter_context(NodeSession(membership.place(request.settings)))
-        device = request.open_device(request.device)
+        device = request.start_device(request.device)
         storage = request.open_storage(num_sharers=len(membership.local_ranks))
         owned.callback(storage.close)
         session.wait_met()
-        agreement = agree(session, membership, request, storage, index_bytes)
+        agreement = agree(session, request, storage, index_bytes=index_bytes)
         load = RankLoad(
             agreement.plan,
             storage,
             device,
-            _options(session, agreement, request.settings),
+            RankOptions.at(
+                session.place, concurrency=request.settings.concurrency, memory_limit=agreement.memory_limit
+            ),
             session=session,
             out=call.out,
             on_complete=lambda name, tensor: completed.put((name, tensor)),
@@ -353,13 +354,3 @@ def _begin(call: _Call) -> tuple[RankLoad, BackgroundLoad]:
         except BaseException as error:
             close(error)
             raise
-
-
-def _options(session: NodeSession, agreement: Agreement, settings: Settings) -> RankOptions:
-    return RankOptions(
-        session=session.place.session,
-        node=session.place.node,
-        concurrency=settings.concurrency,
-        memory_limit=agreement.memory_limit,
-        timeouts=session.place.timeouts,
-    )

@@ -61,7 +61,6 @@ class WorkerGroup:
         args: Sequence[Any] = (),
         placement: PlacementOptions | None = None,
         holding: str = "workers",
-        meanwhile: Callable[[WorkerGroup], None] | None = None,
         is_called_off: Callable[[], bool] = bool,
         startup_timeout_seconds: float,
     ) -> None:
@@ -73,7 +72,6 @@ class WorkerGroup:
             args: Of every worker's constructor, after its rank.
             placement: What each rank reserves, and where.
             holding: What the ranks hold, in a word: part of the names of actors and placement group.
-            meanwhile: Called once every actor has told its `facts`, while the workers are still being made.
             is_called_off: Asked while the start lasts; when it says so, everything is torn down.
             startup_timeout_seconds: How long reservation, actors and constructors may take together.
 
@@ -81,7 +79,6 @@ class WorkerGroup:
             ClusterError: There is no room, Ray cannot start the actors, or the start was called off.
             StartupTimeoutError: Room or answers did not come in time; names the silent seats.
             RankFailedError: A worker's constructor raised.
-            Exception: Whatever `meanwhile` raised.
         """
         self._worker_class = worker_class
         self._args = tuple(args)
@@ -97,7 +94,7 @@ class WorkerGroup:
         self._release = weakref.finalize(self, resources.close)
         try:
             with ray_errors_translated(f"starting {num_ranks} ranks"):
-                self._start(resources, meanwhile, Deadline(startup_timeout_seconds, is_called_off=is_called_off))
+                self._start(resources, Deadline(startup_timeout_seconds, is_called_off=is_called_off))
         except BaseException:
             self.shutdown()
             raise
@@ -188,14 +185,16 @@ class WorkerGroup:
         with ray_errors_translated(f"asking {self.num_ranks} ranks for {method}"):
             return ray.get([actor.control.remote(method, *args) for actor in self._actors], timeout=timeout_seconds)
 
-    def ahead(self, function: Callable[..., Any], *args: Any, rank: int = 0) -> Any:
-        """Run a function beside one rank's worker, which need not be there yet; for what needs neither it nor torch.
+    def ask(self, method: str, *, rank: int = 0) -> Any:
+        """Run a method of one rank's worker that the others' start depends on: within the startup timeout, with news meanwhile.
 
         Raises:
-            RankFailedError: The function raised, or the rank died.
+            RankFailedError: It raised, or the rank died.
+            StartupTimeoutError: It did not answer in time.
         """
-        calls = Calls({rank: self._actors[rank].ahead.remote(function, *args)})
-        self._await_start(calls, Deadline(self._startup_timeout_seconds), doing=function.__name__.strip("_"))
+        with ray_errors_translated(f"asking rank {rank} to {method}"):
+            calls = Calls({rank: self._actors[rank].call.remote(method)})
+            self._await_start(calls, Deadline(self._startup_timeout_seconds), doing=method)
         if calls.failures:
             raise self._failure(calls)
         return calls.results[rank]
@@ -227,7 +226,7 @@ class WorkerGroup:
     def __exit__(self, *_: object) -> None:
         self.shutdown()
 
-    def _start(self, resources: ExitStack, meanwhile: Callable[[WorkerGroup], None] | None, deadline: Deadline) -> None:
+    def _start(self, resources: ExitStack, deadline: Deadline) -> None:
         ranks = range(self._name.num_ranks)
         self._seats += take_seats(self._name, self._placement, deadline=deadline, resources=resources)
         resources.callback(_kill, self._actors)
@@ -235,8 +234,6 @@ class WorkerGroup:
             self._actors.append(self._start_actor(rank))
         building = self._begin_workers(ranks)
         self._facts += self._ask_facts(ranks, deadline)
-        if meanwhile is not None:
-            meanwhile(self)
         self._await_workers(building, deadline)
         seconds = time.monotonic() - deadline.started
         logger.info("started %s on %d nodes in %.1f s", self._name.label, len(self.nodes), seconds)

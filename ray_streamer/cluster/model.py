@@ -5,33 +5,61 @@ from __future__ import annotations
 import secrets
 import threading
 from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
 import ray
 
+from ray_streamer.checkpoint.index_bytes import index_from_bytes, index_to_bytes
 from ray_streamer.cluster.gather import assemble, find_parts
 from ray_streamer.cluster.group import WorkerGroup
 from ray_streamer.cluster.names import model_of
-from ray_streamer.cluster.worker import LoadWorker
+from ray_streamer.cluster.worker import LoadWorker, Seating
 from ray_streamer.errors import ClusterError, RankFailedError, RayStreamerError
 from ray_streamer.planning.limits import share_memory
+from ray_streamer.planning.read_plan import hash_plan
 from ray_streamer.planning.topology import Topology
+from ray_streamer.rank.agreement import MemoryTerms
 from ray_streamer.report.load_report import LoadReport
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     import torch
 
     from ray_streamer.checkpoint.index import CheckpointIndex
     from ray_streamer.cluster.phases import Phases
     from ray_streamer.cluster.placement import PlacementOptions
+    from ray_streamer.cluster.worker import Agreed
+    from ray_streamer.planning.limits import ReadLimits
     from ray_streamer.planning.read_plan import ReadPlan
     from ray_streamer.rank.request import LoadRequest
     from ray_streamer.rank.statistics import RankStatistics
     from ray_streamer.sharding.mesh import Mesh
 
 _SHUT_DOWN = "this model was shut down; load it again"
+
+
+@dataclass(frozen=True, slots=True)
+class _Shared:
+    """What all ranks of a model load by.
+
+    Attributes:
+        index: The checkpoint.
+        index_ref: It, as bytes in Ray's object store.
+        topology: Which ranks share a node.
+        memory_limits: Staging bytes of each rank.
+        limits: The sizes that shape every node's plan.
+        is_planned_here: Whether this process can say what the ranks hold, too.
+    """
+
+    index: CheckpointIndex
+    index_ref: ray.ObjectRef[bytes]
+    topology: Topology
+    memory_limits: tuple[int, ...]
+    limits: ReadLimits
+    is_planned_here: bool
 
 
 class ShardedModel:
@@ -57,9 +85,8 @@ class ShardedModel:
         self._on_progress = on_progress
         self._group: WorkerGroup | None = None
         self._is_shut_down = False
+        self._shared: _Shared | None = None
         self._plan: ReadPlan | None = None
-        self._plan_ref: Any = None
-        self._memory_limits: tuple[int, ...] = ()
         self._loaded: Future[LoadReport] = Future()
         if wait:
             # In this thread, so that an interrupt tears the group down.
@@ -85,10 +112,23 @@ class ShardedModel:
 
     @property
     def plan(self) -> ReadPlan:
-        """The plan that was executed."""
+        """The plan that was executed, as one value; every rank has its own part of it. Made when it is asked for first.
+
+        Raises:
+            ClusterError: Only the ranks can make it, and they were shut down.
+        """
         self.wait()
-        assert self._plan is not None
-        return self._plan
+        plan = self._plan
+        if plan is None:
+            assert self._shared is not None
+            plan = self._plan = self._make_plan(self._shared)
+        return plan
+
+    def _make_plan(self, shared: _Shared) -> ReadPlan:
+        sizes = shared.topology, shared.memory_limits
+        if shared.is_planned_here:
+            return self._request.plan(sizes[0], memory_limits=sizes[1], index=shared.index)
+        return self._ready().call("plan", shared.index_ref, *sizes, ranks=[0], keep_on_failure=True)[0]
 
     @property
     def workers(self) -> tuple[Any, ...]:
@@ -140,9 +180,10 @@ class ShardedModel:
             RankFailedError: The rank's load failed; an object that changed since the first load is such a failure.
         """
         group = self._ready()
+        assert self._shared is not None
         group.restart(rank)
-        args = (secrets.token_hex(16), group.facts[rank].node, self._memory_limits[rank])
-        return group.call("load_alone", self._plan_ref, *args, ranks=[rank], keep_on_failure=True)[0]
+        self._agree(group, self._shared, alone=rank)
+        return group.call("load", ranks=[rank], keep_on_failure=True)[0]
 
     def shutdown(self) -> None:
         """Ends the ranks and frees their tensors, also while they load; may be called again. Ray itself stays."""
@@ -183,76 +224,91 @@ class ShardedModel:
 
     def _load_all(self) -> LoadReport:
         request = self._request
-        group = WorkerGroup(
+        group = self._group = WorkerGroup(
             LoadWorker,
             request.mesh.num_ranks,
             args=(request,),
             placement=self._placement,
             holding=model_of(request.uri),
-            meanwhile=self._plan_meanwhile,
             is_called_off=lambda: self._is_shut_down,
             startup_timeout_seconds=request.settings.startup_timeout_seconds,
         )
-        self._phases.end("import")
-        plan = self._plan
-        assert plan is not None
-        session = secrets.token_hex(16)
-        statistics = group.call(
-            "load",
-            self._plan_ref,
-            session,
-            per_rank_args=list(zip([facts.node for facts in group.facts], self._memory_limits, strict=True)),
-            on_progress=self._on_progress,
-        )
-        self._phases.end("load")
-        return self._report(plan, group, statistics)
-
-    def _plan_meanwhile(self, group: WorkerGroup) -> None:
-        """Plan while the ranks import torch: here, where the headers are known, else on the first rank."""
-        self._group = group
         if self._is_shut_down:
             raise ClusterError(_SHUT_DOWN)
         self._phases.end("start")
-        settings = self._request.settings
-        topology = Topology(group.nodes)
-        self._memory_limits = share_memory(
+        self._shared = shared = self._share(group)
+        agreed = self._agree(group, shared)
+        self._phases.end("plan")
+        statistics: list[RankStatistics] = group.call("load", on_progress=self._on_progress)
+        self._phases.end("load", of_which={"import": max(rank.seconds["device"] for rank in statistics)})
+        return self._report(shared, group, agreed, statistics)
+
+    def _share(self, group: WorkerGroup) -> _Shared:
+        """What all ranks load by; the headers are read where the storage is, unless this process has read them."""
+        settings, topology = self._request.settings, Topology(group.nodes)
+        memory_limits = share_memory(
             topology,
             memory_limit=settings.memory_limit,
             node_memory_limit=settings.node_memory_limit,
             available_bytes=[min(group.facts[rank].available_memory_bytes for rank in ranks) for ranks in group.nodes],
         )
+        limits = self._request.read_limits(memory_limits)
+        is_planned_here = self._index is not None
         if self._index is None:
-            self._plan = _plan_on_rank(group, self._request, topology, self._memory_limits)
-        else:
-            self._plan = self._request.plan(topology, memory_limits=self._memory_limits, index=self._index)
-        self._plan_ref = ray.put(self._plan)
-        self._phases.end("plan")
+            with _faults_of_the_request():
+                self._index = index_from_bytes(group.ask("read_index"))
+        index_ref = ray.put(index_to_bytes(self._index))
+        return _Shared(self._index, index_ref, topology, memory_limits, limits, is_planned_here)
 
-    def _report(self, plan: ReadPlan, group: WorkerGroup, statistics: list[RankStatistics]) -> LoadReport:
+    def _agree(self, group: WorkerGroup, shared: _Shared, *, alone: int | None = None) -> list[Agreed]:
+        """Lets the ranks of each node plan; or one rank for itself, whose neighbours have their tensors."""
+        secret = secrets.token_hex(16)
+        nodes = [(alone,)] if alone is not None else shared.topology.nodes
+        seatings = {
+            rank: Seating(
+                # Several nodes may share a machine, and with it the names of sockets.
+                session=f"{secret}/{number}",
+                ranks=ranks,
+                node=group.facts[rank].node,
+                terms=MemoryTerms(shared.memory_limits[rank], shared.limits),
+            )
+            for number, ranks in enumerate(nodes)
+            for rank in ranks
+        }
+        chosen = sorted(seatings)
+        with _faults_of_the_request():
+            return group.call(
+                "agree",
+                shared.index_ref,
+                ranks=chosen,
+                per_rank_args=[(seatings[rank],) for rank in chosen],
+                keep_on_failure=alone is not None,
+            )
+
+    def _report(
+        self, shared: _Shared, group: WorkerGroup, agreed: list[Agreed], statistics: list[RankStatistics]
+    ) -> LoadReport:
+        firsts = [agreed[ranks[0]] for ranks in shared.topology.nodes]
         return LoadReport(
             uri=self._request.uri,
             mesh={axis: self.mesh.axis_size(axis) for axis in self.mesh.axes} | {"ep": self.mesh.ep},
             seconds=self._phases.seconds(),
-            checkpoint_bytes=plan.index.total_bytes,
-            needed_bytes=sum(plan.node_plans[number].needed_bytes for number in plan.node_plan_ids),
-            plan_hash=plan.plan_hash,
+            checkpoint_bytes=shared.index.total_bytes,
+            needed_bytes=sum(first.needed_bytes for first in firsts),
+            plan_hash=hash_plan(
+                shared.topology, [first.node_plan_hash for first in firsts], [rank.slices_hash for rank in agreed]
+            ),
             nodes=tuple(facts.node for facts in group.facts),
             ranks=tuple(statistics),
         )
 
 
-def _plan_on_rank(
-    group: WorkerGroup, request: LoadRequest, topology: Topology, memory_limits: tuple[int, ...]
-) -> ReadPlan:
-    """The plan, made where the storage is; what is wrong with it is the request's fault, not the rank's."""
+@contextmanager
+def _faults_of_the_request() -> Iterator[None]:
+    """What is wrong with a checkpoint, or with what is asked of it, is no rank's fault, and raised as it is."""
     try:
-        return group.ahead(read_headers_and_plan, request, topology, memory_limits)
+        yield
     except RankFailedError as error:
-        if isinstance(error.cause, RayStreamerError):
+        if isinstance(error.cause, RayStreamerError) and not isinstance(error.cause, ClusterError):
             raise error.cause from error
         raise
-
-
-def read_headers_and_plan(request: LoadRequest, topology: Topology, memory_limits: tuple[int, ...]) -> ReadPlan:
-    """The plan, from the headers on; runs on a rank."""
-    return request.plan(topology, memory_limits=memory_limits)

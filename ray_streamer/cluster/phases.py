@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import time
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 
 class Phases:
@@ -12,10 +16,20 @@ class Phases:
         self._started = self._last = time.perf_counter()
         self._seconds: dict[str, float] = {}
 
-    def end(self, phase: str) -> None:
-        """What passed since the last phase ended, or since the start, belongs to `phase`."""
+    def end(self, phase: str, *, of_which: Mapping[str, float] | None = None) -> None:
+        """What passed since the last phase ended, or since the start, belongs to `phase`, less what belongs to others.
+
+        Args:
+            phase: Its name.
+            of_which: Seconds of phases that passed within it, before the rest.
+        """
         now = time.perf_counter()
-        self._seconds[phase] = self._seconds.get(phase, 0.0) + now - self._last
+        rest = now - self._last
+        for name, seconds in (of_which or {}).items():
+            part = min(seconds, rest)
+            self._seconds[name] = self._seconds.get(name, 0.0) + part
+            rest -= part
+        self._seconds[phase] = self._seconds.get(phase, 0.0) + rest
         self._last = now
 
     def seconds(self) -> dict[str, float]:

@@ -10,16 +10,13 @@ from __future__ import annotations
 
 import os
 import socket
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import ray
 import ray.util
 
 from ray_streamer.cluster.facts import RankFacts
 from ray_streamer.machine import count_cpus, measure_available_memory
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 # One for the driver's progress polls, one so that an abort never queues behind them.
 _CONTROL_THREADS = 2
@@ -53,11 +50,6 @@ class RankShell:
     def control(self, method: str, *args: Any) -> Any:
         """Run a method of the worker beside whatever the main lane is doing; it must be thread-safe and short."""
         return getattr(self._worker, method)(*args)
-
-    @ray.method(concurrency_group="control")
-    def ahead(self, function: Callable[..., Any], *args: Any) -> Any:
-        """Run a function of the caller's while the worker is still being made."""
-        return function(*args)
 
     @ray.method(concurrency_group="control")
     def facts(self) -> RankFacts:

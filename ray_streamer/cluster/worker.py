@@ -1,33 +1,75 @@
-"""What does one rank of a group do? Load its own part, run the caller's functions beside the tensors.
+"""What does one rank of a group do? Agree with its neighbours, load its own part, run the caller's functions beside the tensors.
+
+    made     the device begins to come up, and with it torch's import
+    agree    the ranks of the node meet, say what they hold and get their parts of the node's plan; needs no torch
+    load     reads into staging memory until the device is there, then fills the tensors
 
 An ordinary object: the group wraps it in an actor, tests do not. `abort` and `progress` may be called from another thread
-while `load` runs; everything else is called one at a time.
+while `agree` or `load` runs; everything else is called one at a time.
 """
 
 from __future__ import annotations
 
+import contextlib
 import threading
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ray_streamer.checkpoint.index_bytes import index_from_bytes, index_to_bytes
 from ray_streamer.cluster.gpus import assigned_device
 from ray_streamer.device import open_device
 from ray_streamer.errors import ClusterError, LoadAbortedError
 from ray_streamer.exchange.liveness import Timeouts
-from ray_streamer.planning.node_plan import plan_node
-from ray_streamer.planning.rank_plan import RankPlan
+from ray_streamer.exchange.place import Place
+from ray_streamer.exchange.session import NodeSession
+from ray_streamer.rank.agreement import agree
 from ray_streamer.rank.context import RankContext
 from ray_streamer.rank.load import RankLoad
 from ray_streamer.rank.options import RankOptions
-from ray_streamer.slices.rank_sources import RankSources
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     import torch
 
+    from ray_streamer.planning.rank_plan import RankPlan
     from ray_streamer.planning.read_plan import ReadPlan
+    from ray_streamer.planning.topology import Topology
+    from ray_streamer.rank.agreement import MemoryTerms
     from ray_streamer.rank.request import LoadRequest
     from ray_streamer.rank.statistics import RankStatistics
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Seating:
+    """Among whom a rank loads, as the driver knows it.
+
+    Attributes:
+        session: Secret shared by these ranks, and by no others.
+        ranks: Global ranks that read for each other: those of the node, or the rank alone.
+        node: Name of the node, for errors.
+        terms: How much memory this rank may stage in.
+    """
+
+    session: str
+    ranks: tuple[int, ...]
+    node: str
+    terms: MemoryTerms
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Agreed:
+    """What a rank tells of its part of the plan.
+
+    Attributes:
+        node_plan_hash: Of what its node reads.
+        slices_hash: Of what it holds.
+        needed_bytes: Bytes of the checkpoint that its node wants.
+    """
+
+    node_plan_hash: str
+    slices_hash: str
+    needed_bytes: int
 
 
 class LoadWorker:
@@ -38,78 +80,124 @@ class LoadWorker:
         request: What to load, and how.
 
     Raises:
-        DeviceError: The device cannot be used.
+        DeviceError: What Ray assigned to this rank is hidden from it.
     """
 
     def __init__(self, rank: int, request: LoadRequest) -> None:
         self._rank = rank
         self._request = request
-        # Opened here, so that what the device imports and starts is done, and refused, before anything is read.
-        # A GPU starts in the background, while the headers are read and the plan is made.
-        self._device = request.open_device(assigned_device(request.device))
+        self._device = request.start_device(assigned_device(request.device))
         self._lock = threading.Lock()
+        self._session: NodeSession | None = None
+        self._agreed: tuple[RankPlan, int] | None = None
         self._load: RankLoad | None = None
         self._abort_reason: str | None = None
         self._context: RankContext | None = None
 
-    def load(self, plan: ReadPlan, session: str, node: str, memory_limit: int) -> RankStatistics:
-        """Loads this rank's tensors and keeps them; its own earlier ones are dropped first.
+    def read_index(self) -> bytes:
+        """The headers, as they travel to all ranks.
+
+        Raises:
+            CheckpointError: The checkpoint is malformed.
+            StorageError: Headers could not be read.
+        """
+        return index_to_bytes(self._request.open_index())
+
+    def plan(self, index_bytes: bytes, topology: Topology, memory_limits: tuple[int, ...]) -> ReadPlan:
+        """The plan of all ranks, for looking at where the driver cannot make it."""
+        return self._request.plan(topology, memory_limits=memory_limits, index=index_from_bytes(index_bytes))
+
+    def agree(self, index_bytes: bytes, seating: Seating) -> Agreed:
+        """Meets the ranks of this node and agrees with them on what each of them reads.
 
         Args:
-            plan: Equal on all ranks.
-            session: Secret shared by the ranks of this load.
-            node: Name of this rank's node, for errors.
-            memory_limit: Staging bytes, or -1.
+            index_bytes: The checkpoint's, equal on all ranks.
+            seating: Who they are.
 
         Raises:
             LoadAbortedError: `abort` was called.
             RankFailedError: A neighbour failed.
+            RayStreamerError: The checkpoint cannot be planned so; the same error on all ranks of the node.
+        """
+        session = self._join(seating)
+        with self._ended_on_failure(session):
+            session.wait_met()
+            storage = self._request.open_storage(num_sharers=len(seating.ranks))
+            with contextlib.closing(storage):
+                agreement = agree(session, self._request, storage, index_bytes=index_bytes, terms=seating.terms)
+        self._agreed = agreement.plan, agreement.memory_limit
+        node_plan = agreement.plan.node_plan
+        return Agreed(
+            node_plan_hash=node_plan.plan_hash,
+            slices_hash=agreement.slices.fingerprint(),
+            needed_bytes=node_plan.needed_bytes,
+        )
+
+    def load(self) -> RankStatistics:
+        """Loads this rank's tensors, as agreed, and keeps them; its own earlier ones are dropped first.
+
+        Raises:
+            LoadAbortedError: `abort` was called.
+            DeviceError: The device cannot be used.
+            RankFailedError: A neighbour failed.
             StorageError: A read of this rank failed.
         """
-        # Several nodes may share a machine, and with it the names of sockets.
-        session = f"{session}/{plan.topology.node_of(self._rank)}"
-        return self._load_plan(plan.rank_plan(self._rank), session, node, memory_limit)
-
-    def load_alone(self, plan: ReadPlan, session: str, node: str, memory_limit: int) -> RankStatistics:
-        """Loads this rank's tensors with nobody's help: the others have theirs. The same objects as in `plan`, or none."""
-        said = plan.slices[self._rank]
-        alone = plan_node(plan.index, [RankSources.of(said)], plan.limits)
-        mine = RankPlan.of(plan.index, alone, said, ranks=(self._rank,), local_rank=0)
-        return self._load_plan(mine, session, node, memory_limit)
-
-    def _load_plan(self, mine: RankPlan, session: str, node: str, memory_limit: int) -> RankStatistics:
+        assert self._session is not None
+        assert self._agreed is not None
+        (mine, memory_limit), self._agreed = self._agreed, None
         self._context = None
-        options = RankOptions(
-            session=session,
-            node=node,
-            concurrency=self._request.settings.concurrency,
-            memory_limit=memory_limit,
-            timeouts=Timeouts.of(self._request.settings),
-        )
+        session = self._session
         storage = self._request.open_storage(num_sharers=len(mine.ranks))
-        try:
-            load = RankLoad(mine, storage, self._device, options)
-            self._begin(load)
+        with contextlib.closing(storage), self._ended_on_failure(session):
+            concurrency = self._request.settings.concurrency
+            options = RankOptions.at(session.place, concurrency=concurrency, memory_limit=memory_limit)
+            self._load = load = RankLoad(mine, storage, self._device, options, session=session)
             tensors = load.run()
-        finally:
-            storage.close()
+        self._leave()
+        device = self._device.opened
+        assert device is not None
         self._context = RankContext(
-            rank=self._rank, mesh=self._request.mesh, device=self._device.name, node=node, tensors=tensors
+            rank=self._rank, mesh=self._request.mesh, device=device.name, node=session.place.node, tensors=tensors
         )
         return load.statistics()
 
-    def _begin(self, load: RankLoad) -> None:
+    def _join(self, seating: Seating) -> NodeSession:
+        place = Place(
+            session=seating.session,
+            rank=self._rank,
+            ranks=seating.ranks,
+            node=seating.node,
+            timeouts=Timeouts.of(self._request.settings),
+        )
+        session = NodeSession(place)
         with self._lock:
-            self._load = load
+            self._session = session
             if self._abort_reason is not None:
-                load.abort(LoadAbortedError(self._abort_reason))
+                session.fail(LoadAbortedError(self._abort_reason))
+        return session
+
+    @contextlib.contextmanager
+    def _ended_on_failure(self, session: NodeSession) -> Iterator[None]:
+        """An error that leaves the block ends the session for all."""
+        try:
+            yield
+        except BaseException as error:
+            session.fail(error)
+            self._leave()
+            raise
+
+    def _leave(self) -> None:
+        with self._lock:
+            session, self._session = self._session, None
+        if session is not None:
+            session.close()
 
     def abort(self, reason: str) -> None:
-        """Ends the load under way, or the next one."""
+        """Ends what is under way, or the next load."""
         with self._lock:
             self._abort_reason = reason
-            if self._load is not None:
-                self._load.abort(LoadAbortedError(reason))
+            if self._session is not None:
+                self._session.fail(LoadAbortedError(reason))
 
     def progress(self) -> RankStatistics | None:
         """What the load has done so far; None before it began."""

@@ -80,8 +80,13 @@ class ReadPlan:
         """Hex digest over what all nodes read and all ranks hold; equal plans have equal hashes."""
         reads = [self.node_plans[number].plan_hash for number in self.node_plan_ids]
         distinct = {number: said.fingerprint() for number, said in {id(said): said for said in self.slices}.items()}
-        held = [distinct[id(said)] for said in self.slices]
-        return hashlib.blake2b(repr((self.topology, reads, held)).encode(), digest_size=16).hexdigest()
+        return hash_plan(self.topology, reads, [distinct[id(said)] for said in self.slices])
+
+
+def hash_plan(topology: Topology, node_plan_hashes: Sequence[str], slices_hashes: Sequence[str]) -> str:
+    """The hash of a whole plan, from those of its parts: what each node reads, and what each rank holds."""
+    parts = (topology, list(node_plan_hashes), list(slices_hashes))
+    return hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()
 
 
 def plan_reads(

@@ -5,6 +5,8 @@
     copier threads   blocks that neighbours offer, and  ┘
                      blocks of mapped files
 
+Where torch is still being imported, `EarlyReads` fills the arena meanwhile: tensors are made as soon as the device is there.
+
 A rank is done when it has all its bytes, its slots are free again and its neighbours say the same; until then nothing is
 handed out.
 """
@@ -14,13 +16,15 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from ray_streamer.errors import BudgetError
 from ray_streamer.planning.limits import AS_MUCH_AS_USEFUL
 from ray_streamer.process_limits import limits_explained
 from ray_streamer.rank.block_reads import BlockReads, DirectReads, StagedReads
 from ray_streamer.rank.deliveries import Deliveries
+from ray_streamer.rank.device_start import DeviceStart
+from ray_streamer.rank.early_reads import EarlyReads
 from ray_streamer.rank.inbox import Inbox
 from ray_streamer.rank.mappings import Mappings
 from ray_streamer.rank.neighbourhood import Neighbourhood
@@ -53,13 +57,30 @@ logger = logging.getLogger(__name__)
 MAX_COPIERS = 4
 
 
+class _Landing(NamedTuple):
+    """Where blocks land, once the device is there.
+
+    Attributes:
+        device: Where the tensors are.
+        results: The tensors.
+        sources: The places that are asked for a block, in this order; the last one has every block.
+        deliveries: Copies blocks to the tensors.
+    """
+
+    device: Device
+    results: Results
+    sources: tuple[BlockSource, ...]
+    deliveries: Deliveries
+
+
 class RankLoad:
     """One load of one rank; make it, `run` it once, ask it for statistics at any time.
 
     Args:
         plan: What this rank does.
         storage: Open on the plan's checkpoint. A load that fails closes it: that wakes reads which wait for a network.
-        device: Where the tensors go.
+        device: Where the tensors go; it may still be coming up. Where it is there, tensors are made at once, by the caller's
+            thread.
         options: See `RankOptions`.
         session: Of this node's ranks, when they met already; else they meet for this load.
         out: Tensors of the caller, filled in place; see `Results`.
@@ -74,15 +95,16 @@ class RankLoad:
         self,
         plan: RankPlan,
         storage: Storage,
-        device: Device,
+        device: Device | DeviceStart,
         options: RankOptions,
         *,
         session: NodeSession | None = None,
         out: Mapping[str, torch.Tensor] | None = None,
         on_complete: OnComplete | None = None,
     ) -> None:
-        self._mine, self._storage, self._device, self._options = plan, storage, device, options
-        self._results = Results(plan, device, out=out, on_complete=on_complete)
+        self._mine, self._storage, self._options = plan, storage, options
+        self._device_start = device if isinstance(device, DeviceStart) else DeviceStart.of(device)
+        self._out, self._on_complete = out, on_complete
         self._stop = StopSignal()
         self._inbox = Inbox(self._stop)
         self._arena = Arena(self._num_slots(), plan.node_plan.limits.block_bytes, self._stop)
@@ -99,16 +121,11 @@ class RankLoad:
         self._activity = self._neighbours.activity
         self._blocks_left = Countdown(self._stop)
         self._mappings = Mappings(plan, storage)
-        self._sources = self._sources_of_blocks()
-        self._deliveries = Deliveries(
-            plan,
-            device,
-            self._results,
-            activity=self._activity,
-            recorder=self._recorder,
-            blocks_left=self._blocks_left,
-            stop=self._stop,
-        )
+        self._reads = BlockReads(plan, storage, activity=self._activity, recorder=self._recorder)
+        self._staged = StagedReads(plan, self._arena, self._neighbours, self._reads, recorder=self._recorder)
+        self._early = EarlyReads(plan, self._staged, self._stop)
+        opened = self._device_start.opened
+        self._landing = None if opened is None else self._prepare_landing(opened)
         self._stop.on_set(storage.close)
 
     def run(self) -> dict[str, torch.Tensor]:
@@ -126,12 +143,13 @@ class RankLoad:
         try:
             with self._recorder.cpu_counted(), limits_explained("load"), self._arena:
                 self._stream_and_give_back()
-            tensors = self._results.tensors()
+            tensors = self._landed.results.tensors()
         except BaseException as error:
             clear_frames(error)
             raise
         finally:
-            self._results.forget()
+            if self._landing is not None:
+                self._landing.results.forget()
         self._log()
         return tensors
 
@@ -166,21 +184,32 @@ class RankLoad:
             )
         return min(num_reads, max(1, memory_limit // slot_bytes))
 
-    def _sources_of_blocks(self) -> tuple[BlockSource, ...]:
-        """The places that are asked for a block, in this order; the last one has every block."""
-        mine, storage = self._mine, self._storage
-        reads = BlockReads(mine, storage, activity=self._activity, recorder=self._recorder)
-        return (
-            self._mappings,
-            self._neighbours,
-            DirectReads(mine, storage, self._device, self._results, reads),
-            StagedReads(mine, self._arena, self._neighbours, reads, recorder=self._recorder),
+    def _prepare_landing(self, device: Device) -> _Landing:
+        """Makes the tensors."""
+        results = Results(self._mine, device, out=self._out, on_complete=self._on_complete)
+        direct = DirectReads(self._mine, self._storage, device, results, self._reads)
+        deliveries = Deliveries(
+            self._mine,
+            device,
+            results,
+            activity=self._activity,
+            recorder=self._recorder,
+            blocks_left=self._blocks_left,
+            stop=self._stop,
         )
+        sources = (self._early, self._mappings, self._neighbours, direct, self._staged)
+        return _Landing(device, results, sources, deliveries)
+
+    @property
+    def _landed(self) -> _Landing:
+        assert self._landing is not None
+        return self._landing
 
     def _stream_and_give_back(self) -> None:
         with contextlib.ExitStack() as owned:
             owned.callback(self._neighbours.close)
             owned.callback(self._mappings.close)
+            owned.callback(self._early.close)
             # Ends first: its copies under way read what the others give back.
             owned.callback(self._close_device)
             try:
@@ -194,23 +223,27 @@ class RankLoad:
     def _close_device(self) -> None:
         """What fails here is a failure of the load, unless there was one before."""
         try:
-            self._device.close()
+            if self._landing is not None:
+                self._landing.device.close()
         except BaseException as error:
             self._stop.set(error)
 
     def _stream(self) -> None:
         self._activity.phase = "preparing memory for the tensors"
         with limits_explained("connect the ranks of this node"), self._recorder.phase("connect"):
-            self._device.adopt(self._arena.memory)
             self._neighbours.meet()
-            for memory in self._neighbours.memories:
-                self._device.adopt(memory)
-            self._mappings.open(self._neighbours.share_numbers, is_wanted=not self._device.wants_staging)
+            self._mappings.open(self._neighbours.share_numbers, is_wanted=not self._device_start.wants_staging)
+        landing = self._landing
+        if landing is None:
+            with self._recorder.phase("device"):
+                landing = self._landing = self._read_until_there()
+        for memory in (self._arena.memory, *self._neighbours.memories):
+            landing.device.adopt(memory)
         self._activity.phase = "reading and copying tensors"
         with self._recorder.phase("stream"):
-            self._results.complete_empty()
+            landing.results.complete_empty()
             self._move_blocks()
-            for source in self._sources:
+            for source in landing.sources:
                 source.verify()
         with self._recorder.phase("finish"):
             with self._activity.waiting():
@@ -218,11 +251,23 @@ class RankLoad:
             self._neighbours.finish()
         self._stop.check()
 
+    def _read_until_there(self) -> _Landing:
+        """Reads as many blocks as there are slots while the device comes up."""
+        numbers = self._own_reads()[: self._arena.num_slots]
+        self._early.begin(numbers, num_threads=self._options.concurrency)
+        landing = self._prepare_landing(self._device_start.wait(self._stop, self._activity))
+        self._early.end()
+        return landing
+
+    def _own_reads(self) -> list[int]:
+        """Blocks that this rank reads, and that lie in no mapped file."""
+        return self._mine.reads[~self._mappings.have(self._mine.reads)].tolist()
+
     def _move_blocks(self) -> None:
         mine, mappings = self._mine, self._mappings
         is_mapped = mappings.have(mine.taken)
         is_offered = ~is_mapped & (mine.readers_of(mine.taken) != mine.local_rank)
-        own_reads = mine.reads[~mappings.have(mine.reads)].tolist()
+        own_reads = self._own_reads()
         num_copies = int((is_mapped | is_offered).sum())
         self._inbox.open(mine.taken[is_mapped].tolist(), int(is_offered.sum()))
         self._blocks_left.start(len(own_reads) + num_copies)
@@ -236,11 +281,11 @@ class RankLoad:
 
     def _move(self, number: int) -> None:
         """Brings what this rank takes of one block to its tensors."""
-        self._deliveries.deliver(number, self._borrow(self._mine.block(number)))
+        self._landed.deliveries.deliver(number, self._borrow(self._mine.block(number)))
 
     def _borrow(self, block: Block) -> Loan:
         """The block, from the first source that has it."""
-        for source in self._sources:
+        for source in self._landed.sources:
             loan = source.borrow(block)
             if loan is not None:
                 return loan

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 if TYPE_CHECKING:
     from ray_streamer.exchange.liveness import Timeouts
+    from ray_streamer.exchange.place import Place
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,3 +27,14 @@ class RankOptions:
     concurrency: int
     memory_limit: int
     timeouts: Timeouts
+
+    @classmethod
+    def at(cls, place: Place, *, concurrency: int, memory_limit: int) -> Self:
+        """Those of a rank that has met the others of its node already."""
+        return cls(
+            session=place.session,
+            node=place.node,
+            concurrency=concurrency,
+            memory_limit=memory_limit,
+            timeouts=place.timeouts,
+        )

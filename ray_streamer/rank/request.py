@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ray_streamer.checkpoint import locate, open_checkpoint
-from ray_streamer.device import check_device_name, open_device
+from ray_streamer.device import check_device_name, is_cuda, open_device
 from ray_streamer.planning.limits import (
     FILESYSTEM_MIN_RUN_BYTES,
     OBJECT_STORE_MIN_RUN_BYTES,
@@ -17,6 +17,7 @@ from ray_streamer.planning.limits import (
     fit_block_bytes,
 )
 from ray_streamer.planning.read_plan import plan_reads
+from ray_streamer.rank.device_start import DeviceStart
 from ray_streamer.sharding.completeness import refuse_incomplete
 from ray_streamer.storage import open_storage, scheme_of
 
@@ -83,6 +84,18 @@ class LoadRequest:
             name,
             device_scratch_bytes=self.settings.device_scratch_bytes,
             gpu_direct_storage=self.settings.gpu_direct_storage == "on",
+        )
+
+    def start_device(self, name: str) -> DeviceStart:
+        """The device called `name`, which begins to come up.
+
+        Raises:
+            DeviceError: Where torch is imported already, and there is no such device.
+        """
+        return DeviceStart(
+            lambda: self.open_device(name),
+            wants_staging=is_cuda(name),
+            timeout_seconds=self.settings.startup_timeout_seconds,
         )
 
     def open_index(self) -> CheckpointIndex:

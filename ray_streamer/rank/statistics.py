@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from ray_streamer.rank.recorder import Recorder
     from ray_streamer.storage.base import StorageStatistics
 
-PHASES = ("connect", "stream", "finish")
+PHASES = ("connect", "device", "stream", "finish")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,8 +22,8 @@ class RankStatistics:
 
     Attributes:
         rank: Global rank.
-        seconds: Wall seconds by phase: `connect` (arena and neighbours), `stream` (reads and copies), `finish` (waiting for
-            neighbours to take what they want).
+        seconds: Wall seconds by phase: `connect` (arena and neighbours), `device` (waiting for torch and the device, while the
+            arena fills), `stream` (reads and copies), `finish` (waiting for neighbours to take what they want).
         bytes_read: Bytes that this rank requested from storage.
         page_cache_bytes: Bytes copied out of mappings of files that were in the page cache; no part of `bytes_read`.
         bytes_delivered: Bytes written to this rank's tensors.

@@ -20,9 +20,10 @@ class LoadReport:
         uri: What was loaded.
         mesh: Size of each axis, and groups of experts (ep).
         seconds: Wall seconds from the call by phase, one after the other: `check` (what the driver sees of the checkpoint),
-            `ray` (connecting to Ray, or starting it), `start` (room, and the ranks' processes), `plan` (headers, where the
-            driver could not read them, and plan), `import` (torch and the device on the ranks, as far as it lasts longer
-            than the plan), `load` (until the last rank was done), and their sum `total`.
+            `ray` (connecting to Ray, or starting it), `start` (room, and the ranks' processes), `plan` (the ranks of each
+            node meet and plan; headers, where the driver could not read them), `import` (torch and the device on the ranks,
+            as far as it lasts longer than the plan; the first blocks are read meanwhile), `load` (until the last rank was
+            done), and their sum `total`.
         checkpoint_bytes: All tensor bytes of the checkpoint.
         needed_bytes: Bytes that each node's ranks want, summed over nodes.
         plan_hash: Of the plan that was executed.
@@ -73,8 +74,9 @@ class LoadReport:
 
     @property
     def gigabytes_per_second(self) -> float:
-        """Checkpoint bytes needed, over the seconds of the load phase, in 10^9 bytes per second."""
-        return self.needed_bytes / self.seconds["load"] / 1e9 if self.seconds["load"] else 0.0
+        """Checkpoint bytes needed, over the seconds in which they may be read (`import` and `load`), in 10^9 bytes per second."""
+        seconds = self.seconds["import"] + self.seconds["load"]
+        return self.needed_bytes / seconds / 1e9 if seconds else 0.0
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON: every attribute and every total."""

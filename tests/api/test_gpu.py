@@ -10,9 +10,10 @@ import torch
 from api_support import oracle
 
 import ray_streamer
-from ray_streamer.cluster.worker import LoadWorker
+from ray_streamer.cluster.worker import LoadWorker, Seating
 from ray_streamer.planning.topology import Topology
 from ray_streamer.rank import request as request_module
+from ray_streamer.rank.agreement import MemoryTerms
 from ray_streamer.rank.request import LoadRequest
 from ray_streamer.sharding import Mesh
 from ray_streamer.sharding.source import RuleSlices
@@ -89,9 +90,16 @@ def test_a_worker_keeps_its_tensors_on_the_gpu(checkpoint, use_library, scratch:
         device="cuda",
     )
     worker = LoadWorker(1, request)
-    plan = request.plan(Topology.even(2, 2), memory_limits=(1 << 20, 1 << 20))
+    terms = MemoryTerms(1 << 20, request.read_limits((1 << 20, 1 << 20)))
+    index_bytes = worker.read_index()
+    plan = worker.plan(index_bytes, Topology.even(2, 2), (1 << 20, 1 << 20))
     for session in ("first", "again"):
-        worker.load(plan, session, "here", 1 << 20)
+        agreed = worker.agree(index_bytes, Seating(session=session, ranks=(1,), node="here", terms=terms))
+        assert (agreed.node_plan_hash, agreed.slices_hash) == (
+            plan.node_plan_of(1)[0].plan_hash,
+            plan.slices[1].fingerprint(),
+        )
+        assert worker.load().bytes_delivered == plan.rank_plan(1).bytes_to_fill.sum()
         context = worker.run(lambda context: context, ())
         assert context.device == "cuda:0"
         assert oracle.faults(context.tensors, checkpoint.uri, tp_index=1, tp=2) == []

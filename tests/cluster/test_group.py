@@ -389,23 +389,12 @@ def test_a_live_rank_may_be_restarted(assert_gone: Check) -> None:
         assert group.call("greet", ranks=[0]) == [(0, "", ())]
 
 
-def sit_and_wait() -> None:
-    threading.Event().wait(60)
-
-
-def test_what_is_done_ahead_needs_no_worker_and_ends_with_the_startup_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
-    def ahead(group: WorkerGroup) -> None:
-        assert [facts.node_ip for facts in group.facts] == ["127.0.0.2"] * 2
-        seen.append(group.ahead(os.getpid))
-        with pytest.raises(RankFailedError, match=r"rank 1 .*ZeroDivisionError"):
-            group.ahead(divmod, 1, 0, rank=1)
+def test_what_the_start_depends_on_is_asked_for_within_its_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
+    with start(2) as group:
+        assert group.ask("pid", rank=1) == group.facts[1].pid
+        with pytest.raises(RankFailedError, match=r"rank 0 .*AttributeError"):
+            group.ask("no_such_method")
         # Short only now: on a busy machine an actor takes long to start.
         monkeypatch.setattr(group, "_startup_timeout_seconds", 0.5)
-        group.ahead(sit_and_wait)
-
-    seen: list[int] = []
-    with pytest.raises(
-        StartupTimeoutError, match=r"1 of 2 ranks did not sit_and_wait within .*=0\.5: rank 0 in bundle"
-    ):
-        WorkerGroup(SlowConstructor, 2, meanwhile=ahead, startup_timeout_seconds=60)
-    assert len(seen) == 1
+        with pytest.raises(StartupTimeoutError, match=r"1 of 2 ranks did not ignore_abort within .*=0\.5: rank 0 in "):
+            group.ask("ignore_abort")

@@ -248,7 +248,7 @@ def _nothing_left() -> Iterator[None]:
     yield
     # A device's start is over before its load ends, its thread a moment later.
     for thread in threading.enumerate():
-        if thread.name.startswith("ray_streamer-cuda-start"):
+        if thread.name.startswith(("ray_streamer-cuda-start", "ray_streamer-device")):
             thread.join()
     # Without a collection: what only the garbage collector would find is left behind as long as it does not run.
     after = _possessions()

@@ -1,11 +1,12 @@
 """What do the ranks of a node agree on before they load? One index, read once, one limit of memory, and one plan of reads.
 
-    every rank: uri, memory it measured ── gather ──> the same uri, the smallest limit
+    every rank: uri, memory it measured ── gather ──> the same uri, the smallest limit     unless a driver has said both
     first rank: headers ── share ──> index ──> what this rank holds; what it must read for that, it reads with the others
     every rank: what it reads ── gather ──> all of it
     first rank: the node's plan ── share ──> this rank's part of it
 
 Nothing is guessed: blocks fit the rank that has least memory. Ranks of other nodes are not asked; their plan is their own.
+Rules need no torch, which may be imported meanwhile.
 """
 
 from __future__ import annotations
@@ -26,7 +27,6 @@ from ray_streamer.slices import RankSources, ReadingSource
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from ray_streamer.api.membership import Membership
     from ray_streamer.checkpoint.index import CheckpointIndex
     from ray_streamer.exchange.session import NodeSession
     from ray_streamer.planning.limits import ReadLimits
@@ -37,45 +37,49 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
+class MemoryTerms:
+    """How much memory a rank may stage in, and how large blocks are therefore.
+
+    Attributes:
+        memory_limit: Staging bytes of this rank, and of every other one of its node; -1 for as much as the plan can use.
+        limits: The sizes that shape the plan; equal on all ranks of the node.
+    """
+
+    memory_limit: int
+    limits: ReadLimits
+
+
+@dataclass(frozen=True, slots=True)
 class Agreement:
     """What one rank loads by.
 
     Attributes:
         plan: What this rank does; the reads in it are equal on all ranks of the node.
         memory_limit: Staging bytes of this rank; -1 for as much as the plan can use.
+        slices: What this rank said.
     """
 
     plan: RankPlan
     memory_limit: int
-
-
-def read_index_for_all_nodes(membership: Membership, request: LoadRequest) -> bytes | None:
-    """The index as the first rank of a process group on several nodes read it; None where the ranks of a node ask each other.
-
-    Raises:
-        RayStreamerError: The first rank could not read it; the same error on all ranks.
-    """
-    if membership.group is None or len(membership.topology.nodes) == 1:
-        return None
-
-    return membership.group.share(lambda: index_to_bytes(request.open_index()))
+    slices: RankSlices
 
 
 def agree(
     session: NodeSession,
-    membership: Membership,
     request: LoadRequest,
     storage: Storage,
-    index_bytes: bytes | memoryview | None,
+    *,
+    index_bytes: bytes | memoryview | None = None,
+    terms: MemoryTerms | None = None,
 ) -> Agreement:
     """Agrees with the other ranks of the node, which all have met.
 
     Args:
         session: Of the node's ranks.
-        membership: Who they are.
         request: What this rank was asked for.
         storage: Open on the checkpoint.
         index_bytes: The index, where all nodes have it already.
+        terms: This rank's memory, where a driver has asked all ranks for the same and measured theirs; else they do it.
 
     Raises:
         ClusterError: Another rank was asked for another checkpoint.
@@ -83,16 +87,16 @@ def agree(
             it wants.
         RankFailedError: Another rank failed.
     """
-    met = agree_on_index(session, membership, request, storage, index_bytes)
+    met = agree_on_index(session, request, storage, index_bytes=index_bytes, terms=terms)
     index = met.index
-    said = _say(session, membership.rank, request, storage, met)
+    said = _say(session, request, storage, met)
     session.activity.phase = "planning"
     # Before anybody is told: what is wrong with a rank's own results is found by the rank itself.
     holes = check_fills(index, said)
     node_plan = _share_plan(session, index, said, met.limits)
     place = session.place
     plan = RankPlan.of(index, node_plan, said, ranks=place.ranks, local_rank=place.local_rank, holes=holes)
-    return Agreement(plan, met.memory_limit)
+    return Agreement(plan, met.memory_limit, said)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,19 +120,25 @@ class Met:
 
 def agree_on_index(
     session: NodeSession,
-    membership: Membership,
     request: LoadRequest,
     storage: Storage,
-    index_bytes: bytes | memoryview | None,
+    *,
+    index_bytes: bytes | memoryview | None = None,
+    terms: MemoryTerms | None = None,
 ) -> Met:
     """The first part of `agree`, with the same arguments and errors."""
-    memory_limit = rank_memory_limit(
-        memory_limit=request.settings.memory_limit,
-        node_memory_limit=request.settings.node_memory_limit,
-        available_bytes=measure_available_memory(),
-        num_local_ranks=len(membership.local_ranks),
-    )
-    smallest, limits, reads_values = _gather_terms(session, request, memory_limit)
+    reads_values = isinstance(request.slices, ReadingSource)
+    if terms is not None:
+        memory_limit = smallest = terms.memory_limit
+        limits = terms.limits
+    else:
+        memory_limit = rank_memory_limit(
+            memory_limit=request.settings.memory_limit,
+            node_memory_limit=request.settings.node_memory_limit,
+            available_bytes=measure_available_memory(),
+            num_local_ranks=len(session.place.ranks),
+        )
+        smallest, limits, reads_values = _gather_terms(session, request, memory_limit, reads_values=reads_values)
     session.activity.phase = "reading the headers"
     if index_bytes is None:
         index_bytes = _share_index(session, request, storage)
@@ -161,9 +171,11 @@ def share_tensors(session: NodeSession, request: LoadRequest, storage: Storage, 
     )
 
 
-def _gather_terms(session: NodeSession, request: LoadRequest, memory_limit: int) -> tuple[int, ReadLimits, bool]:
+def _gather_terms(
+    session: NodeSession, request: LoadRequest, memory_limit: int, *, reads_values: bool
+) -> tuple[int, ReadLimits, bool]:
     """The smallest limit, the sizes that follow from it, and whether any rank may need values before it says what it holds."""
-    uri, reads_values = request.uri, isinstance(request.slices, ReadingSource)
+    uri = request.uri
     mine = {"uri": uri, "memory_limit": memory_limit, "reads_values": reads_values}
     said = session.gather(json.dumps(mine).encode())
     memory_limits: list[int] = []
@@ -179,9 +191,9 @@ def _gather_terms(session: NodeSession, request: LoadRequest, memory_limit: int)
     return (min(memory_limits), request.read_limits(memory_limits), reads_values)
 
 
-def _say(session: NodeSession, rank: int, request: LoadRequest, storage: Storage, met: Met) -> RankSlices:
+def _say(session: NodeSession, request: LoadRequest, storage: Storage, met: Met) -> RankSlices:
     """What this rank holds; ranks read together what one of them needs to know for that."""
-    source = request.slices
+    source, rank = request.slices, session.place.rank
     if not met.reads_values:
         return source(met.index, rank)
     session.activity.phase = "running the engine's loader"

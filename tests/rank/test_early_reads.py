@@ -1,0 +1,177 @@
+"""What a rank reads before its device is there: as many blocks as it has slots, each of them once, and its neighbours may have them."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from ray_streamer.device.cpu import CpuDevice
+from ray_streamer.errors import DeviceError, LoadAbortedError, RankFailedError, ShortReadError
+from ray_streamer.planning.topology import Topology
+from ray_streamer.rank.device_start import DeviceStart
+from ray_streamer.testing.oracle import bytes_of, expected_results
+
+if TYPE_CHECKING:
+    from ray_streamer.extent import Extent
+
+WAIT_SECONDS = 60.0
+SLOTS = 3
+SHAPE = (60, 1000)
+
+
+class LateDevice:
+    """A device of a process that imports torch until the test says that it is there, or that it is not."""
+
+    def __init__(self, *, wants_staging: bool = False) -> None:
+        self._is_there = threading.Event()
+        self._error: Exception | None = None
+        with pytest.MonkeyPatch.context() as patch:
+            patch.delitem(sys.modules, "torch")
+            self.start = DeviceStart(self._open, wants_staging=wants_staging, timeout_seconds=WAIT_SECONDS)
+
+    def _open(self) -> Any:
+        assert self._is_there.wait(WAIT_SECONDS)
+        if self._error is not None:
+            raise self._error
+        return CpuDevice()
+
+    def come(self, error: Exception | None = None) -> None:
+        self._error = error
+        self._is_there.set()
+
+
+def plan_of_two(ranks: Any, split: Any, folder: Path) -> Any:
+    """Rank 0 and rank 1 take columns of one matrix, so that every block is wanted by both, and rows of another."""
+    ranks.write(folder, [[("columns", "BF16", SHAPE)], [("rows", "BF16", SHAPE)]], padding=1)
+    slices = {"columns": split(SHAPE, 2, dim=1), "rows": split(SHAPE, 2)}
+    return ranks.plan(str(folder), slices, topology=Topology.even(2), min_run_bytes=1 << 20)
+
+
+def expect_slices(plan: Any, tensors_by_rank: list[Any]) -> None:
+    for tensors, said in zip(tensors_by_rank, plan.slices, strict=True):
+        expected = expected_results(Path(plan.index.uri), plan.index, said)
+        assert {name: bytes_of(tensor) for name, tensor in tensors.items()} == {
+            name: bytes_of(tensor) for name, tensor in expected.items()
+        }
+
+
+def wait_for_early_reads(reads: threading.Semaphore) -> None:
+    """Until the slots are full and nothing more is begun."""
+    for _ in range(SLOTS):
+        assert reads.acquire(timeout=WAIT_SECONDS)
+    for thread in threading.enumerate():
+        if "-0-early-" in thread.name and thread.is_alive():
+            thread.join(WAIT_SECONDS)
+
+
+@pytest.mark.parametrize("concurrency", [1, 4])
+def test_slots_fill_before_the_device_is_there_and_no_block_is_read_twice(
+    ranks: Any, split: Any, tmp_path: Path, concurrency: int
+) -> None:
+    plan = plan_of_two(ranks, split, tmp_path)
+    with ranks.nothing_left():
+        late, reads = LateDevice(), threading.Semaphore(0)
+        running = ranks.prepare(
+            plan,
+            memory_limit=SLOTS * 4096,
+            concurrency=concurrency,
+            devices={0: late.start},
+            before_read={0: lambda *_: reads.release()},
+        ).start()
+        wait_for_early_reads(reads)
+        assert len(running.storages[0].reads) == SLOTS
+        before = running.loads[0].statistics()
+        assert (before.bytes_delivered, before.num_requests) == (0, SLOTS)
+        late.come()
+        expect_slices(plan, running.tensors())
+    read = [extent for storage in running.storages for extent in storage.reads]
+    assert len(read) == len(set(read)) == len(plan.node_plans[0].blocks)
+    after = running.loads[0].statistics()
+    assert after.peak_staging_bytes == SLOTS * 4096
+    assert after.seconds["device"] > 0
+    assert running.loads[1].statistics().seconds["device"] == 0
+
+
+class CountingDevice(CpuDevice):
+    """Host memory, and how many blocks were copied to it."""
+
+    def __init__(self) -> None:
+        self.copied = threading.Semaphore(0)
+
+    def deliver(self, source: Any, copies: Any, done: Any) -> None:
+        super().deliver(source, copies, done)
+        self.copied.release()
+
+
+def test_neighbours_land_what_a_rank_without_a_device_has_read(ranks: Any, split: Any, tmp_path: Path) -> None:
+    plan = plan_of_two(ranks, split, tmp_path)
+    late, counting = LateDevice(), CountingDevice()
+    running = ranks.prepare(plan, memory_limit=SLOTS * 4096, devices={0: late.start, 1: counting}).start()
+    # Of its own blocks, which rank 0 has yet to take, rank 1 has no more than slots; the others are those of rank 0.
+    for _ in range(2 * SLOTS):
+        assert counting.copied.acquire(timeout=WAIT_SECONDS)
+    assert running.loads[0].statistics().bytes_delivered == 0
+    late.come()
+    expect_slices(plan, running.tensors())
+
+
+def test_files_of_the_page_cache_are_not_read_early(ranks: Any, split: Any, tmp_path: Path) -> None:
+    """They are copied from a mapping, by every rank, as soon as there is something to copy to."""
+    plan = plan_of_two(ranks, split, tmp_path)
+    late = LateDevice()
+    paths = [file.path for file in plan.index.files]
+    running = ranks.prepare(plan, devices={0: late.start}, resident_paths=paths).start()
+    late.come()
+    expect_slices(plan, running.tensors())
+    assert [storage.reads for storage in running.storages] == [[], []]
+
+
+def test_a_device_that_does_not_come_ends_the_load_of_all(ranks: Any, split: Any, tmp_path: Path) -> None:
+    plan = plan_of_two(ranks, split, tmp_path)
+    with ranks.nothing_left():
+        late, reads = LateDevice(), threading.Semaphore(0)
+        running = ranks.prepare(
+            plan,
+            memory_limit=SLOTS * 4096,
+            devices={0: late.start},
+            before_read={0: lambda *_: reads.release()},
+        ).start()
+        wait_for_early_reads(reads)
+        late.come(DeviceError("torch sees no CUDA device"))
+        own, neighbours = running.join()
+    assert type(own) is DeviceError
+    assert isinstance(neighbours, RankFailedError)
+    assert (neighbours.rank, type(neighbours.cause)) == (0, DeviceError)
+
+
+def test_a_load_may_be_aborted_while_its_device_comes_up(ranks: Any, split: Any, tmp_path: Path) -> None:
+    plan = plan_of_two(ranks, split, tmp_path)
+    late, reads = LateDevice(), threading.Semaphore(0)
+    running = ranks.prepare(
+        plan, memory_limit=SLOTS * 4096, devices={0: late.start}, before_read={0: lambda *_: reads.release()}
+    ).start()
+    wait_for_early_reads(reads)
+    reason = LoadAbortedError("enough")
+    running.loads[0].abort(reason)
+    assert running.join()[0] is reason
+    late.come()
+
+
+@pytest.mark.parametrize("failing", [1, SLOTS])
+def test_an_early_read_that_fails_ends_the_load_of_all(ranks: Any, split: Any, tmp_path: Path, failing: int) -> None:
+    def fail(path: str, extent: Extent, count: int) -> None:
+        if count == failing:
+            raise ShortReadError(f"{path} ends too early")
+
+    plan = plan_of_two(ranks, split, tmp_path)
+    late = LateDevice()
+    running = ranks.prepare(plan, memory_limit=SLOTS * 4096, devices={0: late.start}, before_read={0: fail}).start()
+    own, neighbours = running.join()
+    assert type(own) is ShortReadError
+    assert isinstance(neighbours, RankFailedError)
+    assert (neighbours.rank, type(neighbours.cause)) == (0, ShortReadError)
+    late.come()
