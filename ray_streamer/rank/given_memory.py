@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ray_streamer.slices import ReadingSource
 from ray_streamer.slices.given_strides import with_strides
 
 if TYPE_CHECKING:
@@ -12,21 +13,36 @@ if TYPE_CHECKING:
     import torch
 
     from ray_streamer.checkpoint.index import CheckpointIndex
-    from ray_streamer.slices import RankSlices, SliceSource
+    from ray_streamer.slices import RankSlices, SliceSource, Values
 
 
 def into_given(source: SliceSource, out: Mapping[str, torch.Tensor]) -> SliceSource:
     """The same source, whose results have the strides of the tensors in `out` that are not contiguous.
 
     Args:
-        source: Who says slices; it may fill `out` itself, as a capture does.
+        source: Who says slices; it may fill `out` itself, as a capture does. One that reads values goes on doing so.
         out: Tensors of the caller by name. What is none, or has no strides, is refused when results are made.
     """
+    return _ReadingIntoGiven(source, out) if isinstance(source, ReadingSource) else _IntoGiven(source, out)
 
-    def slices(index: CheckpointIndex, rank: int) -> RankSlices:
-        return with_strides(source(index, rank), _strides_of(out))
 
-    return slices
+class _IntoGiven:
+    def __init__(self, source: SliceSource, out: Mapping[str, torch.Tensor]) -> None:
+        self._source, self._out = source, out
+
+    def __call__(self, index: CheckpointIndex, rank: int) -> RankSlices:
+        return with_strides(self._source(index, rank), _strides_of(self._out))
+
+
+class _ReadingIntoGiven:
+    def __init__(self, source: ReadingSource, out: Mapping[str, torch.Tensor]) -> None:
+        self._source, self._out = source, out
+
+    def __call__(self, index: CheckpointIndex, rank: int) -> RankSlices:
+        return with_strides(self._source(index, rank), _strides_of(self._out))
+
+    def with_values(self, index: CheckpointIndex, rank: int, values: Values) -> RankSlices:
+        return with_strides(self._source.with_values(index, rank, values), _strides_of(self._out))
 
 
 def _strides_of(out: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
