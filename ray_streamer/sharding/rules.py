@@ -101,7 +101,13 @@ class ShardRules:
         """
         before, config = cls(first), config or {}
         if before.rules and family_of(config) is None:
-            logger.warning("no preset for model_type %s: the given rules stand alone", brief(config.get("model_type")))
+            model_type = config.get("model_type")
+            told = (
+                "config.json names no model_type"
+                if model_type is None
+                else f"no preset for model_type {brief(model_type)}"
+            )
+            logger.warning("%s: the given rules stand alone", told)
             return before
         return before + cls(preset_for(config, layout=layout, mtp=mtp), optional=True)
 

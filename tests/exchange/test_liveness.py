@@ -171,7 +171,7 @@ def test_a_real_process_is_seen_alive_stopped_and_dead(other, monkeypatch, has_p
     process.close()
 
 
-@pytest.mark.parametrize("pid", [0, os.getpid()])
+@pytest.mark.parametrize("pid", [0, os.getpid()], ids=["elsewhere", "itself"])
 def test_a_process_that_cannot_be_watched_never_ends(pid):
     process = PeerProcess(pid)
     assert (process.fd, process.has_ended(), process.work(), process.is_runnable()) == (-1, False, None, False)
