@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ray_streamer.api.arguments import SHARDING, Sharding
@@ -10,9 +11,12 @@ from ray_streamer.cluster.phases import Phases
 from ray_streamer.cluster.placement import PlacementOptions
 from ray_streamer.cluster.preflight import Preflight
 from ray_streamer.device import is_cuda
+from ray_streamer.errors import SettingsError
+from ray_streamer.report.output_file import check_file
 from ray_streamer.settings import Settings
 
 if TYPE_CHECKING:
+    import os
     from collections.abc import Callable
 
     from ray_streamer.api.arguments import StagesLike
@@ -56,6 +60,7 @@ def load_sharded(
     address: str | None = None,
     wait: bool = True,
     on_progress: Callable[[list[RankStatistics | None]], None] | None = None,
+    trace: str | os.PathLike[str] | None = None,
 ) -> ShardedModel:
     """Loads a safetensors checkpoint tensor-parallel into a group of Ray actors, each byte read once per node.
 
@@ -93,6 +98,8 @@ def load_sharded(
             local one, which stays until this process ends or calls `ray.shutdown()`.
         wait: Whether to return only when every rank has its tensors; else see `ShardedModel.wait`.
         on_progress: Called about four times a second while ranks load, with every rank's statistics.
+        trace: File to write when the model is loaded: every block's life on all ranks, for ui.perfetto.dev; see
+            `ShardedModel.write_trace`.
 
     Returns:
         A handle on the ranks and their tensors; `shutdown` it, or use it as a context manager.
@@ -131,8 +138,27 @@ def load_sharded(
     placement = (placement or PlacementOptions()).for_device(is_gpu=is_cuda(device))
     preflight = Preflight(request)
     preflight.check_request()
+    trace_file = None if trace is None else _checked_output(trace)
     phases.end("check")
     # Ray takes seconds to import: not before it is known that it is needed.
     from ray_streamer.cluster.driver import drive
 
-    return drive(request, placement, preflight, phases, address=address, wait=wait, on_progress=on_progress)
+    return drive(
+        request,
+        placement,
+        preflight,
+        phases,
+        address=address,
+        wait=wait,
+        on_progress=on_progress,
+        trace=trace_file,
+    )
+
+
+def _checked_output(trace: str | os.PathLike[str]) -> Path:
+    path = Path(trace)
+    try:
+        check_file(path)
+    except OSError as error:
+        raise SettingsError(f"trace={str(path)!r} cannot be written: {error.strerror}") from error
+    return path

@@ -47,6 +47,11 @@ if TYPE_CHECKING:
     type=OUTPUT_FILE,
     help="Write the report as JSON there, too.",
 )
+@click.option(
+    "--trace",
+    type=OUTPUT_FILE,
+    help="Write every block's life on all ranks there, for ui.perfetto.dev or chrome://tracing.",
+)
 @with_sharding
 @json_option
 @verbose_option
@@ -60,6 +65,7 @@ def command(
     wait_for_nodes: bool,
     address: str | None,
     report_file: Path | None,
+    trace: Path | None,
     sharding: dict[str, Any],
     as_json: bool,
     settings: Settings,
@@ -85,6 +91,7 @@ def command(
             placement=placement,
             address=address,
             on_progress=on_progress,
+            trace=trace,
         )
     with model:
         report = model.stats()

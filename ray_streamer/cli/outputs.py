@@ -9,21 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ray_streamer.report.output_file import check_file
+
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-
-def check_file(path: Path) -> None:
-    """Open a file for writing and leave it as it was.
-
-    Raises:
-        OSError: It cannot be written.
-    """
-    existed = path.exists()
-    with path.open("ab"):
-        pass
-    if not existed:
-        path.unlink()
 
 
 def check_folder(path: Path) -> None:

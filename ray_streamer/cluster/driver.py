@@ -11,6 +11,7 @@ from ray_streamer.cluster.session import connect, has_same_variables, is_one_mac
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     from ray_streamer.cluster.phases import Phases
     from ray_streamer.cluster.placement import PlacementOptions
@@ -28,6 +29,7 @@ def drive(
     address: str | None,
     wait: bool,
     on_progress: Callable[[list[RankStatistics | None]], None] | None,
+    trace: Path | None,
 ) -> ShardedModel:
     """Starts the ranks of a model and their load; what the driver can see wrong is raised before Ray starts.
 
@@ -39,6 +41,7 @@ def drive(
         address: Ray cluster, as in `connect`.
         wait: Whether to return only when every rank has its tensors.
         on_progress: As in `load_sharded`.
+        trace: As in `load_sharded`.
 
     Raises:
         RayStreamerError: As `load_sharded` does.
@@ -53,4 +56,4 @@ def drive(
     index = preflight.check(
         is_one_machine=is_one_machine(), is_own_environment=has_same_variables(placement.runtime_env)
     )
-    return ShardedModel(request, placement, index=index, phases=phases, wait=wait, on_progress=on_progress)
+    return ShardedModel(request, placement, index=index, phases=phases, wait=wait, on_progress=on_progress, trace=trace)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import secrets
 import threading
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import ray
 
 from ray_streamer.checkpoint.index_bytes import index_from_bytes, index_to_bytes
+from ray_streamer.cluster.clocks import measure_offset
 from ray_streamer.cluster.gather import assemble, find_parts
 from ray_streamer.cluster.group import WorkerGroup
 from ray_streamer.cluster.names import model_of
@@ -22,8 +25,10 @@ from ray_streamer.planning.read_plan import hash_plan
 from ray_streamer.planning.topology import Topology
 from ray_streamer.rank.agreement import MemoryTerms
 from ray_streamer.report.load_report import LoadReport
+from ray_streamer.report.trace import LoadTrace, epoch_of_this_clock
 
 if TYPE_CHECKING:
+    import os
     from collections.abc import Callable, Iterator
 
     import torch
@@ -37,6 +42,8 @@ if TYPE_CHECKING:
     from ray_streamer.rank.request import LoadRequest
     from ray_streamer.rank.statistics import RankStatistics
     from ray_streamer.sharding.mesh import Mesh
+
+logger = logging.getLogger(__name__)
 
 _SHUT_DOWN = "this model was shut down; load it again"
 
@@ -77,12 +84,14 @@ class ShardedModel:
         phases: Phases,
         wait: bool,
         on_progress: Callable[[list[RankStatistics | None]], None] | None = None,
+        trace: Path | None = None,
     ) -> None:
         self._request = request
         self._placement = placement
         self._index = index
         self._phases = phases
         self._on_progress = on_progress
+        self._trace_file = trace
         self._group: WorkerGroup | None = None
         self._is_shut_down = False
         self._shared: _Shared | None = None
@@ -138,6 +147,15 @@ class ShardedModel:
     def stats(self) -> LoadReport:
         """What the load did; see `LoadReport`."""
         return self._loaded.result()
+
+    def write_trace(self, path: str | os.PathLike[str]) -> None:
+        """Writes every block's life on all ranks to a file that ui.perfetto.dev opens; see docs/trace.md.
+
+        Raises:
+            OSError: The file cannot be written.
+            RankFailedError: A rank died.
+        """
+        self._trace(self._ready()).write(Path(path))
 
     def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
         """Calls `function(context, *args)` on every rank at once, beside its tensors.
@@ -215,7 +233,9 @@ class ShardedModel:
 
     def _load(self) -> None:
         try:
-            self._loaded.set_result(self._load_all())
+            report = self._load_all()
+            self._write_trace_asked_for()
+            self._loaded.set_result(report)
         except BaseException as error:
             # After a shutdown the ranks' deaths were ordered; they are no failure of theirs.
             failure = ClusterError(_SHUT_DOWN) if self._is_shut_down else error
@@ -242,6 +262,28 @@ class ShardedModel:
         statistics: list[RankStatistics] = group.call("load", on_progress=self._on_progress)
         self._phases.end("load", of_which={"import": max(rank.seconds["device"] for rank in statistics)})
         return self._report(shared, group, agreed, statistics)
+
+    def _write_trace_asked_for(self) -> None:
+        """A trace that cannot be written costs no model."""
+        if self._trace_file is not None and self._group is not None:
+            try:
+                self._trace(self._group).write(self._trace_file)
+            except OSError as error:
+                logger.warning("the model is loaded, but its trace was not written: %s", error)
+
+    def _trace(self, group: WorkerGroup) -> LoadTrace:
+        offsets = {
+            ranks: measure_offset(lambda first=ranks[0]: group.call("clock", ranks=[first], keep_on_failure=True)[0])
+            for ranks in group.nodes
+        }
+        offset_of = {rank: offset for ranks, offset in offsets.items() for rank in ranks}
+        return LoadTrace(
+            uri=self._request.uri,
+            phases=self._phases.spans(),
+            ranks=tuple(group.call("trace", keep_on_failure=True)),
+            offsets=tuple(offset_of[rank] for rank in range(group.num_ranks)),
+            epoch_seconds=epoch_of_this_clock(),
+        )
 
     def _share(self, group: WorkerGroup) -> _Shared:
         """What all ranks load by; the headers are read where the storage is, unless this process has read them."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -31,6 +32,11 @@ class Phases:
             rest -= part
         self._seconds[phase] = self._seconds.get(phase, 0.0) + rest
         self._last = now
+
+    def spans(self) -> tuple[tuple[str, float, float], ...]:
+        """Each phase so far with the readings of the clock (`time.perf_counter`) between which it lasted."""
+        readings = pairwise(accumulate(self._seconds.values(), initial=self._started))
+        return tuple((name, start, stop) for name, (start, stop) in zip(self._seconds, readings, strict=True))
 
     def seconds(self) -> dict[str, float]:
         """Each phase so far, in order, and their sum as `total`."""

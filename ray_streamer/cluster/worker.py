@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ray_streamer.checkpoint.index_bytes import index_from_bytes, index_to_bytes
+from ray_streamer.cluster.clocks import read_clock
 from ray_streamer.cluster.gpus import assigned_device
 from ray_streamer.device import open_device
 from ray_streamer.errors import ClusterError, LoadAbortedError
@@ -32,12 +33,14 @@ if TYPE_CHECKING:
 
     import torch
 
+    from ray_streamer.cluster.clocks import ClockReading
     from ray_streamer.planning.rank_plan import RankPlan
     from ray_streamer.planning.read_plan import ReadPlan
     from ray_streamer.planning.topology import Topology
     from ray_streamer.rank.agreement import MemoryTerms
     from ray_streamer.rank.request import LoadRequest
     from ray_streamer.rank.statistics import RankStatistics
+    from ray_streamer.rank.trace import RankTrace
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -203,6 +206,20 @@ class LoadWorker:
         """What the load has done so far; None before it began."""
         load = self._load
         return None if load is None else load.statistics()
+
+    def trace(self) -> RankTrace:
+        """What happened to each block of the last load, and when.
+
+        Raises:
+            ClusterError: There was none.
+        """
+        if self._load is None:
+            raise ClusterError(f"rank {self._rank} has loaded nothing that could be drawn")
+        return self._load.trace()
+
+    def clock(self) -> ClockReading:
+        """This machine's clock, for comparison with the driver's."""
+        return read_clock()
 
     def run(self, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
         """Calls `function(context, *args)` beside the tensors."""

@@ -32,6 +32,7 @@ from ray_streamer.rank.recorder import Recorder
 from ray_streamer.rank.remains import clear_frames
 from ray_streamer.rank.results import Results
 from ray_streamer.rank.statistics import RankStatistics
+from ray_streamer.rank.trace import RankTrace
 from ray_streamer.stream.arena import Arena
 from ray_streamer.stream.countdown import Countdown
 from ray_streamer.stream.stop import StopSignal
@@ -170,6 +171,10 @@ class RankLoad:
     def spans(self) -> Spans:
         """When each block took each step so far."""
         return self._recorder.spans()
+
+    def trace(self) -> RankTrace:
+        """The same, with what the blocks are, for whoever draws all ranks."""
+        return RankTrace.of(self._mine, self.spans(), node=self._options.node)
 
     def _num_slots(self) -> int:
         """Slots within the limit, and no more than there are blocks that could need one."""

@@ -23,11 +23,10 @@ def local_ray():
     session.close()
 
 
-def test_load_reports_every_rank(invoke, checkpoint, tmp_path, local_ray):
-    file = tmp_path / "report.json"
-    result = invoke(
-        "load", checkpoint, "--tp", 2, "--memory-limit", "4MiB", "--page-cache", "off", "--report", file, "--json"
-    )
+def test_load_reports_every_rank_and_draws_it(invoke, checkpoint, tmp_path, local_ray):
+    file, trace_file = tmp_path / "report.json", tmp_path / "trace.json"
+    options = ("--memory-limit", "4MiB", "--page-cache", "off", "--report", file, "--trace", trace_file)
+    result = invoke("load", checkpoint, "--tp", 2, *options, "--json")
     assert result.exit_code == 0
     report = json.loads(result.stdout)
     assert report == json.loads(file.read_text())
@@ -37,6 +36,20 @@ def test_load_reports_every_rank(invoke, checkpoint, tmp_path, local_ray):
     for rank in report["ranks"]:
         assert rank["peak_staging_bytes"] <= rank["memory_limit"] == 4 << 20
     assert sum(rank["bytes_delivered"] for rank in report["ranks"]) == report["bytes_delivered"]
+    trace = json.loads(trace_file.read_text())
+    assert list(trace["otherData"]["clock_error_microseconds"].values()) == [0]
+    events = trace["traceEvents"]
+    names = [event["args"]["name"] for event in events if event["name"] == "process_name"]
+    assert [name.split(" on ")[0] for name in names] == ["driver", "rank 0", "rank 1"]
+    drawn = {event["name"]: event["dur"] / 1e6 for event in events if event.get("cat") == "phase" and event["pid"] == 2}
+    assert drawn == pytest.approx({name: report["seconds"][name] for name in drawn}, abs=1e-4)
+    assert {"start", "plan", "load"} <= drawn.keys()
+    extents = [
+        event["args"]["stop"] - event["args"]["start"]
+        for event in events
+        if event.get("cat") == "read" and event["name"].startswith("block ")
+    ]
+    assert sum(extents) == report["bytes_read"]
 
 
 def test_load_shows_a_table(invoke, checkpoint, local_ray):

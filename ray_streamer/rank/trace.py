@@ -1,0 +1,62 @@
+"""What does one rank tell of its load's time axis? Its spans and what the blocks were, so that nobody needs the plan to draw it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Self
+
+import numpy as np
+
+from ray_streamer.rank.recorder import Spans
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from ray_streamer.planning.rank_plan import RankPlan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class RankTrace:
+    """The blocks that one rank read or took, one row each; travels to whoever draws all ranks.
+
+    Attributes:
+        rank: Global rank.
+        ranks: Global ranks that share its node's plan, in local order; numbers of blocks are theirs alone.
+        node: Name of the node.
+        files: Path of each file of the checkpoint.
+        numbers: Of the blocks, in the node's plan.
+        file_ids: File of each block.
+        starts: First byte of each block in its file.
+        stops: One past the last.
+        readers: Global rank that reads each block, were its file not mapped.
+        spans: What happened to these blocks.
+    """
+
+    rank: int
+    ranks: tuple[int, ...]
+    node: str
+    files: tuple[str, ...]
+    numbers: NDArray[np.int64]
+    file_ids: NDArray[np.integer]
+    starts: NDArray[np.int64]
+    stops: NDArray[np.int64]
+    readers: NDArray[np.int64]
+    spans: Spans
+
+    @classmethod
+    def of(cls, mine: RankPlan, spans: Spans, *, node: str) -> Self:
+        """The rows of the blocks with which anything happened."""
+        numbers = np.flatnonzero(spans.times.any(axis=0))
+        blocks = mine.node_plan.blocks
+        return cls(
+            rank=mine.rank,
+            ranks=mine.ranks,
+            node=node,
+            files=tuple(file.path for file in mine.files),
+            numbers=numbers,
+            file_ids=blocks.file_ids[numbers],
+            starts=blocks.starts[numbers],
+            stops=blocks.stops[numbers],
+            readers=np.array(mine.ranks, dtype=np.int64)[mine.node_plan.readers[numbers]],
+            spans=Spans(spans.times[:, numbers], spans.ways[numbers], spans.landed_bytes[numbers], phases=spans.phases),
+        )
