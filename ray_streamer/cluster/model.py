@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any, Self
 import ray
 
 from ray_streamer.checkpoint.index_bytes import index_from_bytes, index_to_bytes
-from ray_streamer.cluster.clocks import measure_offset
 from ray_streamer.cluster.gather import assemble, find_parts
 from ray_streamer.cluster.group import WorkerGroup
 from ray_streamer.cluster.names import model_of
+from ray_streamer.cluster.tracing import collect_trace
 from ray_streamer.cluster.worker import LoadWorker, Seating
 from ray_streamer.errors import ClusterError, RankFailedError, RayStreamerError
 from ray_streamer.planning.limits import share_memory
@@ -25,7 +25,6 @@ from ray_streamer.planning.read_plan import hash_plan
 from ray_streamer.planning.topology import Topology
 from ray_streamer.rank.agreement import MemoryTerms
 from ray_streamer.report.load_report import LoadReport
-from ray_streamer.report.trace import LoadTrace, epoch_of_this_clock
 
 if TYPE_CHECKING:
     import os
@@ -155,7 +154,7 @@ class ShardedModel:
             OSError: The file cannot be written.
             RankFailedError: A rank died.
         """
-        self._trace(self._ready()).write(Path(path))
+        collect_trace(self._ready(), self._request.uri, self._phases).write(Path(path))
 
     def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
         """Calls `function(context, *args)` on every rank at once, beside its tensors.
@@ -267,23 +266,9 @@ class ShardedModel:
         """A trace that cannot be written costs no model."""
         if self._trace_file is not None and self._group is not None:
             try:
-                self._trace(self._group).write(self._trace_file)
+                collect_trace(self._group, self._request.uri, self._phases).write(self._trace_file)
             except OSError as error:
                 logger.warning("the model is loaded, but its trace was not written: %s", error)
-
-    def _trace(self, group: WorkerGroup) -> LoadTrace:
-        offsets = {
-            ranks: measure_offset(lambda first=ranks[0]: group.call("clock", ranks=[first], keep_on_failure=True)[0])
-            for ranks in group.nodes
-        }
-        offset_of = {rank: offset for ranks, offset in offsets.items() for rank in ranks}
-        return LoadTrace(
-            uri=self._request.uri,
-            phases=self._phases.spans(),
-            ranks=tuple(group.call("trace", keep_on_failure=True)),
-            offsets=tuple(offset_of[rank] for rank in range(group.num_ranks)),
-            epoch_seconds=epoch_of_this_clock(),
-        )
 
     def _share(self, group: WorkerGroup) -> _Shared:
         """What all ranks load by; the headers are read where the storage is, unless this process has read them."""
