@@ -93,7 +93,9 @@ def test_figures_are_sums_of_the_steps(loaded):
         assert 0 < statistics.first_byte_seconds <= statistics.read_seconds
         assert statistics.copy_seconds > 0
         names = [phase.name for phase in spans.phases]
-        assert names == ["connect", "stream", "finish"] == list(statistics.seconds)
+        # The device was there before the load.
+        assert names == ["connect", "stream", "finish"]
+        assert {name for name, seconds in statistics.seconds.items() if seconds} == set(names)
         assert all(before.stop <= after.start for before, after in zip(spans.phases, spans.phases[1:], strict=False))
     read = sum(load.statistics().bytes_read for load in loaded.loads)
     assert read == sum(sizes[blocks.file_ids == 1])
