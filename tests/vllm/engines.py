@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import engine_process
+from forks import import_once
 
 from ray_streamer.testing.s3_server import free_port
 
@@ -33,17 +34,6 @@ TIMEOUT_SECONDS = 420
 HERE = Path(__file__).parent
 
 _FORK = multiprocessing.get_context("fork")
-_IMPORTED_BY_ENGINES = (
-    "vllm.entrypoints.cli.main",
-    "vllm.entrypoints.llm",
-    "vllm.entrypoints.openai.api_server",
-    "vllm.v1.engine.coordinator",
-    "vllm.v1.engine.core",
-    "vllm.v1.engine.utils",
-    "vllm.v1.executor.multiproc_executor",
-    "vllm.v1.worker.cpu_worker",
-    "ray_streamer.integrations.vllm.loader",
-)
 
 
 def run_engine(scratch: Path, engine: dict[str, Any], **wish: Any) -> dict[str, Any]:
@@ -73,7 +63,7 @@ def try_engine(
 
 def in_a_fork(log: Path, work: Callable[[], None]) -> tuple[int, Any, str]:
     """Exit status, answer or None, and log of a process forked from this one that does `work` and prints its answer."""
-    _import_vllm()
+    import_once()
     with _environment(log.parent) as environment:
         process = _FORK.Process(target=_run_forked, args=(log, environment, work))
         process.start()
@@ -125,12 +115,6 @@ def _become_engine(log: Path, environment: dict[str, str]) -> None:
             module.get_mp_context = lambda: _FORK
 
 
-@functools.cache
-def _import_vllm() -> None:
-    for name in _IMPORTED_BY_ENGINES:
-        import_module(name)
-
-
 @contextmanager
 def served(scratch: Path, model: Path | str, *arguments: str) -> Iterator[Callable[[dict[str, Any]], dict[str, Any]]]:
     """`vllm serve` with these arguments, once it is healthy; gives a function that asks it for a completion.
@@ -138,7 +122,7 @@ def served(scratch: Path, model: Path | str, *arguments: str) -> Iterator[Callab
     Raises:
         AssertionError: It ended, or did not get healthy in time; says the end of its log.
     """
-    _import_vllm()
+    import_once()
     port = free_port()
     shape = ["--enforce-eager", "--dtype", "bfloat16", "--max-model-len", "128", "--max-num-seqs", "4"]
     command = ["vllm", "serve", str(model), "--host", "127.0.0.1", "--port", str(port), *shape, *arguments]

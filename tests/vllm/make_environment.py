@@ -28,6 +28,7 @@ TESTS = (
     "pytest>=8",
     "pytest-timeout>=2.3",
     "hypothesis>=6.100",
+    "gcp-storage-emulator>=2026.7",
     "moto[server]>=5",
     "ray[serve]==2.60.0",
     "trustme>=1.2",

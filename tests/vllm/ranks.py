@@ -15,6 +15,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from forks import import_once
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -55,6 +57,7 @@ def on_all_ranks(folder: Path, layout: Layout, fills: list[Fill], scratch: Path)
     Raises:
         AssertionError: A rank failed; says how.
     """
+    import_once()
     context = multiprocessing.get_context("fork")
     ranks = []
     # vLLM's ranks share memory under this name; one that failed leaves it behind.

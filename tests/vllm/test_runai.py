@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import re
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +14,7 @@ from engine_process import PROMPTS
 from engines import run_engine, served, try_engine
 from families import save_checkpoint, save_tokenizer
 from measures import assert_read_once
+from pyarrow import fs
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +90,40 @@ def test_a_manifest_of_run_ai_keeps_its_words(theirs, uri, tmp_path, monkeypatch
     ours = run_engine(tmp_path, {"model": uri, **engine})
     assert ours["hashes"] == theirs["hashes"]
     assert ours["answers"] == theirs["answers"]
+
+
+@pytest.fixture
+def google_uri(model):
+    """The model in a bucket of Google's emulator."""
+    server_of_tests = Path(__file__).parents[1] / "storage" / "google_server.py"
+    command, pipe = [sys.executable, server_of_tests], subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True) as server:
+        address = server.stdout.readline().strip()
+        uri = f"gs://anonymous@models/tiny?scheme=http&endpoint_override={address}"
+        filesystem, root = fs.FileSystem.from_uri(uri)
+        for path in model.iterdir():
+            with filesystem.open_output_stream(f"{root}/{path.name}") as stream:
+                stream.write(path.read_bytes())
+        yield uri
+        server.stdin.close()
+
+
+def test_a_model_in_googles_store(theirs, google_uri, tmp_path, monkeypatch):
+    monkeypatch.setenv("RAY_STREAMER_REPLACE_RUNAI", "1")
+    monkeypatch.setenv("RAY_STREAMER_CACHE_DIR", str(tmp_path / "cache"))
+    ours = run_engine(tmp_path, {"model": google_uri, "tensor_parallel_size": 2})
+    assert ours["hashes"] == theirs["hashes"]
+
+
+def test_a_worker_on_another_node_fetches_config_and_tokenizer_to_the_same_path(uri, tmp_path, monkeypatch):
+    from ray_streamer.integrations.vllm.model_files import CachedModelFiles, restore_model_files
+
+    monkeypatch.setenv("RAY_STREAMER_CACHE_DIR", str(tmp_path / "cache"))
+    folder = Path(CachedModelFiles(uri).dir)
+    names = sorted(path.name for path in folder.iterdir())
+    shutil.rmtree(tmp_path / "cache")
+    restore_model_files(SimpleNamespace(model=str(folder), model_weights=uri))
+    assert sorted(path.name for path in folder.iterdir()) == names
 
 
 def test_weights_of_the_hub_are_found_as_vllm_finds_them(model, tmp_path):

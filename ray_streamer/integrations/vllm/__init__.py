@@ -7,6 +7,8 @@ RAY_STREAMER_REPLACE_RUNAI=1 vllm serve s3://bucket/llama --tensor-parallel-size
 options      what `--model-loader-extra-config` may say
 internals    all that is known of vLLM's inside, and the versions that it was seen in
 loader       the load format: capture of vLLM's own loaders, one session of the ranks, slices straight into parameters
+mismatch     weights that a model's own loader fails on
+model_files  config and tokenizer of a model at a uri, on each node
 runai        commands and manifests written for Run:ai's streamer, when RAY_STREAMER_REPLACE_RUNAI=1 asks for it
 """
 

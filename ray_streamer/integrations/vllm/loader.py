@@ -20,6 +20,7 @@ from ray_streamer.api.rank import load_rank
 from ray_streamer.checkpoint import locate, open_checkpoint
 from ray_streamer.integrations.vllm import internals, mismatch
 from ray_streamer.integrations.vllm.capturing import CapturedSlices
+from ray_streamer.integrations.vllm.model_files import restore_model_files
 from ray_streamer.integrations.vllm.options import LoaderOptions
 from ray_streamer.integrations.vllm.summary import Summary, gather_summaries
 from ray_streamer.integrations.vllm.tied_heads import refuse_other_head
@@ -76,6 +77,11 @@ class RayStreamerLoader(BaseModelLoader):
 
     def download_model(self, model_config: Any) -> None:
         """Nothing is downloaded: weights go from where they are into the parameters."""
+
+    def load_model(self, vllm_config: Any, model_config: Any, *args: Any, **kwargs: Any) -> nn.Module:
+        """As vLLM's own loaders do it, on a node that has the model's config and tokenizer."""
+        restore_model_files(model_config)
+        return super().load_model(vllm_config, model_config, *args, **kwargs)
 
     def load_weights(self, model: Any, model_config: Any) -> None:
         """Fills the parameters and buffers of `model`; every rank of the engine calls it.

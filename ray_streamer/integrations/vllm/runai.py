@@ -10,43 +10,12 @@ runai-model-streamer need not be installed. Load format `runai_streamer_sharded`
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from ray_streamer.api.files import cached
 from ray_streamer.integrations.vllm import internals
 from ray_streamer.integrations.vllm.loader import RayStreamerLoader
+from ray_streamer.integrations.vllm.model_files import CachedModelFiles
 from ray_streamer.settings import REPLACE_RUNAI
 
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
 logger = internals.logger_of(__name__)
-
-
-class CachedModelFiles:
-    """What vLLM takes for its `ObjectStorageModel`: a folder with everything that an engine reads but the weights.
-
-    Args:
-        url: Of the model or tokenizer.
-
-    Attributes:
-        dir: The folder; complete once this object is there.
-
-    Raises:
-        SettingsError: The url cannot mean anything.
-        StorageError: A file could not be read or written.
-    """
-
-    def __init__(self, url: str) -> None:
-        self.dir = str(cached(url))
-
-    def pull_files(
-        self,
-        model_path: str = "",
-        allow_pattern: Sequence[str] | None = None,
-        ignore_pattern: Sequence[str] | None = None,
-    ) -> None:
-        """Called by vLLM for each kind of file; all of them are in `dir` already."""
 
 
 def answer_for_runai() -> None:
