@@ -111,6 +111,14 @@ def test_a_tied_model_with_another_head_is_loaded_or_refused(tmp_path):
         on_all_ranks(config, Layout(tp=2), [partial(ours, uri=str(model))], tmp_path)
 
 
+def test_a_tied_model_with_another_head_loads_when_vllm_is_told(tmp_path):
+    model, config = save_with_head(tmp_path, lambda embedding: embedding * 2)
+    told = Layout(tp=2, arguments={"hf_overrides": {"tie_word_embeddings": False}})
+    for rank in on_all_ranks(config, told, [partial(ours, uri=str(model))], tmp_path):
+        assert rank[0].said.num_planned == rank[0].said.num_tensors
+        assert rank[0].before["lm_head.weight"] != rank[0].before["model.embed_tokens.weight"]
+
+
 def test_a_tied_model_with_the_same_head_once_more_is_loaded(tmp_path):
     model, config = save_with_head(tmp_path, lambda embedding: embedding.clone())
     for rank in on_all_ranks(config, Layout(tp=2), [partial(ours, uri=str(model))], tmp_path):

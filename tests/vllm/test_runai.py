@@ -126,6 +126,24 @@ def test_a_worker_on_another_node_fetches_config_and_tokenizer_to_the_same_path(
     assert sorted(path.name for path in folder.iterdir()) == names
 
 
+@pytest.mark.parametrize("given", [None, "MY_", "RAY_STREAMER_, MY_"])
+def test_workers_of_the_ray_executor_get_the_variables(given, monkeypatch):
+    from vllm.ray.ray_env import get_env_vars_to_copy
+
+    from ray_streamer.integrations.vllm import register
+
+    prefixes = "VLLM_RAY_EXTRA_ENV_VAR_PREFIXES_TO_COPY"
+    monkeypatch.delenv(prefixes, raising=False)
+    if given is not None:
+        monkeypatch.setenv(prefixes, given)
+    monkeypatch.setenv("RAY_STREAMER_CONCURRENCY", "4")
+    monkeypatch.setenv("MY_VARIABLE", "1")
+    register()
+    copied = get_env_vars_to_copy()
+    assert "RAY_STREAMER_CONCURRENCY" in copied
+    assert ("MY_VARIABLE" in copied) == (given is not None)
+
+
 def test_weights_of_the_hub_are_found_as_vllm_finds_them(model, tmp_path):
     from vllm.config import LoadConfig
 

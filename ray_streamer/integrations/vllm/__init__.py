@@ -23,11 +23,12 @@ def register() -> None:
     Raises:
         SettingsError: This vLLM lacks what the load format needs, or RAY_STREAMER_REPLACE_RUNAI is neither 1 nor 0.
     """
-    from ray_streamer.integrations.vllm.internals import register_format
+    from ray_streamer.integrations.vllm.internals import carry_settings_to_ray_workers, register_format
     from ray_streamer.integrations.vllm.loader import RayStreamerLoader
     from ray_streamer.settings import replaces_runai
 
     register_format(LOAD_FORMAT, RayStreamerLoader)
+    carry_settings_to_ray_workers()
     if replaces_runai():
         from ray_streamer.integrations.vllm.runai import answer_for_runai
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from ray_streamer.checkpoint.folder_hints import INDEX_NAME
 from ray_streamer.errors import SettingsError
+from ray_streamer.settings import ENV_PREFIX
 
 if TYPE_CHECKING:
     import logging
@@ -25,6 +26,7 @@ TESTED_VERSIONS = ("0.32.0",)
 _LOADERS = "vllm.model_executor.model_loader"
 _WEIGHTS = "vllm.model_executor.model_loader.weight_utils"
 _GROUPS = "vllm.distributed.parallel_state"
+_RAY_PREFIXES = "VLLM_RAY_EXTRA_ENV_VAR_PREFIXES_TO_COPY"
 _RUNAI_FORMAT = "runai_streamer"
 _MODEL_FILES = "ObjectStorageModel"
 _USERS_OF_MODEL_FILES = ("vllm.transformers_utils.runai_utils", "vllm.config.model")
@@ -51,6 +53,13 @@ def register_format(name: str, loader: type) -> None:
     """Makes `loader` vLLM's load format `name`; does nothing when it is that already."""
     if internal(_LOADERS, "_LOAD_FORMAT_TO_MODEL_LOADER").get(name) is not loader:
         internal(_LOADERS, "register_model_loader")(name)(loader)
+
+
+def carry_settings_to_ray_workers() -> None:
+    """Makes vLLM's Ray executor give its workers our variables, too; it carries those with a few prefixes only."""
+    given = [prefix.strip() for prefix in os.environ.get(_RAY_PREFIXES, "").split(",") if prefix.strip()]
+    if ENV_PREFIX not in given:
+        os.environ[_RAY_PREFIXES] = ",".join([*given, ENV_PREFIX])
 
 
 def replace_runai(loader: type, model_files: type) -> bool:
