@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import engine_process
+import psutil
 from forks import import_once
 
 from ray_streamer.testing.s3_server import free_port
@@ -67,8 +68,10 @@ def in_a_fork(log: Path, work: Callable[[], None]) -> tuple[int, Any, str]:
     with _environment(log.parent) as environment:
         process = _FORK.Process(target=_run_forked, args=(log, environment, work))
         process.start()
-        process.join(TIMEOUT_SECONDS)
-        _end(process)
+        try:
+            process.join(TIMEOUT_SECONDS)
+        finally:
+            _end(process)
     text = log.read_text()
     answers = [line.partition("ANSWER ")[2] for line in text.splitlines() if "ANSWER " in line]
     return process.exitcode, json.loads(answers[-1]) if answers else None, text
@@ -143,9 +146,11 @@ def _run_command(command: list[str]) -> None:
 
 
 def _end(process: Any) -> None:
-    """Ends the process and all that it started, which outlive it for a while otherwise."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
+    """Ends the process and all of its session, which outlive it for a while otherwise."""
+    for other in psutil.process_iter():
+        with contextlib.suppress(ProcessLookupError):
+            if os.getsid(other.pid) == process.pid:
+                os.kill(other.pid, signal.SIGKILL)
     process.join()
 
 
