@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from ray_streamer.api.arguments import SHARDING, Sharding
 from ray_streamer.api.membership import find_membership
+from ray_streamer.api.node_trace import NodeTrace
 from ray_streamer.exchange.session import NodeSession
 from ray_streamer.rank.agreement import agree
 from ray_streamer.rank.background import BackgroundLoad
@@ -20,6 +21,7 @@ from ray_streamer.rank.options import RankOptions
 from ray_streamer.settings import Settings
 
 if TYPE_CHECKING:
+    import os
     from collections.abc import Callable, Mapping
 
     import torch
@@ -68,6 +70,7 @@ def load_rank(
     settings: Settings | None = None,
     out: Mapping[str, torch.Tensor] | None = None,
     on_statistics: Callable[[RankStatistics], None] | None = None,
+    trace: str | os.PathLike[str] | None = None,
 ) -> dict[str, torch.Tensor]:
     """Loads this process's slices; every rank of the load calls it, and ranks of a node read for each other.
 
@@ -100,6 +103,8 @@ def load_rank(
         out: Tensors of this rank by name, filled in place, of any strides; tensors not named are allocated. After an error their
             content is undefined.
         on_statistics: Called with this rank's statistics when its load is complete.
+        trace: File to write, given on all ranks: every block's life on the ranks of this node, for ui.perfetto.dev. Of several
+            nodes each writes its own, with its number in the name; see docs/trace.md.
 
     Returns:
         Every tensor that this rank holds, by the name of its result, complete.
@@ -137,6 +142,7 @@ def load_rank(
         settings=settings,
         out=out,
         on_statistics=on_statistics,
+        trace=trace,
     )
     with contextlib.closing(stream):
         return dict(stream)
@@ -170,6 +176,7 @@ def stream_rank(
     settings: Settings | None = None,
     out: Mapping[str, torch.Tensor] | None = None,
     on_statistics: Callable[[RankStatistics], None] | None = None,
+    trace: str | os.PathLike[str] | None = None,
 ) -> RankStream:
     """As `load_rank`, whose arguments it takes, but gives each tensor as it becomes complete, while the others still load.
 
@@ -206,6 +213,8 @@ def stream_rank(
         out: Tensors of this rank by name, filled in place, of any strides; tensors not named are allocated. After an error their
             content is undefined.
         on_statistics: Called with this rank's statistics when its load is complete.
+        trace: File to write, given on all ranks: every block's life on the ranks of this node, for ui.perfetto.dev. Of several
+            nodes each writes its own, with its number in the name; see docs/trace.md.
 
     Returns:
         An iterator of (name of the result, tensor), each tensor once, in no particular order.
@@ -243,6 +252,7 @@ def stream_rank(
             device=device,
             out=out,
             on_statistics=on_statistics,
+            trace=trace,
         )
     )
 
@@ -259,6 +269,7 @@ class _Call:
         device: Where the tensors go.
         out: Tensors that are filled, by name.
         on_statistics: Who is told what the load did.
+        trace: Where it is drawn.
     """
 
     uri: UriLike
@@ -268,6 +279,7 @@ class _Call:
     device: str
     out: Mapping[str, torch.Tensor] | None
     on_statistics: Callable[[RankStatistics], None] | None
+    trace: str | os.PathLike[str] | None
 
 
 class RankStream(Iterator[tuple[str, "torch.Tensor"]]):
@@ -323,6 +335,7 @@ def _begin(call: _Call) -> tuple[RankLoad, BackgroundLoad]:
     with contextlib.ExitStack() as owned:
         # The others are looked for while device and storage are opened; what fails there is told to them.
         session = owned.enter_context(NodeSession(membership.place(request.settings)))
+        trace = None if call.trace is None else NodeTrace.of(call.trace, membership)
         device = request.start_device(request.device)
         storage = request.open_storage(num_sharers=len(membership.local_ranks))
         owned.callback(storage.close)
@@ -340,6 +353,11 @@ def _begin(call: _Call) -> tuple[RankLoad, BackgroundLoad]:
             on_complete=lambda name, tensor: completed.put((name, tensor)),
         )
 
+        def run() -> None:
+            load.run()
+            if trace is not None:
+                trace.write(session, load, uri=request.uri)
+
         def abort(error: BaseException) -> None:
             load.abort(error)
             # It wakes threads that wait for a network.
@@ -350,7 +368,7 @@ def _begin(call: _Call) -> tuple[RankLoad, BackgroundLoad]:
 
         held = owned.pop_all()
         try:
-            return load, BackgroundLoad(membership.rank, run=load.run, abort=abort, close=close, completed=completed)
+            return load, BackgroundLoad(membership.rank, run=run, abort=abort, close=close, completed=completed)
         except BaseException as error:
             close(error)
             raise

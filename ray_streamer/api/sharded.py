@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ray_streamer.api.arguments import SHARDING, Sharding
 from ray_streamer.api.frames import with_few_frames
+from ray_streamer.api.node_trace import checked_output
 from ray_streamer.cluster.phases import Phases
 from ray_streamer.cluster.placement import PlacementOptions
 from ray_streamer.cluster.preflight import Preflight
 from ray_streamer.device import is_cuda
-from ray_streamer.errors import SettingsError
-from ray_streamer.report.output_file import check_file
 from ray_streamer.settings import Settings
 
 if TYPE_CHECKING:
@@ -138,7 +136,7 @@ def load_sharded(
     placement = (placement or PlacementOptions()).for_device(is_gpu=is_cuda(device))
     preflight = Preflight(request)
     preflight.check_request()
-    trace_file = None if trace is None else _checked_output(trace)
+    trace_file = None if trace is None else checked_output(trace)
     phases.end("check")
     # Ray takes seconds to import: not before it is known that it is needed.
     from ray_streamer.cluster.driver import drive
@@ -153,12 +151,3 @@ def load_sharded(
         on_progress=on_progress,
         trace=trace_file,
     )
-
-
-def _checked_output(trace: str | os.PathLike[str]) -> Path:
-    path = Path(trace)
-    try:
-        check_file(path)
-    except OSError as error:
-        raise SettingsError(f"trace={str(path)!r} cannot be written: {error.strerror}") from error
-    return path

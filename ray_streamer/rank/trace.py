@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
 import numpy as np
+import pyarrow as pa
 
-from ray_streamer.rank.recorder import Spans
+from ray_streamer.errors import ClusterError
+from ray_streamer.rank.recorder import Phase, Spans, Step
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from ray_streamer.planning.rank_plan import RankPlan
+
+_COLUMNS = ("numbers", "file_ids", "starts", "stops", "readers")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -60,3 +65,54 @@ class RankTrace:
             readers=np.array(mine.ranks, dtype=np.int64)[mine.node_plan.readers[numbers]],
             spans=Spans(spans.times[:, numbers], spans.ways[numbers], spans.landed_bytes[numbers], phases=spans.phases),
         )
+
+    def to_bytes(self) -> bytes:
+        """The trace as it crosses to the other ranks of the node; `from_bytes` reads it."""
+        spans = self.spans
+        rows = pa.table(
+            {
+                **{name: getattr(self, name) for name in _COLUMNS},
+                "way": spans.ways,
+                "landed_bytes": spans.landed_bytes,
+                **{step.name: spans.times[step] for step in Step},
+            }
+        )
+        said = {
+            "rank": self.rank,
+            "ranks": self.ranks,
+            "node": self.node,
+            "files": self.files,
+            "phases": spans.phases,
+        }
+        rows = rows.replace_schema_metadata({"trace": json.dumps(said)})
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, rows.schema) as writer:
+            writer.write_table(rows)
+        return sink.getvalue().to_pybytes()
+
+    @classmethod
+    def from_bytes(cls, data: bytes | memoryview) -> Self:
+        """The trace that `to_bytes` wrote.
+
+        Raises:
+            ClusterError: This is none.
+        """
+        try:
+            table = pa.ipc.open_stream(pa.py_buffer(data)).read_all().combine_chunks()
+            said = json.loads((table.schema.metadata or {})[b"trace"])
+            spans = Spans(
+                np.stack([table.column(step.name).to_numpy() for step in Step]),
+                table.column("way").to_numpy(),
+                table.column("landed_bytes").to_numpy(),
+                phases=tuple(Phase(*phase) for phase in said["phases"]),
+            )
+            return cls(
+                rank=said["rank"],
+                ranks=tuple(said["ranks"]),
+                node=said["node"],
+                files=tuple(said["files"]),
+                **{name: table.column(name).to_numpy() for name in _COLUMNS},
+                spans=spans,
+            )
+        except (pa.ArrowException, KeyError, ValueError, TypeError) as error:
+            raise ClusterError(f"another rank gave something else than its trace: {error}") from error

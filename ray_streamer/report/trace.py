@@ -41,7 +41,7 @@ class LoadTrace:
 
     Attributes:
         uri: What was loaded.
-        phases: Of the driver: names with two readings of its clock.
+        phases: Of the driver: names with two readings of its clock; none where there is no driver.
         ranks: Of all nodes.
         offsets: The clock of each of `ranks`.
         epoch_seconds: Seconds since 1970 when the driver's clock showed 0.
@@ -55,9 +55,10 @@ class LoadTrace:
 
     def events(self) -> Iterator[Event]:
         """Every event, in no particular order."""
-        driver = Process(1 + max((trace.rank for trace in self.ranks), default=-1), self.epoch_seconds)
-        yield from driver.names("driver", sort_index=-1)
-        yield from driver.phases(self.phases)
+        if self.phases:
+            driver = Process(1 + max((trace.rank for trace in self.ranks), default=-1), self.epoch_seconds)
+            yield from driver.names("driver", sort_index=-1)
+            yield from driver.phases(self.phases)
         nodes: dict[tuple[int, ...], list[DrawnRank]] = {}
         for trace, offset in zip(self.ranks, self.offsets, strict=True):
             drawn = DrawnRank.of(trace, epoch_seconds=self.epoch_seconds - offset.seconds)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 import signal
@@ -81,11 +82,12 @@ def test_ranks_from_the_environment_of_a_launcher(
     assert pair.run(rank_tasks.load, ranks) == [[], []]
 
 
-def test_two_nodes_that_share_a_machine_stay_apart(pair: RankProcesses, checkpoint: Any) -> None:
+def test_two_nodes_that_share_a_machine_stay_apart(pair: RankProcesses, checkpoint: Any, tmp_path: Path) -> None:
     environments = launched(local_world_size=1)
-    common = {"uri": checkpoint.uri, "folder": checkpoint.uri}
+    common = {"uri": checkpoint.uri, "folder": checkpoint.uri, "trace": tmp_path / "trace.json"}
     ranks = [{"environment": environments[rank], "tp_index": rank, **common} for rank in range(2)]
     assert pair.run(rank_tasks.load, ranks) == [[], []]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["trace.node-0.json", "trace.node-1.json"]
 
 
 def test_ranks_from_arguments(
@@ -94,6 +96,44 @@ def test_ranks_from_arguments(
     common = {"uri": checkpoint.uri, "folder": checkpoint.uri, "settings": settings}
     ranks = [{"tp_index": rank, **numbered[rank], **common} for rank in range(2)]
     assert pair.run(rank_tasks.load, ranks) == [[], []]
+
+
+def test_a_trace_of_all_ranks_of_the_node_is_written_by_the_first(
+    pair: RankProcesses, checkpoint: Any, numbered: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    file = tmp_path / "trace.json"
+    settings = ray_streamer.Settings(page_cache="off")
+    arguments = {"uri": checkpoint.uri, "folder": checkpoint.uri, "trace": file, "settings": settings}
+    per_rank = [arguments | rank | {"tp_index": rank["rank"]} for rank in numbered]
+    assert pair.run(rank_tasks.load, per_rank) == [[], []]
+    events = json.loads(file.read_text())["traceEvents"]
+    processes = [event["args"]["name"].split(" on ")[0] for event in events if event["name"] == "process_name"]
+    assert processes == ["rank 0", "rank 1"]
+    reads = [event for event in events if event.get("cat") == "read" and event["name"].startswith("block ")]
+    assert {event["pid"] for event in reads} == {0, 1}
+    assert sum(event["args"]["stop"] - event["args"]["start"] for event in reads) == checkpoint.num_bytes
+
+
+def test_a_trace_that_one_rank_alone_is_asked_for_costs_no_tensors(
+    pair: RankProcesses, checkpoint: Any, numbered: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    file = tmp_path / "trace.json"
+    arguments = {"uri": checkpoint.uri, "folder": checkpoint.uri}
+    per_rank = [arguments | rank | {"tp_index": rank["rank"]} for rank in numbered]
+    per_rank[0]["trace"] = file
+    assert pair.run(rank_tasks.load, per_rank) == [[], []]
+    assert not file.exists()
+
+
+def test_a_trace_that_cannot_be_written_is_refused_on_all_ranks(
+    pair: RankProcesses, checkpoint: Any, numbered: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    arguments = {"uri": checkpoint.uri, "folder": checkpoint.uri, "trace": tmp_path / "nowhere" / "trace.json"}
+    first, second = pair.run(rank_tasks.load, [arguments | rank | {"tp_index": rank["rank"]} for rank in numbered])
+    assert isinstance(first, SettingsError)
+    assert "cannot be written: No such file or directory" in str(first)
+    assert isinstance(second, RankFailedError)
+    assert second.rank == 0
 
 
 def test_replicas(pair: RankProcesses, checkpoint: Any, numbered: list[dict[str, Any]]) -> None:

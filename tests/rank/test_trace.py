@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from ray_streamer.errors import ClusterError
 from ray_streamer.planning.topology import Topology
+from ray_streamer.rank.trace import RankTrace
 from ray_streamer.report.trace import ClockOffset, LoadTrace, epoch_of_this_clock
 from ray_streamer.testing.parts import TensorPart
 
@@ -47,6 +49,19 @@ def trace(ranks, plan) -> LoadTrace:
         offsets=(ClockOffset(0.0, 0.0),) * 5,
         epoch_seconds=epoch_of_this_clock(),
     )
+
+
+def test_a_trace_crosses_to_another_rank_whole(trace, tmp_path):
+    crossed = dataclasses.replace(trace, ranks=tuple(RankTrace.from_bytes(part.to_bytes()) for part in trace.ranks))
+    assert read_back(crossed, tmp_path / "crossed.json") == read_back(trace, tmp_path / "trace.json")
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda data: b"", lambda data: b"no trace at all", lambda data: data[: len(data) // 2]]
+)
+def test_what_is_no_trace_is_refused(trace, damage):
+    with pytest.raises(ClusterError, match="something else than its trace"):
+        RankTrace.from_bytes(damage(trace.ranks[0].to_bytes()))
 
 
 def read_back(trace: LoadTrace, path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
