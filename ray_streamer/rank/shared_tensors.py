@@ -160,6 +160,16 @@ class SharedTensors:
         self._ahead.shutdown()
         self._ahead = None
 
+    def total_bytes_read(self) -> int:
+        """What all ranks of the session read so far; every rank calls it.
+
+        Raises:
+            RankFailedError: Another rank failed.
+        """
+        return sum(
+            int.from_bytes(told, "little") for told in self._session.gather(self.bytes_read.to_bytes(8, "little"))
+        )
+
     def step(self) -> None:
         """Whoever uses the tensors got on, so this rank is not stuck."""
         with self._session.activity.working():

@@ -1,4 +1,4 @@
-"""How does one rank read tensors whole, by itself? For loaders that need values before anything is planned.
+"""How does one rank read tensors whole, by itself? Where no other rank needs them; `shared_tensors` is for all of a node.
 
 Tensors are cut into blocks, which `concurrency` threads read straight into the tensors' memory.
 """
@@ -13,7 +13,7 @@ import torch
 from ray_streamer.extent import Extent
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
 
     from ray_streamer.checkpoint import CheckpointIndex
     from ray_streamer.storage.base import Storage
@@ -41,36 +41,6 @@ def read_whole(
         for done in [threads.submit(storage.read_into, path, at, into, etag=tag) for path, at, into, tag in reads]:
             done.result()
     return {name: _shaped(index, name, memory) for name, memory in memories.items()}
-
-
-def read_in_batches(
-    index: CheckpointIndex,
-    storage: Storage,
-    names: Iterable[str],
-    *,
-    batch_bytes: int,
-    block_bytes: int,
-    concurrency: int,
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors of those names in their order, read in batches of at most `batch_bytes`, or of a single tensor.
-
-    A batch is let go, but for what the caller keeps, before the next one is read.
-
-    Raises:
-        StorageError: As `read_whole`, when a batch is asked for.
-    """
-    batch: list[str] = []
-    room = batch_bytes
-    for name in (*names, None):
-        size = 0 if name is None else _num_bytes(index, name)
-        if batch and (name is None or size > room):
-            tensors = read_whole(index, storage, batch, block_bytes=block_bytes, concurrency=concurrency)
-            while batch:
-                yield batch[0], tensors.pop(batch.pop(0))
-            room = batch_bytes
-        if name is not None:
-            batch.append(name)
-            room -= size
 
 
 def _num_bytes(index: CheckpointIndex, name: str) -> int:

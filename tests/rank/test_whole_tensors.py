@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from ray_streamer.checkpoint import open_checkpoint
 from ray_streamer.errors import ObjectChangedError
-from ray_streamer.rank.whole_tensors import read_in_batches, read_whole
+from ray_streamer.rank.whole_tensors import read_whole
 from ray_streamer.settings import Settings
 from ray_streamer.storage import open_storage
 
@@ -55,15 +55,3 @@ def test_a_replaced_file_is_an_error(tmp_path, tensors):
     save_file({**tensors, "more": torch.zeros(4)}, tmp_path / "model.safetensors")
     with opened(tmp_path) as (_, storage), pytest.raises(ObjectChangedError, match=r"model\.safetensors"):
         read_whole(index, storage, ["f32"], block_bytes=4096, concurrency=3)
-
-
-@pytest.mark.parametrize("batch_bytes", [0, 5000, 1 << 20])
-def test_batches_give_every_tensor_in_order(tmp_path, tensors, batch_bytes):
-    save_file(tensors, tmp_path / "model.safetensors")
-    names = sorted(tensors, reverse=True)
-    with opened(tmp_path) as (index, storage):
-        batches = read_in_batches(index, storage, names, batch_bytes=batch_bytes, block_bytes=4096, concurrency=2)
-        found = list(batches)
-    assert [name for name, _ in found] == names
-    for name, tensor in found:
-        assert torch.equal(tensor.reshape(-1).view(torch.uint8), tensors[name].reshape(-1).view(torch.uint8))

@@ -22,9 +22,17 @@ def main(wish: dict[str, Any]) -> None:
     )
     said = {"answers": answers_of(llm, SamplingParams), "hashes": llm.collective_rpc("parameter_hashes")}
     for reload in wish.get("reloads", []):
-        llm.collective_rpc("reload_weights", kwargs=reload)
+        error = None
+        try:
+            llm.collective_rpc("reload_weights", kwargs=reload)
+        except Exception as raised:
+            error = str(raised)
         said.setdefault("reloaded", []).append(
-            {"answers": answers_of(llm, SamplingParams), "hashes": llm.collective_rpc("parameter_hashes")}
+            {
+                "answers": answers_of(llm, SamplingParams),
+                "hashes": llm.collective_rpc("parameter_hashes"),
+                "error": error,
+            }
         )
     print("ANSWER " + json.dumps(said), flush=True)
 

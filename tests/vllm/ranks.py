@@ -26,6 +26,8 @@ _numbers = itertools.count()
 
 Fill = Callable[[Any, Any], Any]
 """Fills a model: called with it and vLLM's model_config; what it returns is handed to the test."""
+Then = Callable[[Any, Any], Any]
+"""What is done with a loaded model: called with vLLM's whole configuration and it; what it returns is handed to the test."""
 
 
 @dataclass
@@ -35,6 +37,7 @@ class Loaded:
     before: dict[str, str]
     after: dict[str, str]
     said: Any = None
+    later: Any = None
 
 
 @dataclass(frozen=True)
@@ -51,8 +54,10 @@ class Layout:
         return self.tp * self.pp
 
 
-def on_all_ranks(folder: Path, layout: Layout, fills: list[Fill], scratch: Path) -> list[list[Loaded]]:
-    """For each rank what each of `fills` left in a new model of its own.
+def on_all_ranks(
+    folder: Path, layout: Layout, fills: list[Fill], scratch: Path, then: Then | None = None
+) -> list[list[Loaded]]:
+    """For each rank what each of `fills` left in a new model of its own, and what became of it by `then`.
 
     Raises:
         AssertionError: A rank failed; says how.
@@ -66,7 +71,7 @@ def on_all_ranks(folder: Path, layout: Layout, fills: list[Fill], scratch: Path)
     meeting.unlink(missing_ok=True)
     for rank in range(layout.world_size):
         receiver, sender = context.Pipe(duplex=False)
-        process = context.Process(target=_run, args=(folder, layout, rank, fills, meeting, sender), daemon=True)
+        process = context.Process(target=_run, args=(folder, layout, rank, fills, then, meeting, sender), daemon=True)
         process.start()
         sender.close()
         ranks.append((process, receiver))
@@ -88,15 +93,19 @@ def _answer_of(process: Any, receiver: Any) -> Any:
         return "a rank ended without an answer"
 
 
-def _run(folder: Path, layout: Layout, rank: int, fills: list[Fill], meeting: Path, sender: Any) -> None:
+def _run(
+    folder: Path, layout: Layout, rank: int, fills: list[Fill], then: Then | None, meeting: Path, sender: Any
+) -> None:
     try:
-        sender.send(_load_all(folder, layout, rank, fills, meeting))
+        sender.send(_load_all(folder, layout, rank, fills, then, meeting))
     except BaseException:
         sender.send(traceback.format_exc())
     sender.close()
 
 
-def _load_all(folder: Path, layout: Layout, rank: int, fills: list[Fill], meeting: Path) -> list[Loaded]:
+def _load_all(
+    folder: Path, layout: Layout, rank: int, fills: list[Fill], then: Then | None, meeting: Path
+) -> list[Loaded]:
     import torch
     from vllm.config import LoadConfig, set_current_vllm_config
     from vllm.distributed.parallel_state import ensure_model_parallel_initialized, init_distributed_environment
@@ -130,11 +139,11 @@ def _load_all(folder: Path, layout: Layout, rank: int, fills: list[Fill], meetin
         for fill in fills:
             # Layers register themselves by name, and only one of each name may be there.
             config.compilation_config.static_forward_context.clear()
-            answers.append(_load(config, fill, LoadConfig(load_format="safetensors")))
+            answers.append(_load(config, fill, then, LoadConfig(load_format="safetensors")))
     return answers
 
 
-def _load(config: Any, fill: Fill, load_config: Any) -> Loaded:
+def _load(config: Any, fill: Fill, then: Then | None, load_config: Any) -> Loaded:
     from vllm.model_executor.model_loader import BaseModelLoader
 
     loaded = Loaded({}, {})
@@ -149,6 +158,8 @@ def _load(config: Any, fill: Fill, load_config: Any) -> Loaded:
 
     model = Loader(load_config).load_model(config, config.model_config)
     loaded.after = hashes_of(model)
+    if then is not None:
+        loaded.later = then(config, model)
     return loaded
 
 

@@ -92,14 +92,22 @@ def test_serve_over_http_from_s3(checkpoints, stock, s3_credentials, tmp_path):
     assert_read_once(model, s3_credentials.bytes_sent() - sent, s3_credentials.requests() - requests)
 
 
-def test_reload_with_other_weights(checkpoints, stock, tmp_path):
+def test_reload_with_other_weights(checkpoints, stock, s3_credentials, tmp_path):
     first, second, theirs = checkpoints("llama"), checkpoints("llama", seed=1), stock("llama", 2, seed=1)
+    uri, nowhere = s3_credentials.upload_folder(second, "vllm", "second"), str(tmp_path / "nothing")
+    sent, requests = s3_credentials.bytes_sent(), s3_credentials.requests()
     ours = run_engine(
         tmp_path / "ours",
         {"model": str(first), "tensor_parallel_size": 2, "load_format": "ray_streamer"},
-        reloads=[{"weights_path": str(second)}, {"weights_path": str(first)}],
+        reloads=[{"weights_path": nowhere}, {"weights_path": uri}, {"weights_path": str(first)}],
     )
-    assert ours["reloaded"][0]["hashes"] == theirs["hashes"]
-    assert ours["reloaded"][0]["answers"] == theirs["answers"]
-    assert ours["reloaded"][1]["hashes"] == ours["hashes"]
-    assert ours["reloaded"][1]["answers"] == ours["answers"]
+    sent, requests = s3_credentials.bytes_sent() - sent, s3_credentials.requests() - requests
+    failed, other, again = ours["reloaded"]
+    assert nowhere in failed.pop("error")
+    assert other.pop("error") is None
+    assert again.pop("error") is None
+    before = {name: ours[name] for name in ("answers", "hashes")}
+    assert failed == before
+    assert other == {name: theirs[name] for name in ("answers", "hashes")}
+    assert again == before
+    assert_read_once(second, sent, requests)

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import shutil
 from functools import partial
-from typing import Any
 
 import pytest
 from families import FAMILIES, save_checkpoint
-from ranks import Layout, on_all_ranks, stock
+from loading import check, ours, total_bytes
+from ranks import Layout, on_all_ranks
 from safetensors.torch import load_file, save_file
 
-from ray_streamer.checkpoint import open_checkpoint
 from ray_streamer.checkpoint.open import HEAD_BYTES
-from ray_streamer.settings import Settings
-from ray_streamer.storage import open_storage
 
 LAYOUTS = [
     pytest.param("llama", Layout(tp=1), id="llama-tp1"),
@@ -24,38 +21,6 @@ LAYOUTS = [
     pytest.param("qwen3_moe", Layout(tp=2, ep=True), id="experts-tp2-ep"),
     pytest.param("deepseek_v3", Layout(tp=2, ep=True), id="mla-tp2-ep"),
 ]
-
-
-def ours(model: Any, model_config: Any, **extra: Any) -> Any:
-    """Fills the model as `--load-format ray_streamer` does, and says what it took on this rank."""
-    from vllm.config import LoadConfig
-
-    from ray_streamer.integrations.vllm.loader import RayStreamerLoader
-
-    # What the page cache holds would not be counted as read.
-    loader = RayStreamerLoader(
-        LoadConfig(load_format="ray_streamer", model_loader_extra_config={"page_cache": "off", **extra})
-    )
-    loader.load_weights(model, model_config)
-    return loader.summary
-
-
-def total_bytes(folder):
-    storage = open_storage(str(folder), Settings())
-    try:
-        return open_checkpoint(str(folder), storage).total_bytes
-    finally:
-        storage.close()
-
-
-def check(folder, layout, scratch, **extra):
-    """Compares all ranks, and gives what each took."""
-    said = []
-    for theirs, mine in on_all_ranks(folder, layout, [stock, partial(ours, **extra)], scratch):
-        assert mine.before == theirs.before
-        assert mine.after == theirs.after
-        said.append(mine.said)
-    return said
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import TYPE_CHECKING, Any
 
 from ray_streamer.capture import Capture
@@ -65,6 +66,14 @@ class CapturedSlices:
         self.early_bytes = values.bytes_read
         return slices
 
+    @property
+    def taken(self) -> tuple[str, ...]:
+        """Names of the tensors that the loader took anything of."""
+        report = self.report
+        assert report is not None
+        groups = (report.planned, report.cast, report.early, report.whole)
+        return tuple(dict.fromkeys(name for group in groups for name in group.names))
+
     def _say(self, index: CheckpointIndex, read: Reader, step: Callable[[], None]) -> RankSlices:
         self.index = index
         recording = Capture(index, read)
@@ -81,6 +90,14 @@ class CapturedSlices:
         self.out.update(out)
         self.report = recording.report
         return slices
+
+
+def contents_of(index: CheckpointIndex) -> str:
+    """A hash of names, dtypes and shapes of all tensors: checkpoints for which it is equal load alike."""
+    digest = hashlib.blake2b("\0".join(index.names).encode(), digest_size=16)
+    for column in (index.dtype_codes, index.num_dims, index.shapes):
+        digest.update(column.tobytes())
+    return digest.hexdigest()
 
 
 def read_tensors(uri: str, settings: Settings, index: CheckpointIndex, names: Sequence[str]) -> dict[str, torch.Tensor]:

@@ -25,6 +25,7 @@ TESTED_VERSIONS = ("0.32.0",)
 
 _LOADERS = "vllm.model_executor.model_loader"
 _WEIGHTS = "vllm.model_executor.model_loader.weight_utils"
+_LAYERWISE = "vllm.model_executor.model_loader.reload.layerwise"
 _GROUPS = "vllm.distributed.parallel_state"
 _RAY_PREFIXES = "VLLM_RAY_EXTRA_ENV_VAR_PREFIXES_TO_COPY"
 _RUNAI_FORMAT = "runai_streamer"
@@ -134,6 +135,53 @@ def place_of_weights(model_config: Any, load_config: Any) -> str:
     )
     internal(_WEIGHTS, "download_safetensors_index_file_from_hf")(place, INDEX_NAME, cache, revision=revision)
     return folder
+
+
+def reloading_group() -> dist.ProcessGroup | None:
+    """Host-side group of the ranks that surely reload together; None for a single rank.
+
+    Stages of a pipeline reload other tensors, and engines that share experts may be told to reload one by one.
+    """
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        return None
+    group = internal(_GROUPS, "get_tp_group")()
+    return group.cpu_group if group.world_size > 1 else None
+
+
+def put_back_unfinished(model: Any) -> int:
+    """Gives the layers that a failed reload left without memory their own again, with whatever it holds.
+
+    vLLM would take what the failed reload had collected for them as part of the next one.
+
+    Returns:
+        How many layers that were.
+    """
+    info_of, place = internal(_LAYERWISE, "get_layerwise_info"), internal(_LAYERWISE, "_place_kernel_tensors")
+    count = 0
+    for layer in model.modules():
+        info = info_of(layer)
+        if info.can_load() and info.kernel_tensors is not None:
+            place(layer, info)
+            info.reset()
+            count += 1
+    if hasattr(model, "_original_do_torchao_reload"):
+        model._do_torchao_reload = model._original_do_torchao_reload
+    return count
+
+
+def progress_bar(load_config: Any, *, doing: str, num_bytes: int) -> Any:
+    """A bar as vLLM's own loaders show it, on its first rank only; `update` takes bytes."""
+    bar, is_shown = internal(_WEIGHTS, "tqdm"), internal(_WEIGHTS, "enable_tqdm")(load_config.use_tqdm_on_load)
+    return bar(
+        total=num_bytes,
+        desc=doing,
+        unit="B",
+        unit_scale=True,
+        disable=not is_shown,
+        bar_format=internal(_WEIGHTS, "_BAR_FORMAT"),
+    )
 
 
 def skips_tensor(model: Any) -> Callable[[str], bool]:

@@ -4,7 +4,8 @@
 2. Each rank runs the model's `load_weights` with tensors that hold no values, and learns which slices go where.
 3. Each node reads every byte that one of its ranks wants once; slices land in the parameters themselves.
 
-What a loader does with values, and not only with places, is read at once by that rank (`CaptureReport.whole`).
+What a loader does with values, and not only with places, is read while it runs, by the ranks of a node together
+(`CaptureReport.whole`).
 """
 
 from __future__ import annotations
@@ -12,25 +13,22 @@ from __future__ import annotations
 import itertools
 import time
 from contextlib import closing
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
 
-from ray_streamer.api.rank import load_rank
-from ray_streamer.checkpoint import locate, open_checkpoint
+from ray_streamer.api.rank import stream_rank
 from ray_streamer.integrations.vllm import internals, mismatch
-from ray_streamer.integrations.vllm.capturing import CapturedSlices
+from ray_streamer.integrations.vllm.capturing import CapturedSlices, contents_of
 from ray_streamer.integrations.vllm.model_files import restore_model_files
 from ray_streamer.integrations.vllm.options import LoaderOptions
+from ray_streamer.integrations.vllm.reloading import Origin, origins, reload_tensors
 from ray_streamer.integrations.vllm.summary import Summary, gather_summaries
 from ray_streamer.integrations.vllm.tied_heads import refuse_other_head
-from ray_streamer.rank.whole_tensors import read_in_batches
-from ray_streamer.storage import open_storage
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     import torch
+    import torch.distributed as dist
     from torch import nn
 
     from ray_streamer.rank.statistics import RankStatistics
@@ -38,28 +36,6 @@ if TYPE_CHECKING:
 BaseModelLoader: Any = internals.internal("vllm.model_executor.model_loader", "BaseModelLoader")
 
 logger = internals.logger_of(__name__)
-
-
-_RELOAD_BATCH_BYTES = 256 << 20
-
-
-@dataclass(frozen=True, slots=True)
-class _Origin:
-    """What a model was loaded from first.
-
-    Attributes:
-        model: Its `model_config.model`, to which `uri` belonged.
-        is_draft: Whether it is a draft model.
-        uri: What the options said; None = the model's own folder.
-    """
-
-    model: str
-    is_draft: bool
-    uri: str | None
-
-
-_origins: WeakKeyDictionary[nn.Module, _Origin] = WeakKeyDictionary()
-"""By model, since vLLM makes a new loader for each load and reload."""
 
 
 class RayStreamerLoader(BaseModelLoader):
@@ -94,7 +70,7 @@ class RayStreamerLoader(BaseModelLoader):
         started = time.perf_counter()
         is_draft = internals.is_draft(model_config)
         said = self._options.uri_of(is_draft=is_draft)
-        _origins[model] = _Origin(model_config.model, is_draft, said)
+        origin = origins[model] = Origin(model_config.model, is_draft, said)
         uri = said or internals.place_of_weights(model_config, self.load_config)
         secondary = internals.secondary_tensors(model, self.load_config)
         captured = CapturedSlices(
@@ -105,47 +81,55 @@ class RayStreamerLoader(BaseModelLoader):
             skips=internals.skips_tensor(model),
         )
         group = internals.loading_group(model_config)
+        statistics = self._fill(uri, captured, device_of(model), group)
+        internals.refuse_missing(model, captured.loaded, model_config)
+        refuse_other_head(captured, model_config, uri, self._options.settings, group)
+        assert captured.index is not None
+        origin.contents, origin.taken = contents_of(captured.index), captured.taken
+        self.summary = Summary.of(captured, statistics, seconds=time.perf_counter() - started)
+        line = gather_summaries(self.summary, captured.index, group)
+        if line is not None:
+            logger.info(line)
+
+    def _fill(self, uri: str, captured: CapturedSlices, device: str, group: dist.ProcessGroup | None) -> RankStatistics:
+        """Loads what the model's loader says into the parameters, and shows how far it is."""
         statistics: list[RankStatistics] = []
-        load_rank(
+        tensors = stream_rank(
             uri,
             slices=captured,
             out=captured.out,
             settings=self._options.settings,
-            device=device_of(model),
+            device=device,
             on_statistics=statistics.append,
             group=group,
             # A rank on its own is told so: what else is in the process is none of its load.
             rank=0 if group is None else None,
             world_size=1 if group is None else None,
         )
-        internals.refuse_missing(model, captured.loaded, model_config)
-        refuse_other_head(captured, model_config, uri, self._options.settings, group)
-        self.summary = Summary.of(captured, statistics[0], seconds=time.perf_counter() - started)
-        line = gather_summaries(self.summary, group)
-        if line is not None:
-            logger.info(line)
+        with closing(tensors):
+            first = next(tensors, None)
+            num_bytes = sum(tensor.nbytes for tensor in captured.out.values())
+            with internals.progress_bar(self.load_config, doing="Loading weights", num_bytes=num_bytes) as bar:
+                for _, tensor in itertools.chain([] if first is None else [first], tensors):
+                    bar.update(tensor.nbytes)
+        return statistics[0]
 
     def get_all_weights(self, model_config: Any, model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every tensor of the checkpoint with its values, as vLLM's reload takes them; read by each rank for itself.
+        """Name and tensor of all that a reload needs; every rank of the tensor-parallel group calls it.
 
         Raises:
-            RayStreamerError: The checkpoint cannot be read.
+            RayStreamerError: The checkpoint cannot be read; the model is as it was. For errors of the iterator see `reloading`.
         """
-        uri = self._uri_of_reload(model_config, _origins.get(model))
-        skips, settings = internals.skips_tensor(model), self._options.settings
-        with closing(open_storage(locate(uri).folder_uri, settings)) as storage:
-            index = open_checkpoint(uri, storage, concurrency=settings.concurrency)
-            yield from read_in_batches(
-                index,
-                storage,
-                (name for name in index.names if not skips(name)),
-                batch_bytes=_RELOAD_BATCH_BYTES,
-                block_bytes=int(settings.block_bytes),
-                concurrency=settings.concurrency,
-            )
-        yield from internals.secondary_tensors(model, self.load_config)
+        origin = origins.get(model)
+        return reload_tensors(
+            self._uri_of_reload(model_config, origin),
+            model,
+            settings=self._options.settings,
+            load_config=self.load_config,
+            origin=origin,
+        )
 
-    def _uri_of_reload(self, model_config: Any, origin: _Origin | None) -> str:
+    def _uri_of_reload(self, model_config: Any, origin: Origin | None) -> str:
         said = self._options.uri_of(is_draft=origin is not None and origin.is_draft)
         # Options that changed since are about the weights that are wanted now. Options that did not are about the model that was
         # loaded first, and say nothing about another one.

@@ -12,6 +12,7 @@ import torch
 
 from ray_streamer.errors import CheckpointError
 from ray_streamer.integrations.vllm.capturing import read_tensors
+from ray_streamer.integrations.vllm.collective import gather, is_first
 
 if TYPE_CHECKING:
     import torch.distributed as dist
@@ -43,12 +44,11 @@ def refuse_other_head(
     assert report is not None
     is_tied = getattr(model_config.hf_text_config, "tie_word_embeddings", False)
     unused = {name for name in report.unused.names if name.endswith(_HEAD)} if is_tied else set()
-    everyones = _gather(unused, group)
-    heads = set.intersection(*everyones)
-    message = None
-    if heads and (group is None or _rank(group) == 0):
+    heads = set.intersection(*gather(unused, group))
+    message: str | None = None
+    if heads and is_first(group):
         message = _difference(index, sorted(heads)[0], uri, settings)
-    message = _gather(message, group)[0]
+    message = gather(message, group)[0]
     if message is not None:
         raise CheckpointError(message)
 
@@ -65,19 +65,3 @@ def _difference(index: CheckpointIndex, head: str, uri: str, settings: Settings)
         f"{index.uri}: config.json says tie_word_embeddings, but {head} differs from {embeddings[0]}, so the model would answer with "
         "the wrong head. Give vLLM --hf-overrides '{\"tie_word_embeddings\": false}' (in Python: hf_overrides), or correct config.json"
     )
-
-
-def _gather(mine: Any, group: dist.ProcessGroup | None) -> list[Any]:
-    import torch.distributed as dist
-
-    if group is None:
-        return [mine]
-    everyones: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(everyones, mine, group=group)
-    return everyones
-
-
-def _rank(group: dist.ProcessGroup) -> int:
-    import torch.distributed as dist
-
-    return dist.get_rank(group)

@@ -1,0 +1,139 @@
+"""How are new weights brought into a model that vLLM has already? vLLM's own reload asks for all tensors, and keeps the parameters.
+
+vLLM runs the model's loader layer by layer, on memory that it makes for each layer, and copies what comes out into the
+parameters. So it needs real tensors, whole. The ranks of a node read them together (`SharedTensors.stream`): each byte leaves
+storage once per node, and memory is bounded but for what vLLM itself keeps of unfinished layers, which ranks share as well.
+
+Everything that can be wrong with the checkpoint as such is found before vLLM touches the model.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+from ray_streamer.api.tensors import open_tensors
+from ray_streamer.integrations.vllm import internals
+from ray_streamer.integrations.vllm.capturing import contents_of
+from ray_streamer.integrations.vllm.collective import is_first
+from ray_streamer.integrations.vllm.summary import say_load
+
+if TYPE_CHECKING:
+    from collections.abc import Generator, Iterator
+
+    import torch
+    import torch.distributed as dist
+    from torch import nn
+
+    from ray_streamer.checkpoint import CheckpointIndex
+    from ray_streamer.settings import Settings
+
+logger = internals.logger_of(__name__)
+
+
+@dataclass(slots=True)
+class Origin:
+    """What a model was loaded from first.
+
+    Attributes:
+        model: Its `model_config.model`, to which `uri` belonged.
+        is_draft: Whether it is a draft model.
+        uri: What the options said; None = the model's own folder.
+        contents: Names, dtypes and shapes of the checkpoint, as a hash; empty until it was loaded.
+        taken: Names of the tensors that this rank's loader took anything of.
+        reload: The last reload, which may have failed halfway.
+    """
+
+    model: str
+    is_draft: bool
+    uri: str | None
+    contents: str = ""
+    taken: tuple[str, ...] = ()
+    reload: Generator[Any, None, None] | None = field(default=None, repr=False)
+
+
+origins: WeakKeyDictionary[nn.Module, Origin] = WeakKeyDictionary()
+"""By model, since vLLM makes a new loader for each load and reload."""
+
+
+def reload_tensors(
+    uri: str, model: nn.Module, *, settings: Settings, load_config: Any, origin: Origin | None
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Name and tensor of all that this rank's loader takes, for a model that is loaded already; every rank calls it.
+
+    Args:
+        uri: Of the checkpoint.
+        model: It holds other weights, or the rest of a reload that failed.
+        settings: Every knob.
+        load_config: vLLM's.
+        origin: What the model was loaded from first; None when it was loaded by another loader.
+
+    Raises:
+        RayStreamerError: The checkpoint cannot be read; the model is as it was. Later errors, from the iterator, leave it with
+            layers of both checkpoints, and some without memory; then it has to be reloaded before it is used.
+    """
+    if origin is not None and origin.reload is not None:
+        # Of a reload that failed, its error may still hold the other ranks.
+        origin.reload.close()
+    unfinished = internals.put_back_unfinished(model)
+    if unfinished:
+        logger.warning(
+            "ray_streamer: the last reload failed with %d layers unfinished; all are loaded anew", unfinished
+        )
+    tensors = _read(uri, model, settings, load_config, origin)
+    # Up to here nothing of the model has changed.
+    next(tensors)
+    if origin is not None:
+        origin.reload = tensors
+    return tensors
+
+
+def _read(
+    uri: str, model: nn.Module, settings: Settings, load_config: Any, origin: Origin | None
+) -> Generator[Any, None, None]:
+    """Nothing, once the ranks have met and read the headers; then names and tensors."""
+    group = internals.reloading_group()
+    with open_tensors(uri, settings=settings, group=group) as opened:
+        index, shared = opened.index, opened.shared
+        names = _names(index, model, origin)
+        yield None
+        started, num_bytes = time.perf_counter(), sum(_num_bytes(index, name) for name in names)
+        with internals.progress_bar(load_config, doing="Reloading weights", num_bytes=num_bytes) as bar:
+            for name, tensor in shared.stream(names):
+                yield name, tensor
+                bar.update(tensor.nbytes)
+        seconds, read_bytes = time.perf_counter() - started, shared.total_bytes_read()
+    if is_first(group):
+        logger.info(
+            say_load(
+                "reloaded",
+                _size(group),
+                num_tensors=len(names),
+                held_bytes=num_bytes,
+                read_bytes=read_bytes,
+                needed_bytes=num_bytes,
+                seconds=seconds,
+            )
+        )
+    yield from internals.secondary_tensors(model, load_config)
+
+
+def _names(index: CheckpointIndex, model: nn.Module, origin: Origin | None) -> list[str]:
+    """What the rank's loader took of the first checkpoint, where this one is like it; else all that it may look at."""
+    if origin is not None and origin.contents == contents_of(index):
+        taken = set(origin.taken)
+        return [name for name in index.names if name in taken]
+    skips = internals.skips_tensor(model)
+    return [name for name in index.names if not skips(name)]
+
+
+def _num_bytes(index: CheckpointIndex, name: str) -> int:
+    return index.extent_of(index.position(name)).num_bytes
+
+
+def _size(group: dist.ProcessGroup | None) -> int:
+    import torch.distributed as dist
+
+    return 1 if group is None else dist.get_world_size(group)

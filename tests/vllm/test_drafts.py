@@ -1,0 +1,50 @@
+"""A draft model loads its own files, though vLLM gives it the options of its target, and though only one stage has it."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import pytest
+from families import save_checkpoint
+from loading import loader, ours
+from ranks import Layout, hashes_of, on_all_ranks, stock
+
+
+def load_draft(folder: str, extra: dict[str, Any], config: Any, _model: Any) -> dict[str, str] | None:
+    """As vLLM's proposers do it: on the last stage, by the format and the options of the target."""
+    from vllm.config import ModelConfig
+    from vllm.distributed.parallel_state import get_pp_group
+
+    if not get_pp_group().is_last_rank:
+        return None
+    draft = ModelConfig(
+        model=folder,
+        tokenizer=folder,
+        skip_tokenizer_init=True,
+        enforce_eager=True,
+        dtype="bfloat16",
+        max_model_len=128,
+    )
+    config.compilation_config.static_forward_context.clear()
+    return hashes_of(loader(**extra).load_model(config, draft, prefix="draft"))
+
+
+@pytest.mark.parametrize("is_said", [False, True], ids=["own-folder", "draft_uri"])
+@pytest.mark.parametrize("layout", [Layout(tp=2), Layout(tp=1, pp=2)], ids=["tp2", "pp2"])
+def test_a_draft_model_loads_its_own_files(layout, is_said, tmp_path):
+    target, draft, other = (tmp_path / name for name in ("target", "draft", "other"))
+    for seed, folder in enumerate((target, draft, other)):
+        save_checkpoint("llama", folder, seed=seed)
+    extra = {"uri": str(target)}
+    if is_said:
+        extra["draft_uri"] = str(other)
+    then = partial(load_draft, str(draft), extra)
+    found = on_all_ranks(target, layout, [partial(ours, uri=str(target))], tmp_path, then=then)
+    alone = Layout(tp=layout.tp)
+    (tmp_path / "theirs").mkdir()
+    theirs = on_all_ranks(other if is_said else draft, alone, [stock], tmp_path / "theirs")
+    drafts = [rank.later for [rank] in found if rank.later is not None]
+    assert len(drafts) == layout.tp
+    for mine, [other_rank] in zip(drafts, theirs, strict=True):
+        assert mine == other_rank.after
