@@ -31,15 +31,14 @@ PAGE = mmap.PAGESIZE
 class Counted:
     """A storage, and how often each page of each file was read through any of its copies."""
 
-    def __init__(self, inner, pages, before=None):
+    def __init__(self, inner, pages, before):
         self._inner, self._pages, self._before = inner, pages, before
 
     def __getattr__(self, name):
         return getattr(self._inner, name)
 
     def read_into(self, path, extent, buffer, *, etag):
-        if self._before is not None:
-            self._before(path, extent)
+        self._before(path)
         self._inner.read_into(path, extent, buffer, etag=etag)
         self._pages.update((path, page) for page in range(extent.start // PAGE, -(-extent.stop // PAGE)))
 
@@ -80,8 +79,8 @@ class Node:
         self._folder = folder
         self.pages = Counter()
 
-    def run(self, work, num_ranks, *, memory_limit=1 << 20, block_bytes=PAGE, before=None):
-        """What `work(shared, local rank)` returned on each rank, or the error that ended it."""
+    def run(self, work, num_ranks, *, memory_limit=1 << 20, block_bytes=PAGE, before=lambda path, number: None):
+        """What `work(shared, local rank)` returned on each rank, or the error that ended it; `before` each read of a rank."""
         session, outcomes = secrets.token_hex(8), [None] * num_ranks
         timeouts = Timeouts(startup_seconds=60, neighbour_seconds=60, progress_seconds=60)
 
@@ -89,7 +88,7 @@ class Node:
             place = Place(session=session, rank=number, ranks=tuple(range(num_ranks)), node="n", timeouts=timeouts)
             storage = open_storage(str(self._folder), Settings(page_cache="off"))
             index = open_checkpoint(str(self._folder), storage, concurrency=2)
-            counted = Counted(storage, self.pages, before)
+            counted = Counted(storage, self.pages, lambda path: before(path, number))
             limits = {"memory_limit": memory_limit, "block_bytes": block_bytes, "concurrency": 3}
             try:
                 with (
@@ -128,15 +127,21 @@ def assert_equal(found, tensors):
 @pytest.mark.parametrize("num_ranks", [1, 2, 4])
 @pytest.mark.parametrize("block_bytes", [PAGE, 1 << 20])
 def test_ranks_that_come_together_read_every_page_once(node, tensors, num_ranks, block_bytes):
-    together = threading.Barrier(num_ranks, timeout=HANG_SECONDS)
+    reading, everybody_reads = set(), threading.Event()
+
+    def before(path, number):
+        reading.add(number)
+        # In blocks of a page there is work for all of them.
+        if len(reading) == num_ranks or block_bytes > PAGE:
+            everybody_reads.set()
+        assert everybody_reads.wait(HANG_SECONDS)
 
     def work(shared, _):
-        together.wait()
         found = shared.read(list(tensors))
         assert_equal(found, tensors)
         return shared.bytes_read
 
-    read = node.run(work, num_ranks, block_bytes=block_bytes)
+    read = node.run(work, num_ranks, block_bytes=block_bytes, before=before)
     assert max(node.pages.values()) == 1
     total = sum(tensor.nbytes for tensor in tensors.values())
     assert total <= sum(read) <= total + 8 * PAGE
@@ -261,7 +266,7 @@ def test_whatever_ranks_ask_for_is_right(node, tensors, seed):
 
 
 def test_a_read_that_fails_ends_all_ranks(node, tensors):
-    def before(path, extent):
+    def before(path, number):
         if path == "2.safetensors":
             raise ObjectChangedError("replaced")
 
