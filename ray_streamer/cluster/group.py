@@ -185,7 +185,7 @@ class WorkerGroup:
         with ray_errors_translated(f"asking {self.num_ranks} ranks for {method}"):
             return ray.get([actor.control.remote(method, *args) for actor in self._actors], timeout=timeout_seconds)
 
-    def ask(self, method: str, *, rank: int = 0) -> Any:
+    def ask(self, method: str, *args: Any, rank: int = 0) -> Any:
         """Run a method of one rank's worker that the others' start depends on: within the startup timeout, with news meanwhile.
 
         Raises:
@@ -193,7 +193,7 @@ class WorkerGroup:
             StartupTimeoutError: It did not answer in time.
         """
         with ray_errors_translated(f"asking rank {rank} to {method}"):
-            calls = Calls({rank: self._actors[rank].call.remote(method)})
+            calls = Calls({rank: self._actors[rank].call.remote(method, *args)})
             self._await_start(calls, Deadline(self._startup_timeout_seconds), doing=method)
         if calls.failures:
             raise self._failure(calls)

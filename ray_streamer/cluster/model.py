@@ -3,69 +3,41 @@
 from __future__ import annotations
 
 import logging
-import secrets
 import threading
 from concurrent.futures import Future
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-import ray
-
-from ray_streamer.checkpoint.index_bytes import index_from_bytes, index_to_bytes
 from ray_streamer.cluster.gather import assemble, find_parts
 from ray_streamer.cluster.group import WorkerGroup
+from ray_streamer.cluster.loads import GroupLoads
 from ray_streamer.cluster.names import model_of
+from ray_streamer.cluster.phases import Phases
 from ray_streamer.cluster.tracing import collect_trace
-from ray_streamer.cluster.worker import LoadWorker, Seating
-from ray_streamer.errors import ClusterError, RankFailedError, RayStreamerError
-from ray_streamer.planning.limits import share_memory
-from ray_streamer.planning.read_plan import hash_plan
-from ray_streamer.planning.topology import Topology
-from ray_streamer.rank.agreement import MemoryTerms
-from ray_streamer.report.load_report import LoadReport
+from ray_streamer.cluster.worker import LoadWorker
+from ray_streamer.errors import ClusterError
+from ray_streamer.storage import absolute_uri
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     import torch
 
     from ray_streamer.checkpoint.index import CheckpointIndex
-    from ray_streamer.cluster.phases import Phases
+    from ray_streamer.cluster.loads import Shared
     from ray_streamer.cluster.placement import PlacementOptions
-    from ray_streamer.cluster.worker import Agreed
-    from ray_streamer.planning.limits import ReadLimits
     from ray_streamer.planning.read_plan import ReadPlan
     from ray_streamer.rank.request import LoadRequest
     from ray_streamer.rank.statistics import RankStatistics
+    from ray_streamer.report.load_report import LoadReport
     from ray_streamer.sharding.mesh import Mesh
+    from ray_streamer.storage import UriLike
 
 logger = logging.getLogger(__name__)
 
 _SHUT_DOWN = "this model was shut down; load it again"
-
-
-@dataclass(frozen=True, slots=True)
-class _Shared:
-    """What all ranks of a model load by.
-
-    Attributes:
-        index: The checkpoint.
-        index_ref: It, as bytes in Ray's object store.
-        topology: Which ranks share a node.
-        memory_limits: Staging bytes of each rank.
-        limits: The sizes that shape every node's plan.
-        is_planned_here: Whether this process can say what the ranks hold, too.
-    """
-
-    index: CheckpointIndex
-    index_ref: ray.ObjectRef[bytes]
-    topology: Topology
-    memory_limits: tuple[int, ...]
-    limits: ReadLimits
-    is_planned_here: bool
 
 
 class ShardedModel:
@@ -93,7 +65,9 @@ class ShardedModel:
         self._trace_file = trace
         self._group: WorkerGroup | None = None
         self._is_shut_down = False
-        self._shared: _Shared | None = None
+        self._loads: GroupLoads | None = None
+        self._shared: Shared | None = None
+        self._report: LoadReport | None = None
         self._plan: ReadPlan | None = None
         self._loaded: Future[LoadReport] = Future()
         if wait:
@@ -128,15 +102,10 @@ class ShardedModel:
         self.wait()
         plan = self._plan
         if plan is None:
+            assert self._loads is not None
             assert self._shared is not None
-            plan = self._plan = self._make_plan(self._shared)
+            plan = self._plan = self._loads.plan(self._shared)
         return plan
-
-    def _make_plan(self, shared: _Shared) -> ReadPlan:
-        sizes = shared.topology, shared.memory_limits
-        if shared.is_planned_here:
-            return self._request.plan(sizes[0], memory_limits=sizes[1], index=shared.index)
-        return self._ready().call("plan", shared.index_ref, *sizes, ranks=[0], keep_on_failure=True)[0]
 
     @property
     def workers(self) -> tuple[Any, ...]:
@@ -144,8 +113,9 @@ class ShardedModel:
         return self._ready().actors
 
     def stats(self) -> LoadReport:
-        """What the load did; see `LoadReport`."""
-        return self._loaded.result()
+        """What the load did, the latest of them; see `LoadReport`."""
+        first = self._loaded.result()
+        return self._report or first
 
     def write_trace(self, path: str | os.PathLike[str]) -> None:
         """Writes every block's life on all ranks to a file that ui.perfetto.dev opens; see docs/trace.md.
@@ -197,10 +167,38 @@ class ShardedModel:
             RankFailedError: The rank's load failed; an object that changed since the first load is such a failure.
         """
         group = self._ready()
+        assert self._loads is not None
         assert self._shared is not None
         group.restart(rank)
-        self._agree(group, self._shared, alone=rank)
-        return group.call("load", ranks=[rank], keep_on_failure=True)[0]
+        return self._loads.load_alone(self._shared, rank)
+
+    def reload(self, uri: UriLike | None = None) -> LoadReport:
+        """Loads again into the same ranks: new weights under the same uri, or those of another one.
+
+        A tensor of the same name, shape and dtype keeps its memory, and so its address; others are made anew, and those that the
+        checkpoint does not give any more are dropped. Nobody may use the tensors meanwhile. The bound of memory stays. After a
+        failure ranks hold no tensors; the model may be reloaded again.
+
+        Args:
+            uri: Another checkpoint, for the same mesh and rules; the one that is loaded when unset.
+
+        Returns:
+            What this load did; `stats` gives it from now on.
+
+        Raises:
+            RayStreamerError: The checkpoint cannot be read, or not be cut so; then ranks still hold what they held.
+            RankFailedError: A rank failed.
+        """
+        self._ready()
+        assert self._loads is not None
+        phases = Phases()
+        request = self._request if uri is None else replace(self._request, uri=absolute_uri(uri))
+        shared = self._loads.share(request)
+        phases.end("headers")
+        report = self._loads.load(shared, phases, again=True)
+        self._request, self._shared, self._plan = request, shared, None
+        self._phases, self._report = phases, report
+        return report
 
     def shutdown(self) -> None:
         """Ends the ranks and frees their tensors, also while they load; may be called again. Ray itself stays."""
@@ -255,12 +253,9 @@ class ShardedModel:
         if self._is_shut_down:
             raise ClusterError(_SHUT_DOWN)
         self._phases.end("start")
-        self._shared = shared = self._share(group)
-        agreed = self._agree(group, shared)
-        self._phases.end("plan")
-        statistics: list[RankStatistics] = group.call("load", on_progress=self._on_progress)
-        self._phases.end("load", of_which={"import": max(rank.seconds["device"] for rank in statistics)})
-        return self._report(shared, group, agreed, statistics)
+        self._loads = GroupLoads(group, self._on_progress)
+        self._shared = self._loads.share(request, self._index)
+        return self._loads.load(self._shared, self._phases)
 
     def _write_trace_asked_for(self) -> None:
         """A trace that cannot be written costs no model."""
@@ -269,73 +264,3 @@ class ShardedModel:
                 collect_trace(self._group, self._request.uri, self._phases).write(self._trace_file)
             except OSError as error:
                 logger.warning("the model is loaded, but its trace was not written: %s", error)
-
-    def _share(self, group: WorkerGroup) -> _Shared:
-        """What all ranks load by; the headers are read where the storage is, unless this process has read them."""
-        settings, topology = self._request.settings, Topology(group.nodes)
-        memory_limits = share_memory(
-            topology,
-            memory_limit=settings.memory_limit,
-            node_memory_limit=settings.node_memory_limit,
-            available_bytes=[min(group.facts[rank].available_memory_bytes for rank in ranks) for ranks in group.nodes],
-        )
-        limits = self._request.read_limits(memory_limits)
-        is_planned_here = self._index is not None
-        if self._index is None:
-            with _faults_of_the_request():
-                self._index = index_from_bytes(group.ask("read_index"))
-        index_ref = ray.put(index_to_bytes(self._index))
-        return _Shared(self._index, index_ref, topology, memory_limits, limits, is_planned_here)
-
-    def _agree(self, group: WorkerGroup, shared: _Shared, *, alone: int | None = None) -> list[Agreed]:
-        """Lets the ranks of each node plan; or one rank for itself, whose neighbours have their tensors."""
-        secret = secrets.token_hex(16)
-        nodes = [(alone,)] if alone is not None else shared.topology.nodes
-        seatings = {
-            rank: Seating(
-                # Several nodes may share a machine, and with it the names of sockets.
-                session=f"{secret}/{number}",
-                ranks=ranks,
-                node=group.facts[rank].node,
-                terms=MemoryTerms(shared.memory_limits[rank], shared.limits),
-            )
-            for number, ranks in enumerate(nodes)
-            for rank in ranks
-        }
-        chosen = sorted(seatings)
-        with _faults_of_the_request():
-            return group.call(
-                "agree",
-                shared.index_ref,
-                ranks=chosen,
-                per_rank_args=[(seatings[rank],) for rank in chosen],
-                keep_on_failure=alone is not None,
-            )
-
-    def _report(
-        self, shared: _Shared, group: WorkerGroup, agreed: list[Agreed], statistics: list[RankStatistics]
-    ) -> LoadReport:
-        firsts = [agreed[ranks[0]] for ranks in shared.topology.nodes]
-        return LoadReport(
-            uri=self._request.uri,
-            mesh={axis: self.mesh.axis_size(axis) for axis in self.mesh.axes} | {"ep": self.mesh.ep},
-            seconds=self._phases.seconds(),
-            checkpoint_bytes=shared.index.total_bytes,
-            needed_bytes=sum(first.needed_bytes for first in firsts),
-            plan_hash=hash_plan(
-                shared.topology, [first.node_plan_hash for first in firsts], [rank.slices_hash for rank in agreed]
-            ),
-            nodes=tuple(facts.node for facts in group.facts),
-            ranks=tuple(statistics),
-        )
-
-
-@contextmanager
-def _faults_of_the_request() -> Iterator[None]:
-    """What is wrong with a checkpoint, or with what is asked of it, is no rank's fault, and raised as it is."""
-    try:
-        yield
-    except RankFailedError as error:
-        if isinstance(error.cause, RayStreamerError) and not isinstance(error.cause, ClusterError):
-            raise error.cause from error
-        raise

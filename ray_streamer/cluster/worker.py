@@ -4,6 +4,8 @@
     agree    the ranks of the node meet, say what they hold and get their parts of the node's plan; needs no torch
     load     reads into staging memory until the device is there, then fills the tensors
 
+The ranks stay met: `agree` and `load` may follow again, and then fill the same tensors. Staging memory is there during a load only.
+
 An ordinary object: the group wraps it in an actor, tests do not. `abort` and `progress` may be called from another thread
 while `agree` or `load` runs; everything else is called one at a time.
 """
@@ -27,6 +29,7 @@ from ray_streamer.rank.agreement import agree
 from ray_streamer.rank.context import RankContext
 from ray_streamer.rank.load import RankLoad
 from ray_streamer.rank.options import RankOptions
+from ray_streamer.rank.refill import tensors_to_fill
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -92,28 +95,42 @@ class LoadWorker:
         self._device = request.start_device(assigned_device(request.device))
         self._lock = threading.Lock()
         self._session: NodeSession | None = None
-        self._agreed: tuple[RankPlan, int] | None = None
+        self._is_loading = False
+        self._agreed: RankPlan | None = None
+        self._memory_limit = 0
         self._load: RankLoad | None = None
         self._abort_reason: str | None = None
         self._context: RankContext | None = None
 
-    def read_index(self) -> bytes:
-        """The headers, as they travel to all ranks.
+    @property
+    def session(self) -> NodeSession | None:
+        """Of the ranks of this node, as long as they are met."""
+        return self._session
+
+    def close(self) -> None:
+        """Leaves the session; the tensors stay."""
+        self._leave()
+
+    def read_index(self, request: LoadRequest) -> bytes:
+        """The headers of a request's checkpoint, as they travel to all ranks.
 
         Raises:
             CheckpointError: The checkpoint is malformed.
             StorageError: Headers could not be read.
         """
-        return index_to_bytes(self._request.open_index())
+        return index_to_bytes(request.open_index())
 
-    def plan(self, index_bytes: bytes, topology: Topology, memory_limits: tuple[int, ...]) -> ReadPlan:
+    def plan(
+        self, request: LoadRequest, index_bytes: bytes, topology: Topology, memory_limits: tuple[int, ...]
+    ) -> ReadPlan:
         """The plan of all ranks, for looking at where the driver cannot make it."""
-        return self._request.plan(topology, memory_limits=memory_limits, index=index_from_bytes(index_bytes))
+        return request.plan(topology, memory_limits=memory_limits, index=index_from_bytes(index_bytes))
 
-    def agree(self, index_bytes: bytes, seating: Seating) -> Agreed:
-        """Meets the ranks of this node and agrees with them on what each of them reads.
+    def agree(self, request: LoadRequest, index_bytes: bytes, seating: Seating) -> Agreed:
+        """Meets the ranks of this node, unless they are met, and agrees with them on what each of them reads.
 
         Args:
+            request: What to load; its mesh, settings and device are those that this worker was made with.
             index_bytes: The checkpoint's, equal on all ranks.
             seating: Who they are.
 
@@ -125,10 +142,10 @@ class LoadWorker:
         session = self._join(seating)
         with self._ended_on_failure(session):
             session.wait_met()
-            storage = self._request.open_storage(num_sharers=len(seating.ranks))
+            storage = request.open_storage(num_sharers=len(seating.ranks))
             with contextlib.closing(storage):
-                agreement = agree(session, self._request, storage, index_bytes=index_bytes, terms=seating.terms)
-        self._agreed = agreement.plan, agreement.memory_limit
+                agreement = agree(session, request, storage, index_bytes=index_bytes, terms=seating.terms)
+        self._request, self._agreed, self._memory_limit = request, agreement.plan, agreement.memory_limit
         node_plan = agreement.plan.node_plan
         return Agreed(
             node_plan_hash=node_plan.plan_hash,
@@ -137,7 +154,7 @@ class LoadWorker:
         )
 
     def load(self) -> RankStatistics:
-        """Loads this rank's tensors, as agreed, and keeps them; its own earlier ones are dropped first.
+        """Loads this rank's tensors, as agreed, and keeps them; earlier ones of the same form are filled, others dropped first.
 
         Raises:
             LoadAbortedError: `abort` was called.
@@ -147,22 +164,37 @@ class LoadWorker:
         """
         assert self._session is not None
         assert self._agreed is not None
-        (mine, memory_limit), self._agreed = self._agreed, None
-        self._context = None
+        mine, self._agreed = self._agreed, None
+        # From here on nobody sees tensors until all of them are whole.
+        earlier, self._context = self._context, None
+        self._load = None
         session = self._session
         storage = self._request.open_storage(num_sharers=len(mine.ranks))
         with contextlib.closing(storage), self._ended_on_failure(session):
             concurrency = self._request.settings.concurrency
-            options = RankOptions.at(session.place, concurrency=concurrency, memory_limit=memory_limit)
-            self._load = load = RankLoad(mine, storage, self._device, options, session=session)
+            options = RankOptions.at(session.place, concurrency=concurrency, memory_limit=self._memory_limit)
+            out = self._tensors_to_fill(earlier, mine)
+            del earlier
+            self._load = load = RankLoad(mine, storage, self._device, options, session=session, out=out)
+            del out
             tensors = load.run()
-        self._leave()
+        with self._lock:
+            self._is_loading = False
         device = self._device.opened
         assert device is not None
         self._context = RankContext(
             rank=self._rank, mesh=self._request.mesh, device=device.name, node=session.place.node, tensors=tensors
         )
         return load.statistics()
+
+    def _tensors_to_fill(self, earlier: RankContext | None, mine: RankPlan) -> dict[str, torch.Tensor]:
+        device = self._device.opened
+        return {} if earlier is None or device is None else tensors_to_fill(earlier.tensors, mine.results, device)
+
+    def forget_abort(self) -> None:
+        """An abort that was meant for an earlier call ends nothing any more."""
+        with self._lock:
+            self._abort_reason = None
 
     def _join(self, seating: Seating) -> NodeSession:
         place = Place(
@@ -172,9 +204,12 @@ class LoadWorker:
             node=seating.node,
             timeouts=Timeouts.of(self._request.settings),
         )
-        session = NodeSession(place)
+        session = self._session
+        if session is None or session.place != place or session.stop.is_set:
+            self._leave()
+            session = NodeSession(place)
         with self._lock:
-            self._session = session
+            self._session, self._is_loading = session, True
             if self._abort_reason is not None:
                 session.fail(LoadAbortedError(self._abort_reason))
         return session
@@ -191,15 +226,15 @@ class LoadWorker:
 
     def _leave(self) -> None:
         with self._lock:
-            session, self._session = self._session, None
+            session, self._session, self._is_loading = self._session, None, False
         if session is not None:
             session.close()
 
     def abort(self, reason: str) -> None:
-        """Ends what is under way, or the next load."""
+        """Ends the load under way, or the next one."""
         with self._lock:
             self._abort_reason = reason
-            if self._session is not None:
+            if self._session is not None and self._is_loading:
                 self._session.fail(LoadAbortedError(reason))
 
     def progress(self) -> RankStatistics | None:

@@ -44,7 +44,7 @@ def _add_load(table: Table, load: DemoLoad) -> None:
     limit = sum(rank.memory_limit for rank in report.ranks)
     table.add_row(
         load.storage,
-        f"{report.seconds['load']:.2f}",
+        f"{report.reading_seconds:.2f}",
         f"{report.gigabytes_per_second:.2f}",
         human_bytes(report.bytes_read),
         f"{report.amplification:.2f}" if load.must_read else "",

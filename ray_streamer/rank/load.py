@@ -149,6 +149,7 @@ class RankLoad:
             clear_frames(error)
             raise
         finally:
+            self._out = None
             if self._landing is not None:
                 self._landing.results.forget()
         self._log()

@@ -23,7 +23,7 @@ class LoadReport:
             `ray` (connecting to Ray, or starting it), `start` (room, and the ranks' processes), `plan` (the ranks of each
             node meet and plan; headers, where the driver could not read them), `import` (torch and the device on the ranks,
             as far as it lasts longer than the plan; the first blocks are read meanwhile), `load` (until the last rank was
-            done), and their sum `total`.
+            done), and their sum `total`. A reload begins with `headers`, in place of `check`, `ray` and `start`.
         checkpoint_bytes: All tensor bytes of the checkpoint.
         needed_bytes: Bytes that each node's ranks want, summed over nodes.
         plan_hash: Of the plan that was executed.
@@ -43,8 +43,13 @@ class LoadReport:
     def __repr__(self) -> str:
         return (
             f"LoadReport({self.uri!r}, {counted(len(self.ranks), 'rank')}, {human_bytes(self.needed_bytes)} in "
-            f"{self.seconds.get('load', 0.0):.2f} s, total {self.seconds.get('total', 0.0):.2f} s)"
+            f"{self.reading_seconds:.2f} s, total {self.seconds.get('total', 0.0):.2f} s)"
         )
+
+    @property
+    def reading_seconds(self) -> float:
+        """Seconds in which blocks may be read: those of the phases `import` and `load`."""
+        return self.seconds.get("import", 0.0) + self.seconds.get("load", 0.0)
 
     @property
     def bytes_read(self) -> int:
@@ -74,8 +79,8 @@ class LoadReport:
 
     @property
     def gigabytes_per_second(self) -> float:
-        """Checkpoint bytes needed, over the seconds in which they may be read (`import` and `load`), in 10^9 bytes per second."""
-        seconds = self.seconds["import"] + self.seconds["load"]
+        """Checkpoint bytes needed, over `reading_seconds`, in 10^9 bytes per second."""
+        seconds = self.reading_seconds
         return self.needed_bytes / seconds / 1e9 if seconds else 0.0
 
     def as_dict(self) -> dict[str, Any]:

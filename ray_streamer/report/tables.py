@@ -128,7 +128,7 @@ def print_load(report: LoadReport) -> None:
     else:
         sources += f" ({report.amplification:.3f}x)"
     console.print(
-        f"{report.uri}: {human_bytes(report.needed_bytes)} in {report.seconds['load']:.2f} s "
+        f"{report.uri}: {human_bytes(report.needed_bytes)} in {report.reading_seconds:.2f} s "
         f"({report.gigabytes_per_second:.2f} GB/s), {sources}; {seconds}",
     )
     if hardships := _hardships(report.storage):

@@ -16,7 +16,7 @@ import safetensors
 from api_support import oracle
 
 import ray_streamer
-from ray_streamer.errors import ClusterError, ObjectChangedError, RankFailedError
+from ray_streamer.errors import ClusterError, ObjectChangedError, ObjectMissingError, RankFailedError
 from ray_streamer.testing.checkpoints import write_checkpoint
 from ray_streamer.testing.faults import Fault, FaultProxy
 
@@ -108,9 +108,9 @@ def test_the_report_agrees_with_itself_and_with_the_plan(model: ShardedModel) ->
     phases = ("check", "ray", "start", "plan", "import", "load")
     assert tuple(report.seconds) == (*phases, "total")
     assert report.seconds["total"] == pytest.approx(sum(report.seconds[name] for name in phases))
-    reading_seconds = report.seconds["import"] + report.seconds["load"]
-    assert all(0 < sum(rank.seconds.values()) <= reading_seconds for rank in report.ranks)
-    assert report.gigabytes_per_second == pytest.approx(report.needed_bytes / reading_seconds / 1e9)
+    assert report.reading_seconds == report.seconds["import"] + report.seconds["load"]
+    assert all(0 < sum(rank.seconds.values()) <= report.reading_seconds for rank in report.ranks)
+    assert report.gigabytes_per_second == pytest.approx(report.needed_bytes / report.reading_seconds / 1e9)
     for rank, planned in zip(report.ranks, summary.ranks, strict=True):
         assert (rank.rank, rank.bytes_read, rank.num_requests) == (planned.rank, planned.read_bytes, planned.requests)
         assert rank.bytes_delivered == planned.result_bytes
@@ -179,7 +179,7 @@ def test_a_tensor_that_a_function_took_away_cannot_be_gathered(model: ShardedMod
 
 
 def test_a_killed_rank_is_named_and_restarted_and_the_other_keeps_its_tensors(
-    local_ray: None, checkpoint: Any, tmp_path: Path
+    local_ray: None, checkpoint: Any, single_file: Any, tmp_path: Path
 ) -> None:
     folder = shutil.copytree(checkpoint.folder, tmp_path / "checkpoint")
     with load(str(folder)) as model:
@@ -201,6 +201,20 @@ def test_a_killed_rank_is_named_and_restarted_and_the_other_keeps_its_tensors(
         assert type(caught.value.cause) is ObjectChangedError
         with pytest.raises(RankFailedError, match=r"rank 1 .* holds no tensors"):
             model.run(pid)
+
+        # All ranks load again: from the changed files, then from others.
+        assert model.reload() == model.stats()
+        assert model.run(find_faults, str(folder)) == [[], []]
+        assert model.run(addresses)[0] == before[0]
+        again = model.run(addresses)
+        report = model.reload(single_file.uri)
+        assert model.run(find_faults, single_file.uri) == [[], []]
+        assert model.run(addresses) == again
+        assert (report.uri, model.plan.index.uri, report.plan_hash) == (*[single_file.uri] * 2, model.plan.plan_hash)
+        assert list(report.seconds) == ["headers", "plan", "import", "load", "total"]
+        with pytest.raises(ObjectMissingError):
+            model.reload(f"{single_file.uri}-not")
+        assert model.run(addresses) == again, "what cannot be read costs nothing"
 
 
 def test_files_in_the_page_cache_are_copied_and_the_environment_gives_the_settings(

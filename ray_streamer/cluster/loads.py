@@ -1,0 +1,208 @@
+"""How does a group of workers load together, once and again? One index for all; then the ranks of each node agree and load.
+
+    read_index     the first rank, unless the driver has read the headers
+    agree          all ranks: those of a node meet, unless they are met already, and plan
+    load           all ranks
+
+Ranks of a node stay met between loads. A load that failed, or a rank that was replaced, ends that: for the next load they meet anew.
+"""
+
+from __future__ import annotations
+
+import secrets
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import ray
+
+from ray_streamer.checkpoint.index_bytes import index_from_bytes, index_to_bytes
+from ray_streamer.cluster.worker import Seating
+from ray_streamer.errors import ClusterError, RankFailedError, RayStreamerError
+from ray_streamer.planning.limits import share_memory
+from ray_streamer.planning.read_plan import hash_plan
+from ray_streamer.planning.topology import Topology
+from ray_streamer.rank.agreement import MemoryTerms
+from ray_streamer.report.load_report import LoadReport
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from ray_streamer.checkpoint.index import CheckpointIndex
+    from ray_streamer.cluster.group import WorkerGroup
+    from ray_streamer.cluster.phases import Phases
+    from ray_streamer.cluster.worker import Agreed
+    from ray_streamer.planning.limits import ReadLimits
+    from ray_streamer.planning.read_plan import ReadPlan
+    from ray_streamer.rank.request import LoadRequest
+    from ray_streamer.rank.statistics import RankStatistics
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shared:
+    """What all ranks of one load load by.
+
+    Attributes:
+        request: What is loaded.
+        index: The checkpoint.
+        index_ref: It, as bytes in Ray's object store.
+        topology: Which ranks share a node.
+        memory_limits: Staging bytes of each rank.
+        limits: The sizes that shape every node's plan.
+        is_planned_here: Whether this process can say what the ranks hold, too.
+    """
+
+    request: LoadRequest
+    index: CheckpointIndex
+    index_ref: ray.ObjectRef[bytes]
+    topology: Topology
+    memory_limits: tuple[int, ...]
+    limits: ReadLimits
+    is_planned_here: bool
+
+
+class GroupLoads:
+    """The loads of one group of `LoadWorker`s, one at a time.
+
+    Args:
+        group: Its workers.
+        on_progress: Called while ranks load, with every rank's statistics.
+    """
+
+    def __init__(
+        self, group: WorkerGroup, on_progress: Callable[[list[RankStatistics | None]], None] | None = None
+    ) -> None:
+        self._group = group
+        self._on_progress = on_progress
+        self._secret = secrets.token_hex(16)
+
+    def share(self, request: LoadRequest, index: CheckpointIndex | None = None) -> Shared:
+        """Gathers what all ranks need, the headers where the storage is.
+
+        Args:
+            request: What to load.
+            index: The headers, where this process has read them and can say what the ranks hold.
+
+        Raises:
+            RayStreamerError: The checkpoint cannot be read, or the memory limit cannot work.
+        """
+        group, settings, topology = self._group, request.settings, Topology(self._group.nodes)
+        memory_limits = share_memory(
+            topology,
+            memory_limit=settings.memory_limit,
+            node_memory_limit=settings.node_memory_limit,
+            available_bytes=[min(group.facts[rank].available_memory_bytes for rank in ranks) for ranks in group.nodes],
+        )
+        limits = request.read_limits(memory_limits)
+        is_planned_here = index is not None
+        if index is None:
+            with _faults_of_the_request():
+                index = index_from_bytes(group.ask("read_index", request))
+        return Shared(
+            request=request,
+            index=index,
+            index_ref=ray.put(index_to_bytes(index)),
+            topology=topology,
+            memory_limits=memory_limits,
+            limits=limits,
+            is_planned_here=is_planned_here,
+        )
+
+    def load(self, shared: Shared, phases: Phases, *, again: bool = False) -> LoadReport:
+        """Lets all ranks load.
+
+        Args:
+            shared: What they load by.
+            phases: The clock of the report.
+            again: Whether ranks hold tensors already, and a failure leaves the group alive.
+
+        Raises:
+            RayStreamerError: The checkpoint cannot be planned so.
+            RankFailedError: A rank failed.
+        """
+        seatings = self._seatings(shared, shared.topology.nodes, self._secret)
+        if again:
+            self._group.call("forget_abort", keep_on_failure=True)
+        try:
+            agreed = self._agree(shared, seatings, keep_on_failure=again)
+            phases.end("plan")
+            statistics: list[RankStatistics] = self._group.call(
+                "load", on_progress=self._on_progress, keep_on_failure=again
+            )
+        except BaseException:
+            self.part()
+            raise
+        phases.end("load", of_which={"import": max(rank.seconds["device"] for rank in statistics)})
+        return _report(shared, self._group, phases, agreed, statistics)
+
+    def load_alone(self, shared: Shared, rank: int) -> RankStatistics:
+        """Lets one rank load for itself: its neighbours have their tensors."""
+        self.part()
+        self._agree(shared, self._seatings(shared, [(rank,)], secrets.token_hex(16)), keep_on_failure=True)
+        return self._group.call("load", ranks=[rank], keep_on_failure=True)[0]
+
+    def part(self) -> None:
+        """For the next load, ranks meet anew."""
+        self._secret = secrets.token_hex(16)
+
+    def plan(self, shared: Shared) -> ReadPlan:
+        """The plan of all ranks, made here or, where only they can, by the first one."""
+        if shared.is_planned_here:
+            return shared.request.plan(shared.topology, memory_limits=shared.memory_limits, index=shared.index)
+        args = (shared.request, shared.index_ref, shared.topology, shared.memory_limits)
+        return self._group.call("plan", *args, ranks=[0], keep_on_failure=True)[0]
+
+    def _seatings(self, shared: Shared, nodes: Sequence[tuple[int, ...]], secret: str) -> dict[int, Seating]:
+        return {
+            rank: Seating(
+                # Several nodes may share a machine, and with it the names of sockets.
+                session=f"{secret}/{number}",
+                ranks=ranks,
+                node=self._group.facts[rank].node,
+                terms=MemoryTerms(shared.memory_limits[rank], shared.limits),
+            )
+            for number, ranks in enumerate(nodes)
+            for rank in ranks
+        }
+
+    def _agree(self, shared: Shared, seatings: dict[int, Seating], *, keep_on_failure: bool) -> list[Agreed]:
+        chosen = sorted(seatings)
+        with _faults_of_the_request():
+            return self._group.call(
+                "agree",
+                shared.request,
+                shared.index_ref,
+                ranks=chosen,
+                per_rank_args=[(seatings[rank],) for rank in chosen],
+                keep_on_failure=keep_on_failure,
+            )
+
+
+def _report(
+    shared: Shared, group: WorkerGroup, phases: Phases, agreed: list[Agreed], statistics: list[RankStatistics]
+) -> LoadReport:
+    mesh = shared.request.mesh
+    firsts = [agreed[ranks[0]] for ranks in shared.topology.nodes]
+    return LoadReport(
+        uri=shared.request.uri,
+        mesh={axis: mesh.axis_size(axis) for axis in mesh.axes} | {"ep": mesh.ep},
+        seconds=phases.seconds(),
+        checkpoint_bytes=shared.index.total_bytes,
+        needed_bytes=sum(first.needed_bytes for first in firsts),
+        plan_hash=hash_plan(
+            shared.topology, [first.node_plan_hash for first in firsts], [rank.slices_hash for rank in agreed]
+        ),
+        nodes=tuple(facts.node for facts in group.facts),
+        ranks=tuple(statistics),
+    )
+
+
+@contextmanager
+def _faults_of_the_request() -> Iterator[None]:
+    """What is wrong with a checkpoint, or with what is asked of it, is no rank's fault, and raised as it is."""
+    try:
+        yield
+    except RankFailedError as error:
+        if isinstance(error.cause, RayStreamerError) and not isinstance(error.cause, ClusterError):
+            raise error.cause from error
+        raise
