@@ -54,7 +54,7 @@ This page is made by `make docs`; a test checks that it is current.
 | latent attention (DeepSeek) | by heads | V2 by heads, V3 whole | by heads |
 | what the plan does not name | | whole on every rank | |
 
-A bias that belongs to rows that are summed is whole on every rank, never divided: whoever runs the model adds it once.
+The bias of a row-parallel layer is replicated. The engine must add it on one rank only, or after the all-reduce.
 vLLM goes on from there: it joins q, k, v and gate, up of separate tensors, and turns Llama 4's queries and keys for its rotary
 embedding; neither is done here. Layers for multi-token prediction are not read unless `mtp=True`.
 

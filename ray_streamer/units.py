@@ -20,20 +20,31 @@ def human_bytes(num_bytes: float) -> str:
 
 
 def exact_bytes(num_bytes: int) -> str:
-    """A byte count that people can type back: in the largest unit that divides it, else with the bytes beside it.
+    """A byte count without loss: in the largest unit that divides it, else with the bytes beside it.
 
-    >>> [exact_bytes(count) for count in (8 << 20, 65536, 262143, 1536)]
-    ['8 MiB', '64 KiB', '256 KiB (262143 bytes)', '1.5 KiB']
+    >>> [exact_bytes(count) for count in (8 << 20, 65536, 262143, 1536, 7, 1)]
+    ['8 MiB', '64 KiB', '256 KiB (262143 bytes)', '1.5 KiB', '7 bytes', '1 byte']
     """
+    if num_bytes < 1024:
+        return counted(num_bytes, "byte")
     text = human_bytes(num_bytes)
     number, unit = text.split()
     return text if float(number) * 1024 ** _UNITS.index(unit) == num_bytes else f"{text} ({num_bytes} bytes)"
 
 
-def counted(number: int, noun: str) -> str:
-    """A number of things, with an "s" unless it is one of them.
+def counted(number: int, noun: str, plural: str | None = None) -> str:
+    """A number of things, in the plural unless it is one of them; with an "s" unless the plural is given.
 
-    >>> counted(1, "file"), counted(2, "file"), counted(0, "file")
-    ('1 file', '2 files', '0 files')
+    >>> counted(1, "file"), counted(2, "file"), counted(0, "index", "indices")
+    ('1 file', '2 files', '0 indices')
     """
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+    return f"{number} {noun if number == 1 else plural or f'{noun}s'}"
+
+
+def verb(number: int, one: str, more: str) -> str:
+    """The form of a verb that goes with so many things.
+
+    >>> [f"{counted(number, 'file')} {verb(number, 'is', 'are')} missing" for number in (1, 2)]
+    ['1 file is missing', '2 files are missing']
+    """
+    return one if number == 1 else more

@@ -12,6 +12,7 @@ from ray_streamer.sharding.mesh import Mesh
 from ray_streamer.sharding.rules import ShardRules
 from ray_streamer.sharding.source import RuleSlices
 from ray_streamer.storage import absolute_uri
+from ray_streamer.units import counted
 
 if TYPE_CHECKING:
     from ray_streamer.rank.request import LoadRequest
@@ -131,7 +132,7 @@ class Sharding:
             )
         if num_ranks is not None and num_ranks != mesh.num_ranks:
             raise SettingsError(
-                f"slices are for {_said(asked)}, which takes {mesh.num_ranks} ranks, and this load has {num_ranks}"
+                f"slices are for {_said(asked)}, which takes {counted(mesh.num_ranks, 'rank')}, and this load has {num_ranks}"
             )
         return mesh
 
@@ -187,12 +188,12 @@ def _divided(num_ranks: int, tp: int | None, stages: int) -> tuple[int, int]:
         SettingsError: The sizes do not divide the number of ranks.
     """
     if stages < 1 or num_ranks % stages:
-        raise SettingsError(f"pp={stages} does not divide the {num_ranks} ranks of this load")
+        raise SettingsError(f"pp={stages} does not divide the {counted(num_ranks, 'rank')} of this load")
     if tp is None:
         tp = num_ranks // stages
     if tp < 1 or num_ranks % (tp * stages):
         with_pp = f" and pp={stages}" if stages > 1 else ""
-        raise SettingsError(f"tp={tp}{with_pp} does not divide the {num_ranks} ranks of this load")
+        raise SettingsError(f"tp={tp}{with_pp} does not divide the {counted(num_ranks, 'rank')} of this load")
     return tp, num_ranks // (tp * stages)
 
 

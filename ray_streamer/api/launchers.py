@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from ray_streamer.errors import SettingsError
 from ray_streamer.planning.topology import Topology
+from ray_streamer.units import counted
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -72,7 +73,7 @@ class Layout:
         if self.said_by:
             return f"{self.said_by} says which ranks are on this machine"
         return (
-            f"nothing says how many of the {self.topology.num_ranks} ranks are on this machine, so all of them were taken to be; "
+            f"nothing says how many of the {counted(self.topology.num_ranks, 'rank')} are on this machine, so all of them were taken to be; "
             "set LOCAL_WORLD_SIZE if they are not, or start torch.distributed before the load"
         )
 

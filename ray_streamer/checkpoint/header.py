@@ -23,7 +23,7 @@ from ray_streamer.checkpoint.strict_json import MalformedJsonError, parse_strict
 from ray_streamer.dtypes import DTYPE_CODES, DTYPES
 from ray_streamer.errors import HeaderError
 from ray_streamer.extent import Extent
-from ray_streamer.units import exact_bytes
+from ray_streamer.units import exact_bytes, verb
 from ray_streamer.wording import brief, shown
 
 if TYPE_CHECKING:
@@ -88,19 +88,19 @@ def header_extent(head: bytes, *, file: str, size_bytes: int) -> Extent:
     if size_bytes < LENGTH_BYTES or len(head) < LENGTH_BYTES:
         raise HeaderError(
             f"{file}: a safetensors file begins with {LENGTH_BYTES} bytes of header length, but the file has "
-            f"{min(size_bytes, len(head))} bytes; fetch it again"
+            f"{exact_bytes(min(size_bytes, len(head)))}; fetch it again"
         )
     length = int.from_bytes(head[:LENGTH_BYTES], "little")
     if length > MAX_HEADER_BYTES:
         if what := foreign_format(head):
             raise HeaderError(f"{file}: no safetensors file, it {what}")
         raise HeaderError(
-            f"{file}: header length is {length} bytes, above the cap of {exact_bytes(MAX_HEADER_BYTES)}; is it a safetensors file?"
+            f"{file}: header length is {exact_bytes(length)}, above the cap of {exact_bytes(MAX_HEADER_BYTES)}; is it a safetensors file?"
         )
     if LENGTH_BYTES + length > size_bytes:
         raise HeaderError(
-            f"{file}: {LENGTH_BYTES + length - size_bytes} bytes are missing inside the header, which needs "
-            f"{LENGTH_BYTES + length} bytes of a file of {size_bytes}; it is truncated: fetch it again"
+            f"{file}: {_missing(LENGTH_BYTES + length - size_bytes)} inside the header, which needs "
+            f"{exact_bytes(LENGTH_BYTES + length)} of a file of {exact_bytes(size_bytes)}; it is truncated: fetch it again"
         )
     return Extent(LENGTH_BYTES, LENGTH_BYTES + length)
 
@@ -225,8 +225,8 @@ def _check_sizes(header: FileHeader, file: str) -> None:
         raise _broken(
             file,
             header.names[first],
-            f"{_described(header, first)} is {needed_bits[first] // 8} bytes, but data_offsets span "
-            f"{header.stops[first] - header.starts[first]}",
+            f"{_described(header, first)} is {exact_bytes(int(needed_bits[first]) // 8)}, but data_offsets span "
+            f"{exact_bytes(int(header.stops[first] - header.starts[first]))}",
         )
 
 
@@ -244,14 +244,18 @@ def _check_layout(header: FileHeader, *, data_start: int, size_bytes: int, file:
     missing_bytes = int(expected[-1]) - size_bytes
     if missing_bytes > 0:
         raise HeaderError(
-            f"{file}: {missing_bytes} bytes are missing: the header describes a file of {expected[-1]} bytes, it has "
-            f"{size_bytes}; it is truncated: fetch it again"
+            f"{file}: {_missing(missing_bytes)}: the header describes a file of {exact_bytes(int(expected[-1]))}, it has "
+            f"{exact_bytes(size_bytes)}; it is truncated: fetch it again"
         )
     if missing_bytes < 0:
         raise HeaderError(
-            f"{file}: {-missing_bytes} bytes follow the last tensor: the header describes a file of {expected[-1]} "
-            f"bytes, it has {size_bytes}"
+            f"{file}: {exact_bytes(-missing_bytes)} {verb(-missing_bytes, 'follows', 'follow')} the last tensor: the header describes a "
+            f"file of {exact_bytes(int(expected[-1]))}, it has {exact_bytes(size_bytes)}"
         )
+
+
+def _missing(num_bytes: int) -> str:
+    return f"{exact_bytes(num_bytes)} {verb(num_bytes, 'is', 'are')} missing"
 
 
 def _described(header: FileHeader, row: int) -> str:

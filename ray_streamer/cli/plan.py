@@ -11,6 +11,7 @@ from ray_streamer.cli.command import Command, json_option, print_json, verbose_o
 from ray_streamer.cli.outputs import OUTPUT_FOLDER
 from ray_streamer.cli.settings import with_settings
 from ray_streamer.cli.sharding import with_sharding
+from ray_streamer.units import counted
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -57,7 +58,9 @@ def command(
 
     plan = make_plan(uri, **sharding, num_nodes=num_nodes, settings=settings)
     if rank is not None and rank >= plan.topology.num_ranks:
-        raise click.BadParameter(f"{rank} is outside the {plan.topology.num_ranks} ranks", param_hint="--rank")
+        raise click.BadParameter(
+            f"{rank} is outside the {counted(plan.topology.num_ranks, 'rank')}", param_hint="--rank"
+        )
     if out is not None:
         write_plan(plan, out)
     summary = plan.summary()

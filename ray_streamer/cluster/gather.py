@@ -10,6 +10,7 @@ import numpy as np
 from ray_streamer.device import open_device
 from ray_streamer.errors import ShardingError
 from ray_streamer.planning.views import Dim, whole_bytes
+from ray_streamer.units import exact_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -93,7 +94,7 @@ def assemble(dtype: DType, shape: tuple[int, ...], held: Sequence[Held], parts: 
             np.ndarray(sizes, np.uint8, result.host_bytes, view.offset, strides[0])[...] = source
             np.ndarray(sizes, np.uint8, is_filled, view.offset, strides[0])[...] = 1
     if not is_filled.all():
-        raise ShardingError(f"the ranks hold {int(is_filled.sum())} of the tensor's {is_filled.size} bytes")
+        raise ShardingError(f"the ranks hold {int(is_filled.sum())} of the tensor's {exact_bytes(is_filled.size)}")
     return result.tensor
 
 

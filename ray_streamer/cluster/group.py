@@ -31,6 +31,7 @@ from ray_streamer.cluster.seats import Seat, take_seats
 from ray_streamer.cluster.shell import RankActor
 from ray_streamer.cluster.waiting import Deadline, wait_for_start
 from ray_streamer.errors import ClusterError, RankFailedError
+from ray_streamer.units import counted
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -93,7 +94,7 @@ class WorkerGroup:
         # The finalizer also runs when the process ends, before Ray's own exit hook.
         self._release = weakref.finalize(self, resources.close)
         try:
-            with ray_errors_translated(f"starting {num_ranks} ranks"):
+            with ray_errors_translated(f"starting {counted(num_ranks, 'rank')}"):
                 self._start(resources, Deadline(startup_timeout_seconds, is_called_off=is_called_off))
         except BaseException:
             self.shutdown()
@@ -160,7 +161,7 @@ class WorkerGroup:
         extra = per_rank_args if per_rank_args is not None else [()] * len(chosen)
         calls = Calls({})
         try:
-            with ray_errors_translated(f"calling {method} on {len(chosen)} ranks"):
+            with ray_errors_translated(f"calling {method} on {counted(len(chosen), 'rank')}"):
                 calls = Calls(
                     {
                         rank: self._actors[rank].call.remote(method, *args, *more)
@@ -182,7 +183,7 @@ class WorkerGroup:
         Raises:
             ClusterError: A rank did not answer in time, raised, or is dead.
         """
-        with ray_errors_translated(f"asking {self.num_ranks} ranks for {method}"):
+        with ray_errors_translated(f"asking {counted(self.num_ranks, 'rank')} for {method}"):
             return ray.get([actor.control.remote(method, *args) for actor in self._actors], timeout=timeout_seconds)
 
     def ask(self, method: str, *args: Any, rank: int = 0) -> Any:

@@ -40,6 +40,7 @@ from ray_streamer.cluster.placement import (
 )
 from ray_streamer.cluster.waiting import Deadline, RoomWanted, wait_for_room
 from ray_streamer.errors import ClusterError
+from ray_streamer.units import counted
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -112,7 +113,7 @@ def _seats_in_given(
         _check_indices(options.bundle_indices, sizes, num_ranks)
     elif sum(sizes) < num_ranks:
         raise ClusterError(
-            f"placement group {group.id.hex()} has room for {sum(sizes)} of {num_ranks} ranks with "
+            f"placement group {group.id.hex()} has room for {sum(sizes)} of {counted(num_ranks, 'rank')} with "
             f"{describe(options.bundle)} each; its bundles: {[describe(bundle) for bundle in bundles]}. "
             "Use a smaller tp, less per rank (num_cpus_per_rank=, num_gpus_per_rank=, resources=) or a larger group"
         )
@@ -263,12 +264,14 @@ def _sizes(bundles: Sequence[Mapping[str, float]], need: Mapping[str, float], nu
 
 def _check_indices(indices: Sequence[int], sizes: Sequence[int], num_ranks: int) -> None:
     if len(indices) != num_ranks:
-        raise ClusterError(f"bundle_indices={list(indices)} names {len(indices)} bundles for {num_ranks} ranks")
+        raise ClusterError(
+            f"bundle_indices={list(indices)} names {counted(len(indices), 'bundle')} for {counted(num_ranks, 'rank')}"
+        )
     for index in indices:
         room = sizes[index] if 0 <= index < len(sizes) else 0
         if indices.count(index) > room:
             raise ClusterError(
-                f"bundle_indices={list(indices)}: bundle {index} of {len(sizes)} has room for {room} ranks, not "
+                f"bundle_indices={list(indices)}: bundle {index} of {len(sizes)} has room for {counted(room, 'rank')}, not "
                 f"{indices.count(index)}"
             )
 

@@ -140,7 +140,7 @@ def wait_for_room(group: PlacementGroup, wanted: RoomWanted, deadline: Deadline)
         # A group that is removed counts as ready, and actors in it would wait for ever.
         if placement_group_table(group).get("state", "REMOVED") == "REMOVED":
             raise ClusterError(
-                f"placement group {group.id.hex()} was removed before its {wanted.num_ranks} ranks could start"
+                f"placement group {group.id.hex()} was removed before its {counted(wanted.num_ranks, 'rank')} could start"
             )
         if is_ready:
             return
@@ -203,7 +203,7 @@ def wait_for_start(
 
 def _missing(wanted: RoomWanted) -> str:
     total, free = ray.cluster_resources(), ray.available_resources()
-    ranks = "the only rank" if wanted.num_ranks == 1 else f"the {wanted.num_ranks} ranks"
+    ranks = "the only rank" if wanted.num_ranks == 1 else f"the {counted(wanted.num_ranks, 'rank')}"
     state = ", ".join(
         f"{name} {need * wanted.num_ranks:g} needed, {free.get(name, 0):g} of {total.get(name, 0):g} free"
         for name, need in wanted.bundle.items()

@@ -11,6 +11,7 @@ import threading
 from typing import TYPE_CHECKING, Any
 
 from ray_streamer.errors import DeviceError, ShortReadError
+from ray_streamer.units import exact_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -52,7 +53,7 @@ class DirectStorage:
                 f"kvikio cannot read {extent} of {file_name}: {error}; gpu_direct_storage=off takes the way through the host"
             ) from error
         if num_bytes != extent.num_bytes:
-            raise ShortReadError(f"{file_name}: kvikio read {num_bytes} of {extent.num_bytes} bytes of {extent}")
+            raise ShortReadError(f"{file_name}: kvikio read {num_bytes} of {exact_bytes(extent.num_bytes)} of {extent}")
 
     def close(self) -> None:
         """Closes the files."""

@@ -20,6 +20,7 @@ import torch
 
 from ray_streamer.device.page_locks import address_of
 from ray_streamer.errors import DeviceError
+from ray_streamer.units import human_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -106,7 +107,7 @@ class DeviceScratch:
             self._memory = torch.empty(self.num_bytes, dtype=torch.uint8, device=self._runtime.torch_device)
         except RuntimeError as error:
             raise DeviceError(
-                f"{self._runtime.name} has no room for a scratch of {self.num_bytes} bytes: {error}; "
+                f"{self._runtime.name} has no room for a scratch of {human_bytes(self.num_bytes)}: {error}; "
                 "lower device_scratch_bytes"
             ) from error
 

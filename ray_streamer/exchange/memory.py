@@ -10,6 +10,7 @@ import mmap
 import os
 
 from ray_streamer.errors import BudgetError, ClusterError
+from ray_streamer.units import exact_bytes
 
 # From Linux's fcntl.h; Python 3.11 and 3.12 name them only where they were built against new headers.
 _ADD_SEALS, _GET_SEALS = 1033, 1034
@@ -33,7 +34,9 @@ def write_sealed(data: bytes | memoryview) -> int:
         fcntl.fcntl(fd, _ADD_SEALS, _SEALS)
     except OSError as error:
         os.close(fd)
-        raise BudgetError(f"cannot share {len(data)} bytes with the other ranks: {error}; free some memory") from error
+        raise BudgetError(
+            f"cannot share {exact_bytes(len(data))} with the other ranks: {error}; free some memory"
+        ) from error
     return fd
 
 
@@ -57,8 +60,8 @@ def map_memory(fd: int, num_bytes: int) -> mmap.mmap:
     """
     size = os.fstat(fd).st_size
     if size < num_bytes:
-        raise ClusterError(f"{num_bytes} bytes were announced, the memory that came holds {size}")
+        raise ClusterError(f"{exact_bytes(num_bytes)} were announced, the memory that came holds {exact_bytes(size)}")
     try:
         return mmap.mmap(fd, num_bytes, prot=mmap.PROT_READ)
     except OSError as error:
-        raise BudgetError(f"cannot map {num_bytes} bytes of another rank: {error}; raise RLIMIT_AS") from error
+        raise BudgetError(f"cannot map {exact_bytes(num_bytes)} of another rank: {error}; raise RLIMIT_AS") from error

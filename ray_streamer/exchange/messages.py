@@ -22,6 +22,7 @@ import numpy as np
 
 from ray_streamer import errors
 from ray_streamer.errors import ClusterError, RankFailedError, RayStreamerError
+from ray_streamer.units import counted
 
 PROTOCOL_VERSION = 2
 
@@ -72,7 +73,7 @@ class Hello:
             if type(getattr(self, name)) is not int:
                 raise ValueError(f"{name} must be a whole number, got {getattr(self, name)!r}")
         if not 0 <= self.local_rank < self.num_local_ranks <= _MAX_LOCAL_RANKS:
-            raise ValueError(f"local rank {self.local_rank} of {self.num_local_ranks} ranks cannot be")
+            raise ValueError(f"local rank {self.local_rank} of {counted(self.num_local_ranks, 'rank')} cannot be")
 
 
 HANDED_OVER = (1 << 64) - 1

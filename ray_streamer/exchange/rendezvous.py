@@ -27,6 +27,7 @@ from ray_streamer.exchange.liveness import Watch
 from ray_streamer.exchange.messages import MAX_MESSAGE_BYTES, Hello, decode_hello, encode_hello
 from ray_streamer.exchange.names import address_of, connect, listen, longer_names
 from ray_streamer.exchange.peer import PeerProcess, is_same_user, receive_message
+from ray_streamer.units import counted
 
 if TYPE_CHECKING:
     import socket
@@ -221,7 +222,7 @@ class Meeting:
             return None
         if hello.num_local_ranks != self._hello.num_local_ranks:
             self._note(
-                f"local rank {hello.local_rank}, which expects {hello.num_local_ranks} ranks on this node where this rank "
+                f"local rank {hello.local_rank}, which expects {counted(hello.num_local_ranks, 'rank')} on this node where this rank "
                 f"expects {self._hello.num_local_ranks}"
             )
             return None

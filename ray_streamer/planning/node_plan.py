@@ -162,7 +162,7 @@ def check_sources(index: CheckpointIndex, sources: RankSources, local_rank: int)
         row = int(beyond[0])
         tensor = int(sources.tensor_ids[row])
         raise PlanError(
-            f"local rank {local_rank} reads {int(needed[row])} elements of {index.names[tensor]!r}, which has the shape "
+            f"local rank {local_rank} reads {counted(int(needed[row]), 'element')} of {index.names[tensor]!r}, which has the shape "
             f"{index.shape_of(tensor)}"
         )
 

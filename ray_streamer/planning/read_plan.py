@@ -106,7 +106,7 @@ def plan_reads(
     """
     started = time.perf_counter()
     if len(slices) != topology.num_ranks:
-        raise PlanError(f"slices are for {len(slices)} ranks, the topology has {topology.num_ranks}")
+        raise PlanError(f"slices are for {counted(len(slices), 'rank')}, the topology has {topology.num_ranks}")
     sources: dict[int, RankSources] = {}
     for said in slices:
         if id(said) not in sources:

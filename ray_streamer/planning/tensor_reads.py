@@ -19,6 +19,7 @@ from ray_streamer.planning.reads import cover_node, kinds_of, tensor_keys
 from ray_streamer.planning.wanted import source_bytes
 from ray_streamer.rows import group_rows
 from ray_streamer.slices.rank_sources import RankSources
+from ray_streamer.units import human_bytes
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -233,14 +234,17 @@ def _judge_node(want: _Want, num_bytes: int, min_run_bytes: int) -> tuple[Strate
         if want.num_ranks > 1 and want.least_of_a_rank == num_bytes:
             return (
                 "replicated",
-                f"all {want.num_ranks} ranks of the node hold all {num_bytes:,} bytes: read once for all",
+                f"all {want.num_ranks} ranks of the node hold all {human_bytes(num_bytes)}: read once for all",
             )
-        return "whole", f"the ranks of the node hold all {num_bytes:,} bytes between them"
-    wanted = f"{want.needed_bytes:,} of {num_bytes:,} bytes are wanted"
+        return "whole", f"the ranks of the node hold all {human_bytes(num_bytes)} between them"
+    wanted = f"{human_bytes(want.needed_bytes)} of {human_bytes(num_bytes)} are wanted"
     if want.extent_bytes > want.needed_bytes:
-        short = f"runs of {want.shortest_run:,} bytes are below min_run_bytes={min_run_bytes:,}"
-        return "covered", f"{short}: they are read with what lies between, up to {want.extent_bytes:,} bytes; {wanted}"
+        short = f"runs of {human_bytes(want.shortest_run)} are below min_run_bytes ({human_bytes(min_run_bytes)})"
+        return (
+            "covered",
+            f"{short}: they are read with what lies between, up to {human_bytes(want.extent_bytes)}; {wanted}",
+        )
     if want.num_extents == 1:
-        return "exact", f"one run of {want.needed_bytes:,} bytes; {wanted}"
-    runs = f"{want.num_extents:,} runs of at least {want.shortest_run:,} bytes"
-    return "exact", f"{runs}, read as they are with min_run_bytes={min_run_bytes:,}; {wanted}"
+        return "exact", f"one run of {human_bytes(want.needed_bytes)}; {wanted}"
+    runs = f"{want.num_extents:,} runs of at least {human_bytes(want.shortest_run)}"
+    return "exact", f"{runs}, read as they are with min_run_bytes of {human_bytes(min_run_bytes)}; {wanted}"

@@ -31,7 +31,7 @@ class Topology:
         """`num_ranks` packed in order over `num_nodes`, the first nodes one rank fuller where it does not divide."""
         if not 1 <= num_nodes <= num_ranks:
             raise PlanError(
-                f"num_nodes={num_nodes} for {counted(num_ranks, 'rank')}: each node needs at least one rank"
+                f"{counted(num_ranks, 'rank')} cannot lie on {counted(num_nodes, 'node')}, each with at least one; lower num_nodes"
             )
         base, extra = divmod(num_ranks, num_nodes)
         sizes = [base + (node < extra) for node in range(num_nodes)]
@@ -48,4 +48,4 @@ class Topology:
         for node, ranks in enumerate(self.nodes):
             if rank in ranks:
                 return node
-        raise PlanError(f"rank {rank} is not one of the {self.num_ranks} ranks of this topology")
+        raise PlanError(f"rank {rank} is not one of the {counted(self.num_ranks, 'rank')} of this topology")

@@ -18,6 +18,7 @@ from ray_streamer.exchange.session import NodeSession
 from ray_streamer.rank.block_source import Loan, Way
 from ray_streamer.rank.recorder import Step
 from ray_streamer.stream.arena import slot_view
+from ray_streamer.units import human_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -182,5 +183,5 @@ class Neighbourhood:
                 "uri, rules and limits"
             )
         if about["num_slots"] * about["slot_bytes"] != len(theirs.memory):
-            raise ClusterError(f"rank {rank} lent {len(theirs.memory)} bytes of memory and says {about}")
+            raise ClusterError(f"rank {rank} lent {human_bytes(len(theirs.memory))} of memory and says {about}")
         return _Arena(theirs.memory, about["slot_bytes"])

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from ray_streamer.sharding.placement import Placement, Replicate, Skip
 from ray_streamer.sharding.tensor_slice import TensorSlice
+from ray_streamer.units import counted
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -118,7 +119,7 @@ class Companion(Placement):
                 continue
             whole = self.weight_shape[dim.weight_dim]
             if dim.num_steps(whole) != size:
-                return f"dimension {number} has {size} indices, and {whole} of the weight take {dim.num_steps(whole)}"
+                return f"dimension {number} has {counted(size, 'index', 'indices')}, and {whole} of the weight take {dim.num_steps(whole)}"
             ranges = part.indices[dim.weight_dim]
             if dim.uncut and ranges != (range(whole),):
                 return dim.uncut

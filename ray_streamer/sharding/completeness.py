@@ -29,7 +29,7 @@ from ray_streamer.sharding.name_kinds import NameKinds, as_text
 from ray_streamer.sharding.placement import Skip
 from ray_streamer.sharding.quantization import weight_of
 from ray_streamer.sharding.sizes import Sizes
-from ray_streamer.units import counted
+from ray_streamer.units import counted, verb
 from ray_streamer.wording import listed, printable, shown
 
 if TYPE_CHECKING:
@@ -94,10 +94,9 @@ def refuse_absent(index: CheckpointIndex, rules: ShardRules) -> None:
         if (is_known if rule_id < 0 else not is_tied and not isinstance(rules.rules[rule_id].placement, Skip))
     ]
     if needed:
-        is_one = len(needed) == 1
         raise IndexMismatchError(
-            f"{index.uri}: {counted(len(needed), 'tensor')} that its index json names {'is' if is_one else 'are'} in none of its "
-            f"files, and the model needs {'it' if is_one else 'them'}: {listed([*map(shown, needed)])}; fetch the files again "
+            f"{index.uri}: {counted(len(needed), 'tensor')} that its index json names {verb(len(needed), 'is', 'are')} in none of its "
+            f"files, and the model needs {verb(len(needed), 'it', 'them')}: {listed([*map(shown, needed)])}; fetch the files again "
             "from the revision of the index json"
         )
 
@@ -182,7 +181,7 @@ def _module_in_layer(name: str, in_layer: re.Pattern[str]) -> str:
 def _missing_layers(held: _Held, structure: ModelStructure) -> Iterator[str]:
     if num_missing := structure.num_layers - len(held.layers):
         first = np.setdiff1d(np.arange(structure.num_layers), held.layers)[0]
-        yield f"{num_missing} of the {counted(structure.num_layers, 'layer')} of config.json {'is' if num_missing == 1 else 'are'} missing, such as layer {first}"
+        yield f"{num_missing} of the {counted(structure.num_layers, 'layer')} of config.json {verb(num_missing, 'is', 'are')} missing, such as layer {first}"
 
 
 def _missing_modules(held: _Held, structure: ModelStructure) -> Iterator[str]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from ray_streamer.errors import ShardingError
+from ray_streamer.units import counted, verb
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -33,7 +34,9 @@ def divide_experts(num_experts: int, ep: int) -> tuple[Experts, ...]:
         ShardingError: There are fewer experts than groups.
     """
     if num_experts < ep:
-        raise ShardingError(f"{num_experts} experts are too few for ep={ep}: every group needs one")
+        raise ShardingError(
+            f"{counted(num_experts, 'expert')} {verb(num_experts, 'is', 'are')} too few for ep={ep}: every group needs one"
+        )
     base, rest = divmod(num_experts, ep)
     firsts = [group * base + min(group, rest) for group in range(ep + 1)]
     return tuple(tuple(range(firsts[group], firsts[group + 1])) for group in range(ep))
@@ -103,12 +106,14 @@ def _checked(groups: Any, num_experts: int, ep: int, where: str) -> tuple[Expert
     if not isinstance(groups, Sequence) or not all(isinstance(group, Sequence) for group in groups):
         raise ShardingError(f"{where} is one list of experts per group, such as [[0, 1], [2, 3]], got {groups!r}")
     if len(groups) != ep:
-        raise ShardingError(f"{where} has {len(groups)} groups for ep={ep}")
+        raise ShardingError(f"{where} has {counted(len(groups), 'group')} for ep={ep}")
     for number, group in enumerate(groups):
         wrong = [expert for expert in group if not isinstance(expert, int) or expert not in range(num_experts)]
         if wrong or len(set(group)) != len(group):
             what = f"{wrong[0]!r}, which is none of the {num_experts}" if wrong else "an expert twice"
             raise ShardingError(f"{where}: group {number} has {what}: {list(group)}")
     if absent := sorted(set(range(num_experts)) - {expert for group in groups for expert in group}):
-        raise ShardingError(f"{where} leaves out {len(absent)} experts, such as {absent[0]}; some group must hold each")
+        raise ShardingError(
+            f"{where} leaves out {counted(len(absent), 'expert')}, such as {absent[0]}; some group must hold each"
+        )
     return tuple(tuple(group) for group in groups)

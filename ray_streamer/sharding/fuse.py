@@ -20,6 +20,7 @@ from ray_streamer.errors import ShardingError
 from ray_streamer.sharding.distinct_rows import distinct_rows
 from ray_streamer.sharding.fusion import Fusion
 from ray_streamer.sharding.name_kinds import NameKinds, number_of
+from ray_streamer.units import counted
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -269,7 +270,9 @@ def _fused_dim(index: CheckpointIndex, tensors: Sequence[int], form: StoredForm 
 def _check_alike(index: CheckpointIndex, name: str, tensors: Sequence[int], dim: int) -> None:
     first, *others = tensors
     if len(index.shape_of(first)) > 2:
-        raise ShardingError(f"{index.uri}: {name} cannot be fused: it has {len(index.shape_of(first))} dimensions")
+        raise ShardingError(
+            f"{index.uri}: {name} cannot be fused: it has {counted(len(index.shape_of(first)), 'dimension')}"
+        )
     for other in others:
         kinds = [(index.dtype_of(tensor).name, *_others(index.shape_of(tensor), dim)) for tensor in (first, other)]
         if kinds[0] != kinds[1]:

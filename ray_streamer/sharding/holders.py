@@ -13,6 +13,7 @@ from ray_streamer.sharding.experts import ExpertMap
 from ray_streamer.sharding.model_structure import ModelStructure
 from ray_streamer.sharding.pipeline import Pipeline
 from ray_streamer.sharding.tensor_slice import runs_of
+from ray_streamer.units import counted
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -53,7 +54,7 @@ class Holders:
             return None
         num_experts = len({expert for group in self.experts for expert in group})
         if not shape or shape[0] != num_experts:
-            return f"its first dimension should count {num_experts} experts"
+            return f"its first dimension should count {counted(num_experts, 'expert')}"
         for index in range(mesh.expert_tp):
             part = placement.share_of(shape, tp_index=index, tp=mesh.expert_tp)
             if part is not None and part.indices[0] != (range(shape[0]),):
@@ -133,7 +134,9 @@ def _check_experts(index: CheckpointIndex, structure: ModelStructure, located: L
     beyond = np.flatnonzero(located.experts >= structure.num_experts)
     if len(beyond):
         name, expert = index.names[beyond[0]], located.experts[beyond[0]]
-        raise ShardingError(f"{name} is of expert {expert}; config.json names {structure.num_experts} experts")
+        raise ShardingError(
+            f"{name} is of expert {expert}; config.json names {counted(structure.num_experts, 'expert')}"
+        )
 
 
 def _groups_of_experts(

@@ -17,7 +17,6 @@ from ray_streamer.sharding.name_kinds import NameKinds
 from ray_streamer.sharding.placement import Replicate, Skip
 from ray_streamer.sharding.resolve import checked_groups
 from ray_streamer.sharding.rules import ShardRules
-from ray_streamer.wording import brief
 
 if TYPE_CHECKING:
     from ray_streamer.checkpoint.index import CheckpointIndex
@@ -63,14 +62,13 @@ def _placed(index: CheckpointIndex, names: NameKinds, rules: ShardRules) -> tupl
     return tuple(placed) if is_cut else None
 
 
-def unknown_model_type(index: CheckpointIndex, *, layout: Layout) -> str | None:
-    """What to say where the checkpoint's model_type is unknown and families look like it; None when none does."""
+def advice(index: CheckpointIndex, *, layout: Layout) -> str:
+    """The end of a message about an unknown model: the families that it looks like; empty when there are none."""
     found = lookalikes(index, layout=layout)
     if not found:
-        return None
+        return ""
     others = f" (or {', '.join(found[1:])})" if len(found) > 1 else ""
     return (
-        f"{index.uri}: no preset for model_type {brief((index.config or {}).get('model_type'))} of config.json. Its tensors have the "
-        f"names and sizes of {found[0]} models{others}: if it is one under a new name, give model_type={found[0]!r}; else give "
-        "rules of your own"
+        f". Its tensors have the names and sizes of {found[0]} models{others}: if it is one under a new name, give "
+        f"model_type={found[0]!r}"
     )

@@ -7,6 +7,7 @@ from math import prod
 from typing import NamedTuple
 
 from ray_streamer.errors import SettingsError
+from ray_streamer.units import counted
 
 _AXES = ("tp", "pp", "dp")
 
@@ -100,7 +101,7 @@ class Mesh:
             SettingsError: The mesh has no such rank.
         """
         if not 0 <= rank < self.num_ranks:
-            raise SettingsError(f"rank {rank} is outside the {self.num_ranks} ranks of {self}")
+            raise SettingsError(f"rank {rank} is outside the {counted(self.num_ranks, 'rank')} of {self}")
         coordinate: dict[str, int] = {}
         for axis in self.axes:
             rank, coordinate[axis] = divmod(rank, self.axis_size(axis))

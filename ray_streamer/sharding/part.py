@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ray_streamer.errors import ShardingError
+from ray_streamer.units import counted, verb
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,15 +40,23 @@ class Part:
     def refusal(self, tp: int) -> str | None:
         """Why this part cannot be split over `tp` ranks, or None when it can."""
         if self.unit:
-            return f"{self.size} indices are not whole units of {self.unit}" if self.size % self.unit else None
+            return (
+                f"{counted(self.size, 'index', 'indices')} {verb(self.size, 'is', 'are')} not whole units of {self.unit}"
+                if self.size % self.unit
+                else None
+            )
         heads = self.heads or self.kv_heads
         if heads and self.size % heads:
-            return f"{self.size} indices are not {heads} heads of equal size"
+            return f"{counted(self.size, 'index', 'indices')} {verb(self.size, 'is', 'are')} not {counted(heads, 'head')} of equal size"
         if self.kv_heads and tp % self.kv_heads and self.kv_heads % tp:
             return f"{self.kv_heads} key-value heads neither divide among nor share out over tp={tp}"
         if self.heads and self.heads % tp:
-            return f"{self.heads} heads do not divide among tp={tp}"
-        return f"{self.size} indices do not divide among tp={tp}" if not heads and self.size % tp else None
+            return f"{counted(self.heads, 'head')} {verb(self.heads, 'does', 'do')} not divide among tp={tp}"
+        return (
+            f"{counted(self.size, 'index', 'indices')} {verb(self.size, 'does', 'do')} not divide among tp={tp}"
+            if not heads and self.size % tp
+            else None
+        )
 
     def range_of(self, tp_index: int, tp: int) -> tuple[int, int]:
         """First index and one past the last that the rank at `tp_index` holds, counted within the part.

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Self
 import numpy as np
 
 from ray_streamer.errors import ShardingError
-from ray_streamer.units import counted
+from ray_streamer.units import counted, verb
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -36,7 +36,9 @@ def divide_layers(num_layers: int, pp: int) -> tuple[int, ...]:
         ShardingError: There are fewer layers than stages.
     """
     if num_layers < pp:
-        raise ShardingError(f"{num_layers} layers are too few for pp={pp}: every stage needs one")
+        raise ShardingError(
+            f"{counted(num_layers, 'layer')} {verb(num_layers, 'is', 'are')} too few for pp={pp}: every stage needs one"
+        )
     base, rest = divmod(num_layers, pp)
     return tuple(base + (pp - 1 - rest <= stage < pp - 1) for stage in range(pp))
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from ray_streamer.errors import ShardingError
 from ray_streamer.sharding.part import Part, as_parts, check_grain, check_parts, chunk, first_refusal, is_count
 from ray_streamer.sharding.tensor_slice import TensorSlice
+from ray_streamer.units import counted, verb
 
 
 class Placement(ABC):
@@ -157,7 +158,7 @@ class SplitGroups(Placement):
         if self.groups % tp == 0:
             return None
         if tp % self.groups:
-            return f"dimension {dim}: {self.groups} groups of heads neither divide among nor share out over tp={tp}"
+            return f"dimension {dim}: {counted(self.groups, 'group')} of heads neither {verb(self.groups, 'divides', 'divide')} among nor {verb(self.groups, 'shares', 'share')} out over tp={tp}"
         return first_refusal(dim, as_parts(self.parts), tp // self.groups)
 
     def share_of(self, shape: tuple[int, ...], *, tp_index: int, tp: int) -> TensorSlice:
@@ -221,7 +222,7 @@ class SplitVocabulary(Placement):
             return absent
         padded = self._padded(shape[self.dim])
         if self.pad_to and padded % tp:
-            return f"dimension {self.dim % len(shape)}: {padded} indices with padding do not divide among tp={tp}"
+            return f"dimension {self.dim % len(shape)}: {counted(padded, 'index', 'indices')} with padding {verb(padded, 'does', 'do')} not divide among tp={tp}"
         return None
 
     def share_of(self, shape: tuple[int, ...], *, tp_index: int, tp: int) -> TensorSlice:
@@ -236,11 +237,17 @@ class SplitVocabulary(Placement):
 
 
 def _absent_dim(shape: tuple[int, ...], dim: int) -> str | None:
-    return None if -len(shape) <= dim < len(shape) else f"it has {len(shape)} dimensions, none is number {dim}"
+    return (
+        None if -len(shape) <= dim < len(shape) else f"it has {counted(len(shape), 'dimension')}, none is number {dim}"
+    )
 
 
 def _wrong_total(shape: tuple[int, ...], dim: int, total: int) -> str | None:
-    return None if total == shape[dim] else f"dimension {dim} has {shape[dim]} indices, but its parts make {total}"
+    return (
+        None
+        if total == shape[dim]
+        else f"dimension {dim} has {counted(shape[dim], 'index', 'indices')}, but its parts make {total}"
+    )
 
 
 def _check_dim(owner: object, dim: int) -> None:

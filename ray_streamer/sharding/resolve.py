@@ -15,6 +15,7 @@ from ray_streamer.sharding.groups import DEFAULT_UNMATCHED, TensorGroup, TensorG
 from ray_streamer.sharding.holders import ALL_RANKS, find_holders
 from ray_streamer.sharding.mesh import Mesh
 from ray_streamer.sharding.name_kinds import NameKinds
+from ray_streamer.units import counted
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -81,7 +82,7 @@ def _cannot_split(
     index: CheckpointIndex, mesh: Mesh, refusals: Sequence[tuple[TensorGroup, str]], legal: tuple[int, ...]
 ) -> str:
     num_tensors = sum(group.num_tensors for group, _ in refusals)
-    lines = [f"{num_tensors} tensors of {index.uri} cannot be split over tp={mesh.tp}:"]
+    lines = [f"{counted(num_tensors, 'tensor')} of {index.uri} cannot be split over tp={mesh.tp}:"]
     for group, refusal in refusals[:_NUM_SHOWN]:
         alike = f" and {group.num_tensors - 1} alike" if group.num_tensors > 1 else ""
         lines.append(f"  {named(index, group.example)}{alike}: {refusal}")

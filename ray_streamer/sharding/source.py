@@ -19,7 +19,7 @@ from ray_streamer.sharding.families import family_of
 from ray_streamer.sharding.fuse import FuseLike, checked_fusions
 from ray_streamer.sharding.groups import DEFAULT_UNMATCHED, Unmatched
 from ray_streamer.sharding.landing import find_landings
-from ray_streamer.sharding.lookalikes import unknown_model_type
+from ray_streamer.sharding.lookalikes import advice
 from ray_streamer.sharding.mesh import Mesh
 from ray_streamer.sharding.name_kinds import NameKinds
 from ray_streamer.sharding.presets import DEFAULT_LAYOUT, Layout
@@ -116,9 +116,8 @@ class RuleSlices:
         try:
             rules = ShardRules.for_config(index.config, first=self.rules, layout=self.layout, mtp=self.mtp)
         except ShardingError as error:
-            is_unknown = family_of(index.config or {}) is None
-            told = unknown_model_type(index, layout=self.layout) if is_unknown else None
-            raise ShardingError(told or f"{index.uri}: {error}") from error
+            hint = advice(index, layout=self.layout) if family_of(index.config or {}) is None else ""
+            raise ShardingError(f"{index.uri}: {error}{hint}") from error
         refuse_absent(index, rules)
         names = NameKinds.of(index.names)
         grouped = checked_groups(

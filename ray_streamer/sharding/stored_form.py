@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from ray_streamer.sharding.companion import Companion, StoredDim, Uncut
+from ray_streamer.units import counted
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -176,7 +177,7 @@ def _rows_or_columns(parts: Mapping[str, StoredPart], hints: QuantizationHints) 
     if columns != outputs:
         bits = _WORD_BITS * columns // outputs
         if not bits:
-            return StoredForm((), None, f"qweight has {columns} columns for {outputs} outputs")
+            return StoredForm((), None, f"qweight has {counted(columns, 'column')} for {counted(outputs, 'output')}")
         return StoredForm((outputs, rows), (StoredDim(1), _packed_dim(0, _WORD_BITS, bits)))
     bits = _WORD_BITS * zeros.shape[-1] // outputs if zeros and zeros.shape else min(hints.bits, default=0)
     if not bits:

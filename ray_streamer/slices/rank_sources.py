@@ -14,6 +14,7 @@ import numpy as np
 
 from ray_streamer.errors import PlanError
 from ray_streamer.slices.move import Side
+from ray_streamer.units import counted
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -49,7 +50,9 @@ class RankSources:
 
     def __post_init__(self) -> None:
         if len(self.tensor_ids) != len(self.pattern_ids):
-            raise PlanError(f"{len(self.tensor_ids)} tensors of a rank have {len(self.pattern_ids)} patterns")
+            raise PlanError(
+                f"{counted(len(self.tensor_ids), 'tensor')} of a rank have {counted(len(self.pattern_ids), 'pattern')}"
+            )
         if not len(self.tensor_ids):
             return
         if self.tensor_ids.min() < 0:

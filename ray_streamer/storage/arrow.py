@@ -29,6 +29,7 @@ from ray_streamer.errors import (
 )
 from ray_streamer.extent import Extent
 from ray_streamer.storage.base import ObjectInfo, RemoteStorage, StorageStatistics, check_buffer, ignore
+from ray_streamer.units import exact_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -158,7 +159,7 @@ class ArrowStorage(RemoteStorage):
         if now != opened.info:
             raise self._changed(path, now.etag, opened.info.etag)
         if view:
-            raise ShortReadError(f"{self._name(path)} gave {len(view)} bytes less than extent {extent} has")
+            raise ShortReadError(f"{self._name(path)} gave {exact_bytes(len(view))} less than extent {extent} has")
 
     def _refuse_closed(self, path: str) -> None:
         if self._is_closed:

@@ -28,6 +28,7 @@ from ray_streamer.storage.s3_landing import Landing
 from ray_streamer.storage.s3_listing import MAX_PAGE_BYTES, ListingPage, list_keys
 from ray_streamer.storage.s3_refusal import MAX_ERROR_BYTES, Refusal
 from ray_streamer.storage.tally import Tally
+from ray_streamer.units import exact_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -171,7 +172,7 @@ class S3Storage(RemoteStorage):
                 landing.num_landed += answer.num_received
             if answer.is_too_long:
                 raise StorageError(
-                    f"{self._name(landing.path, rest)}: the body is longer than the {given.extent.num_bytes} bytes of its "
+                    f"{self._name(landing.path, rest)}: the body is longer than the {exact_bytes(given.extent.num_bytes)} of its "
                     "Content-Range"
                 )
         if landing.rest.num_bytes:
@@ -183,7 +184,9 @@ class S3Storage(RemoteStorage):
         if expected and expected.is_exact and expected.size_bytes is None:
             size_bytes = self._sizes.setdefault((landing.path, expected.etag), given_size := identity.size_bytes or 0)
             if size_bytes != given_size:
-                raise ObjectChangedError(f"{self._name(landing.path)} has {given_size} bytes now, not {size_bytes}")
+                raise ObjectChangedError(
+                    f"{self._name(landing.path)} has {exact_bytes(given_size)} now, not {exact_bytes(size_bytes)}"
+                )
 
     def _look_again(self, landing: Landing, refused: StorageError) -> None:
         """Ask without a condition which object is there, and send no more conditions if it is the expected one.

@@ -21,6 +21,7 @@ from ray_streamer.storage.lateness import LateBodyError
 from ray_streamer.storage.redaction import NO_SECRETS
 from ray_streamer.storage.retry import PassingFault
 from ray_streamer.storage.s3_refusal import Refusal
+from ray_streamer.units import exact_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -116,7 +117,7 @@ def check_extent(answer: HttpAnswer, given: ContentRange, *, asked: Extent, what
         raise StorageError(f"{what}: the server answered with other bytes, {given.extent} of {given.size_bytes}")
     if answer.length not in (None, given.extent.num_bytes):
         raise StorageError(
-            f"{what}: the server announced {answer.length} bytes for {given.extent.num_bytes} bytes of the object"
+            f"{what}: the server announced {exact_bytes(answer.length)} for {exact_bytes(given.extent.num_bytes)} of the object"
         )
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ray_streamer.storage.http_date import parse_http_date
+from ray_streamer.units import exact_bytes
 
 if TYPE_CHECKING:
     from ray_streamer.storage.http_connection import HttpAnswer
@@ -86,8 +87,8 @@ class Identity:
             return f"the answer has no ETag, expected {self.etag}"
         if self.etag and _opaque(self.etag) != _opaque(now.etag):
             return f"ETag {now.etag}, not {self.etag}"
-        if None not in (self.size_bytes, now.size_bytes) and self.size_bytes != now.size_bytes:
-            return f"{now.size_bytes} bytes, not {self.size_bytes}"
+        if self.size_bytes is not None and now.size_bytes is not None and self.size_bytes != now.size_bytes:
+            return f"{exact_bytes(now.size_bytes)}, not {exact_bytes(self.size_bytes)}"
         if not self.is_exact and self.modified is not None and self.modified != now.modified:
             return "another Last-Modified" if now.modified is not None else "the answer has no Last-Modified"
         return ""

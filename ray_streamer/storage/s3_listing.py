@@ -13,6 +13,7 @@ from urllib.parse import unquote_plus
 from xml.parsers import expat
 
 from ray_streamer.errors import StorageError
+from ray_streamer.units import counted, verb
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -83,7 +84,9 @@ class _Reader:
         parser.CharacterDataHandler = self._add
         parser.Parse(body, True)
         if self._num_contents != len(self.keys):
-            raise ValueError(f"{self._num_contents} entries have {len(self.keys)} keys")
+            raise ValueError(
+                f"{counted(self._num_contents, 'entry', 'entries')} {verb(self._num_contents, 'has', 'have')} {counted(len(self.keys), 'key')}"
+            )
 
     def _refuse_document_type(self, *_: object) -> None:
         raise ValueError("a document type")
@@ -134,15 +137,15 @@ def list_keys(ask: Callable[[str], ListingPage], *, what: str, timeout_seconds: 
         if not token:
             return keys
         if hash(token) in seen:
-            raise StorageError(f"{what}: the store repeats a continuation token after {len(keys)} keys")
+            raise StorageError(f"{what}: the store repeats a continuation token after {counted(len(keys), 'key')}")
         seen.add(hash(token))
         num_chars += sum(map(len, page.keys))
         if len(seen) >= _MAX_PAGES or len(keys) > _MAX_KEYS or num_chars > _MAX_KEY_CHARS:
             raise StorageError(
-                f"{what}: there is more after {len(seen)} pages and {len(keys)} keys; is this the folder of one checkpoint?"
+                f"{what}: there is more after {counted(len(seen), 'page')} and {counted(len(keys), 'key')}; is this the folder of one checkpoint?"
             )
         if time.monotonic() >= deadline:
             raise StorageError(
-                f"{what}: the listing has no end in {timeout_seconds:g} s (list_timeout_seconds), after {len(seen)} "
-                f"pages and {len(keys)} keys"
+                f"{what}: the listing has no end in {timeout_seconds:g} s (list_timeout_seconds), after "
+                f"{counted(len(seen), 'page')} and {counted(len(keys), 'key')}"
             )

@@ -377,7 +377,7 @@ def test_ranks_with_different_limits_load_by_those_of_the_first(
         pytest.param(
             {"rank": 0, "world_size": 2, "local_world_size": 0, "session": "s"}, "local_world_size=0", id="empty-nodes"
         ),
-        pytest.param({"rank": 0, "world_size": 1, "tp": 2}, "tp=2 does not divide the 1 ranks", id="tp-too-large"),
+        pytest.param({"rank": 0, "world_size": 1, "tp": 2}, "tp=2 does not divide the 1 rank of", id="tp-too-large"),
         pytest.param({"rank": 0, "world_size": 1, "tp": 0}, "tp=0 does not divide", id="tp-zero"),
     ],
 )

@@ -27,9 +27,9 @@ HOSTILE = {
     "bits-wrap-to-zero": "F64 of shape [2305843009213693952] has 2**62 bits or more",
     "byte-order-mark": "not valid JSON: Unexpected UTF-8 BOM",
     "control-character": "not valid JSON: Invalid control character",
-    "data-too-long": "1 bytes follow the last tensor",
-    "data-truncated": "1 bytes are missing: the header describes a file of 63 bytes, it has 62",
-    "data-without-tensors": "1 bytes follow the last tensor",
+    "data-too-long": "1 byte follows the last tensor",
+    "data-truncated": "1 byte is missing: the header describes a file of 63 bytes, it has 62",
+    "data-without-tensors": "1 byte follows the last tensor",
     "deep-nesting": "not valid JSON: maximum recursion depth",
     "dtype-not-string": "dtype must be one of BOOL",
     "duplicate-field": "key 'dtype' appears 2 times",
@@ -43,9 +43,9 @@ HOSTILE = {
     "gap-at-start": "tensor 'a': data begins at byte 1 of the data, expected 0",
     "gap-in-the-middle": "tensor 'b': data begins at byte 2 of the data, expected 1",
     "half-byte": "F4 of shape [3] is 12 bits, which do not fill whole bytes",
-    "length-above-cap": "header length is 100000001 bytes, above the cap of 95.4 MiB (100000000 bytes)",
-    "length-max-u64": "header length is 18446744073709551615 bytes, above the cap",
-    "length-past-end": "1 bytes are missing inside the header",
+    "length-above-cap": "header length is 95.4 MiB (100000001 bytes), above the cap of 95.4 MiB (100000000 bytes)",
+    "length-max-u64": "header length is 16384 PiB (18446744073709551615 bytes), above the cap",
+    "length-past-end": "1 byte is missing inside the header",
     "list-at-top": "must be a JSON object, got list",
     "lone-surrogate": "half a surrogate pair",
     "many-digits-shape": "not valid JSON: Exceeds the limit",
@@ -76,7 +76,7 @@ HOSTILE = {
     "shape-string": "shape must be a list of integers",
     "shape-wraps-to-zero": "[4294967296, 4294967296] has 2**62 bits or more",
     "six-bits": "F6_E2M3 of shape [2] is 12 bits",
-    "size-too-large": "U8 of shape [1] is 1 bytes, but data_offsets span 2",
+    "size-too-large": "U8 of shape [1] is 1 byte, but data_offsets span 2",
     "size-too-small": "F32 of shape [2] is 8 bytes, but data_offsets span 2",
     "trailing-comma": "not valid JSON",
     "trailing-garbage": "not valid JSON: Extra data",
@@ -203,7 +203,7 @@ def test_header_at_the_cap_is_legal_and_one_byte_more_is_not():
 
 def test_truncated_file_says_how_many_bytes_are_missing():
     data = serialize_header([TensorSpec("a", "F32", (1000,))])
-    with pytest.raises(HeaderError, match=r"^a: 3996 bytes are missing: .* it has .*truncated"):
+    with pytest.raises(HeaderError, match=r"^a: 3.9 KiB \(3996 bytes\) are missing: .* it has .*truncated"):
         parse_header(data, file="a", size_bytes=len(data) + 4)
 
 

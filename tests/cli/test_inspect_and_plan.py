@@ -242,7 +242,7 @@ def test_plan_writes_its_tables(invoke, checkpoint, tmp_path):
 def test_a_failure_is_one_line_and_exit_code_1(invoke, checkpoint):
     result = invoke("plan", checkpoint, "--tp", 2, "--memory-limit", 100)
     assert (result.exit_code, result.stdout) == (1, "")
-    assert result.stderr.startswith("BudgetError: --memory-limit of 100 B per rank")
+    assert result.stderr.startswith("BudgetError: --memory-limit of 100 bytes per rank")
     assert result.stderr.count("\n") == 1
 
 

@@ -125,7 +125,7 @@ def test_bundle_indices_give_the_rank_order(make_group: MakeGroup) -> None:
     [
         pytest.param({}, r"room for 2 of 3 ranks .*\['CPU 1', 'CPU 1'\]", id="too-small"),
         pytest.param({"bundle_indices": [0, 1]}, "names 2 bundles for 3 ranks", id="too-few-indices"),
-        pytest.param({"bundle_indices": [0, 1, 1]}, "bundle 1 of 2 has room for 1 ranks, not 2", id="index-twice"),
+        pytest.param({"bundle_indices": [0, 1, 1]}, "bundle 1 of 2 has room for 1 rank, not 2", id="index-twice"),
         pytest.param({"bundle_indices": [0, 1, 2]}, "bundle 2 of 2 has room for 0", id="index-out-of-range"),
     ],
 )

@@ -134,7 +134,7 @@ def test_memory_that_is_smaller_than_announced_is_refused(together):
 
     for outcome in together(work, 2):
         assert isinstance(outcome, ClusterError)
-        assert "4096 bytes were announced, the memory that came holds 0" in str(outcome)
+        assert "4 KiB were announced, the memory that came holds 0 bytes" in str(outcome)
 
 
 def test_memory_that_the_system_refuses(together, monkeypatch):

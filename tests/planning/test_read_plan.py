@@ -287,7 +287,7 @@ def test_slices_of_another_checkpoint_or_for_other_ranks_are_refused(make_checkp
     slices = slices_of_parts(other, {"w": (TensorPart.whole((4,)),)})
     with pytest.raises(PlanError, match="reads tensor 1 of 1 in memory://tiny"):
         plan_reads(index, slices, Topology.even(1), EXACT)
-    with pytest.raises(PlanError, match="slices are for 1 ranks, the topology has 2"):
+    with pytest.raises(PlanError, match="slices are for 1 rank, the topology has 2"):
         plan_reads(other, slices, Topology.even(2), EXACT)
 
 

@@ -142,18 +142,18 @@ def test_every_strategy_says_why(mixed):
     assert {name: (read.strategy, read.reason) for name, read in reads.items()} == {
         "covered": (
             "covered",
-            "runs of 64 bytes are below min_run_bytes=100: they are read with what lies between, up to 448 bytes;"
-            " 256 of 512 bytes are wanted",
+            "runs of 64 B are below min_run_bytes (100 B): they are read with what lies between, up to 448 B;"
+            " 256 B of 512 B are wanted",
         ),
         "empty": ("empty", "the tensor has no bytes"),
-        "exact": ("exact", "one run of 640 bytes; 640 of 1,280 bytes are wanted"),
+        "exact": ("exact", "one run of 640 B; 640 B of 1.25 KiB are wanted"),
         "long": (
             "exact",
-            "4 runs of at least 256 bytes, read as they are with min_run_bytes=100; 1,024 of 2,048 bytes are wanted",
+            "4 runs of at least 256 B, read as they are with min_run_bytes of 100 B; 1 KiB of 2 KiB are wanted",
         ),
-        "replicated": ("replicated", "all 2 ranks of the node hold all 100 bytes: read once for all"),
+        "replicated": ("replicated", "all 2 ranks of the node hold all 100 B: read once for all"),
         "skipped": ("skipped", "rank 1 holds nothing of it"),
-        "whole": ("whole", "the ranks of the node hold all 24 bytes between them"),
+        "whole": ("whole", "the ranks of the node hold all 24 B between them"),
     }
 
 
@@ -187,7 +187,7 @@ def test_all_nodes_figures(mixed):
 def test_the_verdict_is_that_of_the_node_that_wastes_most(row_parallel, nodes):
     (read,) = explain_tensors(row_parallel(nodes))
     assert read.strategy == "covered"
-    assert "up to 64 bytes" in read.reason
+    assert "up to 64 B" in read.reason
     assert (read.needed_bytes, read.read_bytes, read.result_bytes) == (64, 120, 64)
 
 

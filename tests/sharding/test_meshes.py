@@ -179,8 +179,8 @@ def test_stacked_experts_are_taken_row_by_row_with_their_scales() -> None:
     [
         pytest.param(LLAMA, 2, None, "ep=2 divides experts, and the model's config.json names none", id="no-experts"),
         pytest.param(MIXTRAL, 8, None, "5 experts are too few for ep=8", id="too-few"),
-        pytest.param(MIXTRAL, 2, [[0, 1, 2, 3, 4]], "experts has 1 groups for ep=2", id="wrong-number-of-groups"),
-        pytest.param(MIXTRAL, 2, [[0, 1], [2, 4]], "leaves out 1 experts, such as 3", id="left-out"),
+        pytest.param(MIXTRAL, 2, [[0, 1, 2, 3, 4]], "experts has 1 group for ep=2", id="wrong-number-of-groups"),
+        pytest.param(MIXTRAL, 2, [[0, 1], [2, 4]], "leaves out 1 expert, such as 3", id="left-out"),
         pytest.param(MIXTRAL, 2, [[0, 1, 5], [2, 3, 4]], "group 0 has 5, which is none of the 5", id="unknown"),
         pytest.param(MIXTRAL, 2, [[0, 1, 0], [2, 3, 4]], "group 0 has an expert twice", id="twice"),
         pytest.param(MIXTRAL, 2, {9: [[0, 1], [2, 3, 4]]}, "names layer 9; the model has 3", id="unknown-layer"),

@@ -44,14 +44,17 @@ def in_turn(first, later):
         pytest.param({}, {"ETag": None}, "the answer has no ETag", id="etag-gone"),
         pytest.param({}, {"ETag": '""'}, "the answer has no ETag", id="etag-empty"),
         pytest.param(
-            {}, {"Content-Range": "bytes 1000-99999/100007"}, "100007 bytes, not 100000|100007 bytes now", id="size"
+            {},
+            {"Content-Range": "bytes 1000-99999/100007"},
+            "97.7 KiB \\(100007 bytes\\), not 97.7 KiB \\(100000 bytes\\)|97.7 KiB \\(100007 bytes\\) now",
+            id="size",
         ),
         pytest.param({"ETag": 'W/"e"'}, {"ETag": 'W/"f"'}, 'ETag W/"f", not W/"e"', id="another-weak-etag"),
         pytest.param({"ETag": 'W/"e"'}, {"ETag": None}, "the answer has no ETag", id="weak-etag-gone"),
         pytest.param(
             {"ETag": 'W/"e"'},
             {"ETag": 'W/"e"', "Content-Range": "bytes 1000-99999/100007"},
-            "100007 bytes, not 100000",
+            r"97.7 KiB \(100007 bytes\), not 97.7 KiB \(100000 bytes\)",
             id="size-with-a-weak-etag",
         ),
         pytest.param(
@@ -63,7 +66,7 @@ def in_turn(first, later):
         pytest.param(
             {"ETag": None},
             {"ETag": None, "Content-Range": "bytes 1000-99999/100007"},
-            "100007 bytes, not 100000",
+            r"97.7 KiB \(100007 bytes\), not 97.7 KiB \(100000 bytes\)",
             id="size-without-etag",
         ),
         pytest.param(
@@ -172,7 +175,9 @@ def test_a_body_without_a_length_is_as_long_as_its_range(load, framing, num_exce
     if not num_excess:
         assert load(answer)[0] == CONTENT
         return
-    with pytest.raises(StorageError, match="the body is longer than the 99000 bytes of its Content-Range"):
+    with pytest.raises(
+        StorageError, match=r"the body is longer than the 96.7 KiB \(99000 bytes\) of its Content-Range"
+    ):
         load(answer)
 
 
@@ -192,7 +197,7 @@ def test_a_store_that_refuses_its_own_etag_is_gone_around(load, caplog):
     [
         ({"ETag": '"f"'}, 'PreconditionFailed.*the store says now: ETag "f", not "e"'),
         ({"ETag": None}, "the store says now: the answer has no ETag"),
-        ({"Content-Range": "bytes 0-0/7"}, "the store says now: 7 bytes, not 100000"),
+        ({"Content-Range": "bytes 0-0/7"}, "the store says now: 7 bytes, not 97.7 KiB"),
     ],
 )
 def test_a_store_that_refuses_rightly_is_believed(load, now, words):

@@ -102,7 +102,7 @@ def test_retry_after_is_honoured(place, open_s3, etag, proxy):
 def test_a_wrong_length_is_refused(place, open_s3, etag, proxy):
     storage = open_s3(place.uri, s3_endpoint_url=proxy.url)
     proxy.fail_next(Fault(headers=(("content-length", "100"),), body_bytes=100))
-    with pytest.raises(StorageError, match=r"announced 100 bytes for 786555 bytes"):
+    with pytest.raises(StorageError, match=r"announced 100 bytes for 768 KiB \(786555 bytes\)"):
         read(storage, "a", WHOLE, etag)
 
 

@@ -75,10 +75,8 @@ def test_a_page_that_broke_is_asked_for_again(list_of):
         pytest.param(
             lambda _: listing_bytes([], next_token="x" * 9000), "no usable continuation token", id="long-token"
         ),
-        pytest.param(lambda _: page("<Contents><Size>1</Size></Contents>"), "1 entries have 0 keys", id="no-key"),
-        pytest.param(
-            lambda _: page("<Contents><Key>a</Key><Key>b</Key></Contents>"), "1 entries have 2", id="two-keys"
-        ),
+        pytest.param(lambda _: page("<Contents><Size>1</Size></Contents>"), "1 entry has 0 keys", id="no-key"),
+        pytest.param(lambda _: page("<Contents><Key>a</Key><Key>b</Key></Contents>"), "1 entry has 2", id="two-keys"),
         pytest.param(
             lambda _: answer_bytes(200, b"<html><body>Log in</body></html>"), "no ListBucketResult", id="html"
         ),
