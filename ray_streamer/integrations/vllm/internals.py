@@ -127,7 +127,8 @@ def place_of_weights(model_config: Any, load_config: Any) -> str:
     Downloads once per node: vLLM's own function takes a lock.
     """
     place = model_config.model_weights or model_config.model
-    if "://" in place or os.path.isdir(place):
+    # What can be no name on the Hub is a path, if only one that does not exist.
+    if "://" in place or os.path.isdir(place) or os.path.isabs(place):
         return place
     cache, revision = load_config.download_dir, model_config.revision
     folder = internal(_WEIGHTS, "download_weights_from_hf")(
