@@ -16,7 +16,7 @@ _HEAD = f"""\
 One value for each setting, in this order: an argument, the environment variable `{ENV_PREFIX}NAME`, a variable of Run:ai's
 streamer (below), the default. In Python,
 `Settings.resolve(block_bytes="4MiB")` makes the settings for `settings=...`; `concurrency`, `memory_limit` and
-`node_memory_limit` are arguments of `load_sharded` as well. On the command line, `block_bytes` is `--block-bytes`.
+`node_memory_limit` are also arguments of `load_sharded`, `load_rank`, `stream_rank` and `plan`, and win over `settings=`. On the command line, `block_bytes` is `--block-bytes`.
 Byte sizes accept text such as `512MiB`. A value that cannot be used is an error that names where it came from. A variable `{ENV_PREFIX}...` that
 is no setting is a warning that names the nearest one. Credentials have no
 command line option; how S3 is reached is told in [s3.md](s3.md).

@@ -139,111 +139,111 @@ class Settings(BaseSettings):
     )
     min_run_bytes: ByteSize | None = Field(
         default=None,
-        description="Runs at least this long are read exactly, shorter ones with what lies between; unset = 256 KiB on "
-        "object stores, 64 KiB on filesystems.",
+        description="Contiguous runs of at least this size are read exactly; shorter ones together with the bytes between them. "
+        "Unset = 256 KiB on object stores, 64 KiB on filesystems.",
     )
     max_gap_bytes: ByteSize = Field(
-        default=ByteSize(64 << 10), description="Unwanted bytes that are read rather than split a request."
+        default=ByteSize(64 << 10), description="Largest gap of unneeded bytes that one request reads over."
     )
     direct_io: Literal["auto", "on", "off"] = Field(
         default="auto", description="O_DIRECT on local filesystems: auto = when a file is not in the page cache."
     )
     page_cache: Literal["auto", "on", "off"] = Field(
-        default="auto", description="Copy from a mapping of a local file: auto = when it is in the page cache."
+        default="auto", description="Copy from an mmap of a local file: auto = when it is in the page cache."
     )
     device_scratch_bytes: ByteSize = Field(
         default=ByteSize(0),
-        description="GPU memory beyond the tensors, per rank, in which rows of very short runs are cut; 0 = such rows are packed "
-        "on the host.",
+        description="GPU memory per rank, besides the tensors, for cutting rows shorter than 1 KiB; 0 = such rows are packed on "
+        "the host.",
     )
     gpu_direct_storage: Literal["on", "off"] = Field(
         default="off",
-        description="GPUs read what one rank alone takes in one piece out of local files themselves, through kvikio where it is "
-        "installed.",
+        description="GPUDirect Storage (kvikio) for blocks of local files that only one rank needs and that are contiguous in its "
+        "tensor.",
     )
     startup_timeout_seconds: float = Field(
-        default=300.0, gt=0, description="How long ranks may take to be placed, started and connected."
+        default=300.0, gt=0, description="Limit for placing, starting and connecting the ranks."
     )
     neighbour_timeout_seconds: float = Field(
         default=8.0,
         gt=0,
-        description="How long a rank of the same node that others wait for may say nothing and do nothing: stopped, or hung.",
+        description="Limit for a rank of the same node that is stopped or hangs (no message, no CPU time) while others wait for it.",
     )
     progress_timeout_seconds: float = Field(
         default=300.0,
         gt=0,
-        description="How long a rank of the same node that others wait for may take for one step: headers, a plan, a block.",
+        description="Limit for one step of a rank of the same node that others wait for: headers, a plan, a block.",
     )
     connect_timeout_seconds: float = Field(
-        default=10.0, gt=0, le=_LONGEST_SECONDS, allow_inf_nan=False, description="How long a connection may take."
+        default=10.0, gt=0, le=_LONGEST_SECONDS, allow_inf_nan=False, description="Limit for opening a connection."
     )
     first_byte_timeout_seconds: float = Field(
         default=30.0,
         gt=0,
         le=_LONGEST_SECONDS,
         allow_inf_nan=False,
-        description="How long an object store may take until the head of its answer.",
+        description="Limit for the response headers of an object store.",
     )
     stall_timeout_seconds: float = Field(
         default=30.0,
         gt=0,
         le=_LONGEST_SECONDS,
         allow_inf_nan=False,
-        description="How long each MiB of an object may take once its answer has begun.",
+        description="Limit for each MiB of a response body of an object store.",
     )
     list_timeout_seconds: float = Field(
         default=30.0,
         gt=0,
         le=_LONGEST_SECONDS,
         allow_inf_nan=False,
-        description="How long an object store may go on listing one folder.",
+        description="Limit for listing one folder of an object store, all pages together.",
     )
     retry_deadline_seconds: float = Field(
         default=120.0,
         ge=0,
         le=_LONGEST_SECONDS,
         allow_inf_nan=False,
-        description="How long one read may be tried again after a passing fault.",
+        description="How long one read is retried after transient errors.",
     )
     hedge_percent: float = Field(
         default=5.0,
         ge=0,
         le=100,
-        description="Extra requests for each hundred that may be sent because an answer of an object store is late.",
+        description="Hedged requests per 100 requests: sent when the response headers of an object store are late.",
     )
     max_bandwidth: ByteSize | None = Field(
         default=None, gt=0, description="Bytes per second from object stores, over all ranks of one node."
     )
     strict_index: bool = Field(
         default=False,
-        description="Refuse a checkpoint whose index json and files disagree; else the index decides, with a warning.",
+        description="Refuse a checkpoint whose index json and files disagree. Otherwise the index decides, with a warning.",
     )
     cache_dir: str = Field(
         default="~/.cache/ray_streamer",
         min_length=1,
-        description="Folder of this node in which config and tokenizer files of remote checkpoints are kept.",
+        description="Folder on each node that caches config and tokenizer files of remote checkpoints.",
     )
     s3_endpoint_url: Annotated[str, AfterValidator(_refuse_user)] | None = Field(
         default=None, description="S3 endpoint; unset = AWS_ENDPOINT_URL[_S3] or AWS."
     )
-    s3_region: str | None = Field(default=None, description="S3 region; unset = botocore's own search.")
+    s3_region: str | None = Field(default=None, description="S3 region; unset = as boto3 finds it.")
     s3_profile: str | None = Field(default=None, description="Profile of the AWS configuration files.")
     s3_addressing: Literal["auto", "path", "virtual"] = Field(
         default="auto",
-        description="Bucket in the path or in the host name; auto = the profile's word, else botocore's choice.",
+        description="Bucket name in the path or in the host name; auto = as the AWS profile says, else as boto3 chooses.",
     )
     s3_unsigned: bool = Field(default=False, description="Send no credentials: public buckets.")
     s3_ca_bundle: str | None = Field(
         default=None,
         description="CA file for https endpoints; unset = AWS_CA_BUNDLE, the profile's ca_bundle or REQUESTS_CA_BUNDLE.",
     )
-    s3_requester_pays: bool = Field(default=False, description="Pay for requests to buckets whose owner does not.")
+    s3_requester_pays: bool = Field(default=False, description="Pay for requests to requester-pays buckets.")
     s3_credentials_timeout_seconds: float = Field(
         default=60.0,
         gt=0,
         le=_LONGEST_SECONDS,
         allow_inf_nan=False,
-        description="How long boto3 may take to find or renew credentials.",
+        description="Limit for boto3 to find or renew credentials.",
     )
     s3_access_key_id: SecretStr | None = Field(
         default=None,
