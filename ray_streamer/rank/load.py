@@ -29,12 +29,12 @@ from ray_streamer.rank.inbox import Inbox
 from ray_streamer.rank.mappings import Mappings
 from ray_streamer.rank.neighbourhood import Neighbourhood
 from ray_streamer.rank.recorder import Recorder
-from ray_streamer.rank.remains import clear_frames
 from ray_streamer.rank.results import Results
 from ray_streamer.rank.statistics import RankStatistics
 from ray_streamer.rank.trace import RankTrace
 from ray_streamer.stream.arena import Arena
 from ray_streamer.stream.countdown import Countdown
+from ray_streamer.stream.remains import clear_frames
 from ray_streamer.stream.stop import StopSignal
 from ray_streamer.stream.threads import TaskThreads
 from ray_streamer.units import exact_bytes

@@ -5,6 +5,8 @@ from __future__ import annotations
 import threading
 from typing import TYPE_CHECKING
 
+from ray_streamer.stream.remains import clear_frames
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -28,12 +30,16 @@ class StopSignal:
         return self._error
 
     def set(self, error: BaseException) -> None:
-        """Ends the load with `error`; later errors are consequences of the first and are dropped."""
+        """Ends the load with `error`; later errors are consequences of the first and are dropped, and what they hold with them."""
         with self._lock:
-            if self._error is not None:
-                return
-            self._error = error
-            wakers = list(self._wakers)
+            first, wakers = self._error, list(self._wakers)
+            if first is None:
+                self._error = error
+        if first is not None:
+            if first is not error:
+                # Frames that refer to their own error would keep staging memory mapped until the garbage collector runs.
+                clear_frames(error)
+            return
         for wake in wakers:
             wake()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import threading
 import traceback
@@ -98,6 +99,29 @@ def test_views_of_a_failed_load_do_not_keep_its_memory(ranks, shared_plan):
         outcomes = running.join()
     assert str(outcomes[0]) == "no copies today"
     _expect_named(outcomes, failed=0, reason="RuntimeError: no copies today")
+
+
+def test_errors_that_are_dropped_keep_no_memory(ranks, shared_plan):
+    """Two readers fail at once. Their errors refer to themselves, as those of retries do, and only one is raised."""
+    plan = shared_plan(1)
+    meeting = threading.Barrier(2)
+
+    def fail_together(path, extent, count) -> None:
+        meeting.wait(GATE_SECONDS)
+        error = ShortReadError("too short")
+        raise error
+
+    gc.disable()
+    try:
+        with ranks.nothing_left():
+            running = ranks.prepare(
+                plan, memory_limit=2 * 4096, concurrency=2, prefers_aligned=True, before_read={0: fail_together}
+            )
+            (outcome,) = running.start().join()
+    finally:
+        gc.enable()
+    assert isinstance(outcome, ShortReadError)
+    assert meeting.n_waiting == 0
 
 
 def test_a_device_that_raises_instead_of_saying_so(ranks, shared_plan):
