@@ -133,6 +133,7 @@ def print_load(report: LoadReport) -> None:
     )
     if hardships := _hardships(report.storage):
         console.print(f"On the way: {hardships}.")
+    console.print(f"Summed over the blocks of all ranks: {_spent_on_blocks(report)}.")
     columns = ("rank", "seconds", "read", "page cache", "delivered", "requests", "peak staging / limit")
     table = new_table("Ranks", *columns)
     shown_node = ""
@@ -150,6 +151,18 @@ def print_load(report: LoadReport) -> None:
             f"{human_bytes(rank.peak_staging_bytes)} / {human_limit(rank.memory_limit)}",
         )
     console.print(table)
+
+
+def _spent_on_blocks(report: LoadReport) -> str:
+    """What the time of blocks went into; blocks pass through these at the same time, so the sum is longer than the load."""
+    receive_seconds = sum(rank.read_seconds - rank.first_byte_seconds for rank in report.ranks)
+    parts = (
+        (sum(rank.wait_seconds for rank in report.ranks), "waiting for a slot"),
+        (sum(rank.first_byte_seconds for rank in report.ranks), "waiting for the first byte"),
+        (receive_seconds, "receiving"),
+        (sum(rank.copy_seconds for rank in report.ranks), "copying"),
+    )
+    return ", ".join(f"{max(0.0, seconds):.2f} s {what}" for seconds, what in parts)
 
 
 def _hardships(storage: StorageStatistics) -> str:

@@ -13,6 +13,7 @@ from ray_streamer.demo.proof import Proof, prove
 from ray_streamer.demo.run import Demo, DemoLoad
 from ray_streamer.errors import SettingsError
 from ray_streamer.report.load_report import LoadReport
+from ray_streamer.report.tables import print_load
 from ray_streamer.testing.checkpoints import ModelLayout
 
 
@@ -171,6 +172,15 @@ def sound_load(checkpoint):
 
 def with_rank(report, **changes):
     return replace(report, ranks=(replace(report.ranks[0], **changes),))
+
+
+def test_a_report_says_what_the_time_of_blocks_went_into(sound_load, capsys):
+    report = sound_load["report"]
+    times = {"wait_seconds": 1.25, "first_byte_seconds": 2.0, "read_seconds": 6.5, "copy_seconds": 0.25}
+    ranks = (replace(report.ranks[0], **times), replace(report.ranks[0], **times))
+    print_load(replace(report, ranks=ranks, nodes=("here", "here")))
+    expected = "2.50 s waiting for a slot, 4.00 s waiting for the first byte, 9.00 s receiving, 0.50 s copying."
+    assert f"Summed over the blocks of all ranks: {expected}" in capsys.readouterr().out
 
 
 def test_a_demo_fails_for_each_broken_promise(sound_load):
