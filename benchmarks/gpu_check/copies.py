@@ -72,8 +72,8 @@ def _rate(ground: Ground, options: dict[str, Any], source: np.ndarray, piece: Pi
     num_blocks = len(source) // BLOCK_BYTES
     device = ground.open_device(**options)
     tensor = device.empty(dtype_named("U8"), (num_blocks * piece.num_bytes,))
-    device.follow_caller()
-    device.adopt(memoryview(source))
+    device.wait_for_caller_stream()
+    device.pin(memoryview(source))
     blocks = []
     for block in range(num_blocks):
         moved = piece._replace(target_start=block * piece.num_bytes)

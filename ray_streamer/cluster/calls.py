@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 from ray.exceptions import RayActorError, RayError
 
-from ray_streamer.cluster.failures import Failure, explain_failure
+from ray_streamer.cluster.failures import FailedCall, explain_failure
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -25,7 +25,7 @@ class Calls:
     def __init__(self, refs: Mapping[int, ray.ObjectRef[Any]]) -> None:
         self._numbers = {ref: number for number, ref in refs.items()}
         self.results: dict[int, Any] = {}
-        self.failures: list[Failure] = []
+        self.failures: list[FailedCall] = []
 
     @property
     def pending(self) -> tuple[int, ...]:

@@ -6,8 +6,8 @@ import math
 import os
 from typing import TYPE_CHECKING
 
+from ray_streamer.cluster.connection import connect, has_same_variables, is_one_machine, starts_local_ray
 from ray_streamer.cluster.model import ShardedModel
-from ray_streamer.cluster.session import connect, has_same_variables, is_one_machine, starts_local_ray
 
 if TYPE_CHECKING:
     from collections.abc import Callable

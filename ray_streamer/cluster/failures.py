@@ -31,7 +31,7 @@ _DEATHS = (RayActorError, ActorUnschedulableError, NodeDiedError, OutOfMemoryErr
 
 
 @dataclass(frozen=True, slots=True)
-class Failure:
+class FailedCall:
     """One rank's call ended in an error.
 
     Attributes:
@@ -50,22 +50,22 @@ class Failure:
         return isinstance(self.cause, LoadAbortedError | RankFailedError)
 
 
-def explain_failure(rank: int, error: RayError) -> Failure:
+def explain_failure(rank: int, error: RayError) -> FailedCall:
     """What went wrong in a call, with the worker's own error and its type when there is one."""
     if isinstance(error, RayTaskError):
         cause: BaseException = error.cause
         if isinstance(cause, RayError):
-            return Failure(rank, ClusterError(_one_line(cause)), error)
+            return FailedCall(rank, ClusterError(_one_line(cause)), error)
         cause.add_note(f"on rank {rank}, {_plain(error)}")
-        return Failure(rank, cause, error)
+        return FailedCall(rank, cause, error)
     if isinstance(error, ActorUnavailableError):
-        return Failure(rank, f"actor unreachable: {_one_line(error)}", error)
+        return FailedCall(rank, f"actor unreachable: {_one_line(error)}", error)
     if isinstance(error, _DEATHS):
-        return Failure(rank, f"actor died: {_one_line(error)}", error)
-    return Failure(rank, ClusterError(f"Ray lost the call: {type(error).__name__}: {_one_line(error)}"), error)
+        return FailedCall(rank, f"actor died: {_one_line(error)}", error)
+    return FailedCall(rank, ClusterError(f"Ray lost the call: {type(error).__name__}: {_one_line(error)}"), error)
 
 
-def choose_cause(failures: Sequence[Failure]) -> Failure:
+def choose_cause(failures: Sequence[FailedCall]) -> FailedCall:
     """The failure to report, of those in order of arrival: the first that is no echo, else the first to name a rank."""
     for failure in failures:
         if not failure.is_echo:
@@ -76,7 +76,7 @@ def choose_cause(failures: Sequence[Failure]) -> Failure:
     return failures[0]
 
 
-def tell_failure(failure: Failure, nodes: Sequence[str]) -> RankFailedError:
+def tell_failure(failure: FailedCall, nodes: Sequence[str]) -> RankFailedError:
     """The error for the caller, with its cause chained.
 
     Args:

@@ -115,15 +115,15 @@ def run_demo(options: DemoOptions, announce: Callable[[str], None]) -> Demo:
     """
     for name, value in _RAY_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    from ray_streamer.cluster.session import connect
+    from ray_streamer.cluster.connection import connect
 
     checkpoint = _prepare(options.folder, options.num_bytes, announce)
     announce("starting a local Ray")
-    session = connect("local", num_local_cpus=max(options.tp, os.cpu_count() or 1))
+    connection = connect("local", num_local_cpus=max(options.tp, os.cpu_count() or 1))
     try:
         return Demo((*_load_from_disk(checkpoint, options, announce), _load_from_s3(checkpoint, options, announce)))
     finally:
-        session.close()
+        connection.close()
 
 
 def _prepare(folder: Path, num_bytes: int, announce: Callable[[str], None]) -> Path:

@@ -66,7 +66,7 @@ class Device(Protocol):
 
     Attributes:
         name: How messages name it.
-        wants_staging: Whether copies out of an adopted arena are so much faster than copies out of a mapping that files in the
+        wants_staging: Whether copies out of an pinned arena are so much faster than copies out of a mapping that files in the
             page cache are read into the arena, too.
         reads_files: Whether `read_file` may be called.
     """
@@ -91,7 +91,7 @@ class Device(Protocol):
         """
         ...
 
-    def follow_caller(self) -> None:
+    def wait_for_caller_stream(self) -> None:
         """Orders all later copies behind what the calling thread has given the device to do.
 
         Called when the results are prepared, by the thread that asked for the load: their memory may be in use until then.
@@ -111,7 +111,7 @@ class Device(Protocol):
         """
         ...
 
-    def adopt(self, memory: memoryview) -> None:
+    def pin(self, memory: memoryview) -> None:
         """Prepares staging memory, one's own or a neighbour's, for copies; called once for each arena before its use.
 
         The memory must stay mapped until `close`.
@@ -129,7 +129,7 @@ class Device(Protocol):
         ...
 
     def close(self) -> None:
-        """Waits for copies under way and gives back what `adopt` took; the device may serve another load."""
+        """Waits for copies under way and gives back what `pin` took; the device may serve another load."""
         ...
 
 

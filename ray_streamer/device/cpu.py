@@ -51,8 +51,8 @@ class CpuDevice:
         """See `Device.check_target`."""
         check_out(name, tensor, is_here=tensor.device.type == "cpu", device_name=self.name)
 
-    def follow_caller(self) -> None:
-        """See `Device.follow_caller`; host memory is the caller's own to order."""
+    def wait_for_caller_stream(self) -> None:
+        """See `Device.wait_for_caller_stream`; host memory is the caller's own to order."""
 
     def landing(self, result: Result, start: int, stop: int) -> NDArray[np.uint8]:
         """See `Device.landing`."""
@@ -65,8 +65,8 @@ class CpuDevice:
         """See `Device.read_file`; the storage reads into host memory."""
         raise DeviceError("host memory is read into by the storage")
 
-    def adopt(self, memory: memoryview) -> None:
-        """See `Device.adopt`; host memory needs nothing."""
+    def pin(self, memory: memoryview) -> None:
+        """See `Device.pin`; host memory needs nothing."""
 
     def deliver(self, source: NDArray[np.uint8], copies: Sequence[Copy], done: Done) -> None:
         """See `Device.deliver`."""

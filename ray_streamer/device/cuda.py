@@ -11,7 +11,7 @@ What is copied how:
     shorter rows                            packed on the host, or cut on the device (see `short_runs`)
 
 Results are counted, and handed out, when the host has seen their event: whatever stream uses them then finds all bytes there. The
-other direction is `follow_caller`: memory that torch gives out may still be in use by work that the caller has queued.
+other direction is `wait_for_caller_stream`: memory that torch gives out may still be in use by work that the caller has queued.
 """
 
 from __future__ import annotations
@@ -106,11 +106,11 @@ class CudaDevice:
         """See `Device.check_target`."""
         check_out(name, tensor, is_here=tensor.device == self._runtime.torch_device, device_name=self.name)
 
-    def follow_caller(self) -> None:
-        """See `Device.follow_caller`."""
+    def wait_for_caller_stream(self) -> None:
+        """See `Device.wait_for_caller_stream`."""
         self._started.result()
         self._scratch.allocate()
-        self._runtime.follow_caller()
+        self._runtime.wait_for_caller_stream()
         if self.reads_files:
             # Such reads know no stream: what the caller has queued must be over.
             _start_aside(self._runtime.drain).result()
@@ -126,8 +126,8 @@ class CudaDevice:
         first = tensor.storage_offset() * tensor.itemsize + target_start
         self._direct_storage.read(file_name, extent, raw[first : first + extent.num_bytes])
 
-    def adopt(self, memory: memoryview) -> None:
-        """See `Device.adopt`; returns while the memory is being page-locked."""
+    def pin(self, memory: memoryview) -> None:
+        """See `Device.pin`; returns while the memory is being page-locked."""
         self._locks.lock(memory)
 
     def deliver(self, source: NDArray[np.uint8], copies: Sequence[Copy], done: Done) -> None:

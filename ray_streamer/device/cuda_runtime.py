@@ -1,7 +1,7 @@
 """What is asked of one CUDA device? Page-locking, copies on one stream of our own, and events that say when they are done.
 
 Every call that fails raises, with the function's name and CUDA's own words. The stream is non-blocking: it neither waits for
-the default stream nor holds it up; `follow_caller` is the one place where it waits for somebody else's work.
+the default stream nor holds it up; `wait_for_caller_stream` is the one place where it waits for somebody else's work.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ MAX_STRIDE_BYTES = (1 << 31) - 1
 
 
 class CudaRuntime:
-    """One device and a stream on it; everything but `follow_caller` is called from this package's own threads.
+    """One device and a stream on it; everything but `wait_for_caller_stream` is called from this package's own threads.
 
     Args:
         library: Whose functions are called.
@@ -80,7 +80,7 @@ class CudaRuntime:
         """Gives back what `lock_pages` took."""
         self._call("HostUnregister", address)
 
-    def follow_caller(self) -> None:
+    def wait_for_caller_stream(self) -> None:
         """Makes the copies from here on wait for what torch has given the device to do on behalf of the calling thread."""
         with self._library.guard(self.torch_device), self._lock:
             stream = self._library.caller_stream(self.torch_device)

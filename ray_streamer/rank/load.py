@@ -244,7 +244,7 @@ class RankLoad:
             with self._recorder.phase("device"):
                 landing = self._landing = self._read_until_there()
         for memory in (self._arena.memory, *self._neighbours.memories):
-            landing.device.adopt(memory)
+            landing.device.pin(memory)
         self._activity.phase = "reading and copying tensors"
         with self._recorder.phase("stream"):
             landing.results.complete_empty()

@@ -56,7 +56,7 @@ class Results:
             for name, form in zip(self._specs.names, self._specs.form_ids.tolist(), strict=True)
         ]
         self._zero_holes(plan)
-        device.follow_caller()
+        device.wait_for_caller_stream()
 
     def _given(self, out: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The tensors of the caller, checked."""

@@ -80,7 +80,7 @@ def local_ray() -> Iterator[None]:
     """A Ray of this module alone, as `load_sharded` itself would start it, with room for four ranks."""
     import ray
 
-    from ray_streamer.cluster.session import connect
+    from ray_streamer.cluster.connection import connect
 
     ray.cloudpickle.register_pickle_by_value(oracle)
     session = connect("local", num_local_cpus=4)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import ray_streamer
-from ray_streamer.cluster.session import connect
+from ray_streamer.cluster.connection import connect
 from ray_streamer.demo.checkpoint import demo_layout, make_checkpoint
 from ray_streamer.demo.proof import Proof, prove
 from ray_streamer.demo.run import Demo, DemoLoad

@@ -13,7 +13,7 @@ from ray.exceptions import (
 )
 
 from ray_streamer.cluster.failures import (
-    Failure,
+    FailedCall,
     choose_cause,
     explain_failure,
     ray_errors_translated,
@@ -29,8 +29,8 @@ def raised(cause: BaseException) -> RayError:
     return RayTaskError("load", "Traceback of the worker", cause, "proc", 1, "127.0.0.2").as_instanceof_cause()
 
 
-def failure(rank: int, cause: BaseException | str) -> Failure:
-    return Failure(rank, cause, ActorDiedError())
+def failure(rank: int, cause: BaseException | str) -> FailedCall:
+    return FailedCall(rank, cause, ActorDiedError())
 
 
 ABORTED = failure(0, LoadAbortedError("rank 2 failed"))
@@ -49,7 +49,7 @@ DEATH = failure(2, "actor died: killed")
         pytest.param([ABORTED], ABORTED, id="nothing-better"),
     ],
 )
-def test_choose_cause(failures: list[Failure], expected: Failure) -> None:
+def test_choose_cause(failures: list[FailedCall], expected: FailedCall) -> None:
     assert choose_cause(failures) is expected
 
 

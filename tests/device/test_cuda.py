@@ -83,8 +83,8 @@ def test_strided_copies_move_what_a_loop_over_bytes_moves(data):
         device_scratch_bytes=data.draw(st.sampled_from([0, 30, 100, 5000])),
     )
     if data.draw(st.booleans()):
-        device.adopt(memoryview(source))
-    device.follow_caller()
+        device.pin(memoryview(source))
+    device.wait_for_caller_stream()
     piece = Piece(0, source_start, run_bytes, num_runs, source_stride, target_start, target_stride)
     outcome = _deliver(device, source, [Copy(piece, device.result(tensor))])
     assert outcome.error is None
@@ -113,7 +113,7 @@ def test_the_kind_of_copy_follows_the_length_of_a_run(piece, scratch, calls):
     short_run_bytes = 1 << 30 if piece.run_bytes == CHUNK_BYTES else SHORT_RUN_BYTES
     library = FakeCuda()
     device = open_fake_cuda(library, short_run_bytes=short_run_bytes, device_scratch_bytes=scratch)
-    device.follow_caller()
+    device.wait_for_caller_stream()
     tensor = torch.zeros(3 * CHUNK_BYTES, dtype=torch.uint8)
     assert _deliver(device, _random_bytes(3 * CHUNK_BYTES), [Copy(piece, device.result(tensor))]).error is None
     assert _names(library, "MemcpyAsync", "Memcpy2DAsync") == calls
@@ -126,7 +126,7 @@ def test_nothing_is_done_before_its_event():
     library = FakeCuda(before={"EventSynchronize": lambda: may_fire.wait(WAIT_SECONDS)})
     device = open_fake_cuda(library)
     source, tensor = _random_bytes(5000), torch.zeros(5000, dtype=torch.uint8)
-    device.adopt(memoryview(source))
+    device.pin(memoryview(source))
     outcome = _deliver(device, source, [Copy(_lone(5000), device.result(tensor))])
     assert not outcome.called.is_set()
     assert library.num_pending == 1
@@ -143,9 +143,9 @@ def test_memory_is_locked_before_its_first_copy_and_unlocked_after_its_last():
     own, neighbours = _random_bytes(8192), _random_bytes(4096)
     neighbours.flags.writeable = False
     tensor = torch.zeros(12288, dtype=torch.uint8)
-    device.adopt(memoryview(own))
-    device.adopt(memoryview(neighbours))
-    device.adopt(memoryview(b""))
+    device.pin(memoryview(own))
+    device.pin(memoryview(neighbours))
+    device.pin(memoryview(b""))
     _deliver(device, own, [Copy(_lone(8192), device.result(tensor))])
     _deliver(device, neighbours, [Copy(_lone(4096, target=8192), device.result(tensor))])
     assert len(library.locked) == 2
@@ -172,7 +172,7 @@ def test_a_copy_waits_until_its_source_is_locked():
     library = FakeCuda(before={"HostRegister": lambda: copied.wait(0.2), "MemcpyAsync": before_copy})
     device = open_fake_cuda(library)
     source, tensor = _random_bytes(100), torch.zeros(100, dtype=torch.uint8)
-    device.adopt(memoryview(source))
+    device.pin(memoryview(source))
     assert _deliver(device, source, [Copy(_lone(100), device.result(tensor))]).error is None
     assert locked_at_copy == [1]
     device.close()
@@ -182,7 +182,7 @@ def test_a_device_that_knows_no_read_only_memory_takes_it_plainly():
     library = FakeCuda(failures={("HostRegister", 1): 1})
     device = open_fake_cuda(library)
     arena = bytes(4096)
-    device.adopt(memoryview(arena))
+    device.pin(memoryview(arena))
     device.close()
     assert [call.arguments[2] for call in library.calls if call.name == "HostRegister"] == [9, 1]
     assert not library.locked
@@ -192,7 +192,7 @@ def test_memory_that_cannot_be_locked_is_copied_from_all_the_same(caplog):
     library = FakeCuda(failures={("HostRegister", 1): 2})
     device = open_fake_cuda(library)
     source, tensor = _random_bytes(5000), torch.zeros(5000, dtype=torch.uint8)
-    device.adopt(memoryview(source))
+    device.pin(memoryview(source))
     assert _deliver(device, source, [Copy(_lone(5000), device.result(tensor))]).error is None
     device.close()
     assert np.array_equal(tensor.numpy(), source)
@@ -204,7 +204,7 @@ def test_memory_that_cannot_be_locked_is_copied_from_all_the_same(caplog):
 def test_copies_follow_what_the_caller_has_queued():
     library = FakeCuda()
     device = open_fake_cuda(library)
-    device.follow_caller()
+    device.wait_for_caller_stream()
     record, wait = [call for call in library.calls if call.name in ("EventRecord", "StreamWaitEvent")]
     (create,) = [call for call in library.calls if call.name == "StreamCreateWithFlags"]
     assert record.arguments[1] == CALLER_STREAM
@@ -233,11 +233,11 @@ def test_an_error_of_any_call_is_said_once_with_its_name_and_text(name, status):
 def test_a_failed_start_is_the_error_of_everything_that_needs_the_device():
     device = open_fake_cuda(FakeCuda(failures={("StreamCreateWithFlags", 1): 2, ("StreamCreateWithFlags", 2): 2}))
     arena = bytearray(4096)
-    device.adopt(memoryview(arena))
+    device.pin(memoryview(arena))
     with pytest.raises(DeviceError, match="cudaStreamCreateWithFlags on cuda:0 failed: out of memory"):
         device.empty(dtype_named("F32"), (2,))
     with pytest.raises(DeviceError, match="cudaStreamCreateWithFlags"):
-        device.follow_caller()
+        device.wait_for_caller_stream()
     device.close()
 
 
@@ -247,8 +247,8 @@ def test_what_fails_at_the_end_is_raised_by_close(name):
     device = open_fake_cuda(library)
     arenas = bytearray(4096), bytearray(8192)
     for arena in arenas:
-        device.adopt(memoryview(arena))
-    device.follow_caller()
+        device.pin(memoryview(arena))
+    device.wait_for_caller_stream()
     with pytest.raises(DeviceError, match=f"cuda{name} on cuda:0 failed: an illegal memory access"):
         device.close()
     assert library.count("HostUnregister") == 2
@@ -258,7 +258,7 @@ def test_after_a_copy_that_failed_the_source_is_kept_for_those_before_it():
     library = FakeCuda(failures={("MemcpyAsync", 2): 1})
     device = open_fake_cuda(library)
     source, tensor = _random_bytes(200), torch.zeros(200, dtype=torch.uint8)
-    device.adopt(memoryview(source))
+    device.pin(memoryview(source))
     made: list[bool] = []
     copies = [Copy(_lone(100), device.result(tensor)), Copy(_lone(100, source=100, target=100), device.result(tensor))]
     outcome = Outcome()
@@ -305,7 +305,7 @@ def test_rows_of_many_blocks_are_cut_in_one_scratch():
     """What one thread copies into the scratch is cut before another thread's rows overwrite it."""
     library = FakeCuda()
     device = open_fake_cuda(library, device_scratch_bytes=2000)
-    device.follow_caller()
+    device.wait_for_caller_stream()
     piece = Piece(0, 0, 100, 50, 400, 0, 100)
     sources = [_random_bytes(49 * 400 + 100 + number) for number in range(8 * 10)]
     tensors = [torch.zeros(50 * 100, dtype=torch.uint8) for _ in sources]
@@ -333,7 +333,7 @@ def test_a_device_serves_one_load_after_the_other():
     device = open_fake_cuda(library)
     for _ in range(3):
         source, tensor = _random_bytes(3000), torch.zeros(3000, dtype=torch.uint8)
-        device.adopt(memoryview(source))
+        device.pin(memoryview(source))
         assert _deliver(device, source, [Copy(_lone(3000), device.result(tensor))]).error is None
         device.close()
         assert np.array_equal(tensor.numpy(), source)

@@ -82,8 +82,8 @@ def test_a_device_on_a_compiled_runtime(library: Library) -> None:
     device = CudaDevice(CudaRuntime(library, torch.device("cpu"), 3))
     arena = np.random.default_rng(0).integers(0, 256, 20000, dtype=np.uint8)
     tensor = device.empty(dtype_named("U8"), (3 * 2048 + 5000,))
-    device.follow_caller()
-    device.adopt(memoryview(arena))
+    device.wait_for_caller_stream()
+    device.pin(memoryview(arena))
     errors: list[BaseException | None] = []
     rows = Piece(0, 100, 2048, 3, 4096, 0, 2048)
     rest = Piece(0, 15000, 5000, 1, 5000, 3 * 2048, 5000)

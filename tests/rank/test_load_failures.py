@@ -202,21 +202,21 @@ def test_copies_under_way_end_before_their_memory_is_given_back(ranks, shared_pl
     events: list[int] = []
 
     class LateDevice(CpuDevice):
-        """Queues copies, does them at `close`, and looks whether all that it adopted is still there."""
+        """Queues copies, does them at `close`, and looks whether all that it pinned is still there."""
 
         def __init__(self) -> None:
             self._queue: list = []
-            self._adopted: list[memoryview] = []
+            self._pinned: list[memoryview] = []
 
-        def adopt(self, memory) -> None:
-            self._adopted.append(memory)
+        def pin(self, memory) -> None:
+            self._pinned.append(memory)
 
         def deliver(self, source, copies, done) -> None:
             self._queue.append((source, copies, done))
 
         def close(self) -> None:
-            events.extend(len(memory) for memory in self._adopted)  # a released view raises
-            self._adopted.clear()
+            events.extend(len(memory) for memory in self._pinned)  # a released view raises
+            self._pinned.clear()
             for source, copies, done in self._queue:
                 super().deliver(source, copies, done)
             self._queue.clear()

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING
 import pytest
 import ray
 
+from ray_streamer.cluster.connection import RayConnection, connect, has_same_variables
 from ray_streamer.cluster.group import WorkerGroup
-from ray_streamer.cluster.session import Session, connect, has_same_variables
 from ray_streamer.errors import ClusterError
 
 if TYPE_CHECKING:
@@ -86,26 +86,26 @@ def test_a_local_ray_is_started_when_the_remembered_cluster_is_gone(
     monkeypatch.setenv("RAY_TMPDIR", str(short_folder))
     (short_folder / "ray").mkdir()
     (short_folder / "ray" / "ray_current_cluster").write_text(dead_address)
-    session = connect(num_local_cpus=5)
+    connection = connect(num_local_cpus=5)
     try:
-        assert session.is_opened_here
+        assert connection.is_opened_here
         assert ray.cluster_resources()["CPU"] == 5
         second = connect("auto")
-        assert (second.address, second.is_opened_here) == (session.address, False)
+        assert (second.address, second.is_opened_here) == (connection.address, False)
         second.close()
         assert ray.is_initialized()
     finally:
-        session.close()
+        connection.close()
     assert not ray.is_initialized()
-    session.close()
+    connection.close()
 
 
 def test_a_cluster_is_joined_by_its_address(ray_cluster: str) -> None:
     ray.shutdown()
-    session = connect(ray_cluster)
-    assert (session.address, session.is_opened_here) == (ray_cluster, True)
+    connection = connect(ray_cluster)
+    assert (connection.address, connection.is_opened_here) == (ray_cluster, True)
     assert len(ray.nodes()) == 2
-    session.close()
+    connection.close()
     assert not ray.is_initialized()
 
 
@@ -114,28 +114,28 @@ def test_threads_that_connect_at_once_share_one_ray(monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("RAY_TMPDIR", str(short_folder))
     barrier = threading.Barrier(4)
 
-    def meet_and_connect() -> Session:
+    def meet_and_connect() -> RayConnection:
         barrier.wait()
         return connect("local", num_local_cpus=3)
 
     with ThreadPoolExecutor(4) as pool:
-        sessions = [future.result() for future in [pool.submit(meet_and_connect) for _ in range(4)]]
+        connections = [future.result() for future in [pool.submit(meet_and_connect) for _ in range(4)]]
     try:
-        assert len({session.address for session in sessions}) == 1
-        assert sum(session.is_opened_here for session in sessions) == 1
+        assert len({connection.address for connection in connections}) == 1
+        assert sum(connection.is_opened_here for connection in connections) == 1
         # The threads have ended; Ray lives on.
         assert ray.cluster_resources()["CPU"] == 3
         assert ray.get(ray.put("alive")) == "alive"
     finally:
-        for session in sessions:
-            session.close()
+        for connection in connections:
+            connection.close()
     assert not ray.is_initialized()
     assert not [thread for thread in threading.enumerate() if thread.name == "ray_streamer-ray"]
 
 
 TASK_THAT_PRINTS = """
 import ray
-from ray_streamer.cluster.session import connect
+from ray_streamer.cluster.connection import connect
 
 @ray.remote
 def talk():
@@ -144,9 +144,9 @@ def talk():
     print("an error of a task", file=sys.stderr)
     logging.getLogger("mine").warning("a log of a task")
 
-session = connect("local", num_local_cpus=1)
+connection = connect("local", num_local_cpus=1)
 ray.get(talk.remote())
-session.close()
+connection.close()
 """
 
 
@@ -199,7 +199,7 @@ def guarded_ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str,
 
 CONNECT_AND_SAY = """
 import sys, ray
-from ray_streamer.cluster.session import connect
+from ray_streamer.cluster.connection import connect
 from ray_streamer.errors import ClusterError
 try:
     connect(sys.argv[1])
@@ -252,9 +252,9 @@ def test_a_group_whose_ray_was_shut_down_says_so_and_starts_no_other(
 ) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setenv("RAY_TMPDIR", str(short_folder))
-    session = connect("local", num_local_cpus=1)
+    connection = connect("local", num_local_cpus=1)
     group = WorkerGroup(int, 1, startup_timeout_seconds=60)
-    session.close()
+    connection.close()
     with pytest.raises(ClusterError, match="Ray was shut down"):
         group.call("anything")
     assert not ray.is_initialized()

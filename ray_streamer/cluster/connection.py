@@ -34,7 +34,7 @@ _connecting = threading.Lock()
 
 
 @dataclass(frozen=True, slots=True)
-class Session:
+class RayConnection:
     """A connection to Ray.
 
     Attributes:
@@ -56,7 +56,7 @@ class Session:
 
 def connect(
     address: str | None = None, *, num_local_cpus: int | None = None, connect_timeout_seconds: float = 10.0
-) -> Session:
+) -> RayConnection:
     """Connect this process to Ray; what its tasks and actors print reaches this process, as Ray has it.
 
     Threads that call it at the same time share one connection.
@@ -81,9 +81,9 @@ def connect(
             if ray.is_initialized():  # by a thread that did not come through here
                 return _existing()
             raise ClusterError(f"cannot use Ray at {known or 'a local address'}: {error}") from error
-        session = Session(ray.get_runtime_context().gcs_address, is_opened_here=True)
-    logger.info("%s Ray at %s", "connected to" if known else "started", session.address)
-    return session
+        connection = RayConnection(ray.get_runtime_context().gcs_address, is_opened_here=True)
+    logger.info("%s Ray at %s", "connected to" if known else "started", connection.address)
+    return connection
 
 
 def starts_local_ray(address: str | None = None, *, connect_timeout_seconds: float = 10.0) -> bool:
@@ -108,10 +108,10 @@ def has_same_variables(runtime_env: Mapping[str, Any] | None) -> bool:
     return all(os.environ.get(name) == value for name, value in variables.items())
 
 
-def _existing() -> Session:
+def _existing() -> RayConnection:
     if ray.util.client.ray.is_connected():
         raise ClusterError(NO_CLIENT)
-    return Session(ray.get_runtime_context().gcs_address, is_opened_here=False)
+    return RayConnection(ray.get_runtime_context().gcs_address, is_opened_here=False)
 
 
 def _initialise(address: str | None, known: str | None, num_local_cpus: int | None) -> None:
