@@ -49,6 +49,7 @@ HOMES = {
     "click": {"cli"},
     "rich": {"report", "cli", "demo"},
     "vllm": {"integrations"},
+    "transformers": {"integrations"},
 }
 """Packages that may import a foreign one when they run; naming its types is free."""
 

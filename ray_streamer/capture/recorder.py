@@ -173,7 +173,7 @@ class Recorder:
         shadow = torch.empty(shape, dtype=dtype, device="meta").permute(inverse)
         return LazyTensor(self, Memory(shape, dtype, device, [place]), shadow)
 
-    def _join(self, lazies: list[LazyTensor], func: Any, args: Any, kwargs: Any) -> LazyTensor | None:
+    def _join(self, lazies: list[LazyTensor], func: Any, args: Any, kwargs: Any) -> torch.Tensor | None:
         shadows = [lazy._lazy_shadow for lazy in lazies]
         joined = func(shadows, *args[1:], **kwargs)
         dim = args[1] if len(args) > 1 else kwargs.get("dim", 0)
@@ -185,12 +185,26 @@ class Recorder:
         if len({lazy.dtype for lazy in lazies}) > 1 or len({lazy.device for lazy in lazies}) > 1 or not kept:
             return None
         places = [self._place_of(shadow, lazy._lazy_memory) for shadow, lazy in kept]
-        if any(place is None or place.dtype != joined.dtype for place in places):
-            return None
+        if any(place is None for place in places):
+            return self._join_in_memory(kept, joined, dim)
         lengths = [shadow.shape[dim] for shadow, _ in kept]
         shape = tuple(joined.shape)
         memory = Memory(shape, joined.dtype, lazies[0].device, [p for p in places if p], lengths=lengths, dim=dim)
         return LazyTensor(self, memory, torch.empty(shape, dtype=joined.dtype, device="meta"))
+
+    def _join_in_memory(
+        self, parts: Sequence[tuple[torch.Tensor, LazyTensor]], joined: torch.Tensor, dim: int
+    ) -> torch.Tensor:
+        """The joined memory itself, into which each part's copy is written down: of parts that were joined themselves."""
+        made = torch.empty(joined.shape, dtype=joined.dtype, device=parts[0][1].device)
+        start = 0
+        for shadow, lazy in parts:
+            length = shadow.shape[dim]
+            target, part = made.narrow(dim, start, length), LazyTensor(self, lazy._lazy_memory, shadow)
+            if not self.record(target, part):
+                target.copy_(self.real(part, is_written=False, reason="a cat of what was joined before"))
+            start += length
+        return made
 
     def _place_of(self, shadow: torch.Tensor, memory: Memory) -> Place | None:
         """Where in one tensor of the checkpoint the elements of that view of `memory` are, in row-major order."""

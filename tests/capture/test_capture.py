@@ -71,6 +71,21 @@ def test_stacked_experts_share_a_pattern_whatever_their_place():
     assert sorted(captured.slices.target_offsets.tolist()) == [number * 24 for number in range(12)]
 
 
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=["as-stored", "cast"])
+@pytest.mark.parametrize("dim", [1, -1])
+def test_a_cat_of_stacks_is_planned(dim, dtype):
+    """transformers makes a stacked parameter so: experts of each projection are stacked, then projections joined."""
+    tensors = {f"experts.{number}.{part}": numbered(4, 6, start=number) for number in range(3) for part in ("w1", "w3")}
+
+    def load(weights, params):
+        kept = {name: tensor[1:3].to(dtype) for name, tensor in weights}
+        stacks = [torch.stack([kept[f"experts.{number}.{part}"] for number in range(3)]) for part in ("w1", "w3")]
+        params["w13"] = torch.cat(stacks, dim=dim)
+
+    captured = assert_same(tensors, {"w13": torch.zeros(0)}, load)
+    assert not captured.reads
+
+
 def test_slices_and_memory_are_those_of_the_parameter():
     room = torch.zeros(10, 8).t()
     captured = assert_same({"w": numbered(8, 10)}, {"p": room}, copying(lambda tensor: tensor))

@@ -16,8 +16,8 @@ from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 from ray_streamer.api.rank import stream_rank
+from ray_streamer.integrations.captured_slices import CapturedSlices, contents_of
 from ray_streamer.integrations.vllm import internals, mismatch
-from ray_streamer.integrations.vllm.capturing import CapturedSlices, contents_of
 from ray_streamer.integrations.vllm.model_files import restore_model_files
 from ray_streamer.integrations.vllm.options import LoaderOptions
 from ray_streamer.integrations.vllm.reloading import Origin, origins, reload_tensors

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from ray_streamer.api.tensors import open_tensors
+from ray_streamer.integrations.captured_slices import contents_of
 from ray_streamer.integrations.vllm import internals
-from ray_streamer.integrations.vllm.capturing import contents_of
 from ray_streamer.integrations.vllm.collective import is_first
 from ray_streamer.integrations.vllm.summary import say_load
 

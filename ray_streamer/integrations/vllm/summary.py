@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from ray_streamer.checkpoint import CheckpointIndex
-    from ray_streamer.integrations.vllm.capturing import CapturedSlices
+    from ray_streamer.integrations.captured_slices import CapturedSlices
     from ray_streamer.rank.statistics import RankStatistics
 
 

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ray_streamer.errors import CheckpointError
-from ray_streamer.integrations.vllm.capturing import read_tensors
+from ray_streamer.integrations.captured_slices import read_tensors
 from ray_streamer.integrations.vllm.collective import gather, is_first
 
 if TYPE_CHECKING:
     import torch.distributed as dist
 
     from ray_streamer.checkpoint import CheckpointIndex
-    from ray_streamer.integrations.vllm.capturing import CapturedSlices
+    from ray_streamer.integrations.captured_slices import CapturedSlices
     from ray_streamer.settings import Settings
 
 _HEAD = "lm_head.weight"

@@ -1,4 +1,4 @@
-"""Which slices does a rank of vLLM want? Those that its model's own loader copies, seen in one dry run over the checkpoint."""
+"""Which slices does a rank of an engine want? Those that its model's own loader copies, seen in one dry run over the checkpoint."""
 
 from __future__ import annotations
 

@@ -1,0 +1,217 @@
+"""How does a model of transformers get its weights through this package? transformers loads it, from tensors without values.
+
+1. config.json and its like come to this node; what transformers could not run is refused.
+2. `from_pretrained` of the model's own class runs with lazy tensors for a state dict: it makes the model on meta, applies its
+   tensor-parallel plan, renames, stacks and slices. What it asked for is written down.
+3. Ranks of a node read that once, and it lands in the parameters.
+
+Weights of which transformers needs the values, such as rotary heads that it permutes, are read at once, by the node's ranks
+together.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from ray_streamer.api.files import cached
+from ray_streamer.api.rank import load_rank
+from ray_streamer.errors import CheckpointError, RayStreamerError, SettingsError
+from ray_streamer.integrations.transformers.model_class import class_of, read_config
+from ray_streamer.integrations.transformers.support import refuse_arguments, refuse_quantized, refuse_uncuttable
+from ray_streamer.settings import Settings
+from ray_streamer.storage import absolute_uri
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from pathlib import Path
+
+    import torch
+    from transformers import PretrainedConfig, PreTrainedModel
+
+    from ray_streamer.integrations.transformers.model_class import ModelClass
+    from ray_streamer.rank.statistics import RankStatistics
+    from ray_streamer.storage import UriLike
+
+_FAILURES = (AssertionError, AttributeError, LookupError, NotImplementedError, RuntimeError, TypeError, ValueError)
+
+
+def from_pretrained(
+    model_class: ModelClass,
+    uri: UriLike,
+    *,
+    tp: int | None = None,
+    dtype: torch.dtype | str | None = None,
+    device: str | None = None,
+    settings: Settings | None = None,
+    on_statistics: Callable[[RankStatistics], None] | None = None,
+    **model_arguments: Any,
+) -> PreTrainedModel:
+    """The model at `uri`, ready to run; with tp > 1 this rank's part of it, whose forward every rank calls.
+
+    Every rank of the job calls it: under torchrun, in an actor that set RANK, WORLD_SIZE and LOCAL_RANK, or after
+    `torch.distributed.init_process_group`. A process on its own needs none of these. Parameters are those of transformers'
+    own loading: DTensors where its tensor-parallel plan cuts them, plain tensors elsewhere.
+
+    Args:
+        model_class: A class such as LlamaForCausalLM, an Auto class, or "auto" for the class that config.json names.
+        uri: As in `load_sharded`; config and tokenizer lie beside the weights.
+        tp: Ranks that share the model: all of the job when unset, or 1 for a whole model on each rank.
+        dtype: Of the parameters, as transformers takes it; that of config.json, else of the weights when unset.
+        device: Of this rank; its GPU, or "cpu" where torch has none, when unset.
+        settings: Every knob of the load; from the environment when unset.
+        on_statistics: Called with this rank's statistics when the load is complete.
+        model_arguments: Further arguments of transformers' `from_pretrained`, such as attn_implementation.
+
+    Raises:
+        SettingsError: The arguments do not fit together, or with the job.
+        ShardingError: transformers cannot run the model with this tp, or its weights are quantized; nothing was read then.
+        CheckpointError: Weights are missing, of other shapes, or not what the class expects.
+        RayStreamerError: As `load_rank`.
+    """
+    refuse_arguments(model_arguments)
+    settings, uri = settings or Settings.resolve(), absolute_uri(uri)
+    tp = _ranks_of(tp)
+    device = _device_of(device, tp)
+    folder = cached(uri, settings=settings)
+    config = read_config(folder)
+    refuse_quantized(config, uri)
+    refuse_uncuttable(config, tp, uri)
+    found = class_of(model_class, config, uri)
+    if dtype is not None:
+        model_arguments["dtype"] = dtype
+    model_arguments |= _placement(tp, device)
+    model = _load(found, config, uri, settings, device, on_statistics, model_arguments)
+    _restore_generation_config(model, folder)
+    model.config.name_or_path = uri
+    return model
+
+
+def _load(
+    model_class: type[PreTrainedModel],
+    config: PretrainedConfig,
+    uri: str,
+    settings: Settings,
+    device: str,
+    on_statistics: Callable[[RankStatistics], None] | None,
+    model_arguments: Mapping[str, Any],
+) -> PreTrainedModel:
+    # Both import torch, which whoever is refused above need not wait for.
+    from ray_streamer.integrations.captured_slices import CapturedSlices
+    from ray_streamer.integrations.transformers.filling import give_memory
+
+    memories: dict[str, torch.Tensor] = {}
+
+    def build(tensors: Iterable[tuple[str, torch.Tensor]]) -> PreTrainedModel:
+        model = _built(model_class, config, uri, dict(tensors), model_arguments)
+        memories.update(give_memory(model))
+        return model
+
+    captured = CapturedSlices(uri, settings, load=build, targets=lambda: memories, skips=lambda name: False)
+    load_rank(uri, slices=captured, out=captured.out, settings=settings, device=device, on_statistics=on_statistics)
+    return captured.loaded
+
+
+def _built(
+    model_class: type[PreTrainedModel],
+    config: PretrainedConfig,
+    uri: str,
+    tensors: dict[str, torch.Tensor],
+    model_arguments: Mapping[str, Any],
+) -> PreTrainedModel:
+    """The model as transformers makes it of `tensors`.
+
+    Raises:
+        CheckpointError: It cannot, or weights would be left without values.
+    """
+    model_class_any: Any = model_class
+    try:
+        with _one_thread():
+            model, info = model_class_any.from_pretrained(
+                None, config=config, state_dict=tensors, output_loading_info=True, **model_arguments
+            )
+    except RayStreamerError:
+        raise
+    except _FAILURES as error:
+        raise CheckpointError(
+            f"{uri}: transformers' {model_class.__name__} could not be made of its weights: {type(error).__name__}: {error}"
+        ) from error
+    missing = sorted(info["missing_keys"])
+    if missing:
+        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+        raise CheckpointError(
+            f"{uri}: lacks weights of {model_class.__name__}: {', '.join(missing[:5])}{more}; give the class that the "
+            'checkpoint was saved from, or "auto"'
+        )
+    return model
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Transformers loads in this thread, as its own switch for that says: capture follows one thread."""
+    name = "HF_DEACTIVATE_ASYNC_LOAD"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+def _ranks_of(tp: int | None) -> int:
+    """The tp that `tp` means in this job.
+
+    Raises:
+        SettingsError: The job has another number of ranks.
+    """
+    import torch.distributed as dist
+
+    is_initialized = dist.is_available() and dist.is_initialized()
+    num_ranks = dist.get_world_size() if is_initialized else int(os.environ.get("WORLD_SIZE", "1"))
+    if tp is None or tp == num_ranks:
+        return num_ranks
+    if tp != 1:
+        raise SettingsError(
+            f"tp={tp}, and this job has {num_ranks} rank{'s' * (num_ranks != 1)}: start {tp}, as with torchrun "
+            f"--nproc-per-node {tp}, or leave tp out"
+        )
+    return tp
+
+
+def _device_of(device: str | None, tp: int) -> str:
+    """The device that transformers puts this rank's parameters on.
+
+    Raises:
+        SettingsError: It is another one than `device`.
+    """
+    import torch
+
+    own = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+    if device is None or device == own:
+        return own
+    if tp > 1:
+        raise SettingsError(
+            f"device={device!r} with tp={tp}: transformers puts each rank on the GPU that LOCAL_RANK names, else on the CPU, "
+            f"which is {own!r} here; leave device out"
+        )
+    return device
+
+
+def _placement(tp: int, device: str) -> dict[str, Any]:
+    if tp > 1:
+        from transformers.distributed.configuration_utils import DistributedConfig
+
+        return {"distributed_config": DistributedConfig(tp_size=tp, tp_plan="auto")}
+    return {} if device == "cpu" else {"device_map": {"": device}}
+
+
+def _restore_generation_config(model: PreTrainedModel, folder: Path) -> None:
+    """What transformers takes from generation_config.json itself when it loads from a folder."""
+    if model.can_generate() and (folder / "generation_config.json").is_file():
+        from transformers import GenerationConfig
+
+        model.generation_config = GenerationConfig.from_pretrained(str(folder), local_files_only=True)

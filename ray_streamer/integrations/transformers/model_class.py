@@ -1,0 +1,71 @@
+"""Which class is the model at a uri of, and what is its config? Read from config.json, which says both."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from ray_streamer.errors import CheckpointError, SettingsError
+from ray_streamer.wording import printable
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from transformers import PretrainedConfig, PreTrainedModel
+
+ModelClass = Any
+"""A model class, an Auto class, or "auto": pyright knows no common type of Auto classes and models."""
+
+
+def read_config(folder: Path) -> PretrainedConfig:
+    """The config of the model in `folder`.
+
+    Raises:
+        CheckpointError: There is none, or transformers does not know its type.
+    """
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
+        raise CheckpointError(
+            f"{folder}: transformers {_version()} makes no config of its config.json: {printable(str(error))}"
+        ) from error
+
+
+def class_of(asked: ModelClass, config: PretrainedConfig, uri: str) -> type[PreTrainedModel]:
+    """The concrete class that `asked` means for a model with `config`.
+
+    Raises:
+        SettingsError: `asked` is neither a class of models nor "auto", or an Auto class without a class for this config.
+        CheckpointError: config.json names no class that transformers has.
+    """
+    from transformers import PreTrainedModel
+
+    if asked == "auto":
+        return _class_that_wrote(config, uri)
+    if isinstance(asked, type) and issubclass(asked, PreTrainedModel):
+        return asked
+    by_config: Any = getattr(asked, "_model_mapping", None)
+    if by_config is None:
+        raise SettingsError(
+            f'the model class is "auto", a class such as LlamaForCausalLM, or an Auto class such as AutoModel; got {asked!r}'
+        )
+    if type(config) not in by_config:
+        raise SettingsError(f"{uri}: {asked.__name__} has no class for {type(config).__name__}; give another one")
+    found: Any = by_config[type(config)]
+    return found[0] if isinstance(found, list | tuple) else found
+
+
+def _class_that_wrote(config: PretrainedConfig, uri: str) -> type[PreTrainedModel]:
+    """The first of config.json's architectures."""
+    names = config.architectures or []
+    found: Any = getattr(importlib.import_module("transformers"), names[0], None) if names else None
+    if found is None:
+        said = f"names class {names[0]}, which transformers {_version()} lacks" if names else "names no architectures"
+        raise CheckpointError(f'{uri}: config.json {said}; give the class instead of "auto"')
+    return found
+
+
+def _version() -> str:
+    return str(importlib.import_module("transformers").__version__)
