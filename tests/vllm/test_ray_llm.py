@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import os
-from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import serve_llm_process
+import yaml
 from engine_process import PROMPTS
 from engines import in_a_fork, run_engine
 from families import save_checkpoint, save_tokenizer
@@ -16,7 +18,11 @@ from measures import assert_read_once
 from ray_streamer.errors import SettingsError
 from ray_streamer.testing.s3_server import free_port
 
-pytestmark = pytest.mark.skipif(find_spec("grpc_reflection") is None, reason="Ray Serve is not installed here")
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("grpc_reflection") is None, reason="Ray Serve is not installed here"
+)
 
 
 def ask_ray(scratch, uri):
@@ -112,3 +118,25 @@ def test_what_llm_config_sets_itself_is_refused(words, message):
 
     with pytest.raises(SettingsError, match=message):
         llm_config("s3://bucket/m", **words)
+
+
+def test_the_manifest_for_kuberay_is_understood():
+    from ray.serve.llm import LLMServingArgs
+    from ray.serve.schema import ServeDeploySchema
+
+    manifest = yaml.safe_load((EXAMPLES / "serve_llm.yaml").read_text())
+    serve = ServeDeploySchema.model_validate(yaml.safe_load(manifest["spec"]["serveConfigV2"]))
+    [application] = serve.applications
+    [config] = LLMServingArgs(**application.args).llm_configs
+    callback = callback_of(config)
+    assert f"{type(callback).__module__}:{type(callback).__name__}" == config.callback_config.callback_class
+    assert config.engine_kwargs["model_loader_extra_config"] == {"memory_limit": "2GiB", "uri": "s3://bucket/llama"}
+
+
+def test_the_example_builds_an_application():
+    from ray.serve import Application
+
+    specification = importlib.util.spec_from_file_location("serve_llm", EXAMPLES / "serve_llm.py")
+    example = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(example)
+    assert isinstance(example.app({"uri": "s3://bucket/llama", "tp": "2"}), Application)
