@@ -131,12 +131,3 @@ def test_the_manifest_for_kuberay_is_understood():
     callback = callback_of(config)
     assert f"{type(callback).__module__}:{type(callback).__name__}" == config.callback_config.callback_class
     assert config.engine_kwargs["model_loader_extra_config"] == {"memory_limit": "2GiB", "uri": "s3://bucket/llama"}
-
-
-def test_the_example_builds_an_application():
-    from ray.serve import Application
-
-    specification = importlib.util.spec_from_file_location("serve_llm", EXAMPLES / "serve_llm.py")
-    example = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(example)
-    assert isinstance(example.app({"uri": "s3://bucket/llama", "tp": "2"}), Application)
