@@ -32,6 +32,7 @@ ORDER = (
     ("cluster",),
     ("api",),
     ("integrations",),
+    ("compat",),
     ("testing",),
     ("demo",),
     ("cli",),
@@ -43,7 +44,7 @@ LEVELS = {name: level for level, names in enumerate(ORDER) for name in names}
 HOMES = {
     "ray": {"cluster"},
     # api asks torch.distributed which rank this is; demo compares; testing stands in for a GPU
-    "torch": {"capture", "device", "rank", "cluster", "api", "integrations", "demo", "testing"},
+    "torch": {"capture", "device", "rank", "cluster", "api", "integrations", "compat", "demo", "testing"},
     "boto3": {"storage", "testing"},
     "botocore": {"storage", "testing"},
     "click": {"cli"},

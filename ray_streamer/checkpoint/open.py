@@ -112,6 +112,33 @@ def open_checkpoint(
     return index
 
 
+def read_headers(
+    storage: Storage, paths: Sequence[str], *, concurrency: int = 16, head_bytes: int = HEAD_BYTES
+) -> list[tuple[ShardFile, FileHeader]]:
+    """Identity and header of single files, whatever folder and checkpoint they belong to, in the order of `paths`.
+
+    Args:
+        storage: Has the files.
+        paths: Of them.
+        concurrency: Headers read at the same time.
+        head_bytes: Length of the first read of each file.
+
+    Raises:
+        ObjectMissingError: There is no such file; names the first one by position.
+        HeaderError: A header is malformed, or its file truncated.
+        StorageError: Storage failed; see `Storage`.
+    """
+    found: list[tuple[ShardFile, FileHeader]] = []
+    if not paths:
+        return found
+    reads = _read_headers(storage, paths, concurrency=concurrency, head_bytes=head_bytes)
+    for path, read in zip(paths, reads, strict=True):
+        if read is None:
+            raise ObjectMissingError(f"{_full_name(storage, path)}: no such file")
+        found.append(read)
+    return found
+
+
 def _files_of(storage: Storage, selection: str | None) -> _Files:
     """What to read: the selection, the files of the index json, or else what the folder has."""
     if selection is not None and not selection.endswith(".json"):

@@ -9,27 +9,21 @@ engine may run on them.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
-import os
 import secrets
 import shutil
-import time
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from ray_streamer.errors import ObjectMissingError, StorageError
+from ray_streamer.errors import ObjectMissingError
+from ray_streamer.files.locks import locked
 from ray_streamer.files.pull import disk_errors_translated, identities, pull_files
 from ray_streamer.files.selection import ENGINE_FILES, Selection
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
     from ray_streamer.storage import Storage
-
-_POLL_SECONDS = 0.05
 
 
 def cached_files(
@@ -64,7 +58,7 @@ def cached_files(
         return folder
     with disk_errors_translated(of_uri):
         of_uri.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with _locked(of_uri / "lock", timeout_seconds=timeout_seconds):
+    with locked(of_uri / "lock", what=of_uri, timeout_seconds=timeout_seconds):
         if not folder.is_dir():
             _fill(storage, paths, folder, concurrency=concurrency)
     return folder
@@ -81,32 +75,6 @@ def _fill(storage: Storage, paths: list[str], folder: Path, *, concurrency: int)
             temporary.rename(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-@contextmanager
-def _locked(path: Path, *, timeout_seconds: float) -> Iterator[None]:
-    deadline = time.monotonic() + timeout_seconds
-    with disk_errors_translated(path):
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        while not _take(descriptor):
-            if time.monotonic() > deadline:
-                raise StorageError(
-                    f"another process of this node has been filling {path.parent} for {timeout_seconds:g} s "
-                    "(startup_timeout_seconds); look at what it does, or raise the setting"
-                )
-            time.sleep(_POLL_SECONDS)
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def _take(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 def _digest(text: str) -> str:

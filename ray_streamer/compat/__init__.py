@@ -1,0 +1,1 @@
+"""How do programs that were written for other loaders run through this package? By another import, and nothing else."""
