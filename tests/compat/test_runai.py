@@ -269,7 +269,7 @@ def test_raw_ranges(paths):
 
 
 def test_raw_ranges_that_cannot_be(folder, paths):
-    with pytest.raises(RunaiStreamerMemoryLimitException, match="8 B"):
+    with pytest.raises(RunaiStreamerMemoryLimitException, match="which has 8"):
         chunks([FileChunks(0, paths[0], [0], [8])], memory_limit=4)
     with pytest.raises(ValueError, match="not in the file"):
         chunks([FileChunks(0, paths[0], [0], [10**7])])
