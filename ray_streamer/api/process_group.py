@@ -36,7 +36,7 @@ class ProcessGroup:
                 "this process is no member of the process group that was given; call it in members only"
             )
         places: list[Any] = [None] * dist.get_world_size(group)
-        dist.all_gather_object(places, (_machine(), secrets.token_hex(16)), group=group)
+        dist.all_gather_object(places, (this_machine(), secrets.token_hex(16)), group=group)
         machines = [machine for machine, _ in places]
         self.topology = Topology(
             tuple(
@@ -80,7 +80,7 @@ class ProcessGroup:
         return 0 if self._group is None else self._dist.get_global_rank(self._group, 0)
 
 
-def _machine() -> tuple[str, str, int]:
+def this_machine() -> tuple[str, str, int]:
     """What ranks must have in common to meet on an abstract socket: the running kernel and its network namespace."""
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return socket.gethostname(), boot, Path("/proc/self/ns/net").stat().st_ino

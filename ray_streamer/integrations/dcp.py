@@ -1,0 +1,303 @@
+"""How does torch.distributed.checkpoint load safetensors from S3, or from anywhere else that this package reads?
+
+    import torch.distributed.checkpoint as dcp
+    from ray_streamer.integrations.dcp import StorageReader
+
+    state_dict = model.state_dict()                       # DTensors included
+    dcp.load(state_dict, storage_reader=StorageReader("s3://bucket/llama"))
+
+1. torch asks for the names, shapes and dtypes of the checkpoint, and says which box of which tensor each rank wants.
+2. The coordinator tells ranks of one machine that they read together.
+3. Each node reads every byte that one of its ranks wants once; boxes land in the memory of the state dict.
+
+Ranks of a load are known by their plans, so `process_group=` and `no_dist=True` of torch need no repetition here.
+"""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import LoadItemType
+from torch.distributed.checkpoint.storage import StorageReader as TorchStorageReader
+from torch.futures import Future
+
+from ray_streamer.api.process_group import this_machine
+from ray_streamer.api.rank import load_rank
+from ray_streamer.checkpoint import locate, open_checkpoint
+from ray_streamer.dtypes import DTYPES
+from ray_streamer.errors import CheckpointError, PlanError, SettingsError
+from ray_streamer.settings import Settings
+from ray_streamer.slices import Move, RankSlices, ResultSpec
+from ray_streamer.storage import absolute_uri, open_storage
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
+
+    from ray_streamer.checkpoint import CheckpointIndex
+    from ray_streamer.dtypes import DType
+    from ray_streamer.rank.statistics import RankStatistics
+    from ray_streamer.storage import UriLike
+
+_SHARDS_OF_DCP = "DCP_SHARDING_INFO"
+"""Metadata of safetensors files in which torch's own writer keeps a part of each tensor; see its `HuggingFaceStorageWriter`."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Seat:
+    """A rank among those of its machine, which read together.
+
+    Attributes:
+        number: Of this rank among them.
+        num_ranks: Of them.
+        session: A secret that they share.
+    """
+
+    number: int
+    num_ranks: int
+    session: str
+
+
+class StorageReader(TorchStorageReader):
+    """A reader of safetensors for `torch.distributed.checkpoint.load`; every rank makes its own.
+
+    Args:
+        uri: Folder or prefix, one `.safetensors` file, or one index json; `checkpoint_id` of `load` wins over it.
+        settings: Every knob, equal on all ranks; from the environment when unset.
+        on_statistics: Called with what this rank's load did, once it is complete.
+    """
+
+    def __init__(
+        self,
+        uri: UriLike | None = None,
+        *,
+        settings: Settings | None = None,
+        on_statistics: Callable[[RankStatistics], None] | None = None,
+    ) -> None:
+        super().__init__()
+        self._uri = None if uri is None else absolute_uri(uri)
+        self._settings = settings or Settings.resolve()
+        self._on_statistics = on_statistics
+        self._index: CheckpointIndex | None = None
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: UriLike) -> bool:
+        """Whether it is a uri that this package reads from; nothing is opened."""
+        try:
+            absolute_uri(checkpoint_id)
+        except SettingsError:
+            return False
+        return True
+
+    def reset(self, checkpoint_id: UriLike | None = None) -> None:
+        """Begins another load, of `checkpoint_id` if it is given; called by torch.
+
+        Raises:
+            SettingsError: It is no uri.
+        """
+        if checkpoint_id is not None:
+            self._uri = absolute_uri(checkpoint_id)
+        self._index = None
+
+    def read_metadata(self, *_args: Any, **_kwargs: Any) -> Metadata:
+        """What the headers say; called by torch, on every rank.
+
+        Raises:
+            SettingsError: No uri was given.
+            CheckpointError: The checkpoint is malformed, or its files hold parts of tensors.
+            StorageError: Headers could not be read.
+        """
+        index = self._opened()
+        if _SHARDS_OF_DCP in index.metadata:
+            raise CheckpointError(
+                f"{index.uri} holds parts of tensors, as torch's HuggingFaceStorageWriter writes them with save_distributed=True; "
+                "write it with enable_consolidation=True, and load that folder"
+            )
+        return Metadata(
+            state_dict_metadata={name: _metadata(index, position) for position, name in enumerate(index.names)},
+            storage_meta=StorageMeta(),
+        )
+
+    def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *_args: Any, **_kwargs: Any) -> None:
+        """Nothing to do: ranks meet when they read; called by torch."""
+
+    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
+        """Says which machine this rank is on; called by torch."""
+        return replace(plan, storage_data=this_machine())
+
+    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
+        """Tells ranks of one machine that they read together; called by torch, on the coordinator."""
+        machines = [plan.storage_data for plan in plans]
+        sessions = {machine: secrets.token_hex(16) for machine in machines}
+        return [
+            replace(
+                plan,
+                storage_data=_Seat(
+                    number=machines[:at].count(plan.storage_data),
+                    num_ranks=machines.count(plan.storage_data),
+                    session=sessions[plan.storage_data],
+                ),
+            )
+            for at, plan in enumerate(plans)
+        ]
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        """Fills what the plan names, and gives a future that is complete; called by torch, on every rank.
+
+        Raises:
+            RayStreamerError: As `load_rank`; `RankFailedError` numbers the ranks of a machine from 0.
+        """
+        seat = plan.storage_data
+        assert isinstance(seat, _Seat)
+        targets = _targets(plan.items, planner)
+        load_rank(
+            self._located(),
+            slices=_PlannedSlices(plan.items, {name: target.dtype for name, (_, target) in targets.items()}),
+            rank=seat.number,
+            world_size=seat.num_ranks,
+            session=seat.session,
+            device=_device_of([target for _, target in targets.values()]),
+            settings=self._settings,
+            out={name: target for name, (_, target) in targets.items()},
+            on_statistics=self._on_statistics,
+        )
+        for item, target in targets.values():
+            planner.commit_tensor(item, target)
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+    def _located(self) -> str:
+        if self._uri is None:
+            raise SettingsError("give a uri: StorageReader(uri), or checkpoint_id of torch.distributed.checkpoint.load")
+        return self._uri
+
+    def _opened(self) -> CheckpointIndex:
+        if self._index is None:
+            uri, settings = self._located(), self._settings
+            storage = open_storage(locate(uri).folder_uri, settings)
+            try:
+                self._index = open_checkpoint(
+                    uri, storage, concurrency=settings.concurrency, strict_index=settings.strict_index
+                )
+            finally:
+                storage.close()
+        return self._index
+
+
+class _PlannedSlices:
+    """What a load plan wants, as a slice source: one result for each of its items.
+
+    Args:
+        items: Of the plan.
+        dtypes: Of the memory that each one goes to, by name of the result.
+    """
+
+    def __init__(self, items: Sequence[ReadItem], dtypes: dict[str, torch.dtype]) -> None:
+        self._items, self._dtypes = items, dtypes
+
+    def __call__(self, index: CheckpointIndex, rank: int) -> RankSlices:
+        """The slices of this process; no other rank is asked for."""
+        results: list[ResultSpec] = []
+        rows: list[tuple[str, str, tuple[Move, ...]]] = []
+        for number, item in enumerate(self._items):
+            name, tensor_name = _result_name(number, item), item.storage_index.fqn
+            position = index.find(tensor_name)
+            if position is None:
+                raise PlanError(f"the load plan names tensor {tensor_name!r}, which {index.uri} does not have any more")
+            stored, shape = index.dtype_of(position), index.shape_of(position)
+            starts, sizes = _logical_box(item, stored, shape)
+            results.append(ResultSpec(name=name, dtype=_dtype_name(self._dtypes[name], stored), shape=sizes))
+            move = Move.box(
+                sizes,
+                source_shape=shape,
+                source_starts=starts,
+                target_shape=sizes,
+                target_starts=(0,) * len(sizes),
+            )
+            rows.append((tensor_name, name, (move,)))
+        return RankSlices.from_rows(index, results, rows)
+
+
+def _metadata(index: CheckpointIndex, position: int) -> TensorStorageMetadata:
+    """A tensor as torch knows it: one chunk, whole in one file."""
+    stored = index.dtype_of(position)
+    shape = torch.Size(stored.torch_shape(index.shape_of(position)))
+    return TensorStorageMetadata(
+        properties=TensorProperties(dtype=getattr(torch, stored.torch_name)),
+        size=shape,
+        chunks=[ChunkStorageMetadata(offsets=torch.Size([0] * len(shape)), sizes=shape)],
+    )
+
+
+def _result_name(number: int, item: ReadItem) -> str:
+    """Boxes of one tensor are several results."""
+    return f"{item.storage_index.fqn}[{number}]"
+
+
+def _targets(items: Sequence[ReadItem], planner: LoadPlanner) -> dict[str, tuple[ReadItem, torch.Tensor]]:
+    """Each item of the plan, and the memory of the state dict that it goes to.
+
+    Raises:
+        PlanError: An item is no tensor, or its memory has another shape.
+    """
+    found: dict[str, tuple[ReadItem, torch.Tensor]] = {}
+    for number, item in enumerate(items):
+        if item.type != LoadItemType.TENSOR:
+            raise PlanError(f"{item.storage_index.fqn!r} is no tensor, and safetensors holds tensors only")
+        target = planner.resolve_tensor(item).detach()
+        if target.size() != item.lengths:
+            raise PlanError(
+                f"{item.storage_index.fqn!r}: the plan reads a box of {tuple(item.lengths)} into memory of {tuple(target.size())}"
+            )
+        found[_result_name(number, item)] = item, target
+    return found
+
+
+def _device_of(targets: Sequence[torch.Tensor]) -> str:
+    """Where all of them are.
+
+    Raises:
+        SettingsError: They are on several devices.
+    """
+    devices = sorted({str(target.device) for target in targets})
+    if len(devices) > 1:
+        raise SettingsError(
+            f"tensors of one load are on one device, got {', '.join(devices)}; load the parts of the state dict one after the other"
+        )
+    return devices[0] if devices else "cpu"
+
+
+def _logical_box(item: ReadItem, stored: DType, shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """First index and size of an item's box, in elements as the header counts them.
+
+    Raises:
+        PlanError: It cuts the last dimension of a dtype that packs several elements into one.
+    """
+    starts, sizes = tuple(item.storage_offsets), tuple(item.lengths)
+    if not stored.is_packed or not shape:
+        return starts, sizes
+    if starts[-1] or sizes[-1] != stored.torch_shape(shape)[-1]:
+        raise PlanError(
+            f"{item.storage_index.fqn!r} is {stored.name}, whose last dimension is packed and cannot be cut; shard another dimension"
+        )
+    return starts, (*sizes[:-1], shape[-1])
+
+
+def _dtype_name(dtype: torch.dtype, stored: DType) -> str:
+    """What a header calls the dtype of the memory; the stored one where torch has the same for both."""
+    torch_name = str(dtype).removeprefix("torch.")
+    if torch_name == stored.torch_name:
+        return stored.name
+    return next((known.name for known in DTYPES if known.torch_name == torch_name and not known.is_packed), torch_name)
