@@ -32,6 +32,8 @@ _RUNAI_FORMAT = "runai_streamer"
 _MODEL_FILES = "ObjectStorageModel"
 _USERS_OF_MODEL_FILES = ("vllm.transformers_utils.runai_utils", "vllm.config.model")
 
+_SECONDS_OF_A_BAR = 2.0
+
 _said_versions: set[str] = set()
 
 
@@ -182,6 +184,8 @@ def progress_bar(load_config: Any, *, doing: str, num_bytes: int) -> Any:
         unit_scale=True,
         disable=not is_shown,
         bar_format=internal(_WEIGHTS, "_BAR_FORMAT"),
+        # Each state of the bar is a line of its own in that format.
+        mininterval=_SECONDS_OF_A_BAR,
     )
 
 
