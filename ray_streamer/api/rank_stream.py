@@ -1,0 +1,147 @@
+"""How does one rank's load run, from the call to its last tensor? Ranks met, agreed with, then tensors as they become complete."""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from ray_streamer.api.node_trace import NodeTrace
+from ray_streamer.exchange.session import NodeSession
+from ray_streamer.rank.agreement import agree
+from ray_streamer.rank.background import BackgroundLoad
+from ray_streamer.rank.given_memory import into_given
+from ray_streamer.rank.load import RankLoad
+from ray_streamer.rank.options import RankOptions
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Callable, Mapping
+
+    import torch
+
+    from ray_streamer.api.arguments import Sharding
+    from ray_streamer.api.membership import Membership
+    from ray_streamer.rank.background import Item
+    from ray_streamer.rank.statistics import RankStatistics
+    from ray_streamer.settings import Settings
+    from ray_streamer.storage import UriLike
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankCall:
+    """What one rank was asked to load, and how.
+
+    Attributes:
+        uri: The checkpoint.
+        sharding: Which part of it.
+        find_membership: Says which rank this is, among which others.
+        settings: Every knob.
+        device: Where the tensors go.
+        out: Tensors that are filled, by name.
+        on_statistics: Who is told what the load did.
+        trace: Where it is drawn.
+    """
+
+    uri: UriLike
+    sharding: Sharding
+    find_membership: Callable[[], Membership]
+    settings: Settings
+    device: str
+    out: Mapping[str, torch.Tensor] | None
+    on_statistics: Callable[[RankStatistics], None] | None
+    trace: str | os.PathLike[str] | None
+
+
+class RankStream(Iterator[tuple[str, "torch.Tensor"]]):
+    """The tensors of one rank as they become complete; made by `stream_rank`. One thread takes them."""
+
+    def __init__(self, call: RankCall) -> None:
+        self._call = call
+        self._running: BackgroundLoad | None = None
+        self._load: RankLoad | None = None
+        self._is_over = False
+
+    def __next__(self) -> tuple[str, torch.Tensor]:
+        """The next complete tensor; waits for it."""
+        if self._is_over:
+            raise StopIteration
+        try:
+            if self._running is None:
+                self._load, self._running = _begin(self._call)
+            item = self._running.take()
+        except BaseException:
+            self.close()
+            raise
+        if item is not None:
+            return item
+        self._is_over = True
+        if self._call.on_statistics is not None and self._load is not None:
+            self._call.on_statistics(self._load.statistics())
+        raise StopIteration
+
+    def close(self) -> None:
+        """Ends the load, if it is under way, and waits until nothing of it is left."""
+        if not self._is_over:
+            self._is_over = True
+            if self._running is not None:
+                self._running.end()
+
+    def __del__(self) -> None:
+        """Ends the load; the collector may call this in a thread of the load itself."""
+        if not self._is_over and self._running is not None:
+            self._running.drop()
+
+
+def _begin(call: RankCall) -> tuple[RankLoad, BackgroundLoad]:
+    """Meets the other ranks, agrees with them and starts the load."""
+    membership = call.find_membership()
+    request = call.sharding.request(
+        call.uri, settings=call.settings, device=call.device, num_ranks=membership.topology.num_ranks
+    )
+    if call.out is not None:
+        request = replace(request, slices=into_given(request.slices, call.out))
+    index_bytes = membership.read_index(request)
+    completed: queue.SimpleQueue[Item | BaseException | None] = queue.SimpleQueue()
+    with contextlib.ExitStack() as owned:
+        # The others are looked for while device and storage are opened; what fails there is told to them.
+        session = owned.enter_context(NodeSession(membership.place(request.settings)))
+        trace = None if call.trace is None else NodeTrace.of(call.trace, membership)
+        device = request.start_device(request.device)
+        storage = request.open_storage(num_sharers=len(membership.local_ranks))
+        owned.callback(storage.close)
+        session.wait_met()
+        agreement = agree(session, request, storage, index_bytes=index_bytes)
+        load = RankLoad(
+            agreement.plan,
+            storage,
+            device,
+            RankOptions.at(
+                session.place, concurrency=request.settings.concurrency, memory_limit=agreement.memory_limit
+            ),
+            session=session,
+            out=call.out,
+            on_complete=lambda name, tensor: completed.put((name, tensor)),
+        )
+
+        def run() -> None:
+            load.run()
+            if trace is not None:
+                trace.write(session, load, uri=request.uri)
+
+        def abort(error: BaseException) -> None:
+            load.abort(error)
+            # It wakes threads that wait for a network.
+            storage.close()
+
+        def close(error: BaseException | None) -> None:
+            held.__exit__(type(error) if error is not None else None, error, None)
+
+        held = owned.pop_all()
+        try:
+            return load, BackgroundLoad(membership.rank, run=run, abort=abort, close=close, completed=completed)
+        except BaseException as error:
+            close(error)
+            raise
