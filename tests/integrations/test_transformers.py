@@ -17,7 +17,7 @@ from ray_streamer.integrations.transformers import from_pretrained
 from ray_streamer.integrations.transformers.support import refuse_uncuttable
 from ray_streamer.settings import Settings
 
-TIMEOUT_SECONDS = 120
+TIMEOUT_SECONDS = 300
 SIZES = {
     "vocab_size": 130,
     "hidden_size": 64,
