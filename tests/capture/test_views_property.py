@@ -163,7 +163,7 @@ def test_a_chain_of_views_lands_where_it_was_copied(data):
             part_of(params["room"]).copy_(apply(steps, tensor))
 
     captured = assert_same({"w": source}, {"room": room}, load)
-    assert captured.report.planned.names or captured.report.whole.names
+    assert captured.report.planned.names or captured.report.whole.names or report.early.num_bytes
 
 
 @settings(max_examples=150, deadline=None)

@@ -112,7 +112,7 @@ def test_another_time_on_a_shared_file_system_is_another_version(etags, other_no
 def test_another_size_is_another_version_everywhere(etags, other_node):
     storage = other_node(_cut)
     with pytest.raises(
-        ObjectChangedError, match=rf"{FILES[1]} on host .* it has 99 B, expected 3.12 KiB \(3200 bytes\)"
+        ObjectChangedError, match=rf"{FILES[1]} on host .* it has 99 bytes, expected 3.12 KiB \(3200 bytes\)"
     ):
         _read_all(storage, etags)
 
