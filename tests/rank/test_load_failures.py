@@ -391,7 +391,7 @@ def _cut_short(path, _):
 @pytest.mark.parametrize(
     ("change", "modified_ns", "message"),
     [
-        pytest.param(_write_in_place, 1, "was modified at 1970-01-01", id="other-time"),
+        pytest.param(_write_in_place, 1, "was modified at ", id="other-time"),
         pytest.param(_write_in_place, None, "given its old time of modification back", id="old-time"),
         pytest.param(_cut_short, None, "has 4 KiB, expected", id="cut-short"),
     ],
