@@ -163,7 +163,10 @@ def test_a_chain_of_views_lands_where_it_was_copied(data):
             part_of(params["room"]).copy_(apply(steps, tensor))
 
     captured = assert_same({"w": source}, {"room": room}, load)
-    assert captured.report.planned.names or captured.report.whole.names or report.early.num_bytes
+    report = captured.report
+    # What was joined is made in memory where it cannot be planned, and is read at once when a later step looks at it.
+    is_joined = any(step in (PLAIN["cat"], PLAIN["stack"]) for step in steps)
+    assert report.planned.names or report.whole.names or (is_joined and report.early.names)
 
 
 @settings(max_examples=150, deadline=None)
