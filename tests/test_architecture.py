@@ -16,7 +16,7 @@ PACKAGE = Path(ray_streamer.__file__).parent
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 ORDER = (
-    ("errors", "settings", "extent", "dtypes", "units", "machine", "process_limits", "wording", "rows"),
+    ("errors", "settings", "extent", "dtypes", "units", "machine", "process_limits", "wording", "rows", "column_bytes"),
     ("storage",),
     ("files",),
     ("checkpoint",),

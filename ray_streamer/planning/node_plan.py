@@ -7,13 +7,12 @@ every process. Where the bytes of a block go is no part of it: each rank knows t
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Self
 
 import numpy as np
-import pyarrow as pa
 
+from ray_streamer.column_bytes import columns_from_bytes, columns_to_bytes, refused
 from ray_streamer.errors import PlanError
 from ray_streamer.planning.assign import assign_readers
 from ray_streamer.planning.limits import ReadLimits
@@ -69,26 +68,20 @@ class NodePlan:
     def to_bytes(self) -> bytes:
         """The plan as it crosses to the node's other ranks; `from_bytes` reads it."""
         packed = np.packbits(self.takers, axis=1)
-        rows = pa.table(
-            {
-                "file": self.blocks.file_ids.astype(np.int32),
-                "start": self.blocks.starts,
-                "stop": self.blocks.stops,
-                "reader": self.readers,
-                **{f"takers_{at}": np.ascontiguousarray(packed[:, at]) for at in range(packed.shape[1])},
-            }
-        )
+        columns = {
+            "file": self.blocks.file_ids.astype(np.int32),
+            "start": self.blocks.starts,
+            "stop": self.blocks.stops,
+            "reader": self.readers,
+            **{f"takers_{at}": np.ascontiguousarray(packed[:, at]) for at in range(packed.shape[1])},
+        }
         said = {
             "limits": asdict(self.limits),
             "num_local_ranks": self.num_local_ranks,
             "needed_bytes": self.needed_bytes,
             "plan_hash": self.plan_hash,
         }
-        sink = pa.BufferOutputStream()
-        rows = rows.replace_schema_metadata({"node_plan": json.dumps(said)})
-        with pa.ipc.new_stream(sink, rows.schema, options=pa.ipc.IpcWriteOptions(compression="zstd")) as writer:
-            writer.write_table(rows)
-        return sink.getvalue().to_pybytes()
+        return columns_to_bytes(columns, said)
 
     @classmethod
     def from_bytes(cls, data: bytes | memoryview) -> Self:
@@ -97,22 +90,18 @@ class NodePlan:
         Raises:
             PlanError: This is none.
         """
-        try:
-            table = pa.ipc.open_stream(pa.py_buffer(data)).read_all().combine_chunks()
-            said = json.loads((table.schema.metadata or {})[b"node_plan"])
+        with refused(lambda error: PlanError(f"a node's plan cannot be parsed: {type(error).__name__}: {error}")):
+            columns, said = columns_from_bytes(data)
             num_ranks = int(said["num_local_ranks"])
-            packed = np.column_stack([table.column(f"takers_{at}").to_numpy() for at in range(-(-num_ranks // 8))])
-            blocks = BlockColumns(*(table.column(name).to_numpy() for name in ("file", "start", "stop")))
+            packed = np.column_stack([columns[f"takers_{at}"] for at in range(-(-num_ranks // 8))])
             return cls(
                 limits=ReadLimits(**said["limits"]),
-                blocks=blocks,
-                readers=table.column("reader").to_numpy(),
+                blocks=BlockColumns(*(columns[name] for name in ("file", "start", "stop"))),
+                readers=columns["reader"],
                 takers=np.unpackbits(packed, axis=1, count=num_ranks).astype(bool),
                 needed_bytes=int(said["needed_bytes"]),
                 plan_hash=str(said["plan_hash"]),
             )
-        except (pa.ArrowException, OSError, KeyError, ValueError, TypeError) as error:
-            raise PlanError(f"a node's plan cannot be parsed: {type(error).__name__}: {error}") from error
 
 
 def plan_node(index: CheckpointIndex, sources: Sequence[RankSources], limits: ReadLimits) -> NodePlan:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
 import numpy as np
-import pyarrow as pa
 
+from ray_streamer.column_bytes import columns_from_bytes, columns_to_bytes, refused
 from ray_streamer.errors import ClusterError
 from ray_streamer.rank.recorder import Phase, Spans, Step
 
@@ -69,14 +68,12 @@ class RankTrace:
     def to_bytes(self) -> bytes:
         """The trace as it crosses to the other ranks of the node; `from_bytes` reads it."""
         spans = self.spans
-        rows = pa.table(
-            {
-                **{name: getattr(self, name) for name in _COLUMNS},
-                "way": spans.ways,
-                "landed_bytes": spans.landed_bytes,
-                **{step.name: spans.times[step] for step in Step},
-            }
-        )
+        columns = {
+            **{name: getattr(self, name) for name in _COLUMNS},
+            "way": spans.ways,
+            "landed_bytes": spans.landed_bytes,
+            **{step.name: spans.times[step] for step in Step},
+        }
         said = {
             "rank": self.rank,
             "ranks": self.ranks,
@@ -84,11 +81,7 @@ class RankTrace:
             "files": self.files,
             "phases": spans.phases,
         }
-        rows = rows.replace_schema_metadata({"trace": json.dumps(said)})
-        sink = pa.BufferOutputStream()
-        with pa.ipc.new_stream(sink, rows.schema) as writer:
-            writer.write_table(rows)
-        return sink.getvalue().to_pybytes()
+        return columns_to_bytes(columns, said)
 
     @classmethod
     def from_bytes(cls, data: bytes | memoryview) -> Self:
@@ -97,13 +90,12 @@ class RankTrace:
         Raises:
             ClusterError: This is none.
         """
-        try:
-            table = pa.ipc.open_stream(pa.py_buffer(data)).read_all().combine_chunks()
-            said = json.loads((table.schema.metadata or {})[b"trace"])
+        with refused(lambda error: ClusterError(f"another rank gave something else than its trace: {error}")):
+            columns, said = columns_from_bytes(data)
             spans = Spans(
-                np.stack([table.column(step.name).to_numpy() for step in Step]),
-                table.column("way").to_numpy(),
-                table.column("landed_bytes").to_numpy(),
+                np.stack([columns[step.name] for step in Step]),
+                columns["way"],
+                columns["landed_bytes"],
                 phases=tuple(Phase(*phase) for phase in said["phases"]),
             )
             return cls(
@@ -111,8 +103,6 @@ class RankTrace:
                 ranks=tuple(said["ranks"]),
                 node=said["node"],
                 files=tuple(said["files"]),
-                **{name: table.column(name).to_numpy() for name in _COLUMNS},
+                **{name: columns[name] for name in _COLUMNS},
                 spans=spans,
             )
-        except (pa.ArrowException, KeyError, ValueError, TypeError) as error:
-            raise ClusterError(f"another rank gave something else than its trace: {error}") from error

@@ -6,12 +6,12 @@ compressed Arrow table.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple, Self
 
 import numpy as np
 
+from ray_streamer.column_bytes import columns_from_bytes, columns_to_bytes, refused
 from ray_streamer.errors import PlanError
 from ray_streamer.slices.move import Side
 from ray_streamer.units import counted
@@ -71,15 +71,8 @@ class RankSources:
 
     def to_bytes(self) -> bytes:
         """The sources as they cross to another process; `from_bytes` reads them."""
-        import pyarrow as pa
-
         said = [[[view.shape, view.side.offset, view.side.strides] for view in pattern] for pattern in self.patterns]
-        schema = pa.schema([(name, pa.int32()) for name in _COLUMNS], metadata={"patterns": json.dumps(said)})
-        rows = pa.record_batch([self.tensor_ids, self.pattern_ids], schema=schema)
-        sink = pa.BufferOutputStream()
-        with pa.ipc.new_stream(sink, schema, options=pa.ipc.IpcWriteOptions(compression="zstd")) as writer:
-            writer.write_batch(rows)
-        return sink.getvalue().to_pybytes()
+        return columns_to_bytes({name: getattr(self, name).astype(np.int32) for name in _COLUMNS}, said)
 
     @classmethod
     def from_bytes(cls, data: bytes | memoryview) -> Self:
@@ -88,16 +81,11 @@ class RankSources:
         Raises:
             PlanError: These are none.
         """
-        import pyarrow as pa
-
-        try:
-            table = pa.ipc.open_stream(pa.py_buffer(data)).read_all().combine_chunks()
-            said = json.loads((table.schema.metadata or {})[b"patterns"])
+        with refused(lambda error: PlanError(f"what a rank reads cannot be parsed: {type(error).__name__}: {error}")):
+            columns, said = columns_from_bytes(data)
             patterns = tuple(
                 tuple(SourceView(tuple(shape), Side(offset, tuple(strides))) for shape, offset, strides in pattern)
                 for pattern in said
             )
-            columns = [table.column(name).to_numpy() for name in _COLUMNS]
-        except (pa.ArrowException, OSError, KeyError, ValueError, TypeError) as error:
-            raise PlanError(f"what a rank reads cannot be parsed: {type(error).__name__}: {error}") from error
-        return cls(patterns, *columns)
+            sources = [columns[name] for name in _COLUMNS]
+        return cls(patterns, *sources)
