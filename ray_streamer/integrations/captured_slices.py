@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ray_streamer.capture import Capture
 from ray_streamer.checkpoint import locate
-from ray_streamer.rank.whole_tensors import read_whole
+from ray_streamer.rank.tensor_stream import read_whole
 from ray_streamer.storage import open_storage
 
 if TYPE_CHECKING:

@@ -27,6 +27,7 @@ from ray_streamer.errors import ClusterError
 from ray_streamer.planning.limits import AS_MUCH_AS_USEFUL, DEFAULT_MEMORY_LIMIT
 from ray_streamer.process_limits import limits_explained
 from ray_streamer.rank.shared_cells import CellLayout, SharedCells
+from ray_streamer.rank.tensor_stream import as_stored
 from ray_streamer.stream.threads import TaskThreads
 from ray_streamer.units import exact_bytes
 
@@ -268,11 +269,10 @@ class SharedTensors:
             self.bytes_read += extent.num_bytes
 
     def _tensor(self, position: int) -> torch.Tensor:
-        extent, stored = self._index.extent_of(position), self._index.dtype_of(position)
+        extent, itemsize = self._index.extent_of(position), self._index.dtype_of(position).torch_bits // 8
         start = self._cells.layout.offset_of(int(self._index.file_ids[position]), extent.start)
         cells, page_offset = self._cells_of(position), start % mmap.PAGESIZE
-        dtype = getattr(torch, stored.torch_name)
-        if extent.num_bytes <= _COPIED_BYTES or extent.start % dtype.itemsize:
+        if extent.num_bytes <= _COPIED_BYTES or extent.start % itemsize:
             memory = torch.empty(extent.num_bytes, dtype=torch.uint8)
             self._cells.copy_into(memory.numpy().data, start)
             self._dropped.append(cells)
@@ -280,7 +280,7 @@ class SharedTensors:
             mapping = self._mapped(start - page_offset, page_offset + extent.num_bytes, mmap.MAP_PRIVATE)
             weakref.finalize(mapping, self._dropped.append, cells).atexit = False
             memory = torch.frombuffer(mapping, dtype=torch.uint8, offset=page_offset, count=extent.num_bytes)
-        return memory.view(dtype).reshape(stored.torch_shape(self._index.shape_of(position)))
+        return as_stored(memory, self._index, position)
 
     def _mapped(self, start: int, num_bytes: int, flags: int) -> mmap.mmap:
         with limits_explained(f"map {exact_bytes(num_bytes)} of memory that ranks share"):

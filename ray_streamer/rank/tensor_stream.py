@@ -98,6 +98,21 @@ def stream_tensors(
         readers.shutdown(cancel_futures=True)
 
 
+def read_whole(
+    index: CheckpointIndex, storage: Storage, names: Sequence[str], *, block_bytes: int, concurrency: int
+) -> dict[str, torch.Tensor]:
+    """All tensors of those names at once, in host memory of their own; arguments and errors as of `stream_tensors`."""
+    num_bytes = sum(index.extent_of(index.position(name)).num_bytes for name in names)
+    limits = StreamLimits(memory_limit=2 * num_bytes, block_bytes=block_bytes, max_gap_bytes=0, concurrency=concurrency)
+    return dict(stream_tensors(index, storage, names, limits))
+
+
+def as_stored(memory: torch.Tensor, index: CheckpointIndex, position: int) -> torch.Tensor:
+    """The tensor whose bytes, all of them, are `memory`: uint8, and aligned for the tensor's dtype."""
+    stored = index.dtype_of(position)
+    return memory.view(getattr(torch, stored.torch_name)).reshape(stored.torch_shape(index.shape_of(position)))
+
+
 @dataclass(frozen=True, slots=True)
 class _Unit:
     """Tensors that are read together.
@@ -205,5 +220,4 @@ def _tensor(index: CheckpointIndex, position: int, begun: _Begun) -> torch.Tenso
     if len(begun.unit.positions) > 1:
         extent, first = index.extent_of(position), begun.unit.extent.start
         memory = memory[extent.start - first : extent.stop - first].clone()
-    stored = index.dtype_of(position)
-    return memory.view(getattr(torch, stored.torch_name)).reshape(stored.torch_shape(index.shape_of(position)))
+    return as_stored(memory, index, position)

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from ray_streamer.checkpoint import open_checkpoint
 from ray_streamer.errors import ObjectChangedError
-from ray_streamer.rank.whole_tensors import read_whole
+from ray_streamer.rank.tensor_stream import read_whole
 from ray_streamer.settings import Settings
 from ray_streamer.storage import open_storage
 
