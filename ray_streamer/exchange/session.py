@@ -149,15 +149,7 @@ class NodeSession:
             BaseException: On the first rank, what `make` raised; the session is over then.
             RankFailedError: On the others: names the first rank, its `cause` is that error.
         """
-        self.stop.check()
-        step = self._next_step()
-        if not self.is_first:
-            return self._mailbox.take([0], step)[0].value
-        try:
-            return self._give(step, make()).value
-        except BaseException as error:
-            self.fail(error)
-            raise
+        return self._given_by_first(lambda step: self._give(step, make())).value
 
     def share_memory(self, make: Callable[[], int]) -> int:
         """Memory that all ranks read and write: a descriptor, the caller's to close on every rank.
@@ -169,17 +161,12 @@ class NodeSession:
             BaseException: On the first rank, what `make` raised; the session is over then.
             RankFailedError: On the others: names the first rank, its `cause` is that error.
         """
-        self.stop.check()
-        step = self._next_step()
-        if not self.is_first:
-            return self._mailbox.take([0], step)[0].fd
-        try:
+
+        def give(step: int) -> Received:
             fd = make()
-            self._give(step, b"", fd, HANDED_OVER)
-        except BaseException as error:
-            self.fail(error)
-            raise
-        return fd
+            return self._give(step, b"", fd, HANDED_OVER)._replace(fd=fd)
+
+        return self._given_by_first(give).fd
 
     def lend(self, about: bytes, fd: int, num_bytes: int) -> tuple[Lent, ...]:
         """Lends memory to all ranks and maps theirs; every rank's, in local order.
@@ -261,6 +248,18 @@ class NodeSession:
     def _next_step(self) -> int:
         self._step += 1
         return self._step
+
+    def _given_by_first(self, give: Callable[[int], Received]) -> Received:
+        """The first rank's part of the next step, which it gives by `give`; an error of that ends the session."""
+        self.stop.check()
+        step = self._next_step()
+        if not self.is_first:
+            return self._mailbox.take([0], step)[0]
+        try:
+            return give(step)
+        except BaseException as error:
+            self.fail(error)
+            raise
 
     def _exchange(self, value: bytes, fd: int = -1, memory_bytes: int = 0) -> list[Received]:
         self.stop.check()

@@ -141,7 +141,7 @@ def agree_on_index(
         smallest, limits, reads_values = _gather_terms(session, request, memory_limit, reads_values=reads_values)
     session.activity.phase = "reading the headers"
     if index_bytes is None:
-        index_bytes = _share_index(session, request, storage)
+        index_bytes = made_by_first(session, lambda: index_to_bytes(request.read_index(storage)))
     return Met(
         index=index_from_bytes(index_bytes),
         memory_limit=memory_limit,
@@ -205,10 +205,6 @@ def _say(session: NodeSession, request: LoadRequest, storage: Storage, met: Met)
         )
 
 
-def _share_index(session: NodeSession, request: LoadRequest, storage: Storage) -> memoryview:
-    return _shared(session, lambda: index_to_bytes(request.read_index(storage)))
-
-
 def _share_plan(session: NodeSession, index: CheckpointIndex, said: RankSlices, limits: ReadLimits) -> NodePlan:
     """The node's plan, made by its first rank of what all of them read."""
     told = session.gather(RankSources.of(said).to_bytes())
@@ -219,11 +215,16 @@ def _share_plan(session: NodeSession, index: CheckpointIndex, said: RankSlices, 
         sources = {words: RankSources.from_bytes(words) for words in dict.fromkeys(words_of_ranks)}
         return plan_node(index, [sources[words] for words in words_of_ranks], limits).to_bytes()
 
-    return NodePlan.from_bytes(_shared(session, make))
+    return NodePlan.from_bytes(made_by_first(session, make))
 
 
-def _shared(session: NodeSession, make: Callable[[], bytes]) -> memoryview:
-    """What the first rank of the node made."""
+def made_by_first(session: NodeSession, make: Callable[[], bytes]) -> memoryview:
+    """What `make` returned on the first rank of the node, where alone it is called.
+
+    Raises:
+        RayStreamerError: What `make` raised, on all ranks.
+        RankFailedError: Another rank failed, or the first one in another way.
+    """
     try:
         return session.share(make)
     except RankFailedError as error:

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 from ray_streamer.api.membership import find_membership
 from ray_streamer.checkpoint.index_bytes import index_from_bytes, index_to_bytes
-from ray_streamer.errors import RankFailedError, RayStreamerError
 from ray_streamer.exchange.session import NodeSession
+from ray_streamer.rank.agreement import made_by_first
 from ray_streamer.rank.shared_tensors import SharedTensors
 
 if TYPE_CHECKING:
@@ -66,12 +66,7 @@ class NodeRanks:
         Raises:
             RayStreamerError: What it raised, on all ranks.
         """
-        try:
-            return index_from_bytes(self.session.share(lambda: index_to_bytes(make())))
-        except RankFailedError as error:
-            if error.rank == self.session.place.ranks[0] and isinstance(error.cause, RayStreamerError):
-                raise error.cause from error
-            raise
+        return index_from_bytes(made_by_first(self.session, lambda: index_to_bytes(make())))
 
     def stream(
         self, index: CheckpointIndex, storage: Storage, names: Sequence[str], *, memory_limit: int, settings: Settings
