@@ -33,8 +33,8 @@ from torch.futures import Future
 
 from ray_streamer.api.process_group import this_machine
 from ray_streamer.api.rank import load_rank
+from ray_streamer.capture.results import NAMES_OF_DTYPES
 from ray_streamer.checkpoint import locate, open_checkpoint
-from ray_streamer.dtypes import DTYPES
 from ray_streamer.errors import CheckpointError, PlanError, SettingsError
 from ray_streamer.settings import Settings
 from ray_streamer.slices import Move, RankSlices, ResultSpec
@@ -298,6 +298,4 @@ def _logical_box(item: ReadItem, stored: DType, shape: tuple[int, ...]) -> tuple
 def _dtype_name(dtype: torch.dtype, stored: DType) -> str:
     """What a header calls the dtype of the memory; the stored one where torch has the same for both."""
     torch_name = str(dtype).removeprefix("torch.")
-    if torch_name == stored.torch_name:
-        return stored.name
-    return next((known.name for known in DTYPES if known.torch_name == torch_name and not known.is_packed), torch_name)
+    return stored.name if torch_name == stored.torch_name else NAMES_OF_DTYPES.get(dtype, torch_name)

@@ -22,6 +22,8 @@ from ray_streamer.integrations.transformers.model_class import class_of, read_co
 from ray_streamer.integrations.transformers.support import refuse_arguments, refuse_quantized, refuse_uncuttable
 from ray_streamer.settings import Settings
 from ray_streamer.storage import absolute_uri
+from ray_streamer.units import counted
+from ray_streamer.wording import listed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -139,9 +141,8 @@ def _built(
         ) from error
     missing = sorted(info["missing_keys"])
     if missing:
-        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
         raise CheckpointError(
-            f"{uri}: lacks weights of {model_class.__name__}: {', '.join(missing[:5])}{more}; give the class that the "
+            f"{uri}: lacks weights of {model_class.__name__}: {listed(missing)}; give the class that the "
             'checkpoint was saved from, or "auto"'
         )
     return model
@@ -176,7 +177,7 @@ def _ranks_of(tp: int | None) -> int:
         return num_ranks
     if tp != 1:
         raise SettingsError(
-            f"tp={tp}, and this job has {num_ranks} rank{'s' * (num_ranks != 1)}: start {tp}, as with torchrun "
+            f"tp={tp}, and this job has {counted(num_ranks, 'rank')}: start {tp}, as with torchrun "
             f"--nproc-per-node {tp}, or leave tp out"
         )
     return tp
