@@ -24,7 +24,7 @@ import tempfile
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -32,6 +32,9 @@ import ray_streamer
 import ray_streamer.api.rank
 from ray_streamer import Settings, Split
 from ray_streamer.errors import RankFailedError, ShortReadError, StartupTimeoutError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
 
 NUM_RANKS = 4
 NUM_TENSORS = 24
@@ -210,14 +213,24 @@ def main(num_rounds: int, seed: int) -> int:
                 f"{end} within {result['seconds']:5.2f} s {'; '.join(wrong) or 'ok'}",
                 flush=True,
             )
-    for (action, end), seconds in sorted(table.items()):
-        ordered = sorted(seconds)
-        middle = ordered[len(ordered) // 2]
-        print(f"{action:5} {end:6} {len(ordered):3} times, median {middle:5.2f} s, longest {ordered[-1]:5.2f} s")
-    print(f"{num_bad} of {num_rounds} rounds were not as they should be")
+    say_table(table, num_bad, num_rounds)
     return num_bad
 
 
-if __name__ == "__main__":
+def say_table(table: Mapping[tuple[str, str], list[float]], num_bad: int, num_rounds: int) -> None:
+    """Prints how often and how fast each action came to each end, and how many rounds were wrong."""
+    for (action, end), seconds in sorted(table.items()):
+        ordered = sorted(seconds)
+        middle = ordered[len(ordered) // 2]
+        print(f"{action:5} {end:20} {len(ordered):3} times, median {middle:5.2f} s, longest {ordered[-1]:5.2f} s")
+    print(f"{num_bad} of {num_rounds} rounds were not as they should be")
+
+
+def main_with_arguments(play_rounds: Callable[[int, int], int]) -> None:
+    """Runs `play_rounds` with number of rounds and seed of the command line; exits with whether any round was wrong."""
     given = [int(argument) for argument in sys.argv[1:]]
-    sys.exit(bool(main(*[*given, *(100, 1)[len(given) :]])))
+    sys.exit(bool(play_rounds(*[*given, *(100, 1)[len(given) :]])))
+
+
+if __name__ == "__main__":
+    main_with_arguments(main)

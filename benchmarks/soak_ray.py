@@ -16,7 +16,6 @@ import os
 import random
 import re
 import signal
-import sys
 import tempfile
 import threading
 import time
@@ -26,7 +25,7 @@ from typing import Any
 
 import ray
 from ray.util.placement_group import placement_group_table
-from soak_ranks import write_checkpoint
+from soak_ranks import main_with_arguments, say_table, write_checkpoint
 
 import ray_streamer
 from ray_streamer import Settings, Split
@@ -139,14 +138,9 @@ def main(num_rounds: int, seed: int) -> int:
                 flush=True,
             )
     ray.shutdown()
-    for (action, end), seconds in sorted(table.items()):
-        ordered = sorted(seconds)
-        middle = ordered[len(ordered) // 2]
-        print(f"{action} {end:20} {len(ordered):3} times, median {middle:5.2f} s, longest {ordered[-1]:5.2f} s")
-    print(f"{num_bad} of {num_rounds} rounds were not as they should be")
+    say_table(table, num_bad, num_rounds)
     return num_bad
 
 
 if __name__ == "__main__":
-    given = [int(argument) for argument in sys.argv[1:]]
-    sys.exit(bool(main(*[*given, *(100, 1)[len(given) :]])))
+    main_with_arguments(main)
