@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
-
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -13,6 +11,7 @@ from ray_streamer.capture import Capture
 from ray_streamer.checkpoint.open import HEAD_BYTES
 from ray_streamer.errors import ObjectMissingError, RankFailedError
 from ray_streamer.settings import Settings
+from ray_streamer.testing.spawned import answers_of
 
 TIMEOUT_SECONDS = 120
 SLACK_BYTES = 10_000
@@ -112,34 +111,17 @@ def fill(uri, rank, world_size, tensors, group):
     return wrong, statistics[0].bytes_read + source.early_bytes
 
 
-def rank_process(uri, rank, world_size, tensors, meeting, sender):
+def fill_in_group(uri, rank, world_size, tensors, meeting):
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    try:
-        dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world_size)
-        sender.send(fill(uri, rank, world_size, tensors, dist.group.WORLD))
-    except BaseException as error:
-        sender.send(error)
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world_size)
+    return fill(uri, rank, world_size, tensors, dist.group.WORLD)
 
 
 def on_ranks(uri_of, world_size, tensors, tmp_path):
-    context = multiprocessing.get_context("spawn")
-    started = []
-    for rank in range(world_size):
-        receiver, sender = context.Pipe(duplex=False)
-        arguments = (uri_of(rank), rank, world_size, tensors, tmp_path / "meeting", sender)
-        process = context.Process(target=rank_process, args=arguments, daemon=True)
-        process.start()
-        sender.close()
-        started.append((process, receiver))
-    answers = []
-    for _, receiver in started:
-        assert receiver.poll(TIMEOUT_SECONDS), "a rank gave no answer"
-        answers.append(receiver.recv())
-    for process, _ in started:
-        process.join(TIMEOUT_SECONDS)
-    return answers
+    ranks = [(uri_of(rank), rank, world_size, tensors, tmp_path / "meeting") for rank in range(world_size)]
+    return answers_of(fill_in_group, ranks, timeout_seconds=TIMEOUT_SECONDS)
 
 
 def all_bytes(tensors):

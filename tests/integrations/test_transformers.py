@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 
 import pytest
 import torch
@@ -16,6 +15,7 @@ from ray_streamer.errors import CheckpointError, SettingsError, ShardingError
 from ray_streamer.integrations.transformers import from_pretrained
 from ray_streamer.integrations.transformers.support import refuse_uncuttable
 from ray_streamer.settings import Settings
+from ray_streamer.testing.spawned import answers_of
 
 TIMEOUT_SECONDS = 300
 SIZES = {
@@ -225,33 +225,12 @@ def same_part(mine, theirs):
     return not isinstance(mine, DTensor) and torch.equal(mine, theirs)
 
 
-def rank_process(rank, uris, folders, meeting, sender):
+def compare_all(rank, uris, folders, meeting):
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    try:
-        dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
-        sender.send({name: compare(uris[name], folders[name]) for name in folders})
-    except BaseException as error:
-        sender.send(error)
-
-
-def on_two_ranks(uris, folders, meeting):
-    context = multiprocessing.get_context("spawn")
-    started = []
-    for rank in range(2):
-        receiver, sender = context.Pipe(duplex=False)
-        process = context.Process(target=rank_process, args=(rank, uris, folders, meeting, sender), daemon=True)
-        process.start()
-        sender.close()
-        started.append((process, receiver))
-    answers = []
-    for _, receiver in started:
-        assert receiver.poll(TIMEOUT_SECONDS), "a rank gave no answer"
-        answers.append(receiver.recv())
-    for process, _ in started:
-        process.join(TIMEOUT_SECONDS)
-    return answers
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
+    return {name: compare(uris[name], folders[name]) for name in folders}
 
 
 def test_two_ranks_share_a_model_in_s3_and_read_it_once(folders, s3_credentials, tmp_path, monkeypatch):
@@ -260,7 +239,8 @@ def test_two_ranks_share_a_model_in_s3_and_read_it_once(folders, s3_credentials,
     folders = {name: folder for name, folder in folders.items() if name != "llama"}
     uris = {name: s3_credentials.upload_folder(folder, "transformers", name) for name, folder in folders.items()}
     sent = s3_credentials.bytes_sent()
-    answers = on_two_ranks(uris, folders, tmp_path / "meeting")
+    ranks = [(rank, uris, folders, tmp_path / "meeting") for rank in range(2)]
+    answers = answers_of(compare_all, ranks, timeout_seconds=TIMEOUT_SECONDS)
     assert answers == [{name: [] for name in folders}] * 2
     sent = s3_credentials.bytes_sent() - sent
     files = [path for folder in folders.values() for path in folder.iterdir()]
