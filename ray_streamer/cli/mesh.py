@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ray_streamer.api.arguments import SHARDING
+from ray_streamer.cli.parsed import Parsed
 
 if TYPE_CHECKING:
     from ray_streamer.sharding.experts import ExpertsLike
@@ -28,7 +29,10 @@ def parse_stages(text: str) -> int | tuple[int, ...]:
     Raises:
         ValueError: It is neither.
     """
-    counts = tuple(map(int, text.split(",")))
+    try:
+        counts = tuple(map(int, text.split(",")))
+    except ValueError:
+        raise ValueError(f"{text!r} is neither a number of stages nor a list of layers such as 31,30") from None
     return counts[0] if len(counts) == 1 else counts
 
 
@@ -39,12 +43,13 @@ def parse_experts(text: str) -> ExpertsLike:
     {3: [[0, 2], [1, 3]]}
 
     Raises:
-        ValueError: It is no such JSON; says what it looks like.
-        OSError: There is no such file, or it cannot be read.
+        ValueError: It is no such JSON, or no file that can be read; says what it looks like.
     """
     is_json = text.lstrip().startswith(("[", "{"))
     try:
         said: Any = json.loads(text if is_json else Path(text).expanduser().read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{text!r} is neither JSON nor a file that can be read: {error.strerror}") from None
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(
             f"{text if is_json else f'file {text}'} is no JSON ({error}); give {_EXPERTS_GRAMMAR}"
@@ -61,16 +66,6 @@ def _is_groups(value: Any) -> bool:
     )
 
 
-class _Stages(click.ParamType):  # pyright: ignore[reportMissingTypeArgument]  # generic since click 8.4 only
-    name = "number"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | tuple[int, ...]:
-        try:
-            return parse_stages(value) if isinstance(value, str) else value
-        except ValueError:
-            self.fail(f"{value!r} is neither a number of stages nor a list of layers such as 31,30", param, ctx)
-
-
 class _Groups(click.ParamType):  # pyright: ignore[reportMissingTypeArgument]  # generic since click 8.4 only
     name = "number"
 
@@ -82,23 +77,11 @@ class _Groups(click.ParamType):  # pyright: ignore[reportMissingTypeArgument]  #
         return click.IntRange(1).convert(value, param, ctx)
 
 
-class _Experts(click.ParamType):  # pyright: ignore[reportMissingTypeArgument]  # generic since click 8.4 only
-    name = "json|file"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> ExpertsLike:
-        try:
-            return parse_experts(value) if isinstance(value, str) else value
-        except OSError as error:
-            self.fail(f"{value!r} is neither JSON nor a file that can be read: {error.strerror}", param, ctx)
-        except ValueError as error:
-            self.fail(str(error), param, ctx)
-
-
 MESH_OPTIONS = (
     click.option("--tp", type=click.IntRange(1), required=True, help="Ranks that share the tensors of one stage."),
     click.option(
         "--pp",
-        type=_Stages(),
+        type=Parsed("number", parse_stages),
         default=str(SHARDING.pp),
         show_default=True,
         help="Pipeline stages; or the number of layers of each: 31,30.",
@@ -113,7 +96,7 @@ MESH_OPTIONS = (
     ),
     click.option(
         "--experts",
-        type=_Experts(),
+        type=Parsed("json|file", parse_experts),
         help="With --ep: which experts each group holds, as JSON or a file with JSON: [[0, 1], [2, 3]], or such lists by "
         "layer.",
     ),

@@ -6,13 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ray_streamer.cli.parsed import Parsed
 from ray_streamer.errors import ShardingError
 from ray_streamer.sharding.cast import CASTABLE
 from ray_streamer.sharding.fuse import STANDARD_FUSIONS, checked_fusions
 from ray_streamer.sharding.rename import renaming
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from ray_streamer.sharding.fuse import FuseLike
 
@@ -73,20 +74,6 @@ def parse_renaming(text: str) -> tuple[str, str]:
     return expression, replacement
 
 
-class _Parsed(click.ParamType):  # pyright: ignore[reportMissingTypeArgument]  # generic since click 8.4 only
-    """What a function makes of the text; its ValueError is wrong usage."""
-
-    def __init__(self, name: str, parse: Callable[[str], Any]) -> None:
-        self.name = name
-        self._parse = parse
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        try:
-            return self._parse(value) if isinstance(value, str) else value
-        except ValueError as error:
-            self.fail(str(error), param, ctx)
-
-
 def _fusions(ctx: click.Context, param: click.Parameter, said: Sequence[Any]) -> FuseLike:
     """What `fuse=` means in Python."""
     if not said:
@@ -115,7 +102,7 @@ def _refuse_twice(names: Sequence[str], ctx: click.Context, param: click.Paramet
 RESULT_OPTIONS = (
     click.option(
         "--fuse",
-        type=_Parsed("name=module,module", lambda text: text if text == STANDARD else parse_fusion(text)),
+        type=Parsed("name=module,module", lambda text: text if text == STANDARD else parse_fusion(text)),
         is_flag=False,
         flag_value=STANDARD,
         multiple=True,
@@ -125,7 +112,7 @@ RESULT_OPTIONS = (
     ),
     click.option(
         "--dtype",
-        type=_Parsed("[glob=]dtype", parse_dtype),
+        type=Parsed("[glob=]dtype", parse_dtype),
         multiple=True,
         callback=_dtypes,
         help=f"Cast floating tensors while they load, to {', '.join(CASTABLE)}. With a glob of tensor names: only those; may be "
@@ -133,7 +120,7 @@ RESULT_OPTIONS = (
     ),
     click.option(
         "--rename",
-        type=_Parsed("expression=replacement", parse_renaming),
+        type=Parsed("expression=replacement", parse_renaming),
         multiple=True,
         callback=lambda _ctx, _param, said: list(said) or None,
         help=r"Replace what a regular expression finds in tensor names, such as '^model\.='; may be given again, applied in "

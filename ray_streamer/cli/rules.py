@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, get_args
+from typing import get_args
 
 import click
 
 from ray_streamer.api.arguments import SHARDING
+from ray_streamer.cli.parsed import Parsed
 from ray_streamer.errors import ShardingError
 from ray_streamer.sharding import Placement, Replicate, Rule, Skip, Split, SplitVocabulary
 from ray_streamer.sharding.groups import Unmatched
@@ -43,21 +44,11 @@ def _parse_placement(text: str) -> Placement:
     return placements[text]
 
 
-class _RuleType(click.ParamType):  # pyright: ignore[reportMissingTypeArgument]  # generic since click 8.4 only
-    name = "glob=placement"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Rule:
-        try:
-            return value if isinstance(value, Rule) else parse_rule(value)
-        except ShardingError as error:
-            self.fail(str(error), param, ctx)
-
-
 RULE_OPTIONS = (
     click.option(
         "--rule",
         "rules",
-        type=_RuleType(),
+        type=Parsed("glob=placement", parse_rule),
         multiple=True,
         callback=lambda _ctx, _param, rules: rules or None,
         help="How tensors lie whose name matches the glob, before the preset that config.json names; may be given "
