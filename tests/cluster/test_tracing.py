@@ -64,7 +64,7 @@ def test_every_rank_is_drawn_with_the_clock_of_its_node(workers, tmp_path):
     for rank, worker in enumerate(workers):
         terms = MemoryTerms(MEMORY_LIMIT, worker._request.read_limits((MEMORY_LIMIT,)))
         seating = Seating(session=f"traced-{rank}-{tmp_path.name}", ranks=(rank,), node=f"node-{rank}", terms=terms)
-        worker.agree(worker.read_index(worker._request), seating)
+        worker.agree(worker._request, worker.read_index(worker._request), seating)
         phases.end("plan")
         worker.load()
         phases.end("load")

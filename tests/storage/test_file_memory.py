@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import gc
 import os
@@ -45,10 +46,20 @@ def test_memory_shows_the_file_and_cannot_be_written(file):
     assert array[257] == 1
 
 
+def _descriptors():
+    """Number and target of each descriptor of this process, but the one for looking."""
+    found = set()
+    for number in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):
+            found.add((number, os.readlink(f"/proc/self/fd/{number}")))
+    return found
+
+
 def test_no_descriptor_is_held(file):
-    before = os.listdir("/proc/self/fd")
+    before = _descriptors()
     views = [_map(file, 25600) for _ in range(50)]
-    assert len(os.listdir("/proc/self/fd")) == len(before)
+    # Some that earlier tests left to the collector may be gone.
+    assert _descriptors() <= before
     assert all(view[1] == 1 for view in views)
 
 
