@@ -154,5 +154,6 @@ class StagedReads:
         takers = self._mine.takers(block)
         if takers:
             self._arena.hold(slot, len(takers))
-            self._neighbours.announce(block, slot, takers)
+            # Before: a neighbour may copy while this rank still tells the next one.
             self._recorder.mark(Step.ANNOUNCED, block)
+            self._neighbours.announce(block, slot, takers)
