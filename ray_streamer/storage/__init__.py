@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+from typing import TYPE_CHECKING
+
 from ray_streamer.storage.base import ObjectInfo, Storage, StorageSettings
+from ray_streamer.storage.stores import kind_of
 from ray_streamer.storage.uri import UriLike, absolute_uri, scheme_of
+
+if TYPE_CHECKING:
+    from ray_streamer.storage.object_store import ObjectStore
 
 __all__ = ["ObjectInfo", "Storage", "StorageSettings", "UriLike", "absolute_uri", "open_storage", "scheme_of"]
 
@@ -22,14 +29,16 @@ def open_storage(uri: UriLike, settings: StorageSettings) -> Storage:
         from ray_streamer.storage.posix import PosixStorage
 
         return PosixStorage(uri, settings)
-    if scheme == "s3":
-        from ray_streamer.storage.s3 import S3Storage
-
-        return S3Storage(uri, settings)
     if scheme == "memory":
         from ray_streamer.storage.memory import MemoryStorage
 
         return MemoryStorage(uri, settings)
+    kind = kind_of(scheme)
+    if kind is not None:
+        from ray_streamer.storage.object_storage import ObjectStorage
+
+        store: ObjectStore = import_module(kind.module).open_store(uri, settings)
+        return ObjectStorage(uri, settings, store)
     from ray_streamer.storage.arrow import open_arrow
 
     return open_arrow(uri, settings)

@@ -42,17 +42,19 @@ class HttpClient:
 
     Args:
         settings: Timeouts, share of extra requests, bandwidth.
-        ca_file: By which https servers are trusted.
+        ca_file: By which https servers are trusted; empty for those that the system trusts.
         tally: Where connections, extra requests and thrown-away bytes are counted.
+        is_public_web: Whether servers may name others, so that link-local addresses are refused; see `Dialer`.
     """
 
-    def __init__(self, settings: StorageSettings, *, ca_file: str, tally: Tally) -> None:
+    def __init__(self, settings: StorageSettings, *, ca_file: str, tally: Tally, is_public_web: bool = False) -> None:
         self._closing = threading.Event()
         self._pool = HttpPool(
             connect_timeout_seconds=settings.connect_timeout_seconds,
             ca_file=ca_file,
             tally=tally,
             closing=self._closing,
+            is_public_web=is_public_web,
         )
         self._hedging = Hedging(max_fraction=settings.hedge_percent / 100)
         self._bandwidth = Bandwidth(settings.max_bandwidth, self._closing)

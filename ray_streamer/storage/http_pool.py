@@ -24,19 +24,30 @@ class HttpPool:
 
     Args:
         connect_timeout_seconds: For addresses, proxy and TLS together, each.
-        ca_file: By which https servers are trusted.
+        ca_file: By which https servers are trusted; empty for those that the system trusts.
         tally: Where connections and thrown-away bytes are counted.
         closing: Set before `close`; ends attempts to connect.
+        is_public_web: Whether link-local addresses are refused.
     """
 
-    def __init__(self, *, connect_timeout_seconds: float, ca_file: str, tally: Tally, closing: threading.Event) -> None:
+    def __init__(
+        self,
+        *,
+        connect_timeout_seconds: float,
+        ca_file: str,
+        tally: Tally,
+        closing: threading.Event,
+        is_public_web: bool,
+    ) -> None:
         self._timeout_seconds = connect_timeout_seconds
         self._ca_file = ca_file
         self._tally = tally
         self._tls: ssl.SSLContext | None = None
         self._lock = threading.Lock()
         self._closing = closing
-        self._dialer = Dialer(timeout_seconds=connect_timeout_seconds, closing=closing)
+        self._dialer = Dialer(
+            timeout_seconds=connect_timeout_seconds, closing=closing, refuses_link_local=is_public_web
+        )
         self._idle: dict[Route, list[HttpConnection]] = {}
         self._busy: set[HttpConnection] = set()
 
@@ -102,7 +113,7 @@ class HttpPool:
     def _tls_context(self) -> ssl.SSLContext:
         with self._lock:
             if self._tls is None:
-                self._tls = ssl.create_default_context(cafile=self._ca_file)
+                self._tls = ssl.create_default_context(cafile=self._ca_file or None)
             return self._tls
 
 

@@ -13,7 +13,7 @@ import re
 import ssl
 import threading
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -29,6 +29,7 @@ from botocore.loaders import create_loader
 
 from ray_streamer.errors import AccessError, SettingsError, StorageError
 from ray_streamer.storage.bounded_call import call_within
+from ray_streamer.storage.object_store import Request
 from ray_streamer.storage.redaction import NO_SECRETS
 from ray_streamer.storage.s3_location import S3Location
 
@@ -81,14 +82,14 @@ class S3Access:
             self._in_time(lambda: self.client.generate_presigned_url("get_object", Params=what, ExpiresIn=seconds))
         )
 
-    def sign_listing(self, prefix: str, token: str, *, recursive: bool) -> SignedRequest:
+    def sign_listing(self, prefix: str, token: str, *, recursive: bool) -> Request:
         """A request for the page of keys below a prefix that `token` names, the first one when it is empty.
 
         Its headers are signed, not its url: some stores take signed urls for objects only.
         """
         more = ({"ContinuationToken": token} if token else {}) | ({} if recursive else {"Delimiter": "/"})
 
-        def sign() -> SignedRequest:
+        def sign() -> Request:
             self.client.list_objects_v2(**self.arguments, Prefix=prefix, **more)
             return _signed.request
 
@@ -103,25 +104,17 @@ class S3Access:
             raise StorageError(message) from None
 
 
-@dataclass(frozen=True, slots=True)
-class SignedRequest:
-    """One GET, ready to be sent."""
-
-    url: str
-    headers: dict[str, str] = field(repr=False)
-
-    @classmethod
-    def of(cls, request: AWSPreparedRequest) -> SignedRequest:
-        """What boto3 would send; who sends it names itself and the server."""
-        lines = {name: value if isinstance(value, str) else value.decode() for name, value in request.headers.items()}
-        unsigned = {"user-agent", "host", "content-length"}
-        return cls(request.url, {name: value for name, value in lines.items() if name.lower() not in unsigned})
+def _request_of(request: AWSPreparedRequest) -> Request:
+    """What boto3 would send; who sends it names itself and the server."""
+    lines = {name: value if isinstance(value, str) else value.decode() for name, value in request.headers.items()}
+    unsigned = {"user-agent", "host", "content-length"}
+    return Request(request.url, {name: value for name, value in lines.items() if name.lower() not in unsigned})
 
 
 class _Signed(threading.local):
     """What boto3 signed last in this thread, instead of sending it."""
 
-    request: SignedRequest
+    request: Request
 
 
 _signed = _Signed()
@@ -134,7 +127,7 @@ class _NoBody:
 
 def _keep_unsent(request: AWSPreparedRequest, **_: Any) -> AWSResponse:
     """Take the place of botocore's own HTTP client, see its event "before-send"."""
-    _signed.request = SignedRequest.of(request)
+    _signed.request = _request_of(request)
     return AWSResponse(request.url, 200, {}, _NoBody())
 
 

@@ -6,26 +6,13 @@ make a little text into a lot, are refused. Source: Amazon S3 API Reference, "Li
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 from urllib.parse import unquote_plus
 from xml.parsers import expat
 
-from ray_streamer.errors import StorageError
+from ray_streamer.storage.listing import MAX_TOKEN_CHARS, ListingPage
 from ray_streamer.units import counted, verb
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-MAX_PAGE_BYTES = 4 << 20
-"""Longer than any page of 1000 keys."""
-
-# A page has up to 1000 entries, folders included.
-_MAX_PAGES = 200
-_MAX_KEYS = 100_000
-_MAX_KEY_CHARS = 8 << 20
-_MAX_TOKEN_CHARS = 8192
 _MAX_DEPTH = 16
 _ROOT = "ListBucketResult"
 _KEY = (_ROOT, "Contents", "Key")
@@ -33,37 +20,24 @@ _CONTENTS = (_ROOT, "Contents")
 _WANTED = {(_ROOT, "IsTruncated"), (_ROOT, "NextContinuationToken"), (_ROOT, "EncodingType"), _KEY}
 
 
-@dataclass(frozen=True, slots=True)
-class ListingPage:
-    """One answer.
+def parse_page(body: bytes) -> ListingPage:
+    """What the XML says.
 
-    Attributes:
-        keys: In the order of the answer.
-        next_token: What the next request names; empty after the last page.
+    Raises:
+        ValueError: It is no such answer.
     """
-
-    keys: tuple[str, ...]
-    next_token: str
-
-    @classmethod
-    def parse(cls, body: bytes) -> ListingPage:
-        """What the XML says.
-
-        Raises:
-            ValueError: It is no such answer.
-        """
-        reader = _Reader()
-        try:
-            reader.feed(body)
-        except expat.ExpatError as error:
-            raise ValueError(f"no XML: {expat.ErrorString(error.code)}, line {error.lineno}") from None
-        token = reader.texts.get((_ROOT, "NextContinuationToken"), "")
-        is_truncated = reader.texts.get((_ROOT, "IsTruncated"), "").strip().lower() == "true"
-        if is_truncated and not 0 < len(token) <= _MAX_TOKEN_CHARS:
-            raise ValueError("there is more, and no usable continuation token that leads there")
-        is_encoded = reader.texts.get((_ROOT, "EncodingType"), "").strip() == "url"
-        keys = tuple(unquote_plus(key) for key in reader.keys) if is_encoded else tuple(reader.keys)
-        return cls(keys, token if is_truncated else "")
+    reader = _Reader()
+    try:
+        reader.feed(body)
+    except expat.ExpatError as error:
+        raise ValueError(f"no XML: {expat.ErrorString(error.code)}, line {error.lineno}") from None
+    token = reader.texts.get((_ROOT, "NextContinuationToken"), "")
+    is_truncated = reader.texts.get((_ROOT, "IsTruncated"), "").strip().lower() == "true"
+    if is_truncated and not 0 < len(token) <= MAX_TOKEN_CHARS:
+        raise ValueError("there is more, and no usable continuation token that leads there")
+    is_encoded = reader.texts.get((_ROOT, "EncodingType"), "").strip() == "url"
+    keys = tuple(unquote_plus(key) for key in reader.keys) if is_encoded else tuple(reader.keys)
+    return ListingPage(keys, token if is_truncated else "")
 
 
 @dataclass(slots=True)
@@ -111,41 +85,3 @@ class _Reader:
                 self.texts[self._path] = text
         self._text = None
         self._path = self._path[:-1]
-
-
-def list_keys(ask: Callable[[str], ListingPage], *, what: str, timeout_seconds: float) -> list[str]:
-    """The keys of all pages.
-
-    Args:
-        ask: Gives the page of a continuation token, the first one's being empty.
-        what: The listing, for messages.
-        timeout_seconds: No page is asked for later than that after the first.
-
-    Raises:
-        StorageError: The listing goes round in circles, never ends, or takes too long; or what `ask` raises.
-    """
-    deadline = time.monotonic() + timeout_seconds
-    keys: list[str] = []
-    # Hashes: tokens may be long.
-    seen: set[int] = set()
-    num_chars = 0
-    token = ""
-    while True:
-        page = ask(token)
-        keys += page.keys
-        token = page.next_token
-        if not token:
-            return keys
-        if hash(token) in seen:
-            raise StorageError(f"{what}: the store repeats a continuation token after {counted(len(keys), 'key')}")
-        seen.add(hash(token))
-        num_chars += sum(map(len, page.keys))
-        if len(seen) >= _MAX_PAGES or len(keys) > _MAX_KEYS or num_chars > _MAX_KEY_CHARS:
-            raise StorageError(
-                f"{what}: there is more after {counted(len(seen), 'page')} and {counted(len(keys), 'key')}; is this the folder of one checkpoint?"
-            )
-        if time.monotonic() >= deadline:
-            raise StorageError(
-                f"{what}: the listing has no end in {timeout_seconds:g} s (list_timeout_seconds), after "
-                f"{counted(len(seen), 'page')} and {counted(len(keys), 'key')}"
-            )

@@ -8,6 +8,7 @@ RFC 8305, "Happy Eyeballs Version 2", section 5.
 from __future__ import annotations
 
 import errno
+import ipaddress
 import os
 import select
 import socket
@@ -17,6 +18,7 @@ from collections import Counter, deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ray_streamer.errors import StorageError
 from ray_streamer.storage.bounded_call import call_within
 
 if TYPE_CHECKING:
@@ -26,6 +28,8 @@ _NEXT_AFTER_SECONDS = 0.25
 _DEAD_FOR_SECONDS = 30.0
 # A firewall forgets idle connections after minutes; without probes neither end would know.
 _KEEP_ALIVE = ((socket.TCP_KEEPIDLE, 30), (socket.TCP_KEEPINTVL, 10), (socket.TCP_KEEPCNT, 3))
+# Of Amazon's machines over IPv6, and of Alibaba's.
+_METADATA_ADDRESSES = frozenset({"fd00:ec2::254", "100.100.100.200"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,9 +46,12 @@ class Dialer:
     Args:
         timeout_seconds: How long looking a name up may take, and one connection, over all addresses.
         closing: Ends attempts under way when it is set.
+        refuses_link_local: Whether to connect to none of the addresses where clouds keep the metadata and keys of a machine, and
+            routers their own services; for names that somebody else may have chosen.
     """
 
-    def __init__(self, *, timeout_seconds: float, closing: threading.Event) -> None:
+    def __init__(self, *, timeout_seconds: float, closing: threading.Event, refuses_link_local: bool = False) -> None:
+        self._refuses_link_local = refuses_link_local
         self._timeout_seconds = timeout_seconds
         self._closing = closing
         self._lock = threading.Lock()
@@ -56,6 +63,7 @@ class Dialer:
 
         Raises:
             OSError: No address answers, in time; the last one's error.
+            StorageError: The name leads to an address that is refused.
         """
         try:
             # The system's resolver knows other limits only, see resolv.conf, or none.
@@ -69,8 +77,13 @@ class Dialer:
         except UnicodeError:
             # Raised for labels that are empty or longer than 63 characters, as a bucket before a host name may be.
             raise socket.gaierror(socket.EAI_NONAME, f"{host} cannot be a host name") from None
+        addresses = dict.fromkeys(Address(info[0], info[4]) for info in found)
+        if self._refuses_link_local and any(is_link_local(str(each.sockaddr[0])) for each in addresses):
+            raise StorageError(
+                f"{host} is a link-local or metadata address, which belongs to this machine and its cloud; no request is sent there"
+            )
         with _Attempts() as attempts:
-            connected = self._race(attempts, self._in_order(dict.fromkeys(Address(info[0], info[4]) for info in found)))
+            connected = self._race(attempts, self._in_order(addresses))
         connected.settimeout(self._timeout_seconds)
         connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         connected.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -117,6 +130,20 @@ class Dialer:
     def _bury(self, address: Address) -> None:
         with self._lock:
             self._dead_until[address] = time.monotonic() + _DEAD_FOR_SECONDS
+
+
+def is_link_local(address: str) -> bool:
+    """Whether an address belongs to this machine's link or its cloud's metadata service.
+
+    >>> is_link_local("169.254.169.254"), is_link_local("::ffff:169.254.169.254"), is_link_local("203.0.113.7")
+    (True, True, False)
+    """
+    try:
+        parsed = ipaddress.ip_address(address.partition("%")[0])
+    except ValueError:
+        return False
+    mapped = parsed.ipv4_mapped if isinstance(parsed, ipaddress.IPv6Address) else None
+    return (mapped or parsed).is_link_local or str(parsed) in _METADATA_ADDRESSES
 
 
 class _Attempts:

@@ -11,6 +11,7 @@ import re
 from urllib.parse import parse_qsl, unquote
 
 from ray_streamer.errors import SettingsError
+from ray_streamer.storage.stores import STORES
 
 ARROW_SCHEMES = frozenset({"gs", "gcs", "abfs", "abfss", "az", "hdfs", "viewfs"})
 """What pyarrow opens; `az`, as Run:ai's streamer and vLLM write it, means an account that Azure's variables name."""
@@ -19,7 +20,7 @@ UriLike = str | os.PathLike[str]
 """What the caller may say: text, or a path object for a local path."""
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
-_SCHEMES = ARROW_SCHEMES | {"file", "memory", "s3"}
+_SCHEMES = ARROW_SCHEMES | {"file", "memory"} | {scheme for kind in STORES for scheme in kind.schemes}
 _COLLAPSED = re.compile(rf"({'|'.join(sorted(_SCHEMES - {'file'}))}):/[^/]", re.IGNORECASE)
 _FILE_NAMES = (".safetensors", ".json")
 _SECRET_OPTIONS = frozenset(

@@ -14,7 +14,7 @@ import pytest
 
 from ray_streamer.errors import RayStreamerError
 from ray_streamer.extent import Extent
-from ray_streamer.storage.s3_listing import MAX_PAGE_BYTES
+from ray_streamer.storage.listing import MAX_PAGE_BYTES
 from ray_streamer.testing.hostile_store import HostileStore, answer_bytes, error_bytes, listing_bytes, part_of
 
 NUM_ANSWERS = 200

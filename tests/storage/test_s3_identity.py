@@ -10,7 +10,7 @@ import pytest
 
 from ray_streamer.errors import ObjectChangedError, ObjectMissingError, ShortReadError, StorageError
 from ray_streamer.extent import Extent
-from ray_streamer.storage.s3_identity import Identity
+from ray_streamer.storage.identity import Identity
 from ray_streamer.testing.hostile_store import HostileStore, answer_bytes, error_bytes, part_of
 from ray_streamer.testing.storage_suite import read
 

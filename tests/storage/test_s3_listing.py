@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from ray_streamer.errors import StorageError
-from ray_streamer.storage import s3_listing
-from ray_streamer.storage.s3_listing import ListingPage
+from ray_streamer.storage import listing
+from ray_streamer.storage.listing import ListingPage
+from ray_streamer.storage.s3_listing import parse_page
 from ray_streamer.testing.hostile_store import HostileStore, answer_bytes, error_bytes, listing_bytes
 
 
@@ -119,13 +120,13 @@ def test_pages_that_take_too_long(list_of):
 
 
 def test_keys_without_end(list_of, monkeypatch):
-    monkeypatch.setattr(s3_listing, "_MAX_KEYS", 50)
+    monkeypatch.setattr(listing, "_MAX_KEYS", 50)
     with pytest.raises(
         StorageError, match="there is more after 6 pages and 60 keys; is this the folder of one checkpoint"
     ):
         list_of(lambda asked: listing_bytes(["m/k"] * 10, next_token=str(asked.number)))
-    monkeypatch.setattr(s3_listing, "_MAX_KEYS", 1000)
-    monkeypatch.setattr(s3_listing, "_MAX_KEY_CHARS", 5000)
+    monkeypatch.setattr(listing, "_MAX_KEYS", 1000)
+    monkeypatch.setattr(listing, "_MAX_KEY_CHARS", 5000)
     with pytest.raises(StorageError, match="there is more after 6 pages and 6 keys"):
         list_of(lambda asked: listing_bytes(["m/" + "k" * 998], next_token=str(asked.number)))
 
@@ -143,4 +144,4 @@ def test_keys_without_end(list_of, monkeypatch):
 def test_what_a_page_says(xml, keys):
     for root in ("ListBucketResult", "s3:ListBucketResult"):
         body = f"<?xml version='1.0' encoding='UTF-8'?>\n<{root} xmlns:s3='http://x/'>{xml}</{root}>"
-        assert ListingPage.parse(body.encode()) == ListingPage(keys, "")
+        assert parse_page(body.encode()) == ListingPage(keys, "")

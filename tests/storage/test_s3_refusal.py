@@ -14,7 +14,7 @@ import pytest
 from ray_streamer.errors import AccessError, StorageError
 from ray_streamer.extent import Extent
 from ray_streamer.storage.redaction import Secrets
-from ray_streamer.storage.s3_refusal import seconds_until
+from ray_streamer.storage.refusal import seconds_until
 from ray_streamer.testing.hostile_store import HostileStore, answer_bytes, error_bytes, part_of
 from ray_streamer.testing.storage_suite import read
 

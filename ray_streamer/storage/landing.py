@@ -9,9 +9,9 @@ from ray_streamer.extent import Extent
 from ray_streamer.storage.base import ignore
 
 if TYPE_CHECKING:
+    from ray_streamer.storage.answer import ContentRange
     from ray_streamer.storage.base import OnFirstByte
-    from ray_streamer.storage.s3_answer import ContentRange
-    from ray_streamer.storage.s3_identity import Identity
+    from ray_streamer.storage.identity import Identity
 
 
 class Landing:

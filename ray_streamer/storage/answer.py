@@ -1,6 +1,6 @@
-"""Are an answer's bytes those that were asked for, and what do the faults of sockets, TLS and botocore mean?
+"""Are an answer's bytes those that were asked for, and what do the faults of sockets and TLS mean?
 
-`Content-Range`: RFC 9110, section 14.4. What answers mean that bring no bytes: see `s3_refusal`.
+`Content-Range`: RFC 9110, section 14.4. What answers mean that bring no bytes: see `refusal`.
 """
 
 from __future__ import annotations
@@ -13,14 +13,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import h11
-from botocore import exceptions as aws
 
-from ray_streamer.errors import AccessError, SettingsError, ShortReadError, StorageError
+from ray_streamer.errors import SettingsError, ShortReadError, StorageError
 from ray_streamer.extent import Extent
 from ray_streamer.storage.lateness import LateBodyError
 from ray_streamer.storage.redaction import NO_SECRETS
 from ray_streamer.storage.retry import PassingFault
-from ray_streamer.storage.s3_refusal import Refusal
 from ray_streamer.units import exact_bytes
 
 if TYPE_CHECKING:
@@ -32,19 +30,7 @@ _CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,19})-([0-9]{1,19})/([0-9]{1,19})", 
 _MAX_OBJECT_BYTES = 1 << 62
 # Some stores keep the framing of an upload as if it were the object's encoding; bodies are plain.
 _PLAIN_ENCODINGS = frozenset({"", "identity", "aws-chunked"})
-_NO_CREDENTIALS = (
-    "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a profile by s3_profile or AWS_PROFILE, or run where a role "
-    "is attached; for a public bucket set s3_unsigned=True"
-)
-_NOBODY_THERE = (ConnectionRefusedError, socket.gaierror, aws.EndpointConnectionError)
-_CREDENTIALS_ERRORS = (
-    aws.NoCredentialsError,
-    aws.PartialCredentialsError,
-    aws.CredentialRetrievalError,
-    aws.NoAuthTokenError,
-    aws.TokenRetrievalError,
-    aws.SSOError,
-)
+_NOBODY_THERE = (ConnectionRefusedError, socket.gaierror)
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,12 +108,16 @@ def check_extent(answer: HttpAnswer, given: ContentRange, *, asked: Extent, what
 
 
 @contextmanager
-def faults_translated(what: str, *, endpoint: str, has_answered: bool) -> Iterator[None]:
-    """Turn what sockets, TLS and botocore say about `what` into `PassingFault` or this package's errors.
+def faults_translated(
+    what: str, *, endpoint: str, endpoint_advice: str, ca_advice: str, has_answered: bool
+) -> Iterator[None]:
+    """Turn what sockets and TLS say about `what` into `PassingFault` or this package's errors.
 
     Args:
         what: Object and extent, for messages.
         endpoint: Where requests go, for messages.
+        endpoint_advice: What to look at when nobody is there.
+        ca_advice: What to set when the server is not trusted.
         has_answered: Whether the endpoint ever answered; if not, a refused connection is taken for a wrong address.
     """
     try:
@@ -135,25 +125,18 @@ def faults_translated(what: str, *, endpoint: str, has_answered: bool) -> Iterat
     except (StorageError, SettingsError, LateBodyError):
         # These are OSErrors or ValueErrors too, some of them.
         raise
-    except aws.ClientError as error:
-        # Not from the error, which repeats whatever the server said.
-        raise Refusal.from_client_error(error).error(what) from None
-    except (aws.SSLError, ssl.SSLCertVerificationError) as error:
-        raise StorageError(f"{endpoint} is not trusted, {what}: {_reason(error)}; set s3_ca_bundle") from error
-    except (aws.HTTPClientError, aws.ConnectionError, OSError, h11.RemoteProtocolError) as error:
-        # boto3 asks other servers too, for credentials and sessions.
-        asked = error.kwargs.get("endpoint_url") if isinstance(error, aws.BotoCoreError) else None
-        message = f"no answer from {str(asked or endpoint).partition('?')[0]}, {what}: {_reason(error)}"
+    except ssl.SSLCertVerificationError as error:
+        raise StorageError(f"{endpoint} is not trusted, {what}: {reason_of(error)}; {ca_advice}") from error
+    except (OSError, h11.RemoteProtocolError) as error:
+        message = f"no answer from {endpoint}, {what}: {reason_of(error)}"
         if isinstance(error, _NOBODY_THERE) and not has_answered:
-            raise StorageError(f"{message}; is s3_endpoint_url right, and the proxy if there is one?") from error
+            raise StorageError(f"{message}; {endpoint_advice}, and the proxy if there is one?") from error
         raise PassingFault(message) from error
-    except _CREDENTIALS_ERRORS as error:
-        raise AccessError(f"no AWS credentials for {what} ({_reason(error)}): {_NO_CREDENTIALS}") from error
-    except (aws.BotoCoreError, h11.LocalProtocolError) as error:
-        raise StorageError(f"boto3 cannot ask for {what}: {NO_SECRETS.clean(str(error))}") from None
+    except h11.LocalProtocolError as error:
+        raise StorageError(f"cannot ask for {what}: {NO_SECRETS.clean(str(error))}") from None
 
 
-def _reason(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
     """The kind of an error and its own words, unless these could quote a signed url."""
     if isinstance(error, h11.RemoteProtocolError):
         return f"{type(error).__name__}: {error}"

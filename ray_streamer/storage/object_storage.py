@@ -1,0 +1,351 @@
+"""How are objects of an object store read, whichever store it is?
+
+What stores do in their own ways is asked of an `ObjectStore`. All answers come over our own connections (see `http_client`),
+bodies into the caller's buffer. Each request is pinned to the object that the index saw, where the store can compare, and each
+answer is compared with it (see `identity`). A body that broke goes on at the byte where it broke.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING, TypeVar
+
+from ray_streamer.errors import ObjectChangedError, ShortReadError, StorageError, ThrottledError
+from ray_streamer.extent import Extent
+from ray_streamer.storage.answer import check_extent, content_range_of, faults_translated, refuse_encoded
+from ray_streamer.storage.base import ObjectInfo, RemoteStorage, check_buffer, ignore
+from ray_streamer.storage.http_client import HttpClient
+from ray_streamer.storage.identity import Identity
+from ray_streamer.storage.landing import Landing
+from ray_streamer.storage.lateness import LateBodyError
+from ray_streamer.storage.listing import MAX_PAGE_BYTES, list_keys
+from ray_streamer.storage.refusal import MAX_ERROR_BYTES
+from ray_streamer.storage.request_limit import RequestLimit
+from ray_streamer.storage.retry import PassingFault, Patience
+from ray_streamer.storage.tally import Tally
+from ray_streamer.units import exact_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from contextlib import AbstractContextManager
+
+    from ray_streamer.storage.answer import ContentRange
+    from ray_streamer.storage.base import OnFirstByte, StorageSettings, StorageStatistics
+    from ray_streamer.storage.http_connection import HttpAnswer
+    from ray_streamer.storage.listing import ListingPage
+    from ray_streamer.storage.object_store import ObjectStore, Request
+
+_Result = TypeVar("_Result")
+_FIRST_BYTE = Extent(0, 1)
+_REDIRECTS = frozenset({301, 302, 303, 307, 308})
+_MAX_REDIRECTS = 5
+
+_logger = logging.getLogger(__name__)
+
+
+class _ConditionRefusedError(Exception):
+    """The store says that `If-Match` does not hold, or that it does not know it.
+
+    Attributes:
+        error: What it becomes if that is true.
+    """
+
+    def __init__(self, error: StorageError) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
+class _MovedError(Exception):
+    """The store sent the request elsewhere, which it has noted."""
+
+
+class ObjectStorage(RemoteStorage):
+    """Objects below one folder or prefix of a store.
+
+    Args:
+        uri: The folder, for messages.
+        settings: Timeouts, retries, concurrency, bandwidth.
+        store: Closed with this storage.
+    """
+
+    def __init__(self, uri: str, settings: StorageSettings, store: ObjectStore) -> None:
+        self.uri = uri
+        self._store = store
+        self._deadline_seconds = settings.retry_deadline_seconds
+        self._list_timeout_seconds = settings.list_timeout_seconds
+        self._tally = Tally()
+        self._http = HttpClient(settings, ca_file=store.ca_file, tally=self._tally, is_public_web=store.is_public_web)
+        self._limit = RequestLimit(settings.concurrency)
+        self._has_answered = False
+        self._sends_conditions = True
+        self._sizes: dict[tuple[str, str], int] = {}  # by path and ETag, which does not tell them
+        self._warned: set[str] = set()
+        self._closing = threading.Event()
+
+    def size_and_etag(self, path: str) -> ObjectInfo:
+        """See `Storage`; asks for one byte, because the errors of a HEAD have no body that names the cause."""
+        return self.read_head(path, 1)[1]
+
+    def read_head(self, path: str, max_bytes: int) -> tuple[bytes, ObjectInfo]:
+        """See `Storage`."""
+        landing = Landing(path, Extent(0, max(1, max_bytes)))
+        try:
+            self._run(lambda: self._land(landing))
+            head, identity = bytes(landing.view[:max_bytes]), landing.identity
+        except ShortReadError:
+            # An object without bytes has no first byte to ask for.
+            head, identity = b"", self._run(lambda: self._identity_of_empty(path))
+        if identity is None or identity.size_bytes is None:
+            raise StorageError(f"{self._name(path)}: the store does not say how long the object is")
+        if not identity.is_exact:
+            self._warn_of_identity(path, identity)
+        self._sizes[path, identity.etag] = identity.size_bytes
+        return head, ObjectInfo(identity.size_bytes, identity.token)
+
+    def read_into(
+        self, path: str, extent: Extent, buffer: memoryview, *, etag: str, on_first_byte: OnFirstByte = ignore
+    ) -> None:
+        """See `Storage`."""
+        check_buffer(extent, buffer)
+        identity = Identity.parse(etag)
+        if identity.is_exact:
+            identity = replace(identity, size_bytes=self._sizes.get((path, etag)))
+        landing = Landing(path, extent, buffer.cast("B"), identity, on_first_byte=on_first_byte)
+        self._run(lambda: self._land(landing))
+
+    def list(self, prefix: str = "", *, recursive: bool = False) -> list[str]:
+        """See `Storage`; empty for a prefix that does not exist."""
+        folder, listed = self._store.folder, self._store.listable(prefix)
+        keys = list_keys(
+            lambda token: self._run(lambda: self._list_page(listed, token, recursive=recursive)),
+            what=f"listing {self.uri}",
+            timeout_seconds=self._list_timeout_seconds,
+        )
+        paths = {key.removeprefix(folder) for key in keys if key.startswith(folder)}
+        # A key that ends with "/" stands for a folder in the consoles of object stores; some servers list below folders.
+        found = [path for path in paths if path > prefix and path.startswith(prefix) and not path.endswith("/")]
+        return sorted(path for path in found if recursive or "/" not in path[len(prefix) :])
+
+    def statistics(self) -> StorageStatistics:
+        """See `Storage`."""
+        return self._tally.statistics()
+
+    def close(self) -> None:
+        """See `Storage`; reads in flight end with `StorageError`."""
+        self._closing.set()
+        self._limit.close()
+        self._http.close()
+        self._store.close()
+
+    def _run(self, attempt: Callable[[], _Result]) -> _Result:
+        """Try until it works; a body that was late goes on at once."""
+        if self._closing.is_set():
+            raise StorageError(f"{self.uri} is read after its storage was closed")
+
+        def attempt_or_cut() -> _Result:
+            while True:
+                try:
+                    return attempt()
+                except LateBodyError:
+                    self._tally.add(num_cuts=1)
+
+        patience = Patience(
+            deadline_seconds=self._deadline_seconds,
+            closing=self._closing,
+            on_retry=lambda: self._tally.add(num_retries=1),
+        )
+        return patience.run(attempt_or_cut)
+
+    def _land(self, landing: Landing) -> None:
+        """One attempt to bring what is missing of an extent; what a broken body has brought stays."""
+        try:
+            self._land_once(landing)
+        except _ConditionRefusedError as refused:
+            self._look_again(landing, refused.error)
+            self._land_once(landing)
+
+    def _land_once(self, landing: Landing) -> None:
+        rest = landing.rest
+        if not rest.num_bytes:
+            # Nothing was asked for, or the fault came after the last byte.
+            return
+        with self._answer(landing.path, rest, expected=landing.identity) as (answer, given, identity):
+            self._pin_size(landing, identity)
+            landing.begin(given, identity, what=self._name(landing.path))
+            try:
+                self._http.receive_into(answer, landing.view[landing.num_landed :])
+            finally:
+                landing.num_landed += answer.num_received
+            if answer.is_too_long:
+                raise StorageError(
+                    f"{self._name(landing.path, rest)}: the body is longer than the {exact_bytes(given.extent.num_bytes)} of its "
+                    "Content-Range"
+                )
+        if landing.rest.num_bytes:
+            raise PassingFault(f"the body of {self._name(landing.path, rest)} ended at byte {landing.rest.start}")
+
+    def _pin_size(self, landing: Landing, identity: Identity) -> None:
+        """All answers about one version tell one size, that of the first; an ETag alone does not say which."""
+        expected = landing.identity
+        if expected and expected.is_exact and expected.size_bytes is None:
+            size_bytes = self._sizes.setdefault((landing.path, expected.etag), given_size := identity.size_bytes or 0)
+            if size_bytes != given_size:
+                raise ObjectChangedError(
+                    f"{self._name(landing.path)} has {exact_bytes(given_size)} now, not {exact_bytes(size_bytes)}"
+                )
+
+    def _look_again(self, landing: Landing, refused: StorageError) -> None:
+        """Ask without a condition which object is there, and send no more conditions if it is the expected one.
+
+        Raises:
+            ObjectChangedError: It is another object.
+        """
+        expected = landing.identity
+        try:
+            with self._answer(landing.path, _FIRST_BYTE, expected=None) as (answer, _, now):
+                self._http.receive_into(answer, memoryview(bytearray(1)))
+                difference = answer.secrets.clean(expected.difference(now)) if expected else ""
+        except ShortReadError:
+            difference = "the object is empty"
+        if difference:
+            raise ObjectChangedError(f"{refused}; the store says now: {difference}")
+        self._sends_conditions = False
+        self._warn(
+            "condition",
+            f"{self._name(landing.path)}: the store refuses If-Match with the ETag that it gives; conditions are no longer "
+            "sent, and the ETag of every answer is compared",
+        )
+
+    def _list_page(self, prefix: str, token: str, *, recursive: bool) -> ListingPage:
+        what = f"listing {self.uri}"
+        with self._all_faults_translated(what):
+            request = self._store.listing_request(prefix, token, recursive=recursive)
+        with self._asked(what, request, path=None) as answer:
+            refuse_encoded(answer, what=what)
+            page = memoryview(
+                bytearray(min(MAX_PAGE_BYTES, MAX_PAGE_BYTES if answer.length is None else answer.length))
+            )
+            self._http.receive_into(answer, page)
+            if answer.num_received < (answer.length or 0) <= len(page):
+                raise PassingFault(f"{what}: the body ended at byte {answer.num_received} of {answer.length}")
+            try:
+                return self._store.parse_page(answer, bytes(page[: answer.num_received]))
+            except ValueError as error:
+                reason = answer.secrets.clean(str(error))
+        raise StorageError(f"{what}: expected the keys of a bucket, got something else: {reason}")
+
+    @contextmanager
+    def _answer(
+        self, path: str, asked: Extent, *, expected: Identity | None
+    ) -> Iterator[tuple[HttpAnswer, ContentRange, Identity]]:
+        """One GET for the bytes `asked`; the answer's head has been checked when the block begins."""
+        what = self._name(path, asked)
+        # The last byte is inclusive in HTTP (RFC 9110, section 14.1.2), and nowhere else.
+        headers = {"Range": f"bytes={asked.start}-{asked.stop - 1}"}
+        pinned = expected if self._sends_conditions else None
+        with self._get(path, what, headers, pinned) as (request, answer):
+            given = content_range_of(answer, what=what)
+            identity = self._store.identity_of(path, request, answer, given.size_bytes)
+            difference = expected.difference(identity) if expected else ""
+            if difference:
+                raise ObjectChangedError(
+                    f"{what}: the object is not the one that the index saw: {answer.secrets.clean(difference)}"
+                )
+            check_extent(answer, given, asked=asked, what=what)
+            if answer.secrets.are_in(identity.etag):
+                identity = replace(identity, etag="")
+            yield answer, given, identity
+
+    def _identity_of_empty(self, path: str) -> Identity:
+        """Of an object without bytes, which can be asked for as a whole only."""
+        what = self._name(path)
+        with self._get(path, what, {}, None) as (request, answer):
+            self._http.receive_into(answer, memoryview(bytearray(1)))
+            if answer.length or answer.num_received:
+                raise StorageError(f"{what}: the store refuses to give the first byte of an object that has some")
+            return self._store.identity_of(path, request, answer, 0)
+
+    @contextmanager
+    def _get(
+        self, path: str, what: str, headers: dict[str, str], pinned: Identity | None
+    ) -> Iterator[tuple[Request, HttpAnswer]]:
+        """One GET of an object and its answer, whose status was success, wherever the store sent the request."""
+        for _ in range(_MAX_REDIRECTS + 1):
+            with self._all_faults_translated(what):
+                request = self._store.object_request(path, headers, pinned)
+            try:
+                with self._asked(what, request, path=path) as answer:
+                    yield request, answer
+            except _MovedError:
+                continue
+            except PassingFault as fault:
+                if fault.is_worth_one_retry:
+                    self._store.discard(path, request)
+                raise
+            else:
+                return
+        raise StorageError(f"{what}: the server sent the request on more than {_MAX_REDIRECTS} times")
+
+    @contextmanager
+    def _asked(self, what: str, request: Request, *, path: str | None) -> Iterator[HttpAnswer]:
+        """The answer to one request, for an object or else a listing, when its turn has come and if its status was success."""
+        with (
+            self._limit.admit() as number,
+            self._faults_translated(what),
+            self._http.get(request.url, request.headers) as answer,
+        ):
+            self._has_answered = True
+            if answer.status not in (200, 206):
+                if path is not None and answer.status in _REDIRECTS and self._store.follow(path, request, answer):
+                    raise _MovedError
+                raise self._refusal(answer, what, request, number=number, is_object=path is not None)
+            self._limit.climb()
+            yield answer
+
+    def _refusal(self, answer: HttpAnswer, what: str, request: Request, *, number: int, is_object: bool) -> Exception:
+        """The exception to raise for an answer, with what it means for later requests."""
+        refusal = self._store.refusal_of(answer, self._http.read(answer, MAX_ERROR_BYTES))
+        fault = refusal.error(what, is_object=is_object)
+        if answer.status in (412, 501) and request.is_conditional and isinstance(fault, StorageError):
+            return _ConditionRefusedError(fault)
+        if isinstance(fault, PassingFault) and fault.error_class is ThrottledError:
+            self._tally.add(num_throttled=1)
+            self._limit.fall(number)
+        return fault
+
+    def _warn_of_identity(self, path: str, identity: Identity) -> None:
+        what = "a weak ETag" if identity.etag else "no ETag"
+        compared = "size and Last-Modified" if identity.modified is not None else "size"
+        self._warn(
+            "identity",
+            f"{self._name(path)} has {what}, so the store does not tell whether it was replaced; the loader compares "
+            f"the {compared} of every answer instead",
+        )
+
+    def _warn(self, kind: str, message: str) -> None:
+        """Say it once."""
+        if kind not in self._warned:
+            self._warned.add(kind)
+            _logger.warning("%s", message)
+
+    def _faults_translated(self, what: str) -> AbstractContextManager[None]:
+        return faults_translated(
+            what,
+            endpoint=self._store.endpoint,
+            endpoint_advice=self._store.endpoint_advice,
+            ca_advice=self._store.ca_advice,
+            has_answered=self._has_answered,
+        )
+
+    @contextmanager
+    def _all_faults_translated(self, what: str) -> Iterator[None]:
+        """The same for what asks for credentials, by the store's own library."""
+        with self._faults_translated(what), self._store.faults_translated(what, has_answered=self._has_answered):
+            yield
+
+    def _name(self, path: str, extent: Extent | None = None) -> str:
+        name = f"{self.uri.rstrip('/')}/{path}"
+        return f"{name} {extent}" if extent else name

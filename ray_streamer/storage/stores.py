@@ -1,0 +1,66 @@
+"""Which object stores are there, and what may their uris be? One row per store; the table of docs/stores.md is made of them.
+
+A row names the module of a store, which is imported when a uri of it is opened: it may need a package that is not installed.
+That module has `open_store(uri, settings)`, which gives an `ObjectStore`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class UriForm:
+    """One way to write a uri.
+
+    Attributes:
+        form: With names in capitals for what differs.
+        meaning: What it is.
+        credentials: Who asks, if nothing is said.
+    """
+
+    form: str
+    meaning: str
+    credentials: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoreKind:
+    """One kind of store.
+
+    Attributes:
+        name: As people call it.
+        schemes: Of its uris.
+        module: With its `open_store`.
+        forms: Its uris.
+        extra: What of this package to install for it besides; empty when nothing is needed.
+    """
+
+    name: str
+    schemes: tuple[str, ...]
+    module: str
+    forms: tuple[UriForm, ...]
+    extra: str = ""
+
+
+S3 = StoreKind(
+    name="S3",
+    schemes=("s3",),
+    module="ray_streamer.storage.s3",
+    forms=(
+        UriForm(
+            "s3://BUCKET/PREFIX", "a bucket of Amazon or of any compatible store", "as boto3 finds them, see s3.md"
+        ),
+    ),
+)
+
+STORES = (S3,)
+
+
+def kind_of(scheme: str) -> StoreKind | None:
+    """The store of a scheme, or None.
+
+    >>> kind_of("s3").name
+    'S3'
+    """
+    return next((kind for kind in STORES if scheme in kind.schemes), None)
