@@ -40,9 +40,9 @@ lint: $(VENV)/.test-installed
 check: lint
 	$(BIN)/python -m pytest -m "not oracle" $(QUICK_TESTS) $(PYTEST_ARGS)
 
-# Many tests wait for others to fail or to come, so three processes keep two cores busy; tests that start Ray stay in one of them.
+# Many tests wait for others to fail or to come, so three processes keep two cores busy.
 test: lint
-	$(BIN)/python -m pytest -n 3 --dist loadgroup -m "not oracle" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n 3 -m "not oracle" $(PYTEST_ARGS)
 
 test-oracles: $(VENV)/.test-installed
 	$(BIN)/python -m pytest -m oracle $(PYTEST_ARGS)

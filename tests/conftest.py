@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
-from pathlib import Path
-from typing import TYPE_CHECKING
+import tempfile
+from typing import TYPE_CHECKING, Any
 
 import hypothesis
 import pytest
@@ -28,23 +29,38 @@ os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
 os.environ["AWS_EC2_METADATA_DISABLED"] = "true"
 
 
-# What starts Ray stays together: such tests also look for the Rays of this machine.
-RAY_TESTS = (
-    "cluster/",
-    "cli/",
-    *(f"api/test_{name}.py" for name in (
-        "bad_input", "failures", "kills", "load_sharded", "memory", "meshes", "secrets", "two_nodes",
-    )),
-)  # fmt: skip
+# What starts Ray stays together, in two processes: each Ray fills a core while it starts.
+RAY_TESTS = {
+    "ray, groups": ("cluster/", "cli/", "api/test_failures.py", "api/test_kills.py"),
+    "ray, loads": tuple(
+        f"api/test_{name}.py" for name in ("bad_input", "load_sharded", "memory", "meshes", "secrets", "two_nodes")
+    ),
+}
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tests of one file, and all that start Ray, run in one process when several share the work (`-n 3 --dist loadgroup`)."""
-    if config.pluginmanager.has_plugin("xdist"):
-        here = Path(__file__).parent
-        for item in items:
-            name = os.path.relpath(item.path, here)
-            item.add_marker(pytest.mark.xdist_group("ray" if name.startswith(RAY_TESTS) else name))
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes longest begins first."""
+    items.sort(key=lambda item: group_of(item.nodeid) not in RAY_TESTS)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Tests of one file, and those of one group of `RAY_TESTS`, run in one process when several share the work."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByGroup(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return group_of(nodeid)
+
+    config.option.loadscopereorder = False
+    return ByGroup(config, log)
+
+
+def group_of(nodeid: str) -> str:
+    """The group of a test, or its file."""
+    file_name = nodeid.partition("::")[0]
+    name = file_name.removeprefix("tests/")
+    return next((group for group, names in RAY_TESTS.items() if name.startswith(names)), file_name)
 
 
 @pytest.fixture(autouse=True)
@@ -67,6 +83,16 @@ def interruptible() -> Iterator[None]:
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_ray_folder() -> Iterator[None]:
+    """Ray remembers in its folder which cluster was started last; it must not be another process's one."""
+    folder = tempfile.mkdtemp(prefix="rs-", dir="/tmp")  # sockets lie in it, whose paths must be short
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_TMPDIR", folder)
+        yield
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")
