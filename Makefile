@@ -68,6 +68,7 @@ gpu-check:
 docs: $(VENV)/.test-installed
 	$(BIN)/python docs/write_settings.py
 	$(BIN)/python docs/write_families.py
+	$(BIN)/python docs/write_stores.py
 	$(BIN)/python docs/write_architecture.py
 	$(BIN)/python benchmarks/plan_layouts.py > docs/plans.md
 

@@ -256,6 +256,16 @@ class Settings(BaseSettings):
     s3_session_token: SecretStr | None = Field(
         default=None, min_length=1, description="Secret; of temporary keys only."
     )
+    http_query: SecretStr | None = Field(
+        default=None,
+        min_length=1,
+        description="Secret; what follows the ? of signed https addresses, put behind the address of every file.",
+    )
+    http_authorization: SecretStr | None = Field(
+        default=None,
+        min_length=1,
+        description="Secret; the header Authorization for an https server, such as Bearer TOKEN.",
+    )
 
     @classmethod
     def settings_customise_sources(

@@ -176,10 +176,24 @@ def _find_shard_files(storage: Storage) -> list[str]:
         names = storage.list()
     except ObjectMissingError as error:
         raise missing_folder(storage, error) from error
+    except AccessError as error:
+        return [_single_file(storage, error)]
     found = shard_files_of(names, uri=storage.uri)
     if not found:
         raise nothing_to_open(storage, names)
     return found
+
+
+def _single_file(storage: Storage, refused: AccessError) -> str:
+    """The one file of a model in a folder without an index json that cannot be listed."""
+    try:
+        storage.size_and_etag(SINGLE_NAME)
+    except ObjectMissingError:
+        raise ObjectMissingError(
+            f"{storage.uri}: neither {INDEX_NAME} nor {SINGLE_NAME} is there, and the folder cannot be listed; check the path, "
+            "or give the uri of one file"
+        ) from refused
+    return SINGLE_NAME
 
 
 def _read_config(storage: Storage) -> dict[str, Any] | None:

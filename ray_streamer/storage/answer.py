@@ -19,6 +19,7 @@ from ray_streamer.extent import Extent
 from ray_streamer.storage.lateness import LateBodyError
 from ray_streamer.storage.redaction import NO_SECRETS
 from ray_streamer.storage.retry import PassingFault
+from ray_streamer.storage.tcp import LinkLocalError
 from ray_streamer.units import exact_bytes
 
 if TYPE_CHECKING:
@@ -125,6 +126,8 @@ def faults_translated(
     except (StorageError, SettingsError, LateBodyError):
         # These are OSErrors or ValueErrors too, some of them.
         raise
+    except LinkLocalError as error:
+        raise StorageError(f"{what}: {error}") from None
     except ssl.SSLCertVerificationError as error:
         raise StorageError(f"{endpoint} is not trusted, {what}: {reason_of(error)}; {ca_advice}") from error
     except (OSError, h11.RemoteProtocolError) as error:

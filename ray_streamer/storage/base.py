@@ -83,6 +83,8 @@ class StorageSettings(Protocol):
     s3_access_key_id: SecretStr | None
     s3_secret_access_key: SecretStr | None
     s3_session_token: SecretStr | None
+    http_query: SecretStr | None
+    http_authorization: SecretStr | None
 
     @property
     def max_bandwidth(self) -> int | None:

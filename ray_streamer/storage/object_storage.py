@@ -294,7 +294,7 @@ class ObjectStorage(RemoteStorage):
         """The answer to one request, for an object or else a listing, when its turn has come and if its status was success."""
         with (
             self._limit.admit() as number,
-            self._faults_translated(what),
+            self._faults_translated(what, endpoint=self._store.place_of(request)),
             self._http.get(request.url, request.headers) as answer,
         ):
             self._has_answered = True
@@ -307,7 +307,7 @@ class ObjectStorage(RemoteStorage):
 
     def _refusal(self, answer: HttpAnswer, what: str, request: Request, *, number: int, is_object: bool) -> Exception:
         """The exception to raise for an answer, with what it means for later requests."""
-        refusal = self._store.refusal_of(answer, self._http.read(answer, MAX_ERROR_BYTES))
+        refusal = self._store.refusal_of(request, answer, self._http.read(answer, MAX_ERROR_BYTES))
         fault = refusal.error(what, is_object=is_object)
         if answer.status in (412, 501) and request.is_conditional and isinstance(fault, StorageError):
             return _ConditionRefusedError(fault)
@@ -331,10 +331,10 @@ class ObjectStorage(RemoteStorage):
             self._warned.add(kind)
             _logger.warning("%s", message)
 
-    def _faults_translated(self, what: str) -> AbstractContextManager[None]:
+    def _faults_translated(self, what: str, *, endpoint: str) -> AbstractContextManager[None]:
         return faults_translated(
             what,
-            endpoint=self._store.endpoint,
+            endpoint=endpoint,
             endpoint_advice=self._store.endpoint_advice,
             ca_advice=self._store.ca_advice,
             has_answered=self._has_answered,
@@ -343,7 +343,8 @@ class ObjectStorage(RemoteStorage):
     @contextmanager
     def _all_faults_translated(self, what: str) -> Iterator[None]:
         """The same for what asks for credentials, by the store's own library."""
-        with self._faults_translated(what), self._store.faults_translated(what, has_answered=self._has_answered):
+        here = self._faults_translated(what, endpoint=self._store.endpoint)
+        with here, self._store.faults_translated(what, has_answered=self._has_answered):
             yield
 
     def _name(self, path: str, extent: Extent | None = None) -> str:

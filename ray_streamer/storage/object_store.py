@@ -85,11 +85,15 @@ class ObjectStore:
         """
         return False
 
+    def place_of(self, request: Request) -> str:
+        """Which server a request goes to, for messages; no secret."""
+        return self.endpoint
+
     def identity_of(self, path: str, request: Request, answer: HttpAnswer, size_bytes: int) -> Identity:
         """Which version of the object an answer is about."""
         return Identity.of_answer(answer, size_bytes)
 
-    def refusal_of(self, answer: HttpAnswer, body: bytes) -> Refusal:
+    def refusal_of(self, request: Request, answer: HttpAnswer, body: bytes) -> Refusal:
         """What an answer says that is no success, with the beginning of its body."""
         raise NotImplementedError
 

@@ -23,8 +23,25 @@ _RUN_CHARS = 12
 _FEWEST_CHARS = 4
 _MAX_CHARS = 400
 _LEFT_OUT = "(not shown)"
-_TOKENS = frozenset({"x-amz-signature", "x-amz-security-token", "x-amz-s3session-token", "signature"})
+_TOKENS = frozenset({"x-amz-signature", "x-amz-security-token", "x-amz-s3session-token", "signature", "sig"})
 _KEY_IDS = frozenset({"x-amz-credential", "awsaccesskeyid"})
+# What queries of listings, and of signed addresses besides their signatures, say; anything else that is long may be a secret.
+_HARMLESS = frozenset(
+    {
+        "list-type",
+        "prefix",
+        "delimiter",
+        "continuation-token",
+        "max-keys",
+        "encoding-type",
+        "marker",
+        "pagetoken",
+        "cursor",
+    }
+    | {"comp", "restype", "include", "alt", "fields", "recursive", "expand", "limit", "generation", "ifgenerationmatch"}
+    | {"userproject", "versionid", "x-id", "expires", "response-content-disposition", "response-content-type"}
+    | {f"x-amz-{name}" for name in ("algorithm", "date", "expires", "signedheaders", "content-sha256", "checksum-mode")}
+)
 # Of a credential only the access key id is secret; day, region and service follow it.
 _AUTHORIZATION = re.compile(
     r"Credential=(?P<id>[^/,\s]+)|Signature=(?P<token>\w+)|AWS (?P<old_id>[^:\s]+):(?P<old_token>\S+)|Basic (?P<basic>\S+)"
@@ -99,14 +116,29 @@ class _Secret:
 
 
 def _secrets_of(target: str, headers: Mapping[str, str]) -> Iterator[_Secret]:
-    for name, value in [*parse_qsl(target.partition("?")[2]), *headers.items()]:
+    query = parse_qsl(target.partition("?")[2])
+    for name, value in query:
+        if name.lower() not in _HARMLESS | _TOKENS | _KEY_IDS and len(value) >= _RUN_CHARS:
+            yield _Secret(value)
+    for name, value in [*query, *headers.items()]:
         if name.lower() in _TOKENS:
             yield _Secret(value)
         elif name.lower() in _KEY_IDS:
             yield _Secret(value.partition("/")[0], is_whole=True)
+        elif name.lower() == "authorization" and not value.startswith("AWS"):
+            yield from _secrets_of_authorization(value)
         elif name.lower() in ("authorization", "proxy-authorization"):
             for match in _AUTHORIZATION.finditer(value):
                 yield from _secrets_in(match.groupdict())
+
+
+def _secrets_of_authorization(value: str) -> Iterator[_Secret]:
+    """Of schemes whose words are all secret but the first: Basic, Bearer, SharedKey and others."""
+    scheme, _, words = value.partition(" ")
+    for word in (words or scheme).split():
+        yield _Secret(word)
+        if scheme.lower() == "basic":
+            yield from _secrets_in({"basic": word})
 
 
 def _secrets_in(found: Mapping[str, str | None]) -> Iterator[_Secret]:

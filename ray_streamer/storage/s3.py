@@ -49,7 +49,7 @@ class S3Store(ObjectStore):
         """See `ObjectStore`."""
         self._urls.discard(self._location.key_of(path), request.url)
 
-    def refusal_of(self, answer: HttpAnswer, body: bytes) -> S3Refusal:
+    def refusal_of(self, request: Request, answer: HttpAnswer, body: bytes) -> S3Refusal:
         """See `ObjectStore`."""
         return S3Refusal.from_answer(answer, body)
 

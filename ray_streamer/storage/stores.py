@@ -54,7 +54,21 @@ S3 = StoreKind(
     ),
 )
 
-STORES = (S3,)
+WEB = StoreKind(
+    name="web server",
+    schemes=("https", "http"),
+    module="ray_streamer.storage.web",
+    forms=(
+        UriForm(
+            "https://HOST/FOLDER",
+            "a folder with model.safetensors.index.json, or with one model.safetensors",
+            "`http_authorization`, `http_query`, or nobody",
+        ),
+        UriForm("https://HOST/FOLDER/NAME.safetensors", "one file", "the same"),
+    ),
+)
+
+STORES = (S3, WEB)
 
 
 def kind_of(scheme: str) -> StoreKind | None:

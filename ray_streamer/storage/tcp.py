@@ -18,7 +18,6 @@ from collections import Counter, deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ray_streamer.errors import StorageError
 from ray_streamer.storage.bounded_call import call_within
 
 if TYPE_CHECKING:
@@ -38,6 +37,10 @@ class Address:
 
     family: int
     sockaddr: Any
+
+
+class LinkLocalError(OSError):
+    """A name leads where no request may go; says so."""
 
 
 class Dialer:
@@ -63,7 +66,7 @@ class Dialer:
 
         Raises:
             OSError: No address answers, in time; the last one's error.
-            StorageError: The name leads to an address that is refused.
+            LinkLocalError: The name leads to an address that is refused.
         """
         try:
             # The system's resolver knows other limits only, see resolv.conf, or none.
@@ -79,7 +82,7 @@ class Dialer:
             raise socket.gaierror(socket.EAI_NONAME, f"{host} cannot be a host name") from None
         addresses = dict.fromkeys(Address(info[0], info[4]) for info in found)
         if self._refuses_link_local and any(is_link_local(str(each.sockaddr[0])) for each in addresses):
-            raise StorageError(
+            raise LinkLocalError(
                 f"{host} is a link-local or metadata address, which belongs to this machine and its cloud; no request is sent there"
             )
         with _Attempts() as attempts:
@@ -144,6 +147,18 @@ def is_link_local(address: str) -> bool:
         return False
     mapped = parsed.ipv4_mapped if isinstance(parsed, ipaddress.IPv6Address) else None
     return (mapped or parsed).is_link_local or str(parsed) in _METADATA_ADDRESSES
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host is this machine, by its name or address.
+
+    >>> is_loopback("localhost"), is_loopback("127.0.0.1"), is_loopback("203.0.113.7")
+    (True, True, False)
+    """
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host.lower().rstrip(".") == "localhost"
 
 
 class _Attempts:

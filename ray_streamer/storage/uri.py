@@ -44,10 +44,15 @@ def scheme_of(uri: str) -> str:
     authority, _, query = rest.partition("?")
     user = authority.partition("/")[0].rpartition("@")[0]
     options = {name for name, _ in parse_qsl(query)} if scheme in ARROW_SCHEMES else set[str]()
-    if ":" in user or (scheme == "s3" and user) or _SECRET_OPTIONS & options:
+    if ":" in user or (scheme in ("s3", "http", "https") and user) or _SECRET_OPTIONS & options:
         raise SettingsError(
             f"a {scheme}:// uri has credentials in it, and uris appear in plans, reports and errors; give them as the "
             "store's own tools take them (for S3: AWS_ACCESS_KEY_ID, or the setting s3_access_key_id), see docs/s3.md"
+        )
+    if scheme in ("http", "https") and ("?" in rest or "#" in rest):
+        raise SettingsError(
+            f"an {scheme}:// uri has a query, and uris appear in plans, reports and errors; give the uri up to the '?', and what "
+            "follows it, as in signed addresses, in the setting http_query (RAY_STREAMER_HTTP_QUERY), which is shown nowhere"
         )
     if scheme in ("hf", "huggingface"):
         raise SettingsError(
@@ -57,7 +62,7 @@ def scheme_of(uri: str) -> str:
     if scheme not in _SCHEMES:
         raise SettingsError(
             f"no storage for {uri}: scheme {scheme}:// is not known; give a path, file:///path, s3://bucket/prefix, "
-            "gs://, abfss:// or hdfs://, or memory://name"
+            "gs://, abfss://, hdfs:// or https://, or memory://name"
         )
     return scheme
 

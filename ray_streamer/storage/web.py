@@ -1,0 +1,252 @@
+"""How is a web server asked for a checkpoint's files: `https://`, and `http://` inside of a trusted network?
+
+A folder's files are asked for by name: web servers list nothing. Identity is the ETag, or what there is instead (see `identity`).
+
+A server may send a request elsewhere, as the front of a content delivery network does. The address is kept for the next
+requests, and asked for again when it is refused: such addresses are often signed, and end. Redirects go only where they are safe:
+credentials stay with the host that they were given for, https stays https, and addresses inside of a machine or its cloud, where
+metadata services give keys away, are refused, by their names here and by what names lead to in `tcp`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import threading
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import TYPE_CHECKING
+from urllib.parse import quote, urljoin, urlsplit
+
+from ray_streamer.errors import AccessError, ObjectMissingError, SettingsError, StorageError
+from ray_streamer.storage.object_store import ObjectStore, Request, if_match
+from ray_streamer.storage.refusal import Refusal, skew_of
+from ray_streamer.storage.retry import PassingFault
+from ray_streamer.storage.tcp import is_link_local, is_loopback
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from urllib.parse import SplitResult
+
+    from pydantic import SecretStr
+
+    from ray_streamer.storage.base import StorageSettings
+    from ray_streamer.storage.http_connection import HttpAnswer
+    from ray_streamer.storage.identity import Identity
+
+# By these names clouds give their machines metadata and keys.
+_METADATA_HOSTS = frozenset(
+    {"metadata", "metadata.google.internal", "metadata.goog", "instance-data", "instance-data.ec2.internal"}
+)
+_PRINTABLE = re.compile(r"[!-~](?:[ -~]*[!-~])?")
+_QUERY = re.compile(r"[!$-;=?-Z_a-z~]+")
+# What an address that was good for a while answers when that is over, besides 401 and 403.
+_ENDED = frozenset({400, 404, 410})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WebRefusal(Refusal):
+    """See `Refusal`; what the bodies of unknown servers say is not repeated.
+
+    Attributes:
+        was_sent_on: Whether another server had named this one, by an address that may have ended.
+    """
+
+    was_sent_on: bool = False
+
+    def error(self, what: str, *, is_object: bool = True) -> StorageError | PassingFault:
+        """See `Refusal`."""
+        if self.was_sent_on and self.status in _ENDED:
+            return PassingFault(
+                f"the address that the server gave is no longer good, {what}: {self}",
+                error_class=ObjectMissingError if self.status in (404, 410) else StorageError,
+                is_worth_one_retry=True,
+            )
+        return super(WebRefusal, self).error(what, is_object=is_object)
+
+    @property
+    def what_is_missing(self) -> str:
+        """See `Refusal`."""
+        return "file"
+
+    def advice(self, *, is_object: bool) -> list[str]:
+        """See `Refusal`."""
+        if self.status in (401, 403):
+            return [
+                "if it is not public set http_authorization, or http_query if its addresses are signed; signed ones end"
+            ]
+        if 300 <= self.status < 400:
+            return ["it sends the request on, and does not say where"]
+        return []
+
+    def __str__(self) -> str:
+        return status_text(self.status)
+
+
+def status_text(status: int) -> str:
+    """A status with its words.
+
+    >>> status_text(404)
+    'HTTP 404 Not Found'
+    """
+    known = status in HTTPStatus.__members__.values()
+    return f"HTTP {status} {HTTPStatus(status).phrase}" if known else f"HTTP {status}"
+
+
+class Redirects:
+    """Where a server sent requests for its files; safe to call from many threads.
+
+    Args:
+        what: The folder, for messages.
+    """
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+        self._lock = threading.Lock()
+        self._urls: dict[str, str] = {}
+
+    def url_of(self, path: str) -> str | None:
+        """Where a file is asked for now; None before the server has said."""
+        with self._lock:
+            return self._urls.get(path)
+
+    def note(self, path: str, *, asked: str, location: str) -> None:
+        """The server answered to a request at `asked` that `path` is at `location`, a url as good as credentials.
+
+        Raises:
+            StorageError: No request may go there.
+        """
+        what = f"{self._what}/{path}"
+        try:
+            url = urljoin(asked, location)
+            parts = urlsplit(url)
+            _ = parts.port
+        except ValueError:
+            raise StorageError(f"{what}: the server sends the request on, to what is no address") from None
+        reason = _unsafe(urlsplit(asked), parts)
+        if reason:
+            raise StorageError(
+                f"{what}: the server sends the request on {reason}; redirects are followed only where they are safe"
+            )
+        with self._lock:
+            self._urls[path] = quote(url.partition("#")[0], safe="%/:?#[]@!$&'()*+,;=~")
+
+    def forget(self, path: str, url: str) -> None:
+        """Ask the server again next time, if `url` is still the one in use."""
+        with self._lock:
+            if self._urls.get(path) == url:
+                del self._urls[path]
+
+
+def _unsafe(asked: SplitResult, to: SplitResult) -> str:
+    """Why no request goes there; empty when it may."""
+    if to.scheme not in ("http", "https") or not to.hostname:
+        return f"to something other than a web server ({to.scheme or 'no scheme'})"
+    if asked.scheme == "https" and to.scheme != "https":
+        return "from https to http, where everybody on the way can change it"
+    if "@" in to.netloc:
+        return "with a user in the address"
+    if is_link_local(to.hostname) or to.hostname.rstrip(".") in _METADATA_HOSTS:
+        return "to a link-local or metadata address, which belongs to this machine and its cloud"
+    if is_loopback(to.hostname) and not is_loopback(asked.hostname or ""):
+        return "to this machine itself"
+    return ""
+
+
+class WebStore(ObjectStore):
+    """The files below one url; see `ObjectStore`.
+
+    Args:
+        uri: The folder.
+        root: Where its files are asked for, without a "/" at its end.
+        query: What is put behind "?" at that server; a secret.
+        authorization: Header of requests to that server, and to no other; a secret.
+    """
+
+    endpoint_advice = "is the name of the server right"
+    is_public_web = True
+
+    def __init__(self, uri: str, *, root: str, query: str = "", authorization: str = "") -> None:
+        parts = urlsplit(root)
+        self.endpoint = f"{parts.scheme}://{parts.netloc}"
+        self.ca_file = os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("CURL_CA_BUNDLE") or ""
+        self._uri = uri.rstrip("/")
+        self._root = root
+        self._query = f"?{query}" if query else ""
+        self._authorization = {"Authorization": authorization} if authorization else {}
+        self._redirects = Redirects(self._uri)
+
+    def object_request(self, path: str, headers: Mapping[str, str], pinned: Identity | None) -> Request:
+        """See `ObjectStore`."""
+        condition = if_match(pinned)
+        url = self._redirects.url_of(path) or self._own_url(path)
+        credentials = self._authorization if origin_of(url) == origin_of(self._root) else {}
+        return Request(url, {**headers, **condition, **credentials}, is_conditional=bool(condition))
+
+    def discard(self, path: str, request: Request) -> None:
+        """See `ObjectStore`."""
+        self._redirects.forget(path, request.url)
+
+    def follow(self, path: str, request: Request, answer: HttpAnswer) -> bool:
+        """See `ObjectStore`."""
+        location = answer.header("location")
+        if location:
+            self._redirects.note(path, asked=request.url, location=location)
+        return bool(location)
+
+    def place_of(self, request: Request) -> str:
+        """See `ObjectStore`."""
+        scheme, host, port = origin_of(request.url)
+        return f"{scheme}://{host}:{port}"
+
+    def refusal_of(self, request: Request, answer: HttpAnswer, body: bytes) -> Refusal:
+        """See `ObjectStore`."""
+        return WebRefusal(
+            status=answer.status,
+            retry_after=answer.header("retry-after"),
+            skew_seconds=skew_of(answer.header("date")) if answer.status in (401, 403) else 0.0,
+            was_sent_on=not request.url.startswith(f"{self._root}/"),
+        )
+
+    def listing_request(self, prefix: str, token: str, *, recursive: bool) -> Request:
+        """See `ObjectStore`; web servers list nothing."""
+        raise AccessError(f"{self._uri}: web servers list no folders, so their files are asked for by name")
+
+    def _own_url(self, path: str) -> str:
+        return f"{self._root}/{quote(path, safe='/~')}{self._query}"
+
+
+def origin_of(url: str) -> tuple[str, str, int]:
+    """Scheme, host and port of a url: to whom credentials belong (RFC 6454)."""
+    parts = urlsplit(url)
+    return parts.scheme, parts.hostname or "", parts.port or {"http": 80, "https": 443}[parts.scheme]
+
+
+def open_store(uri: str, settings: StorageSettings) -> WebStore:
+    """The store of an `https://` or `http://` uri.
+
+    Raises:
+        SettingsError: It names no server, or `http_query` or `http_authorization` cannot be sent.
+    """
+    parts = urlsplit(uri)
+    try:
+        has_host = bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        has_host = False
+    if not has_host:
+        raise SettingsError(f"{uri} names no server; give https://HOST/FOLDER")
+    return WebStore(
+        uri,
+        root=quote(f"{parts.scheme.lower()}://{parts.netloc}{parts.path}".rstrip("/"), safe="%/:@!$&'()*+,;=~[]"),
+        query=_usable("http_query", settings.http_query, _QUERY).lstrip("?"),
+        authorization=_usable("http_authorization", settings.http_authorization, _PRINTABLE),
+    )
+
+
+def _usable(name: str, secret: SecretStr | None, form: re.Pattern[str]) -> str:
+    text = secret.get_secret_value().strip() if secret else ""
+    if text and not form.fullmatch(text):
+        raise SettingsError(
+            f"{name} (not shown) has characters that cannot be sent; give it as the server's own tools print it"
+        )
+    return text
