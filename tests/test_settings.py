@@ -132,6 +132,8 @@ KEYS = {
     "s3_access_key_id": "PLANTEDKEY",
     "s3_secret_access_key": "PLANTEDSECRET",
     "s3_session_token": "PLANTEDTOKEN",
+    "http_query": "sig=PLANTEDSIGNATURE",
+    "http_authorization": "Bearer PLANTEDTOKEN",
 }
 
 
