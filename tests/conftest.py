@@ -67,7 +67,9 @@ def group_of(nodeid: str) -> str:
 def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """No setting or credential of the machine reaches a test."""
     for name in os.environ:
-        if name.startswith(("RAY_STREAMER_", "RUNAI_STREAMER_", "AWS_")) or name.lower().endswith("_proxy"):
+        if name.startswith(
+            ("RAY_STREAMER_", "RUNAI_STREAMER_", "AWS_", "AZURE_", "GOOGLE_", "STORAGE_EMULATOR_")
+        ) or name.lower().endswith("_proxy"):
             monkeypatch.delenv(name)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     # On a busy machine any answer may be late; tests that count requests would count the second ones too.

@@ -132,10 +132,7 @@ def _if_hub_id(storage: Storage) -> str:
     name = "" if path is None else os.path.relpath(path)
     if not _HUB_ID.fullmatch(name) or os.path.isdir(name.partition("/")[0]):
         return ""
-    return (
-        f"; is {name} a repository of the Hugging Face Hub? Those are not opened here: fetch it first, for example by "
-        f"`hf download {name}`, and give the folder that this prints"
-    )
+    return f"; did you mean hf://{name}, a model of the Hugging Face Hub?"
 
 
 def _safetensors_names(storage: Storage) -> list[str]:

@@ -68,7 +68,26 @@ WEB = StoreKind(
     ),
 )
 
-STORES = (S3, WEB)
+HUB = StoreKind(
+    name="Hugging Face Hub",
+    schemes=("hf",),
+    module="ray_streamer.storage.hub",
+    forms=(
+        UriForm(
+            "hf://ORG/MODEL",
+            "a model of the Hub, at the last commit of its main branch",
+            "`HF_TOKEN` or `hf auth login`, or nobody",
+        ),
+        UriForm(
+            "hf://ORG/MODEL@REVISION/FOLDER",
+            "a branch, tag, commit or refs/pr/N of it, and a folder or file in it",
+            "the same",
+        ),
+    ),
+    extra="hub",
+)
+
+STORES = (S3, WEB, HUB)
 
 
 def kind_of(scheme: str) -> StoreKind | None:

@@ -54,15 +54,12 @@ def scheme_of(uri: str) -> str:
             f"an {scheme}:// uri has a query, and uris appear in plans, reports and errors; give the uri up to the '?', and what "
             "follows it, as in signed addresses, in the setting http_query (RAY_STREAMER_HTTP_QUERY), which is shown nowhere"
         )
-    if scheme in ("hf", "huggingface"):
-        raise SettingsError(
-            f"{uri}: repositories of the Hugging Face Hub are not opened here; fetch it first, for example by "
-            f"`hf download {rest.strip('/')}`, and give the folder that this prints"
-        )
+    if scheme == "huggingface":
+        raise SettingsError(f"no storage for {uri}: did you mean hf://{rest}?")
     if scheme not in _SCHEMES:
         raise SettingsError(
             f"no storage for {uri}: scheme {scheme}:// is not known; give a path, file:///path, s3://bucket/prefix, "
-            "gs://, abfss://, hdfs:// or https://, or memory://name"
+            "gs://, abfss://, hdfs://, https:// or hf://, or memory://name"
         )
     return scheme
 

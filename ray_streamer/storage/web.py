@@ -131,6 +131,11 @@ class Redirects:
         with self._lock:
             self._urls[path] = quote(url.partition("#")[0], safe="%/:?#[]@!$&'()*+,;=~")
 
+    def has(self, url: str) -> bool:
+        """Whether requests for some file are sent to `url`."""
+        with self._lock:
+            return url in self._urls.values()
+
     def forget(self, path: str, url: str) -> None:
         """Ask the server again next time, if `url` is still the one in use."""
         with self._lock:
@@ -205,7 +210,7 @@ class WebStore(ObjectStore):
             status=answer.status,
             retry_after=answer.header("retry-after"),
             skew_seconds=skew_of(answer.header("date")) if answer.status in (401, 403) else 0.0,
-            was_sent_on=not request.url.startswith(f"{self._root}/"),
+            was_sent_on=self._redirects.has(request.url),
         )
 
     def listing_request(self, prefix: str, token: str, *, recursive: bool) -> Request:

@@ -130,16 +130,14 @@ def test_cache_folder_in_a_bucket(place, opened):
 
 def test_name_of_a_repository(tmp_path, monkeypatch, opened):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(
-        ObjectMissingError, match=r"is meta-llama/Llama-3\.1-8B a repository .*`hf download meta-llama/Llama"
-    ):
+    with pytest.raises(ObjectMissingError, match=r"did you mean hf://meta-llama/Llama-3\.1-8B, a model of the Hugging"):
         opened("meta-llama/Llama-3.1-8B")
     # A path into a folder that is there was meant as one, and so was any longer one.
     (tmp_path / "meta-llama").mkdir()
     for path in ("meta-llama/Llama-3.1-8B", "a/b/c", "../x/y", "/models/llama"):
         with pytest.raises(ObjectMissingError, match=r"no such file or folder.*check the path") as caught:
             opened(path)
-        assert "hf download" not in str(caught.value)
+        assert "did you mean" not in str(caught.value)
 
 
 def test_a_folder_above_the_checkpoint(tmp_path, opened):

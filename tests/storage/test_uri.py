@@ -159,11 +159,3 @@ def test_a_slash_behind_tells_a_folder_from_a_file(tmp_path):
     folder.mkdir()
     save_file({"a.weight": np.ones((2, 2), "f4")}, folder / "model.safetensors")
     assert ray_streamer.load_rank(f"{folder}/", rules=RULES).keys() == {"a.weight"}
-
-
-@pytest.mark.parametrize("uri", ["hf://meta-llama/Llama-3.1-8B", "HF://meta-llama/Llama-3.1-8B/"])
-def test_repositories_of_the_hub_are_told_how_to_fetch_them(uri: str) -> None:
-    with pytest.raises(
-        SettingsError, match=r"not opened here; fetch it first, .*`hf download meta-llama/Llama-3\.1-8B`"
-    ):
-        absolute_uri(uri)

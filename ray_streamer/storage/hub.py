@@ -1,0 +1,323 @@
+"""How is a repository of the Hugging Face Hub asked: `hf://ORG/MODEL[@REVISION]`?
+
+huggingface_hub reads the uri, and knows the Hub's address (`HF_ENDPOINT`) and who asks (`HF_TOKEN`, or `hf auth login`). Files are
+asked for at the Hub, which sends large ones on to its content delivery network, by addresses that end after a while (see `web`).
+
+A revision is a commit from the first answer on, so that all files are of one. Identity is the hash of the content that the Hub
+tells: what a network for delivery calls a file may differ from place to place. What that network calls it is compared besides, as
+long as one address lasts.
+Source: huggingface_hub 2.4, `hf_raise_for_status`, `get_hf_file_metadata`, `list_repo_tree`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+from urllib.parse import parse_qs, quote, urlencode, urlsplit
+
+from ray_streamer.errors import AccessError, ObjectChangedError, ObjectMissingError, SettingsError, StorageError
+from ray_streamer.storage.bounded_call import call_within
+from ray_streamer.storage.extras import missing_extra
+from ray_streamer.storage.identity import Identity
+from ray_streamer.storage.listing import MAX_TOKEN_CHARS, ListingPage
+from ray_streamer.storage.object_store import Request
+from ray_streamer.storage.redaction import NO_SECRETS
+from ray_streamer.storage.refusal import skew_of
+from ray_streamer.storage.web import WebRefusal, WebStore, status_text
+from ray_streamer.units import exact_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from ray_streamer.storage.base import StorageSettings
+    from ray_streamer.storage.http_connection import HttpAnswer
+    from ray_streamer.storage.retry import PassingFault
+
+_COMMIT = re.compile(r"[0-9a-f]{40,64}")
+_NEXT = re.compile(r'<([^<>]*)>;\s*rel="?next"?')
+_RESET = re.compile(r"\bt=(\d{1,6})\b")
+_ETAG = re.compile(r'(?:W/)?"?([!#-~]+?)"?')
+
+
+class _Linked(NamedTuple):
+    """What the Hub says of a file that it sends on.
+
+    Attributes:
+        etag: Made from the content's hash.
+        size_bytes: None when it does not say.
+    """
+
+    etag: str
+    size_bytes: int | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HubRefusal(WebRefusal):
+    """See `Refusal`.
+
+    Attributes:
+        repository: As people write it.
+        page: Where a person sees it, and asks for access.
+        has_token: Whether the Hub was told who asks.
+    """
+
+    repository: str = ""
+    page: str = ""
+    has_token: bool = False
+
+    def error(self, what: str, *, is_object: bool = True) -> StorageError | PassingFault:
+        """See `Refusal`."""
+        if self.code == "RepoNotFound" and self.status in (401, 403, 404):
+            return ObjectMissingError(
+                f"no such repository, {what}: {self}; {self.repository} is misspelt, or private: {self._who}"
+            )
+        return super(HubRefusal, self).error(what, is_object=is_object)
+
+    @property
+    def what_is_missing(self) -> str:
+        """See `Refusal`."""
+        return "revision" if self.code == "RevisionNotFound" else "file"
+
+    def advice(self, *, is_object: bool) -> list[str]:
+        """See `Refusal`."""
+        if self.was_sent_on:
+            return []
+        if self.code == "GatedRepo":
+            return [
+                f"the repository is gated: ask for access at {self.page}, and let the Hub know who asks: {self._who}"
+            ]
+        return [self._who] if self.status in (401, 403) else []
+
+    @property
+    def _who(self) -> str:
+        return (
+            "look at the rights of the token in HF_TOKEN or of `hf auth login`"
+            if self.has_token
+            else "set HF_TOKEN, or `hf auth login`"
+        )
+
+    def __str__(self) -> str:
+        told = " ".join(filter(None, (self.code, f"({self.message})" if self.message else "")))
+        return f"{status_text(self.status)} {told}".rstrip()
+
+
+class HubStore(WebStore):
+    """A folder of one revision of one repository; see `ObjectStore`.
+
+    Args:
+        uri: As given.
+        endpoint: The Hub's address, without a "/" at its end.
+        repository: ORG/MODEL.
+        revision: A branch, tag or commit.
+        folder: In the repository, without a "/" at its end; empty for all of it.
+        timeout_seconds: How long huggingface_hub may take to find a token, which it may have to renew.
+    """
+
+    endpoint_advice = "is HF_ENDPOINT right"
+
+    def __init__(
+        self, uri: str, *, endpoint: str, repository: str, revision: str, folder: str, timeout_seconds: float
+    ) -> None:
+        super().__init__(uri, root=endpoint)
+        self.folder = f"{folder}/" if folder else ""
+        self._repository = repository
+        self._revision = revision
+        self._timeout_seconds = timeout_seconds
+        self._lock = threading.Lock()
+        self._token: str | None = None
+        self._has_asked_for_token = False
+        self._linked: dict[str, _Linked] = {}
+        # By address, what the network for delivery calls its file.
+        self._etags_there: dict[str, str] = {}
+
+    def object_request(self, path: str, headers: Mapping[str, str], pinned: Identity | None) -> Request:
+        """See `ObjectStore`."""
+        self._authorize()
+        request = super().object_request(path, headers, None)
+        there = Identity(self._etags_there.get(request.url, "")).condition if pinned else ""
+        return Request(request.url, {**request.headers, "If-Match": there}, is_conditional=True) if there else request
+
+    def discard(self, path: str, request: Request) -> None:
+        """See `ObjectStore`."""
+        super().discard(path, request)
+        with self._lock:
+            self._has_asked_for_token = False
+
+    def follow(self, path: str, request: Request, answer: HttpAnswer) -> bool:
+        """See `ObjectStore`."""
+        if not super().follow(path, request, answer):
+            return False
+        self._note_commit(answer)
+        etag = _content_etag(answer.header("x-linked-etag"))
+        if etag:
+            size = answer.header("x-linked-size")
+            self._linked[path] = _Linked(etag, int(size) if size.isdecimal() and len(size) < 19 else None)
+        return True
+
+    def identity_of(self, path: str, request: Request, answer: HttpAnswer, size_bytes: int) -> Identity:
+        """See `ObjectStore`."""
+        found = Identity.of_answer(answer, size_bytes)
+        linked = self._linked.get(path)
+        if not self._redirects.has(request.url):
+            self._note_commit(answer)
+            etag = _content_etag(answer.header("x-linked-etag") or found.etag)
+            return Identity(etag, size_bytes) if etag else found
+        if found.is_exact and self._etags_there.setdefault(request.url, found.etag) != found.etag:
+            raise ObjectChangedError(f"{self._uri}/{path}: the file behind one address of the Hub became another one")
+        if linked is None:
+            return found
+        if linked.size_bytes not in (None, size_bytes):
+            raise ObjectChangedError(
+                f"{self._uri}/{path}: the Hub's content delivery network has {exact_bytes(size_bytes)}, and the Hub "
+                f"says {exact_bytes(linked.size_bytes)}"
+            )
+        return Identity(linked.etag, size_bytes)
+
+    def refusal_of(self, request: Request, answer: HttpAnswer, body: bytes) -> HubRefusal:
+        """See `ObjectStore`."""
+        reset = _RESET.search(answer.header("ratelimit"))
+        return HubRefusal(
+            status=answer.status,
+            code=answer.secrets.clean(answer.header("x-error-code"), max_chars=64),
+            message=answer.secrets.clean(answer.header("x-error-message")).rstrip("."),
+            retry_after=answer.header("retry-after") or (reset[1] if reset else ""),
+            skew_seconds=skew_of(answer.header("date")) if answer.status in (401, 403) else 0.0,
+            was_sent_on=self._redirects.has(request.url),
+            repository=self._repository,
+            page=f"{self._root}/{self._repository}",
+            has_token=self._token is not None,
+        )
+
+    def listing_request(self, prefix: str, token: str, *, recursive: bool) -> Request:
+        """See `ObjectStore`; the Hub lists folders."""
+        self._authorize()
+        folder = quote(prefix.rpartition("/")[0], safe="")
+        query = urlencode({"recursive": str(recursive).lower(), **({"cursor": token} if token else {})})
+        address = f"{self._root}/api/models/{self._repository}/tree/{self._pinned_revision}"
+        return Request(f"{address}/{folder}?{query}" if folder else f"{address}?{query}", self._authorization)
+
+    def parse_page(self, answer: HttpAnswer, body: bytes) -> ListingPage:
+        """See `ObjectStore`."""
+        try:
+            entries: Any = json.loads(body)
+        except (ValueError, RecursionError):
+            raise ValueError("no JSON") from None
+        if not isinstance(entries, list) or not all(_is_entry(entry) for entry in entries):
+            raise ValueError("no list of files")
+        keys = tuple(entry["path"] for entry in entries if entry["type"] == "file")
+        return ListingPage(keys, _cursor(answer.header("link")))
+
+    def _own_url(self, path: str) -> str:
+        return f"{self._root}/{self._repository}/resolve/{self._pinned_revision}/{quote(self.folder + path, safe='/~')}"
+
+    @property
+    def _pinned_revision(self) -> str:
+        with self._lock:
+            return quote(self._revision, safe="")
+
+    def _note_commit(self, answer: HttpAnswer) -> None:
+        """The first answer says which commit a branch is at; the others are asked for at that one."""
+        commit = answer.header("x-repo-commit")
+        with self._lock:
+            if _COMMIT.fullmatch(commit) and not _COMMIT.fullmatch(self._revision):
+                self._revision = commit
+
+    def _authorize(self) -> None:
+        """Find who asks, once, and again after a refusal."""
+        with self._lock:
+            if self._has_asked_for_token:
+                return
+            self._token = _token_within(self._timeout_seconds)
+            self._has_asked_for_token = True
+            self._authorization = {"Authorization": f"Bearer {self._token}"} if self._token else {}
+
+
+def _token_within(seconds: float) -> str | None:
+    from huggingface_hub import get_token
+    from huggingface_hub.constants import HF_HUB_DISABLE_IMPLICIT_TOKEN
+
+    if HF_HUB_DISABLE_IMPLICIT_TOKEN:
+        return None
+    try:
+        token = call_within(seconds, get_token, what="token of the Hub")
+    except TimeoutError:
+        raise AccessError(
+            f"huggingface_hub found no token in {seconds:g} s (s3_credentials_timeout_seconds); set HF_TOKEN"
+        ) from None
+    except Exception as error:
+        # It asks other servers and reads files, with errors of every kind, which may quote what they read.
+        raise AccessError(f"huggingface_hub cannot find a token ({type(error).__name__}); set HF_TOKEN") from None
+    if token and not re.fullmatch(r"[!-~]+", token):
+        raise AccessError("the token of the Hub (not shown) has characters that cannot be sent; set HF_TOKEN again")
+    return token
+
+
+def _content_etag(header: str) -> str:
+    """A strong ETag: the Hub's are hashes of the content, whatever a proxy made of their form."""
+    match = _ETAG.fullmatch(header)
+    return f'"{match[1]}"' if match and match[1] != "*" else ""
+
+
+def _is_entry(entry: Any) -> bool:
+    return isinstance(entry, dict) and isinstance(entry.get("path"), str) and isinstance(entry.get("type"), str)
+
+
+def _cursor(link: str) -> str:
+    """Where a listing goes on, by its header Link (RFC 8288)."""
+    match = _NEXT.search(link)
+    if match is None:
+        return ""
+    cursor = parse_qs(urlsplit(match[1]).query).get("cursor", [""])[0]
+    if not 0 < len(cursor) <= MAX_TOKEN_CHARS:
+        raise ValueError("there is more, and no usable cursor that leads there")
+    return cursor
+
+
+def open_store(uri: str, settings: StorageSettings) -> HubStore:
+    """The store of an `hf://` uri.
+
+    Raises:
+        SettingsError: huggingface_hub is not installed, is told to stay offline, or the uri names no model.
+    """
+    try:
+        from huggingface_hub import constants
+        from huggingface_hub.errors import HfUriError
+        from huggingface_hub.utils import parse_hf_uri
+    except ImportError as error:
+        raise missing_extra("hf://", "huggingface_hub", "hub") from error
+    try:
+        parsed = parse_hf_uri(f"hf://{uri.partition('://')[2].rstrip('/')}")
+    except HfUriError as error:
+        reason = NO_SECRETS.clean(str(error.args[-1] if error.args else error))
+        raise SettingsError(f"{uri} names no model of the Hub; give hf://ORG/MODEL[@REVISION]: {reason}") from None
+    if parsed.type != "model":
+        raise SettingsError(f"{uri} is a {parsed.type} of the Hub; give a model, hf://ORG/MODEL[@REVISION]")
+    if constants.is_offline_mode():
+        raise SettingsError(
+            f"{uri}: HF_HUB_OFFLINE is set, and hf:// reads from the Hub; {_in_the_cache(parsed.id, parsed.revision)}"
+        )
+    return HubStore(
+        uri,
+        endpoint=constants.ENDPOINT.rstrip("/"),
+        repository=parsed.id,
+        revision=parsed.revision or constants.DEFAULT_REVISION,
+        folder=parsed.path_in_repo.strip("/"),
+        timeout_seconds=settings.s3_credentials_timeout_seconds,
+    )
+
+
+def _in_the_cache(repository: str, revision: str | None) -> str:
+    """What to do offline: a snapshot in huggingface_hub's cache is a folder like any other."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        folder = snapshot_download(repository, revision=revision, local_files_only=True)
+    except LocalEntryNotFoundError:
+        return (
+            f"unset it, or fetch the model where there is a network by `hf download {repository}`, and give the folder"
+        )
+    return f"unset it, or give the folder of its cache, {folder}"
