@@ -52,6 +52,7 @@ test-vllm: $(VENV_VLLM)/.installed
 
 bench: $(VENV)/.test-installed $(VENV)/.bench-installed
 	$(BIN)/python benchmarks/plan_deepseek.py
+	$(BIN)/python benchmarks/plan_from_headers.py
 	$(BIN)/python benchmarks/s3_clients.py
 	$(BIN)/python benchmarks/request_counts.py
 	$(BIN)/python benchmarks/body_path.py

@@ -78,6 +78,8 @@ def group_sequences(
     [0, 1, 0]
     """
     counts = np.diff(firsts)
+    if (counts == 1).all():
+        return group_rows([items, *columns])
     position = np.arange(len(items)) - np.repeat(firsts[:-1], counts)
     mixed = (items.astype(np.uint64) + (position.astype(np.uint64) << np.uint64(40)) + np.uint64(1)) * _MIX
     mixed = (mixed ^ (mixed >> np.uint64(29))) * _MIX

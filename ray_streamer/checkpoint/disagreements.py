@@ -53,6 +53,9 @@ def settle(weight_map: Mapping[str, str], paths: Sequence[str], headers: Sequenc
     A tensor that is in several files, none of which the index names for it, is taken from the last one, as in
     transformers 5.23.
     """
+    found = {name: path for path, header in zip(paths, headers, strict=True) for name in header.names}
+    if found == weight_map and len(found) == sum(len(header.names) for header in headers):
+        return Settlement(headers=tuple(headers))
     where = _files_of_tensors(headers)
     numbers = {path: number for number, path in enumerate(paths)}
     repeated = {name: files for name, files in where.items() if len(files) > 1}

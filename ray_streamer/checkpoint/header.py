@@ -7,14 +7,14 @@ are repeated JSON keys (safetensors lets the last one win), tensors written as J
 than 64 dimensions, sizes of 2**62 and more, and unknown fields that hold lists or objects. Unaligned tensor data is legal
 in both.
 
-Everything about one tensor's JSON is checked in a loop; everything arithmetic on whole columns.
+Checks are made on whole columns. Where one fails on a tensor's JSON, a loop finds the tensor and the rule.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import compress
-from typing import TYPE_CHECKING, Any
+from itertools import chain, compress
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -27,6 +27,8 @@ from ray_streamer.units import exact_bytes, verb
 from ray_streamer.wording import brief, shown
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from numpy.typing import NDArray
 
 LENGTH_BYTES = 8
@@ -149,25 +151,70 @@ def _check_metadata(metadata: Any, file: str) -> dict[str, str]:
 
 
 def _to_columns(entries: dict[str, Any], metadata: dict[str, str], *, data_start: int, file: str) -> FileHeader:
-    for name, entry in entries.items():
-        _check_entry(name, entry, file)
-    shapes = [entry["shape"] for entry in entries.values()]
-    num_dims = np.array([len(shape) for shape in shapes], dtype=np.uint8)
-    padded = np.ones((len(shapes), max(1, num_dims.max(initial=1))), dtype=np.int64)
-    padded[np.arange(padded.shape[1]) < num_dims[:, None]] = [size for shape in shapes for size in shape]
-    offsets = np.array([entry["data_offsets"] for entry in entries.values()], dtype=np.int64).reshape(-1, 2)
-    order = np.lexsort((offsets[:, 1], offsets[:, 0]))
+    columns = _columns_of(entries)
+    if columns is None:
+        for name, entry in entries.items():
+            _check_entry(name, entry, file)
+        columns = _columns_of({name: {key: entry[key] for key in _FIELDS} for name, entry in entries.items()})
+        assert columns is not None, "every entry was accepted"
+    order = np.lexsort((columns.offsets[:, 1], columns.offsets[:, 0]))
     names = tuple(entries)
-    codes = np.array([DTYPE_CODES[entry["dtype"]] for entry in entries.values()], dtype=np.uint8)
     return FileHeader(
-        names=tuple(names[position] for position in order.tolist()),
-        dtype_codes=codes[order],
-        shapes=padded[order],
-        num_dims=num_dims[order],
-        starts=offsets[order, 0] + data_start,
-        stops=offsets[order, 1] + data_start,
+        names=tuple([names[position] for position in order.tolist()]),
+        dtype_codes=columns.dtype_codes[order],
+        shapes=columns.shapes[order],
+        num_dims=columns.num_dims[order],
+        starts=columns.offsets[order, 0] + data_start,
+        stops=columns.offsets[order, 1] + data_start,
         metadata=metadata,
     )
+
+
+class _Columns(NamedTuple):
+    """As in `FileHeader`, in the order of the JSON; offsets from the start of the data, of shape (num_tensors, 2)."""
+
+    dtype_codes: NDArray[np.uint8]
+    shapes: NDArray[np.int64]
+    num_dims: NDArray[np.uint8]
+    offsets: NDArray[np.int64]
+
+
+def _columns_of(entries: dict[str, Any]) -> _Columns | None:
+    """The entries' fields; None when `_check_entry` would refuse one of them, or one has other fields, too."""
+    described = entries.values()
+    if not (set(map(type, described)) <= {dict} and set(map(len, described)) <= {len(_FIELDS)}):
+        return None
+    try:
+        dtypes = [entry["dtype"] for entry in described]
+        shapes = [entry["shape"] for entry in described]
+        offsets = [entry["data_offsets"] for entry in described]
+    except KeyError:
+        return None
+    if not (set(map(type, dtypes)) <= {str} and set(dtypes) <= DTYPE_CODES.keys()):
+        return None
+    if not (set(map(type, [*shapes, *offsets])) <= {list} and set(map(len, offsets)) <= {2}):
+        return None
+    most_dims = max(map(len, shapes), default=0)
+    sizes, ends = _as_counts(chain.from_iterable(shapes)), _as_counts(chain.from_iterable(offsets))
+    if most_dims > MAX_DIMS or sizes is None or ends is None:
+        return None
+    num_dims = np.fromiter(map(len, shapes), dtype=np.uint8, count=len(shapes))
+    padded = np.ones((len(shapes), max(1, most_dims)), dtype=np.int64)
+    padded[np.arange(padded.shape[1]) < num_dims[:, None]] = sizes
+    codes = np.fromiter(map(DTYPE_CODES.__getitem__, dtypes), dtype=np.uint8, count=len(dtypes))
+    return _Columns(codes, padded, num_dims, ends.reshape(-1, 2))
+
+
+def _as_counts(values: Iterable[Any]) -> NDArray[np.int64] | None:
+    """The values as numbers; None when one is no integer from 0 to `MAX_COUNT`."""
+    numbers = [*values]
+    if not set(map(type, numbers)) <= {int}:
+        return None
+    try:
+        counts = np.array(numbers, dtype=np.int64)
+    except OverflowError:
+        return None
+    return counts if counts.min(initial=0) >= 0 and counts.max(initial=0) <= MAX_COUNT else None
 
 
 def _check_entry(name: str, entry: Any, file: str) -> None:

@@ -180,8 +180,9 @@ class CheckpointIndex:
         """A hash of everything but the URI: equal for equal checkpoints, different when an object was replaced."""
         digest = hashlib.blake2b(digest_size=16)
         files = [[file.path, file.size_bytes, file.etag] for file in self.files]
-        text = [files, self.names, self.config, self.metadata, sorted(self.unlisted)]
-        digest.update(json.dumps(text, sort_keys=True).encode())
+        digest.update(json.dumps([files, self.config, self.metadata, sorted(self.unlisted)], sort_keys=True).encode())
+        digest.update(np.fromiter(map(len, self.names), dtype=np.int64, count=len(self.names)).tobytes())
+        digest.update("".join(self.names).encode())
         for name in _COLUMNS:
             digest.update(getattr(self, name).tobytes())
         return digest.hexdigest()

@@ -222,24 +222,31 @@ def _read_headers(
     try:
         with limits_explained("start the threads that read headers"):
             futures = [pool.submit(_read_header, storage, path, head_bytes) for path in paths]
-        # In order of path, so that the error raised is the first by path, whichever came first.
-        return [future.result() for future in futures]
+        # In order of path, so that the error raised is the first by path, whichever came first. Parsed here: threads would only
+        # take the interpreter's lock from each other.
+        return [_parsed(storage, future.result()) for future in futures]
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _read_header(storage: Storage, path: str, head_bytes: int) -> tuple[ShardFile, FileHeader] | None:
-    """One file's identity and header; None when it does not exist."""
+def _read_header(storage: Storage, path: str, head_bytes: int) -> tuple[ShardFile, bytes] | None:
+    """One file's identity, and its first bytes up to the end of the header; None when it does not exist."""
     try:
         head, info = storage.read_head(path, head_bytes)
     except ObjectMissingError:
         return None
     except StorageError as error:
         raise missing_selection(storage, path, error) or error from error
-    file = _full_name(storage, path)
-    extent = header_extent(head, file=file, size_bytes=info.size_bytes)
-    head = _read_up_to(storage, path, extent.stop, head, info)
-    return ShardFile(path, info.size_bytes, info.etag), parse_header(head, file=file, size_bytes=info.size_bytes)
+    stop = header_extent(head, file=_full_name(storage, path), size_bytes=info.size_bytes).stop
+    head = _read_up_to(storage, path, stop, head, info)
+    return ShardFile(path, info.size_bytes, info.etag), head[:stop]
+
+
+def _parsed(storage: Storage, read: tuple[ShardFile, bytes] | None) -> tuple[ShardFile, FileHeader] | None:
+    if read is None:
+        return None
+    file, head = read
+    return file, parse_header(head, file=_full_name(storage, file.path), size_bytes=file.size_bytes)
 
 
 def _refuse_missing(storage: Storage, files: _Files, reads: Sequence[object | None]) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ray_streamer.errors import PlanError
-from ray_streamer.planning.coverage import Hole, cover, num_covered
+from ray_streamer.planning.coverage import Coverage, Hole, cover, num_covered
 from ray_streamer.planning.views import index_at, unit_views
 from ray_streamer.rows import group_rows, group_sequences
 from ray_streamer.wording import shown
@@ -43,8 +43,17 @@ class OpenResults:
     holes: tuple[Hole, ...]
 
 
-def check_fills(index: CheckpointIndex, slices: RankSlices) -> list[OpenResults]:
+Covers = dict[tuple["ResultForm", tuple["NestedView", ...]], Coverage]
+"""What is known of results of a form that get these views."""
+
+
+def check_fills(index: CheckpointIndex, slices: RankSlices, covers: Covers | None = None) -> list[OpenResults]:
     """What is to be zeroed in the results of one rank.
+
+    Args:
+        index: The checkpoint's tensors.
+        slices: What the rank says.
+        covers: What was found for other ranks, whose results often are filled alike; added to.
 
     Raises:
         PlanError: Two moves write one element, a move leaves its result, or a result overlaps itself; names tensors, result
@@ -54,7 +63,7 @@ def check_fills(index: CheckpointIndex, slices: RankSlices) -> list[OpenResults]
     combinations, examples = rows.combinations(slices)
     found: list[OpenResults] = []
     for number, example in enumerate(examples.tolist()):
-        holes = _check_result(index, slices, example, rows.rows_of(example))
+        holes = _check_result(index, slices, example, rows.rows_of(example), {} if covers is None else covers)
         if holes and slices.results.form_of(example).zeroes_holes:
             found.append(OpenResults(np.flatnonzero(combinations == number), holes))
     return found
@@ -69,7 +78,9 @@ class _RowsByResult:
 
     @classmethod
     def of(cls, slices: RankSlices) -> _RowsByResult:
-        order = np.lexsort((slices.target_offsets, slices.pattern_ids, slices.result_ids))
+        order = np.arange(len(slices.result_ids))
+        if not (slices.result_ids[1:] > slices.result_ids[:-1]).all():
+            order = np.lexsort((slices.target_offsets, slices.pattern_ids, slices.result_ids))
         firsts = np.searchsorted(slices.result_ids[order], np.arange(len(slices.results) + 1))
         return cls(order, firsts)
 
@@ -87,17 +98,20 @@ def _own_views(form: ResultForm) -> tuple[NestedView, ...]:
     return tuple(unit_views(form.shape, 0, form.memory_strides, form.stored.num_bits))
 
 
-def _check_result(index: CheckpointIndex, slices: RankSlices, result: int, rows: Sequence[int]) -> tuple[Hole, ...]:
+def _check_result(
+    index: CheckpointIndex, slices: RankSlices, result: int, rows: Sequence[int], covers: Covers
+) -> tuple[Hole, ...]:
     """What no row fills of a result."""
     whole = _whole_views(slices.results[result])
     written = _views_of_rows(slices, rows, slices.results.form_of(result).stored.num_bits)
-    views = [view for view, _ in written]
+    views = tuple([view for view, _ in written])
     end = max((view.offset + view.reach for view in whole), default=-1)
     stray = next((view for view in views if view.offset < 0 or view.offset + view.reach > end), None)
     if stray is not None:
         at = stray.offset if stray.offset < 0 else stray.offset + stray.reach
         raise PlanError(_describe(index, slices, result, written, at))
-    coverage = cover(whole, views)
+    key = slices.results.form_of(result), views
+    coverage = covers.get(key) or covers.setdefault(key, cover(whole, views))
     wrong = coverage.outside if coverage.twice is None else coverage.twice
     if wrong is not None:
         raise PlanError(_describe(index, slices, result, written, wrong, is_twice=coverage.twice is not None))

@@ -13,7 +13,7 @@ from ray_streamer.errors import ShardingError
 from ray_streamer.sharding import Replicate, RuleSlices, ShardRules, Skip, Split, SplitVocabulary, legal_tp
 from ray_streamer.sharding.completeness import missing_parts
 from ray_streamer.sharding.lookalikes import lookalikes
-from ray_streamer.sharding.name_kinds import NameKinds
+from ray_streamer.sharding.name_kinds import kinds_of_tensors
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -171,7 +171,7 @@ def _placements(
     codes = [names.index(kind) for kind in kinds]
     unplaced = "replicated" if slices.unmatched == "replicate" else "no rule"
     without = np.where(index.num_dims >= 2, names.index(unplaced), names.index("replicated"))
-    matches = rules.first_matches(NameKinds.of(index.names))
+    matches = rules.first_matches(kinds_of_tensors(index))
     tensor_codes = np.where(matches >= 0, np.array(codes)[matches], without)
     return _largest_first(_shares(names, tensor_codes, sizes)), legal_tp(index, rules, unmatched="replicate")
 

@@ -25,7 +25,7 @@ from ray_streamer.errors import CheckpointError, IndexMismatchError
 from ray_streamer.sharding.families import family_of
 from ray_streamer.sharding.globs import matches_any
 from ray_streamer.sharding.model_structure import ModelStructure
-from ray_streamer.sharding.name_kinds import NameKinds, as_text
+from ray_streamer.sharding.name_kinds import NameKinds, as_text, kinds_of_tensors
 from ray_streamer.sharding.placement import Skip
 from ray_streamer.sharding.quantization import weight_of
 from ray_streamer.sharding.sizes import Sizes
@@ -82,7 +82,7 @@ def refuse_absent(index: CheckpointIndex, rules: ShardRules) -> None:
     weights = NameKinds.of([weight_of(names.kinds[kind]) or "" for kind in names.kind_ids.tolist()])
     by_name, by_weight = rules.first_matches(names), rules.first_matches(weights)
     rule_ids = np.where(by_name >= 0, by_name, by_weight).tolist()
-    held = set(NameKinds.of(index.names).kinds)
+    held = set(kinds_of_tensors(index).kinds)
     is_alike = names.of_kinds([kind in held for kind in names.kinds], dtype=bool)
     structure = _structure_of(index)
     is_end, is_tied_head = _ends(index, names, structure)
@@ -118,7 +118,7 @@ def missing_parts(index: CheckpointIndex) -> list[str]:
     structure = _structure_of(index)
     if structure is None:
         return []
-    names = NameKinds.of(index.names)
+    names = kinds_of_tensors(index)
     located = structure.locate(names)
     is_own = (located.layers >= 0) & (located.layers < structure.num_layers)
     if not is_own.any():

@@ -13,7 +13,7 @@ import numpy as np
 from ray_streamer.errors import ShardingError
 from ray_streamer.sharding.families import FAMILIES
 from ray_streamer.sharding.mesh import Mesh
-from ray_streamer.sharding.name_kinds import NameKinds
+from ray_streamer.sharding.name_kinds import NameKinds, kinds_of_tensors
 from ray_streamer.sharding.placement import Replicate, Skip
 from ray_streamer.sharding.resolve import checked_groups
 from ray_streamer.sharding.rules import ShardRules
@@ -30,7 +30,7 @@ def lookalikes(index: CheckpointIndex, *, layout: Layout) -> list[str]:
         index: The checkpoint; its own model_type is not looked at.
         layout: What the tensors are for.
     """
-    names = NameKinds.of(index.names)
+    names = kinds_of_tensors(index)
     fits: list[tuple[float, str, tuple[object, ...]]] = []
     for model_type, family in FAMILIES.items():
         said = (index.config or {}).get(family.text_config, index.config) if family.text_config else index.config

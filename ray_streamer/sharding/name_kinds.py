@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Self
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from numpy.typing import NDArray
+
+    from ray_streamer.checkpoint.index import CheckpointIndex
 
     Column = NDArray[np.int64]
 
@@ -121,6 +124,17 @@ class NameKinds:
     def of_kinds(self, values: Sequence[Any], dtype: Any = np.int64) -> NDArray[Any]:
         """For each name the value of its kind."""
         return np.array([*values], dtype=dtype)[self.kind_ids] if len(self) else np.empty(0, dtype=dtype)
+
+
+_kinds_by_index: WeakKeyDictionary[CheckpointIndex, NameKinds] = WeakKeyDictionary()
+
+
+def kinds_of_tensors(index: CheckpointIndex) -> NameKinds:
+    """The names of a checkpoint's tensors by kind, which are worked out once."""
+    kinds = _kinds_by_index.get(index)
+    if kinds is None:
+        kinds = _kinds_by_index[index] = NameKinds.of(index.names)
+    return kinds
 
 
 def _with_next_number(name: str, head: str, behind: Mapping[str, int]) -> tuple[str, int] | None:

@@ -14,7 +14,7 @@ from ray_streamer.errors import ShardingError
 from ray_streamer.sharding.groups import DEFAULT_UNMATCHED, TensorGroup, TensorGroups, Unmatched, group_tensors, named
 from ray_streamer.sharding.holders import ALL_RANKS, find_holders
 from ray_streamer.sharding.mesh import Mesh
-from ray_streamer.sharding.name_kinds import NameKinds
+from ray_streamer.sharding.name_kinds import NameKinds, kinds_of_tensors
 from ray_streamer.units import counted
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def legal_tp(index: CheckpointIndex, rules: ShardRules, *, unmatched: Unmatched 
         ShardingError: The rules do not fit the checkpoint at any size: as `checked_groups` says.
     """
     nowhere_else = np.zeros(len(index), dtype=np.int64)
-    grouped = group_tensors(index, NameKinds.of(index.names), rules, [ALL_RANKS], nowhere_else, unmatched)
+    grouped = group_tensors(index, kinds_of_tensors(index), rules, [ALL_RANKS], nowhere_else, unmatched)
     return _legal_among(grouped.groups, Mesh())
 
 

@@ -21,7 +21,7 @@ from ray_streamer.sharding.groups import DEFAULT_UNMATCHED, Unmatched
 from ray_streamer.sharding.landing import find_landings
 from ray_streamer.sharding.lookalikes import advice
 from ray_streamer.sharding.mesh import Mesh
-from ray_streamer.sharding.name_kinds import NameKinds
+from ray_streamer.sharding.name_kinds import kinds_of_tensors
 from ray_streamer.sharding.presets import DEFAULT_LAYOUT, Layout
 from ray_streamer.sharding.rename import RenameLike, renaming
 from ray_streamer.sharding.resolve import checked_groups
@@ -119,7 +119,7 @@ class RuleSlices:
             hint = advice(index, layout=self.layout) if family_of(index.config or {}) is None else ""
             raise ShardingError(f"{index.uri}: {error}{hint}") from error
         refuse_absent(index, rules)
-        names = NameKinds.of(index.names)
+        names = kinds_of_tensors(index)
         grouped = checked_groups(
             index,
             names,
