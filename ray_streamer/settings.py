@@ -243,7 +243,7 @@ class Settings(BaseSettings):
         gt=0,
         le=_LONGEST_SECONDS,
         allow_inf_nan=False,
-        description="Limit for boto3 to find or renew credentials.",
+        description="Limit for boto3, and for the libraries of other stores, to find or renew credentials.",
     )
     s3_access_key_id: SecretStr | None = Field(
         default=None,
@@ -255,6 +255,10 @@ class Settings(BaseSettings):
     )
     s3_session_token: SecretStr | None = Field(
         default=None, min_length=1, description="Secret; of temporary keys only."
+    )
+    gs_unsigned: bool = Field(default=False, description="Send no credentials to Google: public buckets.")
+    gs_user_project: str | None = Field(
+        default=None, min_length=1, description="Project of Google that pays for requests to requester-pays buckets."
     )
     http_query: SecretStr | None = Field(
         default=None,

@@ -33,7 +33,7 @@ def open_storage(uri: UriLike, settings: StorageSettings) -> Storage:
         from ray_streamer.storage.memory import MemoryStorage
 
         return MemoryStorage(uri, settings)
-    kind = kind_of(scheme)
+    kind = kind_of(uri, scheme)
     if kind is not None:
         from ray_streamer.storage.object_storage import ObjectStorage
 

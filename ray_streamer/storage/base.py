@@ -83,6 +83,8 @@ class StorageSettings(Protocol):
     s3_access_key_id: SecretStr | None
     s3_secret_access_key: SecretStr | None
     s3_session_token: SecretStr | None
+    gs_unsigned: bool
+    gs_user_project: str | None
     http_query: SecretStr | None
     http_authorization: SecretStr | None
 

@@ -34,6 +34,7 @@ class StoreKind:
         module: With its `open_store`.
         forms: Its uris.
         extra: What of this package to install for it besides; empty when nothing is needed.
+        has_options_of_pyarrow: Whether a uri with a query is pyarrow's, whose options it holds.
     """
 
     name: str
@@ -41,6 +42,7 @@ class StoreKind:
     module: str
     forms: tuple[UriForm, ...]
     extra: str = ""
+    has_options_of_pyarrow: bool = False
 
 
 S3 = StoreKind(
@@ -87,13 +89,30 @@ HUB = StoreKind(
     extra="hub",
 )
 
-STORES = (S3, WEB, HUB)
+GOOGLE = StoreKind(
+    name="Google Cloud Storage",
+    schemes=("gs", "gcs"),
+    module="ray_streamer.storage.gcs",
+    forms=(
+        UriForm(
+            "gs://BUCKET/PREFIX",
+            "a bucket of Google",
+            "Google's application default credentials, or nobody with `gs_unsigned`",
+        ),
+        UriForm("gs://anonymous@BUCKET/PREFIX", "a public bucket", "nobody; needs no package"),
+    ),
+    extra="google",
+    has_options_of_pyarrow=True,
+)
+
+STORES = (S3, GOOGLE, WEB, HUB)
 
 
-def kind_of(scheme: str) -> StoreKind | None:
-    """The store of a scheme, or None.
+def kind_of(uri: str, scheme: str) -> StoreKind | None:
+    """The store of a uri with this scheme in lower case, or None.
 
-    >>> kind_of("s3").name
+    >>> kind_of("S3://bucket/model", "s3").name
     'S3'
     """
-    return next((kind for kind in STORES if scheme in kind.schemes), None)
+    found = next((kind for kind in STORES if scheme in kind.schemes), None)
+    return None if found and found.has_options_of_pyarrow and "?" in uri else found

@@ -1,0 +1,258 @@
+"""How is a bucket of Google Cloud Storage asked: `gs://BUCKET/PREFIX`?
+
+Over the JSON API, whose objects have a generation: a number that no two versions of an object share. It is the identity, and a
+condition of every request. google-auth finds who asks (application default credentials), and renews tokens before they end.
+Sources: Google Cloud Storage, "JSON API reference", "Request preconditions", "Requester Pays", "Object names and namespaces".
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import threading
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+from urllib.parse import quote, urlencode, urlsplit
+
+from ray_streamer.errors import AccessError, SettingsError
+from ray_streamer.storage.bounded_call import call_within
+from ray_streamer.storage.extras import missing_extra
+from ray_streamer.storage.identity import Identity
+from ray_streamer.storage.listing import MAX_TOKEN_CHARS, ListingPage
+from ray_streamer.storage.object_store import ObjectStore, Request
+from ray_streamer.storage.refusal import Refusal, skew_of
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from ray_streamer.storage.base import StorageSettings
+    from ray_streamer.storage.http_connection import HttpAnswer
+
+_ENDPOINT = "https://storage.googleapis.com"
+_SCOPES = ("https://www.googleapis.com/auth/devstorage.read_only",)
+_GENERATION = re.compile(r'"?([0-9]{1,20})"?')
+_BUCKET = re.compile(r"[a-z0-9][a-z0-9._:-]{1,220}[a-z0-9]")
+_ANONYMOUS = "anonymous@"
+_WHO = (
+    "let google-auth know who asks: GOOGLE_APPLICATION_CREDENTIALS, `gcloud auth application-default login`, or a service account of "
+    "the machine or pod; for a public bucket set gs_unsigned, or give gs://anonymous@BUCKET/PREFIX"
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GoogleRefusal(Refusal):
+    """See `Refusal`."""
+
+    THROTTLE_CODES: ClassVar[frozenset[str]] = frozenset({"rateLimitExceeded", "userRateLimitExceeded", "slowDown"})
+    FAILURE_CODES: ClassVar[frozenset[str]] = frozenset({"backendError", "internalError"})
+
+    @classmethod
+    def from_answer(cls, answer: HttpAnswer, body: bytes) -> GoogleRefusal:
+        """What a raw answer says, with the beginning of its body: JSON, or of an object's bytes plain text."""
+        code, message = _said(body)
+        secrets = answer.secrets
+        return cls(
+            status=answer.status,
+            code=secrets.clean(code, max_chars=100),
+            message=secrets.clean(message).rstrip("."),
+            request_id=secrets.clean(answer.header("x-guploader-uploadid"), max_chars=128),
+            retry_after=answer.header("retry-after"),
+            skew_seconds=skew_of(answer.header("date")),
+        )
+
+    @property
+    def what_is_missing(self) -> str:
+        """See `Refusal`."""
+        return "bucket" if "bucket does not exist" in self.message else "object"
+
+    def advice(self, *, is_object: bool) -> list[str]:
+        """See `Refusal`."""
+        if "requester pays" in self.message.lower() or "user project" in self.message.lower():
+            return ["whoever asks pays in this bucket: set gs_user_project to the project that does"]
+        if self.status == 401:
+            return [_WHO]
+        if self.status == 403:
+            permission = "storage.objects.get" if is_object else "storage.objects.list"
+            return [f"who asks needs {permission} (role Storage Object Viewer)"]
+        return []
+
+
+def _said(body: bytes) -> tuple[str, str]:
+    """Reason and sentence of an error."""
+    try:
+        error: Any = json.loads(body)["error"]
+        reasons = [str(each.get("reason", "")) for each in error.get("errors", ())]
+        return (reasons or [""])[0], str(error.get("message", ""))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        text = body[:1000].decode("utf-8", "replace")
+        return "", "" if "<" in text else text
+
+
+class GoogleCredentials:
+    """Who asks, by google-auth; safe to call from many threads.
+
+    Args:
+        timeout_seconds: How long finding or renewing a token may take.
+    """
+
+    def __init__(self, *, timeout_seconds: float) -> None:
+        self._timeout_seconds = timeout_seconds
+        self._lock = threading.Lock()
+        self._credentials: Any = None
+        self._is_refused = False
+
+    def headers(self) -> dict[str, str]:
+        """The headers that say so, with a token that is good for some minutes.
+
+        Raises:
+            AccessError: There are no credentials, or none in time.
+            SettingsError: google-auth is not installed.
+        """
+        with self._lock:
+            credentials = self._credentials
+            if credentials is None or self._is_refused or not _is_fresh(credentials):
+                credentials = self._renew()
+            headers: dict[str, str] = {}
+            credentials.apply(headers)
+            return headers
+
+    def refuse(self) -> None:
+        """The store did not take the token; get another one."""
+        with self._lock:
+            self._is_refused = True
+
+    def _renew(self) -> Any:
+        try:
+            import google.auth
+            from google.auth import exceptions
+            from google.auth.transport.requests import Request as Transport
+        except ImportError as error:
+            raise missing_extra("gs:// with credentials", "google-auth", "google") from error
+
+        def find() -> Any:
+            found = self._credentials or google.auth.default(scopes=_SCOPES)[0]
+            if self._is_refused or not _is_fresh(found):
+                found.refresh(Transport())
+            return found
+
+        try:
+            self._credentials = call_within(self._timeout_seconds, find, what="credentials")
+        except TimeoutError:
+            raise AccessError(
+                f"google-auth found no credentials in {self._timeout_seconds:g} s (s3_credentials_timeout_seconds); {_WHO}"
+            ) from None
+        except (exceptions.GoogleAuthError, OSError, ValueError, KeyError, TypeError) as error:
+            # Not from the error, which may quote answers with tokens in them.
+            raise AccessError(f"google-auth has no credentials ({type(error).__name__}): {_WHO}") from None
+        self._is_refused = False
+        return self._credentials
+
+
+def _is_fresh(credentials: Any) -> bool:
+    return credentials.token_state.name == "FRESH"
+
+
+class GoogleStore(ObjectStore):
+    """One prefix of one bucket; see `ObjectStore`.
+
+    Args:
+        endpoint: Of the JSON API, without a "/" at its end.
+        bucket: Its name.
+        prefix: Without a "/" at its end.
+        credentials: None to send none.
+        user_project: Who pays for requests to requester-pays buckets; empty for the bucket's owner.
+    """
+
+    endpoint_advice = "is STORAGE_EMULATOR_HOST right"
+
+    def __init__(
+        self, *, endpoint: str, bucket: str, prefix: str, credentials: GoogleCredentials | None, user_project: str
+    ) -> None:
+        self.endpoint = endpoint
+        self.ca_file = os.environ.get("REQUESTS_CA_BUNDLE") or ""
+        self.folder = f"{prefix}/" if prefix else ""
+        self._objects = f"{endpoint}/storage/v1/b/{quote(bucket, safe='')}/o"
+        self._credentials = credentials
+        self._payer = {"userProject": user_project} if user_project else {}
+
+    def object_request(self, path: str, headers: Mapping[str, str], pinned: Identity | None) -> Request:
+        """See `ObjectStore`."""
+        generation = _GENERATION.fullmatch(pinned.etag) if pinned else None
+        condition = {"ifGenerationMatch": generation[1]} if generation else {}
+        query = urlencode({"alt": "media", **condition, **self._payer})
+        url = f"{self._objects}/{quote(self.folder + path, safe='')}?{query}"
+        return Request(url, {**headers, **self._authorization()}, is_conditional=bool(condition))
+
+    def discard(self, path: str, request: Request) -> None:
+        """See `ObjectStore`."""
+        if self._credentials:
+            self._credentials.refuse()
+
+    def identity_of(self, path: str, request: Request, answer: HttpAnswer, size_bytes: int) -> Identity:
+        """See `ObjectStore`."""
+        generation = _GENERATION.fullmatch(answer.header("x-goog-generation"))
+        return Identity(f'"{generation[1]}"', size_bytes) if generation else Identity.of_answer(answer, size_bytes)
+
+    def refusal_of(self, request: Request, answer: HttpAnswer, body: bytes) -> GoogleRefusal:
+        """See `ObjectStore`."""
+        return GoogleRefusal.from_answer(answer, body)
+
+    def listing_request(self, prefix: str, token: str, *, recursive: bool) -> Request:
+        """See `ObjectStore`."""
+        more = ({} if recursive else {"delimiter": "/"}) | ({"pageToken": token} if token else {})
+        query = urlencode({"prefix": prefix, "fields": "items(name),nextPageToken", **more, **self._payer})
+        return Request(f"{self._objects}?{query}", self._authorization())
+
+    def parse_page(self, answer: HttpAnswer, body: bytes) -> ListingPage:
+        """See `ObjectStore`."""
+        try:
+            page: Any = json.loads(body)
+        except (ValueError, RecursionError):
+            raise ValueError("no JSON") from None
+        items: Any = page.get("items", []) if isinstance(page, dict) else None
+        if not isinstance(items, list) or not all(
+            isinstance(each, dict) and isinstance(each.get("name"), str) for each in items
+        ):
+            raise ValueError("no list of objects")
+        token: Any = page.get("nextPageToken", "")
+        if not isinstance(token, str) or len(token) > MAX_TOKEN_CHARS:
+            raise ValueError("there is more, and no usable token that leads there")
+        return ListingPage(tuple(each["name"] for each in items), token)
+
+    def _authorization(self) -> dict[str, str]:
+        return self._credentials.headers() if self._credentials else {}
+
+
+def open_store(uri: str, settings: StorageSettings) -> GoogleStore:
+    """The store of a `gs://` uri.
+
+    Raises:
+        SettingsError: It names no bucket, or STORAGE_EMULATOR_HOST is no address.
+    """
+    rest = uri.partition("://")[2]
+    is_anonymous = settings.gs_unsigned or rest.startswith(_ANONYMOUS)
+    bucket, _, prefix = rest.removeprefix(_ANONYMOUS).partition("/")
+    if not _BUCKET.fullmatch(bucket):
+        raise SettingsError(f"{uri} names no bucket; give gs://BUCKET/PREFIX")
+    emulator = os.environ.get("STORAGE_EMULATOR_HOST", "")
+    endpoint = (emulator if "://" in emulator else f"http://{emulator}") if emulator else _ENDPOINT
+    try:
+        parts = urlsplit(endpoint)
+        is_address = (
+            parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0 and "@" not in parts.netloc
+        )
+    except ValueError:
+        is_address = False
+    if not is_address:
+        raise SettingsError("STORAGE_EMULATOR_HOST is no address; give http://HOST:PORT")
+    has_credentials = not is_anonymous and not emulator
+    return GoogleStore(
+        endpoint=endpoint.rstrip("/"),
+        bucket=bucket,
+        prefix=prefix.rstrip("/"),
+        credentials=GoogleCredentials(timeout_seconds=settings.s3_credentials_timeout_seconds)
+        if has_credentials
+        else None,
+        user_project=settings.gs_user_project or "",
+    )

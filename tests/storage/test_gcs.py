@@ -1,0 +1,300 @@
+"""Google's store keeps the contract over its JSON API, with generations as identities and tokens of google-auth."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+import subprocess
+import sys
+import threading
+import traceback
+from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import parse_qs
+
+import pytest
+import torch
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import rsa
+from pyarrow import fs
+
+import ray_streamer
+from ray_streamer.errors import AccessError, ObjectChangedError, ObjectMissingError, SettingsError, StorageError
+from ray_streamer.extent import Extent
+from ray_streamer.settings import Settings
+from ray_streamer.storage import gcs, open_storage
+from ray_streamer.testing.checkpoints import llama_layout, write_checkpoint
+from ray_streamer.testing.faults import Fault, FaultProxy
+from ray_streamer.testing.file_server import file_bytes
+from ray_streamer.testing.hostile_store import HostileStore, answer_bytes
+from ray_streamer.testing.storage_suite import CONTENT, StorageContract, read
+
+PLANTED = re.compile("planted", re.IGNORECASE)
+_numbers = itertools.count()
+
+
+@dataclass
+class GooglePlace:
+    """A prefix of the emulator's bucket."""
+
+    uri: str
+    url: str
+    prefix: str
+
+    def write(self, path: str, content: bytes) -> None:
+        address = self.url.removeprefix("http://")
+        filesystem = fs.GcsFileSystem(anonymous=True, scheme="http", endpoint_override=address)
+        with filesystem.open_output_stream(f"models/{self.prefix}/{path}") as stream:
+            stream.write(content)
+
+
+@pytest.fixture(scope="module")
+def google_url():
+    command = [sys.executable, Path(__file__).with_name("google_server.py")]
+    quiet = subprocess.DEVNULL
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=quiet, text=True) as server:
+        yield f"http://{server.stdout.readline().strip()}"
+        server.stdin.close()
+
+
+@pytest.fixture
+def place(google_url, monkeypatch):
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", google_url)
+    prefix = f"prefix {next(_numbers)}/llama+ü"
+    return GooglePlace(f"gs://models/{prefix}", google_url, prefix)
+
+
+@pytest.fixture
+def open_google():
+    """A function that opens a storage for the length of a test."""
+    opened = []
+
+    def open_google(uri, **settings):
+        opened.append(open_storage(uri, Settings.resolve(**{"retry_deadline_seconds": 2.0, **settings})))
+        return opened[-1]
+
+    yield open_google
+    for storage in opened:
+        storage.close()
+
+
+class TestGoogle(StorageContract):
+    @pytest.fixture
+    def place(self, place):
+        return place
+
+
+def test_the_store_itself_refuses_another_generation(place, open_google, monkeypatch):
+    place.write("a", CONTENT)
+    storage = open_google(place.uri)
+    etag = storage.size_and_etag("a").etag
+    place.write("a", CONTENT[::-1])
+    with pytest.raises(ObjectChangedError, match=r"HTTP 412.*the store says now: ETag"):
+        read(storage, "a", Extent(0, 100), etag)
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        Fault(status=503),
+        Fault(body_bytes=1000),
+        Fault(body_bytes=1000, end="reset"),
+        Fault(body_bytes=1000, end="stall"),
+    ],
+    ids=["503", "truncated", "reset", "stalled"],
+)
+def test_faults_end_bit_for_bit(place, open_google, monkeypatch, fault):
+    place.write("a", CONTENT)
+    with FaultProxy(place.url) as proxy:
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", proxy.url.removeprefix("http://"))
+        storage = open_google(place.uri, stall_timeout_seconds=0.5)
+        etag = storage.size_and_etag("a").etag
+        proxy.fail_next(fault, fault)
+        assert read(storage, "a", Extent(5, len(CONTENT)), etag) == CONTENT[5:]
+        assert proxy.num_faults == 2
+
+
+def test_a_checkpoint_is_loaded(place, tmp_path):
+    layout = llama_layout(hidden=64, layers=2, heads=4, kv_heads=2, intermediate=128, vocab=100)
+    write_checkpoint(tmp_path, layout.tensors, num_files=2, config=layout.config)
+    for path in tmp_path.iterdir():
+        place.write(path.name, path.read_bytes())
+    tensors = ray_streamer.load_rank(place.uri, rank=0, world_size=1)
+    expected = ray_streamer.load_rank(str(tmp_path), rank=0, world_size=1)
+    assert tensors.keys() == expected.keys()
+    for name, tensor in tensors.items():
+        assert tensor.view(torch.uint8).equal(expected[name].view(torch.uint8)), name
+
+
+class TokenServer(ThreadingHTTPServer):
+    """Gives tokens for assertions of a service account, one after the other."""
+
+    daemon_threads = True
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), _Tokens)
+        self.num_tokens = 0
+        self.lifetime_seconds = 3600
+
+
+class _Tokens(BaseHTTPRequestHandler):
+    def do_POST(self):
+        asked = parse_qs(self.rfile.read(int(self.headers["Content-Length"])).decode())
+        assert asked["grant_type"] == ["urn:ietf:params:oauth:grant-type:jwt-bearer"]
+        self.server.num_tokens += 1
+        token = {"access_token": f"planted-token-{self.server.num_tokens}", "expires_in": self.server.lifetime_seconds}
+        body = json.dumps({**token, "token_type": "Bearer"}).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def tokens(tmp_path, monkeypatch):
+    """A service account whose tokens come from this machine."""
+    key = rsa.generate_private_key(public_exponent=65537, key_size=2048)
+    pem = key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    ).decode()
+    with TokenServer() as server:
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        account = {
+            "type": "service_account",
+            "project_id": "project",
+            "private_key_id": "plantedkeyid",
+            "private_key": pem,
+            "client_email": "me@project.iam.gserviceaccount.com",
+            "token_uri": "http://{}:{}/token".format(*server.server_address),
+        }
+        (tmp_path / "account.json").write_text(json.dumps(account))
+        monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(tmp_path / "account.json"))
+        yield server
+        server.shutdown()
+
+
+@pytest.fixture
+def store(monkeypatch):
+    """What stands at Google's address; gives an object to those whose token is in `good`."""
+
+    def answer(asked):
+        if asked.headers.get("authorization") not in store.good:
+            return answer_bytes(401, f"Invalid Credentials {dict(asked.headers)}".encode())
+        if "/o?" in asked.target:
+            return answer_bytes(200, json.dumps({"items": [{"name": "m/a"}]}).encode())
+        return file_bytes(CONTENT, asked).replace(b"\r\n", b"\r\nx-goog-generation: 17\r\n", 1)
+
+    with HostileStore(answer) as store:
+        store.good = {"Bearer planted-token-1", "Bearer planted-token-2"}
+        monkeypatch.setattr(gcs, "_ENDPOINT", store.url)
+        yield store
+
+
+def test_tokens_of_a_service_account_are_used_and_renewed(tokens, store, open_google):
+    storage = open_google("gs://models/m")
+    assert storage.list() == ["a"]
+    info = storage.size_and_etag("a")
+    assert (info.size_bytes, info.etag) == (len(CONTENT), '"17"')
+    assert read(storage, "a", Extent(5, 99), info.etag) == CONTENT[5:99]
+    assert tokens.num_tokens == 1
+    assert "ifGenerationMatch=17" in store.requests[-1].target
+    # Google takes the token no longer.
+    store.good = {"Bearer planted-token-2"}
+    assert read(storage, "a", Extent(5, 99), info.etag) == CONTENT[5:99]
+    assert tokens.num_tokens == 2
+
+
+def test_tokens_that_end_are_renewed_before(tokens, store, open_google):
+    tokens.lifetime_seconds = 30
+    storage = open_google("gs://models/m")
+    for _ in range(2):
+        storage.size_and_etag("a")
+    assert tokens.num_tokens == 2
+
+
+def test_a_refusal_shows_no_token(tokens, store, open_google, caplog):
+    store.good = set()
+    for ask in (lambda storage: storage.size_and_etag("a"), lambda storage: storage.list()):
+        with pytest.raises(
+            AccessError, match=r"gs://models/m.*HTTP 401.*gcloud auth application-default login"
+        ) as caught:
+            ask(open_google("gs://models/m"))
+        assert not PLANTED.search("".join(traceback.format_exception(caught.value)) + caplog.text)
+
+
+@pytest.mark.parametrize("uri", ["gs://anonymous@models/m", "gcs://models/m"])
+def test_nobody_asks(store, open_google, monkeypatch, uri):
+    monkeypatch.setitem(sys.modules, "google.auth", None)
+    store.good = {None}
+    storage = open_google(uri, gs_unsigned=None if "@" in uri else True)
+    assert (storage.list(), storage.read_head("a", 4)[0]) == (["a"], CONTENT[:4])
+
+
+def test_who_asks_pays(store, open_google):
+    store.good = {None}
+    storage = open_google("gs://models/m", gs_unsigned=True, gs_user_project="the-project")
+    storage.list()
+    storage.read_head("a", 4)
+    assert all("userProject=the-project" in asked.target for asked in store.requests)
+
+
+def test_without_google_auth(open_google, monkeypatch):
+    monkeypatch.setitem(sys.modules, "google.auth", None)
+    with pytest.raises(SettingsError, match=re.escape("pip install 'ray_streamer[google]'")):
+        open_google("gs://models/m").list()
+
+
+@pytest.mark.parametrize("content", ["{}", "no json", '{"type": "service_account", "private_key": "planted"}'])
+def test_credentials_that_cannot_be_used(open_google, monkeypatch, tmp_path, content):
+    (tmp_path / "account.json").write_text(content)
+    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(tmp_path / "account.json"))
+    with pytest.raises(AccessError, match=r"google-auth has no credentials.*GOOGLE_APPLICATION_CREDENTIALS") as caught:
+        open_google("gs://models/m").list()
+    assert not PLANTED.search("".join(traceback.format_exception(caught.value)))
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "error", "words"),
+    [
+        (404, {"message": "The specified bucket does not exist."}, ObjectMissingError, "no such bucket"),
+        (404, {"message": "No such object: models/m/a"}, ObjectMissingError, "no such object"),
+        (403, {"message": "me does not have storage.objects.get access"}, AccessError, "Storage Object Viewer"),
+        (400, {"message": "Bucket is a requester pays bucket but no user project"}, StorageError, "gs_user_project"),
+        (418, {"message": "odd", "errors": [{"reason": "teapot"}]}, StorageError, "HTTP 418 teapot"),
+    ],
+)
+def test_what_google_says_is_told(store, open_google, status, body, error, words):
+    store.answer = lambda _: answer_bytes(status, json.dumps({"error": body}).encode())
+    with pytest.raises(error, match=words) as caught:
+        open_google("gs://models/m", gs_unsigned=True).size_and_etag("a")
+    assert body["message"].rstrip(".") in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"[]", b'{"items": 1}', b'{"items": [{}]}', b'{"nextPageToken": 1}', b"[" * 100_000],
+    ids=["empty", "list", "number", "nameless", "token", "deep"],
+)  # fmt: skip
+def test_listings_that_are_none(store, open_google, body):
+    store.answer = lambda _: answer_bytes(200, body)
+    with pytest.raises(StorageError, match="expected the keys"):
+        open_google("gs://models/m", gs_unsigned=True).list()
+
+
+@pytest.mark.parametrize("host", ["http://", "http://user:planted@host", "host:99999999", "ftp://host"])
+def test_an_emulator_that_is_none(open_google, monkeypatch, host):
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", host)
+    with pytest.raises(SettingsError, match="STORAGE_EMULATOR_HOST is no address") as caught:
+        open_google("gs://models/m")
+    assert not PLANTED.search(str(caught.value))
+
+
+@pytest.mark.parametrize("uri", ["gs://", "gs:///m", "gs://UPPER/m", "gs://anonymous@/m"])
+def test_uris_that_name_no_bucket(open_google, uri):
+    with pytest.raises(SettingsError, match="names no bucket"):
+        open_google(uri)
