@@ -27,7 +27,7 @@ QUICK_TESTS := $(addprefix tests/,capture checkpoint planning sharding slices st
 BIN := $(VENV)/bin
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt
 
-.PHONY: demo lint check test test-oracles test-vllm bench gpu-check docs clean
+.PHONY: demo lint check test test-oracles test-vllm bench gpu-check azurite docs clean
 
 demo: $(VENV)/.demo-installed
 	$(BIN)/ray-streamer demo $(DEMO_ARGS)
@@ -65,6 +65,10 @@ bench: $(VENV)/.test-installed $(VENV)/.bench-installed
 # Installs nothing: a GPU machine has its own torch, and may have no way to the package index.
 gpu-check:
 	PYTHONPATH=. $(or $(wildcard $(BIN)/python),python3) benchmarks/gpu_check $(GPU_CHECK_ARGS)
+
+# Azure's emulator, for the tests of its contract.
+azurite:
+	npm install --no-save --no-audit --no-fund azurite
 
 docs: $(VENV)/.test-installed
 	$(BIN)/python docs/write_settings.py

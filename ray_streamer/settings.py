@@ -256,6 +256,7 @@ class Settings(BaseSettings):
     s3_session_token: SecretStr | None = Field(
         default=None, min_length=1, description="Secret; of temporary keys only."
     )
+    azure_unsigned: bool = Field(default=False, description="Send no credentials to Azure: public containers.")
     gs_unsigned: bool = Field(default=False, description="Send no credentials to Google: public buckets.")
     gs_user_project: str | None = Field(
         default=None, min_length=1, description="Project of Google that pays for requests to requester-pays buckets."

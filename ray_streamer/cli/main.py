@@ -49,5 +49,5 @@ class Commands(click.Group):
 def main() -> None:
     """Loads safetensors checkpoints tensor-parallel, each byte read from storage once per node.
 
-    A URI is a path, file:// or s3://: a folder or prefix, one .safetensors file, or one index json.
+    A URI is a path, or s3://, gs://, az://, hf:// or https://: a folder or prefix, one .safetensors file, or one index json.
     """

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from ray_streamer.storage.http_connection import HttpAnswer
 
 _CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,19})-([0-9]{1,19})/([0-9]{1,19})", re.IGNORECASE)
+# How emulators of Azure and Google say that nothing is left, where 416 should stand: the range begins where the object ends.
+_NOTHING = re.compile(r"bytes ([0-9]{1,19})-(?:-1|[0-9]{1,19})/\1", re.IGNORECASE)
 _MAX_OBJECT_BYTES = 1 << 62
 # Some stores keep the framing of an upload as if it were the object's encoding; bodies are plain.
 _PLAIN_ENCODINGS = frozenset({"", "identity", "aws-chunked"})
@@ -64,11 +66,13 @@ def content_range_of(answer: HttpAnswer, *, what: str) -> ContentRange:
 
     Raises:
         StorageError: The answer does not say, or its body is not the object's own bytes.
-        ShortReadError: The object is empty.
+        ShortReadError: The object is empty, or ends where the range begins.
     """
     if answer.status == 200 and answer.length == 0:
         # An object without bytes has no range to give.
         raise ShortReadError(f"{what}: the object is empty")
+    if answer.status == 206 and answer.length == 0 and _NOTHING.fullmatch(answer.header("content-range")):
+        raise ShortReadError(f"{what}: the object ends before the extent begins")
     given = ContentRange.parse(answer.header("content-range"))
     if answer.status != 206 or given is None:
         shown = answer.secrets.clean(answer.header("content-range"), max_chars=100)

@@ -1,4 +1,4 @@
-"""How are files read from stores that pyarrow knows: `gs://`, `abfss://`, `az://`, `hdfs://` and whatever else it can open?
+"""How are files read from stores that pyarrow knows: `hdfs://`, and others by uris with its options?
 
 pyarrow finds the credentials, as each store's own tools do, and tries again what failed in passing. It cannot make a read
 conditional on the object's identity. So identity is asked for again after each read: an object that was replaced before or
@@ -9,7 +9,6 @@ which is a millisecond at Google, deceives it.
 
 from __future__ import annotations
 
-import os
 import re
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -199,23 +198,7 @@ def open_arrow(uri: str, settings: StorageSettings) -> ArrowStorage:
     if parts.scheme in ("gs", "gcs") and "retry_limit_seconds" not in parts.query:
         address += f"{'&' if parts.query else '?'}retry_limit_seconds={settings.retry_deadline_seconds:g}"
     try:
-        filesystem, root = _open_azure(uri) if parts.scheme == "az" else fs.FileSystem.from_uri(address)
+        filesystem, root = fs.FileSystem.from_uri(address)
     except (OSError, pa.ArrowException, ValueError) as error:
         raise SettingsError(f"pyarrow cannot open {uri}: {error}") from error
     return ArrowStorage(uri, filesystem, root)
-
-
-def _open_azure(uri: str) -> tuple[fs.FileSystem, str]:
-    """`az://container/path`, which names no account: account, and key or token, are those of the variables of Azure's tools."""
-    account = os.environ.get("AZURE_STORAGE_ACCOUNT_NAME")
-    if not account:
-        raise SettingsError(
-            f"{uri} names no storage account; set AZURE_STORAGE_ACCOUNT_NAME, or give "
-            "abfss://container@account.dfs.core.windows.net/path"
-        )
-    filesystem = fs.AzureFileSystem(
-        account,
-        account_key=os.environ.get("AZURE_STORAGE_ACCOUNT_KEY") or None,
-        sas_token=os.environ.get("AZURE_STORAGE_SAS_TOKEN") or None,
-    )
-    return filesystem, uri.partition("://")[2]

@@ -7,9 +7,11 @@ what is left out of it.
 
 from __future__ import annotations
 
+import html
+import re
 import time
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from ray_streamer.errors import (
     AccessError,
@@ -21,6 +23,9 @@ from ray_streamer.errors import (
 )
 from ray_streamer.storage.http_date import parse_http_date
 from ray_streamer.storage.retry import PassingFault
+
+if TYPE_CHECKING:
+    from ray_streamer.storage.redaction import Secrets
 
 MAX_ERROR_BYTES = 64 << 10
 """So much of an answer's body is looked at."""
@@ -131,3 +136,12 @@ def skew_of(date: str) -> float:
     """How far this machine's clock is ahead of a `Date` header; 0 when it is none."""
     seconds = parse_http_date(date)
     return time.time() - seconds if seconds is not None else 0.0
+
+
+def xml_element(text: str, name: str, secrets: Secrets, form: str) -> str:
+    """The first element of that name in an XML body, if it has this form; safe to show."""
+    match = re.search(rf"<{name}>([^<]*)</{name}>", text)
+    if match is None:
+        return ""
+    content = secrets.clean(html.unescape(match[1]))
+    return content if re.fullmatch(form, content) else ""

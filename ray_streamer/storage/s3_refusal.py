@@ -5,14 +5,13 @@ Codes: Amazon S3 API Reference, "Error responses"; those of other stores where t
 
 from __future__ import annotations
 
-import html
 import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ray_streamer.errors import StorageError
-from ray_streamer.storage.redaction import NO_SECRETS, Secrets
-from ray_streamer.storage.refusal import Refusal, skew_of
+from ray_streamer.storage.redaction import NO_SECRETS
+from ray_streamer.storage.refusal import Refusal, skew_of, xml_element
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -63,12 +62,12 @@ class S3Refusal(Refusal):
         text, secrets = body.decode("utf-8", "replace"), answer.secrets
         return cls(
             status=answer.status,
-            code=_element(text, "Code", secrets, r"[\w.-]{1,100}"),
-            message=_element(text, "Message", secrets, r".+").rstrip("."),
+            code=xml_element(text, "Code", secrets, r"[\w.-]{1,100}"),
+            message=xml_element(text, "Message", secrets, r".+").rstrip("."),
             request_id=secrets.clean(answer.header("x-amz-request-id"), max_chars=128),
             region=secrets.clean(answer.header("x-amz-bucket-region"), max_chars=64)
-            or _element(text, "Region", secrets, r"[\w-]+"),
-            endpoint=_element(text, "Endpoint", secrets, r"[\w.:/-]+"),
+            or xml_element(text, "Region", secrets, r"[\w-]+"),
+            endpoint=xml_element(text, "Endpoint", secrets, r"[\w.:/-]+"),
             retry_after=answer.header("retry-after"),
             skew_seconds=skew_of(answer.header("date")),
         )
@@ -115,12 +114,3 @@ class S3Refusal(Refusal):
         if self.status == 403 and self.code in _HIDING_CODES and not self.message.lower().count("kms:"):
             advice.append(_NOT_LISTED if is_object else "listing needs s3:ListBucket")
         return advice
-
-
-def _element(text: str, name: str, secrets: Secrets, form: str) -> str:
-    """The first element of that name in an XML body, if it has this form; safe to show."""
-    match = re.search(rf"<{name}>([^<]*)</{name}>", text)
-    if match is None:
-        return ""
-    content = secrets.clean(html.unescape(match[1]))
-    return content if re.fullmatch(form, content) else ""

@@ -6,7 +6,13 @@ That module has `open_store(uri, settings)`, which gives an `ObjectStore`.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+
+_AZURE_CREDENTIALS = (
+    "`AZURE_STORAGE_CONNECTION_STRING`, `AZURE_STORAGE_SAS_TOKEN` or `AZURE_STORAGE_ACCOUNT_KEY`; else azure-identity; or nobody with "
+    "`azure_unsigned`"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +40,8 @@ class StoreKind:
         module: With its `open_store`.
         forms: Its uris.
         extra: What of this package to install for it besides; empty when nothing is needed.
-        has_options_of_pyarrow: Whether a uri with a query is pyarrow's, whose options it holds.
+        hosts: Uris of other schemes that are this store's, too.
+        schemes_of_pyarrow: Whose uris with a query are pyarrow's, whose options they hold.
     """
 
     name: str
@@ -42,7 +49,8 @@ class StoreKind:
     module: str
     forms: tuple[UriForm, ...]
     extra: str = ""
-    has_options_of_pyarrow: bool = False
+    hosts: re.Pattern[str] | None = None
+    schemes_of_pyarrow: tuple[str, ...] = ()
 
 
 S3 = StoreKind(
@@ -102,10 +110,27 @@ GOOGLE = StoreKind(
         UriForm("gs://anonymous@BUCKET/PREFIX", "a public bucket", "nobody; needs no package"),
     ),
     extra="google",
-    has_options_of_pyarrow=True,
+    schemes_of_pyarrow=("gs", "gcs"),
 )
 
-STORES = (S3, GOOGLE, WEB, HUB)
+AZURE = StoreKind(
+    name="Azure Blob Storage",
+    schemes=("az", "abfss", "abfs"),
+    module="ray_streamer.storage.azure",
+    forms=(
+        UriForm("az://CONTAINER/PREFIX", "a container of the account that Azure's variables name", _AZURE_CREDENTIALS),
+        UriForm("abfss://CONTAINER@ACCOUNT.dfs.core.windows.net/PREFIX", "a container of an account", "the same"),
+        UriForm("https://ACCOUNT.blob.core.windows.net/CONTAINER/PREFIX", "the same", "the same"),
+    ),
+    extra="azure",
+    hosts=re.compile(
+        r"https://[a-z0-9]{3,24}(\.z[0-9]+)?\.(blob|dfs)\.(core\.(windows\.net|usgovcloudapi\.net|chinacloudapi\.cn)|storage\.azure\.net)/",
+        re.IGNORECASE,
+    ),
+    schemes_of_pyarrow=("abfss", "abfs"),
+)
+
+STORES = (S3, GOOGLE, AZURE, WEB, HUB)
 
 
 def kind_of(uri: str, scheme: str) -> StoreKind | None:
@@ -114,5 +139,6 @@ def kind_of(uri: str, scheme: str) -> StoreKind | None:
     >>> kind_of("S3://bucket/model", "s3").name
     'S3'
     """
-    found = next((kind for kind in STORES if scheme in kind.schemes), None)
-    return None if found and found.has_options_of_pyarrow and "?" in uri else found
+    of_host = next((kind for kind in STORES if kind.hosts and kind.hosts.match(uri)), None)
+    found = of_host or next((kind for kind in STORES if scheme in kind.schemes), None)
+    return None if found and scheme in found.schemes_of_pyarrow and "?" in uri else found

@@ -13,8 +13,8 @@ from urllib.parse import parse_qsl, unquote
 from ray_streamer.errors import SettingsError
 from ray_streamer.storage.stores import STORES
 
-ARROW_SCHEMES = frozenset({"gs", "gcs", "abfs", "abfss", "az", "hdfs", "viewfs"})
-"""What pyarrow opens; `az`, as Run:ai's streamer and vLLM write it, means an account that Azure's variables name."""
+ARROW_SCHEMES = frozenset({"gs", "gcs", "abfs", "abfss", "hdfs", "viewfs"})
+"""What pyarrow opens, some of it only if the uri has pyarrow's options."""
 
 UriLike = str | os.PathLike[str]
 """What the caller may say: text, or a path object for a local path."""
@@ -52,14 +52,15 @@ def scheme_of(uri: str) -> str:
     if scheme in ("http", "https") and ("?" in rest or "#" in rest):
         raise SettingsError(
             f"an {scheme}:// uri has a query, and uris appear in plans, reports and errors; give the uri up to the '?', and what "
-            "follows it, as in signed addresses, in the setting http_query (RAY_STREAMER_HTTP_QUERY), which is shown nowhere"
+            "follows it, as in signed addresses, in the setting http_query (RAY_STREAMER_HTTP_QUERY), which is shown nowhere; "
+            "a SAS token of Azure goes into AZURE_STORAGE_SAS_TOKEN"
         )
     if scheme == "huggingface":
         raise SettingsError(f"no storage for {uri}: did you mean hf://{rest}?")
     if scheme not in _SCHEMES:
         raise SettingsError(
             f"no storage for {uri}: scheme {scheme}:// is not known; give a path, file:///path, s3://bucket/prefix, "
-            "gs://, abfss://, hdfs://, https:// or hf://, or memory://name"
+            "gs://, az://, hdfs://, https:// or hf://, or memory://name"
         )
     return scheme
 

@@ -182,25 +182,10 @@ def test_uris_that_cannot_be_opened(uri, words):
         open_storage(uri, Settings.resolve())
 
 
-def test_an_azure_uri_is_understood_without_a_network():
-    storage = open_storage("abfss://models@account.dfs.core.windows.net/llama", Settings.resolve())
-    assert (storage.uri, storage.is_remote) == ("abfss://models@account.dfs.core.windows.net/llama", True)
-    storage.close()
-
-
-@pytest.mark.parametrize("variable", [None, "AZURE_STORAGE_ACCOUNT_KEY", "AZURE_STORAGE_SAS_TOKEN"])
-def test_an_azure_uri_without_an_account_takes_it_from_azures_variables(variable, monkeypatch):
-    for name in ("ACCOUNT_NAME", "ACCOUNT_KEY", "SAS_TOKEN"):
-        monkeypatch.delenv(f"AZURE_STORAGE_{name}", raising=False)
-    with pytest.raises(
-        SettingsError, match=r"az://models/llama names no storage account; set AZURE_STORAGE_ACCOUNT_NAME"
-    ):
-        open_storage("az://models/llama", Settings.resolve())
-    monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_NAME", "account")
-    if variable is not None:
-        monkeypatch.setenv(variable, "c2VjcmV0")
-    storage = open_storage("az://models/llama", Settings.resolve())
-    assert (storage.uri, storage.is_remote) == ("az://models/llama", True)
+def test_an_azure_uri_with_options_of_pyarrow_is_understood_without_a_network():
+    uri = "abfss://models@account.dfs.core.windows.net/llama?credential_kind=anonymous"
+    storage = open_storage(uri, Settings.resolve())
+    assert (storage.uri, storage.is_remote) == (uri, True)
     storage.close()
 
 

@@ -22,4 +22,4 @@ def test_the_page_of_uris_is_current():
 @pytest.mark.parametrize("kind", STORES, ids=lambda kind: kind.name)
 def test_every_store_has_its_way_in(kind):
     assert callable(import_module(kind.module).open_store)
-    assert {form.form.partition("://")[0] for form in kind.forms} <= set(kind.schemes)
+    assert {form.form.partition("://")[0] for form in kind.forms} <= {*kind.schemes, *(["https"] if kind.hosts else [])}

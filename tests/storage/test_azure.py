@@ -1,0 +1,388 @@
+"""Azure's blobs keep the contract, for keys, SAS tokens and identities; nobody sees any of them."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import hmac
+import itertools
+import json
+import re
+import sys
+import time
+import traceback
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from urllib.parse import urlencode
+
+import pytest
+import torch
+from pyarrow import fs
+
+import ray_streamer
+from ray_streamer.errors import (
+    AccessError,
+    ObjectChangedError,
+    ObjectMissingError,
+    SettingsError,
+    StorageError,
+    ThrottledError,
+)
+from ray_streamer.extent import Extent
+from ray_streamer.settings import Settings
+from ray_streamer.storage import open_storage
+from ray_streamer.storage.azure import account_of
+from ray_streamer.storage.azure_listing import parse_page
+from ray_streamer.storage.listing import ListingPage
+from ray_streamer.testing.azurite import ACCOUNT, KEY, azurite, azurite_program
+from ray_streamer.testing.checkpoints import llama_layout, write_checkpoint
+from ray_streamer.testing.faults import Fault, FaultProxy
+from ray_streamer.testing.file_server import file_bytes
+from ray_streamer.testing.hostile_store import HostileStore, answer_bytes
+from ray_streamer.testing.storage_suite import CONTENT, StorageContract, read
+
+PLANTED = re.compile("planted|Eby8vdM02", re.IGNORECASE)
+PLANTED_KEY = base64.b64encode(b"planted key of 32 bytes or more..").decode()
+_numbers = itertools.count()
+
+
+@dataclass
+class AzurePlace:
+    """A prefix of a container, to which pyarrow writes."""
+
+    uri: str
+    filesystem: fs.FileSystem
+    root: str
+    url: str
+
+    def write(self, path: str, content: bytes) -> None:
+        with self.filesystem.open_output_stream(f"{self.root}/{path}") as stream:
+            stream.write(content)
+
+
+@pytest.fixture(scope="module")
+def azurite_url():
+    program = azurite_program()
+    if program is None:
+        pytest.skip("no Azurite here: npm install --no-save azurite")
+    with azurite(program) as url:
+        filesystem_of(url).create_dir("models")
+        yield url
+
+
+def filesystem_of(url):
+    authority = url.removeprefix("http://")
+    return fs.AzureFileSystem(
+        ACCOUNT,
+        account_key=KEY,
+        blob_storage_authority=authority,
+        blob_storage_scheme="http",
+        dfs_storage_authority=authority,
+        dfs_storage_scheme="http",
+    )
+
+
+def connect(monkeypatch, url, **more):
+    said = {"AccountName": ACCOUNT, "BlobEndpoint": f"{url}/{ACCOUNT}", **more}
+    text = ";".join(f"{name}={value}" for name, value in said.items())
+    monkeypatch.setenv("AZURE_STORAGE_CONNECTION_STRING", text)
+
+
+@pytest.fixture
+def place(azurite_url, monkeypatch):
+    connect(monkeypatch, azurite_url, AccountKey=KEY)
+    prefix = f"prefix {next(_numbers)}/llama+ü"
+    return AzurePlace(f"az://models/{prefix}", filesystem_of(azurite_url), f"models/{prefix}", azurite_url)
+
+
+@pytest.fixture
+def open_azure():
+    """A function that opens a storage for the length of a test."""
+    opened = []
+
+    def open_azure(uri, **settings):
+        opened.append(open_storage(uri, Settings.resolve(**{"retry_deadline_seconds": 2.0, **settings})))
+        return opened[-1]
+
+    yield open_azure
+    for storage in opened:
+        storage.close()
+
+
+class TestAzurite(StorageContract):
+    @pytest.fixture
+    def place(self, place):
+        return place
+
+
+def sas_token(*, permissions="rl", expires_in=timedelta(hours=1)):
+    """A token of the account, as Azure documents its signature ("Create an account SAS")."""
+    said = {
+        "sp": permissions,
+        "ss": "b",
+        "srt": "co",
+        "st": "",
+        "se": f"{datetime.now(UTC) + expires_in:%Y-%m-%dT%H:%M:%SZ}",
+    }
+    said |= {"sip": "", "spr": "https,http", "sv": "2023-11-03", "ses": ""}
+    text = "\n".join([ACCOUNT, *said.values(), ""])
+    signature = hmac.new(base64.b64decode(KEY), text.encode(), hashlib.sha256).digest()
+    return urlencode(
+        {name: value for name, value in said.items() if value} | {"sig": base64.b64encode(signature).decode()}
+    )
+
+
+def test_a_sas_token(place, open_azure, monkeypatch):
+    place.write("a", CONTENT)
+    connect(monkeypatch, place.url, SharedAccessSignature=sas_token())
+    storage = open_azure(place.uri)
+    assert storage.list() == ["a"]
+    assert read(storage, "a", Extent(5, 99), storage.size_and_etag("a").etag) == CONTENT[5:99]
+    connect(monkeypatch, place.url)
+    for token in (sas_token(permissions="l"), sas_token(expires_in=-timedelta(hours=1))):
+        monkeypatch.setenv("AZURE_STORAGE_SAS_TOKEN", f"?{token}")
+        with pytest.raises(AccessError, match=r"az://models/.*HTTP 403 Auth") as caught:
+            open_azure(place.uri).read_head("a", 4)
+        signature = token.partition("sig=")[2]
+        assert signature not in "".join(traceback.format_exception(caught.value))
+
+
+def test_a_wrong_key(place, open_azure, monkeypatch):
+    place.write("a", CONTENT)
+    connect(monkeypatch, place.url, AccountKey=PLANTED_KEY)
+    for ask in (lambda storage: storage.read_head("a", 4), lambda storage: storage.list()):
+        with pytest.raises(AccessError, match=r"HTTP 403 AuthorizationFailure") as caught:
+            ask(open_azure(place.uri))
+        assert not PLANTED.search("".join(traceback.format_exception(caught.value)))
+
+
+def test_a_container_that_is_not_there(place, open_azure):
+    for ask in (lambda storage: storage.read_head("a", 4), lambda storage: storage.list()):
+        with pytest.raises(ObjectMissingError, match=r"no such container.*ContainerNotFound"):
+            ask(open_azure("az://nowhere/m"))
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        Fault(status=503),
+        Fault(body_bytes=1000),
+        Fault(body_bytes=1000, end="reset"),
+        Fault(body_bytes=1000, end="stall"),
+    ],
+    ids=["503", "truncated", "reset", "stalled"],
+)
+def test_faults_end_bit_for_bit(place, open_azure, monkeypatch, fault):
+    place.write("a", CONTENT)
+    with FaultProxy(place.url) as proxy:
+        connect(monkeypatch, proxy.url, AccountKey=KEY)
+        storage = open_azure(place.uri, stall_timeout_seconds=0.5)
+        etag = storage.size_and_etag("a").etag
+        proxy.fail_next(fault, fault)
+        assert read(storage, "a", Extent(5, len(CONTENT)), etag) == CONTENT[5:]
+        assert proxy.num_faults == 2
+
+
+def test_a_checkpoint_is_loaded(place, tmp_path):
+    layout = llama_layout(hidden=64, layers=2, heads=4, kv_heads=2, intermediate=128, vocab=100)
+    write_checkpoint(tmp_path, layout.tensors, num_files=2, config=layout.config)
+    for path in tmp_path.iterdir():
+        place.write(path.name, path.read_bytes())
+    tensors = ray_streamer.load_rank(place.uri, rank=0, world_size=1)
+    expected = ray_streamer.load_rank(str(tmp_path), rank=0, world_size=1)
+    assert tensors.keys() == expected.keys()
+    for name, tensor in tensors.items():
+        assert tensor.view(torch.uint8).equal(expected[name].view(torch.uint8)), name
+
+
+class Identity(HostileStore):
+    """The identity of a machine: gives tokens to those who know its header, one after the other."""
+
+    def __init__(self):
+        super().__init__(self.give)
+        self.num_tokens = 0
+        self.lifetime_seconds = 86400
+
+    def give(self, asked):
+        assert asked.headers["x-identity-header"] == "plantedheader"
+        assert "resource=https://storage.azure.com" in asked.target
+        self.num_tokens += 1
+        token = {
+            "access_token": f"planted-token-{self.num_tokens}",
+            "expires_on": str(int(time.time()) + self.lifetime_seconds),
+        }
+        body = json.dumps({**token, "resource": "https://storage.azure.com", "token_type": "Bearer"})
+        return answer_bytes(200, body.encode(), {"Content-Type": "application/json", "Connection": "close"})
+
+
+@pytest.fixture
+def identity(monkeypatch):
+    with Identity() as server:
+        monkeypatch.setenv("IDENTITY_ENDPOINT", f"{server.url}/token")
+        monkeypatch.setenv("IDENTITY_HEADER", "plantedheader")
+        yield server
+
+
+@pytest.fixture
+def store(monkeypatch):
+    """What stands at the account's address; gives a blob to those whose token is in `good`."""
+
+    def answer(asked):
+        assert asked.headers["x-ms-version"]
+        if asked.headers.get("authorization") not in store.good:
+            return refused(401, "NoAuthenticationInformation", f"who is {dict(asked.headers)} {asked.target}?")
+        if "comp=list" in asked.target:
+            return answer_bytes(200, listing("<Blob><Name>m/a</Name></Blob>"))
+        return file_bytes(CONTENT, asked)
+
+    with HostileStore(answer) as store:
+        store.good = {"Bearer planted-token-1", "Bearer planted-token-2"}
+        connect(monkeypatch, store.url)
+        yield store
+
+
+def refused(status, code, message=""):
+    body = f"\ufeff<?xml version='1.0'?><Error><Code>{code}</Code><Message>{message}\nRequestId:1\nTime:2</Message></Error>"
+    return answer_bytes(status, body.encode(), {"x-ms-error-code": code, "x-ms-request-id": "request-1"})
+
+
+def listing(blobs, marker=""):
+    return f"\ufeff<EnumerationResults><Blobs>{blobs}</Blobs><NextMarker>{marker}</NextMarker></EnumerationResults>".encode()
+
+
+def test_tokens_of_an_identity_are_used_and_renewed(identity, store, open_azure):
+    storage = open_azure("az://models/m")
+    assert storage.list() == ["a"]
+    etag = storage.size_and_etag("a").etag
+    assert read(storage, "a", Extent(5, 99), etag) == CONTENT[5:99]
+    assert store.requests[-1].headers["if-match"] == etag
+    assert identity.num_tokens == 1
+    store.good = set()
+    with pytest.raises(AccessError, match=r"az://models/m/a.*HTTP 401.*`az login`") as caught:
+        read(storage, "a", Extent(5, 99), etag)
+    assert not PLANTED.search("".join(traceback.format_exception(caught.value)))
+
+
+def test_tokens_that_end_are_renewed_before(identity, store, open_azure):
+    identity.lifetime_seconds = 30
+    storage = open_azure("az://models/m")
+    for _ in range(2):
+        storage.size_and_etag("a")
+    assert identity.num_tokens == 2
+
+
+def test_nobody_asks(store, open_azure, monkeypatch):
+    monkeypatch.setitem(sys.modules, "azure.identity", None)
+    store.good = {None}
+    storage = open_azure("az://models/m", azure_unsigned=True)
+    assert (storage.list(), storage.read_head("a", 4)[0]) == (["a"], CONTENT[:4])
+
+
+def test_without_azure_identity(store, open_azure, monkeypatch):
+    monkeypatch.setitem(sys.modules, "azure.identity", None)
+    with pytest.raises(SettingsError, match=re.escape("pip install 'ray_streamer[azure]'")):
+        open_azure("az://models/m").list()
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "error", "words"),
+    [
+        (404, "BlobNotFound", ObjectMissingError, "no such blob"),
+        (404, "ContainerNotFound", ObjectMissingError, "no such container"),
+        (403, "AuthorizationPermissionMismatch", AccessError, "Storage Blob Data Reader"),
+        (409, "PublicAccessNotPermitted", AccessError, "AZURE_STORAGE_CONNECTION_STRING"),
+        (409, "BlobArchived", StorageError, "rehydrate"),
+        (412, "ConditionNotMet", ObjectChangedError, "not the one"),
+        (503, "ServerBusy", ThrottledError, "slow down"),
+        (418, "Odd", StorageError, r"HTTP 418 Odd \(in words\), request id request-1"),
+    ],
+)
+def test_what_azure_says_is_told(store, open_azure, status, code, error, words):
+    store.answer = lambda _: refused(status, code, "in words.")
+    with pytest.raises(error, match=words) as caught:
+        open_azure("az://models/m", azure_unsigned=True, retry_deadline_seconds=0.1).size_and_etag("a")
+    assert "(in words)" in str(caught.value)
+
+
+ACCOUNTS = {
+    "az://models/m": "http://127.0.0.1:10000/devstoreaccount1",
+    "abfss://models@other.dfs.core.windows.net/m": "https://other.blob.core.windows.net",
+    "abfs://models@other.blob.core.chinacloudapi.cn/m": "https://other.blob.core.chinacloudapi.cn",
+    "https://other.blob.core.usgovcloudapi.net/models/m": "https://other.blob.core.usgovcloudapi.net",
+    "https://devstoreaccount1.blob.core.windows.net/models/m": "http://127.0.0.1:10000/devstoreaccount1",
+}
+
+
+@pytest.mark.parametrize("uri", ACCOUNTS)
+def test_where_an_account_is(open_azure, monkeypatch, uri):
+    monkeypatch.setenv("AZURE_STORAGE_CONNECTION_STRING", "UseDevelopmentStorage=true")
+    assert open_azure(uri)._store.endpoint == ACCOUNTS[uri]
+
+
+@pytest.mark.parametrize(
+    ("variables", "endpoint"),
+    [
+        ({"ACCOUNT_NAME": "mine"}, "https://mine.blob.core.windows.net"),
+        ({"ACCOUNT": "mine", "ENDPOINT_SUFFIX": "core.chinacloudapi.cn"}, "https://mine.blob.core.chinacloudapi.cn"),
+        ({"CONNECTION_STRING": f"DefaultEndpointsProtocol=https;AccountName=mine;AccountKey={PLANTED_KEY};EndpointSuffix=core.cloudapi.de"}, "https://mine.blob.core.cloudapi.de"),
+        ({"CONNECTION_STRING": "BlobEndpoint=https://mine.blob.core.windows.net/;SharedAccessSignature=sv=1&sig=planted"}, "https://mine.blob.core.windows.net"),
+    ],
+)  # fmt: skip
+def test_what_variables_say(monkeypatch, variables, endpoint):
+    for name, value in variables.items():
+        monkeypatch.setenv(f"AZURE_STORAGE_{name}", value)
+    account = account_of("az://models/m", "", is_anonymous=False)
+    assert (account.name, account.endpoint) == ("mine", endpoint)
+    assert not PLANTED.search(repr(account))
+
+
+@pytest.mark.parametrize(
+    ("uri", "variables", "words"),
+    [
+        ("az://models/m", {}, "names no storage account; set AZURE_STORAGE_ACCOUNT_NAME"),
+        ("az:///m", {}, "names no container"),
+        ("az://Models/m", {}, "names no container"),
+        ("https://mine.blob.core.windows.net/", {}, "names no container"),
+        ("abfss://models@nowhere/m", {}, "no account of Azure"),
+        ("az://models/m", {"ACCOUNT_NAME": "mine", "ACCOUNT_KEY": "planted!"}, "ACCOUNT_KEY .not shown. is no key"),
+        ("az://models/m", {"ACCOUNT_NAME": "mine", "SAS_TOKEN": "planted"}, "SAS_TOKEN .not shown. is no SAS"),
+        ("az://models/m", {"ACCOUNT_NAME": "mine", "SAS_TOKEN": "sig=planted\r\nX: y"}, "SAS_TOKEN .not shown. is no SAS"),
+        ("az://models/m", {"CONNECTION_STRING": "planted"}, "CONNECTION_STRING .not shown. is none"),
+        ("az://models/m", {"CONNECTION_STRING": "AccountName=mine;BlobEndpoint=planted"}, "BlobEndpoint that is no address"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_used_is_refused_unseen(open_azure, monkeypatch, uri, variables, words):
+    for name, value in variables.items():
+        monkeypatch.setenv(f"AZURE_STORAGE_{name}", value)
+    with pytest.raises(SettingsError, match=words) as caught:
+        open_azure(uri)
+    assert not PLANTED.search("".join(traceback.format_exception(caught.value)))
+
+
+def test_pages_of_a_listing():
+    blobs = (
+        "<Blob><Name>a &amp; b</Name><Properties><ResourceType>file</ResourceType></Properties></Blob>"
+        "<Blob><Name>folder</Name><Properties><ResourceType>directory</ResourceType></Properties></Blob>"
+        "<Blob><Name>old</Name><Metadata><hdi_isfolder>true</hdi_isfolder></Metadata></Blob>"
+        '<Blob><Name Encoded="true">c%EF%BF%BE</Name></Blob><BlobPrefix><Name>sub/</Name></BlobPrefix>'
+    )
+    assert parse_page(listing(blobs, "next")) == ListingPage(("a & b", "c\ufffe"), "next")
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{}",
+        b"<Other/>",
+        b"<EnumerationResults>",
+        b"<!DOCTYPE x><EnumerationResults/>",
+        listing("<Blob/>"),
+        listing("", "x" * 9000),
+    ],
+    ids=["empty", "json", "other", "open", "doctype", "nameless", "marker"],
+)
+def test_listings_that_are_none(store, open_azure, body):
+    store.answer = lambda _: answer_bytes(200, body)
+    with pytest.raises(StorageError, match="expected the keys"):
+        open_azure("az://models/m", azure_unsigned=True).list()
