@@ -13,6 +13,7 @@ from ray_streamer.cli.command import Command, json_option, print_json, verbose_o
 from ray_streamer.cli.outputs import OUTPUT_FILE
 from ray_streamer.cli.settings import with_settings
 from ray_streamer.cli.sharding import with_sharding
+from ray_streamer.cli.words import flags_of, in_flags
 from ray_streamer.cluster.placement import PlacementOptions, Strategy
 
 if TYPE_CHECKING:
@@ -115,7 +116,8 @@ def _show(report: LoadReport, report_file: Path | None, *, as_json: bool) -> Non
     else:
         from ray_streamer.report.tables import print_load
 
-        print_load(report)
+        flags = flags_of(click.get_current_context().command.params)
+        print_load(report, in_words=lambda text: in_flags(text, flags))
     # Last: a disk that is full by now costs the file and not the figures.
     if report_file is not None:
         report_file.write_text(json.dumps(report.as_dict(), indent=2) + "\n", encoding="utf-8")

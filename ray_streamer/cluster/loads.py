@@ -9,6 +9,7 @@ Ranks of a node stay met between loads. A load that failed, or a rank that was r
 
 from __future__ import annotations
 
+import logging
 import secrets
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ from ray_streamer.planning.read_plan import hash_plan
 from ray_streamer.planning.topology import Topology
 from ray_streamer.rank.agreement import MemoryTerms
 from ray_streamer.report.load_report import LoadReport
+from ray_streamer.report.verdict.evidence import Evidence, slowest_node
+from ray_streamer.report.verdict.model import Asked
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -36,6 +39,8 @@ if TYPE_CHECKING:
     from ray_streamer.planning.read_plan import ReadPlan
     from ray_streamer.rank.request import LoadRequest
     from ray_streamer.rank.statistics import RankStatistics
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -194,7 +199,18 @@ def _report(
         ),
         nodes=tuple(facts.node for facts in group.facts),
         ranks=tuple(statistics),
+        evidence=_evidence(shared, group, statistics),
     )
+
+
+def _evidence(shared: Shared, group: WorkerGroup, statistics: list[RankStatistics]) -> Evidence | None:
+    """The traces of the slowest node; a rank that cannot tell any more costs the verdict and not the load."""
+    node = slowest_node(shared.topology.nodes, statistics)
+    try:
+        return Evidence(group.call("trace", ranks=list(node), keep_on_failure=True), Asked.of(shared.request.settings))
+    except RankFailedError as error:
+        logger.warning("the model is loaded, but there is no verdict on its load: %s", error)
+        return None
 
 
 @contextmanager

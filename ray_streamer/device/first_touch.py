@@ -7,6 +7,8 @@ their pages brought in before by `MADV_POPULATE_WRITE` (Linux 5.14; older kernel
 from __future__ import annotations
 
 import ctypes
+import threading
+import time
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -18,6 +20,7 @@ LEAST_BYTES = 64 << 10
 """Shorter memory is not worth a system call."""
 
 _MADV_POPULATE_WRITE = 23  # not among mmap's constants yet
+_spent = threading.local()
 _madvise = ctypes.CDLL(None).madvise
 _madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
@@ -29,4 +32,13 @@ def fault_in(memory: NDArray[np.uint8]) -> None:
     address: int = memory.__array_interface__["data"][0]
     start = -(-address // PAGE_BYTES) * PAGE_BYTES
     stop = (address + memory.nbytes) // PAGE_BYTES * PAGE_BYTES
+    began = time.perf_counter()
     _madvise(start, stop - start, _MADV_POPULATE_WRITE)
+    _spent.seconds = getattr(_spent, "seconds", 0.0) + time.perf_counter() - began
+
+
+def take_spent_seconds() -> float:
+    """Seconds that `fault_in` took in this thread since this was asked last."""
+    seconds: float = getattr(_spent, "seconds", 0.0)
+    _spent.seconds = 0.0
+    return seconds

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ray_streamer.device.first_touch import take_spent_seconds
 from ray_streamer.device.strided import StridedCopies
 from ray_streamer.rank.recorder import Step
 
@@ -87,6 +88,8 @@ class Deliveries:
 
     def _settle(self, number: int, delivered: list[tuple[int, int]]) -> None:
         """One block less to wait for."""
-        self._recorder.landed(number, sum(num_bytes for _, num_bytes in delivered))
+        # A device that copies later does so in a thread of its own, and touches no memory of the host.
+        touched = take_spent_seconds()
+        self._recorder.landed(number, sum(num_bytes for _, num_bytes in delivered), touch_seconds=touched)
         self._results.settle(delivered)
         self._blocks_left.count()

@@ -15,13 +15,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 from typing import TYPE_CHECKING, NamedTuple
 
 from ray_streamer.errors import BudgetError
 from ray_streamer.planning.limits import AS_MUCH_AS_USEFUL
 from ray_streamer.process_limits import limits_explained
 from ray_streamer.rank.block_reads import BlockReads, DirectReads, StagedReads
+from ray_streamer.rank.conditions import RankConditions, max_copiers
 from ray_streamer.rank.deliveries import Deliveries
 from ray_streamer.rank.device_start import DeviceStart
 from ray_streamer.rank.early_reads import EarlyReads
@@ -54,8 +54,6 @@ if TYPE_CHECKING:
     from ray_streamer.storage.base import Storage
 
 logger = logging.getLogger(__name__)
-
-MAX_COPIERS = 4
 
 
 class _Landing(NamedTuple):
@@ -175,7 +173,8 @@ class RankLoad:
 
     def trace(self) -> RankTrace:
         """The same, with what the blocks are, for whoever draws all ranks."""
-        return RankTrace.of(self._mine, self.spans(), node=self._options.node)
+        conditions = RankConditions.of(self._options, self._arena, len(self._mine.ranks))
+        return RankTrace.of(self._mine, self.spans(), node=self._options.node, conditions=conditions)
 
     def _num_slots(self) -> int:
         """Slots within the limit, and no more than there are blocks that could need one."""
@@ -277,7 +276,7 @@ class RankLoad:
         num_copies = int((is_mapped | is_offered).sum())
         self._inbox.open(mine.taken[is_mapped].tolist(), int(is_offered.sum()))
         self._blocks_left.start(len(own_reads) + num_copies)
-        num_copiers = min(num_copies, MAX_COPIERS, max(1, len(os.sched_getaffinity(0)) // len(mine.ranks)))
+        num_copiers = min(num_copies, max_copiers(len(mine.ranks)))
         num_readers = min(len(own_reads), self._options.concurrency)
         name = f"ray_streamer-{mine.rank}"
         readers = TaskThreads(f"{name}-read", num_readers, own_reads, self._move, self._stop)

@@ -37,6 +37,7 @@ class RankStatistics:
             a block in one call tells of its first byte when the call is over.
         read_seconds: Seconds from a request to its last byte, summed over blocks.
         copy_seconds: Seconds from the beginning of a copy to its end, summed over blocks; on a GPU, its queue included.
+        first_touch_seconds: Seconds in which fresh memory of the tensors was brought in, summed over blocks; 0 on a GPU.
         cpu_seconds: User and system seconds of the process during the load.
         storage: What it took to get the bytes: retries, second requests and the like.
     """
@@ -55,6 +56,7 @@ class RankStatistics:
     first_byte_seconds: float
     read_seconds: float
     copy_seconds: float
+    first_touch_seconds: float
     cpu_seconds: float
     storage: StorageStatistics
 
@@ -94,6 +96,7 @@ class RankStatistics:
             first_byte_seconds=spans.seconds_between(Step.ASKED, Step.FIRST_BYTE),
             read_seconds=spans.seconds_between(Step.ASKED, Step.LAST_BYTE),
             copy_seconds=spans.seconds_between(Step.TAKEN, Step.LANDED),
+            first_touch_seconds=round(float(spans.touch_seconds.sum()), 6),
             cpu_seconds=recorder.cpu_seconds,
             storage=storage,
         )

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Self
 
 import numpy as np
 
 from ray_streamer.column_bytes import columns_from_bytes, columns_to_bytes, refused
 from ray_streamer.errors import ClusterError
+from ray_streamer.rank.conditions import RankConditions
 from ray_streamer.rank.recorder import Phase, Spans, Step
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ class RankTrace:
         stops: One past the last.
         readers: Global rank that reads each block, were its file not mapped.
         spans: What happened to these blocks.
+        conditions: Under what.
     """
 
     rank: int
@@ -46,9 +48,10 @@ class RankTrace:
     stops: NDArray[np.int64]
     readers: NDArray[np.int64]
     spans: Spans
+    conditions: RankConditions
 
     @classmethod
-    def of(cls, mine: RankPlan, spans: Spans, *, node: str) -> Self:
+    def of(cls, mine: RankPlan, spans: Spans, *, node: str, conditions: RankConditions) -> Self:
         """The rows of the blocks with which anything happened."""
         numbers = np.flatnonzero(spans.times.any(axis=0))
         blocks = mine.node_plan.blocks
@@ -62,7 +65,14 @@ class RankTrace:
             starts=blocks.starts[numbers],
             stops=blocks.stops[numbers],
             readers=np.array(mine.ranks, dtype=np.int64)[mine.node_plan.readers[numbers]],
-            spans=Spans(spans.times[:, numbers], spans.ways[numbers], spans.landed_bytes[numbers], phases=spans.phases),
+            spans=Spans(
+                spans.times[:, numbers],
+                spans.ways[numbers],
+                spans.landed_bytes[numbers],
+                spans.touch_seconds[numbers],
+                phases=spans.phases,
+            ),
+            conditions=conditions,
         )
 
     def to_bytes(self) -> bytes:
@@ -72,6 +82,7 @@ class RankTrace:
             **{name: getattr(self, name) for name in _COLUMNS},
             "way": spans.ways,
             "landed_bytes": spans.landed_bytes,
+            "touch_seconds": spans.touch_seconds,
             **{step.name: spans.times[step] for step in Step},
         }
         said = {
@@ -80,6 +91,7 @@ class RankTrace:
             "node": self.node,
             "files": self.files,
             "phases": spans.phases,
+            "conditions": asdict(self.conditions),
         }
         return columns_to_bytes(columns, said)
 
@@ -96,6 +108,7 @@ class RankTrace:
                 np.stack([columns[step.name] for step in Step]),
                 columns["way"],
                 columns["landed_bytes"],
+                columns["touch_seconds"],
                 phases=tuple(Phase(*phase) for phase in said["phases"]),
             )
             return cls(
@@ -105,4 +118,5 @@ class RankTrace:
                 files=tuple(said["files"]),
                 **{name: columns[name] for name in _COLUMNS},
                 spans=spans,
+                conditions=RankConditions(**said["conditions"]),
             )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from ray_streamer.storage.base import StorageStatistics
@@ -10,6 +10,8 @@ from ray_streamer.units import counted, human_bytes
 
 if TYPE_CHECKING:
     from ray_streamer.rank.statistics import RankStatistics
+    from ray_streamer.report.verdict.evidence import Evidence
+    from ray_streamer.report.verdict.judge import Verdict
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
@@ -29,6 +31,7 @@ class LoadReport:
         plan_hash: Of the plan that was executed.
         nodes: Name of each rank's node.
         ranks: Every rank's statistics.
+        evidence: What the verdict is found from; None where it was not collected.
     """
 
     uri: str
@@ -39,12 +42,22 @@ class LoadReport:
     plan_hash: str
     nodes: tuple[str, ...]
     ranks: tuple[RankStatistics, ...]
+    evidence: Evidence | None = field(default=None, compare=False)
 
     def __repr__(self) -> str:
         return (
             f"LoadReport({self.uri!r}, {counted(len(self.ranks), 'rank')}, {human_bytes(self.needed_bytes)} in "
             f"{self.reading_seconds:.2f} s, total {self.seconds.get('total', 0.0):.2f} s)"
         )
+
+    @property
+    def verdict(self) -> Verdict | None:
+        """Why the load took as long as it did, and what would make it faster; see docs/measuring.md.
+
+        Found when it is asked for first, which takes up to a second; None where nothing was read or copied, or where a rank had
+        ended before it could tell.
+        """
+        return None if self.evidence is None else self.evidence.verdict(self.ranks, self.seconds)
 
     @property
     def reading_seconds(self) -> float:
@@ -84,8 +97,11 @@ class LoadReport:
         return self.needed_bytes / seconds / 1e9 if seconds else 0.0
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON: every attribute and every total."""
+        """Plain values for JSON: every attribute, every total and the verdict."""
         totals = ("bytes_read", "page_cache_bytes", "bytes_delivered", "amplification", "gigabytes_per_second")
         ranks = [{"node": node, **rank.as_dict()} for node, rank in zip(self.nodes, self.ranks, strict=True)]
         known = {name: getattr(self, name) for name in totals}
-        return asdict(self) | known | {"storage": asdict(self.storage), "ranks": ranks}
+        verdict = None if self.verdict is None else self.verdict.as_dict()
+        said = asdict(replace(self, evidence=None, ranks=()))
+        del said["evidence"]
+        return said | known | {"storage": asdict(self.storage), "ranks": ranks, "verdict": verdict}

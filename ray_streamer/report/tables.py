@@ -11,7 +11,7 @@ from ray_streamer.units import counted, human_bytes
 from ray_streamer.wording import printable
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from ray_streamer.planning.summary import PlanSummary
     from ray_streamer.planning.tensor_reads import TensorReads
@@ -118,8 +118,13 @@ def print_plan(summary: PlanSummary, tensors: Sequence[TensorReads]) -> None:
         console.print(_tensors_table(tensors))
 
 
-def print_load(report: LoadReport) -> None:
-    """What `load` did."""
+def print_load(report: LoadReport, *, in_words: Callable[[str], str] = str) -> None:
+    """What `load` did, and why it took that long.
+
+    Args:
+        report: Of the load.
+        in_words: Puts the verdict, which speaks of Python's arguments, into the words of the place.
+    """
     console = new_console()
     seconds = ", ".join(f"{phase} {spent:.2f} s" for phase, spent in report.seconds.items())
     sources = f"{human_bytes(report.bytes_read)} read from storage"
@@ -151,6 +156,8 @@ def print_load(report: LoadReport) -> None:
             f"{human_bytes(rank.peak_staging_bytes)} / {human_limit(rank.memory_limit)}",
         )
     console.print(table)
+    if report.verdict is not None:
+        console.print(f"Verdict: {in_words(report.verdict.text)}")
 
 
 def _spent_on_blocks(report: LoadReport) -> str:
@@ -161,6 +168,7 @@ def _spent_on_blocks(report: LoadReport) -> str:
         (sum(rank.first_byte_seconds for rank in report.ranks), "waiting for the first byte"),
         (receive_seconds, "receiving"),
         (sum(rank.copy_seconds for rank in report.ranks), "copying"),
+        (sum(rank.first_touch_seconds for rank in report.ranks), "page faults"),
     )
     return ", ".join(f"{max(0.0, seconds):.2f} s {what}" for seconds, what in parts)
 

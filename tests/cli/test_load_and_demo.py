@@ -36,6 +36,9 @@ def test_load_reports_every_rank_and_draws_it(invoke, checkpoint, tmp_path, loca
     assert [rank["rank"] for rank in report["ranks"]] == [0, 1]
     for rank in report["ranks"]:
         assert rank["peak_staging_bytes"] <= rank["memory_limit"] == 4 << 20
+    verdict = report["verdict"]
+    assert 0 < verdict["measured_seconds"] <= report["seconds"]["import"] + report["seconds"]["load"]
+    assert "Reading and copying took" in verdict["text"]
     assert sum(rank["bytes_delivered"] for rank in report["ranks"]) == report["bytes_delivered"]
     trace = json.loads(trace_file.read_text())
     assert list(trace["otherData"]["clock_error_microseconds"].values()) == [0]
@@ -58,6 +61,7 @@ def test_load_shows_a_table(invoke, checkpoint, local_ray):
     assert result.exit_code == 0
     assert "peak staging / limit" in result.stdout
     assert "7.66 MiB" in result.stdout
+    assert "Verdict: " in result.stdout
 
 
 def test_a_load_that_fails_says_so_in_one_object(invoke, checkpoint, local_ray):
@@ -176,10 +180,16 @@ def with_rank(report, **changes):
 
 def test_a_report_says_what_the_time_of_blocks_went_into(sound_load, capsys):
     report = sound_load["report"]
-    times = {"wait_seconds": 1.25, "first_byte_seconds": 2.0, "read_seconds": 6.5, "copy_seconds": 0.25}
+    times = {
+        "wait_seconds": 1.25,
+        "first_byte_seconds": 2.0,
+        "read_seconds": 6.5,
+        "copy_seconds": 0.25,
+        "first_touch_seconds": 0.03,
+    }
     ranks = (replace(report.ranks[0], **times), replace(report.ranks[0], **times))
     print_load(replace(report, ranks=ranks, nodes=("here", "here")))
-    expected = "2.50 s waiting for a slot, 4.00 s waiting for the first byte, 9.00 s receiving, 0.50 s copying."
+    expected = "2.50 s waiting for a slot, 4.00 s waiting for the first byte, 9.00 s receiving, 0.50 s copying, 0.06 s page faults."
     assert f"Summed over the blocks of all ranks: {expected}" in capsys.readouterr().out
 
 

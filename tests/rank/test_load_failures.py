@@ -21,7 +21,7 @@ from ray_streamer.errors import (
     StartupTimeoutError,
 )
 from ray_streamer.planning.topology import Topology
-from ray_streamer.rank import load
+from ray_streamer.rank import conditions
 from ray_streamer.stream.arena import Arena
 from ray_streamer.stream.countdown import Countdown
 from ray_streamer.testing.parts import TensorPart
@@ -401,7 +401,7 @@ def _cut_short(path, _):
 def test_a_file_that_changes_while_it_is_copied(ranks, tmp_path, monkeypatch, change, modified_ns, message, is_mapped):
     """Changed after the first block was delivered: a mapping would show it, or end the process where the file is cut short."""
     # Another copier would see the file while it is being changed.
-    monkeypatch.setattr(load, "MAX_COPIERS", 1)
+    monkeypatch.setattr(conditions, "MAX_COPIERS", 1)
     folder = ranks.write(tmp_path, [[("large", "U8", (NUM_BYTES,))]])
     path = folder / "00000.safetensors"
     plan = ranks.plan(str(folder), {"large": (TensorPart.whole((NUM_BYTES,)),)}, topology=Topology.even(1))

@@ -92,6 +92,8 @@ def test_figures_are_sums_of_the_steps(loaded):
         assert statistics.wait_seconds == pytest.approx(waited, abs=1e-5)
         assert 0 < statistics.first_byte_seconds <= statistics.read_seconds
         assert statistics.copy_seconds > 0
+        # Blocks of this size are touched by their copies.
+        assert statistics.first_touch_seconds == 0
         names = [phase.name for phase in spans.phases]
         # The device was there before the load.
         assert names == ["connect", "stream", "finish"]
@@ -121,6 +123,7 @@ def test_a_read_that_fails_was_asked_and_never_came(ranks, tmp_path):
 
 def test_steps_of_blocks_cost_a_known_number_of_bytes():
     spans = Recorder(1000).spans()
-    assert spans.times.nbytes + spans.ways.nbytes + spans.landed_bytes.nbytes == 1000 * (7 * 8 + 1 + 8)
+    columns = (spans.times, spans.ways, spans.landed_bytes, spans.touch_seconds)
+    assert sum(column.nbytes for column in columns) == 1000 * (7 * 8 + 1 + 8 + 4)
     assert spans.seconds_between(Step.ASKED, Step.LAST_BYTE) == 0
     assert spans.seconds_in("stream") == 0

@@ -1,0 +1,49 @@
+"""Under what does a rank load? The few numbers that decide how much of it goes on at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Self
+
+from ray_streamer.machine import count_cpus
+
+if TYPE_CHECKING:
+    from ray_streamer.rank.options import RankOptions
+    from ray_streamer.stream.arena import Arena
+
+MAX_COPIERS = 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankConditions:
+    """How much one rank does at once.
+
+    Attributes:
+        concurrency: Reads in flight.
+        num_slots: Slots of its arena.
+        block_bytes: Size of a slot, and of the largest request.
+        num_copiers: Threads, at most, that copy what neighbours offer and what lies in mapped files.
+        num_cpus: CPUs that the process may run on; it shares them with the other ranks of its node.
+    """
+
+    concurrency: int
+    num_slots: int
+    block_bytes: int
+    num_copiers: int
+    num_cpus: int
+
+    @classmethod
+    def of(cls, options: RankOptions, arena: Arena, num_local_ranks: int) -> Self:
+        """Those of a rank that shares its machine with so many, itself included."""
+        return cls(
+            concurrency=options.concurrency,
+            num_slots=arena.num_slots,
+            block_bytes=arena.slot_bytes,
+            num_copiers=max_copiers(num_local_ranks),
+            num_cpus=count_cpus(),
+        )
+
+
+def max_copiers(num_local_ranks: int) -> int:
+    """Threads, at most, with which each of so many ranks of this machine copies what it does not read itself."""
+    return min(MAX_COPIERS, max(1, count_cpus() // num_local_ranks))

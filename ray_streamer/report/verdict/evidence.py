@@ -1,0 +1,50 @@
+"""What is kept of a load until somebody asks for the verdict? The traces of one node, and the settings."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ray_streamer.report.verdict.judge import judge
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from ray_streamer.rank.statistics import RankStatistics
+    from ray_streamer.rank.trace import RankTrace
+    from ray_streamer.report.verdict.judge import Verdict
+    from ray_streamer.report.verdict.model import Asked
+
+
+class Evidence:
+    """The traces of the node that took longest; a verdict is found once.
+
+    Args:
+        traces: Of the node's ranks, in local order.
+        asked: The settings of the load.
+    """
+
+    def __init__(self, traces: Sequence[RankTrace], asked: Asked) -> None:
+        self._traces, self._asked = tuple(traces), asked
+        self._found: tuple[Verdict | None] | None = None
+
+    def verdict(self, ranks: Sequence[RankStatistics], phases: Mapping[str, float]) -> Verdict | None:
+        """The verdict on the load.
+
+        Args:
+            ranks: Statistics of all ranks.
+            phases: Seconds by phase of the report.
+        """
+        if self._found is None:
+            of_node = [rank for rank in ranks if any(rank.rank == trace.rank for trace in self._traces)]
+            self._found = (judge(self._traces, of_node, self._asked, phases),)
+        return self._found[0]
+
+
+def slowest_node(nodes: Sequence[tuple[int, ...]], ranks: Sequence[RankStatistics]) -> tuple[int, ...]:
+    """The ranks of the node whose load took longest.
+
+    Args:
+        nodes: Ranks of each node.
+        ranks: Statistics of all ranks, in rank order.
+    """
+    return max(nodes, key=lambda node: max(sum(ranks[rank].seconds.values()) for rank in node))

@@ -1,0 +1,112 @@
+"""Why did a load take as long as it did? Its costs, the setting that would have helped, and both in words, as one value."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ray_streamer.report.verdict.advice import Advice, Knobs, find_advice
+from ray_streamer.report.verdict.cost import MADE_WORSE, Cost, Told, find_bound, find_costs
+from ray_streamer.report.verdict.observe import observe_node
+from ray_streamer.report.verdict.paragraph import Facts, paragraph
+from ray_streamer.report.verdict.replay import replay_seconds
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from ray_streamer.rank.statistics import RankStatistics
+    from ray_streamer.rank.trace import RankTrace
+    from ray_streamer.report.verdict.model import Asked
+
+_TRUSTED_DIFFERENCE = 0.25
+"""A replay that differs by more from what was measured predicts nothing."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """Why a load took as long as it did.
+
+    Attributes:
+        text: One paragraph.
+        bound: `Cost.kind` of what bounded reading and copying; "nothing alone" where no cost stands out.
+        costs: Of reading and copying, the largest first. They overlap: without one of them another takes its place.
+        advice: A change of settings that helps; None when none does, or when nothing can be predicted.
+        node: Where it was looked at: the node that took longest.
+        measured_seconds: Reading and copying on that node.
+        replayed_seconds: The same by its replay. Where the two differ much, nothing is predicted.
+    """
+
+    text: str
+    bound: str
+    costs: tuple[Cost, ...]
+    advice: Advice | None
+    node: str
+    measured_seconds: float
+    replayed_seconds: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+
+def judge(
+    traces: Sequence[RankTrace],
+    statistics: Sequence[RankStatistics],
+    asked: Asked,
+    phases: Mapping[str, float] | None = None,
+) -> Verdict | None:
+    """The verdict on one node's load; None when it read and copied nothing.
+
+    Args:
+        traces: Of the node's ranks, in local order.
+        statistics: Of the same ranks.
+        asked: The settings of the load.
+        phases: Seconds by phase, as in `LoadReport.seconds`; none without a driver.
+    """
+    observed = observe_node(traces, max_bandwidth=asked.max_bandwidth)
+    if observed is None:
+        return None
+    replayed = replay_seconds(observed.model)
+    measured = observed.measured_seconds
+    told = Told.of(traces, statistics, asked)
+    found = find_costs(observed, told, replayed)
+    bound = find_bound(found)
+    is_trusted = abs(replayed - measured) <= _TRUSTED_DIFFERENCE * measured
+    knobs = Knobs(
+        concurrency=asked.concurrency,
+        memory_limit=min(rank.memory_limit for rank in statistics),
+        block_bytes=asked.block_bytes,
+    )
+    advice = None
+    if is_trusted and (bound is None or bound.kind not in MADE_WORSE):
+        advice = find_advice(
+            observed.model,
+            knobs,
+            measured_seconds=measured,
+            replayed_seconds=replayed,
+            cpu_seconds=told.least_seconds,
+        )
+    facts = Facts(
+        phases=phases or {},
+        measured_seconds=measured,
+        replayed_seconds=replayed,
+        is_trusted=is_trusted,
+        rates=observed.rates,
+        first_byte_seconds=float(np.median(observed.first_byte_seconds)) if len(observed.first_byte_seconds) else 0.0,
+        num_slots=min(trace.conditions.num_slots for trace in traces),
+        concurrency=asked.concurrency,
+        max_bandwidth=asked.max_bandwidth,
+        storage=[rank.storage for rank in statistics],
+        node=traces[0].node,
+    )
+    return Verdict(
+        text=paragraph(facts, bound, advice),
+        bound="nothing alone" if bound is None else bound.kind,
+        costs=found,
+        advice=advice,
+        node=traces[0].node,
+        measured_seconds=measured,
+        replayed_seconds=replayed,
+    )

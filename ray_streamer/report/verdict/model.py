@@ -1,0 +1,122 @@
+"""What of a load is replayed? The reads and copies of one node's ranks, each with what it needs rather than with when it was."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple, Self
+
+if TYPE_CHECKING:
+    from ray_streamer.settings import Settings
+
+
+class Asked(NamedTuple):
+    """The settings that shape a load, as the user gave them.
+
+    Attributes:
+        concurrency: Reads in flight on each rank.
+        block_bytes: Largest request.
+        max_bandwidth: Bytes per second of a node; None for no bound.
+    """
+
+    concurrency: int
+    block_bytes: int
+    max_bandwidth: int | None = None
+
+    @classmethod
+    def of(cls, settings: Settings) -> Self:
+        """Those of all settings, without what is secret."""
+        return cls(settings.concurrency, settings.block_bytes, settings.max_bandwidth)
+
+
+class Copy(NamedTuple):
+    """One rank's copy out of a block or a mapped file.
+
+    Attributes:
+        rank: Position of the copying rank in the model.
+        seconds: The copy.
+        touch_seconds: Of these, the first touch of fresh memory.
+        delay_seconds: From another rank's offer until it is known here, and as long for the way back.
+    """
+
+    rank: int
+    seconds: float
+    touch_seconds: float = 0.0
+    delay_seconds: float = 0.0
+
+
+class Read(NamedTuple):
+    """One block on its way from storage.
+
+    Attributes:
+        file: Of the block.
+        start: First byte in the file.
+        stop: One past the last.
+        rank: Position of the reading rank in the model.
+        is_staged: Whether it needs a slot.
+        prepare_seconds: From the moment a reader thread takes the block up until it wants a slot, or asks the storage.
+        first_byte_seconds: From the request to the first byte.
+        work_bytes: What the storage serves for it, as bytes of a stream of usual speed; more than its size when it came slowly.
+        own: From its last byte until the reader's own part is in its tensors. Of a block that is not staged, the first touch
+            of fresh memory is part of `prepare_seconds` instead.
+        copies: Of other ranks.
+    """
+
+    file: int
+    start: int
+    stop: int
+    rank: int
+    is_staged: bool
+    prepare_seconds: float
+    first_byte_seconds: float
+    work_bytes: float
+    own: Copy
+    copies: tuple[Copy, ...] = ()
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the block."""
+        return self.stop - self.start
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankModel:
+    """One rank.
+
+    Attributes:
+        rank: Global rank.
+        begin_seconds: When it may read, from the first moment of the node's load.
+        ready_seconds: When its tensors are there; until then it reads into free slots only, and copies nothing.
+        num_readers: Reads in flight.
+        num_slots: Slots of its arena.
+        num_copiers: Threads for what it does not read itself.
+        reads: In the order in which they are taken up.
+        mapped: Copies out of mapped files.
+    """
+
+    rank: int
+    begin_seconds: float
+    ready_seconds: float
+    num_readers: int
+    num_slots: int
+    num_copiers: int
+    reads: tuple[Read, ...]
+    mapped: tuple[Copy, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeModel:
+    """The ranks of a node, and what the storage gave them.
+
+    Attributes:
+        ranks: Of the node.
+        stream_rate: Bytes per second of one stream alone; infinite when the node's rate is all that was seen.
+        node_rate: Bytes per second of all streams together; infinite when nothing was seen of it.
+        block_bytes: Size of a slot.
+        thinning: How many blocks each block of the model stands for.
+    """
+
+    ranks: tuple[RankModel, ...]
+    stream_rate: float
+    node_rate: float
+    block_bytes: int
+    thinning: int = 1

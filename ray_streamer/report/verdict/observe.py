@@ -1,0 +1,256 @@
+"""What did each read and copy of a node need? The traces of its ranks, turned from times of a clock into lengths."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from ray_streamer.rank.block_source import Way
+from ray_streamer.rank.recorder import Step
+from ray_streamer.report.verdict.model import Copy, NodeModel, RankModel, Read
+from ray_streamer.report.verdict.rates import Rates, Receipts
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+    from ray_streamer.rank.trace import RankTrace
+
+_FASTEST_NETWORK = 40e9
+"""Bytes per second of one stream. What comes faster was there when the first byte was told of: the storage tells it at the end."""
+
+
+_MAX_TASKS = 8000
+"""Reads and copies that are replayed; a replay of so many takes about a tenth of a second."""
+
+_RUN_BLOCKS = 16
+"""Of a longer load, runs of so many blocks are replayed, so that blocks that lie side by side still do."""
+
+
+class Observed(NamedTuple):
+    """One node's load, as it was and as it can be replayed.
+
+    Attributes:
+        model: What it needed.
+        measured_seconds: From the first moment of its ranks until the last byte was in a tensor.
+        rates: What the storage gave.
+        first_byte_seconds: Of each read; empty when the storage tells of none.
+    """
+
+    model: NodeModel
+    measured_seconds: float
+    rates: Rates
+    first_byte_seconds: NDArray[np.float64]
+
+
+def observe_node(traces: Sequence[RankTrace], *, max_bandwidth: float | None = None) -> Observed | None:
+    """The load of one node; None when nothing was read or copied.
+
+    Args:
+        traces: Of ranks of one node, in local order.
+        max_bandwidth: Bytes per second that the node was held to by its user.
+    """
+    begins = [_phase(trace, "device", "stream").start for trace in traces]
+    origin = min(begins, default=0.0)
+    landed = max((float(trace.spans.times[Step.LANDED].max(initial=0.0)) for trace in traces), default=0.0)
+    if landed <= origin:
+        return None
+    tells_first_byte = _tells_first_byte(traces)
+    receipts = Receipts(*_receipts(traces, tells_first_byte=tells_first_byte))
+    rates = receipts.rates(max_bandwidth=max_bandwidth)
+    work = receipts.work_bytes(rates)
+    thinning = _thinning(traces)
+    copies = _copies_by_block(traces, thinning)
+    ranks: list[RankModel] = []
+    at = 0
+    for local, trace in enumerate(traces):
+        rows = _own_reads(trace)
+        ready = _phase(trace, "stream").start
+        ranks.append(
+            RankModel(
+                rank=trace.rank,
+                begin_seconds=begins[local] - origin,
+                ready_seconds=ready - origin,
+                num_readers=trace.conditions.concurrency,
+                num_slots=trace.conditions.num_slots,
+                num_copiers=trace.conditions.num_copiers,
+                reads=_reads(
+                    trace,
+                    local,
+                    rows,
+                    work[at : at + len(rows)],
+                    copies,
+                    tells_first_byte=tells_first_byte,
+                    thinning=thinning,
+                ),
+                mapped=_mapped(trace, local, thinning),
+            )
+        )
+        at += len(rows)
+    waits = [
+        (trace.spans.times[Step.FIRST_BYTE] - trace.spans.times[Step.ASKED])[_own_reads(trace)] for trace in traces
+    ]
+    model = NodeModel(
+        ranks=tuple(ranks),
+        stream_rate=rates.stream,
+        node_rate=rates.node,
+        block_bytes=traces[0].conditions.block_bytes,
+        thinning=thinning,
+    )
+    return Observed(model, landed - origin, rates, np.concatenate(waits) if tells_first_byte else np.zeros(0))
+
+
+class _Span(NamedTuple):
+    start: float
+    stop: float
+
+
+def _phase(trace: RankTrace, *names: str) -> _Span:
+    """The first phase of the load that has one of these names."""
+    for phase in trace.spans.phases:
+        if phase.name in names:
+            return _Span(phase.start, phase.stop)
+    times = trace.spans.times
+    first = float(times[times > 0].min(initial=np.inf))
+    return _Span(first, first)
+
+
+def _own_reads(trace: RankTrace) -> NDArray[np.int64]:
+    """Rows of the blocks that the rank read, in the order of the plan."""
+    times = trace.spans.times
+    return np.flatnonzero((times[Step.ASKED] > 0) & (times[Step.LAST_BYTE] > 0) & (times[Step.LANDED] > 0))
+
+
+def _tells_first_byte(traces: Sequence[RankTrace]) -> bool:
+    rates: list[float] = []
+    for trace in traces:
+        rows = _own_reads(trace)
+        seconds = (trace.spans.times[Step.LAST_BYTE] - trace.spans.times[Step.FIRST_BYTE])[rows]
+        rates += ((trace.stops - trace.starts)[rows] / np.maximum(seconds, 1e-9)).tolist()
+    return bool(rates) and float(np.median(rates)) < _FASTEST_NETWORK
+
+
+def _thinning(traces: Sequence[RankTrace]) -> int:
+    """How many blocks each one stands for that is replayed: as few as can be, with several reads left to each reader."""
+    num_tasks = sum(len(trace.numbers) for trace in traces)
+    num_reads = sum(len(_own_reads(trace)) for trace in traces)
+    num_readers = sum(trace.conditions.concurrency for trace in traces)
+    return max(1, min(-(-num_tasks // _MAX_TASKS), num_reads // (4 * num_readers) or 1))
+
+
+def _is_replayed(numbers: NDArray[np.int64], thinning: int) -> NDArray[np.bool_]:
+    return numbers // _RUN_BLOCKS % thinning == 0
+
+
+def _receipts(
+    traces: Sequence[RankTrace], *, tells_first_byte: bool
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.int64]]:
+    """First byte, last byte and size of every read of the node."""
+    first = Step.FIRST_BYTE if tells_first_byte else Step.ASKED
+    rows = [_own_reads(trace) for trace in traces]
+    each = list(zip(traces, rows, strict=True))
+    return (
+        np.concatenate([trace.spans.times[first, own] for trace, own in each]),
+        np.concatenate([trace.spans.times[Step.LAST_BYTE, own] for trace, own in each]),
+        np.concatenate([(trace.stops - trace.starts)[own] for trace, own in each]),
+    )
+
+
+def _copies_by_block(traces: Sequence[RankTrace], thinning: int) -> dict[int, list[Copy]]:
+    """What ranks copied out of the blocks of others, by number of the block."""
+    announced: dict[int, float] = {}
+    for trace in traces:
+        rows = _own_reads(trace)
+        announced.update(
+            zip(trace.numbers[rows].tolist(), trace.spans.times[Step.ANNOUNCED, rows].tolist(), strict=True)
+        )
+    copies: dict[int, list[Copy]] = {}
+    for local, trace in enumerate(traces):
+        times = trace.spans.times
+        is_offered = (trace.spans.ways == Way.OFFERED) & (times[Step.LANDED] > 0)
+        rows = np.flatnonzero(is_offered & _is_replayed(trace.numbers, thinning))
+        columns = (
+            trace.numbers[rows],
+            times[Step.ANNOUNCED, rows],
+            (times[Step.LANDED] - times[Step.TAKEN])[rows],
+            trace.spans.touch_seconds[rows],
+        )
+        for number, heard, seconds, touched in zip(*(column.tolist() for column in columns), strict=True):
+            delay = max(0.0, heard - announced[number]) if announced.get(number) and heard else 0.0
+            copies.setdefault(number, []).append(Copy(local, seconds, touched, delay))
+    return copies
+
+
+def _mapped(trace: RankTrace, local: int, thinning: int) -> tuple[Copy, ...]:
+    times = trace.spans.times
+    is_mapped = (trace.spans.ways == Way.MAPPED) & (times[Step.LANDED] > 0)
+    rows = np.flatnonzero(is_mapped & _is_replayed(trace.numbers, thinning))
+    seconds = (times[Step.LANDED] - times[Step.TAKEN])[rows].tolist()
+    return tuple(Copy(local, *each) for each in zip(seconds, trace.spans.touch_seconds[rows].tolist(), strict=True))
+
+
+def _reads(
+    trace: RankTrace,
+    local: int,
+    rows: NDArray[np.int64],
+    work: NDArray[np.float64],
+    copies: dict[int, list[Copy]],
+    *,
+    tells_first_byte: bool,
+    thinning: int,
+) -> tuple[Read, ...]:
+    times = trace.spans.times[:, rows]
+    is_staged = trace.spans.ways[rows] == Way.STAGED
+    is_early = times[Step.ASKED] < _phase(trace, "stream").start
+    first_byte = times[Step.FIRST_BYTE] - times[Step.ASKED] if tells_first_byte else np.zeros(len(rows))
+    # Between its last byte and its copy a block is offered to others; one that was read early waits for the tensors there.
+    copied_from = np.where(is_early & is_staged, times[Step.TAKEN], times[Step.LAST_BYTE])
+    columns = (
+        trace.file_ids[rows],
+        trace.starts[rows],
+        trace.stops[rows],
+        is_staged,
+        _prepare_seconds(trace, rows, is_staged=is_staged, is_early=is_early),
+        first_byte,
+        work,
+        times[Step.LANDED] - copied_from,
+        trace.spans.touch_seconds[rows],
+        trace.numbers[rows],
+    )
+    kept = _is_replayed(trace.numbers[rows], thinning)
+    return tuple(
+        Read(
+            file,
+            start,
+            stop,
+            local,
+            staged,
+            prepare,
+            first,
+            served,
+            Copy(local, copy, touched),
+            tuple(copies.get(number, ())),
+        )
+        for file, start, stop, staged, prepare, first, served, copy, touched, number in zip(
+            *(column[kept].tolist() for column in columns), strict=True
+        )
+    )
+
+
+def _prepare_seconds(
+    trace: RankTrace, rows: NDArray[np.int64], *, is_staged: NDArray[np.bool_], is_early: NDArray[np.bool_]
+) -> NDArray[np.float64]:
+    """From the moment at which a reader took each block up until it wanted a slot, or asked.
+
+    Readers take blocks in order, each its next one when the last has landed. So with n readers the block at place n + m is taken up
+    when the m-th block has landed, whichever that is.
+    """
+    times = trace.spans.times[:, rows]
+    ready = _phase(trace, "stream").start
+    landed = np.sort(times[Step.LANDED])
+    num_first = min(len(rows), trace.conditions.concurrency)
+    taken_up = np.concatenate([np.full(num_first, ready), landed[: len(rows) - num_first]])
+    wanted = np.where(is_staged, times[Step.QUEUED], times[Step.ASKED])
+    return np.where(is_early, 0.0, np.maximum(0.0, wanted - taken_up))

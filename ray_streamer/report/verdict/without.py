@@ -1,0 +1,156 @@
+"""What would the node's load have been without one of its costs? Each answer is another model; its replay says what the cost was."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from statistics import median
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from ray_streamer.report.verdict.model import Copy, NodeModel, RankModel, Read
+
+_LATE_TIMES = 3.0
+_LATE_SECONDS = 0.05
+"""An answer is late that took this many times the median, and this much longer."""
+
+
+def without_first_byte(model: NodeModel) -> NodeModel:
+    """Every answer begins at once."""
+    return _with_reads(model, lambda read: read._replace(first_byte_seconds=0.0))
+
+
+def without_late_answers(model: NodeModel) -> NodeModel:
+    """No answer takes much longer than the usual one, to begin or to come."""
+    reads = [read for rank in model.ranks for read in rank.reads]
+    if not reads:
+        return model
+    usual_first = median(read.first_byte_seconds for read in reads)
+    usual_work = median(_work_per_byte(read) for read in reads)
+    latest_first = max(_LATE_TIMES * usual_first, usual_first + _LATE_SECONDS)
+
+    def change(read: Read) -> Read:
+        is_slow = _work_per_byte(read) > _LATE_TIMES * usual_work
+        return read._replace(
+            first_byte_seconds=usual_first if read.first_byte_seconds > latest_first else read.first_byte_seconds,
+            work_bytes=usual_work * read.num_bytes if is_slow else read.work_bytes,
+        )
+
+    return _with_reads(model, change)
+
+
+def without_node_rate(model: NodeModel) -> NodeModel:
+    """Streams share nothing."""
+    return replace(model, node_rate=math.inf)
+
+
+def without_stream_rate(model: NodeModel) -> NodeModel:
+    """One stream can have all that the node gets."""
+    return replace(model, stream_rate=math.inf)
+
+
+def without_slots(model: NodeModel) -> NodeModel:
+    """Every read finds a free slot."""
+    ranks = (replace(rank, num_slots=max(rank.num_slots, len(rank.reads))) for rank in model.ranks)
+    return replace(model, ranks=tuple(ranks))
+
+
+def without_copies(model: NodeModel) -> NodeModel:
+    """Bytes are in their tensors as soon as they are there."""
+    return _with_copies(without_first_touch(model), lambda copy: copy._replace(seconds=0.0))
+
+
+def without_first_touch(model: NodeModel) -> NodeModel:
+    """Tensors lie in memory that was used before."""
+
+    def prepared(read: Read) -> Read:
+        # What is read straight into its tensor is not copied: its memory was touched before the read.
+        touch_seconds = 0.0 if read.is_staged else read.own.touch_seconds
+        own = read.own if read.is_staged else read.own._replace(touch_seconds=0.0)
+        return read._replace(prepare_seconds=max(0.0, read.prepare_seconds - touch_seconds), own=own)
+
+    def touched(copy: Copy) -> Copy:
+        return copy._replace(seconds=max(0.0, copy.seconds - copy.touch_seconds), touch_seconds=0.0)
+
+    return _with_copies(_with_reads(model, prepared), touched)
+
+
+def without_device_start(model: NodeModel) -> NodeModel:
+    """Tensors are there from the beginning."""
+    return replace(model, ranks=tuple(replace(rank, ready_seconds=rank.begin_seconds) for rank in model.ranks))
+
+
+def without_straggler(model: NodeModel, local: int) -> NodeModel:
+    """The rank at position `local` is as quick as the others usually are, in everything that it does."""
+    slow = model.ranks[local]
+    others = [rank for rank in model.ranks if rank is not slow]
+
+    def times(number: Callable[[Read], float]) -> float:
+        return _ratio([number(read) for read in slow.reads], [number(read) for rank in others for read in rank.reads])
+
+    first = times(lambda read: read.first_byte_seconds)
+    work = times(_work_per_byte)
+    prepare = times(lambda read: read.prepare_seconds)
+    own = times(lambda read: read.own.seconds)
+    foreign = [copy for rank in model.ranks for copy in _foreign_copies(rank)]
+    taken = _ratio(
+        [copy.seconds for copy in foreign if copy.rank == local],
+        [copy.seconds for copy in foreign if copy.rank != local],
+    )
+
+    def change(read: Read) -> Read:
+        if read.rank != local:
+            return read
+        return read._replace(
+            first_byte_seconds=read.first_byte_seconds / first,
+            work_bytes=read.work_bytes / work,
+            prepare_seconds=read.prepare_seconds / prepare,
+        )
+
+    def change_copy(copy: Copy, *, is_own: bool) -> Copy:
+        return copy._replace(seconds=copy.seconds / (own if is_own else taken)) if copy.rank == local else copy
+
+    changed = _with_reads(model, change)
+    changed = _with_copies(
+        changed, lambda copy: change_copy(copy, is_own=False), lambda copy: change_copy(copy, is_own=True)
+    )
+    quick = replace(
+        changed.ranks[local],
+        begin_seconds=min(slow.begin_seconds, median(rank.begin_seconds for rank in others)),
+        ready_seconds=min(slow.ready_seconds, median(rank.ready_seconds for rank in others)),
+    )
+    return replace(changed, ranks=(*changed.ranks[:local], quick, *changed.ranks[local + 1 :]))
+
+
+def _with_reads(model: NodeModel, change: Callable[[Read], Read]) -> NodeModel:
+    return replace(model, ranks=tuple(replace(rank, reads=tuple(map(change, rank.reads))) for rank in model.ranks))
+
+
+def _with_copies(
+    model: NodeModel, change: Callable[[Copy], Copy], change_own: Callable[[Copy], Copy] | None = None
+) -> NodeModel:
+    """Every copy changed; readers' own ones in a way of their own, where one is given."""
+    own = change_own or change
+    changed = _with_reads(model, lambda read: read._replace(own=own(read.own), copies=tuple(map(change, read.copies))))
+    return replace(
+        changed, ranks=tuple(replace(rank, mapped=tuple(map(change, rank.mapped))) for rank in changed.ranks)
+    )
+
+
+def _foreign_copies(rank: RankModel) -> Iterable[Copy]:
+    """Copies out of the blocks that a rank reads, and out of the files that it maps."""
+    yield from rank.mapped
+    for read in rank.reads:
+        yield from read.copies
+
+
+def _work_per_byte(read: Read) -> float:
+    return read.work_bytes / read.num_bytes
+
+
+def _ratio(slow: list[float], others: list[float]) -> float:
+    """How many times as long the one takes as the others usually do; 1 when it takes no longer."""
+    usual = median(others) if others else 0.0
+    return max(1.0, median(slow) / usual) if slow and usual > 0 else 1.0

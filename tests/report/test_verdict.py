@@ -1,0 +1,194 @@
+"""The verdict names what bounded a load, and what it predicts for another setting is what a load with that setting takes."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+
+from ray_streamer.report.verdict.judge import judge
+from ray_streamer.report.verdict.model import Asked
+from ray_streamer.report.verdict.observe import observe_node
+from ray_streamer.report.verdict.replay import replay_seconds
+from ray_streamer.storage.base import StorageStatistics
+
+SMALL = 256 << 10
+"""The smallest block to which a small memory limit leads."""
+
+CLOSE = 0.1
+
+
+@pytest.fixture
+def verdict_on(statistics_of):
+    """Judges constructed loads of the ranks of one node."""
+
+    def judged(*loads, traces=None, phases=None, max_bandwidth=None, **counted):
+        traces = [load.trace() for load in loads] if traces is None else traces
+        asked = Asked(loads[0].concurrency, loads[0].block_bytes, max_bandwidth)
+        return judge(traces, [statistics_of(trace, **counted) for trace in traces], asked, phases)
+
+    return judged
+
+
+def test_a_first_byte_that_comes_late(constructed, verdict_on):
+    load = constructed(first_byte_seconds=0.2, stream_rate=50e6)
+    verdict = verdict_on(load)
+    assert verdict.bound == "first byte"
+    assert verdict.measured_seconds == pytest.approx(load.seconds)
+    assert verdict.replayed_seconds == pytest.approx(load.seconds, rel=0.01)
+    assert verdict.costs[0].seconds == pytest.approx(3 * 0.2, rel=CLOSE)
+    assert verdict.advice.settings == {"concurrency": 32}
+    assert verdict.advice.seconds == pytest.approx(replace(load, concurrency=32).seconds, rel=CLOSE)
+    assert "first byte (median 200 ms)" in verdict.text
+    assert f"With concurrency=32: {verdict.advice.seconds:.2f} s instead of {load.seconds:.2f} s." in verdict.text
+
+
+def test_streams_that_are_slow_each(constructed, verdict_on):
+    load = constructed(stream_rate=5e6)
+    verdict = verdict_on(load)
+    assert verdict.bound == "stream rate"
+    assert verdict.advice.settings == {"concurrency": 32}
+    assert verdict.advice.seconds == pytest.approx(replace(load, concurrency=32).seconds, rel=CLOSE)
+    assert "the rate of each stream from the storage (5 MB/s)" in verdict.text
+
+
+def test_a_bandwidth_that_all_streams_share(constructed, verdict_on):
+    load = constructed(node_rate=40e6)
+    verdict = verdict_on(load)
+    assert verdict.bound == "bandwidth"
+    assert verdict.advice is None
+    assert verdict.replayed_seconds == pytest.approx(load.seconds, rel=0.01)
+    assert replace(load, concurrency=32).seconds == pytest.approx(load.seconds, rel=CLOSE), "more streams bring nothing"
+    assert "40 MB/s" in verdict.text
+    assert "No setting changes that" in verdict.text
+
+
+@pytest.mark.parametrize(
+    ("cpu_share", "bound"),
+    [(0.2, "bandwidth"), (0.9, "interpreter"), (3.9, "cpu")],
+    ids=["idle", "one-cpu-of-four", "all-four-cpus"],
+)
+def test_what_holds_all_streams_is_told_by_the_cpus_that_were_busy(constructed, verdict_on, cpu_share, bound):
+    load = constructed(node_rate=40e6)
+    assert verdict_on(load, cpu_seconds=cpu_share * load.seconds).bound == bound
+
+
+def test_a_bandwidth_that_the_user_asked_for(constructed, verdict_on):
+    verdict = verdict_on(constructed(node_rate=40e6), max_bandwidth=40_000_000)
+    assert verdict.bound == "max_bandwidth"
+    assert "Raise max_bandwidth" in verdict.text
+
+
+@pytest.mark.parametrize("num_slots", [1, 2, 4])
+def test_staging_memory_for_few_reads(constructed, verdict_on, num_slots):
+    load = constructed(num_slots=num_slots, block_bytes=SMALL, first_byte_seconds=0.1)
+    verdict = verdict_on(load)
+    assert verdict.bound == "slots"
+    assert verdict.advice.settings.keys() == {"memory_limit"}
+    num_helpful = verdict.advice.settings["memory_limit"] // SMALL
+    assert num_helpful == 16
+    assert verdict.advice.seconds == pytest.approx(replace(load, num_slots=num_helpful).seconds, rel=CLOSE)
+    assert f"{num_slots} slot{'s' if num_slots > 1 else ''} for 16 reads in flight" in verdict.text
+    assert 'With memory_limit="4MiB"' in verdict.text
+
+
+@pytest.mark.parametrize("slow_rank", [0, 1, 3])
+def test_one_rank_that_is_slower_than_the_others(constructed, verdict_on, slow_rank):
+    loads = [constructed(rank=rank, num_ranks=4, first_byte_seconds=0.02) for rank in range(4)]
+    loads[slow_rank] = replace(loads[slow_rank], first_byte_seconds=0.2, copy_seconds=0.02)
+    verdict = verdict_on(*loads)
+    assert verdict.bound == "straggler"
+    named = next(cost for cost in verdict.costs if cost.kind == "straggler")
+    assert named.rank == slow_rank
+    even = loads[slow_rank - 1].seconds
+    assert verdict.measured_seconds - named.seconds == pytest.approx(even, rel=CLOSE)
+    assert f"rank {slow_rank}, which was slower" in verdict.text
+
+
+@pytest.mark.parametrize(
+    ("storage", "bound"),
+    [
+        (StorageStatistics(), "late answers"),
+        (StorageStatistics(num_throttled=4, num_retries=4), "throttling"),
+        (StorageStatistics(num_retries=4), "failed requests"),
+    ],
+    ids=["late", "throttled", "failed"],
+)
+def test_few_answers_that_come_much_later(constructed, verdict_on, storage, bound):
+    usual = constructed(first_byte_seconds=0.02)
+    verdict = verdict_on(replace(usual, first_bytes={33: 2.0, 39: 3.0}), storage=storage)
+    assert verdict.bound == bound
+    cost = next(cost for cost in verdict.costs if cost.kind == bound)
+    assert verdict.measured_seconds - cost.seconds == pytest.approx(usual.seconds, rel=CLOSE)
+    if bound == "throttling":
+        assert "4 answers to slow down" in verdict.text
+        assert "concurrency=8" in verdict.text
+
+
+@pytest.mark.parametrize(
+    ("touch_seconds", "bound"), [(0.0, "copies"), (0.008, "first touch")], ids=["used-memory", "fresh-memory"]
+)
+@pytest.mark.parametrize("is_mapped", [True, False], ids=["page-cache", "read"])
+def test_copies_and_the_first_touch_of_memory(constructed, verdict_on, touch_seconds, bound, is_mapped):
+    load = constructed(copy_seconds=0.01, touch_seconds=touch_seconds, first_byte_seconds=0.001)
+    traces = [load.mapped()] if is_mapped else [load.trace()]
+    verdict = verdict_on(load, traces=traces)
+    assert verdict.bound == bound
+    if bound == "first touch":
+        cost = next(cost for cost in verdict.costs if cost.kind == bound)
+        without = verdict.measured_seconds - cost.seconds
+        quick = replace(load, copy_seconds=0.002, touch_seconds=0.0)
+        assert without == pytest.approx(40 * 0.002 if is_mapped else quick.seconds, rel=CLOSE)
+        assert "model.reload()" in verdict.text
+
+
+def test_reads_that_wait_for_the_device(constructed, verdict_on):
+    load = constructed(num_blocks=32, num_slots=16, device_seconds=2.0, first_byte_seconds=0.01)
+    verdict = verdict_on(load)
+    assert verdict.bound == "device"
+    assert verdict.replayed_seconds == pytest.approx(load.seconds, rel=0.02)
+    without = replace(load, device_seconds=0.0).seconds
+    assert verdict.measured_seconds - verdict.costs[0].seconds == pytest.approx(without, rel=CLOSE)
+
+
+def test_what_came_before_the_first_read_is_told_first(constructed, verdict_on):
+    phases = {"check": 0.01, "ray": 2.0, "start": 6.0, "plan": 0.1, "import": 0.0, "load": 0.7, "total": 8.81}
+    verdict = verdict_on(constructed(first_byte_seconds=0.2), phases=phases)
+    assert verdict.text.startswith(
+        "Of 8.81 s, 8.11 s passed before the first read: 6.00 s the start of the ranks' processes, 2.00 s Ray's"
+    )
+    assert verdict.bound == "first byte", "what bounded reading and copying"
+    quick = verdict_on(constructed(first_byte_seconds=0.2), phases={"start": 0.01, "load": 0.7, "total": 0.71})
+    assert quick.text.startswith("Reading and copying took")
+
+
+def test_a_load_of_which_nothing_is_known_has_no_verdict(constructed):
+    assert observe_node([]) is None
+    assert observe_node([constructed(num_blocks=0).trace()]) is None
+
+
+@pytest.mark.parametrize("concurrency", [2, 16])
+@pytest.mark.parametrize("num_ranks", [1, 3])
+def test_a_replay_without_changes_takes_what_the_load_took(constructed, concurrency, num_ranks):
+    loads = [
+        constructed(
+            rank=rank,
+            num_ranks=num_ranks,
+            concurrency=concurrency,
+            first_byte_seconds=0.03,
+            stream_rate=1e8,
+            copy_seconds=0.004,
+        )
+        for rank in range(num_ranks)
+    ]
+    observed = observe_node([load.trace() for load in loads])
+    assert replay_seconds(observed.model) == pytest.approx(observed.measured_seconds, rel=0.01)
+
+
+def test_a_long_load_is_replayed_in_part(constructed):
+    load = constructed(num_blocks=20_000, first_byte_seconds=0.03, stream_rate=1e8)
+    observed = observe_node([load.trace()])
+    assert observed.model.thinning == math.ceil(20_000 / 8000)
+    assert sum(len(rank.reads) for rank in observed.model.ranks) <= 8000
+    assert replay_seconds(observed.model) == pytest.approx(load.seconds, rel=0.02)

@@ -1,0 +1,82 @@
+"""Real loads through a proxy that makes one thing slow: the verdict names it."""
+
+from __future__ import annotations
+
+import pytest
+import torch  # noqa: F401  # imported by the first load, it would be what bounds that load
+
+from ray_streamer.cluster.worker import LoadWorker, Seating
+from ray_streamer.rank.agreement import MemoryTerms
+from ray_streamer.rank.request import LoadRequest
+from ray_streamer.report.verdict.judge import judge
+from ray_streamer.report.verdict.model import Asked
+from ray_streamer.settings import Settings
+from ray_streamer.sharding import Mesh, RuleSlices, ShardRules, Split
+from ray_streamer.testing.checkpoints import TensorSpec, write_checkpoint
+from ray_streamer.testing.faults import Fault, FaultProxy
+
+BLOCK = 256 << 10
+NUM_BLOCKS = 12
+
+
+@pytest.fixture(scope="module")
+def uri(s3_server, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("verdict")
+    write_checkpoint(folder, [TensorSpec("up_proj.weight", "F32", (NUM_BLOCKS * 64, BLOCK // 256))])
+    (file,) = folder.glob("*.safetensors")
+    return f"{s3_server.upload_folder(folder, 'verdicts', 'model')}/{file.name}"
+
+
+@pytest.fixture
+def proxy(s3_credentials):
+    with FaultProxy(s3_credentials.endpoint_url) as proxy:
+        yield proxy
+
+
+@pytest.fixture
+def verdict_on(uri, proxy, tmp_path):
+    """Loads as the only rank of its node, and judges."""
+
+    def judged(*faults, dim=0, **settings):
+        mesh = Mesh(tp=2)
+        asked = Settings.resolve(s3_endpoint_url=proxy.url, block_bytes=BLOCK, **settings)
+        slices = RuleSlices(mesh=mesh, rules=ShardRules({"*": Split(dim)}))
+        request = LoadRequest(uri=uri, mesh=mesh, slices=slices, settings=asked, device="cpu")
+        limit = settings.get("memory_limit", 16 << 20)
+        terms = MemoryTerms(limit, request.read_limits((limit,)))
+        worker = LoadWorker(0, request)
+        seating = Seating(session=f"verdict-{tmp_path.name}", ranks=(0,), node="here", terms=terms)
+        worker.agree(request, worker.read_index(request), seating)
+        proxy.fail_next(*faults)
+        statistics = worker.load()
+        trace = worker.trace()
+        worker.close()
+        return judge([trace], [statistics], Asked.of(asked))
+
+    return judged
+
+
+def test_a_server_that_is_slow_to_its_first_byte(verdict_on):
+    verdict = verdict_on(*[Fault(delay_seconds=0.2)] * NUM_BLOCKS, dim=1, concurrency=2)
+    assert verdict.bound == "first byte"
+    assert verdict.advice.settings == {"concurrency": 4}
+    assert verdict.advice.seconds < verdict.measured_seconds
+
+
+def test_a_bandwidth_that_is_capped(verdict_on):
+    verdict = verdict_on(dim=1, concurrency=4, max_bandwidth=4_000_000)
+    assert verdict.bound == "max_bandwidth"
+    assert verdict.advice is None
+
+
+def test_one_slot(verdict_on):
+    verdict = verdict_on(*[Fault(delay_seconds=0.1)] * NUM_BLOCKS, dim=1, concurrency=4, memory_limit=0)
+    assert verdict.bound == "slots"
+    assert verdict.advice.settings.keys() == {"memory_limit"}
+    assert "1 slot for 4 reads in flight" in verdict.text
+
+
+def test_a_load_whose_tensors_are_read_in_place(verdict_on):
+    """Half of the rows, which no slot is needed for."""
+    verdict = verdict_on(*[Fault(delay_seconds=0.2)] * NUM_BLOCKS, dim=0, concurrency=2, memory_limit=0)
+    assert verdict.bound == "first byte"
