@@ -256,6 +256,11 @@ class Settings(BaseSettings):
     s3_session_token: SecretStr | None = Field(
         default=None, min_length=1, description="Secret; of temporary keys only."
     )
+    hf_token: SecretStr | None = Field(
+        default=None,
+        min_length=1,
+        description="Secret, for all ranks; token of the Hugging Face Hub, unset = each node's own, as huggingface_hub finds it.",
+    )
     azure_unsigned: bool = Field(default=False, description="Send no credentials to Azure: public containers.")
     gs_unsigned: bool = Field(default=False, description="Send no credentials to Google: public buckets.")
     gs_user_project: str | None = Field(

@@ -132,6 +132,7 @@ KEYS = {
     "s3_access_key_id": "PLANTEDKEY",
     "s3_secret_access_key": "PLANTEDSECRET",
     "s3_session_token": "PLANTEDTOKEN",
+    "hf_token": "hf_PLANTEDTOKEN",
     "http_query": "sig=PLANTEDSIGNATURE",
     "http_authorization": "Bearer PLANTEDTOKEN",
 }

@@ -16,6 +16,7 @@ import shutil
 from typing import TYPE_CHECKING
 
 from ray_streamer.errors import ObjectMissingError
+from ray_streamer.files.known import listed_or_known
 from ray_streamer.files.locks import locked
 from ray_streamer.files.pull import disk_errors_translated, identities, pull_files
 from ray_streamer.files.selection import ENGINE_FILES, Selection
@@ -47,7 +48,7 @@ def cached_files(
         ObjectMissingError: There is no such file.
         StorageError: A file could not be read or written, or another process did not come to an end.
     """
-    paths = selection.of(storage.list(recursive=True))
+    paths = selection.of(listed_or_known(storage, concurrency=concurrency))
     if not paths:
         raise ObjectMissingError(f"{storage.uri}: no config or tokenizer files are there; check the path")
     found = identities(storage, paths, concurrency=concurrency)

@@ -43,15 +43,15 @@ def pull_files(storage: Storage, paths: Sequence[str], folder: Path, *, concurre
     """
     for path in paths:
         check_path(path, uri=storage.uri)
-    return _of_each(paths, lambda path: _pull_file(storage, path, folder), concurrency=concurrency)
+    return of_each(paths, lambda path: _pull_file(storage, path, folder), concurrency=concurrency)
 
 
 def identities(storage: Storage, paths: Sequence[str], *, concurrency: int) -> list[ObjectInfo]:
     """Size and identity of every file, in the order of `paths`."""
-    return _of_each(paths, storage.size_and_etag, concurrency=concurrency)
+    return of_each(paths, storage.size_and_etag, concurrency=concurrency)
 
 
-def _of_each(paths: Sequence[str], work: Callable[[str], _Outcome], *, concurrency: int) -> list[_Outcome]:
+def of_each(paths: Sequence[str], work: Callable[[str], _Outcome], *, concurrency: int) -> list[_Outcome]:
     """What `work` gives for each path, in their order; the first error by path ends it, and what has not begun."""
     if not paths:
         return []

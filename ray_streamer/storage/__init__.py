@@ -6,13 +6,22 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from ray_streamer.storage.base import ObjectInfo, Storage, StorageSettings
-from ray_streamer.storage.stores import kind_of
+from ray_streamer.storage.stores import kind_of, num_root_folders
 from ray_streamer.storage.uri import UriLike, absolute_uri, scheme_of
 
 if TYPE_CHECKING:
     from ray_streamer.storage.object_store import ObjectStore
 
-__all__ = ["ObjectInfo", "Storage", "StorageSettings", "UriLike", "absolute_uri", "open_storage", "scheme_of"]
+__all__ = [
+    "ObjectInfo",
+    "Storage",
+    "StorageSettings",
+    "UriLike",
+    "absolute_uri",
+    "num_root_folders",
+    "open_storage",
+    "scheme_of",
+]
 
 
 def open_storage(uri: UriLike, settings: StorageSettings) -> Storage:

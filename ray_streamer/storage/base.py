@@ -83,6 +83,7 @@ class StorageSettings(Protocol):
     s3_access_key_id: SecretStr | None
     s3_secret_access_key: SecretStr | None
     s3_session_token: SecretStr | None
+    hf_token: SecretStr | None
     azure_unsigned: bool
     gs_unsigned: bool
     gs_user_project: str | None

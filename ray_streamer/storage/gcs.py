@@ -39,6 +39,8 @@ _WHO = (
     "the machine or pod; for a public bucket set gs_unsigned, or give gs://anonymous@BUCKET/PREFIX"
 )
 
+_NEEDS = "who asks needs the role Storage Object Viewer, with"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GoogleRefusal(Refusal):
@@ -73,8 +75,11 @@ class GoogleRefusal(Refusal):
         if self.status == 401:
             return [_WHO]
         if self.status == 403:
-            permission = "storage.objects.get" if is_object else "storage.objects.list"
-            return [f"who asks needs {permission} (role Storage Object Viewer)"]
+            if is_object:
+                return [
+                    f"{_NEEDS} storage.objects.get; without storage.objects.list an object that does not exist looks like this, too"
+                ]
+            return [f"{_NEEDS} storage.objects.list"]
         return []
 
 

@@ -113,13 +113,22 @@ class HubStore(WebStore):
         repository: ORG/MODEL.
         revision: A branch, tag or commit.
         folder: In the repository, without a "/" at its end; empty for all of it.
+        token: Who asks, a secret; empty for whom huggingface_hub finds.
         timeout_seconds: How long huggingface_hub may take to find a token, which it may have to renew.
     """
 
     endpoint_advice = "is HF_ENDPOINT right"
 
     def __init__(
-        self, uri: str, *, endpoint: str, repository: str, revision: str, folder: str, timeout_seconds: float
+        self,
+        uri: str,
+        *,
+        endpoint: str,
+        repository: str,
+        revision: str,
+        folder: str,
+        token: str,
+        timeout_seconds: float,
     ) -> None:
         super().__init__(uri, root=endpoint)
         self.folder = f"{folder}/" if folder else ""
@@ -127,6 +136,7 @@ class HubStore(WebStore):
         self._revision = revision
         self._timeout_seconds = timeout_seconds
         self._lock = threading.Lock()
+        self._given_token = token
         self._token: str | None = None
         self._has_asked_for_token = False
         self._linked: dict[str, _Linked] = {}
@@ -230,7 +240,7 @@ class HubStore(WebStore):
         with self._lock:
             if self._has_asked_for_token:
                 return
-            self._token = _token_within(self._timeout_seconds)
+            self._token = _sendable(self._given_token or _token_within(self._timeout_seconds))
             self._has_asked_for_token = True
             self._authorization = {"Authorization": f"Bearer {self._token}"} if self._token else {}
 
@@ -242,7 +252,7 @@ def _token_within(seconds: float) -> str | None:
     if HF_HUB_DISABLE_IMPLICIT_TOKEN:
         return None
     try:
-        token = call_within(seconds, get_token, what="token of the Hub")
+        return call_within(seconds, get_token, what="token of the Hub")
     except TimeoutError:
         raise AccessError(
             f"huggingface_hub found no token in {seconds:g} s (s3_credentials_timeout_seconds); set HF_TOKEN"
@@ -250,6 +260,9 @@ def _token_within(seconds: float) -> str | None:
     except Exception as error:
         # It asks other servers and reads files, with errors of every kind, which may quote what they read.
         raise AccessError(f"huggingface_hub cannot find a token ({type(error).__name__}); set HF_TOKEN") from None
+
+
+def _sendable(token: str | None) -> str | None:
     if token and not re.fullmatch(r"[!-~]+", token):
         raise AccessError("the token of the Hub (not shown) has characters that cannot be sent; set HF_TOKEN again")
     return token
@@ -305,6 +318,7 @@ def open_store(uri: str, settings: StorageSettings) -> HubStore:
         repository=parsed.id,
         revision=parsed.revision or constants.DEFAULT_REVISION,
         folder=parsed.path_in_repo.strip("/"),
+        token=settings.hf_token.get_secret_value() if settings.hf_token else "",
         timeout_seconds=settings.s3_credentials_timeout_seconds,
     )
 

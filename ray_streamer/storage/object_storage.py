@@ -300,6 +300,8 @@ class ObjectStorage(RemoteStorage):
             self._has_answered = True
             if answer.status not in (200, 206):
                 if path is not None and answer.status in _REDIRECTS and self._store.follow(path, request, answer):
+                    # Its body is of no interest, but keeps the connection.
+                    self._http.read(answer, MAX_ERROR_BYTES)
                     raise _MovedError
                 raise self._refusal(answer, what, request, number=number, is_object=path is not None)
             self._limit.climb()

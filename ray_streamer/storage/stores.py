@@ -133,6 +133,16 @@ AZURE = StoreKind(
 STORES = (S3, GOOGLE, AZURE, WEB, HUB)
 
 
+def num_root_folders(uri: str, scheme: str) -> int:
+    """How many folders behind its host belong to what a uri is opened at, at the least: a model's name, a container's.
+
+    >>> num_root_folders("hf://org/model/a.safetensors", "hf"), num_root_folders("s3://bucket/a.safetensors", "s3")
+    (1, 0)
+    """
+    kind = kind_of(uri, scheme)
+    return 1 if kind is HUB or (kind is AZURE and scheme not in AZURE.schemes) else 0
+
+
 def kind_of(uri: str, scheme: str) -> StoreKind | None:
     """The store of a uri with this scheme in lower case, or None.
 

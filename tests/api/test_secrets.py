@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 WRONG_SECRET = "plantedwrongsecret0123456789"
 TOKEN = "plantedsessiontoken0123456789"
+OTHERS = ("plantedsignature0123456789", "plantedbearer0123456789", "hf_plantedtoken0123456789")
 
 
 @pytest.fixture
@@ -40,6 +41,9 @@ def settings(s3_server: Any) -> Settings:
         s3_endpoint_url=s3_server.endpoint_url,
         s3_access_key_id=s3_server.access_key,
         s3_secret_access_key=s3_server.secret_key,
+        http_query=f"sig={OTHERS[0]}",
+        http_authorization=f"Bearer {OTHERS[1]}",
+        hf_token=OTHERS[2],
         memory_limit="1MiB",
         concurrency=4,
     )
@@ -55,7 +59,7 @@ def wrong_settings(settings: Settings, s3_server: Any) -> Settings:
 @pytest.fixture
 def assert_clean(s3_server: Any) -> Callable[..., None]:
     """None of these texts or pickles holds a key, or a signature, which is as good as one for a while."""
-    secrets = (s3_server.access_key, s3_server.secret_key, WRONG_SECRET, TOKEN, "X-Amz-Signature=")
+    secrets = (s3_server.access_key, s3_server.secret_key, WRONG_SECRET, TOKEN, *OTHERS, "X-Amz-Signature=")
 
     def check(*outputs: str | bytes) -> None:
         for output in outputs:

@@ -180,6 +180,20 @@ def test_who_asks(place, open_hub, monkeypatch):
     assert not any("authorization" in asked.headers for asked in place.server.delivery.requests)
 
 
+@pytest.mark.parametrize("token", ["hf_planted token", "hf_planted\r\nX: y"])
+def test_a_token_that_cannot_be_sent_is_refused_unseen(place, open_hub, token):
+    with pytest.raises(AccessError, match="cannot be sent") as caught:
+        open_hub(place.uri, hf_token=token).list()
+    assert not PLANTED.search("".join(traceback.format_exception(caught.value)))
+
+
+def test_a_token_of_the_settings_comes_first(place, open_hub, monkeypatch):
+    place.write("a.safetensors", CONTENT)
+    place.server.gated.add(place.repository)
+    monkeypatch.setenv("HF_TOKEN", "hf_plantedwrong0123456789")
+    assert open_hub(place.uri, hf_token=place.server.token).read_head("a.safetensors", 4)[0] == CONTENT[:4]
+
+
 def test_private_repositories_look_like_missing_ones(place, open_hub, monkeypatch):
     place.write("a.safetensors", CONTENT)
     place.server.private.add(place.repository)

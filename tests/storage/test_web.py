@@ -8,10 +8,13 @@ import re
 import traceback
 from dataclasses import dataclass
 
+import boto3
 import pytest
 import torch
+from botocore.config import Config
 
 import ray_streamer
+from ray_streamer.api.files import cached
 from ray_streamer.errors import AccessError, ObjectChangedError, ObjectMissingError, SettingsError, StorageError
 from ray_streamer.extent import Extent
 from ray_streamer.settings import Settings
@@ -274,6 +277,50 @@ def test_a_checkpoint_is_loaded_from_a_web_server(server, shared_server, tmp_pat
     if num_files == 1:
         one = ray_streamer.load_rank(f"{uri}/model.safetensors", rank=0, world_size=1, settings=settings)
         assert one.keys() == expected.keys()
+
+
+def test_config_and_tokenizer_are_asked_for_by_their_usual_names(server, tmp_path):
+    server.files |= {"m/config.json": b"{}", "m/tokenizer.json": b"[]", "m/odd.json": b"?", "m/model.safetensors": b"x"}
+    folder = cached(f"{server.url}/m", settings=Settings(cache_dir=str(tmp_path)))
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == {
+        "config.json": b"{}",
+        "tokenizer.json": b"[]",
+    }
+    with pytest.raises(AccessError, match="list no folders"):
+        cached(f"{server.url}/empty", settings=Settings(cache_dir=str(tmp_path)))
+
+
+def test_a_signed_address_of_a_real_store_over_tls(s3_server, boto3_client, open_web, monkeypatch):
+    if s3_server.tls_endpoint_url is None:
+        pytest.skip("moto serves one port, and not over TLS")
+    boto3_client.put_object(Bucket="storage-tests", Key="signed/a.safetensors", Body=CONTENT)
+    what = {"Bucket": "storage-tests", "Key": "signed/a.safetensors"}
+    keys = {"aws_access_key_id": s3_server.access_key, "aws_secret_access_key": s3_server.secret_key}
+    config = Config(signature_version="s3v4", s3={"addressing_style": "path"})
+    signer = boto3.client(
+        "s3", endpoint_url=s3_server.tls_endpoint_url, region_name=s3_server.region, config=config, **keys
+    )
+    address, _, query = signer.generate_presigned_url("get_object", Params=what).partition("?")
+    signer.close()
+    folder, _, name = address.rpartition("/")
+    with pytest.raises(StorageError, match="is not trusted"):
+        open_web(folder, http_query=query).read_head(name, 4)
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(s3_server.ca_file))
+    storage = open_web(folder, http_query=query)
+    etag = storage.size_and_etag(name).etag
+    assert read(storage, name, Extent(5, len(CONTENT)), etag) == CONTENT[5:]
+    signature = query.partition("Signature=")[2][:64]
+    with pytest.raises(AccessError, match="HTTP 403") as caught:
+        open_web(folder, http_query=query[:-3] + "000").read_head(name, 4)
+    assert signature[:12] not in everything_said(caught.value)
+    boto3_client.put_object(Bucket="storage-tests", Key="signed/a.safetensors", Body=CONTENT[::-1])
+    with pytest.raises(ObjectChangedError):
+        read(storage, name, Extent(5, 99), etag)
+
+
+def test_a_metadata_service_is_not_asked_even_by_the_user(open_web):
+    with pytest.raises(StorageError, match="link-local or metadata"):
+        open_web("http://169.254.169.254/latest").read_head("meta-data", 4)
 
 
 def test_a_folder_that_has_neither_index_nor_model_is_told_so(server):

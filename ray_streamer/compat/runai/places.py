@@ -9,7 +9,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING, NamedTuple
 
 from ray_streamer.compat.runai.errors import RunaiStreamerInvalidInputException
-from ray_streamer.storage import UriLike, absolute_uri, scheme_of
+from ray_streamer.storage import UriLike, absolute_uri, num_root_folders, scheme_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -54,9 +54,12 @@ def _split(uri: str) -> tuple[str, str]:
 
     >>> _split("s3://bucket/llama/a.safetensors"), _split("/models/a.safetensors")
     (('s3://bucket', 'llama/a.safetensors'), ('/', 'models/a.safetensors'))
+    >>> _split("hf://org/llama@v1/a.safetensors")
+    ('hf://org/llama@v1', 'a.safetensors')
     """
     scheme, separator, rest = uri.partition("://")
     if not separator:
         return "/", uri.strip("/")
-    authority, _, path = rest.partition("/")
-    return f"{scheme}://{authority}", path.strip("/")
+    folders = rest.split("/")
+    num_of_root = 1 + num_root_folders(uri, scheme_of(uri))
+    return f"{scheme}://{'/'.join(folders[:num_of_root])}", "/".join(folders[num_of_root:]).strip("/")
