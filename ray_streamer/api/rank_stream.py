@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import queue
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
     from ray_streamer.api.arguments import Sharding
     from ray_streamer.api.membership import Membership
-    from ray_streamer.rank.background import Item
+    from ray_streamer.rank.background import Items
     from ray_streamer.rank.statistics import RankStatistics
     from ray_streamer.settings import Settings
     from ray_streamer.storage import UriLike
@@ -63,20 +64,24 @@ class RankStream(Iterator[tuple[str, "torch.Tensor"]]):
         self._running: BackgroundLoad | None = None
         self._load: RankLoad | None = None
         self._is_over = False
+        self._taken: deque[tuple[str, torch.Tensor]] = deque()
 
     def __next__(self) -> tuple[str, torch.Tensor]:
         """The next complete tensor; waits for it."""
         if self._is_over:
             raise StopIteration
+        if self._taken:
+            return self._taken.popleft()
         try:
             if self._running is None:
                 self._load, self._running = _begin(self._call)
-            item = self._running.take()
+            items = self._running.take()
         except BaseException:
             self.close()
             raise
-        if item is not None:
-            return item
+        if items is not None:
+            self._taken.extend(items)
+            return self._taken.popleft()
         self._is_over = True
         if self._call.on_statistics is not None and self._load is not None:
             self._call.on_statistics(self._load.statistics())
@@ -86,6 +91,7 @@ class RankStream(Iterator[tuple[str, "torch.Tensor"]]):
         """Ends the load, if it is under way, and waits until nothing of it is left."""
         if not self._is_over:
             self._is_over = True
+            self._taken.clear()
             if self._running is not None:
                 self._running.end()
 
@@ -104,7 +110,7 @@ def _begin(call: RankCall) -> tuple[RankLoad, BackgroundLoad]:
     if call.out is not None:
         request = replace(request, slices=into_given(request.slices, call.out))
     index_bytes = membership.read_index(request)
-    completed: queue.SimpleQueue[Item | BaseException | None] = queue.SimpleQueue()
+    completed: queue.SimpleQueue[Items | BaseException | None] = queue.SimpleQueue()
     with contextlib.ExitStack() as owned:
         # The others are looked for while device and storage are opened; what fails there is told to them.
         session = owned.enter_context(NodeSession(membership.place(request.settings)))
@@ -123,7 +129,7 @@ def _begin(call: RankCall) -> tuple[RankLoad, BackgroundLoad]:
             ),
             session=session,
             out=call.out,
-            on_complete=lambda name, tensor: completed.put((name, tensor)),
+            on_complete=completed.put,
         )
 
         def run() -> None:

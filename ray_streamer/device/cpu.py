@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from ray_streamer.extent import Extent
     from ray_streamer.planning.rank_plan import Piece
 
+_VIEWED_AS_BYTES = frozenset(
+    {torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int8, torch.uint8}
+)
+
 
 class CpuDevice:
     """See `Device`; every copy is done when `deliver` returns."""
@@ -36,12 +40,17 @@ class CpuDevice:
         Raises:
             BudgetError: The host has no room.
         """
-        with limits_explained(f"make a tensor of shape {shape}, {dtype.name}, in host memory"):
+        try:
             return torch.empty(dtype.torch_shape(shape), dtype=getattr(torch, dtype.torch_name), device="cpu")
+        except (MemoryError, RuntimeError):
+            with limits_explained(f"make a tensor of shape {shape}, {dtype.name}, in host memory"):
+                raise
 
     def result(self, tensor: torch.Tensor) -> Result:
         """See `Device.result`."""
-        # Storage bytes rather than `view(uint8)`: packed and complex dtypes and scalars have no such view.
+        if tensor.dtype in _VIEWED_AS_BYTES and tensor.is_contiguous():
+            return Result(tensor, tensor.nbytes, tensor.detach().view(-1).view(torch.uint8).numpy())
+        # Packed and complex dtypes have no such view, other strides no such shape.
         first = tensor.storage_offset() * tensor.itemsize
         raw = torch.empty(0, dtype=torch.uint8, device="cpu").set_(tensor.detach().untyped_storage())
         num_bytes = span_bytes(tensor)

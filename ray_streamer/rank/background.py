@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     import torch
 
-Item = tuple[str, "torch.Tensor"]
+Items = list[tuple[str, "torch.Tensor"]]
 
 THREAD_PREFIX = "ray_streamer"
 """Every thread of this package is named so."""
@@ -49,7 +49,7 @@ class BackgroundLoad:
         run: Callable[[], object],
         abort: Callable[[BaseException], None],
         close: Callable[[BaseException | None], None],
-        completed: queue.SimpleQueue[Item | BaseException | None],
+        completed: queue.SimpleQueue[Items | BaseException | None],
     ) -> None:
         self._run, self._abort, self._close = run, abort, close
         self._completed = completed
@@ -61,18 +61,18 @@ class BackgroundLoad:
         self._supervisor = threading.Thread(target=self._supervise, name=f"{name}-supervisor", daemon=True)
         start_thread(self._supervisor)
 
-    def take(self) -> Item | None:
-        """The next complete tensor; None after the last one, when everything is closed.
+    def take(self) -> Items | None:
+        """The next tensors, complete; None after the last ones, when everything is closed.
 
         Raises:
             BaseException: What ended the load.
         """
-        item = self._completed.get()
-        if item is not None and not isinstance(item, BaseException):
-            return item
+        items = self._completed.get()
+        if items is not None and not isinstance(items, BaseException):
+            return items
         self._supervisor.join()
-        if item is not None:
-            raise item
+        if items is not None:
+            raise items
         return None
 
     def end(self) -> None:

@@ -83,7 +83,7 @@ class RankLoad:
         options: See `RankOptions`.
         session: Of this node's ranks, when they met already; else they meet for this load.
         out: Tensors of the caller, filled in place; see `Results`.
-        on_complete: Called with (name, tensor) as tensors complete, from several threads; its error ends the load.
+        on_complete: Called with names and tensors as these complete, from several threads; its error ends the load.
 
     Raises:
         BudgetError: The memory limit cannot hold one block.

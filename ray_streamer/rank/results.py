@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ray_streamer.planning.rank_plan import Piece, RankPlan
     from ray_streamer.slices.result import ResultForm
 
-    OnComplete = Callable[[str, torch.Tensor], None]
+    OnComplete = Callable[[list[tuple[str, torch.Tensor]]], None]
 
 
 class Results:
@@ -28,7 +28,8 @@ class Results:
         device: Where tensors are made.
         out: Tensors of the caller by name, filled in place; the rest is allocated. Names that the rank does not hold are
             refused, as are wrong shapes, strides and dtypes. One that has strides in the plan may be given flat.
-        on_complete: Called once for each tensor when its last byte is delivered, from the thread that delivered it.
+        on_complete: Called with names and tensors whose last bytes were delivered together, from the thread that delivered them;
+            once for each tensor.
 
     Raises:
         DeviceError: `out` does not fit, or lacks a result of given strides; names the tensor, expected and got.
@@ -135,8 +136,7 @@ class Results:
 
     def complete_empty(self) -> None:
         """Completes the results that have nothing to wait for."""
-        for number in [number for number, num_bytes in enumerate(self._missing) if num_bytes == 0]:
-            self._complete(number)
+        self._complete([number for number, num_bytes in enumerate(self._missing) if num_bytes == 0])
 
     def settle(self, delivered: Iterable[tuple[int, int]]) -> None:
         """Counts delivered bytes, as pairs of result and number; completes the results whose last byte was among them."""
@@ -148,12 +148,11 @@ class Results:
                 self._missing[number] -= num_bytes
                 if self._missing[number] == 0:
                     completed.append(number)
-        for number in completed:
-            self._complete(number)
+        self._complete(completed)
 
-    def _complete(self, number: int) -> None:
-        if self._on_complete is not None:
-            self._on_complete(self._specs.names[number], self._results[number].tensor)
+    def _complete(self, numbers: list[int]) -> None:
+        if self._on_complete is not None and numbers:
+            self._on_complete([(self._specs.names[number], self._results[number].tensor) for number in numbers])
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """All results by name, in the order of the plan; call it when nothing is missing."""

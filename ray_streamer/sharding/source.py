@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 class RuleSlices:
     """Slices from rules: the caller's first, then the preset of the checkpoint's config.json. A `SliceSource`.
 
+    Where nothing is to be cut (tp, pp and ep are 1), a model of no known family is held whole, but for what the caller's rules skip.
     What does not depend on the rank is worked out at the first call with an index and kept as long as the index lives; ranks that
     hold the same get the same object. Pickled without it.
 
@@ -113,11 +114,7 @@ class RuleSlices:
         return _made_again, ({spec.name: getattr(self, spec.name) for spec in fields(self) if spec.init},)
 
     def _resolve(self, index: CheckpointIndex) -> _RankTable:
-        try:
-            rules = ShardRules.for_config(index.config, first=self.rules, layout=self.layout, mtp=self.mtp)
-        except ShardingError as error:
-            hint = advice(index, layout=self.layout) if family_of(index.config or {}) is None else ""
-            raise ShardingError(f"{index.uri}: {error}{hint}") from error
+        rules, unmatched = self._placements(index)
         refuse_absent(index, rules)
         names = kinds_of_tensors(index)
         grouped = checked_groups(
@@ -125,12 +122,25 @@ class RuleSlices:
             names,
             rules,
             self.mesh,
-            unmatched=self.unmatched,
+            unmatched=unmatched,
             stage_layers=self.stage_layers,
             experts=self.experts,
         )
         landings = find_landings(index, names, grouped, self.mesh, fuse=self.fuse, rename=self.rename, dtype=self.dtype)
         return _RankTable(self.mesh, landings)
+
+    def _placements(self, index: CheckpointIndex) -> tuple[ShardRules, Unmatched]:
+        """The rules for a checkpoint, and what becomes of matrices that none matches."""
+        is_unknown = family_of(index.config or {}) is None
+        if is_unknown and self.layout == DEFAULT_LAYOUT and (self.mesh.tp, self.mesh.pp, self.mesh.ep) == (1, 1, 1):
+            # Every rank holds all of it: nobody needs to know how the model is cut.
+            return self.rules, "replicate"
+        try:
+            rules = ShardRules.for_config(index.config, first=self.rules, layout=self.layout, mtp=self.mtp)
+        except ShardingError as error:
+            hint = advice(index, layout=self.layout) if is_unknown else ""
+            raise ShardingError(f"{index.uri}: {error}{hint}") from error
+        return rules, self.unmatched
 
 
 def _made_again(values: dict[str, Any]) -> RuleSlices:

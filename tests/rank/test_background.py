@@ -57,10 +57,10 @@ def nothing_left():
 def test_tensors_come_and_then_the_end():
     def run(scene: Scene) -> None:
         for number in range(3):
-            scene.completed.put((f"t{number}", None))
+            scene.completed.put([(f"t{number}", None)])
 
     scene = Scene(run)
-    assert [scene.load.take() for _ in range(4)] == [("t0", None), ("t1", None), ("t2", None), None]
+    assert [scene.load.take() for _ in range(4)] == [[("t0", None)], [("t1", None)], [("t2", None)], None]
     assert scene.closed == [None]
     assert not _own_threads(), "the end comes before everything is closed"
 
@@ -69,11 +69,11 @@ def test_what_ends_the_load_is_raised_when_everything_is_closed():
     error = LookupError("gone")
 
     def run(scene: Scene) -> None:
-        scene.completed.put(("t0", None))
+        scene.completed.put([("t0", None)])
         raise error
 
     scene = Scene(run)
-    assert scene.load.take() == ("t0", None)
+    assert scene.load.take() == [("t0", None)]
     with pytest.raises(LookupError) as caught:
         scene.load.take()
     assert caught.value is error

@@ -148,7 +148,7 @@ def test_on_complete_sees_whole_tensors(ranks, halves_plan):
         ranks=[0],
         devices=devices,
         session="complete",
-        on_complete=lambda name, tensor: seen.update({name: tensor.clone()}),
+        on_complete=lambda items: seen.update({name: tensor.clone() for name, tensor in items}),
     )
     running.start()
     watched.start()

@@ -156,9 +156,9 @@ def test_a_copy_error_of_the_cpu_device(ranks, shared_plan):
 def test_an_error_in_on_complete_ends_the_load(ranks, shared_plan, at):
     plan = shared_plan(2)
 
-    def on_complete(name: str, tensor: torch.Tensor) -> None:
-        if name == at:
-            raise LookupError(f"cannot use {name}")
+    def on_complete(items: list[tuple[str, torch.Tensor]]) -> None:
+        if at in dict(items):
+            raise LookupError(f"cannot use {at}")
 
     with ranks.nothing_left():
         running = ranks.prepare(plan, on_complete=on_complete).start()
@@ -186,9 +186,9 @@ def test_an_error_in_on_complete_is_not_lost_when_a_device_thread_delivers(ranks
             thread.start()
             thread.join()
 
-    def on_complete(name: str, tensor: torch.Tensor) -> None:
-        if name == "large":
-            raise LookupError(name)
+    def on_complete(items: list[tuple[str, torch.Tensor]]) -> None:
+        if "large" in dict(items):
+            raise LookupError("large")
 
     device = ThreadedDevice()
     running = ranks.prepare(plan, devices={0: device}, prefers_aligned=True, on_complete=on_complete).start()

@@ -115,9 +115,9 @@ def test_on_complete_sees_each_tensor_once_and_complete(ranks, mixed_plan):
     expected = ranks.prepare(mixed_plan).start().tensors()
     lock, seen = threading.Lock(), []
 
-    def on_complete(name: str, tensor: torch.Tensor) -> None:
+    def on_complete(items: list[tuple[str, torch.Tensor]]) -> None:
         with lock:
-            seen.append((name, tensor, tensor.clone()))
+            seen.extend((name, tensor, tensor.clone()) for name, tensor in items)
 
     tensors = ranks.prepare(mixed_plan, memory_limit=2 * 4096, on_complete=on_complete).start().tensors()
     assert Counter(name for name, _, _ in seen) == Counter(name for held in tensors for name in held)
@@ -145,7 +145,7 @@ def test_no_tensor_is_complete_before_its_last_piece(ranks, alone_plan):
         devices={0: WatchedDevice()},
         prefers_aligned=True,
         out=out,
-        on_complete=lambda name, _: reported.append(name),
+        on_complete=lambda items: reported.extend(name for name, _ in items),
     )
     running.start().tensors()
     assert sorted(reported) == sorted(name for name, _, _ in SPECS)

@@ -54,7 +54,7 @@ def _delivered(pieces: BlockPieces) -> list[tuple[int, int]]:
 
 def test_tensors_complete_once_at_their_last_piece(plan):
     completed: list[str] = []
-    results, mine = _results(plan, on_complete=lambda name, _: completed.append(name))
+    results, mine = _results(plan, on_complete=lambda items: completed.extend(name for name, _ in items))
     results.complete_empty()
     assert completed == ["empty"]
     left = {"a": 100 * 25 * 4, "b": 30000}
@@ -71,7 +71,9 @@ def test_tensors_complete_once_at_their_last_piece(plan):
 
 def test_many_threads_settle_and_allocate_once(plan):
     completed: list[tuple[str, int]] = []
-    results, mine = _results(plan, on_complete=lambda name, tensor: completed.append((name, tensor.data_ptr())))
+    results, mine = _results(
+        plan, on_complete=lambda items: completed.extend((name, tensor.data_ptr()) for name, tensor in items)
+    )
     results.complete_empty()
     blocks, start = mine.taken.tolist(), threading.Barrier(4)
 

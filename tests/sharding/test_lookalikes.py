@@ -8,7 +8,7 @@ import pytest
 
 import ray_streamer
 from ray_streamer.errors import SettingsError, ShardingError
-from ray_streamer.sharding import RuleSlices
+from ray_streamer.sharding import Mesh, RuleSlices
 from ray_streamer.sharding.lookalikes import lookalikes
 from ray_streamer.testing.checkpoints import write_checkpoint
 from ray_streamer.testing.layouts import (
@@ -62,7 +62,7 @@ def test_no_advice_where_nothing_fits(tensors: list[TensorSpec], config: dict[st
     index = header_only_index(tensors, num_files=1, config={**config, "model_type": "brand_new"})
     assert lookalikes(index, layout="generic") == []
     with pytest.raises(ShardingError, match=r"no preset for model_type 'brand_new' of config\.json; known are"):
-        RuleSlices()(index, 0)
+        RuleSlices(mesh=Mesh(tp=2))(index, 0)
 
 
 @pytest.fixture

@@ -189,3 +189,18 @@ def test_a_fused_name_that_the_checkpoint_has_already_is_refused() -> None:
     index = header_only_index(specs, num_files=1)
     with pytest.raises(ShardingError, match=r"gate_up_proj\.weight cannot be fused: the checkpoint has such a tensor"):
         RuleSlices(rules=ShardRules({"*": Split(0)}), fuse=True)(index, 0)
+
+
+@pytest.mark.parametrize("mesh", [Mesh(), Mesh(dp=2)])
+def test_where_nothing_is_cut_a_model_of_no_known_family_is_held_whole(mesh: Mesh) -> None:
+    index = header_only_index(
+        [TensorSpec("blocks.0.mix.weight", "F32", (4, 6)), TensorSpec("norm", "F32", (6,))], num_files=1
+    )
+    for rank in range(mesh.num_ranks):
+        results = RuleSlices(mesh=mesh, dtype="bfloat16")(index, rank).results
+        assert {(results[at].name, results[at].shape) for at in range(2)} == {
+            ("blocks.0.mix.weight", (4, 6)),
+            ("norm", (6,)),
+        }
+    with pytest.raises(ShardingError, match="no preset for model_type None"):
+        RuleSlices(mesh=mesh, layout="vllm")(index, 0)
