@@ -142,10 +142,11 @@ class AzureTokens:
                 self._renew()
             return self._token or ""
 
-    def refuse(self) -> None:
-        """The store did not take the token; get another one."""
+    def refuse(self, authorization: str) -> None:
+        """The store did not take a request with this header; get another token, unless there is another one already."""
         with self._lock:
-            self._token = None
+            if authorization == f"Bearer {self._token}":
+                self._token = None
 
     def _renew(self) -> None:
         try:
@@ -201,7 +202,7 @@ class AzureStore(ObjectStore):
     def discard(self, path: str, request: Request) -> None:
         """See `ObjectStore`."""
         if self._tokens:
-            self._tokens.refuse()
+            self._tokens.refuse(request.headers.get("Authorization", ""))
 
     def refusal_of(self, request: Request, answer: HttpAnswer, body: bytes) -> AzureRefusal:
         """See `ObjectStore`."""

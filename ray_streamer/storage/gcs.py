@@ -122,10 +122,14 @@ class GoogleCredentials:
             credentials.apply(headers)
             return headers
 
-    def refuse(self) -> None:
-        """The store did not take the token; get another one."""
+    def refuse(self, headers: Mapping[str, str]) -> None:
+        """The store did not take a request with these headers; get another token, unless there is another one already."""
         with self._lock:
-            self._is_refused = True
+            said: dict[str, str] = {}
+            if self._credentials is not None:
+                self._credentials.apply(said)
+            if said.items() <= headers.items():
+                self._is_refused = True
 
     def _renew(self) -> Any:
         try:
@@ -192,7 +196,7 @@ class GoogleStore(ObjectStore):
     def discard(self, path: str, request: Request) -> None:
         """See `ObjectStore`."""
         if self._credentials:
-            self._credentials.refuse()
+            self._credentials.refuse(request.headers)
 
     def identity_of(self, path: str, request: Request, answer: HttpAnswer, size_bytes: int) -> Identity:
         """See `ObjectStore`."""

@@ -152,9 +152,12 @@ class HubStore(WebStore):
 
     def discard(self, path: str, request: Request) -> None:
         """See `ObjectStore`."""
+        was_sent_on = self._redirects.has(request.url)
         super().discard(path, request)
         with self._lock:
-            self._has_asked_for_token = False
+            # Servers that the Hub names are told nothing, and others of its threads may have found another token already.
+            if not was_sent_on and request.headers.get("Authorization") == self._authorization.get("Authorization"):
+                self._has_asked_for_token = False
 
     def follow(self, path: str, request: Request, answer: HttpAnswer) -> bool:
         """See `ObjectStore`."""

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import traceback
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -207,6 +208,16 @@ def test_tokens_of_a_service_account_are_used_and_renewed(tokens, store, open_go
     # Google takes the token no longer.
     store.good = {"Bearer planted-token-2"}
     assert read(storage, "a", Extent(5, 99), info.etag) == CONTENT[5:99]
+    assert tokens.num_tokens == 2
+
+
+def test_many_threads_that_are_refused_get_one_new_token(tokens, store, open_google):
+    storage = open_google("gs://models/m")
+    etag = storage.size_and_etag("a").etag
+    store.good = {"Bearer planted-token-2"}
+    with ThreadPoolExecutor(8) as pool:
+        for content in pool.map(lambda start: read(storage, "a", Extent(start, 99), etag), range(32)):
+            assert content == CONTENT[99 - len(content) : 99]
     assert tokens.num_tokens == 2
 
 
