@@ -105,7 +105,7 @@ def serve(pipe: Connection, store: str, reader: str, options: argparse.Namespace
         with ThreadPoolExecutor(options.streams) as pool:
 
             def read(stream: int) -> None:
-                for extent in extents[stream :: options.streams]:
+                for extent in extents[stream :: options.streams] * options.passes:
                     storage.read_into("a", extent, slots[stream][: extent.num_bytes], etag=etag)
 
             list(pool.map(read, range(options.streams)))
@@ -140,7 +140,7 @@ def measure(store: str, options: argparse.Namespace) -> dict[str, float]:
             seconds, is_right = pipe.recv()
             assert is_right, f"{reader} brought other bytes from {store}"
             if turn:
-                figures[reader].append(seconds * 1e9 / len(CONTENT))
+                figures[reader].append(seconds * 1e9 / (len(CONTENT) * options.passes))
     for pipe in pipes.values():
         pipe.send("end")
     return {reader: statistics.median(values) for reader, values in figures.items()}
@@ -150,6 +150,7 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--passes", type=int, default=8, help="how often all of it is read in one round")
     parser.add_argument("--streams", type=int, default=4)
     parser.add_argument("--block-mib", type=int, default=8)
     options = parser.parse_args()
