@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from forks import import_once
 
+from ray_streamer.testing.s3_server import free_port
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -46,11 +48,17 @@ class Layout:
 
     tp: int = 1
     pp: int = 1
+    dp: int = 1
     ep: bool = False
     arguments: dict[str, Any] = field(default_factory=dict)
 
     @property
     def world_size(self) -> int:
+        return self.tp * self.pp * self.dp
+
+    @property
+    def engine_size(self) -> int:
+        """Ranks of one engine."""
         return self.tp * self.pp
 
 
@@ -67,6 +75,8 @@ def on_all_ranks(
     ranks = []
     # vLLM's ranks share memory under this name; one that failed leaves it behind.
     os.environ["VLLM_DIST_IDENT"] = f"{os.getpid()}-{next(_numbers)}"
+    # Engines that share experts meet there.
+    os.environ["VLLM_DP_MASTER_PORT"] = str(free_port())
     meeting = scratch / "meeting"
     meeting.unlink(missing_ok=True)
     for rank in range(layout.world_size):
@@ -118,6 +128,10 @@ def _load_all(
     torch.accelerator.empty_cache = lambda: None
     # Memory that nobody fills is the same in both models then.
     torch.use_deterministic_algorithms(True, warn_only=True)
+    if layout.dp > 1:
+        number = str(rank // layout.engine_size)
+        os.environ.update(VLLM_DP_SIZE=str(layout.dp), VLLM_DP_RANK=number, VLLM_DP_RANK_LOCAL=number)
+    rank %= layout.engine_size
     config = EngineArgs(
         model=str(folder),
         skip_tokenizer_init=True,
@@ -128,13 +142,13 @@ def _load_all(
         tensor_parallel_size=layout.tp,
         pipeline_parallel_size=layout.pp,
         enable_expert_parallel=layout.ep,
-        distributed_executor_backend="mp" if layout.world_size > 1 else "uni",
+        distributed_executor_backend="mp" if layout.engine_size > 1 else "uni",
         **layout.arguments,
     ).create_engine_config()
     config.parallel_config.rank = rank
     answers: list[Loaded] = []
     with set_current_vllm_config(config):
-        init_distributed_environment(layout.world_size, rank, f"file://{meeting}", rank, backend="gloo")
+        init_distributed_environment(layout.engine_size, rank, f"file://{meeting}", rank, backend="gloo")
         ensure_model_parallel_initialized(layout.tp, layout.pp)
         for fill in fills:
             # Layers register themselves by name, and only one of each name may be there.
