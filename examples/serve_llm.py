@@ -3,12 +3,17 @@
     serve run examples.serve_llm:app uri=s3://bucket/llama tp=8
     curl localhost:8000/v1/completions -H 'Content-Type: application/json' -d '{"model": "llama", "prompt": "Once", "max_tokens": 8}'
 
+model_id       what requests call the model; the last part of the uri when unset
+engine_kwargs  further arguments of vLLM's engine, as JSON: engine_kwargs='{"max_model_len": 4096}'
+accelerator    "cpu" on a machine without GPUs
+
 On a cluster the package must be on every node, and every node must be able to read the uri.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import json
+from typing import TYPE_CHECKING, Any
 
 from ray.serve.llm import build_openai_app
 
@@ -20,4 +25,15 @@ if TYPE_CHECKING:
 
 def app(args: dict[str, str]) -> Application:
     """What `serve run` starts."""
-    return build_openai_app({"llm_configs": [llm_config(args["uri"], tp=int(args.get("tp", 1)))]})
+    config = llm_config(
+        args["uri"],
+        tp=int(args.get("tp", 1)),
+        model_id=args.get("model_id"),
+        engine_kwargs=json.loads(args.get("engine_kwargs", "{}")),
+        **_devices(args),
+    )
+    return build_openai_app({"llm_configs": [config]})
+
+
+def _devices(args: dict[str, str]) -> dict[str, Any]:
+    return {"accelerator_config": {"kind": args["accelerator"]}} if "accelerator" in args else {}

@@ -20,21 +20,25 @@ def main(wish: dict[str, Any]) -> None:
         worker_extension_cls="probe.Probe",
         **wish["engine"],
     )
-    said = {"answers": answers_of(llm, SamplingParams), "hashes": llm.collective_rpc("parameter_hashes")}
-    for reload in wish.get("reloads", []):
-        error = None
-        try:
-            llm.collective_rpc("reload_weights", kwargs=reload)
-        except Exception as raised:
-            error = str(raised)
-        said.setdefault("reloaded", []).append(
-            {
-                "answers": answers_of(llm, SamplingParams),
-                "hashes": llm.collective_rpc("parameter_hashes"),
-                "error": error,
-            }
-        )
+    said = state_of(llm, SamplingParams)
+    said["later"] = [after(llm, calls, SamplingParams) for calls in wish.get("later", [])]
     print("ANSWER " + json.dumps(said), flush=True)
+
+
+def after(llm: Any, calls: list[tuple[str, dict[str, Any]]], sampling: Any) -> dict[str, Any]:
+    """What the engine says after these calls of its workers' methods, with the error of the one that failed, if any."""
+    error = None
+    try:
+        for method, arguments in calls:
+            llm.collective_rpc(method, kwargs=arguments)
+    except Exception as raised:
+        error = str(raised)
+    return state_of(llm, sampling) | {"error": error}
+
+
+def state_of(llm: Any, sampling: Any) -> dict[str, Any]:
+    """Its answers, and hashes of what each worker holds."""
+    return {"answers": answers_of(llm, sampling), "hashes": llm.collective_rpc("parameter_hashes")}
 
 
 def answers_of(llm: Any, sampling: Any) -> list[Any]:

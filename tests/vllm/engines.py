@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 TIMEOUT_SECONDS = 420
+END_SECONDS = 30
 HERE = Path(__file__).parent
 
 _FORK = multiprocessing.get_context("fork")
@@ -146,12 +147,19 @@ def _run_command(command: list[str]) -> None:
 
 
 def _end(process: Any) -> None:
-    """Ends the process and all of its session, which outlive it for a while otherwise."""
+    """Ends the process and all of its session, which outlive it for a while otherwise.
+
+    Raises:
+        AssertionError: It does not end.
+    """
     for other in psutil.process_iter():
         with contextlib.suppress(ProcessLookupError):
             if os.getsid(other.pid) == process.pid:
                 os.kill(other.pid, signal.SIGKILL)
-    process.join()
+    # It is in no session of its own yet when it is ended at once.
+    process.kill()
+    process.join(END_SECONDS)
+    assert process.exitcode is not None, f"process {process.pid} did not end within {END_SECONDS} seconds after SIGKILL"
 
 
 def _wait_until_healthy(server: Any, port: int, log: Path) -> None:

@@ -10,3 +10,10 @@ class Probe:
 
     def parameter_hashes(self) -> dict[str, str]:
         return hashes_of(self.model_runner.model)
+
+    def lose_parameters(self) -> None:
+        """What sleep level 2 does on a GPU: parameters keep their addresses and lose what they hold, buffers keep it."""
+        import torch
+
+        for parameter in self.model_runner.model.parameters():
+            parameter.data.view(torch.uint8).fill_(0xFF)

@@ -10,6 +10,7 @@ import hashlib
 import itertools
 import multiprocessing
 import os
+import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 TIMEOUT_SECONDS = 240
+END_SECONDS = 30
 
 _numbers = itertools.count()
 
@@ -85,19 +87,22 @@ def on_all_ranks(
         process.start()
         sender.close()
         ranks.append((process, receiver))
-    answers = [_answer_of(*rank) for rank in ranks]
+    deadline = time.monotonic() + TIMEOUT_SECONDS
+    answers = [_answer_of(receiver, deadline) for _, receiver in ranks]
     for process, _ in ranks:
-        process.join(TIMEOUT_SECONDS)
+        # What a rank does after its answer is no part of the test; one that hangs there is ended.
+        process.join(END_SECONDS)
+        process.kill()
+        process.join()
     failures = [answer for answer in answers if isinstance(answer, str)]
     assert not failures, failures[0]
     return answers
 
 
-def _answer_of(process: Any, receiver: Any) -> Any:
+def _answer_of(receiver: Any, deadline: float) -> Any:
     try:
-        if not receiver.poll(TIMEOUT_SECONDS):
-            process.kill()
-            return f"a rank gave no answer for {TIMEOUT_SECONDS} seconds"
+        if not receiver.poll(max(0, deadline - time.monotonic())):
+            return f"a rank gave no answer within {TIMEOUT_SECONDS} seconds"
         return receiver.recv()
     except EOFError:
         return "a rank ended without an answer"

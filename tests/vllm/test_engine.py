@@ -99,10 +99,10 @@ def test_reload_with_other_weights(checkpoints, stock, s3_credentials, tmp_path)
     ours = run_engine(
         tmp_path / "ours",
         {"model": str(first), "tensor_parallel_size": 2, "load_format": "ray_streamer"},
-        reloads=[{"weights_path": nowhere}, {"weights_path": uri}, {"weights_path": str(first)}],
+        later=[[("reload_weights", {"weights_path": path})] for path in (nowhere, uri, str(first))],
     )
     sent, requests = s3_credentials.bytes_sent() - sent, s3_credentials.requests() - requests
-    failed, other, again = ours["reloaded"]
+    failed, other, again = ours["later"]
     assert nowhere in failed.pop("error")
     assert other.pop("error") is None
     assert again.pop("error") is None
@@ -111,3 +111,21 @@ def test_reload_with_other_weights(checkpoints, stock, s3_credentials, tmp_path)
     assert other == {name: theirs[name] for name in ("answers", "hashes")}
     assert again == before
     assert_read_once(second, sent, requests)
+
+
+def test_reload_after_sleep_and_after_another_uri(checkpoints, stock, tmp_path):
+    """Sleep level 2 needs a GPU: what it leaves of parameters is made here by hand."""
+    first, second, theirs = checkpoints("llama"), checkpoints("llama", seed=1), stock("llama", 2, seed=1)
+    wake = [("lose_parameters", {}), ("reload_weights", {})]
+    other_uri = {"load_config": {"model_loader_extra_config": {"uri": str(second)}}}
+    ours = run_engine(
+        tmp_path,
+        {"model": str(first), "tensor_parallel_size": 2, "load_format": "ray_streamer"},
+        later=[[("lose_parameters", {})], wake, [("update_config", {"overrides": other_uri}), *wake]],
+    )
+    lost, awake, other = ours["later"]
+    assert [state.pop("error") for state in ours["later"]] == [None] * 3
+    before = {name: ours[name] for name in ("answers", "hashes")}
+    assert lost["hashes"] != before["hashes"]
+    assert awake == before
+    assert other == {name: theirs[name] for name in ("answers", "hashes")}
