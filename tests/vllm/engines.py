@@ -14,6 +14,7 @@ import os
 import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
 import urllib.request
@@ -92,9 +93,10 @@ def _run_forked(log: Path, environment: dict[str, str], work: Callable[[], None]
     except BaseException:
         traceback.print_exc()
     finally:
-        with contextlib.suppress(BaseException):
-            # What the interpreter does at its end, less what pytest would do.
-            import_module("multiprocessing.util")._exit_function()
+        # What the interpreter does at its end, less what pytest would do. It waits for children, which an engine that failed may leave.
+        ending = threading.Thread(target=import_module("multiprocessing.util")._exit_function, daemon=True)
+        ending.start()
+        ending.join(END_SECONDS)
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)

@@ -12,8 +12,11 @@ class Probe:
         return hashes_of(self.model_runner.model)
 
     def lose_parameters(self) -> None:
-        """What sleep level 2 does on a GPU: parameters keep their addresses and lose what they hold, buffers keep it."""
+        """What sleep level 2 does on a GPU: parameters keep their addresses and lose what they hold, buffers keep it.
+
+        What they hold then is finite: the KV cache would keep infinities, and show them after the next reload.
+        """
         import torch
 
         for parameter in self.model_runner.model.parameters():
-            parameter.data.view(torch.uint8).fill_(0xFF)
+            parameter.data.view(torch.uint8).fill_(0x3F)

@@ -94,23 +94,35 @@ def test_serve_over_http_from_s3(checkpoints, stock, s3_credentials, tmp_path):
 
 def test_reload_with_other_weights(checkpoints, stock, s3_credentials, tmp_path):
     first, second, theirs = checkpoints("llama"), checkpoints("llama", seed=1), stock("llama", 2, seed=1)
-    uri, nowhere = s3_credentials.upload_folder(second, "vllm", "second"), str(tmp_path / "nothing")
+    uri = s3_credentials.upload_folder(second, "vllm", "second")
     sent, requests = s3_credentials.bytes_sent(), s3_credentials.requests()
     ours = run_engine(
         tmp_path / "ours",
         {"model": str(first), "tensor_parallel_size": 2, "load_format": "ray_streamer"},
-        later=[[("reload_weights", {"weights_path": path})] for path in (nowhere, uri, str(first))],
+        later=[[("reload_weights", {"weights_path": path})] for path in (uri, str(first))],
     )
     sent, requests = s3_credentials.bytes_sent() - sent, s3_credentials.requests() - requests
-    failed, other, again = ours["later"]
-    assert nowhere in failed.pop("error")
-    assert other.pop("error") is None
-    assert again.pop("error") is None
-    before = {name: ours[name] for name in ("answers", "hashes")}
-    assert failed == before
+    other, again = ours["later"]
+    assert [state.pop("error") for state in ours["later"]] == [None] * 2
     assert other == {name: theirs[name] for name in ("answers", "hashes")}
-    assert again == before
+    assert again == {name: ours[name] for name in ("answers", "hashes")}
     assert_read_once(second, sent, requests)
+
+
+def test_reload_of_what_is_not_there_leaves_the_engine_as_it_was(checkpoints, stock, tmp_path):
+    """With one worker: of several that fail, vLLM 0.32 takes the later replies for those of the next call."""
+    first, second, nowhere = checkpoints("llama"), checkpoints("llama", seed=1), str(tmp_path / "nothing")
+    theirs = stock("llama", 1, seed=1)
+    ours = run_engine(
+        tmp_path / "ours",
+        {"model": str(first), "load_format": "ray_streamer"},
+        later=[[("reload_weights", {"weights_path": path})] for path in (nowhere, str(second))],
+    )
+    failed, other = ours["later"]
+    assert nowhere in failed.pop("error")
+    assert failed == {name: ours[name] for name in ("answers", "hashes")}
+    assert other.pop("error") is None
+    assert other == {name: theirs[name] for name in ("answers", "hashes")}
 
 
 def test_reload_after_sleep_and_after_another_uri(checkpoints, stock, tmp_path):

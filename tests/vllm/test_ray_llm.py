@@ -24,24 +24,19 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def ask_ray(scratch, uri):
-    """The tokens that a Ray of its own answers with, when it runs the example with `uri`."""
-    wish = {"uri": uri, "port": free_port(), "prompts": PROMPTS}
-    status, answers, log = in_a_fork(scratch / "ray.log", functools.partial(serve_llm_process.main, wish))
-    assert (status, bool(answers)) == (0, True), log[-8000:]
-    return answers
-
-
-def test_the_example_answers_from_s3(s3_credentials, tmp_path, monkeypatch):
+def test_the_example_and_a_manifest_of_run_ai_answer_from_s3(s3_credentials, tmp_path, monkeypatch):
     save_checkpoint("llama", tmp_path / "model", hidden_size=256, head_dim=64)
     save_tokenizer(tmp_path / "model")
     theirs = run_engine(tmp_path / "stock", {"model": str(tmp_path / "model"), "tensor_parallel_size": 2})
     uri = s3_credentials.upload_folder(tmp_path / "model", "ray-llm", "tiny")
     monkeypatch.setenv("RAY_STREAMER_CACHE_DIR", str(tmp_path / "cache"))
-    sent, requests = s3_credentials.bytes_sent(), s3_credentials.requests()
-    ours = ask_ray(tmp_path / "ray", uri)
-    assert ours == [token_ids for token_ids, _ in theirs["answers"]]
-    assert_read_once(tmp_path / "model", s3_credentials.bytes_sent() - sent, s3_credentials.requests() - requests)
+    serve = functools.partial(serve_llm_process.main, uri, s3_credentials, free_port(), PROMPTS)
+    status, said, log = in_a_fork(tmp_path / "ray.log", serve)
+    assert (status, bool(said)) == (0, True), log[-8000:]
+    assert set(said) == {"example", "runai"}
+    for ours in said.values():
+        assert ours["answers"] == [token_ids for token_ids, _ in theirs["answers"]]
+        assert_read_once(tmp_path / "model", ours["sent"], ours["requests"])
     assert not list((tmp_path / "cache").rglob("*.safetensors"))
 
 
