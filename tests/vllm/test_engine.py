@@ -109,22 +109,6 @@ def test_reload_with_other_weights(checkpoints, stock, s3_credentials, tmp_path)
     assert_read_once(second, sent, requests)
 
 
-def test_reload_of_what_is_not_there_leaves_the_engine_as_it_was(checkpoints, stock, tmp_path):
-    """With one worker: of several that fail, vLLM 0.32 takes the later replies for those of the next call."""
-    first, second, nowhere = checkpoints("llama"), checkpoints("llama", seed=1), str(tmp_path / "nothing")
-    theirs = stock("llama", 1, seed=1)
-    ours = run_engine(
-        tmp_path / "ours",
-        {"model": str(first), "load_format": "ray_streamer"},
-        later=[[("reload_weights", {"weights_path": path})] for path in (nowhere, str(second))],
-    )
-    failed, other = ours["later"]
-    assert nowhere in failed.pop("error")
-    assert failed == {name: ours[name] for name in ("answers", "hashes")}
-    assert other.pop("error") is None
-    assert other == {name: theirs[name] for name in ("answers", "hashes")}
-
-
 def test_reload_after_sleep_and_after_another_uri(checkpoints, stock, tmp_path):
     """Sleep level 2 needs a GPU: what it leaves of parameters is made here by hand."""
     first, second, theirs = checkpoints("llama"), checkpoints("llama", seed=1), stock("llama", 2, seed=1)
