@@ -59,6 +59,7 @@ def load_rank(
     settings: Settings | None = None,
     out: Mapping[str, torch.Tensor] | None = None,
     on_statistics: Callable[[RankStatistics], None] | None = None,
+    progress: bool = False,
     trace: str | os.PathLike[str] | None = None,
 ) -> dict[str, torch.Tensor]:
     """Loads this process's slices; every rank of the load calls it, and ranks of a node read for each other.
@@ -92,6 +93,7 @@ def load_rank(
         out: Tensors of this rank by name, filled in place, of any strides; tensors not named are allocated. After an error their
             content is undefined.
         on_statistics: Called with this rank's statistics when its load is complete.
+        progress: Whether rank 0 shows its part on stderr, as `load_sharded` does.
         trace: File to write, given on all ranks: every block's life on the ranks of this node, for ui.perfetto.dev. Of several
             nodes each writes its own, with its number in the name; see docs/trace.md.
 
@@ -131,6 +133,7 @@ def load_rank(
         settings=settings,
         out=out,
         on_statistics=on_statistics,
+        progress=progress,
         trace=trace,
     )
     with contextlib.closing(stream):
@@ -165,6 +168,7 @@ def stream_rank(
     settings: Settings | None = None,
     out: Mapping[str, torch.Tensor] | None = None,
     on_statistics: Callable[[RankStatistics], None] | None = None,
+    progress: bool = False,
     trace: str | os.PathLike[str] | None = None,
 ) -> RankStream:
     """As `load_rank`, whose arguments it takes, but gives each tensor as it becomes complete, while the others still load.
@@ -202,6 +206,7 @@ def stream_rank(
         out: Tensors of this rank by name, filled in place, of any strides; tensors not named are allocated. After an error their
             content is undefined.
         on_statistics: Called with this rank's statistics when its load is complete.
+        progress: Whether rank 0 shows its part on stderr, as `load_sharded` does.
         trace: File to write, given on all ranks: every block's life on the ranks of this node, for ui.perfetto.dev. Of several
             nodes each writes its own, with its number in the name; see docs/trace.md.
 
@@ -241,6 +246,7 @@ def stream_rank(
             device=device,
             out=out,
             on_statistics=on_statistics,
+            progress=progress,
             trace=trace,
         )
     )

@@ -43,6 +43,7 @@ class RankCall:
         device: Where the tensors go.
         out: Tensors that are filled, by name.
         on_statistics: Who is told what the load did.
+        progress: Whether rank 0 shows how far it is.
         trace: Where it is drawn.
     """
 
@@ -53,6 +54,7 @@ class RankCall:
     device: str
     out: Mapping[str, torch.Tensor] | None
     on_statistics: Callable[[RankStatistics], None] | None
+    progress: bool
     trace: str | os.PathLike[str] | None
 
 
@@ -112,6 +114,7 @@ def _begin(call: RankCall) -> tuple[RankLoad, BackgroundLoad]:
     index_bytes = membership.read_index(request)
     completed: queue.SimpleQueue[Items | BaseException | None] = queue.SimpleQueue()
     with contextlib.ExitStack() as owned:
+        follow = _display(owned, request.uri) if call.progress and membership.rank == 0 else None
         # The others are looked for while device and storage are opened; what fails there is told to them.
         session = owned.enter_context(NodeSession(membership.place(request.settings)))
         trace = None if call.trace is None else NodeTrace.of(call.trace, membership)
@@ -131,6 +134,8 @@ def _begin(call: RankCall) -> tuple[RankLoad, BackgroundLoad]:
             out=call.out,
             on_complete=completed.put,
         )
+        if follow is not None:
+            follow(load)
 
         def run() -> None:
             load.run()
@@ -151,3 +156,18 @@ def _begin(call: RankCall) -> tuple[RankLoad, BackgroundLoad]:
         except BaseException as error:
             close(error)
             raise
+
+
+def _display(owned: contextlib.ExitStack, uri: str) -> Callable[[RankLoad], None]:
+    """Shows how far a rank is, from now on until `owned` ends; what it gives is told of the load when there is one."""
+    from ray_streamer.report.progress import LoadProgress
+
+    loads: list[RankLoad] = []
+    display = owned.enter_context(LoadProgress(uri, ask=lambda: [load.statistics() for load in loads]))
+    display.phase("plan")
+
+    def follow(load: RankLoad) -> None:
+        loads.append(load)
+        display.phase("load")
+
+    return follow

@@ -58,6 +58,7 @@ def load_sharded(
     address: str | None = None,
     wait: bool = True,
     on_progress: Callable[[list[RankStatistics | None]], None] | None = None,
+    progress: bool = False,
     trace: str | os.PathLike[str] | None = None,
 ) -> ShardedModel:
     """Loads a safetensors checkpoint tensor-parallel into a group of Ray actors, each byte read once per node.
@@ -96,6 +97,7 @@ def load_sharded(
             local one, which stays until this process ends or calls `ray.shutdown()`.
         wait: Whether to return only when every rank has its tensors; else see `ShardedModel.wait`.
         on_progress: Called about four times a second while ranks load, with every rank's statistics.
+        progress: Whether the load is shown on stderr: a bar in a terminal or notebook, else a line every five seconds.
         trace: File to write when the model is loaded: every block's life on all ranks, for ui.perfetto.dev; see
             `ShardedModel.write_trace`.
 
@@ -149,5 +151,6 @@ def load_sharded(
         address=address,
         wait=wait,
         on_progress=on_progress,
+        progress=progress,
         trace=trace_file,
     )

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
-from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, get_args
 
 import click
@@ -17,11 +15,9 @@ from ray_streamer.cli.words import flags_of, in_flags
 from ray_streamer.cluster.placement import PlacementOptions, Strategy
 
 if TYPE_CHECKING:
-    from contextlib import AbstractContextManager
     from pathlib import Path
 
     from ray_streamer.report.load_report import LoadReport
-    from ray_streamer.report.progress import ProgressBar
     from ray_streamer.settings import Settings
 
 
@@ -83,31 +79,19 @@ def command(
     )
     from ray_streamer.api.sharded import load_sharded
 
-    with _progress(uri) as on_progress:
-        model = load_sharded(
-            uri,
-            **sharding,
-            device=device,
-            settings=settings,
-            placement=placement,
-            address=address,
-            on_progress=on_progress,
-            trace=trace,
-        )
+    model = load_sharded(
+        uri,
+        **sharding,
+        device=device,
+        settings=settings,
+        placement=placement,
+        address=address,
+        progress=True,
+        trace=trace,
+    )
     with model:
         report = model.stats()
     _show(report, report_file, as_json=as_json)
-
-
-def _progress(title: str) -> AbstractContextManager[ProgressBar | None]:
-    """A bar on stderr, where somebody may look at it."""
-    if not sys.stderr.isatty():
-        return nullcontext()
-    from rich.console import Console
-
-    from ray_streamer.report.progress import ProgressBar
-
-    return ProgressBar(title, Console(stderr=True))
 
 
 def _show(report: LoadReport, report_file: Path | None, *, as_json: bool) -> None:

@@ -129,8 +129,10 @@ class GroupLoads:
         if again:
             self._group.call("forget_abort", keep_on_failure=True)
         try:
+            phases.begin("plan")
             agreed = self._agree(shared, seatings, keep_on_failure=again)
             phases.end("plan")
+            phases.begin("load")
             statistics: list[RankStatistics] = self._group.call(
                 "load", on_progress=self._on_progress, keep_on_failure=again
             )

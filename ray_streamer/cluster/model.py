@@ -87,6 +87,10 @@ class ShardedModel:
         self._loaded.result(timeout_seconds)
         return self
 
+    def when_loaded(self, tell: Callable[[], object]) -> None:
+        """Calls `tell` when the first load is over, however it ended; at once, when it is."""
+        self._loaded.add_done_callback(lambda _: tell())
+
     @property
     def mesh(self) -> Mesh:
         """The grid of ranks."""
@@ -241,6 +245,7 @@ class ShardedModel:
 
     def _load_all(self) -> LoadReport:
         request = self._request
+        self._phases.begin("start")
         group = self._group = WorkerGroup(
             LoadWorker,
             request.mesh.num_ranks,

@@ -7,7 +7,7 @@ from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
 
 class Phases:
@@ -16,6 +16,15 @@ class Phases:
     def __init__(self) -> None:
         self._started = self._last = time.perf_counter()
         self._seconds: dict[str, float] = {}
+        self._tell: Callable[[str], None] = lambda _: None
+
+    def watch(self, tell: Callable[[str], None]) -> None:
+        """Lets `tell` know of each phase that begins."""
+        self._tell = tell
+
+    def begin(self, phase: str) -> None:
+        """Says which phase comes now, to whoever watches; the clock runs on."""
+        self._tell(phase)
 
     def end(self, phase: str, *, of_which: Mapping[str, float] | None = None) -> None:
         """What passed since the last phase ended, or since the start, belongs to `phase`, less what belongs to others.

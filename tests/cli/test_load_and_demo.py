@@ -13,6 +13,7 @@ from ray_streamer.demo.proof import Proof, prove
 from ray_streamer.demo.run import Demo, DemoLoad
 from ray_streamer.errors import SettingsError
 from ray_streamer.report.load_report import LoadReport
+from ray_streamer.report.progress import LoadProgress
 from ray_streamer.report.tables import print_load
 from ray_streamer.testing.checkpoints import ModelLayout
 
@@ -56,12 +57,16 @@ def test_load_reports_every_rank_and_draws_it(invoke, checkpoint, tmp_path, loca
     assert sum(extents) == report["bytes_read"]
 
 
-def test_load_shows_a_table(invoke, checkpoint, local_ray):
+def test_load_shows_a_table(invoke, checkpoint, local_ray, monkeypatch):
+    phases = []
+    tell = LoadProgress.phase
+    monkeypatch.setattr(LoadProgress, "phase", lambda progress, name: (phases.append(name), tell(progress, name)))
     result = invoke("load", checkpoint, "--tp", 1)
     assert result.exit_code == 0
     assert "peak staging / limit" in result.stdout
     assert "7.66 MiB" in result.stdout
     assert "Verdict: " in result.stdout
+    assert list(dict.fromkeys(phases)) == ["check", "ray", "start", "plan", "load"]
 
 
 def test_a_load_that_fails_says_so_in_one_object(invoke, checkpoint, local_ray):
