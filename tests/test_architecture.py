@@ -30,6 +30,7 @@ ORDER = (
     ("rank",),
     ("report",),
     ("cluster",),
+    ("doctor",),
     ("api",),
     ("integrations",),
     ("compat",),
@@ -44,7 +45,7 @@ LEVELS = {name: level for level, names in enumerate(ORDER) for name in names}
 HOMES = {
     "ray": {"cluster"},
     # api asks torch.distributed which rank this is; demo compares; testing stands in for a GPU
-    "torch": {"capture", "device", "rank", "cluster", "api", "integrations", "compat", "demo", "testing"},
+    "torch": {"capture", "device", "rank", "cluster", "api", "doctor", "integrations", "compat", "demo", "testing"},
     "boto3": {"storage", "testing"},
     "botocore": {"storage", "testing"},
     "google": {"storage"},

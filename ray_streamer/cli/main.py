@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 COMMANDS = {
     "inspect": "What a checkpoint holds, and how its tensors would lie.",
     "plan": "What a load would read, by whom; only headers are read.",
+    "doctor": "What this node can do, what stands in the way, what a load should take.",
     "load": "Load over the ranks of a Ray cluster and report what it took.",
     "serve": "Serve a checkpoint with vLLM, its weights streamed from the uri.",
     "ls": "Every file at a uri.",

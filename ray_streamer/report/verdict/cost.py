@@ -123,14 +123,18 @@ def find_costs(observed: Observed, told: Told, replayed: float) -> tuple[Cost, .
         told: What was counted beside it.
         replayed: Seconds of its replay.
     """
-    model = observed.model
+    return tuple(replace(cost, kind=told.kind(cost, observed)) for cost in find_model_costs(observed.model, replayed))
+
+
+def find_model_costs(model: NodeModel, replayed: float) -> list[Cost]:
+    """The same of a model alone, by the names of what was left out."""
     found = [Cost(kind=kind, seconds=replayed - replay_seconds(change(model))) for kind, change in _COSTS.items()]
     for local in _suspects(model):
         seconds = replayed - replay_seconds(without.without_straggler(model, local))
         found.append(Cost(kind="straggler", seconds=seconds, rank=model.ranks[local].rank))
-    found = [cost for cost in found if cost.seconds >= _LEAST_SHARE * replayed]
-    found.sort(key=lambda cost: -cost.seconds)
-    return tuple(replace(cost, kind=told.kind(cost, observed)) for cost in found)
+    return sorted(
+        (cost for cost in found if cost.seconds >= _LEAST_SHARE * replayed > 0), key=lambda cost: -cost.seconds
+    )
 
 
 def find_bound(found: Sequence[Cost]) -> Cost | None:

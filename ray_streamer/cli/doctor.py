@@ -1,0 +1,84 @@
+"""`ray-streamer doctor`: what can this node do, what stands in the way, and what should a load take?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ray_streamer.cli.command import Command, json_option, print_json, verbose_option
+from ray_streamer.cli.outputs import OUTPUT_FILE
+from ray_streamer.cli.settings import with_settings
+from ray_streamer.cli.sharding import with_rules_and_results
+from ray_streamer.cli.words import flags_of, in_flags
+
+if TYPE_CHECKING:
+    from ray_streamer.doctor.examine import Examination
+    from ray_streamer.settings import Settings
+
+_DEVICES = Path("/dev")
+
+
+@click.command("doctor", cls=Command)
+@click.argument("uri", required=False)
+@click.option("--tp", type=click.IntRange(1), default=1, show_default=True, help="Ranks on this node.")
+@click.option("--device", default="cpu", show_default=True, help="Where the tensors would go: cpu or cuda.")
+@click.option(
+    "--write-settings",
+    "settings_file",
+    type=OUTPUT_FILE,
+    help="Write the settings to use there, as environment variables.",
+)
+@with_rules_and_results
+@json_option
+@verbose_option
+@with_settings
+def command(
+    uri: str | None,
+    tp: int,
+    device: str,
+    settings_file: Path | None,
+    sharding: dict[str, Any],
+    as_json: bool,
+    settings: Settings,
+) -> None:
+    """Examine this node, and a load of the checkpoint at URI over --tp ranks on it.
+
+    Reads some blocks of the checkpoint with 1 to 64 requests in flight, and loads nothing. Each finding says what is so, why it matters
+    and what to do. Fails when a load would fail.
+    """
+    from ray_streamer.api.arguments import Sharding
+    from ray_streamer.doctor.examine import examine, examine_node
+
+    if uri is None:
+        examination = examine_node(settings, num_ranks=tp, devices=_DEVICES)
+    else:
+        request = Sharding(tp=tp, **sharding).request(uri, settings=settings, device=device)
+        examination = examine(request, devices=_DEVICES)
+    _show(examination, as_json=as_json)
+    if settings_file is not None:
+        settings_file.write_text(settings_text(examination), encoding="utf-8")
+    if not examination.is_healthy:
+        click.get_current_context().exit(1)
+
+
+def _show(examination: Examination, *, as_json: bool) -> None:
+    if as_json:
+        print_json(examination.as_dict() | {"is_healthy": examination.is_healthy})
+        return
+    from ray_streamer.doctor.tables import print_examination
+
+    flags = flags_of(click.get_current_context().command.params)
+    print_examination(examination, in_words=lambda text: in_flags(text, flags))
+
+
+def settings_text(examination: Examination) -> str:
+    """The settings that are best here, one variable a line, for a shell or `docker run --env-file`."""
+    from ray_streamer.settings import ENV_PREFIX
+
+    prediction = examination.prediction
+    if prediction is None:
+        return "# ray-streamer doctor had no checkpoint to try\n"
+    lines = [f"{ENV_PREFIX}{name.upper()}={value}" for name, value in prediction.best_settings.items()]
+    return "".join(f"{line}\n" for line in lines or ["# the settings in force are as good as any that were tried"])

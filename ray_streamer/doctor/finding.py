@@ -1,0 +1,27 @@
+"""What was found, why does it matter, and what is to be done?"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Level = Literal["good", "warning", "error"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finding:
+    """One thing that was looked at.
+
+    Attributes:
+        subject: What was looked at, in one or two words.
+        level: "error" when a load will fail, "warning" when it may, or will be slow.
+        found: What is so.
+        why: Why it matters; empty when all is well.
+        advice: What to do; empty when nothing is.
+    """
+
+    subject: str
+    level: Level
+    found: str
+    why: str = ""
+    advice: str = ""

@@ -1,0 +1,92 @@
+"""May the checkpoint be read from here, and does the server agree on the time? Headers are read; errors become findings."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ray_streamer.doctor.finding import Finding
+from ray_streamer.errors import AccessError, ObjectMissingError, RayStreamerError
+from ray_streamer.storage.mounts import mount_of, read_mount_table
+from ray_streamer.storage.server_clock import clock_skew_seconds
+from ray_streamer.units import counted, human_bytes
+
+if TYPE_CHECKING:
+    from ray_streamer.checkpoint import CheckpointIndex
+    from ray_streamer.rank.request import LoadRequest
+    from ray_streamer.storage.base import Storage
+
+_MOST_SKEW_SECONDS = 300.0
+"""S3 refuses requests whose date is more than 15 minutes off; a third of that is worth saying."""
+
+
+def check_checkpoint(request: LoadRequest, storage: Storage) -> tuple[CheckpointIndex | None, list[Finding]]:
+    """Reads the headers, as a load does; no index where they cannot be read."""
+    try:
+        index = request.read_index(storage)
+    except RayStreamerError as error:
+        return None, [_refused(error)]
+    found = f"{counted(len(index), 'tensor')} in {counted(len(index.files), 'file')}, {human_bytes(index.total_bytes)}"
+    return index, [Finding(subject="checkpoint", level="good", found=f"readable: {found}")]
+
+
+def _refused(error: RayStreamerError) -> Finding:
+    if isinstance(error, ObjectMissingError):
+        why, advice = "There is nothing to load.", "Check the uri, and that this node has the mount that holds it."
+    elif isinstance(error, AccessError):
+        why = "The store refuses this node's credentials, region or clock."
+        advice = "The message says which; see docs/s3.md for where credentials and region come from."
+    else:
+        why, advice = "A load fails at the same point.", "The message says what to change."
+    return Finding(subject="checkpoint", level="error", found=str(error), why=why, advice=advice)
+
+
+def check_clock(uri: str, request: LoadRequest) -> list[Finding]:
+    """Compares this clock with the server's `Date`; nothing where there is no such server."""
+    try:
+        skew = clock_skew_seconds(uri, request.settings)
+    except (OSError, RayStreamerError) as error:
+        return [
+            Finding(
+                subject="server",
+                level="error",
+                found=f"no answer: {error}",
+                why="Nothing can be read from a server that does not answer.",
+                advice="Check the endpoint, the network and the proxy variables.",
+            )
+        ]
+    if skew is None:
+        return []
+    if abs(skew) <= _MOST_SKEW_SECONDS:
+        return [Finding(subject="clock", level="good", found=f"within {abs(skew):.0f} s of the server's")]
+    return [
+        Finding(
+            subject="clock",
+            level="error",
+            found=f"{abs(skew):.0f} s {'ahead of' if skew > 0 else 'behind'} the server's",
+            why="Signed requests are refused when their date is more than a few minutes off.",
+            advice="Set this node's clock, such as by chrony or systemd-timesyncd.",
+        )
+    ]
+
+
+def check_filesystem(storage: Storage, index: CheckpointIndex) -> list[Finding]:
+    """What kind of file system holds the files, and how much of them is in the page cache."""
+    if storage.is_remote or not index.files:
+        return []
+    path = storage.local_path(index.files[0].path)
+    if path is None:
+        return []
+    mount = mount_of(path, read_mount_table())
+    num_cached = sum(storage.is_resident(file.path) for file in index.files)
+    found = f"{mount.kind} at {mount.point}; {num_cached} of {counted(len(index.files), 'file')} in the page cache"
+    if mount.kind == "overlay":
+        return [
+            Finding(
+                subject="file system",
+                level="warning",
+                found=found,
+                why="The files are in a layer of the container's image, on the disk of the container engine.",
+                advice="Keep checkpoints on a volume, or in an object store.",
+            )
+        ]
+    return [Finding(subject="file system", level="good", found=found)]

@@ -1,0 +1,143 @@
+"""How fast does the storage serve this node? Blocks of the real files, by the real reader, with 1 to 64 reads in flight.
+
+Every block is read once: what was read before may come faster. The first sizes and numbers of streams are read with what the files have;
+where they are short, the sweep ends early.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import dataclass
+from statistics import median
+from typing import TYPE_CHECKING, NamedTuple
+
+from ray_streamer.extent import Extent
+from ray_streamer.stream.stop import StopSignal
+from ray_streamer.stream.threads import TaskThreads
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from ray_streamer.checkpoint import CheckpointIndex
+    from ray_streamer.checkpoint.index import ShardFile
+    from ray_streamer.storage.base import Storage
+
+NUM_STREAMS = (1, 2, 4, 8, 16, 32, 64)
+MIB = 1 << 20
+_BLOCKS_OF_A_STREAM = 2
+_ENOUGH_SECONDS = 2.0
+_NO_TIME_BETWEEN = 1e-4
+"""Seconds. Storage that brings a block in one call tells of the first byte when all is there."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """So many reads at once, of blocks of one size.
+
+    Attributes:
+        num_streams: Reads in flight.
+        block_bytes: Size of each.
+        bytes_per_second: Of all together, waits for first bytes included.
+        first_byte_seconds: Median; 0 where the storage tells of none.
+        receive_seconds: Median, from the first byte to the last.
+    """
+
+    num_streams: int
+    block_bytes: int
+    bytes_per_second: float
+    first_byte_seconds: float
+    receive_seconds: float
+
+
+class _Place(NamedTuple):
+    file: ShardFile
+    extent: Extent
+
+
+class _Lengths(NamedTuple):
+    first_byte_seconds: float
+    receive_seconds: float
+
+
+def measure_storage(
+    storage: Storage, index: CheckpointIndex, *, block_bytes: int, num_streams: Sequence[int] = NUM_STREAMS
+) -> list[Measured]:
+    """Reads with more and more streams, then with smaller and larger blocks at the number that was best.
+
+    Args:
+        storage: Open on the checkpoint.
+        index: Its headers.
+        block_bytes: The size of requests that a load would make.
+        num_streams: Reads in flight, one after the other.
+
+    Raises:
+        StorageError: A read failed.
+    """
+    measured: list[Measured] = []
+    places = _places(index, block_bytes)
+    for number in num_streams:
+        chosen = [place for _, place in zip(range(_BLOCKS_OF_A_STREAM * number), places, strict=False)]
+        if len(chosen) < number:
+            break
+        measured.append(_measure(storage, chosen, number, block_bytes))
+    if not measured:
+        return []
+    best = max(measured, key=lambda each: each.bytes_per_second)
+    for size in (block_bytes // 4, block_bytes * 4):
+        chosen = [place for _, place in zip(range(best.num_streams), _places(index, size), strict=False)]
+        if len(chosen) == best.num_streams and size >= MIB // 4:
+            measured.append(_measure(storage, chosen, best.num_streams, size))
+    return measured
+
+
+def _places(index: CheckpointIndex, block_bytes: int) -> Iterator[_Place]:
+    """Whole blocks of the grid, of all files in turn."""
+    for cell in range(max((file.size_bytes for file in index.files), default=0) // block_bytes):
+        for file in index.files:
+            if (cell + 1) * block_bytes <= file.size_bytes:
+                yield _Place(file, Extent(cell * block_bytes, (cell + 1) * block_bytes))
+
+
+def _measure(storage: Storage, places: Sequence[_Place], num_streams: int, block_bytes: int) -> Measured:
+    buffers = threading.local()
+    lengths: list[_Lengths] = []
+
+    def read(place: _Place) -> None:
+        if not hasattr(buffers, "memory"):
+            buffers.memory = memoryview(bytearray(block_bytes))
+        first: list[float] = []
+        began = time.perf_counter()
+        storage.read_into(
+            place.file.path,
+            place.extent,
+            buffers.memory,
+            etag=place.file.etag,
+            on_first_byte=lambda: first.append(time.perf_counter()),
+        )
+        ended = time.perf_counter()
+        at = first[0] if first and ended - first[0] > _NO_TIME_BETWEEN else began
+        lengths.append(_Lengths(at - began, ended - at))
+
+    stop = StopSignal()
+    began = time.perf_counter()
+    with TaskThreads("ray_streamer-doctor", num_streams, _until_enough(places, num_streams), read, stop):
+        pass
+    stop.check()
+    seconds = time.perf_counter() - began
+    return Measured(
+        num_streams=num_streams,
+        block_bytes=block_bytes,
+        bytes_per_second=len(lengths) * block_bytes / seconds,
+        first_byte_seconds=median(each.first_byte_seconds for each in lengths),
+        receive_seconds=median(each.receive_seconds for each in lengths),
+    )
+
+
+def _until_enough(places: Sequence[_Place], num_streams: int) -> Iterator[_Place]:
+    """All of them, or as many as there is time for; at least one for each stream."""
+    deadline = time.monotonic() + _ENOUGH_SECONDS
+    for number, place in enumerate(places):
+        if number >= num_streams and time.monotonic() > deadline:
+            return
+        yield place

@@ -1,0 +1,250 @@
+"""The doctor finds what stands in the way of a load, and predicts one by arithmetic that a reader can repeat."""
+
+from __future__ import annotations
+
+import http.server
+import json
+import math
+import threading
+from email.utils import formatdate
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+import ray_streamer
+from ray_streamer.cli import main
+from ray_streamer.cli.doctor import settings_text
+from ray_streamer.doctor.examine import Examination, examine
+from ray_streamer.doctor.machine_checks import (
+    check_address_space,
+    check_cpus,
+    check_gpus,
+    check_memory,
+    check_open_files,
+)
+from ray_streamer.doctor.memory_speed import MemorySpeed, measure_exchange
+from ray_streamer.doctor.prediction import Node, Prediction, predict
+from ray_streamer.doctor.storage_speed import Measured
+from ray_streamer.rank.request import LoadRequest
+from ray_streamer.settings import Settings
+from ray_streamer.sharding import Mesh, RuleSlices, ShardRules, Split
+from ray_streamer.storage.server_clock import clock_skew_seconds
+from ray_streamer.testing.checkpoints import TensorSpec, llama_layout, write_checkpoint
+from ray_streamer.testing.faults import Fault, FaultProxy
+
+MIB = 1 << 20
+NO_DEVICES = Path("/nowhere")
+IDEAL = MemorySpeed(
+    copy_bytes_per_second=math.inf, touch_bytes_per_second=math.inf, exchange_seconds=0.0, gpu_bytes_per_second=None
+)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    layout = llama_layout(256, 2, 8, 4, 1024, 4001)
+    return write_checkpoint(tmp_path_factory.mktemp("llama"), layout.tensors, num_files=2, config=layout.config)
+
+
+@pytest.fixture
+def invoke():
+    return lambda *args: CliRunner().invoke(main, ["doctor", *map(str, args)])
+
+
+def request_of(uri, *, tp=1, dim=0, **settings):
+    mesh = Mesh(tp=tp)
+    slices = RuleSlices(mesh=mesh, rules=ShardRules({"*": Split(dim)}))
+    return LoadRequest(uri=str(uri), mesh=mesh, slices=slices, settings=Settings.resolve(**settings), device="cpu")
+
+
+def test_a_healthy_node_and_checkpoint(invoke, checkpoint, tmp_path):
+    file = tmp_path / "settings.env"
+    result = invoke(checkpoint, "--tp", 2, "--block-bytes", "256KiB", "--write-settings", file, "--json")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert found["is_healthy"]
+    subjects = {finding["subject"] for finding in found["findings"]}
+    assert subjects >= {"checkpoint", "file system", "open files", "memory", "CPUs", "GPUs", "Ray"}
+    measured = found["storage"]
+    assert [each["num_streams"] for each in measured if each["block_bytes"] == 256 << 10][:3] == [1, 2, 4]
+    assert all(each["bytes_per_second"] > 0 for each in measured)
+    assert found["memory"]["copy_bytes_per_second"] > 0
+    assert found["prediction"]["read_bytes"] == ray_streamer.plan(str(checkpoint), tp=2).summary().read_bytes
+    assert found["prediction"]["seconds"] > 0
+    for line in file.read_text().splitlines():
+        assert line.startswith(("#", "RAY_STREAMER_"))
+
+
+def test_tables_say_what_why_and_what_to_do(invoke, checkpoint, monkeypatch):
+    monkeypatch.setattr("ray_streamer.doctor.machine_checks.resource.getrlimit", lambda _: (40, 40))
+    result = invoke(checkpoint)
+    assert result.exit_code == 1
+    first, *_ = result.stdout.splitlines()
+    assert first.startswith("error   open files: 40 descriptors for each process; a rank may need 97")
+    assert "Each read in flight has a connection" in result.stdout
+    assert "or lower --concurrency 16." in result.stdout
+    assert "Expected: " in result.stdout
+
+
+def test_without_a_checkpoint_the_machine_is_examined(invoke, tmp_path):
+    file = tmp_path / "settings.env"
+    result = invoke("--write-settings", file, "--json")
+    assert result.exit_code == 0
+    assert json.loads(result.stdout)["uri"] is None
+    assert file.read_text().startswith("#")
+
+
+def test_a_mount_that_is_not_there(invoke, tmp_path):
+    result = invoke(tmp_path / "missing", "--json")
+    assert result.exit_code == 1
+    (error,) = [finding for finding in json.loads(result.stdout)["findings"] if finding["level"] == "error"]
+    assert error["subject"] == "checkpoint"
+    assert "mount" in error["advice"]
+
+
+def test_a_tp_that_does_not_divide(invoke, checkpoint):
+    result = invoke(checkpoint, "--tp", 3, "--json")
+    assert result.exit_code == 1
+    (error,) = [finding for finding in json.loads(result.stdout)["findings"] if finding["level"] == "error"]
+    assert error["subject"] == "plan"
+    assert "tp that works" in error["found"]
+
+
+def test_credentials_that_are_wrong(checkpoint, s3_server, s3_credentials, monkeypatch):
+    if s3_server.kind != "rgw":
+        pytest.skip("moto checks no signatures")
+    uri = s3_server.upload_folder(checkpoint, "doctor", "model")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "somebodyelses")
+    findings = examine(request_of(uri), devices=NO_DEVICES).findings
+    (error,) = [finding for finding in findings if finding.level == "error"]
+    assert error.subject == "checkpoint"
+    assert "credentials" in error.why
+    assert any(finding.subject == "clock" and finding.level == "good" for finding in findings)
+
+
+def test_an_endpoint_that_is_slow_to_answer(s3_server, s3_credentials, tmp_path):
+    write_checkpoint(tmp_path, [TensorSpec("up_proj.weight", "F32", (512, 1024))])
+    (file,) = tmp_path.glob("*.safetensors")
+    uri = f"{s3_server.upload_folder(tmp_path, 'doctor-slow', 'model')}/{file.name}"
+    with FaultProxy(s3_credentials.endpoint_url) as proxy:
+        request = request_of(uri, s3_endpoint_url=proxy.url, block_bytes=256 << 10, concurrency=2)
+        proxy.fail_next(*[Fault(delay_seconds=0.1)] * 100)
+        examination = examine(request, devices=NO_DEVICES)
+    assert examination.prediction.bound == "first byte"
+    assert min(each.first_byte_seconds for each in examination.storage) >= 0.09
+    assert examination.prediction.best_settings["concurrency"] > 2
+    assert examination.prediction.best_seconds < examination.prediction.seconds
+
+
+class Clock(http.server.BaseHTTPRequestHandler):
+    """A server whose clock is wrong by `ahead` seconds."""
+
+    ahead = 0.0
+
+    def date_time_string(self, timestamp=None):
+        import time
+
+        return formatdate((time.time() if timestamp is None else timestamp) + self.ahead, usegmt=True)
+
+    def do_HEAD(self):
+        self.send_response(403)
+        self.end_headers()
+
+    def log_message(self, format, *args):
+        pass
+
+
+@pytest.mark.parametrize("ahead", [0, 3600, -7200])
+def test_a_clock_that_is_wrong(ahead):
+    handler = type("Ahead", (Clock,), {"ahead": ahead})
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        uri = f"http://127.0.0.1:{server.server_port}/model"
+        skew = clock_skew_seconds(uri, Settings())
+        server.shutdown()
+    assert skew == pytest.approx(-ahead, abs=120)
+    assert clock_skew_seconds("/local", Settings()) is None
+
+
+@pytest.mark.parametrize(("limit", "level"), [(-1, "good"), (4096, "good"), (90, "warning"), (30, "error")], ids=str)
+def test_limits_of_descriptors(limit, level):
+    finding = check_open_files(Settings(concurrency=16), num_ranks=4, limit=limit)
+    assert finding.level == level
+    assert bool(finding.advice) == (level != "good")
+
+
+@pytest.mark.parametrize(
+    ("available", "held", "level"),
+    [(100 << 30, 10 << 30, "good"), (11 << 30, 10 << 30, "warning"), (9 << 30, 10 << 30, "error")],
+    ids=["enough", "tight", "too-little"],
+)
+def test_memory_for_tensors_and_staging(available, held, level):
+    finding = check_memory(Settings(memory_limit="256MiB"), num_ranks=4, held_bytes=held, available=available)
+    assert finding.level == level
+    assert "1 GiB for staging by 4 ranks" in finding.found
+
+
+def test_a_memory_limit_that_no_block_fits_in():
+    finding = check_memory(Settings(node_memory_limit="8KiB"), num_ranks=4, held_bytes=0, available=1 << 30)
+    assert finding.level == "error"
+    assert "smallest that can work" in finding.found
+
+
+def test_other_limits(tmp_path, monkeypatch):
+    assert check_address_space(1 << 30).level == "warning"
+    assert check_cpus(8, 2).level == "warning"
+    assert check_cpus(2, 2).level == "good"
+    assert check_gpus(tmp_path).found.startswith("none")
+    for name in ("nvidia0", "nvidia1", "nvidiactl", "nvidia-uvm"):
+        (tmp_path / name).touch()
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert check_gpus(tmp_path).found == "2 GPUs"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert check_gpus(tmp_path).level == "warning"
+
+
+def test_words_between_processes_take_some_time():
+    assert 0 < measure_exchange() < math.inf
+
+
+@pytest.mark.parametrize(("concurrency", "num_rounds"), [(4, 4), (16, 1)])
+def test_a_prediction_is_the_arithmetic_of_its_rounds(tmp_path, concurrency, num_rounds):
+    """16 whole blocks for one rank: each takes 0.2 s to its first byte and 0.1 s to come."""
+    write_checkpoint(tmp_path, [TensorSpec("up_proj.weight", "F32", (4096, 1024))])
+    request = request_of(tmp_path, block_bytes=MIB, concurrency=concurrency)
+    plan = request.plan(ray_streamer.plan(str(tmp_path), rules={"*": Split(0)}).topology, memory_limits=(1 << 30,))
+    alone = Measured(num_streams=1, block_bytes=MIB, bytes_per_second=1e12, first_byte_seconds=0.2, receive_seconds=0.1)
+    node = Node((alone,), IDEAL, 1 << 30, 4)
+    predicted = predict(plan, node, request.settings)
+    # The header moves blocks on their grid: the first and the last one are parts.
+    num_blocks = len(plan.node_plans[0].blocks)
+    assert num_rounds <= math.ceil(num_blocks / concurrency) <= num_rounds + 1
+    expected = math.ceil(num_blocks / concurrency) * 0.3
+    assert predicted.seconds == pytest.approx(expected, rel=0.35)
+    assert predicted.bound == "first byte"
+    assert predicted.best_seconds <= predicted.seconds
+    cached = predict(
+        plan,
+        node._replace(
+            is_cached=True,
+            memory=MemorySpeed(
+                copy_bytes_per_second=16 * MIB,
+                touch_bytes_per_second=math.inf,
+                exchange_seconds=0.0,
+                gpu_bytes_per_second=None,
+            ),
+        ),
+        request.settings,
+    )
+    assert cached.bound == "copies"
+    assert cached.seconds <= 1.1
+
+
+def test_settings_are_variables_that_settings_read(monkeypatch):
+    prediction = Prediction(
+        seconds=2.0, bound="first byte", best_settings={"concurrency": 32}, best_seconds=1.0, read_bytes=1
+    )
+    text = settings_text(Examination(uri="m", num_ranks=1, findings=(), memory=IDEAL, prediction=prediction))
+    name, _, value = text.strip().partition("=")
+    monkeypatch.setenv(name, value)
+    assert Settings().concurrency == 32
