@@ -114,7 +114,7 @@ def _begin(call: RankCall) -> tuple[RankLoad, BackgroundLoad]:
     index_bytes = membership.read_index(request)
     completed: queue.SimpleQueue[Items | BaseException | None] = queue.SimpleQueue()
     with contextlib.ExitStack() as owned:
-        follow = _display(owned, request.uri) if call.progress and membership.rank == 0 else None
+        follow = _display(owned, request.uri, is_shown=call.progress and membership.rank == 0)
         # The others are looked for while device and storage are opened; what fails there is told to them.
         session = owned.enter_context(NodeSession(membership.place(request.settings)))
         trace = None if call.trace is None else NodeTrace.of(call.trace, membership)
@@ -134,8 +134,7 @@ def _begin(call: RankCall) -> tuple[RankLoad, BackgroundLoad]:
             out=call.out,
             on_complete=completed.put,
         )
-        if follow is not None:
-            follow(load)
+        follow(load)
 
         def run() -> None:
             load.run()
@@ -158,8 +157,10 @@ def _begin(call: RankCall) -> tuple[RankLoad, BackgroundLoad]:
             raise
 
 
-def _display(owned: contextlib.ExitStack, uri: str) -> Callable[[RankLoad], None]:
+def _display(owned: contextlib.ExitStack, uri: str, *, is_shown: bool) -> Callable[[RankLoad], object]:
     """Shows how far a rank is, from now on until `owned` ends; what it gives is told of the load when there is one."""
+    if not is_shown:
+        return lambda _: None
     from ray_streamer.report.progress import LoadProgress
 
     loads: list[RankLoad] = []
