@@ -33,7 +33,8 @@ os.environ["AWS_EC2_METADATA_DISABLED"] = "true"
 RAY_TESTS = {
     "ray, groups": ("cluster/", "cli/", "api/test_failures.py", "api/test_kills.py"),
     "ray, loads": tuple(
-        f"api/test_{name}.py" for name in ("bad_input", "load_sharded", "memory", "meshes", "secrets", "two_nodes")
+        f"api/test_{name}.py"
+        for name in ("bad_input", "load_sharded", "memory", "meshes", "ready_models", "secrets", "two_nodes")
     ),
 }
 

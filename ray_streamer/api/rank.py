@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     import torch
     import torch.distributed as dist
+    from torch.distributed.device_mesh import DeviceMesh
 
     from ray_streamer.api.arguments import StagesLike
     from ray_streamer.rank.statistics import RankStatistics
@@ -61,6 +62,7 @@ def load_rank(
     on_statistics: Callable[[RankStatistics], None] | None = None,
     progress: bool = False,
     trace: str | os.PathLike[str] | None = None,
+    as_dtensor: DeviceMesh | None = None,
 ) -> dict[str, torch.Tensor]:
     """Loads this process's slices; every rank of the load calls it, and ranks of a node read for each other.
 
@@ -96,6 +98,8 @@ def load_rank(
         progress: Whether rank 0 shows its part on stderr, as `load_sharded` does.
         trace: File to write, given on all ranks: every block's life on the ranks of this node, for ui.perfetto.dev. Of several
             nodes each writes its own, with its number in the name; see docs/trace.md.
+        as_dtensor: Device mesh of the `tp` ranks: results are DTensors on it, with the whole tensor's shape, Shard or Replicate.
+            What cannot be said so is refused before it is read: fused tensors, interleaved parts, heads that ranks share.
 
     Returns:
         Every tensor that this rank holds, by the name of its result, complete.
@@ -135,6 +139,7 @@ def load_rank(
         on_statistics=on_statistics,
         progress=progress,
         trace=trace,
+        as_dtensor=as_dtensor,
     )
     with contextlib.closing(stream):
         return dict(stream)
@@ -170,6 +175,7 @@ def stream_rank(
     on_statistics: Callable[[RankStatistics], None] | None = None,
     progress: bool = False,
     trace: str | os.PathLike[str] | None = None,
+    as_dtensor: DeviceMesh | None = None,
 ) -> RankStream:
     """As `load_rank`, whose arguments it takes, but gives each tensor as it becomes complete, while the others still load.
 
@@ -209,6 +215,7 @@ def stream_rank(
         progress: Whether rank 0 shows its part on stderr, as `load_sharded` does.
         trace: File to write, given on all ranks: every block's life on the ranks of this node, for ui.perfetto.dev. Of several
             nodes each writes its own, with its number in the name; see docs/trace.md.
+        as_dtensor: Device mesh of the ranks whose DTensors results are.
 
     Returns:
         An iterator of (name of the result, tensor), each tensor once, in no particular order.
@@ -248,5 +255,6 @@ def stream_rank(
             on_statistics=on_statistics,
             progress=progress,
             trace=trace,
+            as_dtensor=as_dtensor,
         )
     )

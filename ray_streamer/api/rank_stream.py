@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from ray_streamer.api.dtensors import DTensorSlices
 from ray_streamer.api.node_trace import NodeTrace
 from ray_streamer.exchange.session import NodeSession
 from ray_streamer.rank.agreement import agree
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     import torch
+    from torch.distributed.device_mesh import DeviceMesh
 
     from ray_streamer.api.arguments import Sharding
     from ray_streamer.api.membership import Membership
@@ -45,6 +47,7 @@ class RankCall:
         on_statistics: Who is told what the load did.
         progress: Whether rank 0 shows how far it is.
         trace: Where it is drawn.
+        as_dtensor: Over which ranks results are DTensors; None where they are plain tensors.
     """
 
     uri: UriLike
@@ -56,6 +59,7 @@ class RankCall:
     on_statistics: Callable[[RankStatistics], None] | None
     progress: bool
     trace: str | os.PathLike[str] | None
+    as_dtensor: DeviceMesh | None
 
 
 class RankStream(Iterator[tuple[str, "torch.Tensor"]]):
@@ -67,6 +71,7 @@ class RankStream(Iterator[tuple[str, "torch.Tensor"]]):
         self._load: RankLoad | None = None
         self._is_over = False
         self._taken: deque[tuple[str, torch.Tensor]] = deque()
+        self._placed: DTensorSlices | None = None
 
     def __next__(self) -> tuple[str, torch.Tensor]:
         """The next complete tensor; waits for it."""
@@ -76,13 +81,14 @@ class RankStream(Iterator[tuple[str, "torch.Tensor"]]):
             return self._taken.popleft()
         try:
             if self._running is None:
-                self._load, self._running = _begin(self._call)
+                self._placed, self._load, self._running = _begin(self._call)
             items = self._running.take()
         except BaseException:
             self.close()
             raise
         if items is not None:
-            self._taken.extend(items)
+            placed = self._placed
+            self._taken.extend(items if placed is None else [(name, placed.wrap(name, local)) for name, local in items])
             return self._taken.popleft()
         self._is_over = True
         if self._call.on_statistics is not None and self._load is not None:
@@ -103,12 +109,15 @@ class RankStream(Iterator[tuple[str, "torch.Tensor"]]):
             self._running.drop()
 
 
-def _begin(call: RankCall) -> tuple[RankLoad, BackgroundLoad]:
+def _begin(call: RankCall) -> tuple[DTensorSlices | None, RankLoad, BackgroundLoad]:
     """Meets the other ranks, agrees with them and starts the load."""
     membership = call.find_membership()
     request = call.sharding.request(
         call.uri, settings=call.settings, device=call.device, num_ranks=membership.topology.num_ranks
     )
+    placed = None if call.as_dtensor is None else DTensorSlices(request.slices, call.as_dtensor)
+    if placed is not None:
+        request = replace(request, slices=placed)
     if call.out is not None:
         request = replace(request, slices=into_given(request.slices, call.out))
     index_bytes = membership.read_index(request)
@@ -151,7 +160,7 @@ def _begin(call: RankCall) -> tuple[RankLoad, BackgroundLoad]:
 
         held = owned.pop_all()
         try:
-            return load, BackgroundLoad(membership.rank, run=run, abort=abort, close=close, completed=completed)
+            return placed, load, BackgroundLoad(membership.rank, run=run, abort=abort, close=close, completed=completed)
         except BaseException as error:
             close(error)
             raise

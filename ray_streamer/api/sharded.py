@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ray_streamer.api.arguments import SHARDING, Sharding
+from ray_streamer.api.bootstrap import bootstrapped, find_bootstrap
 from ray_streamer.api.frames import with_few_frames
 from ray_streamer.api.node_trace import checked_output
 from ray_streamer.cluster.phases import Phases
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from ray_streamer.api.arguments import StagesLike
+    from ray_streamer.api.bootstrap import BootstrapLike
     from ray_streamer.cluster.model import ShardedModel
     from ray_streamer.rank.statistics import RankStatistics
     from ray_streamer.sharding.cast import DTypeLike
@@ -49,6 +51,7 @@ def load_sharded(
     fuse: FuseLike = SHARDING.fuse,
     rename: RenameLike | None = SHARDING.rename,
     dtype: DTypeLike = SHARDING.dtype,
+    bootstrap: BootstrapLike | None = None,
     device: str = "cpu",
     concurrency: int | None = None,
     memory_limit: int | str | None = None,
@@ -86,6 +89,8 @@ def load_sharded(
         rename: Results' names: pairs of a regular expression and its replacement, applied in turn; or name -> name, picklable.
         dtype: "bfloat16", "float16", "float32" or "float64", or glob of names -> dtype: floating tensors of 16 bits and more are
             cast on their way in, by torch; tensors of quantized weights stay as they are.
+        bootstrap: "transformers" = each rank holds its part of a ready model, and the handle has `generate` and `stream` too;
+            a `TransformersBootstrap` says the class. Goes with tp, dtype and device only. See docs/transformers.md.
         device: Where the tensors go: "cpu", or "cuda", the GPU that Ray assigns to each rank; see `PlacementOptions`.
         concurrency: Reads in flight per rank.
         memory_limit: Staging bytes per rank: N or text such as "512MiB" = at most N; 0 = the least that works; -1 = as much
@@ -102,7 +107,8 @@ def load_sharded(
             `ShardedModel.write_trace`.
 
     Returns:
-        A handle on the ranks and their tensors; `shutdown` it, or use it as a context manager.
+        A handle on the ranks and their tensors; `shutdown` it, or use it as a context manager. With `bootstrap` a handle on the
+            model, such as `TransformersModel`.
 
     Raises:
         SettingsError: An argument or environment variable cannot mean anything.
@@ -115,6 +121,7 @@ def load_sharded(
         RankFailedError: A rank failed while loading; names it, its node and the cause. Nothing is left running then.
     """
     phases = Phases()
+    ready = find_bootstrap(bootstrap)
     sharding = Sharding(
         tp=tp,
         pp=pp,
@@ -134,7 +141,7 @@ def load_sharded(
     settings = Settings.of_call(
         settings, concurrency=concurrency, memory_limit=memory_limit, node_memory_limit=node_memory_limit
     )
-    request = sharding.request(uri, settings=settings, device=device)
+    request = bootstrapped(sharding, ready).request(uri, settings=settings, device=device)
     placement = (placement or PlacementOptions()).for_device(is_gpu=is_cuda(device))
     preflight = Preflight(request)
     preflight.check_request()
@@ -153,4 +160,5 @@ def load_sharded(
         on_progress=on_progress,
         progress=progress,
         trace=trace_file,
+        handle=None if ready is None else ready.handle(),
     )

@@ -35,6 +35,7 @@ def drive(
     on_progress: Callable[[list[RankStatistics | None]], None] | None,
     progress: bool,
     trace: Path | None,
+    handle: type[ShardedModel] | None = None,
 ) -> ShardedModel:
     """Starts the ranks of a model and their load; what the driver can see wrong is raised before Ray starts.
 
@@ -48,6 +49,7 @@ def drive(
         on_progress: As in `load_sharded`.
         progress: As in `load_sharded`.
         trace: As in `load_sharded`.
+        handle: What the caller holds, and with it what stands on the ranks.
 
     Raises:
         RayStreamerError: As `load_sharded` does.
@@ -92,3 +94,9 @@ def _connect(
     return preflight.check(
         is_one_machine=is_one_machine(), is_own_environment=has_same_variables(placement.runtime_env)
     )
+<<<<<<< HEAD
+=======
+    return (handle or ShardedModel)(
+        request, placement, index=index, phases=phases, wait=wait, on_progress=on_progress, trace=trace
+    )
+>>>>>>> 899d093 (load_sharded(bootstrap="transformers") gives ranks with a ready model that generates and streams; load_rank(as_dtensor=mesh) gives DTensors)

@@ -32,6 +32,7 @@ from ray_streamer.cluster.shell import RankActor
 from ray_streamer.cluster.waiting import Deadline, wait_for_start
 from ray_streamer.errors import ClusterError, RankFailedError
 from ray_streamer.units import counted
+from ray_streamer.wording import listed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -177,14 +178,15 @@ class WorkerGroup:
             raise
         return [calls.results[rank] for rank in chosen]
 
-    def control(self, method: str, *args: Any, timeout_seconds: float) -> list[Any]:
-        """Run a short, thread-safe method of every worker, also while a `call` is running.
+    def control(self, method: str, *args: Any, ranks: Sequence[int] | None = None, timeout_seconds: float) -> list[Any]:
+        """Run a short, thread-safe method of the workers of `ranks`, or of all, also while a `call` is running.
 
         Raises:
             ClusterError: A rank did not answer in time, raised, or is dead.
         """
-        with ray_errors_translated(f"asking {counted(self.num_ranks, 'rank')} for {method}"):
-            return ray.get([actor.control.remote(method, *args) for actor in self._actors], timeout=timeout_seconds)
+        asked = self._actors if ranks is None else [self._actors[rank] for rank in ranks]
+        with ray_errors_translated(f"asking {counted(len(asked), 'rank')} for {method}"):
+            return ray.get([actor.control.remote(method, *args) for actor in asked], timeout=timeout_seconds)
 
     def ask(self, method: str, *args: Any, rank: int = 0) -> Any:
         """Run a method of one rank's worker that the others' start depends on: within the startup timeout, with news meanwhile.
@@ -200,21 +202,23 @@ class WorkerGroup:
             raise self._failure(calls)
         return calls.results[rank]
 
-    def restart(self, rank: int) -> None:
-        """Replace one rank's actor and worker by new ones in the same seat; the other ranks go on untouched.
+    def restart(self, *ranks: int) -> None:
+        """Replace the actors and workers of `ranks` by new ones in the same seats; the other ranks go on untouched.
 
         Raises:
-            ClusterError: Ray cannot start the actor.
-            StartupTimeoutError: It did not answer within the group's startup timeout.
-            RankFailedError: The worker's constructor raised.
+            ClusterError: Ray cannot start an actor.
+            StartupTimeoutError: One did not answer within the group's startup timeout.
+            RankFailedError: A worker's constructor raised.
         """
         deadline = Deadline(self._startup_timeout_seconds)
-        with ray_errors_translated(f"restarting rank {rank}"):
-            _kill([self._actors[rank]])
+        with ray_errors_translated(f"restarting rank {listed([*map(str, ranks)])}"):
+            _kill([self._actors[rank] for rank in ranks])
             self._num_restarts += 1
-            self._actors[rank] = self._start_actor(rank)
-            building = self._begin_workers([rank])
-            (self._facts[rank],) = self._ask_facts([rank], deadline)
+            for rank in ranks:
+                self._actors[rank] = self._start_actor(rank)
+            building = self._begin_workers(ranks)
+            for rank, facts in zip(ranks, self._ask_facts(ranks, deadline), strict=True):
+                self._facts[rank] = facts
             self._await_workers(building, deadline)
 
     def shutdown(self) -> None:

@@ -21,7 +21,7 @@ from ray_streamer.checkpoint.index_bytes import index_from_bytes, index_to_bytes
 from ray_streamer.cluster.worker import Seating
 from ray_streamer.errors import ClusterError, RankFailedError, RayStreamerError
 from ray_streamer.planning.limits import share_memory
-from ray_streamer.planning.read_plan import hash_plan
+from ray_streamer.planning.read_plan import hash_plan, plan_reads
 from ray_streamer.planning.topology import Topology
 from ray_streamer.rank.agreement import MemoryTerms
 from ray_streamer.report.load_report import LoadReport
@@ -153,11 +153,12 @@ class GroupLoads:
         self._secret = secrets.token_hex(16)
 
     def plan(self, shared: Shared) -> ReadPlan:
-        """The plan of all ranks, made here or, where only they can, by the first one."""
+        """The plan of all ranks; what they hold is known here, or they say it."""
         if shared.is_planned_here:
             return shared.request.plan(shared.topology, memory_limits=shared.memory_limits, index=shared.index)
-        args = (shared.request, shared.index_ref, shared.topology, shared.memory_limits)
-        return self._group.call("plan", *args, ranks=[0], keep_on_failure=True)[0]
+        return plan_reads(
+            shared.index, self._group.call("slices", keep_on_failure=True), shared.topology, shared.limits
+        )
 
     def _seatings(self, shared: Shared, nodes: Sequence[tuple[int, ...]], secret: str) -> dict[int, Seating]:
         return {

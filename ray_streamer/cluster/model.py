@@ -7,7 +7,7 @@ import threading
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from ray_streamer.cluster.gather import assemble, find_parts
 from ray_streamer.cluster.group import WorkerGroup
@@ -44,7 +44,12 @@ class ShardedModel:
     """A checkpoint loaded over the ranks of a group of actors; use it as a context manager, or call `shutdown`.
 
     Made by `load_sharded`.
+
+    Attributes:
+        worker_class: What stands on each rank.
     """
+
+    worker_class: ClassVar[type[LoadWorker]] = LoadWorker
 
     def __init__(
         self,
@@ -210,6 +215,9 @@ class ShardedModel:
         if self._group is not None:
             self._group.shutdown()
 
+    def connect_ranks(self, group: WorkerGroup) -> None:
+        """What new ranks need of each other before they load; tensors alone need nothing."""
+
     def __repr__(self) -> str:
         if self._is_shut_down:
             state = "shut down"
@@ -247,7 +255,7 @@ class ShardedModel:
         request = self._request
         self._phases.begin("start")
         group = self._group = WorkerGroup(
-            LoadWorker,
+            self.worker_class,
             request.mesh.num_ranks,
             args=(request,),
             placement=self._placement,
@@ -257,6 +265,7 @@ class ShardedModel:
         )
         if self._is_shut_down:
             raise ClusterError(_SHUT_DOWN)
+        self.connect_ranks(group)
         self._phases.end("start")
         self._loads = GroupLoads(group, self._on_progress)
         self._shared = self._loads.share(request, self._index)

@@ -17,7 +17,7 @@ import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ray_streamer.checkpoint.index_bytes import index_from_bytes, index_to_bytes
+from ray_streamer.checkpoint.index_bytes import index_to_bytes
 from ray_streamer.cluster.clocks import read_clock
 from ray_streamer.cluster.gpus import assigned_device
 from ray_streamer.device import open_device
@@ -38,12 +38,11 @@ if TYPE_CHECKING:
 
     from ray_streamer.cluster.clocks import ClockReading
     from ray_streamer.planning.rank_plan import RankPlan
-    from ray_streamer.planning.read_plan import ReadPlan
-    from ray_streamer.planning.topology import Topology
     from ray_streamer.rank.agreement import MemoryTerms
     from ray_streamer.rank.request import LoadRequest
     from ray_streamer.rank.statistics import RankStatistics
     from ray_streamer.rank.trace import RankTrace
+    from ray_streamer.slices import RankSlices
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,11 +91,13 @@ class LoadWorker:
     def __init__(self, rank: int, request: LoadRequest) -> None:
         self._rank = rank
         self._request = request
-        self._device = request.start_device(assigned_device(request.device))
+        self._device_name = assigned_device(request.device)
+        self._device = request.start_device(self._device_name)
         self._lock = threading.Lock()
         self._session: NodeSession | None = None
         self._is_loading = False
         self._agreed: RankPlan | None = None
+        self._slices: RankSlices | None = None
         self._memory_limit = 0
         self._load: RankLoad | None = None
         self._abort_reason: str | None = None
@@ -120,11 +121,15 @@ class LoadWorker:
         """
         return index_to_bytes(request.open_index())
 
-    def plan(
-        self, request: LoadRequest, index_bytes: bytes, topology: Topology, memory_limits: tuple[int, ...]
-    ) -> ReadPlan:
-        """The plan of all ranks, for looking at where the driver cannot make it."""
-        return request.plan(topology, memory_limits=memory_limits, index=index_from_bytes(index_bytes))
+    def slices(self) -> RankSlices:
+        """What this rank said at the last agreement, for looking at where the driver cannot know it.
+
+        Raises:
+            ClusterError: It has agreed on nothing.
+        """
+        if self._slices is None:
+            raise ClusterError(f"rank {self._rank} was restarted and not loaded")
+        return self._slices
 
     def agree(self, request: LoadRequest, index_bytes: bytes, seating: Seating) -> Agreed:
         """Meets the ranks of this node, unless they are met, and agrees with them on what each of them reads.
@@ -146,6 +151,7 @@ class LoadWorker:
             with contextlib.closing(storage):
                 agreement = agree(session, request, storage, index_bytes=index_bytes, terms=seating.terms)
         self._request, self._agreed, self._memory_limit = request, agreement.plan, agreement.memory_limit
+        self._slices = agreement.slices
         node_plan = agreement.plan.node_plan
         return Agreed(
             node_plan_hash=node_plan.plan_hash,

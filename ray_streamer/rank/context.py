@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -21,6 +21,7 @@ class RankContext:
         device: Where the tensors are.
         node: The node, as messages name it.
         tensors: This rank's slices by checkpoint name; what the function changes stays changed.
+        model: What `bootstrap` made of them, such as a model of transformers; None without it.
     """
 
     rank: int
@@ -28,3 +29,4 @@ class RankContext:
     device: str
     node: str
     tensors: dict[str, torch.Tensor] = field(repr=False)
+    model: Any = field(default=None, repr=False)

@@ -19,7 +19,12 @@ from ray_streamer.api.files import cached
 from ray_streamer.api.rank import load_rank
 from ray_streamer.errors import CheckpointError, RayStreamerError, SettingsError
 from ray_streamer.integrations.transformers.model_class import class_of, read_config
-from ray_streamer.integrations.transformers.support import refuse_arguments, refuse_quantized, refuse_uncuttable
+from ray_streamer.integrations.transformers.support import (
+    refuse_absent,
+    refuse_arguments,
+    refuse_quantized,
+    refuse_uncuttable,
+)
 from ray_streamer.settings import Settings
 from ray_streamer.storage import absolute_uri
 from ray_streamer.units import counted
@@ -72,47 +77,87 @@ def from_pretrained(
         CheckpointError: Weights are missing, of other shapes, or not what the class expects.
         RayStreamerError: As `load_rank`.
     """
-    refuse_arguments(model_arguments)
-    settings, uri = settings or Settings.resolve(), absolute_uri(uri)
-    tp = _ranks_of(tp)
-    device = _device_of(device, tp)
-    folder = cached(uri, settings=settings)
-    config = read_config(folder)
-    refuse_quantized(config, uri)
-    refuse_uncuttable(config, tp, uri)
-    found = class_of(model_class, config, uri)
-    if dtype is not None:
-        model_arguments["dtype"] = dtype
-    model_arguments |= _placement(tp, device)
-    model = _load(found, config, uri, settings, device, on_statistics, model_arguments)
-    _restore_generation_config(model, folder)
-    model.config.name_or_path = uri
-    return model
+    settings = settings or Settings.resolve()
+    build = ModelBuild(
+        model_class, uri, tp=tp, dtype=dtype, device=device, settings=settings, model_arguments=model_arguments
+    )
+    captured = build.captured
+    load_rank(
+        build.uri,
+        slices=captured,
+        out=captured.out,
+        settings=settings,
+        device=build.device,
+        on_statistics=on_statistics,
+    )
+    return build.finished()
 
 
-def _load(
-    model_class: type[PreTrainedModel],
-    config: PretrainedConfig,
-    uri: str,
-    settings: Settings,
-    device: str,
-    on_statistics: Callable[[RankStatistics], None] | None,
-    model_arguments: Mapping[str, Any],
-) -> PreTrainedModel:
-    # Both import torch, which whoever is refused above need not wait for.
-    from ray_streamer.integrations.captured_slices import CapturedSlices
-    from ray_streamer.integrations.transformers.filling import give_memory
+class ModelBuild:
+    """A model on its way: `captured` says what is read for it, and when that is in its memory, `finished` gives it.
 
-    memories: dict[str, torch.Tensor] = {}
+    Args:
+        model_class: As in `from_pretrained`, like all the others.
+        uri: The checkpoint.
+        tp: Ranks that share the model.
+        dtype: Of the parameters.
+        device: Of this rank.
+        settings: Every knob.
+        model_arguments: Further ones, for transformers.
 
-    def build(tensors: Iterable[tuple[str, torch.Tensor]]) -> PreTrainedModel:
-        model = _built(model_class, config, uri, dict(tensors), model_arguments)
-        memories.update(give_memory(model))
+    Attributes:
+        uri: Absolute.
+        device: Where the parameters are made.
+        captured: A slice source; it makes the model when it is called, and then `captured.out` has its memory.
+
+    Raises:
+        RayStreamerError: As `from_pretrained`, for what is refused.
+    """
+
+    def __init__(
+        self,
+        model_class: ModelClass,
+        uri: UriLike,
+        *,
+        tp: int | None,
+        dtype: torch.dtype | str | None,
+        device: str | None,
+        settings: Settings,
+        model_arguments: Mapping[str, Any],
+    ) -> None:
+        refuse_absent()
+        refuse_arguments(model_arguments)
+        self.uri = absolute_uri(uri)
+        tp = _ranks_of(tp)
+        self.device = _device_of(device, tp)
+        self._folder = cached(self.uri, settings=settings)
+        self._config = read_config(self._folder)
+        refuse_quantized(getattr(self._config, "quantization_config", None), self.uri)
+        refuse_uncuttable(self._config, tp, self.uri)
+        self._model_class = class_of(model_class, self._config, self.uri)
+        said = {} if dtype is None else {"dtype": dtype}
+        self._arguments = {**model_arguments, **said, **_placement(tp, self.device)}
+        self._memories: dict[str, torch.Tensor] = {}
+        # It imports torch, which whoever is refused above need not wait for.
+        from ray_streamer.integrations.captured_slices import CapturedSlices
+
+        self.captured = CapturedSlices(
+            self.uri, settings, load=self._make, targets=lambda: self._memories, skips=lambda name: False
+        )
+
+    def _make(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> PreTrainedModel:
+        from ray_streamer.integrations.transformers.filling import give_memory
+
+        model = _built(self._model_class, self._config, self.uri, dict(tensors), self._arguments)
+        self._memories.update(give_memory(model))
         return model
 
-    captured = CapturedSlices(uri, settings, load=build, targets=lambda: memories, skips=lambda name: False)
-    load_rank(uri, slices=captured, out=captured.out, settings=settings, device=device, on_statistics=on_statistics)
-    return captured.loaded
+    def finished(self) -> PreTrainedModel:
+        """The model, whose memory has been filled."""
+        model = self.captured.loaded
+        _restore_generation_config(model, self._folder)
+        model.config.name_or_path = self.uri
+        return model
 
 
 def _built(

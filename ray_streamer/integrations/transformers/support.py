@@ -5,6 +5,7 @@ Everything comes before any weight is read, from the config alone. The rules are
 
 from __future__ import annotations
 
+import importlib.util
 from typing import TYPE_CHECKING, Any
 
 from ray_streamer.errors import SettingsError, ShardingError
@@ -31,6 +32,18 @@ OWN_ARGUMENTS = (
 _HEADS = ("num_attention_heads", "num_key_value_heads")
 
 
+def refuse_absent() -> None:
+    """Refuses to go on without transformers.
+
+    Raises:
+        SettingsError: It is not installed in this process's environment.
+    """
+    if importlib.util.find_spec("transformers") is None:
+        raise SettingsError(
+            'transformers is not installed here: pip install "ray_streamer[transformers]", on every node where ranks run'
+        )
+
+
 def refuse_arguments(given: Mapping[str, Any]) -> None:
     """Refuses arguments for transformers that have no meaning here.
 
@@ -45,15 +58,18 @@ def refuse_arguments(given: Mapping[str, Any]) -> None:
         )
 
 
-def refuse_quantized(config: PretrainedConfig, uri: str) -> None:
+def refuse_quantized(said: Any, uri: str) -> None:
     """Refuses checkpoints of quantized weights.
 
     transformers rewrites their modules and converts their values while it loads.
 
+    Args:
+        said: The config's quantization_config; None where it has none.
+        uri: The checkpoint.
+
     Raises:
         ShardingError: Names the quantization.
     """
-    said: Any = getattr(config, "quantization_config", None)
     if said is None:
         return
     method = said.get("quant_method") if isinstance(said, dict) else getattr(said, "quant_method", None)
