@@ -62,7 +62,7 @@ def drive(
             phases.watch(display.phase)
             on_progress = _both(display, on_progress)
         index = _connect(request, placement, preflight, phases, address)
-        model = ShardedModel(
+        model = (handle or ShardedModel)(
             request, placement, index=index, phases=phases, wait=wait, on_progress=on_progress, trace=trace
         )
         model.when_loaded(shown.pop_all().close)
@@ -94,9 +94,3 @@ def _connect(
     return preflight.check(
         is_one_machine=is_one_machine(), is_own_environment=has_same_variables(placement.runtime_env)
     )
-<<<<<<< HEAD
-=======
-    return (handle or ShardedModel)(
-        request, placement, index=index, phases=phases, wait=wait, on_progress=on_progress, trace=trace
-    )
->>>>>>> 899d093 (load_sharded(bootstrap="transformers") gives ranks with a ready model that generates and streams; load_rank(as_dtensor=mesh) gives DTensors)
