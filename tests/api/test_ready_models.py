@@ -222,9 +222,9 @@ def test_quantized_weights_are_refused_before_ray_starts(folder: Path, tmp_path:
 
 
 def test_a_tp_that_cuts_heads_is_refused_by_the_ranks(local_ray: None, folder: Path) -> None:
+    # Beside the model of the other tests.
+    placement = ray_streamer.PlacementOptions(num_cpus_per_rank=0.25)
     with pytest.raises(ShardingError, match="tp that work: 1, 2"):
-        # Beside the model of the other tests.
-        placement = ray_streamer.PlacementOptions(num_cpus_per_rank=0.25)
         ray_streamer.load_sharded(folder, tp=4, bootstrap="transformers", placement=placement)
 
 
