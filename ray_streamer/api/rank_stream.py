@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from ray_streamer.api.arguments import Sharding
     from ray_streamer.api.membership import Membership
     from ray_streamer.rank.background import Items
+    from ray_streamer.rank.request import LoadRequest
     from ray_streamer.rank.statistics import RankStatistics
     from ray_streamer.settings import Settings
     from ray_streamer.storage import UriLike
@@ -109,9 +110,8 @@ class RankStream(Iterator[tuple[str, "torch.Tensor"]]):
             self._running.drop()
 
 
-def _begin(call: RankCall) -> tuple[DTensorSlices | None, RankLoad, BackgroundLoad]:
-    """Meets the other ranks, agrees with them and starts the load."""
-    membership = call.find_membership()
+def _request_of(call: RankCall, membership: Membership) -> tuple[LoadRequest, DTensorSlices | None]:
+    """What is asked for, and what knows the placements of the results, where they are to be DTensors."""
     request = call.sharding.request(
         call.uri, settings=call.settings, device=call.device, num_ranks=membership.topology.num_ranks
     )
@@ -120,6 +120,13 @@ def _begin(call: RankCall) -> tuple[DTensorSlices | None, RankLoad, BackgroundLo
         request = replace(request, slices=placed)
     if call.out is not None:
         request = replace(request, slices=into_given(request.slices, call.out))
+    return request, placed
+
+
+def _begin(call: RankCall) -> tuple[DTensorSlices | None, RankLoad, BackgroundLoad]:
+    """Meets the other ranks, agrees with them and starts the load."""
+    membership = call.find_membership()
+    request, placed = _request_of(call, membership)
     index_bytes = membership.read_index(request)
     completed: queue.SimpleQueue[Items | BaseException | None] = queue.SimpleQueue()
     with contextlib.ExitStack() as owned:
