@@ -15,6 +15,9 @@ from ray_streamer.errors import ClusterError
 from ray_streamer.planning.topology import Topology
 from ray_streamer.rank.trace import RankTrace
 from ray_streamer.report.trace import ClockOffset, LoadTrace, epoch_of_this_clock
+from ray_streamer.report.verdict.cost import find_model_costs
+from ray_streamer.report.verdict.observe import observe_node
+from ray_streamer.report.verdict.replay import replay_seconds
 from ray_streamer.testing.parts import TensorPart
 
 if TYPE_CHECKING:
@@ -183,3 +186,16 @@ def test_another_clock_is_put_right_and_its_error_told(trace, tmp_path):
     assert len(events) == len(expected)
     times = [sorted(event["ts"] for event in each if "ts" in event) for each in (events, expected)]
     assert times[0] == pytest.approx(times[1], abs=2.0)
+
+
+def test_each_node_of_a_real_load_can_be_judged(trace, plan):
+    """Ranks that read for each other, and one that reads straight into its tensor."""
+    for node in plan.topology.nodes:
+        traces = [trace.ranks[rank] for rank in node]
+        observed = observe_node(traces)
+        replayed = replay_seconds(observed.model)
+        assert replayed > 0
+        num_reads = sum(len(rank.reads) for rank in observed.model.ranks)
+        assert num_reads == len(plan.node_plans[plan.node_plan_ids[plan.topology.node_of(node[0])]].blocks)
+        for cost in find_model_costs(observed.model, replayed):
+            assert 0 < cost.seconds <= replayed

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Self
 
 from ray_streamer.errors import BudgetError
 from ray_streamer.planning.limits import (
@@ -43,6 +43,11 @@ class Knobs(NamedTuple):
     concurrency: int
     memory_limit: int
     block_bytes: int
+
+    def of_blocks(self, block_bytes: int) -> Self:
+        """The same, as far as they explain blocks of this size, which a rank of another node may have made smaller."""
+        is_explained = _is_possible(self) and self.used_block_bytes == block_bytes
+        return self if is_explained else self._replace(block_bytes=block_bytes)
 
     @property
     def used_block_bytes(self) -> int:
@@ -89,6 +94,8 @@ def find_advice(
         replayed_seconds: What its replay takes.
         cpu_seconds: What its ranks would take if all that held them were the node's CPUs.
     """
+    if not _is_possible(knobs):
+        return None
     for candidates in (_single(knobs), _double(knobs)):
         # What the replay does not explain of this load will be there again.
         unexplained = measured_seconds - replayed_seconds

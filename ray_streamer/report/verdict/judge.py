@@ -78,7 +78,7 @@ def judge(
         concurrency=asked.concurrency,
         memory_limit=min(rank.memory_limit for rank in statistics),
         block_bytes=asked.block_bytes,
-    )
+    ).of_blocks(observed.model.block_bytes)
     advice = None
     if is_trusted and (bound is None or bound.kind not in MADE_WORSE):
         advice = find_advice(
