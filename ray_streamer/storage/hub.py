@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import re
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import parse_qs, quote, urlencode, urlsplit
 
@@ -26,7 +26,7 @@ from ray_streamer.storage.listing import MAX_TOKEN_CHARS, ListingPage
 from ray_streamer.storage.object_store import Request
 from ray_streamer.storage.redaction import NO_SECRETS
 from ray_streamer.storage.refusal import skew_of
-from ray_streamer.storage.web import WebRefusal, WebStore, status_text
+from ray_streamer.storage.web import WebRefusal, WebStore, origin_of, status_text
 from ray_streamer.units import exact_bytes
 
 if TYPE_CHECKING:
@@ -148,15 +148,18 @@ class HubStore(WebStore):
         self._authorize()
         request = super().object_request(path, headers, None)
         there = Identity(self._etags_there.get(request.url, "")).condition if pinned else ""
-        return Request(request.url, {**request.headers, "If-Match": there}, is_conditional=True) if there else request
+        if not there:
+            return request
+        return replace(request, headers={**request.headers, "If-Match": there}, is_conditional=True)
 
     def discard(self, path: str, request: Request) -> None:
         """See `ObjectStore`."""
-        was_sent_on = self._redirects.has(request.url)
         super().discard(path, request)
         with self._lock:
             # Servers that the Hub names are told nothing, and others of its threads may have found another token already.
-            if not was_sent_on and request.headers.get("Authorization") == self._authorization.get("Authorization"):
+            if not request.is_sent_on and request.headers.get("Authorization") == self._authorization.get(
+                "Authorization"
+            ):
                 self._has_asked_for_token = False
 
     def follow(self, path: str, request: Request, answer: HttpAnswer) -> bool:
@@ -174,7 +177,7 @@ class HubStore(WebStore):
         """See `ObjectStore`."""
         found = Identity.of_answer(answer, size_bytes)
         linked = self._linked.get(path)
-        if not self._redirects.has(request.url):
+        if origin_of(request.url) == origin_of(self._root):
             self._note_commit(answer)
             etag = _content_etag(answer.header("x-linked-etag") or found.etag)
             return Identity(etag, size_bytes) if etag else found
@@ -198,7 +201,7 @@ class HubStore(WebStore):
             message=answer.secrets.clean(answer.header("x-error-message")).rstrip("."),
             retry_after=answer.header("retry-after") or (reset[1] if reset else ""),
             skew_seconds=skew_of(answer.header("date")) if answer.status in (401, 403) else 0.0,
-            was_sent_on=self._redirects.has(request.url),
+            was_sent_on=request.is_sent_on,
             repository=self._repository,
             page=f"{self._root}/{self._repository}",
             has_token=self._token is not None,

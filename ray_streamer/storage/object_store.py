@@ -35,11 +35,13 @@ class Request:
         url: Where to.
         headers: Besides those that every request has.
         is_conditional: Whether the store was told which version of the object is wanted.
+        is_sent_on: Whether a server named this address, in answer to an earlier request.
     """
 
     url: str = field(repr=False)
     headers: Mapping[str, str] = field(repr=False)
     is_conditional: bool = False
+    is_sent_on: bool = False
 
 
 class ObjectStore:

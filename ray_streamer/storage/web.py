@@ -131,11 +131,6 @@ class Redirects:
         with self._lock:
             self._urls[path] = quote(url.partition("#")[0], safe="%/:?#[]@!$&'()*+,;=~")
 
-    def has(self, url: str) -> bool:
-        """Whether requests for some file are sent to `url`."""
-        with self._lock:
-            return url in self._urls.values()
-
     def forget(self, path: str, url: str) -> None:
         """Ask the server again next time, if `url` is still the one in use."""
         with self._lock:
@@ -184,9 +179,11 @@ class WebStore(ObjectStore):
     def object_request(self, path: str, headers: Mapping[str, str], pinned: Identity | None) -> Request:
         """See `ObjectStore`."""
         condition = if_match(pinned)
-        url = self._redirects.url_of(path) or self._own_url(path)
+        noted = self._redirects.url_of(path)
+        url = noted or self._own_url(path)
         credentials = self._authorization if origin_of(url) == origin_of(self._root) else {}
-        return Request(url, {**headers, **condition, **credentials}, is_conditional=bool(condition))
+        lines = {**headers, **condition, **credentials}
+        return Request(url, lines, is_conditional=bool(condition), is_sent_on=noted is not None)
 
     def discard(self, path: str, request: Request) -> None:
         """See `ObjectStore`."""
@@ -210,7 +207,7 @@ class WebStore(ObjectStore):
             status=answer.status,
             retry_after=answer.header("retry-after"),
             skew_seconds=skew_of(answer.header("date")) if answer.status in (401, 403) else 0.0,
-            was_sent_on=self._redirects.has(request.url),
+            was_sent_on=request.is_sent_on,
         )
 
     def listing_request(self, prefix: str, token: str, *, recursive: bool) -> Request:

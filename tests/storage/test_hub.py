@@ -160,6 +160,24 @@ def test_an_address_that_ended_is_asked_for_again(place, open_hub):
     assert len(place.server.delivery.requests) == 1 + 4 + 2
 
 
+def test_an_address_that_ends_under_another_read_changes_nothing(place, open_hub):
+    """A slow answer comes by an address that another thread has given up meanwhile."""
+    place.write("a.safetensors", CONTENT)
+    storage = open_hub(place.uri)
+    etag = storage.read_head("a.safetensors", 4)[1].etag
+    answer = place.server.delivery.answer
+
+    def give_up_and_answer(asked):
+        storage._store._redirects._urls.clear()
+        return answer(asked)
+
+    place.server.delivery.answer = give_up_and_answer
+    assert read(storage, "a.safetensors", Extent(5, 5000), etag) == CONTENT[5:5000]
+    place.server.delivery.answer = lambda asked: storage._store._redirects._urls.clear() or answer_bytes(404)
+    with pytest.raises(ObjectMissingError, match="no longer good"):
+        read(storage, "a.safetensors", Extent(5, 5000), etag)
+
+
 def test_who_asks(place, open_hub, monkeypatch):
     place.write("a.safetensors", CONTENT)
     place.server.gated.add(place.repository)
