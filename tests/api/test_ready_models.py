@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import signal
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -19,11 +21,11 @@ from ray_streamer.integrations.transformers import TransformersBootstrap
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
 # The actors cannot import a test module; they get its functions by value.
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
+EXAMPLES = Path(__file__).parents[2] / "examples"
 PROMPT = [[5, 17, 42, 99, 7, 128, 3, 64]]
 NUM_TOKENS = 6
 GREEDY = {"max_new_tokens": NUM_TOKENS, "do_sample": False}
@@ -173,10 +175,20 @@ def test_a_killed_rank_is_named_and_restart_makes_the_model_anew(model: Any, own
         list(stream)
     with pytest.raises(ClusterError, match=r"restart\(rank\)"):
         model.generate(PROMPT, **GREEDY)
-    statistics = model.restart(1)
-    assert (statistics.rank, statistics) == (1, model.stats().ranks[1])
+    # The example restarts, and then answers.
+    example = loaded_example("generate_from_job")
+    assert list(example.answer(model, PROMPT[0], NUM_TOKENS)) == expected(own, **GREEDY)[0][len(PROMPT[0]) :]
     assert not set(model.run(lambda context: os.getpid())) & set(pids)
-    assert model.generate(PROMPT, **GREEDY).tolist() == expected(own, **GREEDY)
+    assert model.stats().amplification == 1.0
+
+
+def loaded_example(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    return example
 
 
 def test_reload_makes_the_model_of_other_weights(model: Any, own: Any, tmp_path: Path) -> None:

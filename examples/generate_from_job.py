@@ -1,0 +1,45 @@
+"""Generate with a model of transformers from a Ray job, token by token, and go on when a rank dies.
+
+    ray job submit --address http://HEAD:8265 --working-dir . -- python examples/generate_from_job.py s3://bucket/llama 8 1 15043 3186
+
+The numbers after tp are the prompt's token ids; a tokenizer of transformers makes them of text. Every node has ray_streamer[transformers].
+"""
+
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import ray_streamer
+
+MOST_RESTARTS = 2
+
+
+def answer(model: Any, prompt: list[int], num_tokens: int) -> Iterator[int]:
+    """New token ids of the greedy answer, each once. A rank that died costs a restart of all ranks, and no token."""
+    told: list[int] = []
+    for num_restarts in range(MOST_RESTARTS + 1):
+        try:
+            for token in model.stream([prompt + told], max_new_tokens=num_tokens - len(told), do_sample=False):
+                told.append(token)
+                yield token
+        except ray_streamer.ClusterError as error:  # RankFailedError is one
+            if len(told) == num_tokens:
+                return
+            if num_restarts == MOST_RESTARTS:
+                raise
+            print(f"{error}; loading again", file=sys.stderr)
+            model.restart(0)
+        else:
+            return
+
+
+def main(uri: str, tp: int, prompt: list[int], device: str = "cuda") -> None:
+    """Print the answer as it comes."""
+    with ray_streamer.load_sharded(uri, tp, bootstrap="transformers", device=device) as model:
+        for token in answer(model, prompt, num_tokens=32):
+            print(token, end=" ", flush=True)
+        print(f"\n{model.stats().gigabytes_per_second:.2f} GB/s, {model.stats().amplification:.2f}x read")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]), [int(token) for token in sys.argv[3:]])
