@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import weakref
 from dataclasses import replace
 
 import pytest
 
+from ray_streamer.report.verdict.evidence import Evidence, slowest_node
 from ray_streamer.report.verdict.judge import judge
 from ray_streamer.report.verdict.model import Asked
 from ray_streamer.report.verdict.observe import observe_node
@@ -192,3 +195,22 @@ def test_a_long_load_is_replayed_in_part(constructed):
     assert observed.model.thinning == math.ceil(20_000 / 8000)
     assert sum(len(rank.reads) for rank in observed.model.ranks) <= 8000
     assert replay_seconds(observed.model) == pytest.approx(load.seconds, rel=0.02)
+
+
+def test_a_verdict_is_found_once_and_its_evidence_let_go_then(constructed, statistics_of):
+    trace = constructed(first_byte_seconds=0.2).trace()
+    evidence = Evidence([trace], Asked(16, 1 << 20))
+    traces = weakref.ref(trace.spans.times)
+    ranks = [statistics_of(trace), replace(statistics_of(trace), rank=1)]
+    del trace
+    first = evidence.verdict(ranks, {})
+    assert first.bound == "first byte"
+    assert evidence.verdict(ranks, {}) is first
+    gc.collect()
+    assert traces() is None
+
+
+def test_the_node_that_took_longest_is_judged(constructed, statistics_of):
+    loads = [constructed(rank=rank, first_byte_seconds=0.1 + (rank == 2)) for rank in range(4)]
+    ranks = [statistics_of(load.trace()) for load in loads]
+    assert slowest_node([(0, 1), (2, 3)], ranks) == (2, 3)

@@ -37,6 +37,8 @@ class Evidence:
         if self._found is None:
             of_node = [rank for rank in ranks if any(rank.rank == trace.rank for trace in self._traces)]
             self._found = (judge(self._traces, of_node, self._asked, phases),)
+            # A report may be kept for long, and the traces are large.
+            self._traces = ()
         return self._found[0]
 
 
