@@ -45,8 +45,9 @@ class TokenFeed(BaseStreamer):
         Raises:
             ValueError: There are several sequences.
         """
-        if (value.dim() > 1 and value.shape[0] > 1) or (value.dim() == 1 and value.shape[0] > 1):
-            raise ValueError(f"tokens of one prompt can be streamed, got {value.shape[0]} sequences")
+        # The prompt is of shape (num_sequences, length), tokens of shape (num_sequences,).
+        if value.shape[0] > 1:
+            raise ValueError(f"the tokens of one sequence can be streamed, got {value.shape[0]} sequences")
         with self._changed:
             if self._has_prompt:
                 self._tokens += value.flatten().tolist()
