@@ -191,6 +191,18 @@ def loaded_example(name: str) -> Any:
     return example
 
 
+def test_a_tp_that_cuts_heads_is_refused_by_the_ranks_which_keep_their_model(
+    model: Any, own: Any, folder: Path, tmp_path: Path
+) -> None:
+    config = transformers.LlamaConfig.from_pretrained(folder)
+    config.num_key_value_heads = 1
+    config.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").symlink_to(folder / "model.safetensors")
+    with pytest.raises(ShardingError, match=r"tp=2 does not divide num_key_value_heads=1; tp that work: 1$"):
+        model.reload(tmp_path)
+    assert model.generate(PROMPT, **GREEDY).tolist() == expected(own, **GREEDY)
+
+
 def test_reload_makes_the_model_of_other_weights(model: Any, own: Any, tmp_path: Path) -> None:
     changed = transformers.LlamaForCausalLM(own.config)
     torch.nn.init.normal_(changed.lm_head.weight)
@@ -231,13 +243,6 @@ def test_quantized_weights_are_refused_before_ray_starts(folder: Path, tmp_path:
     (tmp_path / "model.safetensors").symlink_to(folder / "model.safetensors")
     with pytest.raises(ShardingError, match="gptq"):
         ray_streamer.load_sharded(tmp_path, tp=2, bootstrap="transformers", address="127.0.0.1:1")
-
-
-def test_a_tp_that_cuts_heads_is_refused_by_the_ranks(local_ray: None, folder: Path) -> None:
-    # Beside the model of the other tests.
-    placement = ray_streamer.PlacementOptions(num_cpus_per_rank=0.25)
-    with pytest.raises(ShardingError, match="tp that work: 1, 2"):
-        ray_streamer.load_sharded(folder, tp=4, bootstrap="transformers", placement=placement)
 
 
 def test_one_rank_alone_holds_the_whole_model(local_ray: None, folder: Path, own: Any) -> None:
