@@ -226,6 +226,8 @@ def made_by_first(session: NodeSession, make: Callable[[], bytes]) -> memoryview
         RankFailedError: Another rank failed, or the first one in another way.
     """
     try:
+        # Until all are here, the end of the first rank could be told to one that still waits for something else.
+        session.gather(b"")
         return session.share(make)
     except RankFailedError as error:
         # What is wrong with a checkpoint is nobody's fault in particular, and every rank's error.

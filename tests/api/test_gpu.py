@@ -92,7 +92,7 @@ def test_a_worker_keeps_its_tensors_on_the_gpu(checkpoint, use_library, scratch:
     worker = LoadWorker(1, request)
     terms = MemoryTerms(1 << 20, request.read_limits((1 << 20, 1 << 20)))
     index_bytes = worker.read_index(request)
-    plan = worker.plan(request, index_bytes, Topology.even(2, 2), (1 << 20, 1 << 20))
+    plan = request.plan(Topology.even(2, 2), memory_limits=(1 << 20, 1 << 20))
     for session in ("first", "again"):
         agreed = worker.agree(request, index_bytes, Seating(session=session, ranks=(1,), node="here", terms=terms))
         assert (agreed.node_plan_hash, agreed.slices_hash) == (
