@@ -1,6 +1,7 @@
 # make demo    load a checkpoint over a local Ray from disk and from S3, and prove every slice
 # make check   lint, types and the quick tests
-# make test    lint, types and the whole test suite, but for the oracles
+# make test    lint, types and the test suite, but for oracles and slow tests
+# make test-slow  the slow tests: more ranks, replicas and nodes over Ray
 # make test-oracles  every model family against other people's loaders
 # make test-vllm  what vLLM's own loaders and engine make of it, in an environment of its own (3.8 GB)
 # make bench   side by side with other ways to load
@@ -27,7 +28,10 @@ QUICK_TESTS := $(addprefix tests/,capture checkpoint planning sharding slices st
 BIN := $(VENV)/bin
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt
 
-.PHONY: demo lint check test test-oracles test-vllm bench gpu-check azurite docs clean
+# Hundreds of processes import this package and its libraries: none should compile them anew.
+unexport PYTHONDONTWRITEBYTECODE
+
+.PHONY: demo lint check test test-slow test-oracles test-vllm bench gpu-check azurite docs clean
 
 demo: $(VENV)/.demo-installed
 	$(BIN)/ray-streamer demo $(DEMO_ARGS)
@@ -38,11 +42,14 @@ lint: $(VENV)/.test-installed
 	$(BIN)/basedpyright --pythonpath $(BIN)/python
 
 check: lint
-	$(BIN)/python -m pytest -m "not oracle" $(QUICK_TESTS) $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "not oracle and not slow" $(QUICK_TESTS) $(PYTEST_ARGS)
 
 # Many tests wait for others to fail or to come, so three processes keep two cores busy.
 test: lint
-	$(BIN)/python -m pytest -n 3 -m "not oracle" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n 3 -m "not oracle and not slow" $(PYTEST_ARGS)
+
+test-slow: $(VENV)/.test-installed
+	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
 
 test-oracles: $(VENV)/.test-installed
 	$(BIN)/python -m pytest -m oracle $(PYTEST_ARGS)

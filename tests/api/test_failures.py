@@ -170,7 +170,11 @@ def group(request: pytest.FixtureRequest) -> Iterator[PlacementGroup | None]:
     remove_placement_group(given)
 
 
-@pytest.mark.parametrize(("group", "victim"), [("own group", 0), ("caller's group", 1)], indirect=["group"])
+@pytest.mark.parametrize(
+    ("group", "victim"),
+    [pytest.param("own group", 0, marks=pytest.mark.slow), ("caller's group", 1)],
+    indirect=["group"],
+)
 def test_a_rank_is_killed_in_the_middle_of_a_load(
     bench: Bench, group: PlacementGroup | None, victim: int, wait_until: Callable[..., None]
 ) -> None:

@@ -60,7 +60,7 @@ def find_faults(context: RankContext, folder: str) -> list[str]:
     "arguments",
     [
         pytest.param({"tp": 2, "pp": (2, 1), "ep": True}, id="stages-of-whole-experts"),
-        pytest.param({"tp": 1, "ep": 4, "replicas": 4}, id="experts-over-replicas"),
+        pytest.param({"tp": 1, "ep": 4, "replicas": 4}, id="experts-over-replicas", marks=pytest.mark.slow),
     ],
 )
 def test_every_rank_holds_its_stage_and_its_experts(local_ray: None, mixtral: Path, arguments: dict[str, Any]) -> None:

@@ -245,6 +245,7 @@ def test_quantized_weights_are_refused_before_ray_starts(folder: Path, tmp_path:
         ray_streamer.load_sharded(tmp_path, tp=2, bootstrap="transformers", address="127.0.0.1:1")
 
 
+@pytest.mark.slow
 def test_one_rank_alone_holds_the_whole_model(local_ray: None, folder: Path, own: Any) -> None:
     asked = TransformersBootstrap(transformers.LlamaForCausalLM, {"attn_implementation": "eager"})
     with ray_streamer.load_sharded(folder, bootstrap=asked, dtype="float32") as model:

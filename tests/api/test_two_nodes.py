@@ -29,7 +29,7 @@ def find_faults(context: RankContext, folder: str) -> list[str]:
     ("tp", "replicas", "strategy", "nodes", "halves"),
     [
         # Each node holds a whole replica and reads all of it.
-        pytest.param(2, 2, "auto", ((0, 1), (2, 3)), False, id="a-replica-on-each-node"),
+        pytest.param(2, 2, "auto", ((0, 1), (2, 3)), False, id="a-replica-on-each-node", marks=pytest.mark.slow),
         # What is split is read by one node, what is replicated by both.
         pytest.param(4, 1, "auto", ((0, 1), (2, 3)), True, id="four-ranks-over-two-nodes"),
         pytest.param(2, 1, "STRICT_SPREAD", ((0,), (1,)), True, id="one-rank-on-each-node"),

@@ -233,6 +233,7 @@ def compare_all(rank, uris, folders, meeting):
     return {name: compare(uris[name], folders[name]) for name in folders}
 
 
+@pytest.mark.slow
 def test_two_ranks_share_a_model_in_s3_and_read_it_once(folders, s3_credentials, tmp_path, monkeypatch):
     monkeypatch.setenv("RAY_STREAMER_CACHE_DIR", str(tmp_path / "cache"))
     # Its sizes are those of llama_uneven, and divide.

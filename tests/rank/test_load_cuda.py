@@ -189,7 +189,7 @@ def test_a_read_that_fails_while_copies_are_under_way(ranks, halves_plan):
     failed = threading.Event()
 
     def before_read(path, extent, count) -> None:
-        if count == 5:
+        if count == 2:
             failed.set()
             raise error
 
