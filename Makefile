@@ -26,7 +26,8 @@ QUICK_TESTS := $(addprefix tests/,capture checkpoint planning sharding slices st
 	test_settings.py)
 
 BIN := $(VENV)/bin
-INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt
+# What is imported is compiled then; most of what is installed never is.
+INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile $(PIP_ARGS) -c constraints.txt
 
 # Hundreds of processes import this package and its libraries: none should compile them anew.
 unexport PYTHONDONTWRITEBYTECODE

@@ -39,9 +39,13 @@ RAY_TESTS = {
 }
 
 
+WAITING_TESTS = ("tests/storage/test_waits.py", "tests/exchange/test_failures.py", "tests/test_process_limits.py")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What takes longest begins first."""
-    items.sort(key=lambda item: group_of(item.nodeid) not in RAY_TESTS)
+    """What takes longest begins first, then what waits most."""
+    groups = [*RAY_TESTS, *WAITING_TESTS]
+    items.sort(key=lambda item: groups.index(group) if (group := group_of(item.nodeid)) in groups else len(groups))
 
 
 @pytest.hookimpl(optionalhook=True)
