@@ -21,8 +21,9 @@ from urllib.parse import parse_qsl, quote, urlencode, urlsplit
 from ray_streamer.errors import AccessError, SettingsError, StorageError
 from ray_streamer.storage.azure_key import AccountKey
 from ray_streamer.storage.azure_listing import parse_page
-from ray_streamer.storage.bounded_call import call_within
+from ray_streamer.storage.bounded_call import find_credentials
 from ray_streamer.storage.extras import missing_extra
+from ray_streamer.storage.http_route import is_http_address
 from ray_streamer.storage.object_store import ObjectStore, Request, if_match
 from ray_streamer.storage.refusal import Refusal, skew_of, xml_element
 
@@ -159,15 +160,9 @@ class AzureTokens:
             self._credential = self._credential or DefaultAzureCredential()
             return self._credential.get_token(_SCOPE)
 
-        try:
-            found = call_within(self._timeout_seconds, find, what="credentials")
-        except TimeoutError:
-            raise AccessError(
-                f"azure-identity found no credentials in {self._timeout_seconds:g} s (s3_credentials_timeout_seconds); {_WHO}"
-            ) from None
-        except (AzureError, OSError, ValueError, KeyError, TypeError) as error:
-            # Not from the error, which may quote answers with tokens in them.
-            raise AccessError(f"azure-identity has no credentials ({type(error).__name__}): {_WHO}") from None
+        found = find_credentials(
+            "azure-identity", find, seconds=self._timeout_seconds, refusals=(AzureError,), advice=_WHO
+        )
         self._token = found.token
         self._renew_at = found.expires_on - _RENEWED_BEFORE_SECONDS
 
@@ -297,12 +292,7 @@ def _endpoint_of(host: str, name: str, said: Mapping[str, str]) -> str:
 
 
 def _refuse_unusable(endpoint: str, sas_token: str) -> None:
-    try:
-        parts = urlsplit(endpoint)
-        is_address = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:
-        is_address = False
-    if not is_address or "@" in endpoint or "?" in endpoint:
+    if not is_http_address(endpoint) or "@" in endpoint or "?" in endpoint:
         raise SettingsError("AZURE_STORAGE_CONNECTION_STRING (not shown) has a BlobEndpoint that is no address")
     if sas_token and not (_SAS.fullmatch(sas_token) and any(name == "sig" for name, _ in parse_qsl(sas_token))):
         raise SettingsError(

@@ -7,6 +7,8 @@ import threading
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, TypeVar
 
+from ray_streamer.errors import AccessError
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -38,3 +40,29 @@ def call_within(seconds: float, call: Callable[[], _Result], *, what: str) -> _R
     if error is not None:
         raise error
     return result  # type: ignore[return-value]
+
+
+def find_credentials(
+    library: str, find: Callable[[], _Result], *, seconds: float, refusals: tuple[type[Exception], ...], advice: str
+) -> _Result:
+    """The credentials that `library` finds, or renews, by calling `find`.
+
+    Args:
+        library: Its name.
+        find: Asks it.
+        seconds: How long that may take: `s3_credentials_timeout_seconds`.
+        refusals: Its own errors.
+        advice: How to tell it who asks.
+
+    Raises:
+        AccessError: It found none, or none in time.
+    """
+    try:
+        return call_within(seconds, find, what="credentials")
+    except TimeoutError:
+        raise AccessError(
+            f"{library} found no credentials in {seconds:g} s (s3_credentials_timeout_seconds); {advice}"
+        ) from None
+    except (*refusals, OSError, ValueError, KeyError, TypeError) as error:
+        # Not from the error, which may quote answers with tokens in them.
+        raise AccessError(f"{library} has no credentials ({type(error).__name__}): {advice}") from None

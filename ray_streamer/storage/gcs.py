@@ -15,9 +15,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 from urllib.parse import quote, urlencode, urlsplit
 
-from ray_streamer.errors import AccessError, SettingsError
-from ray_streamer.storage.bounded_call import call_within
+from ray_streamer.errors import SettingsError
+from ray_streamer.storage.bounded_call import find_credentials
 from ray_streamer.storage.extras import missing_extra
+from ray_streamer.storage.http_route import is_http_address
 from ray_streamer.storage.identity import Identity
 from ray_streamer.storage.listing import MAX_TOKEN_CHARS, ListingPage
 from ray_streamer.storage.object_store import ObjectStore, Request
@@ -145,15 +146,9 @@ class GoogleCredentials:
                 found.refresh(Transport())
             return found
 
-        try:
-            self._credentials = call_within(self._timeout_seconds, find, what="credentials")
-        except TimeoutError:
-            raise AccessError(
-                f"google-auth found no credentials in {self._timeout_seconds:g} s (s3_credentials_timeout_seconds); {_WHO}"
-            ) from None
-        except (exceptions.GoogleAuthError, OSError, ValueError, KeyError, TypeError) as error:
-            # Not from the error, which may quote answers with tokens in them.
-            raise AccessError(f"google-auth has no credentials ({type(error).__name__}): {_WHO}") from None
+        self._credentials = find_credentials(
+            "google-auth", find, seconds=self._timeout_seconds, refusals=(exceptions.GoogleAuthError,), advice=_WHO
+        )
         self._is_refused = False
         return self._credentials
 
@@ -246,14 +241,7 @@ def open_store(uri: str, settings: StorageSettings) -> GoogleStore:
         raise SettingsError(f"{uri} names no bucket; give gs://BUCKET/PREFIX")
     emulator = os.environ.get("STORAGE_EMULATOR_HOST", "")
     endpoint = (emulator if "://" in emulator else f"http://{emulator}") if emulator else _ENDPOINT
-    try:
-        parts = urlsplit(endpoint)
-        is_address = (
-            parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0 and "@" not in parts.netloc
-        )
-    except ValueError:
-        is_address = False
-    if not is_address:
+    if not is_http_address(endpoint) or "@" in urlsplit(endpoint).netloc:
         raise SettingsError("STORAGE_EMULATOR_HOST is no address; give http://HOST:PORT")
     has_credentials = not is_anonymous and not emulator
     return GoogleStore(

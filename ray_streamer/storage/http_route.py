@@ -52,6 +52,15 @@ class Route:
         return self.is_proxied and self.scheme == "https"
 
 
+def is_http_address(url: str) -> bool:
+    """Whether a url names a server that can be asked over HTTP, and a port that exists if it names one."""
+    try:
+        parts = urlsplit(url)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        return False
+
+
 def route_of(url: str) -> Route:
     """The way to the server of a url, by the environment as it is now.
 

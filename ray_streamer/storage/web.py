@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import quote, urljoin, urlsplit
 
 from ray_streamer.errors import AccessError, ObjectMissingError, SettingsError, StorageError
+from ray_streamer.storage.http_route import is_http_address
 from ray_streamer.storage.object_store import ObjectStore, Request, if_match
 from ray_streamer.storage.refusal import Refusal, skew_of
 from ray_streamer.storage.retry import PassingFault
@@ -230,13 +231,9 @@ def open_store(uri: str, settings: StorageSettings) -> WebStore:
     Raises:
         SettingsError: It names no server, or `http_query` or `http_authorization` cannot be sent.
     """
-    parts = urlsplit(uri)
-    try:
-        has_host = bool(parts.hostname) and parts.port != 0
-    except ValueError:
-        has_host = False
-    if not has_host:
+    if not is_http_address(uri):
         raise SettingsError(f"{uri} names no server; give https://HOST/FOLDER")
+    parts = urlsplit(uri)
     return WebStore(
         uri,
         root=quote(f"{parts.scheme.lower()}://{parts.netloc}{parts.path}".rstrip("/"), safe="%/:@!$&'()*+,;=~[]"),

@@ -13,7 +13,7 @@ import random
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import get_ident
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import pytest
 
@@ -21,6 +21,8 @@ from ray_streamer.errors import ObjectChangedError, ObjectMissingError, ShortRea
 from ray_streamer.extent import Extent
 from ray_streamer.settings import Settings
 from ray_streamer.storage import open_storage
+from ray_streamer.testing.checkpoints import llama_layout, write_checkpoint
+from ray_streamer.testing.faults import Fault, FaultProxy
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -50,6 +52,46 @@ def read(storage: Storage, path: str, extent: Extent, etag: str, *, skew: int = 
     assert memory[: len(margin)] == margin, "bytes before the buffer were written"
     assert memory[stop:] == _MARGIN, "bytes after the buffer were written"
     return bytes(memory[len(margin) : stop])
+
+
+PASSING_FAULTS = pytest.mark.parametrize(
+    "fault",
+    [
+        Fault(status=503),
+        Fault(body_bytes=1000),
+        Fault(body_bytes=1000, end="reset"),
+        Fault(body_bytes=1000, end="stall"),
+    ],
+    ids=["503", "truncated", "reset", "stalled"],
+)
+"""What a read survives when it happens twice."""
+
+
+def check_read_through(storage: Storage, proxy: FaultProxy, fault: Fault) -> None:
+    """`CONTENT`, which is at "a", is read bit for bit through a proxy that fails twice; stalls end soon in `storage`."""
+    etag = storage.size_and_etag("a").etag
+    proxy.fail_next(fault, fault)
+    assert read(storage, "a", Extent(5, len(CONTENT)), etag) == CONTENT[5:]
+    assert proxy.num_faults == 2
+
+
+def write_llama(folder: Path, *, num_files: int = 2) -> None:
+    """A small checkpoint."""
+    layout = llama_layout(hidden=64, layers=2, heads=4, kv_heads=2, intermediate=128, vocab=100)
+    write_checkpoint(folder, layout.tensors, num_files=num_files, config=layout.config)
+
+
+def check_load(uri: str, folder: Path, **arguments: Any) -> None:
+    """What is loaded from a store is what is loaded from the folder that was written to it."""
+    import torch
+
+    import ray_streamer
+
+    tensors = ray_streamer.load_rank(uri, rank=0, world_size=1, **arguments)
+    expected = ray_streamer.load_rank(str(folder), rank=0, world_size=1)
+    assert tensors.keys() == expected.keys()
+    for name, tensor in tensors.items():
+        assert tensor.view(torch.uint8).equal(expected[name].view(torch.uint8)), name
 
 
 class StorageContract:

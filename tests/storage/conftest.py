@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pytest
@@ -66,17 +67,23 @@ def etag(place):
 
 
 @pytest.fixture
-def open_s3():
+def open_store():
     """A function that opens a storage for the length of a test."""
     opened = []
 
-    def open_s3(uri, **settings):
-        opened.append(open_storage(uri, Settings.resolve(**{"retry_deadline_seconds": 5.0, **settings})))
+    def open_store(uri, **settings):
+        opened.append(open_storage(uri, Settings.resolve(**{"retry_deadline_seconds": 2.0, **settings})))
         return opened[-1]
 
-    yield open_s3
+    yield open_store
     for storage in opened:
         storage.close()
+
+
+@pytest.fixture
+def open_s3(open_store):
+    """The same, with more time for requests that fail."""
+    return partial(open_store, retry_deadline_seconds=5.0)
 
 
 @pytest.fixture

@@ -16,10 +16,8 @@ from datetime import UTC, datetime, timedelta
 from urllib.parse import urlencode
 
 import pytest
-import torch
 from pyarrow import fs
 
-import ray_streamer
 from ray_streamer.errors import (
     AccessError,
     ObjectChangedError,
@@ -29,17 +27,22 @@ from ray_streamer.errors import (
     ThrottledError,
 )
 from ray_streamer.extent import Extent
-from ray_streamer.settings import Settings
-from ray_streamer.storage import open_storage
 from ray_streamer.storage.azure import account_of
 from ray_streamer.storage.azure_listing import parse_page
 from ray_streamer.storage.listing import ListingPage
 from ray_streamer.testing.azurite import ACCOUNT, KEY, azurite, azurite_program
-from ray_streamer.testing.checkpoints import llama_layout, write_checkpoint
-from ray_streamer.testing.faults import Fault, FaultProxy
+from ray_streamer.testing.faults import FaultProxy
 from ray_streamer.testing.file_server import file_bytes
 from ray_streamer.testing.hostile_store import HostileStore, answer_bytes
-from ray_streamer.testing.storage_suite import CONTENT, StorageContract, read
+from ray_streamer.testing.storage_suite import (
+    CONTENT,
+    PASSING_FAULTS,
+    StorageContract,
+    check_load,
+    check_read_through,
+    read,
+    write_llama,
+)
 
 PLANTED = re.compile("planted|Eby8vdM02", re.IGNORECASE)
 PLANTED_KEY = base64.b64encode(b"planted key of 32 bytes or more..").decode()
@@ -95,20 +98,6 @@ def place(azurite_url, monkeypatch):
     return AzurePlace(f"az://models/{prefix}", filesystem_of(azurite_url), f"models/{prefix}", azurite_url)
 
 
-@pytest.fixture
-def open_azure():
-    """A function that opens a storage for the length of a test."""
-    opened = []
-
-    def open_azure(uri, **settings):
-        opened.append(open_storage(uri, Settings.resolve(**{"retry_deadline_seconds": 2.0, **settings})))
-        return opened[-1]
-
-    yield open_azure
-    for storage in opened:
-        storage.close()
-
-
 class TestAzurite(StorageContract):
     @pytest.fixture
     def place(self, place):
@@ -132,67 +121,50 @@ def sas_token(*, permissions="rl", expires_in=timedelta(hours=1)):
     )
 
 
-def test_a_sas_token(place, open_azure, monkeypatch):
+def test_a_sas_token(place, open_store, monkeypatch):
     place.write("a", CONTENT)
     connect(monkeypatch, place.url, SharedAccessSignature=sas_token())
-    storage = open_azure(place.uri)
+    storage = open_store(place.uri)
     assert storage.list() == ["a"]
     assert read(storage, "a", Extent(5, 99), storage.size_and_etag("a").etag) == CONTENT[5:99]
     connect(monkeypatch, place.url)
     for token in (sas_token(permissions="l"), sas_token(expires_in=-timedelta(hours=1))):
         monkeypatch.setenv("AZURE_STORAGE_SAS_TOKEN", f"?{token}")
         with pytest.raises(AccessError, match=r"az://models/.*HTTP 403 Auth") as caught:
-            open_azure(place.uri).read_head("a", 4)
+            open_store(place.uri).read_head("a", 4)
         signature = token.partition("sig=")[2]
         assert signature not in "".join(traceback.format_exception(caught.value))
 
 
-def test_a_wrong_key(place, open_azure, monkeypatch):
+def test_a_wrong_key(place, open_store, monkeypatch):
     place.write("a", CONTENT)
     connect(monkeypatch, place.url, AccountKey=PLANTED_KEY)
     for ask in (lambda storage: storage.read_head("a", 4), lambda storage: storage.list()):
         with pytest.raises(AccessError, match=r"HTTP 403 AuthorizationFailure") as caught:
-            ask(open_azure(place.uri))
+            ask(open_store(place.uri))
         assert not PLANTED.search("".join(traceback.format_exception(caught.value)))
 
 
-def test_a_container_that_is_not_there(place, open_azure):
+def test_a_container_that_is_not_there(place, open_store):
     for ask in (lambda storage: storage.read_head("a", 4), lambda storage: storage.list()):
         with pytest.raises(ObjectMissingError, match=r"no such container.*ContainerNotFound"):
-            ask(open_azure("az://nowhere/m"))
+            ask(open_store("az://nowhere/m"))
 
 
-@pytest.mark.parametrize(
-    "fault",
-    [
-        Fault(status=503),
-        Fault(body_bytes=1000),
-        Fault(body_bytes=1000, end="reset"),
-        Fault(body_bytes=1000, end="stall"),
-    ],
-    ids=["503", "truncated", "reset", "stalled"],
-)
-def test_faults_end_bit_for_bit(place, open_azure, monkeypatch, fault):
+@PASSING_FAULTS
+def test_faults_end_bit_for_bit(place, open_store, monkeypatch, fault):
     place.write("a", CONTENT)
     with FaultProxy(place.url) as proxy:
         connect(monkeypatch, proxy.url, AccountKey=KEY)
-        storage = open_azure(place.uri, stall_timeout_seconds=0.5)
-        etag = storage.size_and_etag("a").etag
-        proxy.fail_next(fault, fault)
-        assert read(storage, "a", Extent(5, len(CONTENT)), etag) == CONTENT[5:]
-        assert proxy.num_faults == 2
+        storage = open_store(place.uri, stall_timeout_seconds=0.5)
+        check_read_through(storage, proxy, fault)
 
 
 def test_a_checkpoint_is_loaded(place, tmp_path):
-    layout = llama_layout(hidden=64, layers=2, heads=4, kv_heads=2, intermediate=128, vocab=100)
-    write_checkpoint(tmp_path, layout.tensors, num_files=2, config=layout.config)
+    write_llama(tmp_path)
     for path in tmp_path.iterdir():
         place.write(path.name, path.read_bytes())
-    tensors = ray_streamer.load_rank(place.uri, rank=0, world_size=1)
-    expected = ray_streamer.load_rank(str(tmp_path), rank=0, world_size=1)
-    assert tensors.keys() == expected.keys()
-    for name, tensor in tensors.items():
-        assert tensor.view(torch.uint8).equal(expected[name].view(torch.uint8)), name
+    check_load(place.uri, tmp_path)
 
 
 class Identity(HostileStore):
@@ -250,8 +222,8 @@ def listing(blobs, marker=""):
     return f"\ufeff<EnumerationResults><Blobs>{blobs}</Blobs><NextMarker>{marker}</NextMarker></EnumerationResults>".encode()
 
 
-def test_tokens_of_an_identity_are_used_and_renewed(identity, store, open_azure):
-    storage = open_azure("az://models/m")
+def test_tokens_of_an_identity_are_used_and_renewed(identity, store, open_store):
+    storage = open_store("az://models/m")
     assert storage.list() == ["a"]
     etag = storage.size_and_etag("a").etag
     assert read(storage, "a", Extent(5, 99), etag) == CONTENT[5:99]
@@ -263,25 +235,25 @@ def test_tokens_of_an_identity_are_used_and_renewed(identity, store, open_azure)
     assert not PLANTED.search("".join(traceback.format_exception(caught.value)))
 
 
-def test_tokens_that_end_are_renewed_before(identity, store, open_azure):
+def test_tokens_that_end_are_renewed_before(identity, store, open_store):
     identity.lifetime_seconds = 30
-    storage = open_azure("az://models/m")
+    storage = open_store("az://models/m")
     for _ in range(2):
         storage.size_and_etag("a")
     assert identity.num_tokens == 2
 
 
-def test_nobody_asks(store, open_azure, monkeypatch):
+def test_nobody_asks(store, open_store, monkeypatch):
     monkeypatch.setitem(sys.modules, "azure.identity", None)
     store.good = {None}
-    storage = open_azure("az://models/m", azure_unsigned=True)
+    storage = open_store("az://models/m", azure_unsigned=True)
     assert (storage.list(), storage.read_head("a", 4)[0]) == (["a"], CONTENT[:4])
 
 
-def test_without_azure_identity(store, open_azure, monkeypatch):
+def test_without_azure_identity(store, open_store, monkeypatch):
     monkeypatch.setitem(sys.modules, "azure.identity", None)
     with pytest.raises(SettingsError, match=re.escape("pip install 'ray_streamer[azure]'")):
-        open_azure("az://models/m").list()
+        open_store("az://models/m").list()
 
 
 @pytest.mark.parametrize(
@@ -297,10 +269,10 @@ def test_without_azure_identity(store, open_azure, monkeypatch):
         (418, "Odd", StorageError, r"HTTP 418 Odd \(in words\), request id request-1"),
     ],
 )
-def test_what_azure_says_is_told(store, open_azure, status, code, error, words):
+def test_what_azure_says_is_told(store, open_store, status, code, error, words):
     store.answer = lambda _: refused(status, code, "in words.")
     with pytest.raises(error, match=words) as caught:
-        open_azure("az://models/m", azure_unsigned=True, retry_deadline_seconds=0.1).size_and_etag("a")
+        open_store("az://models/m", azure_unsigned=True, retry_deadline_seconds=0.1).size_and_etag("a")
     assert "(in words)" in str(caught.value)
 
 
@@ -314,9 +286,9 @@ ACCOUNTS = {
 
 
 @pytest.mark.parametrize("uri", ACCOUNTS)
-def test_where_an_account_is(open_azure, monkeypatch, uri):
+def test_where_an_account_is(open_store, monkeypatch, uri):
     monkeypatch.setenv("AZURE_STORAGE_CONNECTION_STRING", "UseDevelopmentStorage=true")
-    assert open_azure(uri)._store.endpoint == ACCOUNTS[uri]
+    assert open_store(uri)._store.endpoint == ACCOUNTS[uri]
 
 
 @pytest.mark.parametrize(
@@ -351,11 +323,11 @@ def test_what_variables_say(monkeypatch, variables, endpoint):
         ("az://models/m", {"CONNECTION_STRING": "AccountName=mine;BlobEndpoint=planted"}, "BlobEndpoint that is no address"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_used_is_refused_unseen(open_azure, monkeypatch, uri, variables, words):
+def test_what_cannot_be_used_is_refused_unseen(open_store, monkeypatch, uri, variables, words):
     for name, value in variables.items():
         monkeypatch.setenv(f"AZURE_STORAGE_{name}", value)
     with pytest.raises(SettingsError, match=words) as caught:
-        open_azure(uri)
+        open_store(uri)
     assert not PLANTED.search("".join(traceback.format_exception(caught.value)))
 
 
@@ -382,7 +354,7 @@ def test_pages_of_a_listing():
     ],
     ids=["empty", "json", "other", "open", "doctype", "nameless", "marker"],
 )
-def test_listings_that_are_none(store, open_azure, body):
+def test_listings_that_are_none(store, open_store, body):
     store.answer = lambda _: answer_bytes(200, body)
     with pytest.raises(StorageError, match="expected the keys"):
-        open_azure("az://models/m", azure_unsigned=True).list()
+        open_store("az://models/m", azure_unsigned=True).list()

@@ -16,21 +16,25 @@ from pathlib import Path
 from urllib.parse import parse_qs
 
 import pytest
-import torch
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
 from pyarrow import fs
 
-import ray_streamer
 from ray_streamer.errors import AccessError, ObjectChangedError, ObjectMissingError, SettingsError, StorageError
 from ray_streamer.extent import Extent
-from ray_streamer.settings import Settings
-from ray_streamer.storage import gcs, open_storage
-from ray_streamer.testing.checkpoints import llama_layout, write_checkpoint
-from ray_streamer.testing.faults import Fault, FaultProxy
+from ray_streamer.storage import gcs
+from ray_streamer.testing.faults import FaultProxy
 from ray_streamer.testing.file_server import file_bytes
 from ray_streamer.testing.hostile_store import HostileStore, answer_bytes
-from ray_streamer.testing.storage_suite import CONTENT, StorageContract, read
+from ray_streamer.testing.storage_suite import (
+    CONTENT,
+    PASSING_FAULTS,
+    StorageContract,
+    check_load,
+    check_read_through,
+    read,
+    write_llama,
+)
 
 PLANTED = re.compile("planted", re.IGNORECASE)
 _numbers = itertools.count()
@@ -67,66 +71,35 @@ def place(google_url, monkeypatch):
     return GooglePlace(f"gs://models/{prefix}", google_url, prefix)
 
 
-@pytest.fixture
-def open_google():
-    """A function that opens a storage for the length of a test."""
-    opened = []
-
-    def open_google(uri, **settings):
-        opened.append(open_storage(uri, Settings.resolve(**{"retry_deadline_seconds": 2.0, **settings})))
-        return opened[-1]
-
-    yield open_google
-    for storage in opened:
-        storage.close()
-
-
 class TestGoogle(StorageContract):
     @pytest.fixture
     def place(self, place):
         return place
 
 
-def test_the_store_itself_refuses_another_generation(place, open_google, monkeypatch):
+def test_the_store_itself_refuses_another_generation(place, open_store, monkeypatch):
     place.write("a", CONTENT)
-    storage = open_google(place.uri)
+    storage = open_store(place.uri)
     etag = storage.size_and_etag("a").etag
     place.write("a", CONTENT[::-1])
     with pytest.raises(ObjectChangedError, match=r"HTTP 412.*the store says now: ETag"):
         read(storage, "a", Extent(0, 100), etag)
 
 
-@pytest.mark.parametrize(
-    "fault",
-    [
-        Fault(status=503),
-        Fault(body_bytes=1000),
-        Fault(body_bytes=1000, end="reset"),
-        Fault(body_bytes=1000, end="stall"),
-    ],
-    ids=["503", "truncated", "reset", "stalled"],
-)
-def test_faults_end_bit_for_bit(place, open_google, monkeypatch, fault):
+@PASSING_FAULTS
+def test_faults_end_bit_for_bit(place, open_store, monkeypatch, fault):
     place.write("a", CONTENT)
     with FaultProxy(place.url) as proxy:
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", proxy.url.removeprefix("http://"))
-        storage = open_google(place.uri, stall_timeout_seconds=0.5)
-        etag = storage.size_and_etag("a").etag
-        proxy.fail_next(fault, fault)
-        assert read(storage, "a", Extent(5, len(CONTENT)), etag) == CONTENT[5:]
-        assert proxy.num_faults == 2
+        storage = open_store(place.uri, stall_timeout_seconds=0.5)
+        check_read_through(storage, proxy, fault)
 
 
 def test_a_checkpoint_is_loaded(place, tmp_path):
-    layout = llama_layout(hidden=64, layers=2, heads=4, kv_heads=2, intermediate=128, vocab=100)
-    write_checkpoint(tmp_path, layout.tensors, num_files=2, config=layout.config)
+    write_llama(tmp_path)
     for path in tmp_path.iterdir():
         place.write(path.name, path.read_bytes())
-    tensors = ray_streamer.load_rank(place.uri, rank=0, world_size=1)
-    expected = ray_streamer.load_rank(str(tmp_path), rank=0, world_size=1)
-    assert tensors.keys() == expected.keys()
-    for name, tensor in tensors.items():
-        assert tensor.view(torch.uint8).equal(expected[name].view(torch.uint8)), name
+    check_load(place.uri, tmp_path)
 
 
 class TokenServer(ThreadingHTTPServer):
@@ -197,8 +170,8 @@ def store(monkeypatch):
         yield store
 
 
-def test_tokens_of_a_service_account_are_used_and_renewed(tokens, store, open_google):
-    storage = open_google("gs://models/m")
+def test_tokens_of_a_service_account_are_used_and_renewed(tokens, store, open_store):
+    storage = open_store("gs://models/m")
     assert storage.list() == ["a"]
     info = storage.size_and_etag("a")
     assert (info.size_bytes, info.etag) == (len(CONTENT), '"17"')
@@ -211,8 +184,8 @@ def test_tokens_of_a_service_account_are_used_and_renewed(tokens, store, open_go
     assert tokens.num_tokens == 2
 
 
-def test_many_threads_that_are_refused_get_one_new_token(tokens, store, open_google):
-    storage = open_google("gs://models/m")
+def test_many_threads_that_are_refused_get_one_new_token(tokens, store, open_store):
+    storage = open_store("gs://models/m")
     etag = storage.size_and_etag("a").etag
     store.good = {"Bearer planted-token-2"}
     with ThreadPoolExecutor(8) as pool:
@@ -221,52 +194,52 @@ def test_many_threads_that_are_refused_get_one_new_token(tokens, store, open_goo
     assert tokens.num_tokens == 2
 
 
-def test_tokens_that_end_are_renewed_before(tokens, store, open_google):
+def test_tokens_that_end_are_renewed_before(tokens, store, open_store):
     tokens.lifetime_seconds = 30
-    storage = open_google("gs://models/m")
+    storage = open_store("gs://models/m")
     for _ in range(2):
         storage.size_and_etag("a")
     assert tokens.num_tokens == 2
 
 
-def test_a_refusal_shows_no_token(tokens, store, open_google, caplog):
+def test_a_refusal_shows_no_token(tokens, store, open_store, caplog):
     store.good = set()
     for ask in (lambda storage: storage.size_and_etag("a"), lambda storage: storage.list()):
         with pytest.raises(
             AccessError, match=r"gs://models/m.*HTTP 401.*gcloud auth application-default login"
         ) as caught:
-            ask(open_google("gs://models/m"))
+            ask(open_store("gs://models/m"))
         assert not PLANTED.search("".join(traceback.format_exception(caught.value)) + caplog.text)
 
 
 @pytest.mark.parametrize("uri", ["gs://anonymous@models/m", "gcs://models/m"])
-def test_nobody_asks(store, open_google, monkeypatch, uri):
+def test_nobody_asks(store, open_store, monkeypatch, uri):
     monkeypatch.setitem(sys.modules, "google.auth", None)
     store.good = {None}
-    storage = open_google(uri, gs_unsigned=None if "@" in uri else True)
+    storage = open_store(uri, gs_unsigned=None if "@" in uri else True)
     assert (storage.list(), storage.read_head("a", 4)[0]) == (["a"], CONTENT[:4])
 
 
-def test_who_asks_pays(store, open_google):
+def test_who_asks_pays(store, open_store):
     store.good = {None}
-    storage = open_google("gs://models/m", gs_unsigned=True, gs_user_project="the-project")
+    storage = open_store("gs://models/m", gs_unsigned=True, gs_user_project="the-project")
     storage.list()
     storage.read_head("a", 4)
     assert all("userProject=the-project" in asked.target for asked in store.requests)
 
 
-def test_without_google_auth(open_google, monkeypatch):
+def test_without_google_auth(open_store, monkeypatch):
     monkeypatch.setitem(sys.modules, "google.auth", None)
     with pytest.raises(SettingsError, match=re.escape("pip install 'ray_streamer[google]'")):
-        open_google("gs://models/m").list()
+        open_store("gs://models/m").list()
 
 
 @pytest.mark.parametrize("content", ["{}", "no json", '{"type": "service_account", "private_key": "planted"}'])
-def test_credentials_that_cannot_be_used(open_google, monkeypatch, tmp_path, content):
+def test_credentials_that_cannot_be_used(open_store, monkeypatch, tmp_path, content):
     (tmp_path / "account.json").write_text(content)
     monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(tmp_path / "account.json"))
     with pytest.raises(AccessError, match=r"google-auth has no credentials.*GOOGLE_APPLICATION_CREDENTIALS") as caught:
-        open_google("gs://models/m").list()
+        open_store("gs://models/m").list()
     assert not PLANTED.search("".join(traceback.format_exception(caught.value)))
 
 
@@ -280,10 +253,10 @@ def test_credentials_that_cannot_be_used(open_google, monkeypatch, tmp_path, con
         (418, {"message": "odd", "errors": [{"reason": "teapot"}]}, StorageError, "HTTP 418 teapot"),
     ],
 )
-def test_what_google_says_is_told(store, open_google, status, body, error, words):
+def test_what_google_says_is_told(store, open_store, status, body, error, words):
     store.answer = lambda _: answer_bytes(status, json.dumps({"error": body}).encode())
     with pytest.raises(error, match=words) as caught:
-        open_google("gs://models/m", gs_unsigned=True).size_and_etag("a")
+        open_store("gs://models/m", gs_unsigned=True).size_and_etag("a")
     assert body["message"].rstrip(".") in str(caught.value)
 
 
@@ -291,21 +264,21 @@ def test_what_google_says_is_told(store, open_google, status, body, error, words
     "body", [b"", b"[]", b'{"items": 1}', b'{"items": [{}]}', b'{"nextPageToken": 1}', b"[" * 100_000],
     ids=["empty", "list", "number", "nameless", "token", "deep"],
 )  # fmt: skip
-def test_listings_that_are_none(store, open_google, body):
+def test_listings_that_are_none(store, open_store, body):
     store.answer = lambda _: answer_bytes(200, body)
     with pytest.raises(StorageError, match="expected the keys"):
-        open_google("gs://models/m", gs_unsigned=True).list()
+        open_store("gs://models/m", gs_unsigned=True).list()
 
 
 @pytest.mark.parametrize("host", ["http://", "http://user:planted@host", "host:99999999", "ftp://host"])
-def test_an_emulator_that_is_none(open_google, monkeypatch, host):
+def test_an_emulator_that_is_none(open_store, monkeypatch, host):
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", host)
     with pytest.raises(SettingsError, match="STORAGE_EMULATOR_HOST is no address") as caught:
-        open_google("gs://models/m")
+        open_store("gs://models/m")
     assert not PLANTED.search(str(caught.value))
 
 
 @pytest.mark.parametrize("uri", ["gs://", "gs:///m", "gs://UPPER/m", "gs://anonymous@/m"])
-def test_uris_that_name_no_bucket(open_google, uri):
+def test_uris_that_name_no_bucket(open_store, uri):
     with pytest.raises(SettingsError, match="names no bucket"):
-        open_google(uri)
+        open_store(uri)

@@ -10,7 +10,6 @@ import traceback
 from dataclasses import dataclass
 
 import pytest
-import torch
 from huggingface_hub import constants
 
 import ray_streamer
@@ -23,13 +22,10 @@ from ray_streamer.errors import (
     ThrottledError,
 )
 from ray_streamer.extent import Extent
-from ray_streamer.settings import Settings
-from ray_streamer.storage import open_storage
-from ray_streamer.testing.checkpoints import llama_layout, write_checkpoint
-from ray_streamer.testing.faults import Fault, FaultProxy
+from ray_streamer.testing.faults import FaultProxy
 from ray_streamer.testing.hostile_store import answer_bytes
 from ray_streamer.testing.hub_server import HubServer
-from ray_streamer.testing.storage_suite import CONTENT, StorageContract, read
+from ray_streamer.testing.storage_suite import CONTENT, PASSING_FAULTS, StorageContract, check_load, read, write_llama
 
 PLANTED = re.compile("planted")
 _numbers = itertools.count()
@@ -69,39 +65,25 @@ def place(hub):
     return HubPlace(f"hf://{repository}", hub, repository)
 
 
-@pytest.fixture
-def open_hub():
-    """A function that opens a storage for the length of a test."""
-    opened = []
-
-    def open_hub(uri, **settings):
-        opened.append(open_storage(uri, Settings.resolve(**{"retry_deadline_seconds": 2.0, **settings})))
-        return opened[-1]
-
-    yield open_hub
-    for storage in opened:
-        storage.close()
-
-
 class TestHub(StorageContract):
     @pytest.fixture
     def place(self, place):
         return place
 
-    def test_changed_before_it_was_read(self, storage, place, open_hub):
+    def test_changed_before_it_was_read(self, storage, place, open_store):
         """A commit stays as it is: who has begun goes on with it, and who comes later is refused."""
         etag = storage.size_and_etag("model.safetensors").etag
         place.write("model.safetensors", CONTENT[::-1])
         assert read(storage, "model.safetensors", Extent(0, 100), etag) == CONTENT[:100]
         with pytest.raises(ObjectChangedError, match=r"model\.safetensors"):
-            read(open_hub(place.uri), "model.safetensors", Extent(0, 100), etag)
+            read(open_store(place.uri), "model.safetensors", Extent(0, 100), etag)
 
-    def test_changed_between_two_reads(self, storage, place, open_hub):
+    def test_changed_between_two_reads(self, storage, place, open_store):
         etag = storage.read_head("model.safetensors", 8)[1].etag
         assert read(storage, "model.safetensors", Extent(0, 100), etag) == CONTENT[:100]
         place.write("model.safetensors", CONTENT[::-1])
         assert storage.read_head("model.safetensors", 100)[1].etag == etag
-        new = open_hub(place.uri).read_head("model.safetensors", 100)
+        new = open_store(place.uri).read_head("model.safetensors", 100)
         assert new[0] == CONTENT[::-1][:100]
         assert new[1].etag != etag
 
@@ -113,17 +95,17 @@ class TestHub(StorageContract):
         assert read(storage, path, Extent(0, 2), info.etag) == path.encode()[:2]
 
 
-def test_more_than_one_page_of_names(place, open_hub):
+def test_more_than_one_page_of_names(place, open_store):
     names = [f"part-{number:04}" for number in range(7)]
     place.server.push(place.repository, dict.fromkeys(names, b"x"))
     place.server.page_size = 3
-    assert open_hub(place.uri).list() == names
+    assert open_store(place.uri).list() == names
     assert [asked.target.partition("?")[2] for asked in place.server.requests] == [
         f"recursive=false{more}" for more in ("", "&cursor=3", "&cursor=6")
     ]
 
 
-def test_a_revision_and_a_folder(place, open_hub):
+def test_a_revision_and_a_folder(place, open_store):
     first = place.server.push(place.repository, {"sub/a.safetensors": b"first", "b": b"first"})
     place.server.push(place.repository, {"sub/a.safetensors": b"second"}, branch="refs/pr/1")
     place.server.push(place.repository, {"sub/a.safetensors": b"third"}, branch="odd/branch")
@@ -134,23 +116,23 @@ def test_a_revision_and_a_folder(place, open_hub):
         ("@odd%2Fbranch", b"third"),
         ("", b"fourth"),
     ):
-        storage = open_hub(f"{place.uri}{revision}/sub")
+        storage = open_store(f"{place.uri}{revision}/sub")
         assert storage.list() == ["a.safetensors"]
         assert storage.read_head("a.safetensors", 10)[0] == content
 
 
-def test_all_files_are_of_one_commit(place, open_hub):
+def test_all_files_are_of_one_commit(place, open_store):
     place.server.push(place.repository, {"a.json": b"old", "b.safetensors": b"old"})
-    storage = open_hub(place.uri)
+    storage = open_store(place.uri)
     assert storage.read_head("a.json", 10)[0] == b"old"
     place.server.push(place.repository, {"a.json": b"new", "b.safetensors": b"new", "c": b"new"})
     assert storage.read_head("b.safetensors", 10)[0] == b"old"
     assert storage.list() == ["a.json", "b.safetensors"]
 
 
-def test_an_address_that_ended_is_asked_for_again(place, open_hub):
+def test_an_address_that_ended_is_asked_for_again(place, open_store):
     place.write("a.safetensors", CONTENT)
-    storage = open_hub(place.uri)
+    storage = open_store(place.uri)
     etag = storage.read_head("a.safetensors", 4)[1].etag
     for start in range(4):
         if start % 2:
@@ -160,10 +142,10 @@ def test_an_address_that_ended_is_asked_for_again(place, open_hub):
     assert len(place.server.delivery.requests) == 1 + 4 + 2
 
 
-def test_an_address_that_ends_under_another_read_changes_nothing(place, open_hub):
+def test_an_address_that_ends_under_another_read_changes_nothing(place, open_store):
     """A slow answer comes by an address that another thread has given up meanwhile."""
     place.write("a.safetensors", CONTENT)
-    storage = open_hub(place.uri)
+    storage = open_store(place.uri)
     etag = storage.read_head("a.safetensors", 4)[1].etag
     answer = place.server.delivery.answer
 
@@ -178,18 +160,18 @@ def test_an_address_that_ends_under_another_read_changes_nothing(place, open_hub
         read(storage, "a.safetensors", Extent(5, 5000), etag)
 
 
-def test_who_asks(place, open_hub, monkeypatch):
+def test_who_asks(place, open_store, monkeypatch):
     place.write("a.safetensors", CONTENT)
     place.server.gated.add(place.repository)
     with pytest.raises(
         AccessError, match=rf"gated: ask for access at {place.server.url}/{place.repository}.*set HF_TOKEN"
     ):
-        open_hub(place.uri).read_head("a.safetensors", 4)
+        open_store(place.uri).read_head("a.safetensors", 4)
     monkeypatch.setenv("HF_TOKEN", "hf_plantedwrong0123456789")
     with pytest.raises(AccessError, match=r"gated: .*look at the rights of the token") as caught:
-        open_hub(place.uri).read_head("a.safetensors", 4)
+        open_store(place.uri).read_head("a.safetensors", 4)
     assert not PLANTED.search("".join(traceback.format_exception(caught.value)))
-    storage = open_hub(place.uri)
+    storage = open_store(place.uri)
     with pytest.raises(AccessError):
         storage.read_head("a.safetensors", 4)
     # A token that was replaced meanwhile is found.
@@ -199,68 +181,59 @@ def test_who_asks(place, open_hub, monkeypatch):
 
 
 @pytest.mark.parametrize("token", ["hf_planted token", "hf_planted\r\nX: y"])
-def test_a_token_that_cannot_be_sent_is_refused_unseen(place, open_hub, token):
+def test_a_token_that_cannot_be_sent_is_refused_unseen(place, open_store, token):
     with pytest.raises(AccessError, match="cannot be sent") as caught:
-        open_hub(place.uri, hf_token=token).list()
+        open_store(place.uri, hf_token=token).list()
     assert not PLANTED.search("".join(traceback.format_exception(caught.value)))
 
 
-def test_a_token_of_the_settings_comes_first(place, open_hub, monkeypatch):
+def test_a_token_of_the_settings_comes_first(place, open_store, monkeypatch):
     place.write("a.safetensors", CONTENT)
     place.server.gated.add(place.repository)
     monkeypatch.setenv("HF_TOKEN", "hf_plantedwrong0123456789")
-    assert open_hub(place.uri, hf_token=place.server.token).read_head("a.safetensors", 4)[0] == CONTENT[:4]
+    assert open_store(place.uri, hf_token=place.server.token).read_head("a.safetensors", 4)[0] == CONTENT[:4]
 
 
-def test_private_repositories_look_like_missing_ones(place, open_hub, monkeypatch):
+def test_private_repositories_look_like_missing_ones(place, open_store, monkeypatch):
     place.write("a.safetensors", CONTENT)
     place.server.private.add(place.repository)
     for ask in (lambda storage: storage.read_head("a.safetensors", 4), lambda storage: storage.list()):
         with pytest.raises(
             ObjectMissingError, match=rf"no such repository.*{place.repository} is misspelt, or private: set HF_TOKEN"
         ):
-            ask(open_hub(place.uri))
+            ask(open_store(place.uri))
     monkeypatch.setenv("HF_TOKEN", place.server.token)
-    assert open_hub(place.uri).list() == ["a.safetensors"]
+    assert open_store(place.uri).list() == ["a.safetensors"]
 
 
 @pytest.mark.parametrize(
     ("suffix", "words"),
     [("@nowhere", "no such revision.*Invalid rev id: nowhere"), ("/sub", "no such file.*sub does not exist")],
 )
-def test_what_is_not_there(place, open_hub, suffix, words):
+def test_what_is_not_there(place, open_store, suffix, words):
     place.write("a.safetensors", CONTENT)
     with pytest.raises(ObjectMissingError, match=words):
-        open_hub(place.uri + suffix).list()
+        open_store(place.uri + suffix).list()
 
 
-def test_a_hub_that_is_asked_too_often(place, open_hub):
+def test_a_hub_that_is_asked_too_often(place, open_store):
     place.write("a.json", CONTENT)
     answer, refusals = place.server.answer, iter([{"Retry-After": "0"}, {"RateLimit": '"resolvers";r=0;t=0'}])
     place.server.answer = lambda asked: answer_bytes(429, b"", h) if (h := next(refusals, None)) else answer(asked)
-    storage = open_hub(place.uri)
+    storage = open_store(place.uri)
     assert storage.read_head("a.json", 4)[0] == CONTENT[:4]
     assert storage.statistics().num_throttled == 2
     place.server.answer = lambda _: answer_bytes(429, b"", {"RateLimit": '"resolvers";r=0;t=55'})
     with pytest.raises(ThrottledError, match=r"the next one would be 55\.0 s later"):
-        open_hub(place.uri).read_head("a.json", 4)
+        open_store(place.uri).read_head("a.json", 4)
 
 
-@pytest.mark.parametrize(
-    "fault",
-    [
-        Fault(status=503),
-        Fault(body_bytes=1000),
-        Fault(body_bytes=1000, end="reset"),
-        Fault(body_bytes=1000, end="stall"),
-    ],
-    ids=["503", "truncated", "reset", "stalled"],
-)
-def test_faults_of_the_delivery_end_bit_for_bit(place, open_hub, fault):
+@PASSING_FAULTS
+def test_faults_of_the_delivery_end_bit_for_bit(place, open_store, fault):
     place.write("a.safetensors", CONTENT)
     with FaultProxy(place.server.delivery.url) as proxy:
         place.server.delivery.url = proxy.url
-        storage = open_hub(place.uri, stall_timeout_seconds=0.5)
+        storage = open_store(place.uri, stall_timeout_seconds=0.5)
         etag = storage.size_and_etag("a.safetensors").etag
         proxy.fail_next(fault, fault)
         assert read(storage, "a.safetensors", Extent(5, len(CONTENT)), etag) == CONTENT[5:]
@@ -268,9 +241,9 @@ def test_faults_of_the_delivery_end_bit_for_bit(place, open_hub, fault):
 
 
 @pytest.mark.parametrize("content", [CONTENT[::-1], CONTENT + b"x"], ids=["other-bytes", "longer"])
-def test_a_delivery_of_something_else_is_noticed(place, open_hub, content):
+def test_a_delivery_of_something_else_is_noticed(place, open_store, content):
     place.write("a.safetensors", CONTENT)
-    storage = open_hub(place.uri)
+    storage = open_store(place.uri)
     etag = storage.size_and_etag("a.safetensors").etag
     (digest,) = place.server._blobs
     place.server._blobs[digest] = content
@@ -289,24 +262,24 @@ def test_a_delivery_of_something_else_is_noticed(place, open_hub, content):
         ("huggingface://org/model", "did you mean hf://org/model"),
     ],
 )
-def test_uris_that_name_no_model(hub, open_hub, uri, words):
+def test_uris_that_name_no_model(hub, open_store, uri, words):
     with pytest.raises(SettingsError, match=words):
-        open_hub(uri)
+        open_store(uri)
     assert not hub.requests
 
 
-def test_offline(hub, open_hub, monkeypatch, tmp_path):
+def test_offline(hub, open_store, monkeypatch, tmp_path):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(SettingsError, match=r"HF_HUB_OFFLINE is set.*`hf download org/model`"):
-        open_hub("hf://org/model")
+        open_store("hf://org/model")
     assert not hub.requests
 
 
-def test_without_huggingface_hub(open_hub, monkeypatch):
+def test_without_huggingface_hub(open_store, monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(SettingsError, match=re.escape("pip install 'ray_streamer[hub]'")):
-        open_hub("hf://org/model")
+        open_store("hf://org/model")
 
 
 @pytest.mark.parametrize(
@@ -314,23 +287,18 @@ def test_without_huggingface_hub(open_hub, monkeypatch):
     [b"", b"{}", b"[1]", b'[{"path": 1, "type": "file"}]', b"[" * 100_000, b"<html>"],
     ids=["empty", "object", "numbers", "path", "deep", "html"],
 )
-def test_listings_that_are_none(place, open_hub, body):
+def test_listings_that_are_none(place, open_store, body):
     place.server.answer = lambda _: answer_bytes(200, body)
     with pytest.raises(StorageError, match="expected the keys"):
-        open_hub(place.uri).list()
+        open_store(place.uri).list()
 
 
 def test_a_checkpoint_is_loaded_from_the_hub(place, tmp_path, caplog, monkeypatch):
     caplog.set_level(logging.DEBUG)
     monkeypatch.setenv("HF_TOKEN", place.server.token)
     place.server.private.add(place.repository)
-    layout = llama_layout(hidden=64, layers=2, heads=4, kv_heads=2, intermediate=128, vocab=100)
-    write_checkpoint(tmp_path, layout.tensors, num_files=2, config=layout.config)
+    write_llama(tmp_path)
     place.server.push(place.repository, {path.name: path.read_bytes() for path in tmp_path.iterdir()})
     plan = ray_streamer.plan(place.uri)
-    tensors = ray_streamer.load_rank(place.uri, rank=0, world_size=1)
-    expected = ray_streamer.load_rank(str(tmp_path), rank=0, world_size=1)
-    assert tensors.keys() == expected.keys()
-    for name, tensor in tensors.items():
-        assert tensor.view(torch.uint8).equal(expected[name].view(torch.uint8)), name
+    check_load(place.uri, tmp_path)
     assert not PLANTED.search(caplog.text + repr(plan))

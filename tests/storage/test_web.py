@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 import boto3
 import pytest
-import torch
 from botocore.config import Config
 
 import ray_streamer
@@ -20,11 +19,17 @@ from ray_streamer.extent import Extent
 from ray_streamer.settings import Settings
 from ray_streamer.storage import open_storage
 from ray_streamer.storage.redaction import Secrets
-from ray_streamer.testing.checkpoints import llama_layout, write_checkpoint
 from ray_streamer.testing.faults import Fault, FaultProxy
 from ray_streamer.testing.file_server import FileServer
 from ray_streamer.testing.hostile_store import answer_bytes
-from ray_streamer.testing.storage_suite import CONTENT, StorageContract, read
+from ray_streamer.testing.storage_suite import (
+    CONTENT,
+    StorageContract,
+    check_load,
+    check_read_through,
+    read,
+    write_llama,
+)
 
 QUERY = "X-Amz-Signature=plantedsignature0123456789&sig=plantedsas0123456789%3D"
 TOKEN = "Bearer plantedtoken0123456789"
@@ -54,20 +59,6 @@ def shared_server():
 def server():
     with FileServer({"m/a": CONTENT}) as server:
         yield server
-
-
-@pytest.fixture
-def open_web():
-    """A function that opens a storage for the length of a test."""
-    opened = []
-
-    def open_web(uri, **settings):
-        opened.append(open_storage(uri, Settings.resolve(**{"retry_deadline_seconds": 2.0, **settings})))
-        return opened[-1]
-
-    yield open_web
-    for storage in opened:
-        storage.close()
 
 
 class TestWebServer(StorageContract):
@@ -101,16 +92,16 @@ def everything_said(error) -> str:
     return "".join(traceback.format_exception(error)) + repr(error)
 
 
-def test_credentials_go_to_their_own_server_only(server, shared_server, open_web):
+def test_credentials_go_to_their_own_server_only(server, shared_server, open_store):
     server.authorization = TOKEN
     settings = {"http_authorization": TOKEN, "http_query": QUERY}
-    storage = open_web(f"{server.url}/m", **settings)
+    storage = open_store(f"{server.url}/m", **settings)
     assert storage.read_head("a", 4)[0] == CONTENT[:4]
     assert server.requests[-1].target == f"/m/a?{QUERY}"
     shared_server.files["other"] = CONTENT
     num_before = len(shared_server.requests)
     server.redirect = lambda _: f"{shared_server.url}/other"
-    storage = open_web(f"{server.url}/m", **settings)
+    storage = open_store(f"{server.url}/m", **settings)
     assert storage.read_head("a", 4)[0] == CONTENT[:4]
     (asked,) = shared_server.requests[num_before:]
     assert "authorization" not in asked.headers
@@ -132,16 +123,16 @@ def test_credentials_go_to_their_own_server_only(server, shared_server, open_web
         ("http://[", "no address"),
     ],
 )
-def test_redirects_that_are_not_safe_are_refused(server, open_web, location, words):
+def test_redirects_that_are_not_safe_are_refused(server, open_store, location, words):
     server.redirect = lambda _: location
     with pytest.raises(StorageError, match=words) as caught:
-        open_web(f"{server.url}/m").read_head("a", 4)
+        open_store(f"{server.url}/m").read_head("a", 4)
     assert "m/a" in str(caught.value)
     assert len(server.requests) == 1
     assert not PLANTED.search(everything_said(caught.value))
 
 
-def test_https_is_not_left(open_web):
+def test_https_is_not_left(open_store):
     from ray_streamer.storage.web import Redirects
 
     redirects = Redirects("https://host/m")
@@ -153,43 +144,43 @@ def test_https_is_not_left(open_web):
     assert redirects.url_of("a") == "https://other/b%20c"
 
 
-def test_a_circle_ends(server, open_web):
+def test_a_circle_ends(server, open_store):
     server.redirect = lambda asked: f"{asked.key}?x"
     with pytest.raises(StorageError, match="more than 5 times"):
-        open_web(f"{server.url}/m").read_head("a", 4)
+        open_store(f"{server.url}/m").read_head("a", 4)
     assert len(server.requests) == 6
 
 
 @pytest.mark.parametrize("status", [400, 401, 403, 404, 410])
-def test_an_address_that_ended_is_asked_for_again(server, shared_server, open_web, status):
+def test_an_address_that_ended_is_asked_for_again(server, shared_server, open_store, status):
     shared_server.files["good"] = CONTENT
     with FileServer({"first": CONTENT}) as other:
         addresses = iter([f"{other.url}/first?{QUERY}", f"{shared_server.url}/good", f"{shared_server.url}/never"])
         server.redirect = lambda _: next(addresses)
-        storage = open_web(f"{server.url}/m")
+        storage = open_store(f"{server.url}/m")
         etag = storage.read_head("a", 4)[1].etag
         other.answer = lambda _: answer_bytes(status, b"Request has expired")
         assert read(storage, "a", Extent(7, 99), etag) == CONTENT[7:99]
     assert len(server.requests) == 2
 
 
-def test_an_address_that_is_never_good_is_an_error_without_it(server, shared_server, open_web):
+def test_an_address_that_is_never_good_is_an_error_without_it(server, shared_server, open_store):
     server.redirect = lambda _: f"{shared_server.url}/nothing?{QUERY}"
     with pytest.raises(ObjectMissingError, match=r"no longer good.*/m/a") as caught:
-        open_web(f"{server.url}/m").read_head("a", 4)
+        open_store(f"{server.url}/m").read_head("a", 4)
     assert not PLANTED.search(everything_said(caught.value))
 
 
-def test_a_server_without_ranges_is_refused_with_the_reason(server, open_web):
+def test_a_server_without_ranges_is_refused_with_the_reason(server, open_store):
     server.has_ranges = False
     with pytest.raises(StorageError, match=r"expected 206 with a Content-Range, got 200.*ignores ranges"):
-        open_web(f"{server.url}/m").read_head("a", 4)
+        open_store(f"{server.url}/m").read_head("a", 4)
 
 
 @pytest.mark.parametrize("status", [401, 403])
-def test_who_is_not_let_in_is_told_what_to_set(server, open_web, status):
+def test_who_is_not_let_in_is_told_what_to_set(server, open_store, status):
     server.answer = lambda asked: answer_bytes(status, f"no: {asked.target} {asked.headers}".encode())
-    storage = open_web(f"{server.url}/m", http_authorization=TOKEN, http_query=QUERY)
+    storage = open_store(f"{server.url}/m", http_authorization=TOKEN, http_query=QUERY)
     with pytest.raises(AccessError, match=rf"/m/a.*HTTP {status}.*http_authorization") as caught:
         storage.read_head("a", 4)
     assert not PLANTED.search(everything_said(caught.value))
@@ -237,19 +228,16 @@ def test_secrets_of_any_kind_are_left_out_of_what_is_said():
     ],
     ids=["503", "429", "truncated", "reset", "stalled"],
 )
-def test_faults_end_bit_for_bit(server, open_web, fault):
+def test_faults_end_bit_for_bit(server, open_store, fault):
     with FaultProxy(server.url) as proxy:
-        storage = open_web(f"{proxy.url}/m", stall_timeout_seconds=0.5)
-        etag = storage.size_and_etag("a").etag
-        proxy.fail_next(fault, fault)
-        assert read(storage, "a", Extent(5, len(CONTENT)), etag) == CONTENT[5:]
-        assert proxy.num_faults == 2
+        storage = open_store(f"{proxy.url}/m", stall_timeout_seconds=0.5)
+        check_read_through(storage, proxy, fault)
         assert storage.statistics().num_retries == 2
 
 
-def test_a_file_that_is_replaced_during_a_read_is_noticed(server, open_web):
+def test_a_file_that_is_replaced_during_a_read_is_noticed(server, open_store):
     with FaultProxy(server.url) as proxy:
-        storage = open_web(f"{proxy.url}/m")
+        storage = open_store(f"{proxy.url}/m")
         etag = storage.size_and_etag("a").etag
         proxy.fail_next(Fault(body_bytes=1000))
         server.files["m/a"] = CONTENT[::-1]
@@ -260,23 +248,18 @@ def test_a_file_that_is_replaced_during_a_read_is_noticed(server, open_web):
 @pytest.mark.parametrize("num_files", [1, 2])
 def test_a_checkpoint_is_loaded_from_a_web_server(server, shared_server, tmp_path, caplog, num_files):
     caplog.set_level(logging.DEBUG)
-    layout = llama_layout(hidden=64, layers=2, heads=4, kv_heads=2, intermediate=128, vocab=100)
-    write_checkpoint(tmp_path, layout.tensors, num_files=num_files, config=layout.config)
+    write_llama(tmp_path, num_files=num_files)
     for path in tmp_path.iterdir():
         shared_server.files[f"to/{num_files}/{path.name}"] = path.read_bytes()
     server.redirect = lambda asked: f"{shared_server.url}/to{asked.key}?{QUERY}"
     settings = Settings.resolve(http_authorization=TOKEN, http_query=QUERY)
     uri = f"{server.url}/{num_files}"
     plan = ray_streamer.plan(uri, settings=settings)
-    tensors = ray_streamer.load_rank(uri, rank=0, world_size=1, settings=settings)
-    expected = ray_streamer.load_rank(str(tmp_path), rank=0, world_size=1)
-    assert tensors.keys() == expected.keys()
-    for name, tensor in tensors.items():
-        assert tensor.view(torch.uint8).equal(expected[name].view(torch.uint8)), name
+    check_load(uri, tmp_path, settings=settings)
     assert not PLANTED.search(caplog.text + repr(plan) + repr(settings))
     if num_files == 1:
         one = ray_streamer.load_rank(f"{uri}/model.safetensors", rank=0, world_size=1, settings=settings)
-        assert one.keys() == expected.keys()
+        assert one.keys() == ray_streamer.load_rank(str(tmp_path), rank=0, world_size=1).keys()
 
 
 def test_config_and_tokenizer_are_asked_for_by_their_usual_names(server, tmp_path):
@@ -290,7 +273,7 @@ def test_config_and_tokenizer_are_asked_for_by_their_usual_names(server, tmp_pat
         cached(f"{server.url}/empty", settings=Settings(cache_dir=str(tmp_path)))
 
 
-def test_a_signed_address_of_a_real_store_over_tls(s3_server, boto3_client, open_web, monkeypatch):
+def test_a_signed_address_of_a_real_store_over_tls(s3_server, boto3_client, open_store, monkeypatch):
     if s3_server.tls_endpoint_url is None:
         pytest.skip("moto serves one port, and not over TLS")
     boto3_client.put_object(Bucket="storage-tests", Key="signed/a.safetensors", Body=CONTENT)
@@ -304,23 +287,23 @@ def test_a_signed_address_of_a_real_store_over_tls(s3_server, boto3_client, open
     signer.close()
     folder, _, name = address.rpartition("/")
     with pytest.raises(StorageError, match="is not trusted"):
-        open_web(folder, http_query=query).read_head(name, 4)
+        open_store(folder, http_query=query).read_head(name, 4)
     monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(s3_server.ca_file))
-    storage = open_web(folder, http_query=query)
+    storage = open_store(folder, http_query=query)
     etag = storage.size_and_etag(name).etag
     assert read(storage, name, Extent(5, len(CONTENT)), etag) == CONTENT[5:]
     signature = query.partition("Signature=")[2][:64]
     with pytest.raises(AccessError, match="HTTP 403") as caught:
-        open_web(folder, http_query=query[:-3] + "000").read_head(name, 4)
+        open_store(folder, http_query=query[:-3] + "000").read_head(name, 4)
     assert signature[:12] not in everything_said(caught.value)
     boto3_client.put_object(Bucket="storage-tests", Key="signed/a.safetensors", Body=CONTENT[::-1])
     with pytest.raises(ObjectChangedError):
         read(storage, name, Extent(5, 99), etag)
 
 
-def test_a_metadata_service_is_not_asked_even_by_the_user(open_web):
+def test_a_metadata_service_is_not_asked_even_by_the_user(open_store):
     with pytest.raises(StorageError, match="link-local or metadata"):
-        open_web("http://169.254.169.254/latest").read_head("meta-data", 4)
+        open_store("http://169.254.169.254/latest").read_head("meta-data", 4)
 
 
 def test_a_folder_that_has_neither_index_nor_model_is_told_so(server):
