@@ -16,14 +16,17 @@ from ray_streamer.testing.s3_server import S3Server, S3ServerUnavailableError, s
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-# No test asserts on time, and a first example may wait for a machine that is busy.
-hypothesis.settings.register_profile(
-    "ray_streamer",
-    deadline=None,
-    max_examples=int(os.environ.get("HYPOTHESIS_EXAMPLES", "40")),
-    suppress_health_check=[hypothesis.HealthCheck.too_slow],
-)
-hypothesis.settings.load_profile("ray_streamer")
+# No test asserts on time, and a first example may wait for a machine that is busy. The same sources get the same examples;
+# `--hypothesis-profile random` looks for others.
+for profile, derandomize in (("repeatable", True), ("random", False)):
+    hypothesis.settings.register_profile(
+        profile,
+        deadline=None,
+        derandomize=derandomize,
+        max_examples=int(os.environ.get("HYPOTHESIS_EXAMPLES", "40")),
+        suppress_health_check=[hypothesis.HealthCheck.too_slow],
+    )
+hypothesis.settings.load_profile("repeatable")
 
 os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
 os.environ["AWS_EC2_METADATA_DISABLED"] = "true"

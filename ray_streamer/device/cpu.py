@@ -49,7 +49,9 @@ class CpuDevice:
     def result(self, tensor: torch.Tensor) -> Result:
         """See `Device.result`."""
         if tensor.dtype in _VIEWED_AS_BYTES and tensor.is_contiguous():
-            return Result(tensor, tensor.nbytes, tensor.detach().view(-1).view(torch.uint8).numpy())
+            # A single element may have any stride, and is contiguous with it.
+            flat = tensor.detach().as_strided((tensor.numel(),), (1,))
+            return Result(tensor, tensor.nbytes, flat.view(torch.uint8).numpy())
         # Packed and complex dtypes have no such view, other strides no such shape.
         first = tensor.storage_offset() * tensor.itemsize
         raw = torch.empty(0, dtype=torch.uint8, device="cpu").set_(tensor.detach().untyped_storage())

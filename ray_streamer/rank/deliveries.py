@@ -60,20 +60,23 @@ class Deliveries:
         way, data, give_back = loan
         self._recorder.came(way, number)
         if data is None:
+            self._note_landed(number, delivered)
             give_back()
-            self._settle(number, delivered)
+            self._settle(delivered)
             return
         self._recorder.mark(Step.TAKEN, number)
         self._activity.begin()
 
         def done(error: BaseException | None) -> None:
             self._activity.end()
+            if error is None:
+                self._note_landed(number, delivered)
             give_back()
             if error is not None:
                 self._stop.set(error)
                 return
             try:
-                self._settle(number, delivered)
+                self._settle(delivered)
             except BaseException as failure:  # a callback's; the device that calls this could do nothing with it
                 self._stop.set(failure)
 
@@ -86,10 +89,13 @@ class Deliveries:
         else:
             done(None)
 
-    def _settle(self, number: int, delivered: list[tuple[int, int]]) -> None:
-        """One block less to wait for."""
+    def _note_landed(self, number: int, delivered: list[tuple[int, int]]) -> None:
+        """Called before the block is given back: whoever then takes its slot is later on the time axis."""
         # A device that copies later does so in a thread of its own, and touches no memory of the host.
         touched = take_spent_seconds()
         self._recorder.landed(number, sum(num_bytes for _, num_bytes in delivered), touch_seconds=touched)
+
+    def _settle(self, delivered: list[tuple[int, int]]) -> None:
+        """One block less to wait for."""
         self._results.settle(delivered)
         self._blocks_left.count()

@@ -51,6 +51,19 @@ def test_every_dtype_lies_in_memory_as_in_the_file(dtype, shape):
     assert _bytes(tensor) == _bytes(expected) == content.tobytes()
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: dtype.name)
+@pytest.mark.parametrize(("shape", "strides"), [((1,), (2,)), ((1, 1), (5, 3)), ((1, 0), (7, 2)), ((), ())], ids=str)
+def test_strides_that_no_index_uses_are_no_matter(dtype, shape, strides):
+    memory = torch.zeros(8 * 16, dtype=torch.uint8).view(getattr(torch, dtype.torch_name))
+    tensor = memory.as_strided(shape, strides, 1)
+    result = CpuDevice().result(tensor)
+    assert result.host_bytes is not None
+    assert result.host_bytes.nbytes == tensor.nbytes
+    result.host_bytes[:] = 1
+    written = memory.view(torch.uint8).nonzero().flatten().tolist()
+    assert written == list(range(memory.itemsize, memory.itemsize + tensor.nbytes))
+
+
 def _bytes(tensor: torch.Tensor) -> bytes:
     return bytes(tensor.untyped_storage())[: tensor.nbytes]
 
