@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
-from ray_streamer.errors import RayStreamerError, SettingsError
+from ray_streamer.errors import SettingsError
 from ray_streamer.rank.trace import RankTrace
 from ray_streamer.report.output_file import check_file
 from ray_streamer.report.trace import ClockOffset, LoadTrace, epoch_of_this_clock
@@ -78,7 +78,7 @@ class NodeTrace:
                     offsets=(ClockOffset(0.0, 0.0),) * len(ranks),
                     epoch_seconds=epoch_of_this_clock(),
                 ).write(self.path)
-        except (OSError, RayStreamerError) as error:
+        except Exception as error:
             logger.warning(
                 "the tensors are loaded, but %s was not written: %s; was trace given on all ranks?", self.path, error
             )

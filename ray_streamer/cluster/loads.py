@@ -24,8 +24,9 @@ from ray_streamer.planning.limits import share_memory
 from ray_streamer.planning.read_plan import hash_plan, plan_reads
 from ray_streamer.planning.topology import Topology
 from ray_streamer.rank.agreement import MemoryTerms
+from ray_streamer.report.evidence import Evidence, slowest_node
+from ray_streamer.report.findings import Findings
 from ray_streamer.report.load_report import LoadReport
-from ray_streamer.report.verdict.evidence import Evidence, slowest_node
 from ray_streamer.report.verdict.model import Asked
 
 if TYPE_CHECKING:
@@ -206,14 +207,14 @@ def _report(
     )
 
 
-def _evidence(shared: Shared, group: WorkerGroup, statistics: list[RankStatistics]) -> Evidence | None:
+def _evidence(shared: Shared, group: WorkerGroup, statistics: list[RankStatistics]) -> Evidence | Findings:
     """The traces of the slowest node; a rank that cannot tell any more costs the verdict and not the load."""
     node = slowest_node(shared.topology.nodes, statistics)
     try:
         return Evidence(group.call("trace", ranks=list(node), keep_on_failure=True), Asked.of(shared.request.settings))
     except RankFailedError as error:
         logger.warning("the model is loaded, but there is no verdict on its load: %s", error)
-        return None
+        return Findings(untold=(f"No word on what bounded the load: {error}.",))
 
 
 @contextmanager

@@ -276,5 +276,5 @@ class ShardedModel:
         if self._trace_file is not None and self._group is not None:
             try:
                 collect_trace(self._group, self._request.uri, self._phases).write(self._trace_file)
-            except OSError as error:
+            except Exception as error:
                 logger.warning("the model is loaded, but its trace was not written: %s", error)

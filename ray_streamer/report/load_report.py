@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
+from ray_streamer.report.findings import Findings
 from ray_streamer.storage.base import StorageStatistics
 from ray_streamer.units import counted, human_bytes
 
 if TYPE_CHECKING:
     from ray_streamer.rank.statistics import RankStatistics
-    from ray_streamer.report.verdict.evidence import Evidence
+    from ray_streamer.report.evidence import Evidence
     from ray_streamer.report.verdict.judge import Verdict
 
 
@@ -31,7 +32,7 @@ class LoadReport:
         plan_hash: Of the plan that was executed.
         nodes: Name of each rank's node.
         ranks: Every rank's statistics.
-        evidence: What the verdict is found from; None where it was not collected.
+        evidence: What `findings` are found from, or these where they are known already; None where nothing was collected.
     """
 
     uri: str
@@ -42,7 +43,7 @@ class LoadReport:
     plan_hash: str
     nodes: tuple[str, ...]
     ranks: tuple[RankStatistics, ...]
-    evidence: Evidence | None = field(default=None, compare=False)
+    evidence: Evidence | Findings | None = field(default=None, compare=False)
 
     def __repr__(self) -> str:
         return (
@@ -51,13 +52,21 @@ class LoadReport:
         )
 
     @property
+    def findings(self) -> Findings:
+        """What the load shows beside its counts; found when it is asked for first, which takes up to a second."""
+        if self.evidence is None:
+            return Findings(untold=("No word on what bounded the load: its ranks' traces were not collected.",))
+        if isinstance(self.evidence, Findings):
+            return self.evidence
+        return self.evidence.findings(self.ranks, self.seconds)
+
+    @property
     def verdict(self) -> Verdict | None:
         """Why the load took as long as it did, and what would make it faster; see docs/measuring.md.
 
-        Found when it is asked for first, which takes up to a second; None where nothing was read or copied, or where a rank had
-        ended before it could tell.
+        None where nothing was read or copied, or where it cannot be told: `findings.untold` says why.
         """
-        return None if self.evidence is None else self.evidence.verdict(self.ranks, self.seconds)
+        return self.findings.verdict
 
     @property
     def reading_seconds(self) -> float:
@@ -97,11 +106,12 @@ class LoadReport:
         return self.needed_bytes / seconds / 1e9 if seconds else 0.0
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON: every attribute, every total and the verdict."""
+        """Plain values for JSON: every attribute, every total, the verdict and what cannot be told."""
         totals = ("bytes_read", "page_cache_bytes", "bytes_delivered", "amplification", "gigabytes_per_second")
         ranks = [{"node": node, **rank.as_dict()} for node, rank in zip(self.nodes, self.ranks, strict=True)]
         known = {name: getattr(self, name) for name in totals}
         verdict = None if self.verdict is None else self.verdict.as_dict()
         said = asdict(replace(self, evidence=None, ranks=()))
         del said["evidence"]
-        return said | known | {"storage": asdict(self.storage), "ranks": ranks, "verdict": verdict}
+        found = {"verdict": verdict, "untold": list(self.findings.untold)}
+        return said | known | {"storage": asdict(self.storage), "ranks": ranks} | found

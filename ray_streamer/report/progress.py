@@ -6,6 +6,7 @@ terminal, notebook          rich's bar, also while Ray starts and ranks plan
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from typing import TYPE_CHECKING, NamedTuple, Self
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from ray_streamer.rank.statistics import RankStatistics
+
+logger = logging.getLogger(__name__)
 
 _SECONDS_BETWEEN_LINES = 5.0
 _POLL_SECONDS = 0.25
@@ -96,6 +99,8 @@ def progress_line(reached: Reached, seconds: float) -> str:
 class LoadProgress:
     """Shows one load; use it as a context manager, and as `on_progress` of `load_sharded`.
 
+    Where it cannot be shown, as on a closed pipe, the load goes on without.
+
     Args:
         title: Shown before everything, such as the uri.
         console: Where to show it; stderr when unset.
@@ -121,6 +126,7 @@ class LoadProgress:
         self._is_over = threading.Event()
         self._thread: threading.Thread | None = None
         self._bar: Progress | None = None
+        self._is_broken = False
         if self._console.is_terminal or self._console.is_jupyter:
             columns = (TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn(True))
             more = (TransferSpeedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[notes]}", markup=False))
@@ -146,7 +152,7 @@ class LoadProgress:
 
     def __enter__(self) -> Self:
         if self._bar is not None:
-            self._bar.start()
+            self._show(self._bar.start)
         if self._bar is None or self._ask is not None:
             self._thread = threading.Thread(target=self._watch, name="ray_streamer-progress", daemon=True)
             self._thread.start()
@@ -157,7 +163,7 @@ class LoadProgress:
         if self._thread is not None:
             self._thread.join()
         if self._bar is not None:
-            self._bar.stop()
+            self._show(self._bar.stop)
 
     def _watch(self) -> None:
         """Asks, and writes lines; in a thread of its own, since phases may last long without a word."""
@@ -166,17 +172,30 @@ class LoadProgress:
             if self._ask is not None:
                 self(self._ask())
             if self._bar is None and time.monotonic() >= next_line:
-                self._console.print(self.line(), soft_wrap=True)
+                self._show(lambda: self._console.print(self.line(), soft_wrap=True))
                 next_line = time.monotonic() + self._seconds_between_lines
 
+    def _show(self, write: Callable[[], object]) -> None:
+        if self._is_broken:
+            return
+        try:
+            write()
+        except (Exception, SystemExit) as error:
+            # rich ends the program when its pipe is closed; this one has a model to load.
+            self._is_broken = True
+            logger.warning("the load goes on, but its progress can be shown no longer: %r", error)
+
     def _draw(self) -> None:
-        if self._bar is not None:
-            reached = self._reached
-            doing = f"{self._title} ({self._phase})" if self._phase else self._title
-            self._bar.update(
-                self._task,
-                description=doing,
-                completed=reached.delivered_bytes,
-                total=reached.all_bytes or None,
-                notes=reached.notes,
-            )
+        bar = self._bar
+        if bar is not None:
+            self._show(lambda: self._update(bar))
+
+    def _update(self, bar: Progress) -> None:
+        reached = self._reached
+        bar.update(
+            self._task,
+            description=f"{self._title} ({self._phase})" if self._phase else self._title,
+            completed=reached.delivered_bytes,
+            total=reached.all_bytes or None,
+            notes=reached.notes,
+        )

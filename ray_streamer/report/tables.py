@@ -158,6 +158,8 @@ def print_load(report: LoadReport, *, in_words: Callable[[str], str] = str) -> N
     console.print(table)
     if report.verdict is not None:
         console.print(f"Verdict: {in_words(report.verdict.text)}")
+    for sentence in report.findings.untold:
+        console.print(sentence)
 
 
 def _spent_on_blocks(report: LoadReport) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import threading
 
 import pytest
@@ -119,3 +120,32 @@ def test_load_rank_shows_the_first_ranks_part(tmp_path, monkeypatch):
     assert not any(thread.name == "ray_streamer-progress" for thread in threading.enumerate())
     ray_streamer.load_rank(str(tmp_path), rank=0, world_size=1, rules=rules)
     assert shown == [progress], "only where it was asked for"
+
+
+class ClosedPipe(io.StringIO):
+    """A pipe whose reader is gone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.was_tried = threading.Event()
+
+    def flush(self) -> None:
+        reader, writer = os.pipe()
+        os.close(reader)
+        try:
+            os.write(writer, b"text")
+        finally:
+            os.close(writer)
+            self.was_tried.set()
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_a_load_goes_on_when_nobody_can_see_it_any_more(rank_at, caplog, is_terminal):
+    pipe = ClosedPipe()
+    with LoadProgress(
+        "model", console=Console(file=pipe, force_terminal=is_terminal), seconds_between_lines=0.0
+    ) as bar:
+        bar([rank_at(1, 3)])
+        assert pipe.was_tried.wait(30)
+        bar.phase("load")
+    assert "the load goes on" in caplog.text

@@ -9,7 +9,9 @@ from dataclasses import replace
 
 import pytest
 
-from ray_streamer.report.verdict.evidence import Evidence, slowest_node
+from ray_streamer.report.evidence import Evidence, slowest_node
+from ray_streamer.report.load_report import LoadReport
+from ray_streamer.report.tables import print_load
 from ray_streamer.report.verdict.judge import judge
 from ray_streamer.report.verdict.model import Asked
 from ray_streamer.report.verdict.observe import observe_node
@@ -203,9 +205,10 @@ def test_a_verdict_is_found_once_and_its_evidence_let_go_then(constructed, stati
     traces = weakref.ref(trace.spans.times)
     ranks = [statistics_of(trace), replace(statistics_of(trace), rank=1)]
     del trace
-    first = evidence.verdict(ranks, {})
-    assert first.bound == "first byte"
-    assert evidence.verdict(ranks, {}) is first
+    first = evidence.findings(ranks, {})
+    assert first.verdict.bound == "first byte"
+    assert first.untold == ()
+    assert evidence.findings(ranks, {}) is first
     gc.collect()
     assert traces() is None
 
@@ -214,3 +217,41 @@ def test_the_node_that_took_longest_is_judged(constructed, statistics_of):
     loads = [constructed(rank=rank, first_byte_seconds=0.1 + (rank == 2)) for rank in range(4)]
     ranks = [statistics_of(load.trace()) for load in loads]
     assert slowest_node([(0, 1), (2, 3)], ranks) == (2, 3)
+
+
+@pytest.fixture
+def report_of(statistics_of):
+    """The report on a load with these traces."""
+
+    def made(*traces):
+        return LoadReport(
+            uri="s3://bucket/model",
+            mesh={"tp": len(traces)},
+            seconds={"load": 1.0, "total": 1.0},
+            checkpoint_bytes=0,
+            needed_bytes=0,
+            plan_hash="",
+            nodes=("here",) * len(traces),
+            ranks=tuple(map(statistics_of, traces)),
+            evidence=Evidence(traces, Asked(16, 1 << 20)),
+        )
+
+    return made
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        pytest.param({"touch_seconds": None}, id="no page faults"),
+        pytest.param({"ways": None}, id="no ways"),
+    ],
+)
+def test_a_verdict_that_fails_costs_a_sentence_and_no_report(constructed, report_of, damage, capsys):
+    trace = constructed(first_byte_seconds=0.2).trace()
+    report = report_of(replace(trace, spans=replace(trace.spans, **damage)))
+    said = report.as_dict()
+    assert said["verdict"] is None
+    (sentence,) = said["untold"]
+    assert sentence.startswith("No word on what bounded the load: a fault of ray_streamer, not of the load (")
+    print_load(report)
+    assert sentence[:60] in capsys.readouterr().out

@@ -1,9 +1,10 @@
-"""What is kept of a load until somebody asks for the verdict? The traces of one node, and the settings."""
+"""What is kept of a load until somebody asks what it shows? The traces of one node, and the settings."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ray_streamer.report.findings import Finder, Findings
 from ray_streamer.report.verdict.judge import judge
 
 if TYPE_CHECKING:
@@ -11,12 +12,11 @@ if TYPE_CHECKING:
 
     from ray_streamer.rank.statistics import RankStatistics
     from ray_streamer.rank.trace import RankTrace
-    from ray_streamer.report.verdict.judge import Verdict
     from ray_streamer.report.verdict.model import Asked
 
 
 class Evidence:
-    """The traces of the node that took longest; a verdict is found once.
+    """The traces of the node that took longest; what they show is found once.
 
     Args:
         traces: Of the node's ranks, in local order.
@@ -25,21 +25,27 @@ class Evidence:
 
     def __init__(self, traces: Sequence[RankTrace], asked: Asked) -> None:
         self._traces, self._asked = tuple(traces), asked
-        self._found: tuple[Verdict | None] | None = None
+        self._found: Findings | None = None
 
-    def verdict(self, ranks: Sequence[RankStatistics], phases: Mapping[str, float]) -> Verdict | None:
-        """The verdict on the load.
+    def findings(self, ranks: Sequence[RankStatistics], phases: Mapping[str, float]) -> Findings:
+        """What the traces show.
 
         Args:
             ranks: Statistics of all ranks.
             phases: Seconds by phase of the report.
         """
         if self._found is None:
-            of_node = [rank for rank in ranks if any(rank.rank == trace.rank for trace in self._traces)]
-            self._found = (judge(self._traces, of_node, self._asked, phases),)
+            self._found = self._find(ranks, phases)
             # A report may be kept for long, and the traces are large.
             self._traces = ()
-        return self._found[0]
+        return self._found
+
+    def _find(self, ranks: Sequence[RankStatistics], phases: Mapping[str, float]) -> Findings:
+        traces = self._traces
+        of_node = [rank for rank in ranks if any(rank.rank == trace.rank for trace in traces)]
+        finder = Finder()
+        verdict = finder.find("what bounded the load", lambda: judge(traces, of_node, self._asked, phases))
+        return Findings(verdict=verdict, untold=tuple(finder.untold))
 
 
 def slowest_node(nodes: Sequence[tuple[int, ...]], ranks: Sequence[RankStatistics]) -> tuple[int, ...]:
