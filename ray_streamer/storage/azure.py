@@ -129,6 +129,7 @@ class AzureTokens:
         self._lock = threading.Lock()
         self._credential: Any = None
         self._token: str | None = None
+        self._is_refused = False
         self._renew_at = 0.0
 
     def token(self) -> str:
@@ -147,7 +148,7 @@ class AzureTokens:
         """The store did not take a request with this header; get another token, unless there is another one already."""
         with self._lock:
             if authorization == f"Bearer {self._token}":
-                self._token = None
+                self._token, self._is_refused = None, True
 
     def _renew(self) -> None:
         try:
@@ -157,13 +158,17 @@ class AzureTokens:
             raise missing_extra("Azure without a key or SAS token", "azure-identity", "azure") from error
 
         def find() -> Any:
+            if self._credential and self._is_refused:
+                # It remembers its token until shortly before the end.
+                self._credential.close()
+                self._credential = None
             self._credential = self._credential or DefaultAzureCredential()
             return self._credential.get_token(_SCOPE)
 
         found = find_credentials(
             "azure-identity", find, seconds=self._timeout_seconds, refusals=(AzureError,), advice=_WHO
         )
-        self._token = found.token
+        self._token, self._is_refused = found.token, False
         self._renew_at = found.expires_on - _RENEWED_BEFORE_SECONDS
 
 

@@ -26,7 +26,7 @@ from ray_streamer.storage.listing import MAX_TOKEN_CHARS, ListingPage
 from ray_streamer.storage.object_store import Request
 from ray_streamer.storage.redaction import NO_SECRETS
 from ray_streamer.storage.refusal import skew_of
-from ray_streamer.storage.web import WebRefusal, WebStore, origin_of, status_text
+from ray_streamer.storage.web import WebRefusal, WebStore, origin_of, seconds_of_one_head, status_text
 from ray_streamer.units import exact_bytes
 
 if TYPE_CHECKING:
@@ -115,6 +115,7 @@ class HubStore(WebStore):
         folder: In the repository, without a "/" at its end; empty for all of it.
         token: Who asks, a secret; empty for whom huggingface_hub finds.
         timeout_seconds: How long huggingface_hub may take to find a token, which it may have to renew.
+        wait_seconds: See `Redirects`.
     """
 
     endpoint_advice = "is HF_ENDPOINT right"
@@ -129,8 +130,9 @@ class HubStore(WebStore):
         folder: str,
         token: str,
         timeout_seconds: float,
+        wait_seconds: float,
     ) -> None:
-        super().__init__(uri, root=endpoint)
+        super().__init__(uri, root=endpoint, sends_on=True, wait_seconds=wait_seconds)
         self.folder = f"{folder}/" if folder else ""
         self._repository = repository
         self._revision = revision
@@ -175,7 +177,7 @@ class HubStore(WebStore):
 
     def identity_of(self, path: str, request: Request, answer: HttpAnswer, size_bytes: int) -> Identity:
         """See `ObjectStore`."""
-        found = Identity.of_answer(answer, size_bytes)
+        found = super().identity_of(path, request, answer, size_bytes)
         linked = self._linked.get(path)
         if origin_of(request.url) == origin_of(self._root):
             self._note_commit(answer)
@@ -326,6 +328,7 @@ def open_store(uri: str, settings: StorageSettings) -> HubStore:
         folder=parsed.path_in_repo.strip("/"),
         token=settings.hf_token.get_secret_value() if settings.hf_token else "",
         timeout_seconds=settings.s3_credentials_timeout_seconds,
+        wait_seconds=seconds_of_one_head(settings),
     )
 
 

@@ -287,6 +287,8 @@ class ObjectStorage(RemoteStorage):
                 raise
             else:
                 return
+            finally:
+                self._store.end(path, request)
         raise StorageError(f"{what}: the server sent the request on more than {_MAX_REDIRECTS} times")
 
     @contextmanager

@@ -2,7 +2,7 @@
 
     asks      where an object is asked for, and with which credentials      `object_request`, `discard`
     identity  what tells one version of an object from another one          `identity_of`
-    answers   what an answer means that brings no bytes                     `refusal_of`, `follow`
+    answers   what an answer means that brings no bytes                     `refusal_of`, `follow`, `end`
     listing   how the keys below a prefix are asked for                     `listing_request`, `parse_page`
 
 Everything else is done once for all stores, in `object_storage`: connections, TLS, retries, resumed bodies, hedged requests, the
@@ -86,6 +86,9 @@ class ObjectStore:
             StorageError: It leads where no request may go.
         """
         return False
+
+    def end(self, path: str, request: Request) -> None:
+        """A request for an object is over: its answer was read, sent it on or refused it, or none came."""
 
     def place_of(self, request: Request) -> str:
         """Which server a request goes to, for messages; no secret."""

@@ -2,32 +2,28 @@
 
 A folder's files are asked for by name: web servers list nothing. Identity is the ETag, or what there is instead (see `identity`).
 
-A server may send a request elsewhere, as the front of a content delivery network does. The address is kept for the next
-requests, and asked for again when it is refused: such addresses are often signed, and end. Redirects go only where they are safe:
-credentials stay with the host that they were given for, https stays https, and addresses inside of a machine or its cloud, where
-metadata services give keys away, are refused, by their names here and by what names lead to in `tcp`.
+A server may send a request elsewhere, as the front of a content delivery network does; see `redirects`. Credentials stay with
+the host that they were given for.
 """
 
 from __future__ import annotations
 
 import os
 import re
-import threading
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import TYPE_CHECKING
-from urllib.parse import quote, urljoin, urlsplit
+from urllib.parse import quote, urlsplit
 
 from ray_streamer.errors import AccessError, ObjectMissingError, SettingsError, StorageError
 from ray_streamer.storage.http_route import is_http_address
 from ray_streamer.storage.object_store import ObjectStore, Request, if_match
+from ray_streamer.storage.redirects import Redirects
 from ray_streamer.storage.refusal import Refusal, skew_of
 from ray_streamer.storage.retry import PassingFault
-from ray_streamer.storage.tcp import is_link_local, is_loopback
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from urllib.parse import SplitResult
 
     from pydantic import SecretStr
 
@@ -35,10 +31,6 @@ if TYPE_CHECKING:
     from ray_streamer.storage.http_connection import HttpAnswer
     from ray_streamer.storage.identity import Identity
 
-# By these names clouds give their machines metadata and keys.
-_METADATA_HOSTS = frozenset(
-    {"metadata", "metadata.google.internal", "metadata.goog", "instance-data", "instance-data.ec2.internal"}
-)
 _PRINTABLE = re.compile(r"[!-~](?:[ -~]*[!-~])?")
 _QUERY = re.compile(r"[!$-;=?-Z_a-z~]+")
 # What an address that was good for a while answers when that is over, besides 401 and 403.
@@ -94,66 +86,6 @@ def status_text(status: int) -> str:
     return f"HTTP {status} {HTTPStatus(status).phrase}" if known else f"HTTP {status}"
 
 
-class Redirects:
-    """Where a server sent requests for its files; safe to call from many threads.
-
-    Args:
-        what: The folder, for messages.
-    """
-
-    def __init__(self, what: str) -> None:
-        self._what = what
-        self._lock = threading.Lock()
-        self._urls: dict[str, str] = {}
-
-    def url_of(self, path: str) -> str | None:
-        """Where a file is asked for now; None before the server has said."""
-        with self._lock:
-            return self._urls.get(path)
-
-    def note(self, path: str, *, asked: str, location: str) -> None:
-        """The server answered to a request at `asked` that `path` is at `location`, a url as good as credentials.
-
-        Raises:
-            StorageError: No request may go there.
-        """
-        what = f"{self._what}/{path}"
-        try:
-            url = urljoin(asked, location)
-            parts = urlsplit(url)
-            _ = parts.port
-        except ValueError:
-            raise StorageError(f"{what}: the server sends the request on, to what is no address") from None
-        reason = _unsafe(urlsplit(asked), parts)
-        if reason:
-            raise StorageError(
-                f"{what}: the server sends the request on {reason}; redirects are followed only where they are safe"
-            )
-        with self._lock:
-            self._urls[path] = quote(url.partition("#")[0], safe="%/:?#[]@!$&'()*+,;=~")
-
-    def forget(self, path: str, url: str) -> None:
-        """Ask the server again next time, if `url` is still the one in use."""
-        with self._lock:
-            if self._urls.get(path) == url:
-                del self._urls[path]
-
-
-def _unsafe(asked: SplitResult, to: SplitResult) -> str:
-    """Why no request goes there; empty when it may."""
-    if to.scheme not in ("http", "https") or not to.hostname:
-        return f"to something other than a web server ({to.scheme or 'no scheme'})"
-    if asked.scheme == "https" and to.scheme != "https":
-        return "from https to http, where everybody on the way can change it"
-    if "@" in to.netloc:
-        return "with a user in the address"
-    if is_link_local(to.hostname) or to.hostname.rstrip(".") in _METADATA_HOSTS:
-        return "to a link-local or metadata address, which belongs to this machine and its cloud"
-    if is_loopback(to.hostname) and not is_loopback(asked.hostname or ""):
-        return "to this machine itself"
-    return ""
-
-
 class WebStore(ObjectStore):
     """The files below one url; see `ObjectStore`.
 
@@ -162,12 +94,23 @@ class WebStore(ObjectStore):
         root: Where its files are asked for, without a "/" at its end.
         query: What is put behind "?" at that server; a secret.
         authorization: Header of requests to that server, and to no other; a secret.
+        sends_on: Whether the server is known to send requests for large files elsewhere.
+        wait_seconds: See `Redirects`.
     """
 
     endpoint_advice = "is the name of the server right"
     is_public_web = True
 
-    def __init__(self, uri: str, *, root: str, query: str = "", authorization: str = "") -> None:
+    def __init__(
+        self,
+        uri: str,
+        *,
+        root: str,
+        query: str = "",
+        authorization: str = "",
+        sends_on: bool = False,
+        wait_seconds: float,
+    ) -> None:
         parts = urlsplit(root)
         self.endpoint = f"{parts.scheme}://{parts.netloc}"
         self.ca_file = os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("CURL_CA_BUNDLE") or ""
@@ -175,7 +118,7 @@ class WebStore(ObjectStore):
         self._root = root
         self._query = f"?{query}" if query else ""
         self._authorization = {"Authorization": authorization} if authorization else {}
-        self._redirects = Redirects(self._uri)
+        self._redirects = Redirects(self._uri, are_expected=sends_on, wait_seconds=wait_seconds)
 
     def object_request(self, path: str, headers: Mapping[str, str], pinned: Identity | None) -> Request:
         """See `ObjectStore`."""
@@ -196,6 +139,17 @@ class WebStore(ObjectStore):
         if location:
             self._redirects.note(path, asked=request.url, location=location)
         return bool(location)
+
+    def end(self, path: str, request: Request) -> None:
+        """See `ObjectStore`."""
+        if not request.is_sent_on:
+            self._redirects.end(path)
+
+    def identity_of(self, path: str, request: Request, answer: HttpAnswer, size_bytes: int) -> Identity:
+        """See `ObjectStore`."""
+        if not request.is_sent_on:
+            self._redirects.note_answer(path)
+        return super().identity_of(path, request, answer, size_bytes)
 
     def place_of(self, request: Request) -> str:
         """See `ObjectStore`."""
@@ -239,7 +193,13 @@ def open_store(uri: str, settings: StorageSettings) -> WebStore:
         root=quote(f"{parts.scheme.lower()}://{parts.netloc}{parts.path}".rstrip("/"), safe="%/:@!$&'()*+,;=~[]"),
         query=_usable("http_query", settings.http_query, _QUERY).lstrip("?"),
         authorization=_usable("http_authorization", settings.http_authorization, _PRINTABLE),
+        wait_seconds=seconds_of_one_head(settings),
     )
+
+
+def seconds_of_one_head(settings: StorageSettings) -> float:
+    """How long it may take until a request is answered, or has failed."""
+    return settings.connect_timeout_seconds + settings.first_byte_timeout_seconds
 
 
 def _usable(name: str, secret: SecretStr | None, form: re.Pattern[str]) -> str:

@@ -58,6 +58,7 @@ class FaultProxy(LoopbackServer):
         ranges: `Range` headers that came, in order, faulty requests included.
         num_faults: Of these, requests that met a fault.
         num_connections: Connections that were opened to it.
+        num_body_bytes: Bytes of bodies that it passed on, or was about to.
     """
 
     def __init__(self, server_url: str, faults: Iterable[Fault] = ()) -> None:
@@ -66,6 +67,7 @@ class FaultProxy(LoopbackServer):
         self.ranges: list[str] = []
         self.num_faults = 0
         self.num_connections = 0
+        self.num_body_bytes = 0
         self._faults = deque(faults)
         self._changed = threading.Condition()
         self._connections: set[socket.socket] = set()
@@ -135,6 +137,11 @@ class FaultProxy(LoopbackServer):
             fault = self._faults.popleft() if self._faults else Fault()
             self.num_faults += fault != Fault()
             return fault
+
+    def on_body(self, num_bytes: int) -> None:
+        """So much of a body was passed on."""
+        with self._changed:
+            self.num_body_bytes += num_bytes
 
     def on_stall(self) -> None:
         """An answer went silent."""
@@ -224,6 +231,8 @@ class _Connection(socketserver.StreamRequestHandler):
         """Pass on so much of a body, at no more than this rate where there is one."""
         began, sent = time.monotonic(), 0
         while sent < num_bytes and (data := answers.read(min(num_bytes - sent, _COPY_BYTES))):
+            # Before the client can have it, and ask how much it was.
+            self.proxy.on_body(len(data))
             self.wfile.write(data)
             sent += len(data)
             if bytes_per_second:

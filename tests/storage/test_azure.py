@@ -6,10 +6,8 @@ import base64
 import hashlib
 import hmac
 import itertools
-import json
 import re
 import sys
-import time
 import traceback
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -30,6 +28,7 @@ from ray_streamer.extent import Extent
 from ray_streamer.storage.azure import account_of
 from ray_streamer.storage.azure_listing import parse_page
 from ray_streamer.storage.listing import ListingPage
+from ray_streamer.testing.azure_identity import MachineIdentity
 from ray_streamer.testing.azurite import ACCOUNT, KEY, azurite, azurite_program
 from ray_streamer.testing.faults import FaultProxy
 from ray_streamer.testing.file_server import file_bytes
@@ -167,31 +166,11 @@ def test_a_checkpoint_is_loaded(place, tmp_path):
     check_load(place.uri, tmp_path)
 
 
-class Identity(HostileStore):
-    """The identity of a machine: gives tokens to those who know its header, one after the other."""
-
-    def __init__(self):
-        super().__init__(self.give)
-        self.num_tokens = 0
-        self.lifetime_seconds = 86400
-
-    def give(self, asked):
-        assert asked.headers["x-identity-header"] == "plantedheader"
-        assert "resource=https://storage.azure.com" in asked.target
-        self.num_tokens += 1
-        token = {
-            "access_token": f"planted-token-{self.num_tokens}",
-            "expires_on": str(int(time.time()) + self.lifetime_seconds),
-        }
-        body = json.dumps({**token, "resource": "https://storage.azure.com", "token_type": "Bearer"})
-        return answer_bytes(200, body.encode(), {"Content-Type": "application/json", "Connection": "close"})
-
-
 @pytest.fixture
 def identity(monkeypatch):
-    with Identity() as server:
-        monkeypatch.setenv("IDENTITY_ENDPOINT", f"{server.url}/token")
-        monkeypatch.setenv("IDENTITY_HEADER", "plantedheader")
+    with MachineIdentity() as server:
+        for name, value in server.environment.items():
+            monkeypatch.setenv(name, value)
         yield server
 
 
@@ -229,6 +208,10 @@ def test_tokens_of_an_identity_are_used_and_renewed(identity, store, open_store)
     assert read(storage, "a", Extent(5, 99), etag) == CONTENT[5:99]
     assert store.requests[-1].headers["if-match"] == etag
     assert identity.num_tokens == 1
+    # Azure takes the token no longer, and azure-identity remembers it.
+    store.good = {"Bearer planted-token-2"}
+    assert read(storage, "a", Extent(5, 99), etag) == CONTENT[5:99]
+    assert identity.num_tokens == 2
     store.good = set()
     with pytest.raises(AccessError, match=r"az://models/m/a.*HTTP 401.*`az login`") as caught:
         read(storage, "a", Extent(5, 99), etag)

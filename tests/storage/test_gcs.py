@@ -7,17 +7,12 @@ import json
 import re
 import subprocess
 import sys
-import threading
 import traceback
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import parse_qs
 
 import pytest
-from cryptography.hazmat.primitives import serialization
-from cryptography.hazmat.primitives.asymmetric import rsa
 from pyarrow import fs
 
 from ray_streamer.errors import AccessError, ObjectChangedError, ObjectMissingError, SettingsError, StorageError
@@ -25,6 +20,7 @@ from ray_streamer.extent import Extent
 from ray_streamer.storage import gcs
 from ray_streamer.testing.faults import FaultProxy
 from ray_streamer.testing.file_server import file_bytes
+from ray_streamer.testing.google_tokens import TokenServer
 from ray_streamer.testing.hostile_store import HostileStore, answer_bytes
 from ray_streamer.testing.storage_suite import (
     CONTENT,
@@ -102,55 +98,13 @@ def test_a_checkpoint_is_loaded(place, tmp_path):
     check_load(place.uri, tmp_path)
 
 
-class TokenServer(ThreadingHTTPServer):
-    """Gives tokens for assertions of a service account, one after the other."""
-
-    daemon_threads = True
-
-    def __init__(self):
-        super().__init__(("127.0.0.1", 0), _Tokens)
-        self.num_tokens = 0
-        self.lifetime_seconds = 3600
-
-
-class _Tokens(BaseHTTPRequestHandler):
-    def do_POST(self):
-        asked = parse_qs(self.rfile.read(int(self.headers["Content-Length"])).decode())
-        assert asked["grant_type"] == ["urn:ietf:params:oauth:grant-type:jwt-bearer"]
-        self.server.num_tokens += 1
-        token = {"access_token": f"planted-token-{self.server.num_tokens}", "expires_in": self.server.lifetime_seconds}
-        body = json.dumps({**token, "token_type": "Bearer"}).encode()
-        self.send_response(200)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *_):
-        pass
-
-
 @pytest.fixture
 def tokens(tmp_path, monkeypatch):
     """A service account whose tokens come from this machine."""
-    key = rsa.generate_private_key(public_exponent=65537, key_size=2048)
-    pem = key.private_bytes(
-        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    ).decode()
     with TokenServer() as server:
-        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
-        account = {
-            "type": "service_account",
-            "project_id": "project",
-            "private_key_id": "plantedkeyid",
-            "private_key": pem,
-            "client_email": "me@project.iam.gserviceaccount.com",
-            "token_uri": "http://{}:{}/token".format(*server.server_address),
-        }
-        (tmp_path / "account.json").write_text(json.dumps(account))
+        server.write_account(tmp_path / "account.json")
         monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(tmp_path / "account.json"))
         yield server
-        server.shutdown()
 
 
 @pytest.fixture

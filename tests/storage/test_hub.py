@@ -7,6 +7,7 @@ import logging
 import re
 import sys
 import traceback
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import pytest
@@ -140,6 +141,37 @@ def test_an_address_that_ended_is_asked_for_again(place, open_store):
         assert read(storage, "a.safetensors", Extent(start, 5000), etag) == CONTENT[start:5000]
     assert len(place.server.requests) == 3
     assert len(place.server.delivery.requests) == 1 + 4 + 2
+
+
+def read_by_many(storage, etag):
+    with ThreadPoolExecutor(16) as pool:
+        starts = range(0, 4000, 100)
+        for start, content in zip(
+            starts,
+            pool.map(lambda start: read(storage, "a.safetensors", Extent(start, 5000), etag), starts),
+            strict=True,
+        ):
+            assert content == CONTENT[start:5000]
+
+
+def test_one_of_many_threads_asks_the_hub(place, open_store):
+    place.write("a.safetensors", CONTENT)
+    etag = open_store(place.uri).read_head("a.safetensors", 4)[1].etag
+    storage = open_store(place.uri)
+    for num_asked in (2, 3):
+        read_by_many(storage, etag)
+        assert len(place.server.requests) == num_asked
+        place.server.end_addresses()
+
+
+def test_a_hub_that_does_not_answer_one_thread_is_asked_by_the_next(place, open_store):
+    place.write("a.safetensors", CONTENT)
+    etag = open_store(place.uri).read_head("a.safetensors", 4)[1].etag
+    answer, mute = place.server.answer, iter([True, True])
+    place.server.answer = lambda asked: None if next(mute, False) else answer(asked)
+    storage = open_store(place.uri)
+    read_by_many(storage, etag)
+    assert storage.statistics().num_retries == 2
 
 
 def test_an_address_that_ends_under_another_read_changes_nothing(place, open_store):

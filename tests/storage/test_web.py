@@ -19,6 +19,7 @@ from ray_streamer.extent import Extent
 from ray_streamer.settings import Settings
 from ray_streamer.storage import open_storage
 from ray_streamer.storage.redaction import Secrets
+from ray_streamer.storage.redirects import Redirects
 from ray_streamer.testing.faults import Fault, FaultProxy
 from ray_streamer.testing.file_server import FileServer
 from ray_streamer.testing.hostile_store import answer_bytes
@@ -133,15 +134,21 @@ def test_redirects_that_are_not_safe_are_refused(server, open_store, location, w
 
 
 def test_https_is_not_left(open_store):
-    from ray_streamer.storage.web import Redirects
-
-    redirects = Redirects("https://host/m")
+    redirects = Redirects("https://host/m", are_expected=False, wait_seconds=1)
     with pytest.raises(StorageError, match="from https to http"):
         redirects.note("a", asked="https://host/m/a", location="http://host/m/a")
     with pytest.raises(StorageError, match="to this machine itself"):
         redirects.note("a", asked="https://host/m/a", location="https://localhost/m/a")
     redirects.note("a", asked="https://host/m/a", location="//other/b c#d")
     assert redirects.url_of("a") == "https://other/b%20c"
+
+
+def test_who_waits_for_another_thread_does_not_wait_for_ever():
+    redirects = Redirects("https://host/m", are_expected=True, wait_seconds=0.01)
+    assert redirects.url_of("a") is None
+    assert redirects.url_of("a") is None
+    redirects.note("a", asked="https://host/m/a", location="https://other/a")
+    assert redirects.url_of("a") == "https://other/a"
 
 
 def test_a_circle_ends(server, open_store):

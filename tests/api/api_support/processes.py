@@ -20,12 +20,18 @@ START_SECONDS = 300.0
 class RankProcesses:
     """Processes that run importable functions on order; use as a context manager.
 
+    Args:
+        num_processes: How many.
+        are_forked: Whether torch is imported once for all of them, by a process from which they are forked.
+
     Attributes:
         pids: Their process ids, in rank order.
     """
 
-    def __init__(self, num_processes: int) -> None:
-        context = multiprocessing.get_context("spawn")
+    def __init__(self, num_processes: int, *, are_forked: bool = False) -> None:
+        context = multiprocessing.get_context("forkserver" if are_forked else "spawn")
+        if are_forked:
+            context.set_forkserver_preload(["torch", "ray_streamer.api.rank"])
         self._pipes: list[Connection] = []
         self._processes: list[Any] = []
         for _ in range(num_processes):

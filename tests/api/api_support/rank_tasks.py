@@ -18,11 +18,27 @@ from ray_streamer.errors import DeviceError
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from ray_streamer.rank.statistics import RankStatistics
+
 
 def load(uri: str, folder: str, *, tp_index: int, **arguments: Any) -> list[str]:
     """Load and compare; gives the names of wrong tensors."""
     tensors = ray_streamer.load_rank(uri, **arguments)
     return oracle.faults(tensors, folder, tp_index=tp_index, tp=arguments.get("tp", 2))
+
+
+def load_and_count(uri: str, folder: str, *, google: str = "", **arguments: Any) -> tuple[list[str], RankStatistics]:
+    """Load one rank of `tp`; gives the names of wrong tensors and the statistics. `google` stands in for Google's address."""
+    from huggingface_hub import constants
+
+    from ray_streamer.storage import gcs
+
+    # Both are settled when they are imported, and processes stay for several tests.
+    constants.ENDPOINT = os.environ.get("HF_ENDPOINT", constants.ENDPOINT)
+    gcs._ENDPOINT = google or gcs._ENDPOINT
+    statistics: list[RankStatistics] = []
+    tensors = ray_streamer.load_rank(uri, on_statistics=statistics.append, **arguments)
+    return oracle.faults(tensors, folder, tp_index=arguments["rank"], tp=arguments["tp"]), statistics[0]
 
 
 def names_of_stage(uri: str, **arguments: Any) -> list[str]:
