@@ -110,6 +110,11 @@ def _parse_memory_limit(value: Any) -> int:
     return -1 if str(value).strip() == "-1" else int(_BYTE_SIZE.validate_python(value))
 
 
+def _make_absolute(path: Any) -> Any:
+    """Ranks may work in another folder, or as another user, than who names the file."""
+    return os.path.abspath(os.path.expanduser(path)) if path and isinstance(path, str | os.PathLike) else path
+
+
 def _refuse_user(url: str) -> str:
     """A user name in an address would show up in errors and logs."""
     if "@" in url:
@@ -233,7 +238,7 @@ class Settings(BaseSettings):
         description="Bucket name in the path or in the host name; auto = as the AWS profile says, else as boto3 chooses.",
     )
     s3_unsigned: bool = Field(default=False, description="Send no credentials: public buckets.")
-    s3_ca_bundle: str | None = Field(
+    s3_ca_bundle: Annotated[str, BeforeValidator(_make_absolute)] | None = Field(
         default=None,
         description="CA file for https endpoints; unset = AWS_CA_BUNDLE, the profile's ca_bundle or REQUESTS_CA_BUNDLE.",
     )

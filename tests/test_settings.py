@@ -4,6 +4,7 @@ on where it came from, and secrets are shown nowhere."""
 from __future__ import annotations
 
 import pickle
+from pathlib import Path
 
 import pytest
 
@@ -177,6 +178,21 @@ def test_variables_that_are_settings_or_nothing_of_ours_are_not_told(monkeypatch
 def test_a_misspelt_argument_is_told_what_was_meant(name, meant):
     with pytest.raises(SettingsError, match=rf"^{name}=\(not shown\): no such setting; did you mean {meant}\?$"):
         Settings.resolve(**{name: "PLANTED"})
+
+
+@pytest.mark.parametrize(
+    "said", ["certificates/ca.pem", "./certificates/../certificates/ca.pem", Path("certificates/ca.pem")]
+)
+def test_a_file_is_meant_where_it_is_said(monkeypatch, tmp_path, said):
+    monkeypatch.chdir(tmp_path)
+    settings = Settings.resolve(s3_ca_bundle=said)
+    monkeypatch.setenv("RAY_STREAMER_S3_CA_BUNDLE", str(said))
+    assert Settings.resolve().s3_ca_bundle == settings.s3_ca_bundle == str(tmp_path / "certificates" / "ca.pem")
+
+
+def test_a_file_may_lie_in_a_home_directory(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert Settings.resolve(s3_ca_bundle="~/ca.pem").s3_ca_bundle == str(tmp_path / "ca.pem")
 
 
 def test_secrets_are_known_and_hidden():
