@@ -5,14 +5,15 @@ from __future__ import annotations
 import secrets
 import socket
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ray_streamer.errors import CheckpointError, RayStreamerError, SettingsError
+from ray_streamer.errors import CheckpointError, ClusterError, RayStreamerError, SettingsError
 from ray_streamer.planning.topology import Topology
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     import torch.distributed as dist
 
@@ -24,6 +25,10 @@ class ProcessGroup:
         rank: Of this process in the group.
         topology: Which ranks of the group share a machine.
         session: A secret that the group's ranks share.
+
+    Raises:
+        SettingsError: This process is no member.
+        ClusterError: Other ranks did not answer within the group's timeout, or have ended.
     """
 
     def __init__(self, group: dist.ProcessGroup | None) -> None:
@@ -36,7 +41,8 @@ class ProcessGroup:
                 "this process is no member of the process group that was given; call it in members only"
             )
         places: list[Any] = [None] * dist.get_world_size(group)
-        dist.all_gather_object(places, (this_machine(), secrets.token_hex(16)), group=group)
+        with _asking("where each rank runs"):
+            dist.all_gather_object(places, (this_machine(), secrets.token_hex(16)), group=group)
         machines = [machine for machine, _ in places]
         self.topology = Topology(
             tuple(
@@ -58,6 +64,7 @@ class ProcessGroup:
 
         Raises:
             RayStreamerError: What it raised, on all ranks.
+            ClusterError: Other ranks did not answer within the group's timeout, or have ended.
         """
         made: list[Any] = [None]
         failure: Exception | None = None
@@ -67,7 +74,8 @@ class ProcessGroup:
             except Exception as error:  # every rank must leave the collective, and with this error
                 failure = error
                 made = [error if isinstance(error, RayStreamerError) else f"{type(error).__name__}: {error}"]
-        self._dist.broadcast_object_list(made, src=self._first(), group=self._group)
+        with _asking("what is in the checkpoint"):
+            self._dist.broadcast_object_list(made, src=self._first(), group=self._group)
         if failure is not None:
             raise failure
         if isinstance(made[0], RayStreamerError):
@@ -78,6 +86,18 @@ class ProcessGroup:
 
     def _first(self) -> int:
         return 0 if self._group is None else self._dist.get_global_rank(self._group, 0)
+
+
+@contextmanager
+def _asking(what: str) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:  # torch's, of every backend; also when a timeout passed
+        reason = str(error).partition("\n")[0]
+        raise ClusterError(
+            f"the ranks of the process group did not tell each other {what}, {type(error).__name__}: {reason}; "
+            "the timeout is the group's own; each rank must call the load, and a rank that failed says why itself"
+        ) from error
 
 
 def this_machine() -> tuple[str, str, int]:

@@ -154,6 +154,17 @@ def test_a_process_group_meets_the_planning_error_of_its_first_rank(pair: RankPr
     assert all("nothing" in str(error) for error in errors)
 
 
+@pytest.mark.parametrize("is_alive", [True, False], ids=["does something else", "left"])
+def test_a_rank_of_a_process_group_that_does_not_come(
+    pair: RankProcesses, checkpoint: Any, tmp_path: Path, is_alive: bool
+) -> None:
+    common = {"uri": checkpoint.uri, "store": str(tmp_path / "store"), "is_alive": is_alive}
+    said, _ = pair.run(rank_tasks.load_without_the_other, [{"rank": rank, **common} for rank in range(2)])
+    assert "the ranks of the process group did not tell each other where each rank runs" in said
+    assert "RuntimeError: " in said
+    assert "each rank must call the load" in said
+
+
 def test_a_group_that_the_caller_names(pair: RankProcesses, checkpoint: Any, tmp_path: Path) -> None:
     common = {"uri": checkpoint.uri, "folder": checkpoint.uri, "store": str(tmp_path / "store"), "world_size": 2}
     for loaded in pair.run(rank_tasks.load_in_groups, [{"rank": rank, **common} for rank in range(2)]):

@@ -63,6 +63,27 @@ def load_in_process_group(uri: str, folder: str, *, store: str, rank: int, world
         dist.destroy_process_group()
 
 
+def load_without_the_other(uri: str, *, store: str, rank: int, is_alive: bool) -> str:
+    """Load in a process group of two, whose second rank does not: it does something else, or leaves; gives the error."""
+    from datetime import timedelta
+
+    import torch.distributed as dist
+
+    meeting = dist.FileStore(store, 2)
+    dist.init_process_group("gloo", store=meeting, rank=rank, world_size=2, timeout=timedelta(seconds=2))
+    try:
+        if rank == 0:
+            ray_streamer.load_rank(uri)
+        elif is_alive:
+            meeting.wait(["failed"], timedelta(seconds=60))
+    except ray_streamer.errors.ClusterError as error:
+        meeting.set("failed", "")
+        return str(error)
+    finally:
+        dist.destroy_process_group()
+    return ""
+
+
 def load_in_groups(uri: str, folder: str, *, store: str, rank: int, world_size: int) -> dict[str, list[str]]:
     """Load as a member of a group of all, and alone in a group of one; gives the names of wrong tensors."""
     import torch.distributed as dist
