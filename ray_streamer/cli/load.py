@@ -7,17 +7,16 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
-from ray_streamer.cli.command import Command, json_option, print_json, verbose_option
-from ray_streamer.cli.outputs import OUTPUT_FILE
+from ray_streamer.cli.command import Command, json_option, verbose_option
+from ray_streamer.cli.outputs import OUTPUT_FILE, OUTPUT_PAGE
+from ray_streamer.cli.report import show_report
 from ray_streamer.cli.settings import with_settings
 from ray_streamer.cli.sharding import with_sharding
-from ray_streamer.cli.words import flags_of, in_flags
 from ray_streamer.cluster.placement import PlacementOptions, Strategy
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from ray_streamer.report.load_report import LoadReport
     from ray_streamer.settings import Settings
 
 
@@ -45,6 +44,12 @@ if TYPE_CHECKING:
     help="Write the report as JSON there, too.",
 )
 @click.option(
+    "--html",
+    "html_file",
+    type=OUTPUT_PAGE,
+    help="Write the report there as one page for a browser, which needs no network.",
+)
+@click.option(
     "--trace",
     type=OUTPUT_FILE,
     help="Write every block's life on all ranks there, for ui.perfetto.dev or chrome://tracing.",
@@ -62,6 +67,7 @@ def command(
     wait_for_nodes: bool,
     address: str | None,
     report_file: Path | None,
+    html_file: Path | None,
     trace: Path | None,
     sharding: dict[str, Any],
     as_json: bool,
@@ -91,17 +97,9 @@ def command(
     )
     with model:
         report = model.stats()
-    _show(report, report_file, as_json=as_json)
-
-
-def _show(report: LoadReport, report_file: Path | None, *, as_json: bool) -> None:
-    if as_json:
-        print_json(report.as_dict())
-    else:
-        from ray_streamer.report.tables import print_load
-
-        flags = flags_of(click.get_current_context().command.params)
-        print_load(report, in_words=lambda text: in_flags(text, flags))
-    # Last: a disk that is full by now costs the file and not the figures.
+    show_report(report, as_json=as_json)
+    # Last: a disk that is full by now costs the files and not the figures.
     if report_file is not None:
         report_file.write_text(json.dumps(report.as_dict(), indent=2) + "\n", encoding="utf-8")
+    if html_file is not None:
+        report.write_html(html_file)

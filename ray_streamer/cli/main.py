@@ -17,6 +17,7 @@ COMMANDS = {
     "plan": "What a load would read, by whom; only headers are read.",
     "doctor": "What this node can do, what stands in the way, what a load should take.",
     "load": "Load over the ranks of a Ray cluster and report what it took.",
+    "report": "Show the report of a load again, or make it a page for a browser.",
     "serve": "Serve a checkpoint with vLLM, its weights streamed from the uri.",
     "ls": "Every file at a uri.",
     "pull": "Copy config, tokenizer or other files from a uri into a folder.",

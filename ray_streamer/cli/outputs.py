@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ray_streamer.errors import SettingsError
 from ray_streamer.report.output_file import check_file
 
 if TYPE_CHECKING:
@@ -37,6 +38,8 @@ class _Output(click.ParamType):  # pyright: ignore[reportMissingTypeArgument]  #
         path = Path(value)
         try:
             self._check(path)
+        except SettingsError as error:
+            self.fail(str(error), param, ctx)
         except OSError as error:
             folder = path.parent
             missing = f"; the folder {folder} does not exist" if not folder.exists() else ""
@@ -46,6 +49,23 @@ class _Output(click.ParamType):  # pyright: ignore[reportMissingTypeArgument]  #
 
 OUTPUT_FILE = _Output("file", check_file)
 """A file that a command writes at its end."""
+
+
+def check_page(path: Path) -> None:
+    """Make sure that a page can be drawn, and written there.
+
+    Raises:
+        OSError: It cannot be written.
+        SettingsError: It cannot be drawn.
+    """
+    from ray_streamer.report.page.document import find_plotly_js
+
+    find_plotly_js()
+    check_file(path)
+
+
+OUTPUT_PAGE = _Output("file", check_page)
+"""A page for a browser that a command writes at its end."""
 
 OUTPUT_FOLDER = _Output("directory", check_folder)
 """A folder that a command makes and fills."""

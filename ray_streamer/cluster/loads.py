@@ -13,6 +13,7 @@ import logging
 import secrets
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import ray
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from ray_streamer.planning.read_plan import ReadPlan
     from ray_streamer.rank.request import LoadRequest
     from ray_streamer.rank.statistics import RankStatistics
+    from ray_streamer.rank.trace import RankTrace
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +67,13 @@ class Shared:
     memory_limits: tuple[int, ...]
     limits: ReadLimits
     is_planned_here: bool
+
+    @property
+    def plan_here(self) -> Callable[[], ReadPlan] | None:
+        """Makes the plan of all ranks in this process; None where only they know what they hold."""
+        if not self.is_planned_here:
+            return None
+        return partial(self.request.plan, self.topology, memory_limits=self.memory_limits, index=self.index)
 
 
 class GroupLoads:
@@ -155,8 +164,9 @@ class GroupLoads:
 
     def plan(self, shared: Shared) -> ReadPlan:
         """The plan of all ranks; what they hold is known here, or they say it."""
-        if shared.is_planned_here:
-            return shared.request.plan(shared.topology, memory_limits=shared.memory_limits, index=shared.index)
+        plan_here = shared.plan_here
+        if plan_here is not None:
+            return plan_here()
         return plan_reads(
             shared.index, self._group.call("slices", keep_on_failure=True), shared.topology, shared.limits
         )
@@ -211,10 +221,11 @@ def _evidence(shared: Shared, group: WorkerGroup, statistics: list[RankStatistic
     """The traces of the slowest node; a rank that cannot tell any more costs the verdict and not the load."""
     node = slowest_node(shared.topology.nodes, statistics)
     try:
-        return Evidence(group.call("trace", ranks=list(node), keep_on_failure=True), Asked.of(shared.request.settings))
+        traces: list[RankTrace] = group.call("trace", ranks=list(node), keep_on_failure=True)
     except RankFailedError as error:
         logger.warning("the model is loaded, but there is no verdict on its load: %s", error)
         return Findings(untold=(f"No word on what bounded the load: {error}.",))
+    return Evidence(traces, Asked.of(shared.request.settings), plan=shared.plan_here)
 
 
 @contextmanager

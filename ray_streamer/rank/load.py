@@ -174,7 +174,13 @@ class RankLoad:
     def trace(self) -> RankTrace:
         """The same, with what the blocks are, for whoever draws all ranks."""
         conditions = RankConditions.of(self._options, self._arena, len(self._mine.ranks))
-        return RankTrace.of(self._mine, self.spans(), node=self._options.node, conditions=conditions)
+        return RankTrace.of(
+            self._mine,
+            self.spans(),
+            node=self._options.node,
+            conditions=conditions,
+            incidents=self._storage.incidents(),
+        )
 
     def _num_slots(self) -> int:
         """Slots within the limit, and no more than there are blocks that could need one."""

@@ -11,6 +11,7 @@ from ray_streamer.column_bytes import columns_from_bytes, columns_to_bytes, refu
 from ray_streamer.errors import ClusterError
 from ray_streamer.rank.conditions import RankConditions
 from ray_streamer.rank.recorder import Phase, Spans, Step
+from ray_streamer.storage.base import Incident
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -36,6 +37,7 @@ class RankTrace:
         readers: Global rank that reads each block, were its file not mapped.
         spans: What happened to these blocks.
         conditions: Under what.
+        incidents: When the storage had to try again.
     """
 
     rank: int
@@ -49,9 +51,18 @@ class RankTrace:
     readers: NDArray[np.int64]
     spans: Spans
     conditions: RankConditions
+    incidents: tuple[Incident, ...] = ()
 
     @classmethod
-    def of(cls, mine: RankPlan, spans: Spans, *, node: str, conditions: RankConditions) -> Self:
+    def of(
+        cls,
+        mine: RankPlan,
+        spans: Spans,
+        *,
+        node: str,
+        conditions: RankConditions,
+        incidents: tuple[Incident, ...] = (),
+    ) -> Self:
         """The rows of the blocks with which anything happened."""
         numbers = np.flatnonzero(spans.times.any(axis=0))
         blocks = mine.node_plan.blocks
@@ -73,6 +84,7 @@ class RankTrace:
                 phases=spans.phases,
             ),
             conditions=conditions,
+            incidents=incidents,
         )
 
     def to_bytes(self) -> bytes:
@@ -92,6 +104,7 @@ class RankTrace:
             "files": self.files,
             "phases": spans.phases,
             "conditions": asdict(self.conditions),
+            "incidents": self.incidents,
         }
         return columns_to_bytes(columns, said)
 
@@ -119,4 +132,5 @@ class RankTrace:
                 **{name: columns[name] for name in _COLUMNS},
                 spans=spans,
                 conditions=RankConditions(**said["conditions"]),
+                incidents=tuple(Incident(*incident) for incident in said["incidents"]),
             )

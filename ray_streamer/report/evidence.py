@@ -1,15 +1,18 @@
-"""What is kept of a load until somebody asks what it shows? The traces of one node, and the settings."""
+"""What is kept of a load until somebody asks what it shows? The traces of one node, the settings and the way to the plan."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 from ray_streamer.report.findings import Finder, Findings
+from ray_streamer.report.tensor_kinds import tensor_kinds
+from ray_streamer.report.timeline import make_timeline
 from ray_streamer.report.verdict.judge import judge
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
+    from ray_streamer.planning.read_plan import ReadPlan
     from ray_streamer.rank.statistics import RankStatistics
     from ray_streamer.rank.trace import RankTrace
     from ray_streamer.report.verdict.model import Asked
@@ -21,10 +24,13 @@ class Evidence:
     Args:
         traces: Of the node's ranks, in local order.
         asked: The settings of the load.
+        plan: Makes the plan of all ranks; None where only they can.
     """
 
-    def __init__(self, traces: Sequence[RankTrace], asked: Asked) -> None:
-        self._traces, self._asked = tuple(traces), asked
+    def __init__(
+        self, traces: Sequence[RankTrace], asked: Asked, *, plan: Callable[[], ReadPlan] | None = None
+    ) -> None:
+        self._traces, self._asked, self._plan = tuple(traces), asked, plan
         self._found: Findings | None = None
 
     def findings(self, ranks: Sequence[RankStatistics], phases: Mapping[str, float]) -> Findings:
@@ -37,7 +43,7 @@ class Evidence:
         if self._found is None:
             self._found = self._find(ranks, phases)
             # A report may be kept for long, and the traces are large.
-            self._traces = ()
+            self._traces, self._plan = (), None
         return self._found
 
     def _find(self, ranks: Sequence[RankStatistics], phases: Mapping[str, float]) -> Findings:
@@ -45,7 +51,10 @@ class Evidence:
         of_node = [rank for rank in ranks if any(rank.rank == trace.rank for trace in traces)]
         finder = Finder()
         verdict = finder.find("what bounded the load", lambda: judge(traces, of_node, self._asked, phases))
-        return Findings(verdict=verdict, untold=tuple(finder.untold))
+        timeline = finder.find("what happened when", lambda: make_timeline(traces))
+        plan = self._plan
+        kinds = None if plan is None else finder.find("bytes by kind of tensor", lambda: tensor_kinds(plan()))
+        return Findings(verdict=verdict, timeline=timeline, tensor_kinds=kinds, untold=tuple(finder.untold))
 
 
 def slowest_node(nodes: Sequence[tuple[int, ...]], ranks: Sequence[RankStatistics]) -> tuple[int, ...]:

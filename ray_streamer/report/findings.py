@@ -1,4 +1,4 @@
-"""What does a report say beside its counts? The verdict on the load; and, where something cannot be told, why not."""
+"""What does a report say beside its counts? Verdict, timeline, kinds of tensors; and, where something cannot be told, why not."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, TypeVar
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from ray_streamer.report.tensor_kinds import KindReads
+    from ray_streamer.report.timeline import Timeline
     from ray_streamer.report.verdict.judge import Verdict
 
 logger = logging.getLogger(__name__)
@@ -22,10 +24,14 @@ class Findings:
 
     Attributes:
         verdict: Why it took that long; None where nothing was read or copied, or where `untold` says why.
+        timeline: What the ranks of the node that took longest did, and when; None as above.
+        tensor_kinds: Bytes by kind of tensor; None where this process cannot make the plan.
         untold: What cannot be told, and why, one sentence each.
     """
 
     verdict: Verdict | None = None
+    timeline: Timeline | None = None
+    tensor_kinds: tuple[KindReads, ...] | None = None
     untold: tuple[str, ...] = ()
 
 

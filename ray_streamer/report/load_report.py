@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ray_streamer.report.findings import Findings
@@ -10,6 +11,8 @@ from ray_streamer.storage.base import StorageStatistics
 from ray_streamer.units import counted, human_bytes
 
 if TYPE_CHECKING:
+    import os
+
     from ray_streamer.rank.statistics import RankStatistics
     from ray_streamer.report.evidence import Evidence
     from ray_streamer.report.verdict.judge import Verdict
@@ -68,6 +71,17 @@ class LoadReport:
         """
         return self.findings.verdict
 
+    def write_html(self, path: str | os.PathLike[str]) -> None:
+        """Writes one page that any browser shows without a network: timeline, throughput, slots, bytes, plan and verdict.
+
+        Raises:
+            SettingsError: plotly is not installed, which draws it.
+            OSError: The file cannot be written.
+        """
+        from ray_streamer.report.page.document import write_page
+
+        write_page(self, Path(path))
+
     @property
     def reading_seconds(self) -> float:
         """Seconds in which blocks may be read: those of the phases `import` and `load`."""
@@ -106,12 +120,10 @@ class LoadReport:
         return self.needed_bytes / seconds / 1e9 if seconds else 0.0
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON: every attribute, every total, the verdict and what cannot be told."""
+        """Plain values for JSON: every attribute, every total and all findings; `read_report` makes it a report again."""
         totals = ("bytes_read", "page_cache_bytes", "bytes_delivered", "amplification", "gigabytes_per_second")
         ranks = [{"node": node, **rank.as_dict()} for node, rank in zip(self.nodes, self.ranks, strict=True)]
         known = {name: getattr(self, name) for name in totals}
-        verdict = None if self.verdict is None else self.verdict.as_dict()
         said = asdict(replace(self, evidence=None, ranks=()))
         del said["evidence"]
-        found = {"verdict": verdict, "untold": list(self.findings.untold)}
-        return said | known | {"storage": asdict(self.storage), "ranks": ranks} | found
+        return said | known | {"storage": asdict(self.storage), "ranks": ranks} | asdict(self.findings)

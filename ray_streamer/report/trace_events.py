@@ -4,6 +4,7 @@
     reads        a block from when it is taken up until it is there and offered; in it the wait for a slot, the wait for the
                  first byte, and the rest
     copies       a block's way into this rank's tensors
+    incidents    retries, answers to slow down, hedged requests, late bodies cut: marks in the lane of the phases
     slots        how many slots of the arena are in use, until the last rank of the node has its part
 
 An arrow leads from a read to the copies that other ranks of the node make of the block. Format: "Trace Event Format" of the Chromium
@@ -14,10 +15,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
-import numpy as np
-
 from ray_streamer.rank.block_source import Way
 from ray_streamer.rank.recorder import Step
+from ray_streamer.report.slots import slots_held
 from ray_streamer.report.trace_lanes import Placed, place_copies, place_reads
 
 if TYPE_CHECKING:
@@ -77,6 +77,11 @@ class Process(NamedTuple):
             "cat": category,
         } | more
 
+    def mark(self, name: str, seconds: float) -> Event:
+        """Something that lasted no time, in the lane of the phases."""
+        mark = {"ph": "i", "pid": self.number, "tid": _PHASES, "ts": self.at(seconds), "s": "t"}
+        return mark | {"name": name, "cat": "incident"}
+
     def phases(self, phases: Sequence[tuple[str, float, float]]) -> Iterator[Event]:
         """A lane of phases, as names with two readings of the clock."""
         yield from self.lane(_PHASES, "phases")
@@ -102,6 +107,8 @@ class DrawnRank(NamedTuple):
         trace, process = self.trace, self.process
         yield from process.names(f"rank {trace.rank} on {trace.node}", sort_index=trace.rank)
         yield from process.phases([phase for phase in trace.spans.phases if phase.stop])
+        for kind, seconds in trace.incidents:
+            yield process.mark(kind, seconds)
         for name, first, placed in (("reads", _READS, self.reads), ("copies", _COPIES, self.copies)):
             for lane in range(placed.num_lanes):
                 yield from process.lane(first + lane, f"{name} {lane + 1}")
@@ -167,19 +174,12 @@ def _end_of_arrow(kind: str, process: Process, lane: int, seconds: float) -> Eve
 
 
 def _slots_in_use(drawn: DrawnRank, ranks: Sequence[DrawnRank]) -> Iterator[Event]:
-    """A counter of one rank's slots: taken when storage is asked, free when the last rank has its part."""
-    trace = drawn.trace
-    rows = np.flatnonzero(trace.spans.ways == Way.STAGED)
-    numbers = trace.numbers[rows]
-    taken = [(drawn.process.at(seconds), 1) for seconds in trace.spans.times[Step.ASKED, rows].tolist()]
-    free = np.zeros(len(rows))
-    for each in ranks:
-        at = each.trace.numbers.searchsorted(numbers)
-        has_part = (at < len(each.trace.numbers)) & (each.trace.numbers.take(at, mode="clip") == numbers)
-        landed = each.trace.spans.times[Step.LANDED].take(at, mode="clip") + each.process.epoch_seconds
-        free = np.where(has_part, np.maximum(free, landed), free)
-    changes = sorted([*taken, *((round(seconds * 1e6, 3), -1) for seconds in free.tolist())])
+    """A counter of one rank's slots."""
+    trace, at = drawn.trace, drawn.process.at
+    held = slots_held(trace, [each.trace for each in ranks])
+    changes = [(at(seconds), 1) for seconds in held.taken.tolist()]
+    changes += [(at(seconds), -1) for seconds in held.free.tolist()]
     in_use = 0
-    for at, change in changes:
+    for moment, change in sorted(changes):
         in_use += change
-        yield {"ph": "C", "pid": trace.rank, "ts": at, "name": "slots in use", "args": {"slots": in_use}}
+        yield {"ph": "C", "pid": trace.rank, "ts": moment, "name": "slots in use", "args": {"slots": in_use}}

@@ -33,7 +33,7 @@ from ray_streamer.units import exact_bytes
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from ray_streamer.storage.base import OnFirstByte, StorageSettings
+    from ray_streamer.storage.base import Incident, OnFirstByte, StorageSettings
 
 _STORES_WITH_ETAGS = frozenset({"s3", "abfs"})
 """By pyarrow's own names; Google's store has them too, but to open a file there means to begin to download it."""
@@ -128,6 +128,10 @@ class ArrowStorage(RemoteStorage):
     def statistics(self) -> StorageStatistics:
         """See `Storage`; what pyarrow does on its way is its own secret."""
         return StorageStatistics()
+
+    def incidents(self) -> tuple[Incident, ...]:
+        """See `Storage`; none."""
+        return ()
 
     def close(self) -> None:
         """See `Storage`; reads in flight finish."""

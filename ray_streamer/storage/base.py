@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
 from ray_streamer.errors import StorageError
 
@@ -58,6 +58,18 @@ class StorageStatistics:
     num_hedges: int = 0
     num_cuts: int = 0
     wasted_bytes: int = 0
+
+
+class Incident(NamedTuple):
+    """One thing that went wrong or came late, and was made good; `StorageStatistics` counts them.
+
+    Attributes:
+        kind: "retry", "throttled", "hedge" or "cut".
+        seconds: When, by the monotonic clock of this machine (`time.perf_counter`).
+    """
+
+    kind: str
+    seconds: float
 
 
 class StorageSettings(Protocol):
@@ -182,6 +194,10 @@ class Storage(Protocol):
 
     def statistics(self) -> StorageStatistics:
         """What it took so far; may be asked after `close`, too."""
+        ...
+
+    def incidents(self) -> tuple[Incident, ...]:
+        """When it went wrong so far, the first few thousand times; may be asked after `close`, too."""
         ...
 
     def close(self) -> None:

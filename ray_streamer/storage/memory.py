@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from ray_streamer.extent import Extent
-    from ray_streamer.storage.base import OnFirstByte, StorageSettings
+    from ray_streamer.storage.base import Incident, OnFirstByte, StorageSettings
 
 _lock = threading.Lock()
 _versions = itertools.count(1)
@@ -112,6 +112,10 @@ class MemoryStorage:
     def statistics(self) -> StorageStatistics:
         """See `Storage`; nothing to tell."""
         return StorageStatistics()
+
+    def incidents(self) -> tuple[Incident, ...]:
+        """See `Storage`; none."""
+        return ()
 
     def close(self) -> None:
         """See `Storage`; the files stay."""

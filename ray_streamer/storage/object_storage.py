@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     from ray_streamer.storage.answer import ContentRange
-    from ray_streamer.storage.base import OnFirstByte, StorageSettings, StorageStatistics
+    from ray_streamer.storage.base import Incident, OnFirstByte, StorageSettings, StorageStatistics
     from ray_streamer.storage.http_connection import HttpAnswer
     from ray_streamer.storage.listing import ListingPage
     from ray_streamer.storage.object_store import ObjectStore, Request
@@ -132,6 +132,10 @@ class ObjectStorage(RemoteStorage):
     def statistics(self) -> StorageStatistics:
         """See `Storage`."""
         return self._tally.statistics()
+
+    def incidents(self) -> tuple[Incident, ...]:
+        """See `Storage`."""
+        return self._tally.incidents()
 
     def close(self) -> None:
         """See `Storage`; reads in flight end with `StorageError`."""

@@ -26,7 +26,7 @@ from ray_streamer.storage.uri import absolute_uri
 
 if TYPE_CHECKING:
     from ray_streamer.extent import Extent
-    from ray_streamer.storage.base import OnFirstByte, StorageSettings
+    from ray_streamer.storage.base import Incident, OnFirstByte, StorageSettings
 
 logger = logging.getLogger(__name__)
 
@@ -100,6 +100,10 @@ class PosixStorage:
     def statistics(self) -> StorageStatistics:
         """See `Storage`; nothing to tell."""
         return StorageStatistics()
+
+    def incidents(self) -> tuple[Incident, ...]:
+        """See `Storage`; none."""
+        return ()
 
     def close(self) -> None:
         """See `Storage`; reads in flight finish."""

@@ -1,11 +1,18 @@
-"""What did it take to get the bytes? Counts of one storage that many threads add to."""
+"""What did it take to get the bytes? Counts of one storage that many threads add to, and when things went wrong."""
 
 from __future__ import annotations
 
 import threading
+import time
 from collections import Counter
 
-from ray_streamer.storage.base import StorageStatistics
+from ray_streamer.storage.base import Incident, StorageStatistics
+
+_INCIDENTS = {"num_retries": "retry", "num_throttled": "throttled", "num_hedges": "hedge", "num_cuts": "cut"}
+"""Counters of which each step is an incident, and its kind."""
+
+_MOST_INCIDENTS = 4000
+"""Later ones are counted only."""
 
 
 class Tally:
@@ -13,14 +20,23 @@ class Tally:
 
     def __init__(self) -> None:
         self._counts: Counter[str] = Counter()
+        self._incidents: list[Incident] = []
         self._lock = threading.Lock()
 
     def add(self, **amounts: int) -> None:
         """Add to each named counter."""
         with self._lock:
             self._counts.update(amounts)
+            for name in amounts.keys() & _INCIDENTS.keys():
+                if len(self._incidents) < _MOST_INCIDENTS:
+                    self._incidents.append(Incident(_INCIDENTS[name], time.perf_counter()))
 
     def statistics(self) -> StorageStatistics:
         """The counts as they are now."""
         with self._lock:
             return StorageStatistics(**self._counts)
+
+    def incidents(self) -> tuple[Incident, ...]:
+        """What went wrong so far, in order, and when."""
+        with self._lock:
+            return tuple(self._incidents)

@@ -1,6 +1,7 @@
 """Loads over one local Ray that all tests of this module share."""
 
 import json
+import sys
 from dataclasses import replace
 
 import pytest
@@ -41,6 +42,16 @@ def test_load_reports_every_rank_and_draws_it(invoke, checkpoint, tmp_path, loca
     assert 0 < verdict["measured_seconds"] <= report["seconds"]["import"] + report["seconds"]["load"]
     assert "Reading and copying took" in verdict["text"]
     assert sum(rank["bytes_delivered"] for rank in report["ranks"]) == report["bytes_delivered"]
+    came = [sum(rank["received_bytes"]) for rank in report["timeline"]["ranks"]]
+    assert came == [rank["bytes_read"] for rank in report["ranks"]]
+    landed = [sum(rank["landed_bytes"]) for rank in report["timeline"]["ranks"]]
+    assert landed == [rank["bytes_delivered"] for rank in report["ranks"]]
+    kinds = {kind["name"]: kind for kind in report["tensor_kinds"]}
+    assert sum(kind["read_bytes"] for kind in kinds.values()) == report["bytes_read"]
+    assert kinds["model.layers.*.mlp.up_proj.weight"]["num_tensors"] == 2
+    assert report["untold"] == []
+    again = invoke("report", file, "--json")
+    assert (again.exit_code, json.loads(again.stdout)) == (0, report)
     trace = json.loads(trace_file.read_text())
     assert list(trace["otherData"]["clock_error_microseconds"].values()) == [0]
     events = trace["traceEvents"]
@@ -55,6 +66,25 @@ def test_load_reports_every_rank_and_draws_it(invoke, checkpoint, tmp_path, loca
         if event.get("cat") == "read" and event["name"].startswith("block ")
     ]
     assert sum(extents) == report["bytes_read"]
+
+
+def test_a_page_without_plotly_is_refused_before_the_load(invoke, checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "plotly", None)
+    monkeypatch.setitem(sys.modules, "plotly.offline", None)
+    result = invoke("load", checkpoint, "--html", tmp_path / "load.html")
+    assert result.exit_code == 2
+    assert "pip install 'ray_streamer[report]'" in result.stderr
+
+
+def test_a_report_is_shown_again(invoke, sound_load, tmp_path):
+    file = tmp_path / "report.json"
+    file.write_text(json.dumps(sound_load["report"].as_dict()))
+    result = invoke("report", file)
+    assert result.exit_code == 0
+    assert "peak staging / limit" in result.stdout
+    assert "No word on what bounded the load" in result.stdout
+    missing = invoke("report", tmp_path / "none.json", "--json")
+    assert (missing.exit_code, json.loads(missing.stdout)["error"]["type"]) == (1, "FileNotFoundError")
 
 
 def test_load_shows_a_table(invoke, checkpoint, local_ray, monkeypatch):

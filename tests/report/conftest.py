@@ -13,6 +13,9 @@ from ray_streamer.rank.conditions import RankConditions
 from ray_streamer.rank.recorder import Phase, Spans, Step
 from ray_streamer.rank.statistics import RankStatistics
 from ray_streamer.rank.trace import RankTrace
+from ray_streamer.report.evidence import Evidence
+from ray_streamer.report.load_report import LoadReport
+from ray_streamer.report.verdict.model import Asked
 from ray_streamer.storage.base import StorageStatistics
 
 if TYPE_CHECKING:
@@ -155,3 +158,23 @@ def constructed() -> type[Constructed]:
 def statistics_of() -> Callable[..., RankStatistics]:
     """What a rank with such a trace counted, with changes."""
     return _statistics
+
+
+@pytest.fixture(scope="session")
+def report_on() -> Callable[..., LoadReport]:
+    """The report on a load of one node with these traces; `counted` is what each rank counted."""
+
+    def made(*traces: RankTrace, uri: str = "s3://bucket/model", **counted: object) -> LoadReport:
+        return LoadReport(
+            uri=uri,
+            mesh={"tp": len(traces)},
+            seconds={"start": 2.0, "import": 0.5, "load": 1.0, "total": 3.5},
+            checkpoint_bytes=100 * MIB,
+            needed_bytes=90 * MIB,
+            plan_hash="0123456789abcdef",
+            nodes=("here",) * len(traces),
+            ranks=tuple(_statistics(trace, **counted) for trace in traces),
+            evidence=Evidence(traces, Asked(16, MIB)),
+        )
+
+    return made

@@ -10,7 +10,6 @@ from dataclasses import replace
 import pytest
 
 from ray_streamer.report.evidence import Evidence, slowest_node
-from ray_streamer.report.load_report import LoadReport
 from ray_streamer.report.tables import print_load
 from ray_streamer.report.verdict.judge import judge
 from ray_streamer.report.verdict.model import Asked
@@ -219,26 +218,6 @@ def test_the_node_that_took_longest_is_judged(constructed, statistics_of):
     assert slowest_node([(0, 1), (2, 3)], ranks) == (2, 3)
 
 
-@pytest.fixture
-def report_of(statistics_of):
-    """The report on a load with these traces."""
-
-    def made(*traces):
-        return LoadReport(
-            uri="s3://bucket/model",
-            mesh={"tp": len(traces)},
-            seconds={"load": 1.0, "total": 1.0},
-            checkpoint_bytes=0,
-            needed_bytes=0,
-            plan_hash="",
-            nodes=("here",) * len(traces),
-            ranks=tuple(map(statistics_of, traces)),
-            evidence=Evidence(traces, Asked(16, 1 << 20)),
-        )
-
-    return made
-
-
 @pytest.mark.parametrize(
     "damage",
     [
@@ -246,9 +225,9 @@ def report_of(statistics_of):
         pytest.param({"ways": None}, id="no ways"),
     ],
 )
-def test_a_verdict_that_fails_costs_a_sentence_and_no_report(constructed, report_of, damage, capsys):
+def test_a_verdict_that_fails_costs_a_sentence_and_no_report(constructed, report_on, damage, capsys):
     trace = constructed(first_byte_seconds=0.2).trace()
-    report = report_of(replace(trace, spans=replace(trace.spans, **damage)))
+    report = report_on(replace(trace, spans=replace(trace.spans, **damage)))
     said = report.as_dict()
     assert said["verdict"] is None
     (sentence,) = said["untold"]

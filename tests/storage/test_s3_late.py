@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 
 import pytest
 
@@ -85,9 +86,13 @@ def test_the_answer_that_comes_second_is_thrown_away(open_hedged, etag, proxy):
 def test_throttling_lowers_what_is_under_way(place, open_s3, etag, proxy):
     storage = open_s3(place.uri, s3_endpoint_url=proxy.url, concurrency=8)
     proxy.fail_next(*[Fault(status=503)] * 3)
+    began = time.perf_counter()
     assert read(storage, "a", WHOLE, etag) == CONTENT
     statistics = storage.statistics()
     assert (statistics.num_throttled, statistics.num_retries) == (3, 3)
+    incidents = storage.incidents()
+    assert [incident.kind for incident in incidents] == ["throttled", "retry"] * 3
+    assert began < incidents[0].seconds <= incidents[-1].seconds < time.perf_counter()
     assert storage._limit.num_allowed == 4
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +37,8 @@ class Verdict:
         node: Where it was looked at: the node that took longest.
         measured_seconds: Reading and copying on that node.
         replayed_seconds: The same by its replay. Where the two differ much, nothing is predicted.
+        node_bytes_per_second: What all streams of the node get together; None where no load has come up to it.
+        stream_bytes_per_second: What one stream gets alone; None where it does not show.
     """
 
     text: str
@@ -45,6 +48,8 @@ class Verdict:
     node: str
     measured_seconds: float
     replayed_seconds: float
+    node_bytes_per_second: float | None = None
+    stream_bytes_per_second: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -109,4 +114,7 @@ def judge(
         node=traces[0].node,
         measured_seconds=measured,
         replayed_seconds=replayed,
+        # Unless streams were seen to share it, the node's rate is a guess.
+        node_bytes_per_second=observed.rates.node if observed.rates.is_shared else None,
+        stream_bytes_per_second=None if math.isinf(observed.rates.stream) else observed.rates.stream,
     )

@@ -57,8 +57,8 @@ def observe_node(traces: Sequence[RankTrace], *, max_bandwidth: float | None = N
     landed = max((float(trace.spans.times[Step.LANDED].max(initial=0.0)) for trace in traces), default=0.0)
     if landed <= origin:
         return None
-    tells_first_byte = _tells_first_byte(traces)
-    receipts = Receipts(*_receipts(traces, tells_first_byte=tells_first_byte))
+    is_told = tells_first_byte(traces)
+    receipts = Receipts(*_receipts(traces, tells_first_byte=is_told))
     rates = receipts.rates(max_bandwidth=max_bandwidth)
     work = receipts.work_bytes(rates)
     thinning = _thinning(traces)
@@ -82,7 +82,7 @@ def observe_node(traces: Sequence[RankTrace], *, max_bandwidth: float | None = N
                     rows,
                     work[at : at + len(rows)],
                     copies,
-                    tells_first_byte=tells_first_byte,
+                    tells_first_byte=is_told,
                     thinning=thinning,
                 ),
                 mapped=_mapped(trace, local, thinning),
@@ -99,7 +99,7 @@ def observe_node(traces: Sequence[RankTrace], *, max_bandwidth: float | None = N
         block_bytes=traces[0].conditions.block_bytes,
         thinning=thinning,
     )
-    return Observed(model, landed - origin, rates, np.concatenate(waits) if tells_first_byte else np.zeros(0))
+    return Observed(model, landed - origin, rates, np.concatenate(waits) if is_told else np.zeros(0))
 
 
 class _Span(NamedTuple):
@@ -123,7 +123,8 @@ def _own_reads(trace: RankTrace) -> NDArray[np.int64]:
     return np.flatnonzero((times[Step.ASKED] > 0) & (times[Step.LAST_BYTE] > 0) & (times[Step.LANDED] > 0))
 
 
-def _tells_first_byte(traces: Sequence[RankTrace]) -> bool:
+def tells_first_byte(traces: Sequence[RankTrace]) -> bool:
+    """Whether the storage of these ranks tells of first bytes when they come, and not when it has brought all."""
     rates: list[float] = []
     for trace in traces:
         rows = _own_reads(trace)
