@@ -49,7 +49,8 @@ check: lint
 test: lint
 	$(BIN)/python -m pytest -n 3 -m "not oracle and not slow" $(PYTEST_ARGS)
 
-test-slow: $(VENV)/.test-installed
+# With Ray Serve and the dashboard, which make every start of Ray slower.
+test-slow: $(VENV)/.test-installed $(VENV)/.serve-installed
 	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
 
 test-oracles: $(VENV)/.test-installed

@@ -25,7 +25,7 @@ def answer(model: Any, prompt: list[int], num_tokens: int) -> Iterator[int]:
         except ray_streamer.ClusterError as error:  # RankFailedError is one
             if len(told) == num_tokens:
                 return
-            if num_restarts == MOST_RESTARTS:
+            if num_restarts == MOST_RESTARTS or not model.needs_restart:
                 raise
             print(f"{error}; loading again", file=sys.stderr)
             model.restart(0)

@@ -84,6 +84,11 @@ class TransformersModel(ShardedModel):
         """
         return TokenStream(self._begin(_prepared(inputs, arguments), seed, streams=True))
 
+    @property
+    def needs_restart(self) -> bool:
+        """Whether a rank failed or died during a generation, so that `generate` is refused until `restart` is called."""
+        return self._is_out_of_step
+
     def restart(self, rank: int) -> RankStatistics:
         """Replaces all ranks' actors, since a process group cannot take in a new rank, and loads again what was loaded last.
 

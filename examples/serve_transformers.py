@@ -1,0 +1,89 @@
+"""A model of transformers behind Ray Serve, over several ranks. Needs `pip install "ray_streamer[serve,transformers]"`.
+
+    serve run examples.serve_transformers:app uri=s3://bucket/llama tp=8
+    curl localhost:8000 -d '{"prompt": [1, 15043, 3186], "max_new_tokens": 8}'
+    curl -N localhost:8000 -d '{"prompt": [1, 15043, 3186], "max_new_tokens": 8, "stream": true}'
+
+A prompt is a list of token ids. The answer is one JSON object with the new ones; streamed, it is one token id per line.
+When a rank dies, the model is loaded again, and the request goes on with its next token. device=cpu serves without GPUs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+from ray import serve
+from starlette.responses import StreamingResponse
+
+import ray_streamer
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Generator
+
+    from starlette.requests import Request
+
+MOST_RESTARTS = 2
+
+
+@serve.deployment
+class Model:
+    """One replica: it takes the first bundle of its placement group, and its ranks take the others."""
+
+    def __init__(self, uri: str, tp: int, device: str) -> None:
+        self._model: Any = ray_streamer.load_sharded(uri, tp, bootstrap="transformers", device=device)
+        self._restarting = threading.Lock()
+
+    async def __call__(self, request: Request) -> Any:
+        """Answers one prompt; others wait for their turn."""
+        asked = await request.json()
+        tokens = self._tokens(asked["prompt"], asked.get("max_new_tokens", 32))
+        if asked.get("stream"):
+            return StreamingResponse(self._lines(tokens), media_type="text/plain")
+        return {"tokens": await asyncio.to_thread(list, tokens)}
+
+    async def _lines(self, tokens: Generator[int]) -> AsyncIterator[str]:
+        own_thread = ThreadPoolExecutor(1)
+        try:
+            while (token := await asyncio.wrap_future(own_thread.submit(next, tokens, None))) is not None:
+                yield f"{token}\n"
+        finally:  # also when the client goes away: the generation ends with its next token
+            own_thread.submit(tokens.close)
+            own_thread.shutdown(wait=False)
+
+    def _tokens(self, prompt: list[int], num_tokens: int) -> Generator[int]:
+        told: list[int] = []
+        for num_restarts in range(MOST_RESTARTS + 1):
+            try:
+                for token in self._model.stream(
+                    [prompt + told], max_new_tokens=num_tokens - len(told), do_sample=False
+                ):
+                    told.append(token)
+                    yield token
+            except ray_streamer.ClusterError:  # RankFailedError is one
+                if len(told) == num_tokens:
+                    return
+                if num_restarts == MOST_RESTARTS or not self._model.needs_restart:
+                    raise
+                with self._restarting:  # the first request that noticed does it for all
+                    if self._model.needs_restart:
+                        self._model.restart(0)
+            else:
+                return
+
+    def __del__(self) -> None:
+        self._model.shutdown()
+
+
+def app(args: dict[str, str]) -> serve.Application:
+    """What `serve run` starts."""
+    tp, device = int(args["tp"]), args.get("device", "cuda")
+    rank = {"CPU": 1.0} if device == "cpu" else {"CPU": 1.0, "GPU": 1.0}
+    placed = Model.options(
+        ray_actor_options={"num_cpus": 1},
+        placement_group_bundles=[{"CPU": 1.0}, *[rank] * tp],
+        max_ongoing_requests=100,
+    )
+    return placed.bind(args["uri"], tp, device)
