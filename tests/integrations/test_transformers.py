@@ -6,14 +6,16 @@ import json
 
 import pytest
 import torch
+import torch.distributed as dist
 import transformers
+from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
 from transformers.distributed import DistributedConfig
 
 from ray_streamer.checkpoint.open import HEAD_BYTES
 from ray_streamer.errors import CheckpointError, SettingsError, ShardingError
 from ray_streamer.integrations.transformers import from_pretrained
-from ray_streamer.integrations.transformers.support import refuse_uncuttable
+from ray_streamer.integrations.transformers.support import refuse_packed, refuse_uncuttable
 from ray_streamer.settings import Settings
 from ray_streamer.testing.spawned import answers_of
 
@@ -119,6 +121,100 @@ def test_arguments_reach_transformers(folders):
     assert model.config._attn_implementation == "eager"
 
 
+# Quantized
+
+
+def quantized_fp8(place, config):
+    """A model whose projections are FP8 in blocks of 16 x 16, as transformers names them."""
+    transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(place)
+    quantized = {}
+    for name, weight in load_file(place / "model.safetensors").items():
+        if weight.dim() == 2 and "_proj" in name:
+            rows, columns = (size // 16 for size in weight.shape)
+            blocks = weight.float().reshape(rows, 16, columns, 16)
+            scales = blocks.abs().amax((1, 3), keepdim=True) / 448
+            quantized[f"{name}_scale_inv"] = scales.reshape(rows, columns)
+            weight = (blocks / scales).reshape(weight.shape).to(torch.float8_e4m3fn)
+        quantized[name] = weight
+    save_file(quantized, place / "model.safetensors", {"format": "pt"})
+    said = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [16, 16]}
+    return changed(place, place, quantization_config=said)
+
+
+def quantized_mxfp4(place):
+    """A gpt-oss whose experts are packed, with values and exponents of all kinds."""
+    config = transformers.GptOssConfig(**SIZES | {"intermediate_size": 64}, num_local_experts=4, num_experts_per_tok=2)
+    transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(place)
+    packed = {}
+    for name, weight in load_file(place / "model.safetensors").items():
+        if name.endswith(("gate_up_proj", "down_proj")):
+            num_experts, inputs, outputs = weight.shape
+            shape = (num_experts, outputs, inputs // 32)
+            packed[f"{name}_blocks"] = torch.randint(0, 256, (*shape, 16), dtype=torch.uint8)
+            packed[f"{name}_scales"] = torch.randint(118, 124, shape, dtype=torch.uint8)
+        else:
+            packed[name] = weight
+    save_file(packed, place / "model.safetensors", {"format": "pt"})
+    return changed(place, place, quantization_config={"quant_method": "mxfp4"})
+
+
+QUANTIZED = {
+    "fp8": lambda place: quantized_fp8(place, transformers.LlamaConfig(**SIZES)),
+    "fp8_experts": lambda place: quantized_fp8(
+        place,
+        transformers.Qwen3MoeConfig(**SIZES, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32),
+    ),
+    "mxfp4": quantized_mxfp4,
+}
+
+
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_quantized_weights_are_what_transformers_makes_of_them(name, tmp_path):
+    torch.manual_seed(1)
+    folder = QUANTIZED[name](tmp_path)
+    model = from_pretrained("auto", folder, settings=small())
+    own = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    mine, theirs = dict(held_by(model)), dict(held_by(own))
+    assert mine.keys() == theirs.keys()
+    for key, tensor in theirs.items():
+        assert (mine[key].dtype, torch.equal(mine[key], tensor)) == (tensor.dtype, True), key
+    assert hasattr(model.config, "quantization_config") == hasattr(own.config, "quantization_config")
+    assert torch.equal(logits_of(model), logits_of(own))
+
+
+@pytest.mark.parametrize("name", ["fp8", "fp8_experts"])
+def test_fp8_weights_stay_as_they_are_where_transformers_keeps_them(name, tmp_path, monkeypatch):
+    # As on a GPU: transformers asks for one before it decides.
+    monkeypatch.setattr(
+        "transformers.quantizers.quantizer_finegrained_fp8.FineGrainedFP8HfQuantizer.validate_environment",
+        lambda *_, **__: None,
+    )
+    folder = QUANTIZED[name](tmp_path)
+    statistics = []
+    model = from_pretrained("auto", folder, settings=small(), on_statistics=statistics.append)
+    mine = dict(held_by(model))
+    theirs = dict(held_by(transformers.AutoModelForCausalLM.from_pretrained(folder)))
+    assert mine.keys() == theirs.keys()
+    assert torch.float8_e4m3fn in {tensor.dtype for tensor in mine.values()}
+    for key, tensor in theirs.items():
+        same = mine[key].view(torch.uint8).equal(tensor.view(torch.uint8)) if tensor.dim() else mine[key].equal(tensor)
+        assert (mine[key].dtype, same) == (tensor.dtype, True), key
+    assert statistics[0].bytes_read == sum(tensor.nbytes for tensor in load_file(folder / "model.safetensors").values())
+
+
+def test_mxfp4_that_transformers_keeps_packed_is_refused(tmp_path, monkeypatch):
+    # As on a GPU with Triton and the kernels of MXFP4.
+    monkeypatch.setattr(
+        "transformers.quantizers.quantizer_mxfp4.Mxfp4HfQuantizer.validate_environment", lambda *_, **__: None
+    )
+    config = transformers.GptOssConfig(quantization_config={"quant_method": "mxfp4"})
+    with pytest.raises(ShardingError, match=r'MXFP4, which .* "dequantize": true'):
+        refuse_packed(config, "cuda:0", "s3://bucket/model")
+    refuse_packed(config, "cpu", "s3://bucket/model")
+    config.quantization_config["dequantize"] = True
+    refuse_packed(config, "cuda:0", "s3://bucket/model")
+
+
 # Refused
 
 
@@ -129,7 +225,7 @@ def changed(folder, place, **config):
     return place
 
 
-@pytest.mark.parametrize("method", ["fp8", "mxfp4", "gptq"])
+@pytest.mark.parametrize("method", ["gptq", "compressed-tensors", "fbgemm_fp8", "mxfp8"])
 def test_quantized_weights_are_refused_before_they_are_looked_for(folders, tmp_path, method):
     place = changed(folders["llama"], tmp_path, quantization_config={"quant_method": method})
     with pytest.raises(ShardingError, match=method):
@@ -190,7 +286,7 @@ def test_weights_of_another_shape_are_an_error(folders, tmp_path):
         from_pretrained("auto", tmp_path, settings=small())
 
 
-# Two ranks
+# Several ranks
 
 
 def compare(uri, folder):
@@ -198,7 +294,7 @@ def compare(uri, folder):
     wrong = []
     model = from_pretrained("auto", uri, settings=small())
     parallel = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, distributed_config=DistributedConfig(tp_size=2, tp_plan="auto")
+        folder, distributed_config=DistributedConfig(tp_size=dist.get_world_size(), tp_plan="auto")
     )
     mine, theirs = dict(held_by(model)), dict(held_by(parallel))
     if mine.keys() != theirs.keys():
@@ -225,27 +321,54 @@ def same_part(mine, theirs):
     return not isinstance(mine, DTensor) and torch.equal(mine, theirs)
 
 
-def compare_all(rank, uris, folders, meeting):
-    import torch.distributed as dist
-
+def compare_all(rank, world_size, uris, folders, meeting):
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world_size)
     return {name: compare(uris[name], folders[name]) for name in folders}
 
 
-@pytest.mark.slow
-def test_two_ranks_share_a_model_in_s3_and_read_it_once(folders, s3_credentials, tmp_path, monkeypatch):
+@pytest.fixture
+def differences(s3_credentials, tmp_path, monkeypatch):
+    """What differs on each of so many ranks that share these models in S3; each byte must leave it once."""
     monkeypatch.setenv("RAY_STREAMER_CACHE_DIR", str(tmp_path / "cache"))
+
+    def load(folders, world_size):
+        uris = {name: s3_credentials.upload_folder(folder, "transformers", name) for name, folder in folders.items()}
+        sent = s3_credentials.bytes_sent()
+        ranks = [(rank, world_size, uris, folders, tmp_path / "meeting") for rank in range(world_size)]
+        answers = answers_of(compare_all, ranks, timeout_seconds=TIMEOUT_SECONDS)
+        sent = s3_credentials.bytes_sent() - sent
+        files = [path for folder in folders.values() for path in folder.iterdir()]
+        needed = sum(path.stat().st_size for path in files)
+        # The first bytes of each file of weights, with its header, are all of files so small.
+        heads = sum(min(HEAD_BYTES, path.stat().st_size) for path in files if path.suffix == ".safetensors")
+        assert sent - heads < needed + 10_000 * len(folders)
+        return answers
+
+    return load
+
+
+@pytest.mark.slow
+def test_two_ranks_share_a_model_in_s3_and_read_it_once(folders, differences):
     # Its sizes are those of llama_uneven, and divide.
     folders = {name: folder for name, folder in folders.items() if name != "llama"}
-    uris = {name: s3_credentials.upload_folder(folder, "transformers", name) for name, folder in folders.items()}
-    sent = s3_credentials.bytes_sent()
-    ranks = [(rank, uris, folders, tmp_path / "meeting") for rank in range(2)]
-    answers = answers_of(compare_all, ranks, timeout_seconds=TIMEOUT_SECONDS)
-    assert answers == [{name: [] for name in folders}] * 2
-    sent = s3_credentials.bytes_sent() - sent
-    files = [path for folder in folders.values() for path in folder.iterdir()]
-    needed = sum(path.stat().st_size for path in files)
-    # The first bytes of each file of weights, with its header, are all of files so small.
-    heads = sum(min(HEAD_BYTES, path.stat().st_size) for path in files if path.suffix == ".safetensors")
-    assert sent - heads < needed + 10_000 * len(folders)
+    assert differences(folders, 2) == [{name: [] for name in folders}] * 2
+
+
+@pytest.mark.slow
+def test_four_ranks_share_models_in_s3_and_read_them_once(differences, tmp_path_factory):
+    sizes = SIZES | {"num_key_value_heads": 4}
+    configs = {
+        "llama": transformers.LlamaConfig(**sizes),
+        "mixtral": transformers.MixtralConfig(**sizes, num_local_experts=4, num_experts_per_tok=2),
+        "gemma3_text": transformers.Gemma3TextConfig(**sizes, sliding_window=8),
+    }
+    torch.manual_seed(2)
+    saved = {}
+    for name, config in configs.items():
+        saved[name] = tmp_path_factory.mktemp(name)
+        transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(saved[name])
+    saved["fp8"] = quantized_fp8(
+        tmp_path_factory.mktemp("fp8"), transformers.LlamaConfig(**sizes | {"intermediate_size": 128})
+    )
+    assert differences(saved, 4) == [{name: [] for name in saved}] * 4

@@ -22,6 +22,7 @@ from ray_streamer.integrations.transformers.model_class import class_of, read_co
 from ray_streamer.integrations.transformers.support import (
     refuse_absent,
     refuse_arguments,
+    refuse_packed,
     refuse_quantized,
     refuse_uncuttable,
 )
@@ -73,7 +74,8 @@ def from_pretrained(
 
     Raises:
         SettingsError: The arguments do not fit together, or with the job.
-        ShardingError: transformers cannot run the model with this tp, or its weights are quantized; nothing was read then.
+        ShardingError: transformers cannot run the model with this tp, or its weights are quantized by a method that is not
+            loaded; nothing was read then.
         CheckpointError: Weights are missing, of other shapes, or not what the class expects.
         RayStreamerError: As `load_rank`.
     """
@@ -133,6 +135,7 @@ class ModelBuild:
         self._folder = cached(self.uri, settings=settings)
         self._config = read_config(self._folder)
         refuse_quantized(getattr(self._config, "quantization_config", None), self.uri)
+        refuse_packed(self._config, self.device, self.uri)
         refuse_uncuttable(self._config, tp, self.uri)
         self._model_class = class_of(model_class, self._config, self.uri)
         said = {} if dtype is None else {"dtype": dtype}

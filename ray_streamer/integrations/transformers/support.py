@@ -29,6 +29,9 @@ OWN_ARGUMENTS = (
 )
 """Arguments of transformers' `from_pretrained` that this package gives itself, or that change where weights come from."""
 
+LOADABLE_METHODS = ("fp8", "mxfp4")
+"""Methods of quantization whose weights transformers keeps in parameters, or dequantizes while it loads."""
+
 _HEADS = ("num_attention_heads", "num_key_value_heads")
 
 
@@ -59,9 +62,9 @@ def refuse_arguments(given: Mapping[str, Any]) -> None:
 
 
 def refuse_quantized(said: Any, uri: str) -> None:
-    """Refuses checkpoints of quantized weights.
+    """Refuses checkpoints of quantized weights, but for those of `LOADABLE_METHODS`.
 
-    transformers rewrites their modules and converts their values while it loads.
+    The others have modules of their own, whose weights transformers makes outside of its loading.
 
     Args:
         said: The config's quantization_config; None where it has none.
@@ -70,13 +73,44 @@ def refuse_quantized(said: Any, uri: str) -> None:
     Raises:
         ShardingError: Names the quantization.
     """
-    if said is None:
+    method = quantization_of(said)
+    if said is not None and method not in LOADABLE_METHODS:
+        raise ShardingError(
+            f"{uri}: its weights are quantized ({method or 'no quant_method'}), which ray_streamer's from_pretrained does not "
+            f"load; it loads {' and '.join(LOADABLE_METHODS)}. load_rank and vLLM's load format ray_streamer load others, too"
+        )
+
+
+def refuse_packed(config: PretrainedConfig, device: str, uri: str) -> None:
+    """Refuses MXFP4 weights where transformers keeps them packed, which it does for kernels of a GPU.
+
+    They become objects of Triton there, not parameters. Elsewhere transformers dequantizes them while it loads.
+
+    Raises:
+        ShardingError: transformers would keep them.
+    """
+    said: Any = getattr(config, "quantization_config", None)
+    if quantization_of(said) != "mxfp4" or device == "cpu":
         return
+    from transformers.quantizers.auto import AutoHfQuantizer
+
+    quantizer: Any = AutoHfQuantizer.from_config(said, pre_quantized=True)
+    quantizer.validate_environment(device_map={"": device})
+    if not quantizer.quantization_config.dequantize:
+        raise ShardingError(
+            f"{uri}: its weights are MXFP4, which transformers keeps packed for the kernels of {device}, outside of parameters. "
+            'Set "dequantize": true in the quantization_config of config.json, or use vLLM\'s load format ray_streamer'
+        )
+
+
+def quantization_of(said: Any) -> str | None:
+    """The method that a config's quantization_config names.
+
+    >>> quantization_of({"quant_method": "fp8"}), quantization_of(None)
+    ('fp8', None)
+    """
     method = said.get("quant_method") if isinstance(said, dict) else getattr(said, "quant_method", None)
-    raise ShardingError(
-        f"{uri}: its weights are quantized ({getattr(method, 'value', method) or 'no quant_method'}), which ray_streamer's "
-        "from_pretrained does not load. load_rank and vLLM's load format ray_streamer do"
-    )
+    return None if method is None else str(getattr(method, "value", method))
 
 
 def refuse_uncuttable(config: PretrainedConfig, tp: int, uri: str) -> None:
