@@ -18,6 +18,7 @@ COMMANDS = {
     "doctor": "What this node can do, what stands in the way, what a load should take.",
     "load": "Load over the ranks of a Ray cluster and report what it took.",
     "report": "Show the report of a load again, or make it a page for a browser.",
+    "submit": "Run load as a job of a cluster, and follow it.",
     "serve": "Serve a checkpoint with vLLM, its weights streamed from the uri.",
     "ls": "Every file at a uri.",
     "pull": "Copy config, tokenizer or other files from a uri into a folder.",

@@ -77,9 +77,9 @@ def _enter(known: str, timeout_seconds: float) -> None:
             try:
                 _knock(known, timeout_seconds)
             except _AuthenticationError as second_refusal:
-                raise _no_entry(known, second_refusal) from second_refusal
+                raise no_entry(known, second_refusal) from second_refusal
         else:
-            raise _no_entry(known, refusal) from refusal
+            raise no_entry(known, refusal) from refusal
 
 
 def _knock(known: str, timeout_seconds: float) -> None:
@@ -134,7 +134,13 @@ def _take_token() -> bool:
     return maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
 
 
-def _no_entry(known: str, refusal: Exception) -> ClusterError:
+def is_refusal(error: BaseException) -> bool:
+    """Whether Ray says by this error that a token is missing or wrong."""
+    return isinstance(error, _AuthenticationError)
+
+
+def no_entry(known: str, refusal: Exception) -> ClusterError:
+    """The error of a cluster at `known` that asked for a token and was given none, or another one."""
     mode = os.environ.get(_MODE_VARIABLE)
     said = str(getattr(refusal, "message", refusal)).strip().rstrip(".")
     return ClusterError(
