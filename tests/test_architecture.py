@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import importlib.util
 import subprocess
 import sys
@@ -61,6 +62,7 @@ HOMES = {
 FOUNDATION_OF_STORAGE = {"errors", "extent", "process_limits", "units", "wording", "storage"}
 
 
+@functools.cache
 def imports_of(path: Path, *, with_types: bool) -> set[str]:
     tree = ast.parse(path.read_text())
     skipped = set()

@@ -103,7 +103,7 @@ import ray_streamer
 from ray_streamer.errors import RayStreamerError
 from ray_streamer.settings import Settings
 
-settings = Settings.resolve(memory_limit="8MiB", block_bytes="64KiB", page_cache="off", startup_timeout_seconds=10)
+settings = Settings.resolve(memory_limit="8MiB", block_bytes="64KiB", page_cache="off", startup_timeout_seconds=3)
 options = {"rules": {"*": ray_streamer.Replicate()}, "settings": settings, "world_size": 2}
 ray_streamer.load_rank(sys.argv[1], rules={"*": ray_streamer.Replicate()})  # everything is imported
 for extra in (0, 2, 6):

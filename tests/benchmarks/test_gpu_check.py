@@ -55,16 +55,19 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return json.loads((folder / "result.json").read_text())
 
 
+@pytest.mark.slow
 def test_it_says_that_it_measured_nothing(result):
     assert result["machine"]["is_measurement"] is False
     assert result["machine"]["device"] == "none: a runtime without a GPU"
 
 
+@pytest.mark.slow
 def test_every_dtype_slice_and_way_to_copy_is_compared(result):
     assert result["correctness"]["tensors"] > 1000
     assert result["correctness"]["wrong"] == []
 
 
+@pytest.mark.slow
 def test_every_figure_is_there(result):
     assert [row["run_bytes"] for row in result["copies"]["runs"]] == [64 << shift for shift in range(11)]
     assert all(row[f"{way}_gbps"] > 0 for row in result["copies"]["runs"] for way in ("engine", "packed", "cut"))

@@ -44,6 +44,7 @@ def test_deepseek_on_one_node_reads_every_byte_once(deepseek):
     assert sum(read.read_bytes for read in reads) == summary.read_bytes
 
 
+@pytest.mark.slow
 def test_deepseek_on_two_nodes_says_what_is_read_twice(deepseek):
     plan = _plan(deepseek, DEEPSEEK_V3_RULES, tp=16, num_nodes=2)
     summary = summarize(plan)
@@ -95,6 +96,7 @@ def test_one_node_reads_every_byte_once_on_every_mesh(model):
     assert 1.25 < cut.amplification < 1.4
 
 
+@pytest.mark.slow
 def test_nodes_of_deepseek_read_their_own_experts_and_no_other(deepseek):
     rules = ShardRules.for_config(deepseek.config)
     plan = _plan(deepseek, rules, num_nodes=2, tp=16, ep=16)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import pytest
+from botocore.loaders import JSONFileLoader
 
 from ray_streamer.settings import Settings
 from ray_streamer.storage import open_storage
@@ -30,6 +32,16 @@ class BucketPlace:
 
     def write(self, path: str, content: bytes) -> None:
         self.client.put_object(Bucket=self.bucket, Key=f"{self.prefix}/{path}".lstrip("/"), Body=content)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def descriptions_are_parsed_once():
+    """Hundreds of clients of boto3 are made here, and each would parse its descriptions of S3 anew."""
+    parse = JSONFileLoader.load_file
+    parse_once = functools.cache(lambda path: parse(JSONFileLoader(), path))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(JSONFileLoader, "load_file", lambda _, path: parse_once(path))
+        yield
 
 
 @pytest.fixture
