@@ -333,9 +333,9 @@ class Settings(BaseSettings):
         Raises:
             SettingsError: A value cannot be used.
         """
-        return type(self).resolve(
-            **self.model_dump() | {name: value for name, value in explicit.items() if value is not None}
-        )
+        given = {name: value for name, value in explicit.items() if value is not None}
+        # Frozen, and checked when they were made.
+        return type(self).resolve(**self.model_dump() | given) if given else self
 
 
 SECRET_SETTINGS = frozenset(

@@ -59,6 +59,7 @@ def test_override_keeps_what_is_not_given(monkeypatch):
     )
     with pytest.raises(SettingsError, match="concurrency=0"):
         settings.override(concurrency=0)
+    assert settings.override(concurrency=None) is settings
 
 
 @pytest.mark.parametrize(("text", "is_on"), [(None, False), ("", False), ("0", False), ("1", True), ("true", True)])

@@ -8,6 +8,7 @@ options      what `--model-loader-extra-config` may say
 internals    all that is known of vLLM's inside, and the versions that it was seen in
 capturing    which slices a rank wants, learned from the model's own loader
 reloading    new weights for a model that is loaded already
+ahead        what is imported while vLLM still builds the model
 loader       the load format: capture of vLLM's own loaders, one session of the ranks, slices straight into parameters
 mismatch     weights that a model's own loader fails on
 model_files  config and tokenizer of a model at a uri, on each node

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from ray_streamer.api.rank import stream_rank
 from ray_streamer.integrations.captured_slices import CapturedSlices, contents_of
 from ray_streamer.integrations.vllm import internals, mismatch
+from ray_streamer.integrations.vllm.ahead import prepare_load
 from ray_streamer.integrations.vllm.model_files import restore_model_files
 from ray_streamer.integrations.vllm.options import LoaderOptions
 from ray_streamer.integrations.vllm.reloading import Origin, origins, reload_tensors
@@ -57,6 +58,8 @@ class RayStreamerLoader(BaseModelLoader):
     def load_model(self, vllm_config: Any, model_config: Any, *args: Any, **kwargs: Any) -> nn.Module:
         """As vLLM's own loaders do it, on a node that has the model's config and tokenizer."""
         restore_model_files(model_config)
+        said = self._options.uri_of(is_draft=internals.is_draft(model_config))
+        prepare_load(said or model_config.model_weights or model_config.model, self._options.settings)
         return super().load_model(vllm_config, model_config, *args, **kwargs)
 
     def load_weights(self, model: Any, model_config: Any) -> None:
