@@ -276,6 +276,11 @@ class Settings(BaseSettings):
         min_length=1,
         description="Secret; what follows the ? of signed https addresses, put behind the address of every file.",
     )
+    http_signed: SecretStr | None = Field(
+        default=None,
+        min_length=1,
+        description="Secret; made from a signed https uri, or from a list of files: what is sent behind their addresses.",
+    )
     http_authorization: SecretStr | None = Field(
         default=None,
         min_length=1,

@@ -19,7 +19,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 ORDER = (
     ("errors", "settings", "extent", "dtypes", "units", "machine", "process_limits", "wording", "rows", "column_bytes"),
     ("storage",),
-    ("files",),
+    ("files", "place"),
     ("checkpoint",),
     ("slices",),
     ("capture",),

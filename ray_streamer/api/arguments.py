@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ray_streamer.errors import SettingsError
+from ray_streamer.place import Place
 from ray_streamer.sharding.families import check_model_type
 from ray_streamer.sharding.mesh import Mesh
 from ray_streamer.sharding.rules import ShardRules
 from ray_streamer.sharding.source import RuleSlices
-from ray_streamer.storage import absolute_uri
 from ray_streamer.units import counted
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from ray_streamer.sharding.rename import RenameLike
     from ray_streamer.sharding.rules import RulesLike
     from ray_streamer.slices import SliceSource
-    from ray_streamer.storage import UriLike
+    from ray_streamer.storage import UrisLike
 
 StagesLike = int | Sequence[int]
 """How many stages, or the number of layers of each one."""
@@ -90,7 +90,7 @@ class Sharding:
         """Stages that `pp` asks for."""
         return self.pp if isinstance(self.pp, int) else len(self.pp)
 
-    def request(self, uri: UriLike, *, settings: Settings, device: str, num_ranks: int | None = None) -> LoadRequest:
+    def request(self, uri: UrisLike, *, settings: Settings, device: str, num_ranks: int | None = None) -> LoadRequest:
         """The request that the arguments of a load describe.
 
         A local path is made absolute here, where the caller speaks: on the ranks it may mean another folder.
@@ -109,11 +109,12 @@ class Sharding:
         from ray_streamer.rank.request import LoadRequest
 
         mesh = self._mesh(num_ranks)
+        place = Place.of(uri, settings)
         return LoadRequest(
-            uri=absolute_uri(uri),
+            uri=place.uri,
             mesh=mesh,
             slices=self._slice_source(mesh),
-            settings=settings,
+            settings=place.settings,
             device=device,
             model_type=self.model_type,
         )

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from ray_streamer.checkpoint import locate
 from ray_streamer.errors import ObjectMissingError
 from ray_streamer.files import ENGINE_FILES, Selection, cached_files, pull_files
+from ray_streamer.place import Place
 from ray_streamer.settings import Settings
 from ray_streamer.storage import absolute_uri, open_storage
 
@@ -16,10 +17,10 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Iterator, Sequence
 
-    from ray_streamer.storage import Storage, UriLike
+    from ray_streamer.storage import Storage, UrisLike
 
 
-def ls(uri: UriLike, *, settings: Settings | None = None) -> list[str]:
+def ls(uri: UrisLike, *, settings: Settings | None = None) -> list[str]:
     """Every file at a uri, and in the folders below it.
 
     Args:
@@ -38,7 +39,7 @@ def ls(uri: UriLike, *, settings: Settings | None = None) -> list[str]:
 
 
 def pull(
-    uri: UriLike,
+    uri: UrisLike,
     dst: str | os.PathLike[str],
     *,
     allow: str | Sequence[str] | None = None,
@@ -72,7 +73,7 @@ def pull(
         return pull_files(storage, chosen, Path(absolute_uri(dst)), concurrency=settings.concurrency)
 
 
-def cached(uri: UriLike, *, selection: Selection = ENGINE_FILES, settings: Settings | None = None) -> Path:
+def cached(uri: UrisLike, *, selection: Selection = ENGINE_FILES, settings: Settings | None = None) -> Path:
     """A folder of this node with the checkpoint's config, tokenizer and code, as they are at the uri now.
 
     Copied once per node and version, however many processes ask; a local folder is its own copy.
@@ -100,10 +101,11 @@ def cached(uri: UriLike, *, selection: Selection = ENGINE_FILES, settings: Setti
 
 
 @contextmanager
-def _opened(uri: UriLike, settings: Settings) -> Iterator[tuple[Storage, list[str]]]:
+def _opened(uri: UrisLike, settings: Settings) -> Iterator[tuple[Storage, list[str]]]:
     """The storage of a uri, and the one file that the uri names, if it does."""
-    location = locate(absolute_uri(uri))
-    storage = open_storage(location.folder_uri, settings)
+    place = Place.of(uri, settings)
+    location = locate(place.uri)
+    storage = open_storage(location.folder_uri, place.settings)
     try:
         yield storage, [] if location.selection is None else [location.selection]
     finally:

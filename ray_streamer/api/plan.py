@@ -20,11 +20,11 @@ if TYPE_CHECKING:
     from ray_streamer.sharding.rename import RenameLike
     from ray_streamer.sharding.rules import RulesLike
     from ray_streamer.slices import SliceSource
-    from ray_streamer.storage import UriLike
+    from ray_streamer.storage import UrisLike
 
 
 def plan(
-    uri: UriLike,
+    uri: UrisLike,
     tp: int | None = SHARDING.tp,
     *,
     pp: StagesLike = SHARDING.pp,

@@ -29,11 +29,11 @@ if TYPE_CHECKING:
     from ray_streamer.sharding.rename import RenameLike
     from ray_streamer.sharding.rules import RulesLike
     from ray_streamer.slices import SliceSource
-    from ray_streamer.storage import UriLike
+    from ray_streamer.storage import UrisLike
 
 
 def load_rank(
-    uri: UriLike,
+    uri: UrisLike,
     tp: int | None = SHARDING.tp,
     *,
     pp: StagesLike = SHARDING.pp,
@@ -146,7 +146,7 @@ def load_rank(
 
 
 def stream_rank(
-    uri: UriLike,
+    uri: UrisLike,
     tp: int | None = SHARDING.tp,
     *,
     pp: StagesLike = SHARDING.pp,

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from ray_streamer.rank.request import LoadRequest
     from ray_streamer.rank.statistics import RankStatistics
     from ray_streamer.settings import Settings
-    from ray_streamer.storage import UriLike
+    from ray_streamer.storage import UrisLike
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +51,7 @@ class RankCall:
         as_dtensor: Over which ranks results are DTensors; None where they are plain tensors.
     """
 
-    uri: UriLike
+    uri: UrisLike
     sharding: Sharding
     find_membership: Callable[[], Membership]
     settings: Settings

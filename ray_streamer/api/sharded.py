@@ -30,12 +30,12 @@ if TYPE_CHECKING:
     from ray_streamer.sharding.rename import RenameLike
     from ray_streamer.sharding.rules import RulesLike
     from ray_streamer.slices import SliceSource
-    from ray_streamer.storage import UriLike
+    from ray_streamer.storage import UrisLike
 
 
 @with_few_frames
 def load_sharded(
-    uri: UriLike,
+    uri: UrisLike,
     tp: int | None = SHARDING.tp,
     *,
     pp: StagesLike = SHARDING.pp,
@@ -68,7 +68,8 @@ def load_sharded(
 
     Args:
         uri: Folder or prefix, one `.safetensors` file, or one index json: a path, of the caller's
-            folder when it is relative and with `~` for homes, `file://`, `s3://`, `gs://`, `abfss://` or `hdfs://`.
+            folder when it is relative and with `~` for homes, `file://`, `s3://`, `gs://`, `az://`, `https://`, `hf://` or
+            `hdfs://`. Or a list of https addresses, the checkpoint's files. Https addresses may be signed; see docs/stores.md.
         tp: Ranks that share the tensors of one stage; 1 when unset.
         pp: Stages of layers, as even as can be; or the number of layers of each, such as (31, 30).
         ep: True = every rank of a replica holds whole experts, a `tp`-th of them, instead of slices of all; a number = over

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 
 from ray_streamer.api.membership import find_membership
 from ray_streamer.exchange.session import NodeSession
+from ray_streamer.place import Place
 from ray_streamer.rank.agreement import agree_on_index, share_tensors
 from ray_streamer.rank.request import LoadRequest
 from ray_streamer.sharding.mesh import Mesh
 from ray_streamer.slices import RankSlices
-from ray_streamer.storage import absolute_uri
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ray_streamer.checkpoint import CheckpointIndex
     from ray_streamer.rank.shared_tensors import SharedTensors
     from ray_streamer.settings import Settings
-    from ray_streamer.storage import UriLike
+    from ray_streamer.storage import UrisLike
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,7 @@ class OpenTensors:
 
 
 @contextlib.contextmanager
-def open_tensors(uri: UriLike, *, settings: Settings, group: dist.ProcessGroup | None) -> Iterator[OpenTensors]:
+def open_tensors(uri: UrisLike, *, settings: Settings, group: dist.ProcessGroup | None) -> Iterator[OpenTensors]:
     """Meets the other ranks of the group over a checkpoint, for the length of the block; every rank of the group calls it.
 
     An error that leaves the block ends it for the other ranks of this node, too.
@@ -56,11 +56,12 @@ def open_tensors(uri: UriLike, *, settings: Settings, group: dist.ProcessGroup |
     """
     alone = (0, 1) if group is None else (None, None)
     membership = find_membership(*alone, None, None, group)
+    place = Place.of(uri, settings)
     request = LoadRequest(
-        uri=absolute_uri(uri),
+        uri=place.uri,
         mesh=Mesh(tp=membership.topology.num_ranks),
         slices=lambda index, _: RankSlices.from_rows(index, [], []),
-        settings=settings,
+        settings=place.settings,
         device="cpu",
     )
     index_bytes = membership.read_index(request)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from urllib.parse import unquote
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,4 +36,6 @@ def locate(uri: str) -> CheckpointLocation:
         return CheckpointLocation(uri)
     if not folder:
         folder = "/" if slash else "."
+    if scheme.lower() in ("http", "https"):
+        name = unquote(name)
     return CheckpointLocation(f"{scheme}{separator}{folder}", name)

@@ -11,17 +11,19 @@ from ray_streamer.cli.command import Command, json_option, print_json, verbose_o
 from ray_streamer.cli.outputs import OUTPUT_FILE
 from ray_streamer.cli.settings import with_settings
 from ray_streamer.cli.sharding import with_rules_and_results
+from ray_streamer.cli.uris import URI
 from ray_streamer.cli.words import flags_of, in_flags
 
 if TYPE_CHECKING:
     from ray_streamer.doctor.examine import Examination
     from ray_streamer.settings import Settings
+    from ray_streamer.storage import UrisLike
 
 _DEVICES = Path("/dev")
 
 
 @click.command("doctor", cls=Command)
-@click.argument("uri", required=False)
+@click.argument("uri", type=URI, required=False)
 @click.option("--tp", type=click.IntRange(1), default=1, show_default=True, help="Ranks on this node.")
 @click.option("--device", default="cpu", show_default=True, help="Where the tensors would go: cpu or cuda.")
 @click.option(
@@ -35,7 +37,7 @@ _DEVICES = Path("/dev")
 @verbose_option
 @with_settings
 def command(
-    uri: str | None,
+    uri: UrisLike | None,
     tp: int,
     device: str,
     settings_file: Path | None,

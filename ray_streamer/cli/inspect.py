@@ -9,37 +9,42 @@ import click
 from ray_streamer.cli.command import Command, json_option, print_json, verbose_option
 from ray_streamer.cli.settings import with_settings
 from ray_streamer.cli.sharding import with_rules_and_results
+from ray_streamer.cli.uris import URI
 
 if TYPE_CHECKING:
     from ray_streamer.settings import Settings
+    from ray_streamer.storage import UrisLike
 
 
 @click.command("inspect", cls=Command)
-@click.argument("uri")
+@click.argument("uri", type=URI)
 @click.option("--top", type=click.IntRange(0), default=10, show_default=True, help="How many of the largest tensors.")
 @with_rules_and_results
 @json_option
 @verbose_option
 @with_settings
-def command(uri: str, top: int, sharding: dict[str, Any], as_json: bool, settings: Settings) -> None:
+def command(uri: UrisLike, top: int, sharding: dict[str, Any], as_json: bool, settings: Settings) -> None:
     """Show what the checkpoint at URI holds: files, dtypes, the largest tensors, and how much of it lies how.
 
     Only headers are read. With --fuse, --dtype or --rename, also show the tensors that a load would make.
     """
     from ray_streamer.checkpoint import locate, open_checkpoint
+    from ray_streamer.place import Place
     from ray_streamer.report.checkpoint_summary import summarize_checkpoint
     from ray_streamer.sharding import RuleSlices, ShardRules
     from ray_streamer.sharding.families import check_model_type
-    from ray_streamer.storage import absolute_uri, open_storage
+    from ray_streamer.storage import open_storage
 
     model_type = sharding.pop("model_type")
     if model_type is not None:
         check_model_type(model_type)
     slices = RuleSlices(rules=ShardRules(sharding.pop("rules") or ()), **sharding)
-    uri = absolute_uri(uri)
-    storage = open_storage(locate(uri).folder_uri, settings)
+    place = Place.of(uri, settings)
+    storage = open_storage(locate(place.uri).folder_uri, place.settings)
     try:
-        index = open_checkpoint(uri, storage, concurrency=settings.concurrency, strict_index=settings.strict_index)
+        index = open_checkpoint(
+            place.uri, storage, concurrency=settings.concurrency, strict_index=settings.strict_index
+        )
     finally:
         storage.close()
     summary = summarize_checkpoint(index.as_model_type(model_type), top=top, slices=slices)

@@ -12,16 +12,18 @@ from ray_streamer.cli.outputs import OUTPUT_FILE, OUTPUT_PAGE
 from ray_streamer.cli.report import show_report
 from ray_streamer.cli.settings import with_settings
 from ray_streamer.cli.sharding import with_sharding
+from ray_streamer.cli.uris import URI
 from ray_streamer.cluster.placement import PlacementOptions, Strategy
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from ray_streamer.settings import Settings
+    from ray_streamer.storage import UrisLike
 
 
 @click.command("load", cls=Command)
-@click.argument("uri")
+@click.argument("uri", type=URI)
 @click.option("--device", default="cpu", show_default=True, help="Where the tensors go: cpu or cuda.")
 @click.option("--num-cpus-per-rank", type=float, default=1.0, show_default=True, help="CPUs that each rank reserves.")
 @click.option("--num-gpus-per-rank", type=float, help="GPUs that each rank reserves; unset = 1 on GPUs, else none.")
@@ -59,7 +61,7 @@ if TYPE_CHECKING:
 @verbose_option
 @with_settings
 def command(
-    uri: str,
+    uri: UrisLike,
     device: str,
     num_cpus_per_rank: float,
     num_gpus_per_rank: float | None,

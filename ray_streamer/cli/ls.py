@@ -8,24 +8,28 @@ import click
 
 from ray_streamer.cli.command import Command, json_option, print_json, verbose_option
 from ray_streamer.cli.settings import with_settings
+from ray_streamer.cli.uris import URI
 
 if TYPE_CHECKING:
     from ray_streamer.settings import Settings
+    from ray_streamer.storage import UrisLike
 
 
 @click.command("ls", cls=Command)
-@click.argument("uri")
+@click.argument("uri", type=URI)
 @json_option
 @verbose_option
 @with_settings
-def command(uri: str, as_json: bool, settings: Settings) -> None:
+def command(uri: UrisLike, as_json: bool, settings: Settings) -> None:
     """List every file at URI and in the folders below it, one path a line."""
     from ray_streamer.api.files import ls
+    from ray_streamer.place import Place
     from ray_streamer.wording import printable
 
-    paths = ls(uri, settings=settings)
+    place = Place.of(uri, settings)
+    paths = ls(place.uri, settings=place.settings)
     if as_json:
-        print_json({"uri": uri, "files": paths})
+        print_json({"uri": place.uri, "files": paths})
         return
     for path in paths:
         click.echo(printable(path, one_line=True))

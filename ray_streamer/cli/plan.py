@@ -11,16 +11,18 @@ from ray_streamer.cli.command import Command, json_option, print_json, verbose_o
 from ray_streamer.cli.outputs import OUTPUT_FOLDER
 from ray_streamer.cli.settings import with_settings
 from ray_streamer.cli.sharding import with_sharding
+from ray_streamer.cli.uris import URI
 from ray_streamer.units import counted
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from ray_streamer.settings import Settings
+    from ray_streamer.storage import UrisLike
 
 
 @click.command("plan", cls=Command)
-@click.argument("uri")
+@click.argument("uri", type=URI)
 @click.option(
     "--nodes",
     "num_nodes",
@@ -39,7 +41,7 @@ if TYPE_CHECKING:
 @verbose_option
 @with_settings
 def command(
-    uri: str,
+    uri: UrisLike,
     num_nodes: int,
     top: int,
     rank: int | None,

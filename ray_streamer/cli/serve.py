@@ -13,24 +13,26 @@ import click
 
 from ray_streamer.cli.command import Command, verbose_option
 from ray_streamer.cli.settings import with_settings
+from ray_streamer.cli.uris import URI
 from ray_streamer.errors import SettingsError
-from ray_streamer.settings import SECRET_SETTINGS
+from ray_streamer.settings import ENV_PREFIX, SECRET_SETTINGS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from ray_streamer.settings import Settings
+    from ray_streamer.storage import UrisLike
 
 _EXTRA_CONFIG = "--model-loader-extra-config"
 _SET_HERE = ("--load-format", "--model")
 
 
 @click.command("serve", cls=Command)
-@click.argument("uri")
+@click.argument("uri", type=URI)
 @click.argument("vllm_arguments", nargs=-1, type=click.UNPROCESSED, metavar="[-- VLLM SERVE ARGUMENTS]")
 @verbose_option
 @with_settings
-def command(uri: str, vllm_arguments: tuple[str, ...], settings: Settings) -> NoReturn:
+def command(uri: UrisLike, vllm_arguments: tuple[str, ...], settings: Settings) -> NoReturn:
     """Serve the checkpoint at URI with vLLM. What stands after -- is passed to `vllm serve` as it is.
 
     Config and tokenizer files come to this node's cache; weights go from URI straight into vLLM's parameters.
@@ -38,12 +40,15 @@ def command(uri: str, vllm_arguments: tuple[str, ...], settings: Settings) -> No
         ray-streamer serve s3://bucket/model -- --tensor-parallel-size 8 --port 8000
     """
     from ray_streamer.api.files import cached
-    from ray_streamer.storage import absolute_uri
+    from ray_streamer.place import Place
 
     program = find_vllm()
-    uri = absolute_uri(uri)
-    folder = cached(uri, settings=settings)
-    arguments = serve_arguments(uri, folder, vllm_arguments, settings)
+    place = Place.of(uri, settings)
+    folder = cached(place.uri, settings=place.settings)
+    arguments = serve_arguments(place.uri, folder, vllm_arguments, settings)
+    if place.settings.http_signed is not None:
+        # Command lines are public, and vLLM logs its own.
+        os.environ[f"{ENV_PREFIX}HTTP_SIGNED"] = place.settings.http_signed.get_secret_value()
     os.execv(program, [program, *arguments])
 
 

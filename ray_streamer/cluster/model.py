@@ -17,7 +17,7 @@ from ray_streamer.cluster.phases import Phases
 from ray_streamer.cluster.tracing import collect_trace
 from ray_streamer.cluster.worker import LoadWorker
 from ray_streamer.errors import ClusterError
-from ray_streamer.storage import absolute_uri
+from ray_streamer.place import Place
 
 if TYPE_CHECKING:
     import os
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from ray_streamer.rank.statistics import RankStatistics
     from ray_streamer.report.load_report import LoadReport
     from ray_streamer.sharding.mesh import Mesh
-    from ray_streamer.storage import UriLike
+    from ray_streamer.storage import UrisLike
 
 logger = logging.getLogger(__name__)
 
@@ -181,7 +181,7 @@ class ShardedModel:
         group.restart(rank)
         return self._loads.load_alone(self._shared, rank)
 
-    def reload(self, uri: UriLike | None = None) -> LoadReport:
+    def reload(self, uri: UrisLike | None = None) -> LoadReport:
         """Loads again into the same ranks: new weights under the same uri, or those of another one.
 
         A tensor of the same name, shape and dtype keeps its memory, and so its address; others are made anew, and those that the
@@ -201,7 +201,10 @@ class ShardedModel:
         self._ready()
         assert self._loads is not None
         phases = Phases()
-        request = self._request if uri is None else replace(self._request, uri=absolute_uri(uri))
+        request = self._request
+        if uri is not None:
+            place = Place.of(uri, request.settings)
+            request = replace(request, uri=place.uri, settings=place.settings)
         shared = self._loads.share(request)
         phases.end("headers")
         report = self._loads.load(shared, phases, again=True)

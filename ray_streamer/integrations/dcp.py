@@ -36,9 +36,10 @@ from ray_streamer.api.rank import load_rank
 from ray_streamer.capture.results import NAMES_OF_DTYPES
 from ray_streamer.checkpoint import locate, open_checkpoint
 from ray_streamer.errors import CheckpointError, PlanError, SettingsError
+from ray_streamer.place import Place
 from ray_streamer.settings import Settings
 from ray_streamer.slices import Move, RankSlices, ResultSpec
-from ray_streamer.storage import absolute_uri, open_storage
+from ray_streamer.storage import open_storage, split_signature
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -48,7 +49,7 @@ if TYPE_CHECKING:
     from ray_streamer.checkpoint import CheckpointIndex
     from ray_streamer.dtypes import DType
     from ray_streamer.rank.statistics import RankStatistics
-    from ray_streamer.storage import UriLike
+    from ray_streamer.storage import UrisLike
 
 _SHARDS_OF_DCP = "DCP_SHARDING_INFO"
 """Metadata of safetensors files in which torch's own writer keeps a part of each tensor; see its `HuggingFaceStorageWriter`."""
@@ -80,34 +81,34 @@ class StorageReader(TorchStorageReader):
 
     def __init__(
         self,
-        uri: UriLike | None = None,
+        uri: UrisLike | None = None,
         *,
         settings: Settings | None = None,
         on_statistics: Callable[[RankStatistics], None] | None = None,
     ) -> None:
         super().__init__()
-        self._uri = None if uri is None else absolute_uri(uri)
         self._settings = settings or Settings.resolve()
+        self._place = None if uri is None else Place.of(uri, self._settings)
         self._on_statistics = on_statistics
         self._index: CheckpointIndex | None = None
 
     @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id: UriLike) -> bool:
+    def validate_checkpoint_id(cls, checkpoint_id: UrisLike) -> bool:
         """Whether it is a uri that this package reads from; nothing is opened."""
         try:
-            absolute_uri(checkpoint_id)
+            split_signature(checkpoint_id)
         except SettingsError:
             return False
         return True
 
-    def reset(self, checkpoint_id: UriLike | None = None) -> None:
+    def reset(self, checkpoint_id: UrisLike | None = None) -> None:
         """Begins another load, of `checkpoint_id` if it is given; called by torch.
 
         Raises:
             SettingsError: It is no uri.
         """
         if checkpoint_id is not None:
-            self._uri = absolute_uri(checkpoint_id)
+            self._place = Place.of(checkpoint_id, self._settings)
         self._index = None
 
     def read_metadata(self, *_args: Any, **_kwargs: Any) -> Metadata:
@@ -162,13 +163,13 @@ class StorageReader(TorchStorageReader):
         assert isinstance(seat, _Seat)
         targets = _targets(plan.items, planner)
         load_rank(
-            self._located(),
+            self._located().uri,
             slices=_PlannedSlices(plan.items, {name: target.dtype for name, (_, target) in targets.items()}),
             rank=seat.number,
             world_size=seat.num_ranks,
             session=seat.session,
             device=_device_of([target for _, target in targets.values()]),
-            settings=self._settings,
+            settings=self._located().settings,
             out={name: target for name, (_, target) in targets.items()},
             on_statistics=self._on_statistics,
         )
@@ -178,18 +179,19 @@ class StorageReader(TorchStorageReader):
         done.set_result(None)
         return done
 
-    def _located(self) -> str:
-        if self._uri is None:
+    def _located(self) -> Place:
+        if self._place is None:
             raise SettingsError("give a uri: StorageReader(uri), or checkpoint_id of torch.distributed.checkpoint.load")
-        return self._uri
+        return self._place
 
     def _opened(self) -> CheckpointIndex:
         if self._index is None:
-            uri, settings = self._located(), self._settings
-            storage = open_storage(locate(uri).folder_uri, settings)
+            place = self._located()
+            settings = place.settings
+            storage = open_storage(locate(place.uri).folder_uri, settings)
             try:
                 self._index = open_checkpoint(
-                    uri, storage, concurrency=settings.concurrency, strict_index=settings.strict_index
+                    place.uri, storage, concurrency=settings.concurrency, strict_index=settings.strict_index
                 )
             finally:
                 storage.close()

@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from ray_streamer.storage.base import ObjectInfo, Storage, StorageSettings
+from ray_streamer.storage.signed import UrisLike, split_signature
 from ray_streamer.storage.stores import kind_of, num_root_folders
 from ray_streamer.storage.uri import UriLike, absolute_uri, scheme_of
 
@@ -17,10 +18,12 @@ __all__ = [
     "Storage",
     "StorageSettings",
     "UriLike",
+    "UrisLike",
     "absolute_uri",
     "num_root_folders",
     "open_storage",
     "scheme_of",
+    "split_signature",
 ]
 
 

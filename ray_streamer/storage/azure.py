@@ -1,10 +1,8 @@
 """How is a container of Azure Blob Storage asked: `az://CONTAINER/PREFIX`, `abfss://`, or the https address of an account?
 
-Who asks is found where Azure's own tools and Run:ai's streamer look: a connection string, a SAS token, an account's key, and else
-azure-identity's chain of credentials. Keys sign each request (see `azure_key`), a SAS token is part of each address, and tokens of
+Who asks is said by the environment (see `azure_account`), else by azure-identity's chain of credentials. Keys sign each request (see `azure_key`), a SAS token is part of each address, and tokens of
 azure-identity are renewed before they end. Identity is the ETag, which each request names.
-Sources: Azure Storage REST API, "Get Blob", "List Blobs", "Common REST API error codes", "Specifying conditional headers"; Azure Storage,
-"Configure connection strings".
+Sources: Azure Storage REST API, "Get Blob", "List Blobs", "Common REST API error codes", "Specifying conditional headers".
 """
 
 from __future__ import annotations
@@ -13,23 +11,25 @@ import os
 import re
 import threading
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from email.utils import formatdate
 from typing import TYPE_CHECKING, Any, ClassVar
-from urllib.parse import parse_qsl, quote, urlencode, urlsplit
+from urllib.parse import quote, unquote, urlencode, urlsplit
 
 from ray_streamer.errors import AccessError, SettingsError, StorageError
-from ray_streamer.storage.azure_key import AccountKey
+from ray_streamer.storage import web
+from ray_streamer.storage.azure_account import account_of
 from ray_streamer.storage.azure_listing import parse_page
 from ray_streamer.storage.bounded_call import find_credentials
 from ray_streamer.storage.extras import missing_extra
-from ray_streamer.storage.http_route import is_http_address
 from ray_streamer.storage.object_store import ObjectStore, Request, if_match
 from ray_streamer.storage.refusal import Refusal, skew_of, xml_element
+from ray_streamer.storage.signed import Signature
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from ray_streamer.storage.azure_account import AzureAccount
     from ray_streamer.storage.base import StorageSettings
     from ray_streamer.storage.http_connection import HttpAnswer
     from ray_streamer.storage.identity import Identity
@@ -41,14 +41,6 @@ _SCOPE = "https://storage.azure.com/.default"
 # A token that ends sooner is renewed, as azure-core does.
 _RENEWED_BEFORE_SECONDS = 300
 _CONTAINER = re.compile(r"\$root|\$web|[a-z0-9](?:-?[a-z0-9]){2,62}")
-_ACCOUNT = re.compile(r"[a-z0-9]{3,24}")
-_HOST = re.compile(r"([a-z0-9]{3,24})(?:\.z[0-9]+)?\.(?:blob|dfs)\.[a-z0-9.-]+(?::[0-9]+)?", re.IGNORECASE)
-_SAS = re.compile(r"[!$-;=?-Z_a-z~]+")
-# The account of every Azurite, which Azure documents with its key.
-_EMULATOR = (
-    "AccountName=devstoreaccount1;BlobEndpoint=http://127.0.0.1:10000/devstoreaccount1;"
-    "AccountKey=Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="
-)
 _WHO = (
     "set AZURE_STORAGE_CONNECTION_STRING, or AZURE_STORAGE_SAS_TOKEN or AZURE_STORAGE_ACCOUNT_KEY; or let azure-identity know: `az login`, "
     "AZURE_CLIENT_ID and its companions, or an identity of the machine or pod"
@@ -96,25 +88,6 @@ class AzureRefusal(Refusal):
         if self.code == "BlobArchived":
             return ["the blob is archived; rehydrate it, or copy it to another access tier"]
         return [_WHO] if self.status in (401, 403) else []
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AzureAccount:
-    """An account, and who asks there; at most one of key, SAS token and `is_anonymous`, else azure-identity is asked.
-
-    Attributes:
-        name: Of the account.
-        endpoint: Of its blobs, without a "/" at its end.
-        key: A secret.
-        sas_token: A secret, without a "?" before it.
-        is_anonymous: Whether nobody asks.
-    """
-
-    name: str
-    endpoint: str
-    key: AccountKey | None = field(default=None, repr=False)
-    sas_token: str = field(default="", repr=False)
-    is_anonymous: bool = False
 
 
 class AzureTokens:
@@ -230,7 +203,7 @@ class AzureStore(ObjectStore):
         return Request(f"{url}?{text}" if text else url, lines, is_conditional=is_conditional)
 
 
-def open_store(uri: str, settings: StorageSettings) -> AzureStore:
+def open_store(uri: str, settings: StorageSettings) -> ObjectStore:
     """The store of an `az://`, `abfss://` or https uri of an account.
 
     Raises:
@@ -238,9 +211,12 @@ def open_store(uri: str, settings: StorageSettings) -> AzureStore:
     """
     scheme, _, rest = uri.partition("://")
     authority, _, path = rest.partition("/")
-    host = ""
+    host, signature = "", Signature.at(uri, settings)
+    if signature.files:
+        return web.open_store(uri, settings)
     if scheme.lower() in ("https", "http"):
-        host, (container, _, prefix) = authority, path.partition("/")
+        # An address, in which names are encoded.
+        host, (container, _, prefix) = authority, unquote(path).partition("/")
     elif "@" in authority:
         container, _, host = authority.partition("@")
         prefix = path
@@ -250,79 +226,10 @@ def open_store(uri: str, settings: StorageSettings) -> AzureStore:
         raise SettingsError(
             f"{uri} names no container; give az://CONTAINER/PREFIX, or abfss://CONTAINER@ACCOUNT.dfs.core.windows.net/PREFIX"
         )
-    account = account_of(uri, host, is_anonymous=settings.azure_unsigned)
+    account = account_of(uri, host, is_anonymous=settings.azure_unsigned, signature=signature.query)
     return AzureStore(
         account,
         container=container,
         prefix=prefix.strip("/"),
         timeout_seconds=settings.s3_credentials_timeout_seconds,
     )
-
-
-def account_of(uri: str, host: str, *, is_anonymous: bool) -> AzureAccount:
-    """The account that a uri's host names, else the environment, with what the environment says of who asks.
-
-    Raises:
-        SettingsError: Nothing names an account, or what is said cannot be used.
-    """
-    said = _connection_string()
-    named = _HOST.fullmatch(host)
-    if host and not named:
-        raise SettingsError(f"{uri}: {host} is no account of Azure; give ACCOUNT.blob.core.windows.net")
-    name = (named[1].lower() if named else "") or said.get("accountname") or _variable("ACCOUNT_NAME", "ACCOUNT")
-    if not name or not _ACCOUNT.fullmatch(name):
-        raise SettingsError(
-            f"{uri} names no storage account; set AZURE_STORAGE_ACCOUNT_NAME, or give "
-            "abfss://CONTAINER@ACCOUNT.dfs.core.windows.net/PREFIX"
-        )
-    # What a connection string says is of its own account only.
-    said = said if said.get("accountname", name) == name else {}
-    endpoint = said.get("blobendpoint") or _endpoint_of(host, name, said)
-    sas_token = (said.get("sharedaccesssignature") or _variable("SAS_TOKEN")).lstrip("?")
-    key = said.get("accountkey") or _variable("ACCOUNT_KEY", "KEY")
-    endpoint = endpoint.rstrip("/")
-    _refuse_unusable(endpoint, sas_token)
-    if is_anonymous or sas_token:
-        return AzureAccount(
-            name=name, endpoint=endpoint, sas_token="" if is_anonymous else sas_token, is_anonymous=is_anonymous
-        )
-    return AzureAccount(name=name, endpoint=endpoint, key=AccountKey.parse(name, key) if key else None)
-
-
-def _endpoint_of(host: str, name: str, said: Mapping[str, str]) -> str:
-    """Where the blobs of an account are: at the host that was named, else where the environment's suffix says."""
-    protocol = said.get("defaultendpointsprotocol") or "https"
-    suffix = said.get("endpointsuffix") or _variable("ENDPOINT_SUFFIX") or "core.windows.net"
-    return f"{protocol}://{host.lower().replace('.dfs.', '.blob.') if host else f'{name}.blob.{suffix}'}"
-
-
-def _refuse_unusable(endpoint: str, sas_token: str) -> None:
-    if not is_http_address(endpoint) or "@" in endpoint or "?" in endpoint:
-        raise SettingsError("AZURE_STORAGE_CONNECTION_STRING (not shown) has a BlobEndpoint that is no address")
-    if sas_token and not (_SAS.fullmatch(sas_token) and any(name == "sig" for name, _ in parse_qsl(sas_token))):
-        raise SettingsError(
-            "AZURE_STORAGE_SAS_TOKEN (not shown) is no SAS token; give what follows the ? of a signed address, with its sig="
-        )
-
-
-def _connection_string() -> dict[str, str]:
-    """What the connection string says, by names in lower case."""
-    text = os.environ.get("AZURE_STORAGE_CONNECTION_STRING", "").strip()
-    pairs = [part.partition("=") for part in text.split(";") if part]
-    said = {name.strip().lower(): value.strip() for name, _, value in pairs}
-    if said.get("usedevelopmentstorage", "").lower() == "true":
-        pairs = [part.partition("=") for part in _EMULATOR.split(";")]
-        return {name.lower(): value for name, _, value in pairs}
-    if text and not all(separator for _, separator, _ in pairs):
-        raise SettingsError(
-            "AZURE_STORAGE_CONNECTION_STRING (not shown) is none; give NAME=VALUE;NAME=VALUE as Azure shows it"
-        )
-    if said and "accountname" not in said and "blobendpoint" in said:
-        named = _HOST.fullmatch(urlsplit(said["blobendpoint"]).netloc)
-        said["accountname"] = named[1].lower() if named else ""
-    return said
-
-
-def _variable(*names: str) -> str:
-    """The first of Azure's variables that is set."""
-    return next(filter(None, (os.environ.get(f"AZURE_STORAGE_{name}", "").strip() for name in names)), "")

@@ -100,6 +100,7 @@ class StorageSettings(Protocol):
     gs_unsigned: bool
     gs_user_project: str | None
     http_query: SecretStr | None
+    http_signed: SecretStr | None
     http_authorization: SecretStr | None
 
     @property

@@ -119,11 +119,13 @@ class ObjectStorage(RemoteStorage):
     def list(self, prefix: str = "", *, recursive: bool = False) -> list[str]:
         """See `Storage`; empty for a prefix that does not exist."""
         folder, listed = self._store.folder, self._store.listable(prefix)
-        keys = list_keys(
-            lambda token: self._run(lambda: self._list_page(listed, token, recursive=recursive)),
-            what=f"listing {self.uri}",
-            timeout_seconds=self._list_timeout_seconds,
-        )
+        keys = self._store.keys
+        if keys is None:
+            keys = list_keys(
+                lambda token: self._run(lambda: self._list_page(listed, token, recursive=recursive)),
+                what=f"listing {self.uri}",
+                timeout_seconds=self._list_timeout_seconds,
+            )
         paths = {key.removeprefix(folder) for key in keys if key.startswith(folder)}
         # A key that ends with "/" stands for a folder in the consoles of object stores; some servers list below folders.
         found = [path for path in paths if path > prefix and path.startswith(prefix) and not path.endswith("/")]

@@ -53,6 +53,7 @@ class ObjectStore:
         endpoint_advice: What to look at when nobody answers there.
         ca_advice: What to set when the server is not trusted.
         folder: What the keys of this folder begin with, as listings write them.
+        keys: Of all objects that there are, where the store was told instead of asked; else None.
         is_public_web: Whether servers may send requests elsewhere, so that addresses inside of a machine or its cloud are refused.
     """
 
@@ -61,6 +62,7 @@ class ObjectStore:
     endpoint_advice: str = ""
     ca_advice: str = "set REQUESTS_CA_BUNDLE"
     folder: str = ""
+    keys: tuple[str, ...] | None = None
     is_public_web: bool = False
 
     def object_request(self, path: str, headers: Mapping[str, str], pinned: Identity | None) -> Request:

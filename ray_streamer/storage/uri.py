@@ -16,6 +16,8 @@ from ray_streamer.storage.stores import STORES
 ARROW_SCHEMES = frozenset({"gs", "gcs", "abfs", "abfss", "hdfs", "viewfs"})
 """What pyarrow opens, some of it only if the uri has pyarrow's options."""
 
+_SIGNATURES = frozenset({"x-amz-signature", "x-amz-security-token", "x-goog-signature", "signature", "sig"})
+
 UriLike = str | os.PathLike[str]
 """What the caller may say: text, or a path object for a local path."""
 
@@ -39,6 +41,7 @@ def scheme_of(uri: str) -> str:
     """
     match = _SCHEME.match(uri)
     if match is None:
+        _refuse_signature(uri)
         return "file"
     scheme, rest = match[1].lower(), uri[match.end() :]
     authority, _, query = rest.partition("?")
@@ -51,18 +54,29 @@ def scheme_of(uri: str) -> str:
         )
     if scheme in ("http", "https") and ("?" in rest or "#" in rest):
         raise SettingsError(
-            f"an {scheme}:// uri has a query, and uris appear in plans, reports and errors; give the uri up to the '?', and what "
-            "follows it, as in signed addresses, in the setting http_query (RAY_STREAMER_HTTP_QUERY), which is shown nowhere; "
-            "a SAS token of Azure goes into AZURE_STORAGE_SAS_TOKEN"
+            f"an {scheme}:// uri has a query or a '#' here, where it would be shown; give the uri up to the '?', and what follows "
+            "it, as in signed addresses, in the setting http_query (RAY_STREAMER_HTTP_QUERY), which is shown nowhere; a SAS token of "
+            "Azure goes into AZURE_STORAGE_SAS_TOKEN"
         )
+    _refuse_signature(uri)
+    shown = uri.partition("?")[0]
     if scheme == "huggingface":
-        raise SettingsError(f"no storage for {uri}: did you mean hf://{rest}?")
+        raise SettingsError(f"no storage for {shown}: did you mean hf://{rest.partition('?')[0]}?")
     if scheme not in _SCHEMES:
         raise SettingsError(
-            f"no storage for {uri}: scheme {scheme}:// is not known; give a path, file:///path, s3://bucket/prefix, "
+            f"no storage for {shown}: scheme {scheme}:// is not known; give a path, file:///path, s3://bucket/prefix, "
             "gs://, az://, hdfs://, https:// or hf://, or memory://name"
         )
     return scheme
+
+
+def _refuse_signature(uri: str) -> None:
+    """Signed addresses are the web's: elsewhere a signature would be taken for a part of the name, and shown."""
+    address, _, query = uri.partition("?")
+    if _SIGNATURES & {name.lower() for name, _ in parse_qsl(query)}:
+        raise SettingsError(
+            f"{address} has a signature behind its '?', and only addresses that begin with https:// are signed"
+        )
 
 
 def absolute_uri(uri: UriLike) -> str:

@@ -21,6 +21,8 @@ from ray_streamer.storage.object_store import ObjectStore, Request, if_match
 from ray_streamer.storage.redirects import Redirects
 from ray_streamer.storage.refusal import Refusal, skew_of
 from ray_streamer.storage.retry import PassingFault
+from ray_streamer.storage.signed import Signature
+from ray_streamer.units import counted
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 
 _PRINTABLE = re.compile(r"[!-~](?:[ -~]*[!-~])?")
 _QUERY = re.compile(r"[!$-;=?-Z_a-z~]+")
+_BELOW = re.compile(rf"[^?\x00-\x1f\x7f]+(?:\?{_QUERY.pattern})?")
 # What an address that was good for a while answers when that is over, besides 401 and 403.
 _ENDED = frozenset({400, 404, 410})
 
@@ -66,7 +69,7 @@ class WebRefusal(Refusal):
         """See `Refusal`."""
         if self.status in (401, 403):
             return [
-                "if it is not public set http_authorization, or http_query if its addresses are signed; signed ones end"
+                "if it is not public set http_authorization, or give a signed address; signed addresses end after a while"
             ]
         if 300 <= self.status < 400:
             return ["it sends the request on, and does not say where"]
@@ -92,7 +95,7 @@ class WebStore(ObjectStore):
     Args:
         uri: The folder.
         root: Where its files are asked for, without a "/" at its end.
-        query: What is put behind "?" at that server; a secret.
+        signature: What is sent behind the addresses of its files.
         authorization: Header of requests to that server, and to no other; a secret.
         sends_on: Whether the server is known to send requests for large files elsewhere.
         wait_seconds: See `Redirects`.
@@ -106,7 +109,7 @@ class WebStore(ObjectStore):
         uri: str,
         *,
         root: str,
-        query: str = "",
+        signature: Signature | None = None,
         authorization: str = "",
         sends_on: bool = False,
         wait_seconds: float,
@@ -116,7 +119,9 @@ class WebStore(ObjectStore):
         self.ca_file = os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("CURL_CA_BUNDLE") or ""
         self._uri = uri.rstrip("/")
         self._root = root
-        self._query = f"?{query}" if query else ""
+        self._query = f"?{signature.query}" if signature and signature.query else ""
+        self._files = signature.files if signature else {}
+        self.keys = tuple(self._files) or None
         self._authorization = {"Authorization": authorization} if authorization else {}
         self._redirects = Redirects(self._uri, are_expected=sends_on, wait_seconds=wait_seconds)
 
@@ -170,7 +175,13 @@ class WebStore(ObjectStore):
         raise AccessError(f"{self._uri}: web servers list no folders, so their files are asked for by name")
 
     def _own_url(self, path: str) -> str:
-        return f"{self._root}/{quote(path, safe='/~')}{self._query}"
+        if not self._files:
+            return f"{self._root}/{quote(path, safe='/~')}{self._query}"
+        if path not in self._files:
+            given = counted(len(self._files), "file")
+            raise ObjectMissingError(f"no such file, {self._uri}/{path}: it is not among the {given} that were given")
+        below = self._files[path]
+        return f"{self._root}/{below}{'' if '?' in below else self._query}"
 
 
 def origin_of(url: str) -> tuple[str, str, int]:
@@ -190,9 +201,9 @@ def open_store(uri: str, settings: StorageSettings) -> WebStore:
     parts = urlsplit(uri)
     return WebStore(
         uri,
-        root=quote(f"{parts.scheme.lower()}://{parts.netloc}{parts.path}".rstrip("/"), safe="%/:@!$&'()*+,;=~[]"),
-        query=_usable("http_query", settings.http_query, _QUERY).lstrip("?"),
-        authorization=_usable("http_authorization", settings.http_authorization, _PRINTABLE),
+        root=_sendable(f"{parts.scheme.lower()}://{parts.netloc}{parts.path}".rstrip("/")),
+        signature=_signature_at(uri, settings),
+        authorization=_usable("http_authorization", _secret(settings.http_authorization), _PRINTABLE),
         wait_seconds=seconds_of_one_head(settings),
     )
 
@@ -202,8 +213,26 @@ def seconds_of_one_head(settings: StorageSettings) -> float:
     return settings.connect_timeout_seconds + settings.first_byte_timeout_seconds
 
 
-def _usable(name: str, secret: SecretStr | None, form: re.Pattern[str]) -> str:
-    text = secret.get_secret_value().strip() if secret else ""
+def _signature_at(uri: str, settings: StorageSettings) -> Signature:
+    """What signs the addresses of the folder at `uri`: its own signature comes before the setting for all."""
+    found = Signature.at(uri, settings)
+    query = _usable("the query of the uri", found.query, _QUERY) or _usable(
+        "http_query", _secret(settings.http_query).lstrip("?"), _QUERY
+    )
+    files = {name: _sendable(_usable("an address of the list", below, _BELOW)) for name, below in found.files.items()}
+    return Signature(uri, query, files)
+
+
+def _secret(secret: SecretStr | None) -> str:
+    return secret.get_secret_value().strip() if secret else ""
+
+
+def _sendable(address: str) -> str:
+    """An address as people write it, with everything encoded that has to be."""
+    return quote(address, safe="%/:?#[]@!$&'()*+,;=~")
+
+
+def _usable(name: str, text: str, form: re.Pattern[str]) -> str:
     if text and not form.fullmatch(text):
         raise SettingsError(
             f"{name} (not shown) has characters that cannot be sent; give it as the server's own tools print it"

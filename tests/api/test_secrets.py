@@ -35,6 +35,17 @@ def uri(checkpoint: Any, s3_server: Any) -> str:
 
 
 @pytest.fixture
+def signed(uri: str, s3_server: Any) -> list[str]:
+    """The signed addresses of the checkpoint's files."""
+    client = s3_server.client()
+    bucket, _, prefix = uri.removeprefix("s3://").partition("/")
+    keys = [found["Key"] for found in client.list_objects_v2(Bucket=bucket, Prefix=prefix)["Contents"]]
+    addresses = [client.generate_presigned_url("get_object", Params={"Bucket": bucket, "Key": key}) for key in keys]
+    client.close()
+    return addresses
+
+
+@pytest.fixture
 def settings(s3_server: Any) -> Settings:
     """Everything that is needed to read, and nothing of it in the environment."""
     return Settings.resolve(
@@ -57,9 +68,12 @@ def wrong_settings(settings: Settings, s3_server: Any) -> Settings:
 
 
 @pytest.fixture
-def assert_clean(s3_server: Any) -> Callable[..., None]:
+def assert_clean(s3_server: Any, signed: list[str]) -> Callable[..., None]:
     """None of these texts or pickles holds a key, or a signature, which is as good as one for a while."""
     secrets = (s3_server.access_key, s3_server.secret_key, WRONG_SECRET, TOKEN, *OTHERS, "X-Amz-Signature=")
+    signatures = [address.partition("Signature=")[2][:12] for address in signed]
+    assert len(set(signatures)) == len(signed)
+    secrets += tuple(signatures)
 
     def check(*outputs: str | bytes) -> None:
         for output in outputs:
@@ -101,11 +115,19 @@ def test_a_load_in_this_process(uri, settings, wrong_settings, assert_clean, eve
     assert_clean(*everything_said(caught.value), everything_logged.getvalue())
 
 
-def test_a_load_over_ray(local_ray: None, uri, settings, wrong_settings, assert_clean, everything_logged) -> None:
+def test_a_load_over_ray(
+    local_ray: None, uri, signed, settings, wrong_settings, assert_clean, everything_logged, tmp_path
+) -> None:
     with ray_streamer.load_sharded(uri, tp=2, settings=settings) as model:
         report = model.stats()
         assert report.bytes_read > 0
         assert_clean(repr(model), repr(report), str(report.as_dict()), pickle.dumps(report))
+        # The same files by signed addresses, which the ranks get, too.
+        report = model.reload(signed)
+        assert report.bytes_read > 0
+        model.write_trace(tmp_path / "trace.json")
+        assert_clean(repr(model), repr(report), str(report.as_dict()), pickle.dumps(report), repr(model.plan()))
+    assert_clean((tmp_path / "trace.json").read_bytes())
     # Keys in the settings are those of the ranks, too: the driver sees by itself that they are wrong.
     with pytest.raises(RayStreamerError) as caught:
         ray_streamer.load_sharded(uri, tp=2, settings=wrong_settings)
@@ -121,11 +143,17 @@ def test_credentials_in_a_uri_are_refused_and_not_repeated(assert_clean) -> None
     assert_clean(str(caught.value), pickle.dumps(caught.value))
 
 
-def test_the_command_line(uri, settings, s3_server, assert_clean, monkeypatch) -> None:
+def test_the_command_line(uri, signed, s3_server, assert_clean, monkeypatch, tmp_path) -> None:
     monkeypatch.setenv("RAY_STREAMER_S3_ENDPOINT_URL", s3_server.endpoint_url)
     monkeypatch.setenv("RAY_STREAMER_S3_ACCESS_KEY_ID", s3_server.access_key)
     monkeypatch.setenv("RAY_STREAMER_S3_SECRET_ACCESS_KEY", s3_server.secret_key)
-    for arguments in (["plan", uri, "--tp", "2", "--json"], ["plan", uri, "--tp", "2"], ["inspect", uri, "--json"]):
+    (tmp_path / "files.txt").write_text("# of this hour\n" + "\n".join(signed))
+    files = f"@{tmp_path / 'files.txt'}"
+    for arguments in (
+        *(["plan", files, "--tp", "2"], ["inspect", files, "--json"], ["ls", files, "--json"], ["ls", signed[0]]),
+        ["pull", files, str(tmp_path / "copies"), "--allow", "*.json", "--json"],
+        *(["plan", uri, "--tp", "2", "--json"], ["plan", uri, "--tp", "2"], ["inspect", uri, "--json"]),
+    ):
         result = CliRunner().invoke(main, arguments)
         assert result.exit_code == 0, result.output
         assert_clean(result.output)

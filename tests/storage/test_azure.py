@@ -11,7 +11,7 @@ import sys
 import traceback
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from urllib.parse import urlencode
+from urllib.parse import quote, urlencode
 
 import pytest
 from pyarrow import fs
@@ -25,7 +25,7 @@ from ray_streamer.errors import (
     ThrottledError,
 )
 from ray_streamer.extent import Extent
-from ray_streamer.storage.azure import account_of
+from ray_streamer.storage.azure_account import account_of
 from ray_streamer.storage.azure_listing import parse_page
 from ray_streamer.storage.listing import ListingPage
 from ray_streamer.testing.azure_identity import MachineIdentity
@@ -127,12 +127,38 @@ def test_a_sas_token(place, open_store, monkeypatch):
     assert storage.list() == ["a"]
     assert read(storage, "a", Extent(5, 99), storage.size_and_etag("a").etag) == CONTENT[5:99]
     connect(monkeypatch, place.url)
+    folder = f"https://{ACCOUNT}.blob.core.windows.net/{quote(place.root)}"
+    assert open_store(f"{folder}?{sas_token()}").list() == ["a"]
     for token in (sas_token(permissions="l"), sas_token(expires_in=-timedelta(hours=1))):
         monkeypatch.setenv("AZURE_STORAGE_SAS_TOKEN", f"?{token}")
         with pytest.raises(AccessError, match=r"az://models/.*HTTP 403 Auth") as caught:
             open_store(place.uri).read_head("a", 4)
         signature = token.partition("sig=")[2]
         assert signature not in "".join(traceback.format_exception(caught.value))
+
+
+def test_a_sas_token_of_the_uri_comes_first(store, open_store, monkeypatch):
+    """An address as the portal shows it, with its token; what stands in for the account is named by the environment."""
+    store.good = {None}
+    monkeypatch.setenv("AZURE_STORAGE_SAS_TOKEN", "sig=of-the-environment")
+    token = "sv=2023-11-03&sig=plantedsas0123456789%3D"
+    storage = open_store(f"https://{ACCOUNT}.blob.core.windows.net/models/my%20m?{token}")
+    assert storage.read_head("a", 4)[0] == CONTENT[:4]
+    assert storage.list() == []
+    assert [asked.target.startswith(f"/{ACCOUNT}/models/my%20m/a?{token}") for asked in store.requests] == [True, False]
+    assert store.requests[-1].target.endswith(f"&{token}")
+    store.answer = lambda asked: refused(403, "AuthenticationFailed", f"{asked.target}")
+    with pytest.raises(AccessError, match="AuthenticationFailed") as caught:
+        storage.read_head("a", 4)
+    assert not PLANTED.search("".join(traceback.format_exception(caught.value)))
+
+
+def test_signed_addresses_of_single_blobs(open_store):
+    """Each blob has a token of its own, so they are a list of files like any other."""
+    host = f"https://{ACCOUNT}.blob.core.windows.net"
+    storage = open_store([f"{host}/models/m/{name}?sig=planted{name}0123456789" for name in ("a", "b")])
+    assert storage.list() == ["a", "b"]
+    assert storage._store.object_request("b", {}, None).url == f"{host}/models/m/b?sig=plantedb0123456789"
 
 
 def test_a_wrong_key(place, open_store, monkeypatch):

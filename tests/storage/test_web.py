@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import itertools
 import logging
+import pickle
 import re
 import traceback
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from hashlib import sha256
 
 import boto3
 import pytest
@@ -16,6 +18,7 @@ import ray_streamer
 from ray_streamer.api.files import cached
 from ray_streamer.errors import AccessError, ObjectChangedError, ObjectMissingError, SettingsError, StorageError
 from ray_streamer.extent import Extent
+from ray_streamer.place import Place
 from ray_streamer.settings import Settings
 from ray_streamer.storage import open_storage
 from ray_streamer.storage.redaction import Secrets
@@ -193,18 +196,138 @@ def test_who_is_not_let_in_is_told_what_to_set(server, open_store, status):
     assert not PLANTED.search(everything_said(caught.value))
 
 
+def signed_only(server):
+    """Gives each file to those who have its own signature; repeats what it refuses. Gives the addresses."""
+    answer = server.answer
+
+    def signature_of(key):
+        return f"X-Amz-Signature=planted{sha256(key.encode()).hexdigest()}&X-Amz-Expires=900"
+
+    def answer_signed(asked):
+        if asked.target.partition("?")[2] != signature_of(asked.key):
+            return answer_bytes(403, f"no: {asked.target}".encode(), {"ETag": asked.target})
+        return answer(asked)
+
+    server.answer = answer_signed
+    return {path: f"{server.url}/{path}?{signature_of('/' + path)}" for path in server.files}
+
+
+@pytest.fixture
+def signed(server, tmp_path):
+    """A checkpoint of two files, and the addresses of its files."""
+    write_llama(tmp_path)
+    server.files.clear()
+    server.files.update({f"m/{path.name}": path.read_bytes() for path in tmp_path.iterdir()})
+    return signed_only(server)
+
+
+def test_a_list_of_signed_files(server, signed, tmp_path, caplog):
+    """Each file has a signature of its own; nobody asks for others, and nothing that is said or kept has one."""
+    caplog.set_level(logging.DEBUG)
+    addresses = [*signed.values()]
+    plan = ray_streamer.plan(addresses, 4)
+    assert plan.index.uri == f"{server.url}/m"
+    check_load(addresses, tmp_path, trace=tmp_path / "trace.json")
+    assert ray_streamer.ls(addresses) == sorted(path.name for path in tmp_path.iterdir() if path.name != "trace.json")
+    copies = ray_streamer.pull(addresses, tmp_path / "copies", allow="*.json")
+    assert [copy.read_bytes() for copy in copies] == [(tmp_path / copy.name).read_bytes() for copy in copies]
+    kept = str(sorted(tmp_path.rglob("*"))) + (tmp_path / "trace.json").read_text()
+    assert not PLANTED.search(caplog.text + repr(plan) + repr(pickle.dumps(plan)) + kept)
+    assert all(asked.target in "".join(addresses) for asked in server.requests)
+
+
+def test_files_of_a_list_need_no_index(server, signed, tmp_path, open_store):
+    """Names alone say which files a checkpoint has; what is not given is not there."""
+    given = [address for path, address in signed.items() if "index" not in path]
+    check_load(tuple(given), tmp_path)
+    with pytest.raises(ObjectMissingError, match=r"1 file is missing.*model-00002-of-00002") as caught:
+        ray_streamer.plan([address for address in given if "00002-of" not in address])
+    assert not PLANTED.search(everything_said(caught.value))
+    num_before = len(server.requests)
+    with pytest.raises(ObjectMissingError, match=r"m/tokenizer.json: it is not among the 3 files that were given"):
+        open_store(given).read_head("tokenizer.json", 4)
+    assert len(server.requests) == num_before
+
+
+def test_a_list_of_one_and_files_in_several_folders(server, signed, open_store):
+    (address,) = [address for path, address in signed.items() if "00001-of" in path]
+    with pytest.raises(ObjectMissingError, match="00002-of-00002"):
+        ray_streamer.plan([address])
+    server.files["one/odd #1%.safetensors"] = server.files["two/deep/b.safetensors"] = CONTENT
+    names = ["one/odd%20%231%25.safetensors", "two/deep/b.safetensors"]
+    storage = open_store([f"{server.url}/{signed_path}" for signed_path in names])
+    assert storage.list(recursive=True) == ["one/odd #1%.safetensors", "two/deep/b.safetensors"]
+    assert storage.list() == []
+
+
+@pytest.mark.parametrize("form", ["{folder}?{query}", "{folder}/?{query}#part", " {folder}?{query}\n"])
+def test_a_signature_of_a_folder_goes_with_each_file(server, open_store, form):
+    server.files["m/b"] = b"other"
+    storage = open_store(form.format(folder=f"{server.url}/m", query=QUERY), http_query="sig=of-other-folders")
+    assert (storage.read_head("a", 4)[0], storage.read_head("b", 9)[0]) == (CONTENT[:4], b"other")
+    assert [asked.target for asked in server.requests] == [f"/m/a?{QUERY}", f"/m/b?{QUERY}"]
+    assert "?" not in storage.uri
+
+
+def test_one_signed_file_is_loaded_without_what_lies_beside_it(server, tmp_path, caplog):
+    """Config has another signature, so the server refuses it as if it were not there."""
+    write_llama(tmp_path, num_files=1)
+    server.files["m/my model.safetensors"] = (tmp_path / "model.safetensors").read_bytes()
+    address = signed_only(server)["m/my model.safetensors"].replace("my model", "my%20model")
+    server.answer = (lambda answer: lambda asked: answer(replace(asked, target=asked.target.replace("%20", " "))))(
+        server.answer
+    )
+    check_load(address, tmp_path)
+    assert "config.json is not allowed to be read" in caplog.text
+    assert not PLANTED.search(caplog.text)
+
+
+def test_a_signature_goes_to_its_own_folder_only(server):
+    place = Place.of(f"{server.url}/m?{QUERY}", Settings())
+    server.files |= {"other/a": CONTENT, "m/deep/a": CONTENT}
+    for folder in ("other", "m/deep", "m-2"):
+        other = Place.of(f"{server.url}/{folder}", place.settings)
+        storage = open_storage(other.uri, other.settings)
+        assert "?" not in storage._store.object_request("a", {}, None).url
+    assert place.settings.override(concurrency=3).http_signed == place.settings.http_signed
+
+
 @pytest.mark.parametrize(
-    "uri",
+    ("uri", "words"),
     [
-        f"https://host/m/a.safetensors?{QUERY}",
-        f"HTTPS://host/?{QUERY}",
-        f"http://host/m?{QUERY}#x",
-        "https://me:planted@host/m",
+        ("https://me:planted@host/m", "credentials"),
+        (f"https://me:planted@host/m?{QUERY}", "credentials"),
+        ("https://host/m#planted", "'#'"),
+        (f"s3://bucket/m?{QUERY}", "begin with https://"),
+        (f"bucket.s3.amazonaws.com/m?{QUERY}", "begin with https://"),
+        (f"gs://bucket/m?{QUERY}", "begin with https://|credentials"),
+        (f"htps://host/m?{QUERY}", "begin with https://"),
+        ("ftp://host/m?token=planted", "ftp:// is not known"),
+        ("huggingface://org/m?token=planted", "did you mean hf://org/m"),
+        (f"https:/host/m?{QUERY}", "one slash"),
+        (f"https://host/m?{QUERY} x", "cannot be sent"),
+        ([], "empty list"),
+        ([f"https://host/a?{QUERY}", f"https://other/b?{QUERY}"], "one server.*2: https://host, https://other"),
+        ([f"https://host/a?{QUERY}", f"https://HOST/a?{QUERY}&x"], "a is given twice"),
+        ([f"https://host/m/a?{QUERY}", f"https://host/m/../b?{QUERY}"], "no name of a file"),
+        ([f"https://host/m/?{QUERY}"], "no name of a file"),
+        ([f"https://host/m/a?{QUERY}", "s3://bucket/b"], r"one entry is none .s3."),
+        ([f"https://host/m/a?{QUERY}", 3], r"one entry is none .int."),
+        ([f"https://host/m/a?{QUERY}", "https://me:planted@host/b"], "credentials"),
+        ([f"https://host/m/a?{QUERY}\r\nX: y"], "cannot be sent"),
     ],
 )
-def test_secrets_in_a_uri_are_refused_and_not_repeated(uri):
-    with pytest.raises(SettingsError, match=r"http_query|credentials") as caught:
+def test_uris_with_secrets_that_mean_nothing_are_refused_unseen(uri, words, caplog):
+    caplog.set_level(logging.DEBUG)
+    with pytest.raises(SettingsError, match=words) as caught:
         ray_streamer.plan(uri)
+    assert not PLANTED.search(everything_said(caught.value) + caplog.text)
+
+
+@pytest.mark.parametrize("text", ["planted", "{}", '["planted"]', '{"uri": 1, "query": 2, "files": 3}', "[" * 100_000])
+def test_a_setting_of_signatures_that_is_none_is_refused_unseen(text):
+    with pytest.raises(SettingsError, match=r"http_signed .not shown.") as caught:
+        open_storage("https://host/m", Settings.resolve(http_signed=text))
     assert not PLANTED.search(everything_said(caught.value))
 
 
@@ -302,6 +425,11 @@ def test_a_signed_address_of_a_real_store_over_tls(s3_server, boto3_client, open
     signature = query.partition("Signature=")[2][:64]
     with pytest.raises(AccessError, match="HTTP 403") as caught:
         open_store(folder, http_query=query[:-3] + "000").read_head(name, 4)
+    assert signature[:12] not in everything_said(caught.value)
+    # The same address as people have it, and in a list.
+    assert open_store([f"{address}?{query}"]).read_head(name, 4)[0] == CONTENT[:4]
+    with pytest.raises(AccessError, match="HTTP 403") as caught:
+        ray_streamer.plan(f"{address}?{query[:-3]}000", settings=Settings(retry_deadline_seconds=1))
     assert signature[:12] not in everything_said(caught.value)
     boto3_client.put_object(Bucket="storage-tests", Key="signed/a.safetensors", Body=CONTENT[::-1])
     with pytest.raises(ObjectChangedError):

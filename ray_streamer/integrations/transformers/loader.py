@@ -26,8 +26,8 @@ from ray_streamer.integrations.transformers.support import (
     refuse_quantized,
     refuse_uncuttable,
 )
+from ray_streamer.place import Place
 from ray_streamer.settings import Settings
-from ray_streamer.storage import absolute_uri
 from ray_streamer.units import counted
 from ray_streamer.wording import listed
 
@@ -40,14 +40,14 @@ if TYPE_CHECKING:
 
     from ray_streamer.integrations.transformers.model_class import ModelClass
     from ray_streamer.rank.statistics import RankStatistics
-    from ray_streamer.storage import UriLike
+    from ray_streamer.storage import UrisLike
 
 _FAILURES = (AssertionError, AttributeError, LookupError, NotImplementedError, RuntimeError, TypeError, ValueError)
 
 
 def from_pretrained(
     model_class: ModelClass,
-    uri: UriLike,
+    uri: UrisLike,
     *,
     tp: int | None = None,
     dtype: torch.dtype | str | None = None,
@@ -88,7 +88,7 @@ def from_pretrained(
         build.uri,
         slices=captured,
         out=captured.out,
-        settings=settings,
+        settings=build.settings,
         device=build.device,
         on_statistics=on_statistics,
     )
@@ -109,6 +109,7 @@ class ModelBuild:
 
     Attributes:
         uri: Absolute.
+        settings: With what signs the uri.
         device: Where the parameters are made.
         captured: A slice source; it makes the model when it is called, and then `captured.out` has its memory.
 
@@ -119,7 +120,7 @@ class ModelBuild:
     def __init__(
         self,
         model_class: ModelClass,
-        uri: UriLike,
+        uri: UrisLike,
         *,
         tp: int | None,
         dtype: torch.dtype | str | None,
@@ -129,10 +130,11 @@ class ModelBuild:
     ) -> None:
         refuse_absent()
         refuse_arguments(model_arguments)
-        self.uri = absolute_uri(uri)
+        place = Place.of(uri, settings)
+        self.uri, self.settings = place.uri, place.settings
         tp = _ranks_of(tp)
         self.device = _device_of(device, tp)
-        self._folder = cached(self.uri, settings=settings)
+        self._folder = cached(self.uri, settings=self.settings)
         self._config = read_config(self._folder)
         refuse_quantized(getattr(self._config, "quantization_config", None), self.uri)
         refuse_packed(self._config, self.device, self.uri)
@@ -145,7 +147,7 @@ class ModelBuild:
         from ray_streamer.integrations.captured_slices import CapturedSlices
 
         self.captured = CapturedSlices(
-            self.uri, settings, load=self._make, targets=lambda: self._memories, skips=lambda name: False
+            self.uri, self.settings, load=self._make, targets=lambda: self._memories, skips=lambda name: False
         )
 
     def _make(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> PreTrainedModel:

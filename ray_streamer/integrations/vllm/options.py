@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ray_streamer.errors import SettingsError
 from ray_streamer.settings import Settings
+from ray_streamer.storage import scheme_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -65,7 +66,11 @@ def _is_size(memory_limit: Any) -> bool:
 
 
 def _checked_uri(name: str, value: Any) -> str | None:
-    if value is None or (isinstance(value, str) and value):
+    if value is None:
+        return None
+    if isinstance(value, str) and value:
+        # A signed one is refused: vLLM logs its arguments.
+        scheme_of(value)
         return value
     raise SettingsError(
         f"model_loader_extra_config: {name} must be a path or a URI such as s3://bucket/model, got {value!r}"

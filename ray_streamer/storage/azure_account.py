@@ -1,0 +1,123 @@
+"""Which account of Azure is meant, and who asks there? What the environment says, where Azure's own tools and Run:ai's streamer look.
+
+A SAS token that a uri itself was given with comes first; then a connection string, a SAS token and an account's key of the environment.
+Source: Azure Storage, "Configure connection strings".
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+from urllib.parse import parse_qsl, urlsplit
+
+from ray_streamer.errors import SettingsError
+from ray_streamer.storage.azure_key import AccountKey
+from ray_streamer.storage.http_route import is_http_address
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+_ACCOUNT = re.compile(r"[a-z0-9]{3,24}")
+_HOST = re.compile(r"([a-z0-9]{3,24})(?:\.z[0-9]+)?\.(?:blob|dfs)\.[a-z0-9.-]+(?::[0-9]+)?", re.IGNORECASE)
+_SAS = re.compile(r"[!$-;=?-Z_a-z~]+")
+# The account of every Azurite, which Azure documents with its key.
+_EMULATOR = (
+    "AccountName=devstoreaccount1;BlobEndpoint=http://127.0.0.1:10000/devstoreaccount1;"
+    "AccountKey=Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AzureAccount:
+    """An account, and who asks there; at most one of key, SAS token and `is_anonymous`, else azure-identity is asked.
+
+    Attributes:
+        name: Of the account.
+        endpoint: Of its blobs, without a "/" at its end.
+        key: A secret.
+        sas_token: A secret, without a "?" before it.
+        is_anonymous: Whether nobody asks.
+    """
+
+    name: str
+    endpoint: str
+    key: AccountKey | None = field(default=None, repr=False)
+    sas_token: str = field(default="", repr=False)
+    is_anonymous: bool = False
+
+
+def account_of(uri: str, host: str, *, is_anonymous: bool, signature: str = "") -> AzureAccount:
+    """The account that a uri's host names, else the environment, with what the environment says of who asks.
+
+    Args:
+        uri: For messages.
+        host: Of the uri; may be empty.
+        is_anonymous: Whether nobody asks.
+        signature: The SAS token that the uri itself was given with, if it was.
+
+    Raises:
+        SettingsError: Nothing names an account, or what is said cannot be used.
+    """
+    said = _connection_string()
+    named = _HOST.fullmatch(host)
+    if host and not named:
+        raise SettingsError(f"{uri}: {host} is no account of Azure; give ACCOUNT.blob.core.windows.net")
+    name = (named[1].lower() if named else "") or said.get("accountname") or _variable("ACCOUNT_NAME", "ACCOUNT")
+    if not name or not _ACCOUNT.fullmatch(name):
+        raise SettingsError(
+            f"{uri} names no storage account; set AZURE_STORAGE_ACCOUNT_NAME, or give "
+            "abfss://CONTAINER@ACCOUNT.dfs.core.windows.net/PREFIX"
+        )
+    # What a connection string says is of its own account only.
+    said = said if said.get("accountname", name) == name else {}
+    endpoint = said.get("blobendpoint") or _endpoint_of(host, name, said)
+    sas_token = signature or (said.get("sharedaccesssignature") or _variable("SAS_TOKEN")).lstrip("?")
+    key = said.get("accountkey") or _variable("ACCOUNT_KEY", "KEY")
+    endpoint = endpoint.rstrip("/")
+    _refuse_unusable(endpoint, sas_token, given_as="the query of the uri" if signature else "AZURE_STORAGE_SAS_TOKEN")
+    if is_anonymous or sas_token:
+        return AzureAccount(
+            name=name, endpoint=endpoint, sas_token="" if is_anonymous else sas_token, is_anonymous=is_anonymous
+        )
+    return AzureAccount(name=name, endpoint=endpoint, key=AccountKey.parse(name, key) if key else None)
+
+
+def _endpoint_of(host: str, name: str, said: Mapping[str, str]) -> str:
+    """Where the blobs of an account are: at the host that was named, else where the environment's suffix says."""
+    protocol = said.get("defaultendpointsprotocol") or "https"
+    suffix = said.get("endpointsuffix") or _variable("ENDPOINT_SUFFIX") or "core.windows.net"
+    return f"{protocol}://{host.lower().replace('.dfs.', '.blob.') if host else f'{name}.blob.{suffix}'}"
+
+
+def _refuse_unusable(endpoint: str, sas_token: str, *, given_as: str) -> None:
+    if not is_http_address(endpoint) or "@" in endpoint or "?" in endpoint:
+        raise SettingsError("AZURE_STORAGE_CONNECTION_STRING (not shown) has a BlobEndpoint that is no address")
+    if sas_token and not (_SAS.fullmatch(sas_token) and any(name == "sig" for name, _ in parse_qsl(sas_token))):
+        raise SettingsError(
+            f"{given_as} (not shown) is no SAS token; give what follows the ? of a signed address, with its sig="
+        )
+
+
+def _connection_string() -> dict[str, str]:
+    """What the connection string says, by names in lower case."""
+    text = os.environ.get("AZURE_STORAGE_CONNECTION_STRING", "").strip()
+    pairs = [part.partition("=") for part in text.split(";") if part]
+    said = {name.strip().lower(): value.strip() for name, _, value in pairs}
+    if said.get("usedevelopmentstorage", "").lower() == "true":
+        pairs = [part.partition("=") for part in _EMULATOR.split(";")]
+        return {name.lower(): value for name, _, value in pairs}
+    if text and not all(separator for _, separator, _ in pairs):
+        raise SettingsError(
+            "AZURE_STORAGE_CONNECTION_STRING (not shown) is none; give NAME=VALUE;NAME=VALUE as Azure shows it"
+        )
+    if said and "accountname" not in said and "blobendpoint" in said:
+        named = _HOST.fullmatch(urlsplit(said["blobendpoint"]).netloc)
+        said["accountname"] = named[1].lower() if named else ""
+    return said
+
+
+def _variable(*names: str) -> str:
+    """The first of Azure's variables that is set."""
+    return next(filter(None, (os.environ.get(f"AZURE_STORAGE_{name}", "").strip() for name in names)), "")
