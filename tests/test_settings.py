@@ -136,6 +136,7 @@ KEYS = {
     "s3_session_token": "PLANTEDTOKEN",
     "hf_token": "hf_PLANTEDTOKEN",
     "http_query": "sig=PLANTEDSIGNATURE",
+    "http_signed": '{"query": "PLANTEDSIGNATURE"}',
     "http_authorization": "Bearer PLANTEDTOKEN",
 }
 

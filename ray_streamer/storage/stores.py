@@ -75,7 +75,9 @@ WEB = StoreKind(
             "`http_authorization`, `http_query`, or nobody",
         ),
         UriForm("https://HOST/FOLDER/NAME.safetensors", "one file", "the same"),
-        UriForm("https://HOST/FOLDER?SIGNATURE", "either of them, signed; or a list of files, each signed", "the signature"),
+        UriForm(
+            "https://HOST/FOLDER?SIGNATURE", "either of them, signed; or a list of files, each signed", "the signature"
+        ),
     ),
 )
 

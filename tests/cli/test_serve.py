@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,8 @@ from ray_streamer.cli import main
 from ray_streamer.cli.serve import serve_arguments
 from ray_streamer.errors import SettingsError
 from ray_streamer.settings import Settings
+from ray_streamer.storage import open_storage
+from ray_streamer.testing.file_server import FileServer
 
 FOLDER = Path("/cache/model")
 
@@ -80,6 +83,25 @@ def test_it_becomes_vllm(tmp_path):
     assert pid == process.pid
     assert arguments[:2] == ["serve", str(tmp_path / "model")]
     assert arguments[-2:] == ["--port", "8001"]
+
+
+def test_a_signature_goes_to_vllm_by_the_environment(tmp_path, monkeypatch):
+    called = []
+    monkeypatch.setattr(os, "execv", lambda program, arguments: called.append((arguments, dict(os.environ))))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("RAY_STREAMER_CACHE_DIR", str(tmp_path / "cache"))
+    # Given back at the end.
+    monkeypatch.setenv("RAY_STREAMER_HTTP_SIGNED", "")
+    (tmp_path / "vllm").touch(mode=0o755)
+    with FileServer({"m/config.json": b"{}"}) as server:
+        assert not CliRunner().invoke(main, ["serve", f"{server.url}/m?sig=planted0123456789"]).exception
+        ((arguments, environment),) = called
+        assert "planted" not in " ".join(arguments)
+        monkeypatch.setenv("RAY_STREAMER_HTTP_SIGNED", environment["RAY_STREAMER_HTTP_SIGNED"])
+        storage = open_storage(extra_config_of(arguments)["uri"], Settings.resolve())
+        assert storage.read_head("config.json", 9)[0] == b"{}"
+        assert server.requests[-1].target == "/m/config.json?sig=planted0123456789"
+        storage.close()
 
 
 def test_without_vllm_the_install_is_named(tmp_path, monkeypatch):

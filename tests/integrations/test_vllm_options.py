@@ -59,6 +59,7 @@ def test_what_is_not_said_comes_from_the_environment(monkeypatch):
     [
         ({"url": "s3://b"}, "'url', which load format ray_streamer does not know; it takes .*block_bytes.*uri"),
         ({"distributed": 1}, "distributed must be true or false, got 1"),
+        ({"uri": "https://host/m?sig=planted"}, "RAY_STREAMER_HTTP_QUERY"),
         ({"uri": ""}, "uri must be a path or a URI"),
         ({"draft_uri": 3}, "draft_uri must be a path or a URI .* got 3"),
         ({"concurrency": 0}, "concurrency"),
