@@ -243,7 +243,7 @@ class Settings(BaseSettings):
         description="CA file for https endpoints; unset = AWS_CA_BUNDLE, the profile's ca_bundle or REQUESTS_CA_BUNDLE.",
     )
     s3_requester_pays: bool = Field(default=False, description="Pay for requests to requester-pays buckets.")
-    s3_credentials_timeout_seconds: float = Field(
+    credentials_timeout_seconds: float = Field(
         default=60.0,
         gt=0,
         le=_LONGEST_SECONDS,

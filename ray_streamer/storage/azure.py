@@ -231,5 +231,5 @@ def open_store(uri: str, settings: StorageSettings) -> ObjectStore:
         account,
         container=container,
         prefix=prefix.strip("/"),
-        timeout_seconds=settings.s3_credentials_timeout_seconds,
+        timeout_seconds=settings.credentials_timeout_seconds,
     )

@@ -91,7 +91,7 @@ class StorageSettings(Protocol):
     s3_unsigned: bool
     s3_ca_bundle: str | None
     s3_requester_pays: bool
-    s3_credentials_timeout_seconds: float
+    credentials_timeout_seconds: float
     s3_access_key_id: SecretStr | None
     s3_secret_access_key: SecretStr | None
     s3_session_token: SecretStr | None

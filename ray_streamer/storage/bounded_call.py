@@ -50,7 +50,7 @@ def find_credentials(
     Args:
         library: Its name.
         find: Asks it.
-        seconds: How long that may take: `s3_credentials_timeout_seconds`.
+        seconds: How long that may take: `credentials_timeout_seconds`.
         refusals: Its own errors.
         advice: How to tell it who asks.
 
@@ -61,7 +61,7 @@ def find_credentials(
         return call_within(seconds, find, what="credentials")
     except TimeoutError:
         raise AccessError(
-            f"{library} found no credentials in {seconds:g} s (s3_credentials_timeout_seconds); {advice}"
+            f"{library} found no credentials in {seconds:g} s (credentials_timeout_seconds); {advice}"
         ) from None
     except (*refusals, OSError, ValueError, KeyError, TypeError) as error:
         # Not from the error, which may quote answers with tokens in them.

@@ -248,7 +248,7 @@ def open_store(uri: str, settings: StorageSettings) -> GoogleStore:
         endpoint=endpoint.rstrip("/"),
         bucket=bucket,
         prefix=prefix.rstrip("/"),
-        credentials=GoogleCredentials(timeout_seconds=settings.s3_credentials_timeout_seconds)
+        credentials=GoogleCredentials(timeout_seconds=settings.credentials_timeout_seconds)
         if has_credentials
         else None,
         user_project=settings.gs_user_project or "",

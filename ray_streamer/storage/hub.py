@@ -263,7 +263,7 @@ def _token_within(seconds: float) -> str | None:
         return call_within(seconds, get_token, what="token of the Hub")
     except TimeoutError:
         raise AccessError(
-            f"huggingface_hub found no token in {seconds:g} s (s3_credentials_timeout_seconds); set HF_TOKEN"
+            f"huggingface_hub found no token in {seconds:g} s (credentials_timeout_seconds); set HF_TOKEN"
         ) from None
     except Exception as error:
         # It asks other servers and reads files, with errors of every kind, which may quote what they read.
@@ -327,7 +327,7 @@ def open_store(uri: str, settings: StorageSettings) -> HubStore:
         revision=parsed.revision or constants.DEFAULT_REVISION,
         folder=parsed.path_in_repo.strip("/"),
         token=settings.hf_token.get_secret_value() if settings.hf_token else "",
-        timeout_seconds=settings.s3_credentials_timeout_seconds,
+        timeout_seconds=settings.credentials_timeout_seconds,
         wait_seconds=seconds_of_one_head(settings),
     )
 

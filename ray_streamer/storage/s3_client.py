@@ -137,7 +137,7 @@ def _with_credentials_within(seconds: float, call: Callable[[], _Result]) -> _Re
         return call_within(seconds, call, what="credentials")
     except TimeoutError:
         raise AccessError(
-            f"boto3 found no credentials in {seconds:g} s (s3_credentials_timeout_seconds); look at credential_process in the "
+            f"boto3 found no credentials in {seconds:g} s (credentials_timeout_seconds); look at credential_process in the "
             "profile, AWS_WEB_IDENTITY_TOKEN_FILE and the metadata service; AWS_EC2_METADATA_DISABLED=true turns that off"
         ) from None
 
@@ -165,7 +165,7 @@ def open_access(uri: str, settings: StorageSettings) -> S3Access:
         )
         config = _client_config(location, settings, session.get_scoped_config())
         client = _with_credentials_within(
-            settings.s3_credentials_timeout_seconds,
+            settings.credentials_timeout_seconds,
             lambda: of_boto3.client("s3", endpoint_url=settings.s3_endpoint_url, verify=ca_file, config=config),
         )
         # Raises for ports that are none.
@@ -192,7 +192,7 @@ def open_access(uri: str, settings: StorageSettings) -> S3Access:
         ca_file,
         arguments={"Bucket": location.bucket} | ({"RequestPayer": "requester"} if pays else {}),
         headers={"x-amz-request-payer": "requester"} if pays else {},
-        credentials_timeout_seconds=settings.s3_credentials_timeout_seconds,
+        credentials_timeout_seconds=settings.credentials_timeout_seconds,
     )
 
 

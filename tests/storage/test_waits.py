@@ -184,7 +184,7 @@ def test_a_store_that_never_stops_asking_for_patience(open_s3, some_credentials)
         "stall_timeout_seconds",
         "list_timeout_seconds",
         "retry_deadline_seconds",
-        "s3_credentials_timeout_seconds",
+        "credentials_timeout_seconds",
     ],
 )
 @pytest.mark.parametrize("value", ["inf", "nan", "1e300", 1e10, -1])
@@ -236,13 +236,13 @@ def test_credentials_that_are_looked_for_without_end(open_s3, tmp_path, monkeypa
     program.chmod(0o755)
     (tmp_path / "config").write_text(f"[default]\nregion = us-east-1\ncredential_process = {program}\n")
     monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
-    settings = {"s3_endpoint_url": "http://127.0.0.1:1", "s3_credentials_timeout_seconds": 3, **QUICK}
+    settings = {"s3_endpoint_url": "http://127.0.0.1:1", "credentials_timeout_seconds": 3, **QUICK}
     if how == "sign":
         storage = open_s3("s3://bucket/m", **settings)
     answer.unlink()
     ask = (lambda: open_s3("s3://bucket/m", **settings)) if how == "open" else (lambda: storage.read_head("a", 8))
     error = ended(ask)
     assert isinstance(error, AccessError)
-    assert "found no credentials in 3 s (s3_credentials_timeout_seconds)" in str(error)
+    assert "found no credentials in 3 s (credentials_timeout_seconds)" in str(error)
     with open(tmp_path / "never", "w"):
         pass
