@@ -219,6 +219,10 @@ class Settings(BaseSettings):
     max_bandwidth: ByteSize | None = Field(
         default=None, gt=0, description="Bytes per second from object stores, over all ranks of one node."
     )
+    metrics: bool = Field(
+        default=False,
+        description="Publish metrics of each rank: at Ray's Prometheus endpoint, or through OpenTelemetry where there is no Ray.",
+    )
     strict_index: bool = Field(
         default=False,
         description="Refuse a checkpoint whose index json and files disagree. Otherwise the index decides, with a warning.",

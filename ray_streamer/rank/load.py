@@ -167,6 +167,11 @@ class RankLoad:
             memory_limit=max(self._options.memory_limit, self._arena.num_slots * self._arena.slot_bytes),
         )
 
+    @property
+    def staging_bytes(self) -> int:
+        """Staging memory that holds blocks now."""
+        return self._arena.num_used * self._arena.slot_bytes
+
     def spans(self) -> Spans:
         """When each block took each step so far."""
         return self._recorder.spans()

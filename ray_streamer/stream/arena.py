@@ -128,6 +128,11 @@ class Arena:
                 self._changed.notify_all()
 
     @property
+    def num_used(self) -> int:
+        """Slots that somebody holds."""
+        return self.num_slots - len(self._free)
+
+    @property
     def is_idle(self) -> bool:
         """Whether nobody holds any slot."""
         return len(self._free) == self.num_slots
