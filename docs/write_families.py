@@ -58,6 +58,23 @@ The bias of a row-parallel layer is replicated. The engine must add it on one ra
 vLLM goes on from there: it joins q, k, v and gate, up of separate tensors, and turns Llama 4's queries and keys for its rotary
 embedding; neither is done here. Layers for multi-token prediction are not read unless `mtp=True`.
 
+## Adapters
+
+A folder with `adapter_config.json` and `adapter_model.safetensors`, as PEFT writes it, loads by its uri. `lora_A` and `lora_B` are cut as the module
+that they sit on, so that each rank's `lora_B @ lora_A` is its own part of the change of the weight.
+
+| the module's weight is cut along | `lora_A` | `lora_B`, its bias, `lora_magnitude_vector` |
+|---|---|---|
+| outputs (column-parallel) | whole | cut along outputs |
+| inputs (row-parallel) | cut along inputs | whole |
+
+Embeddings, modules saved whole (`modules_to_save`) and weights with their inputs first (`fan_in_fan_out`) have rules, too. Other kinds of
+adapters (`peft_type`) and adapters of stacked experts have none: they are refused by name, unless you give rules. With `tp=1` every adapter loads whole.
+`fuse` is refused.
+
+The base model's config.json is needed for `tp` above 1. It is looked for beside the adapter, then at `base_model_name_or_path`, if that is a folder of
+this machine or a model of the Hub.
+
 ## Families
 
 | model_type | cut by heads | columns | rows | vocabulary | special |

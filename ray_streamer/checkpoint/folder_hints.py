@@ -12,7 +12,7 @@ from itertools import islice
 from typing import TYPE_CHECKING
 
 from ray_streamer.checkpoint.foreign import foreign_format
-from ray_streamer.checkpoint.shard_files import ADAPTER, OTHER_LAYOUT, SINGLE_NAME, SUFFIX
+from ray_streamer.checkpoint.shard_files import ADAPTER_CONFIG_NAME, OTHER_LAYOUT, SINGLE_NAME, SUFFIX, is_of_adapter
 from ray_streamer.errors import CheckpointError, ObjectMissingError, StorageError
 from ray_streamer.wording import listed, shown
 
@@ -69,14 +69,14 @@ def nothing_to_open(storage: Storage, names: Sequence[str]) -> CheckpointError |
 def _found(names: Sequence[str]) -> str:
     """What there is, and what to do about it."""
     consolidated = [name for name in names if name.startswith(OTHER_LAYOUT) and name.endswith(SUFFIX)]
-    adapters = [name for name in names if name.startswith(ADAPTER)]
+    adapters = list(filter(is_of_adapter, names))
     others = [name for name in names if name.endswith(_OTHER_FORMATS)]
     if consolidated:
         return f"{_listed(consolidated)}, whose tensors have Mistral's own names, so rules= must place them; {_joined(consolidated, names)}"
     if adapters:
         return (
-            f"{_listed(adapters)}, the adapter (LoRA) of another model; give the folder of that model, or the uri of the adapter's "
-            f"{SUFFIX} file to load its tensors alone"
+            f"{_listed(adapters)}, the adapter (LoRA) of another model, without its {ADAPTER_CONFIG_NAME}; fetch that, too, or give the "
+            f"uri of the {SUFFIX} file to load its tensors alone"
         )
     if others:
         return f"{_listed(others)}; {_CONVERT}"

@@ -19,7 +19,13 @@ from ray_streamer.checkpoint.foreign import foreign_format
 from ray_streamer.checkpoint.header import MAX_HEADER_BYTES, header_extent, parse_header
 from ray_streamer.checkpoint.index import CheckpointIndex, ShardFile
 from ray_streamer.checkpoint.location import locate
-from ray_streamer.checkpoint.shard_files import SINGLE_NAME, shard_files_of
+from ray_streamer.checkpoint.shard_files import (
+    ADAPTER_CONFIG_NAME,
+    SINGLE_NAME,
+    adapter_files_of,
+    is_of_adapter,
+    shard_files_of,
+)
 from ray_streamer.checkpoint.strict_json import MalformedJsonError, parse_lenient
 from ray_streamer.checkpoint.weight_map import parse_weight_map
 from ray_streamer.errors import AccessError, CheckpointError, IndexMismatchError, ObjectMissingError, StorageError
@@ -41,6 +47,8 @@ HEAD_BYTES = 256 << 10
 
 CONFIG_NAME = "config.json"
 MAX_CONFIG_BYTES = 16 << 20
+ADAPTER_KEY = "adapter_config"
+"""Where the config of an adapter's index has what its adapter_config.json says, beside the base model's config."""
 
 _JSON_HEAD_BYTES = 16 << 20
 _NO_LISTING = (
@@ -88,7 +96,12 @@ def open_checkpoint(
     """
     location = locate(uri)
     files = _files_of(storage, location.selection)
-    config = _read_config(storage)
+    config = read_config(storage)
+    if (
+        all(map(is_of_adapter, files.paths))
+        and (adapter := _read_json_config(storage, ADAPTER_CONFIG_NAME)) is not None
+    ):
+        config = {**(config or {}), ADAPTER_KEY: adapter}
     reads = _read_headers(storage, files.paths, concurrency=concurrency, head_bytes=head_bytes)
     _refuse_missing(storage, files, reads)
     found = [read for read in reads if read is not None]
@@ -156,7 +169,9 @@ def _files_of(storage: Storage, selection: str | None) -> _Files:
             raise missing_selection(storage, selection, error) or error from error
         if not isinstance(error, ObjectMissingError):
             raise
-        return _Files(_find_shard_files(storage), "folder")
+        found = _find_shard_files(storage)
+        # An adapter has what it was made for, and need not have a part of every layer.
+        return _Files(found, "name" if all(map(is_of_adapter, found)) else "folder")
     weight_map = parse_weight_map(data, file=_full_name(storage, name))
     return _Files(weight_map.paths, "index" if selection is None else "name", weight_map, name)
 
@@ -178,7 +193,7 @@ def _find_shard_files(storage: Storage) -> list[str]:
         raise missing_folder(storage, error) from error
     except AccessError as error:
         return [_single_file(storage, error)]
-    found = shard_files_of(names, uri=storage.uri)
+    found = shard_files_of(names, uri=storage.uri) or adapter_files_of(names)
     if not found:
         raise nothing_to_open(storage, names)
     return found
@@ -196,21 +211,31 @@ def _single_file(storage: Storage, refused: AccessError) -> str:
     return SINGLE_NAME
 
 
-def _read_config(storage: Storage) -> dict[str, Any] | None:
+def read_config(storage: Storage) -> dict[str, Any] | None:
+    """A folder's config.json; None where there is none.
+
+    Raises:
+        CheckpointError: It is no JSON object.
+        StorageError: Storage failed.
+    """
+    return _read_json_config(storage, CONFIG_NAME)
+
+
+def _read_json_config(storage: Storage, name: str) -> dict[str, Any] | None:
     try:
-        data = _read_json_file(storage, CONFIG_NAME, max_bytes=MAX_CONFIG_BYTES)
+        data = _read_json_file(storage, name, max_bytes=MAX_CONFIG_BYTES)
     except ObjectMissingError:
         return None
     except AccessError:
         if _may_list(storage):
             raise
-        _logger.warning("%s %s; going on without", printable(_full_name(storage, CONFIG_NAME)), _NO_LISTING)
+        _logger.warning("%s %s; going on without", printable(_full_name(storage, name)), _NO_LISTING)
         return None
     try:
         return parse_lenient(data)
     except MalformedJsonError as error:
         said = foreign_format(data) or f"{error}; fetch it again"
-        raise CheckpointError(f"{_full_name(storage, CONFIG_NAME)} {said}") from None
+        raise CheckpointError(f"{_full_name(storage, name)} {said}") from None
 
 
 def _read_headers(

@@ -3,7 +3,7 @@
 Names tell: `model-00002-of-00003.safetensors` is one of three files, whatever else is in the folder. A folder that lacks
 one of them is refused, since the tensors that are there cannot tell of those that are not: an interrupted download or copy
 looks so, and so does every upload under way, whose index json comes last. Files of other parts of a repository are left
-alone: adapters, and the copy in Mistral's own layout. What there is instead of a checkpoint is for `folder_hints`.
+alone: adapters, unless there is nothing else, and the copy in Mistral's own layout. What there is instead of a checkpoint is for `folder_hints`.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ SUFFIX = ".safetensors"
 
 OTHER_LAYOUT = "consolidated"
 ADAPTER = "adapter_model"
+ADAPTER_CONFIG_NAME = "adapter_config.json"
 
 # number-of-total, as in model-00002-of-00003, model_2_of_3, model.fp16-00002-of-00003 or model-00002-of-00003.fp16.
 _COUNTED = re.compile(r"(.*?)([0-9]{1,9})([-_. ]?of[-_. ]?)([0-9]{1,9})(?![0-9])(.*)", re.IGNORECASE | re.DOTALL)
@@ -60,6 +61,22 @@ def shard_files_of(names: Sequence[str], *, uri: str) -> list[str]:
     if gaps or unfinished:
         raise ObjectMissingError(f"{uri} is incomplete: {_told(found, gaps, unfinished)}")
     return found
+
+
+def adapter_files_of(names: Sequence[str]) -> list[str]:
+    """The files of an adapter (LoRA) that is all there is in a folder, sorted; empty where there is none.
+
+    >>> adapter_files_of(["README.md", "adapter_config.json", "adapter_model.safetensors"])
+    ['adapter_model.safetensors']
+    """
+    if ADAPTER_CONFIG_NAME not in names:
+        return []
+    return sorted(filter(is_of_adapter, names))
+
+
+def is_of_adapter(name: str) -> bool:
+    """Whether a file has this name because it holds an adapter."""
+    return name.startswith(ADAPTER) and name.endswith(SUFFIX)
 
 
 def _is_of_model(name: str) -> bool:

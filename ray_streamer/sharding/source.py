@@ -12,7 +12,9 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 
+from ray_streamer.checkpoint.base_model import adapter_config_of
 from ray_streamer.errors import SettingsError, ShardingError
+from ray_streamer.sharding.adapter import adapter_rules
 from ray_streamer.sharding.cast import DTypeLike, checked_dtypes
 from ray_streamer.sharding.completeness import refuse_absent
 from ray_streamer.sharding.families import family_of
@@ -31,7 +33,7 @@ from ray_streamer.slices.result import ResultSpecs
 from ray_streamer.wording import brief
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Sequence
+    from collections.abc import Hashable, Mapping, Sequence
 
     from numpy.typing import NDArray
 
@@ -135,12 +137,29 @@ class RuleSlices:
         if is_unknown and self.layout == DEFAULT_LAYOUT and (self.mesh.tp, self.mesh.pp, self.mesh.ep) == (1, 1, 1):
             # Every rank holds all of it: nobody needs to know how the model is cut.
             return self.rules, "replicate"
+        if (adapter := adapter_config_of(index.config)) is not None:
+            return self.rules + self._adapter_rules(index, adapter, is_unknown=is_unknown), self.unmatched
         try:
             rules = ShardRules.for_config(index.config, first=self.rules, layout=self.layout, mtp=self.mtp)
         except ShardingError as error:
             hint = advice(index, layout=self.layout) if is_unknown else ""
             raise ShardingError(f"{index.uri}: {error}{hint}") from error
         return rules, self.unmatched
+
+    def _adapter_rules(self, index: CheckpointIndex, adapter: Mapping[str, Any], *, is_unknown: bool) -> ShardRules:
+        """Those of an adapter; none where only the caller's can place it."""
+        if self.fuse:
+            raise ShardingError(
+                f"{index.uri}: fuse joins modules of a model, and not the factors of an adapter; leave it out"
+            )
+        if is_unknown and len(self.rules):
+            return ShardRules()
+        if is_unknown:
+            raise ShardingError(
+                f"{index.uri}: an adapter of {brief(adapter.get('base_model_name_or_path'))}, of whose config no known model_type "
+                "could be read: put the base model's config.json beside adapter_config.json, or give rules"
+            )
+        return adapter_rules(index, adapter, ShardRules.for_config(index.config, layout=self.layout, mtp=self.mtp))
 
 
 def _made_again(values: dict[str, Any]) -> RuleSlices:

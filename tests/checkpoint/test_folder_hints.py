@@ -166,10 +166,10 @@ def test_a_pipeline_of_several_models(place, opened):
             "give the uri of consolidated.safetensors.index.json to open",
         ),
         (
-            ["adapter_config.json", "adapter_model.safetensors"],
-            r"the adapter \(LoRA\) of another model; give the folder of",
+            ["adapter_model.safetensors"],
+            r"the adapter \(LoRA\) of another model, without its adapter_config.json; fetch that",
         ),
-        (["adapter_config.json", "adapter_model.bin"], r"the adapter \(LoRA\)"),
+        (["adapter_config.json", "adapter_model.bin"], r"adapter_model.bin; convert"),
         (["__0_0.distcp", ".metadata"], "__0_0.distcp; convert"),
         (["llama.Q4_K_M.gguf", "config.json"], "llama.Q4_K_M.gguf; convert"),
         (["\x1b[2Jevil.bin"], r"\\x1b\[2Jevil.bin; convert"),

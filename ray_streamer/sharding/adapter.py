@@ -1,0 +1,104 @@
+"""How do the tensors of an adapter (LoRA) lie? As the modules of the base model that they sit on.
+
+    base weight, out x in     lora_A, rank x in    lora_B, out x rank
+    cut along out             whole                cut along out, in the same way
+    cut along in              cut along in         whole
+
+So each rank can add B @ A to its own part of the weight. A bias and a magnitude vector have the base's outputs. Modules that an adapter
+holds whole have the base's names, and its rules. Names are those that PEFT 0.21 writes.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from ray_streamer.errors import ShardingError
+from ray_streamer.sharding.name_kinds import NameKinds
+from ray_streamer.sharding.placement import Placement, Replicate, Split, SplitGroups, SplitVocabulary
+from ray_streamer.sharding.rules import Rule, ShardRules
+from ray_streamer.wording import brief
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from ray_streamer.checkpoint.index import CheckpointIndex
+
+_PART = re.compile(
+    r"(?P<module>.+)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector|base_layer)"
+    r"(?P<kind>\.weight|\.bias|)"
+)
+_INPUTS, _OUTPUTS = 1, 0
+_NUMBER = re.compile(r"(?<=\.)[0-9]+(?=\.)")
+_SPECIAL = re.compile(r"([*?\[])")
+
+
+def adapter_rules(index: CheckpointIndex, config: Mapping[str, Any], base: ShardRules) -> ShardRules:
+    """Rules for an adapter, from those of its base model; before them.
+
+    Args:
+        index: The adapter.
+        config: Its adapter_config.json.
+        base: How the weights of the base model lie; their globs must match with any prefix.
+
+    Raises:
+        ShardingError: The adapter is of a kind that has no rule.
+    """
+    kind = config.get("peft_type")
+    if kind != "LORA":
+        raise ShardingError(
+            f"{index.uri}: an adapter with peft_type {brief(kind)}; only LORA has rules here. Load it whole with tp=1, or give rules"
+        )
+    parts = [(name, found) for name in index.names if (found := _PART.fullmatch(name))]
+    weights = NameKinds.of(tuple(_base_name(found) for _, found in parts))
+    matched = base.first_matches(weights).tolist()
+    is_transposed = bool(config.get("fan_in_fan_out"))
+    placed = {
+        name: _placed(base.rules[rule].placement, found["part"], found["kind"], is_transposed=is_transposed)
+        for (name, found), rule in zip(parts, matched, strict=True)
+        if rule >= 0
+    }
+    return ShardRules(_rules(placed)) + base
+
+
+def _base_name(found: re.Match[str]) -> str:
+    return found["module"] + (found["kind"] if found["part"] == "base_layer" else ".weight")
+
+
+def _placed(placement: Placement, part: str, kind: str, *, is_transposed: bool) -> Placement:
+    """How one tensor of an adapter lies, on a weight that lies so.
+
+    Args:
+        placement: Of the weight.
+        part: Which one of the adapter's tensors.
+        kind: ".weight", ".bias" or "".
+        is_transposed: Whether the weight is stored with its inputs first, as Conv1D of GPT-2 has it.
+    """
+    if part == "base_layer" or not isinstance(placement, Split | SplitGroups | SplitVocabulary):
+        return placement
+    is_embedding = "embedding" in part
+    # An embedding takes the vocabulary's index: what PEFT calls its inputs is the weight's first dimension.
+    cut = _OUTPUTS if placement.dim % 2 == (1 if is_transposed or is_embedding else 0) else _INPUTS
+    has = _INPUTS if part.endswith("A") else _OUTPUTS
+    if cut != has or (kind == ".bias" and part.endswith("A")):
+        return Replicate()
+    return replace(placement, dim=has)
+
+
+def _rules(placed: Mapping[str, Placement]) -> Sequence[Rule]:
+    """One rule for all layers where they lie alike, else one for each tensor."""
+    by_glob: dict[str, dict[str, Placement]] = {}
+    for name, placement in placed.items():
+        by_glob.setdefault(_NUMBER.sub("*", _escaped(name)), {})[name] = placement
+    rules: list[Rule] = []
+    for glob, of_names in by_glob.items():
+        if len(set(of_names.values())) == 1:
+            rules.append(Rule(glob, next(iter(of_names.values())), optional=True))
+        else:
+            rules += [Rule(_escaped(name), placement, optional=True) for name, placement in of_names.items()]
+    return rules
+
+
+def _escaped(name: str) -> str:
+    return _SPECIAL.sub(r"[\1]", name)
