@@ -1,10 +1,11 @@
-"""Side by side, for each store: what does it cost to bring its objects into memory, by this project and by pyarrow?
+"""Side by side, for each store: what does it cost to bring its objects into memory, by this project and by others?
 
-    python benchmarks/other_stores.py                   Google's emulator, and Azurite where it is installed (`make azurite`)
+    python benchmarks/other_stores.py                   Google's emulator, nginx, and Azurite where it is installed (`make azurite`)
 
-Each reader runs in a process of its own; both take turns, so that they meet the same neighbours. CPU seconds are those of the reader's
-process, for each 10^9 bytes; the servers are emulators, so the rate is theirs and is not printed. The first round warms up and does not
-count; of the others medians are printed. Every block is compared with what was written.
+Others are measured where they are installed: pip install obstore gcsfs adlfs aiohttp "runai-model-streamer[gcs,azure]". Each reader runs
+in a process of its own; all take turns, so that they meet the same neighbours. CPU seconds are those of the reader's process, for each
+10^9 bytes; GB/s are mostly those of the emulators, which share the machine. The first round compares every byte and does not count; of
+the others medians are printed.
 """
 
 from __future__ import annotations
@@ -17,8 +18,10 @@ import resource
 import statistics
 import subprocess
 import sys
+import tempfile
+import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,14 +32,26 @@ from ray_streamer.settings import Settings
 from ray_streamer.storage import open_storage
 from ray_streamer.storage.arrow import ArrowStorage
 from ray_streamer.testing.azurite import ACCOUNT, KEY, azurite, azurite_program
+from ray_streamer.testing.certificates import make_certificates
+from ray_streamer.testing.s3_server import free_port
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from multiprocessing.connection import Connection
+
+    Read = Callable[[int, int, memoryview], Any]
+    """Start, stop and memory that may be filled; gives the bytes where they landed."""
 
 MIB = 1 << 20
 CONTENT = random.Random(3).randbytes(MIB) * 64
 GOOGLE_SERVER = Path(__file__).parents[1] / "tests" / "storage" / "google_server.py"
+
+_NGINX = """
+daemon off; master_process off; pid {folder}/pid; error_log {folder}/error.log; events {{}}
+http {{ access_log off; sendfile on; tcp_nodelay on; keepalive_requests 1000000; client_body_temp_path {folder}; proxy_temp_path {folder};
+  fastcgi_temp_path {folder}; uwsgi_temp_path {folder}; scgi_temp_path {folder};
+  server {{ listen 127.0.0.1:{port}; listen 127.0.0.1:{tls_port} ssl; ssl_certificate {pem}; ssl_certificate_key {pem}; root {folder}; }} }}
+"""
 
 
 @contextmanager
@@ -47,9 +62,10 @@ def google() -> Iterator[dict[str, str]]:
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=quiet, text=True) as server:
         assert server.stdout
         assert server.stdin
-        address = server.stdout.readline().strip()
-        write(google_filesystem(address))
-        yield {"STORAGE_EMULATOR_HOST": f"http://{address}"}
+        url = f"http://{server.stdout.readline().strip()}"
+        write(google_filesystem(url))
+        # Google's C++ library has a variable of its own.
+        yield {"STORAGE_EMULATOR_HOST": url, "CLOUD_STORAGE_EMULATOR_ENDPOINT": url}
         server.stdin.close()
 
 
@@ -59,13 +75,41 @@ def azure() -> Iterator[dict[str, str]]:
     with azurite(str(azurite_program())) as url:
         azure_filesystem(url).create_dir("models")
         write(azure_filesystem(url))
-        said = f"AccountName={ACCOUNT};AccountKey={KEY};BlobEndpoint={url}/{ACCOUNT}"
+        said = f"DefaultEndpointsProtocol=http;AccountName={ACCOUNT};AccountKey={KEY};BlobEndpoint={url}/{ACCOUNT};"
         yield {"AZURE_STORAGE_CONNECTION_STRING": said, "AZURITE_URL": url}
 
 
-def google_filesystem(address: str) -> fs.FileSystem:
+@contextmanager
+def web(*, tls: bool = False) -> Iterator[dict[str, str]]:
+    """Nginx with one file; gives the variables by which it is found."""
+    with tempfile.TemporaryDirectory(prefix="nginx-", dir="/tmp") as name:
+        folder, port, tls_port = Path(name), free_port(), free_port()
+        certificates = make_certificates(folder)
+        (folder / "a").write_bytes(CONTENT)
+        pem = certificates.server_file
+        (folder / "conf").write_text(_NGINX.format(folder=folder, port=port, tls_port=tls_port, pem=pem))
+        with subprocess.Popen(["nginx", "-c", str(folder / "conf")], stderr=subprocess.DEVNULL) as server:
+            url = f"https://127.0.0.1:{tls_port}" if tls else f"http://127.0.0.1:{port}"
+            try:
+                yield {
+                    "WEB_URL": url,
+                    "SSL_CERT_FILE": str(certificates.ca_file),
+                    "REQUESTS_CA_BUNDLE": str(certificates.ca_file),
+                }
+            finally:
+                server.terminate()
+
+
+@contextmanager
+def web_tls() -> Iterator[dict[str, str]]:
+    """The same over TLS."""
+    with web(tls=True) as variables:
+        yield variables
+
+
+def google_filesystem(url: str) -> fs.FileSystem:
     """Pyarrow's client of the emulator."""
-    return fs.GcsFileSystem(anonymous=True, scheme="http", endpoint_override=address)
+    return fs.GcsFileSystem(anonymous=True, scheme="http", endpoint_override=url.removeprefix("http://"))
 
 
 def azure_filesystem(url: str) -> fs.FileSystem:
@@ -80,43 +124,157 @@ def write(filesystem: fs.FileSystem) -> None:
         stream.write(CONTENT)
 
 
-def open_reader(store: str, reader: str) -> Any:
-    """The storage of a reader."""
-    scheme = {"google": "gs", "azure": "az"}[store]
-    if reader == "ours":
-        return open_storage(f"{scheme}://models/m", Settings.resolve(hedge_percent=0))
+def uri_of(store: str) -> str:
+    """The folder of the object."""
+    return os.environ["WEB_URL"] if store.startswith("web") else {"google": "gs", "azure": "az"}[store] + "://models/m"
+
+
+def ours(store: str, _: argparse.Namespace) -> Read:
+    """This project; it fills memory that is there."""
+    storage = open_storage(uri_of(store), Settings.resolve(hedge_percent=0))
+    return _by_storage(storage)
+
+
+def arrow(store: str, _: argparse.Namespace) -> Read:
+    """Pyarrow's filesystem, as this project reads through it; it fills memory that is there."""
+    if store.startswith("web"):
+        raise NotImplementedError("has no client of web servers")
+    made = (
+        google_filesystem(os.environ["STORAGE_EMULATOR_HOST"])
+        if store == "google"
+        else azure_filesystem(os.environ["AZURITE_URL"])
+    )
+    return _by_storage(ArrowStorage(uri_of(store), made, "models/m"))
+
+
+def _by_storage(storage: Any) -> Read:
+    etag = storage.size_and_etag("a").etag
+
+    def read(start: int, stop: int, slot: memoryview) -> memoryview:
+        storage.read_into("a", Extent(start, stop), slot, etag=etag)
+        return slot
+
+    return read
+
+
+def by_obstore(store: str, _: argparse.Namespace) -> Read:
+    """Obstore `get_range`; it brings its own memory."""
+    import obstore
+    from obstore.store import AzureStore, GCSStore, HTTPStore
+
+    options: dict[str, Any] = {"allow_http": True}
     if store == "google":
-        filesystem = google_filesystem(os.environ["STORAGE_EMULATOR_HOST"].removeprefix("http://"))
+        made: Any = GCSStore(
+            "models",
+            skip_signature=True,
+            config={"base_url": os.environ["STORAGE_EMULATOR_HOST"]},
+            client_options=options,
+        )
+    elif store == "azure":
+        endpoint = f"{os.environ['AZURITE_URL']}/{ACCOUNT}"
+        made = AzureStore("models", account_name=ACCOUNT, account_key=KEY, endpoint=endpoint, client_options=options)
     else:
-        filesystem = azure_filesystem(os.environ["AZURITE_URL"])
-    return ArrowStorage(f"{scheme}://models/m", filesystem, "models/m")
+        if store == "web tls":
+            options["root_certificate"] = Path(os.environ["SSL_CERT_FILE"]).read_text()
+        made = HTTPStore(os.environ["WEB_URL"], client_options=options)
+    key = "a" if store.startswith("web") else "m/a"
+    return lambda start, stop, slot: memoryview(obstore.get_range(made, key, start=start, end=stop))
+
+
+def by_fsspec(store: str, _: argparse.Namespace) -> Read:
+    """Gcsfs, adlfs, or fsspec's HTTP: `cat_file` of a range; it brings its own memory."""
+    if store == "google":
+        from gcsfs import GCSFileSystem
+
+        made: Any = GCSFileSystem(token="anon", endpoint_url=os.environ["STORAGE_EMULATOR_HOST"])
+    elif store == "azure":
+        from adlfs import AzureBlobFileSystem
+
+        made = AzureBlobFileSystem(connection_string=os.environ["AZURE_STORAGE_CONNECTION_STRING"])
+    else:
+        from fsspec.implementations.http import HTTPFileSystem
+
+        made = HTTPFileSystem()
+    path = f"{os.environ['WEB_URL']}/a" if store.startswith("web") else "models/m/a"
+    return lambda start, stop, slot: memoryview(made.cat_file(path, start=start, end=stop))
+
+
+class Runai:
+    """Run:ai's streamer, with as many requests of the same size; it reads all of it in one call, into its own memory."""
+
+    def __init__(self, store: str, options: argparse.Namespace) -> None:
+        if store.startswith("web"):
+            raise NotImplementedError("has no client of web servers")
+        os.environ["RUNAI_STREAMER_CONCURRENCY"] = str(options.streams)
+        os.environ["RUNAI_STREAMER_CHUNK_BYTESIZE"] = str(options.block_mib * MIB)
+        from runai_model_streamer import FileStreamer
+        from runai_model_streamer.file_streamer.requests_iterator import FileChunks
+
+        block = options.block_mib * MIB
+        self.streamer, self.starts = FileStreamer, list(range(0, len(CONTENT), block))
+        sizes = [min(block, len(CONTENT) - start) for start in self.starts]
+        self.chunks = FileChunks(0, f"{uri_of(store)}/a", self.starts, sizes)
+        self.memory_bytes = options.streams * block
+
+    def read_all(self, seen: Callable[[int, memoryview], None]) -> None:
+        """Read it once."""
+        with self.streamer() as streamer:
+            streamer.stream_files([self.chunks], None, "cpu", self.memory_bytes)
+            for _, number, tensor in streamer.get_chunks():
+                seen(self.starts[number], memoryview(tensor.numpy()).cast("B"))
+
+
+READERS: dict[str, Callable[[str, argparse.Namespace], Any]] = {
+    "ray_streamer": ours,
+    "pyarrow": arrow,
+    "obstore": by_obstore,
+    "fsspec (gcsfs, adlfs, http)": by_fsspec,
+    "Run:ai streamer": Runai,
+}
+STORES = {"google": google, "azure": azure, "web": web, "web tls": web_tls}
 
 
 def serve(pipe: Connection, store: str, reader: str, options: argparse.Namespace) -> None:
-    """One reader: reads everything whenever it is told to, and tells its CPU seconds."""
-    storage = open_reader(store, reader)
-    etag = storage.size_and_etag("a").etag
-    block = options.block_mib * MIB
-    extents = [Extent(start, min(start + block, len(CONTENT))) for start in range(0, len(CONTENT), block)]
-    slots = [memoryview(bytearray(b"\1" * block)) for _ in range(options.streams)]
+    """One reader: reads everything whenever it is told to, and tells its CPU seconds and those that passed."""
+    try:
+        made = READERS[reader](store, options)
+    except Exception as error:
+        pipe.send(f"{type(error).__name__}: {error}".splitlines()[0][:150])
+        return
     pipe.send("ready")
-    while pipe.recv() == "read":
-        before = cpu_seconds()
-        with ThreadPoolExecutor(options.streams) as pool:
+    while (order := pipe.recv()) != "end":
+        wrong: list[int] = []
 
-            def read(stream: int) -> None:
-                for extent in extents[stream :: options.streams] * options.passes:
-                    storage.read_into("a", extent, slots[stream][: extent.num_bytes], etag=etag)
+        def seen(start: int, data: memoryview, wrong: list[int] = wrong, checks: bool = order == "compare") -> None:
+            if checks and data != memoryview(CONTENT)[start : start + len(data)]:
+                wrong.append(start)
 
-            list(pool.map(read, range(options.streams)))
-        seconds = cpu_seconds() - before
-        is_right = all(
-            slots[at % options.streams] == CONTENT[e.start : e.stop]
-            for at, e in enumerate(extents)
-            if at >= len(extents) - options.streams
-        )
-        pipe.send((seconds, is_right))
-    storage.close()
+        began, before = time.perf_counter(), cpu_seconds()
+        try:
+            for _ in range(options.passes):
+                made.read_all(seen) if isinstance(made, Runai) else read_all(made, seen, options)
+        except Exception as error:
+            pipe.send(f"{type(error).__name__}: {error}".splitlines()[0][:150])
+            return
+        pipe.send((cpu_seconds() - before, time.perf_counter() - began, wrong))
+
+
+def read_all(read: Read, seen: Callable[[int, memoryview], None], options: argparse.Namespace) -> None:
+    """Read it once, in threads, each with memory that is there already."""
+    block = options.block_mib * MIB
+    starts = range(0, len(CONTENT), block)
+
+    def stream(number: int) -> None:
+        slot = memoryview(SLOTS.setdefault(number, bytearray(b"\1" * block)))
+        for start in starts[number :: options.streams]:
+            stop = min(start + block, len(CONTENT))
+            seen(start, read(start, stop, slot[: stop - start]))
+
+    with ThreadPoolExecutor(options.streams) as pool:
+        list(pool.map(stream, range(options.streams)))
+
+
+SLOTS: dict[int, bytearray] = {}
 
 
 def cpu_seconds() -> float:
@@ -125,25 +283,38 @@ def cpu_seconds() -> float:
     return usage.ru_utime + usage.ru_stime
 
 
-def measure(store: str, options: argparse.Namespace) -> dict[str, float]:
-    """CPU seconds of each reader for 10^9 bytes."""
+def measure(store: str, options: argparse.Namespace) -> dict[str, str]:
+    """CPU seconds of each reader for 10^9 bytes, and GB/s; or why it read nothing."""
     context = multiprocessing.get_context("spawn")
     pipes: dict[str, Connection] = {}
-    figures: dict[str, list[float]] = {"ours": [], "pyarrow": []}
-    for reader in figures:
-        pipes[reader], theirs = context.Pipe()
+    figures: dict[str, list[tuple[float, float]]] = {}
+    found: dict[str, str] = {}
+    for reader in READERS:
+        pipe, theirs = context.Pipe()
         context.Process(target=serve, args=(theirs, store, reader, options), daemon=True).start()
-        assert pipes[reader].recv() == "ready"
+        said = pipe.recv()
+        if said == "ready":
+            pipes[reader], figures[reader] = pipe, []
+        else:
+            found[reader] = said
+    gigabytes = len(CONTENT) * options.passes / 1e9
     for turn in range(1 + options.rounds):
-        for reader, pipe in pipes.items():
-            pipe.send("read")
-            seconds, is_right = pipe.recv()
-            assert is_right, f"{reader} brought other bytes from {store}"
+        for reader, pipe in list(pipes.items()):
+            pipe.send("read" if turn else "compare")
+            said = pipe.recv()
+            if isinstance(said, str):
+                found[reader] = said
+                del pipes[reader]
+                continue
+            cpu, wall, wrong = said
+            assert not wrong, f"{reader} brought other bytes from {store}"
             if turn:
-                figures[reader].append(seconds * 1e9 / (len(CONTENT) * options.passes))
-    for pipe in pipes.values():
+                figures[reader].append((cpu / gigabytes, gigabytes / wall))
+    for reader, pipe in pipes.items():
         pipe.send("end")
-    return {reader: statistics.median(values) for reader, values in figures.items()}
+        cpu, rate = (statistics.median(values) for values in zip(*figures[reader], strict=True))
+        found[reader] = f"{cpu:.2f} / {rate:.2f}"
+    return found
 
 
 def main() -> None:
@@ -153,14 +324,20 @@ def main() -> None:
     parser.add_argument("--passes", type=int, default=8, help="how often all of it is read in one round")
     parser.add_argument("--streams", type=int, default=4)
     parser.add_argument("--block-mib", type=int, default=8)
+    parser.add_argument("--store", choices=STORES, action="append")
     options = parser.parse_args()
-    stores = {"google": google} | ({"azure": azure} if azurite_program() else {})
-    print("store    CPU seconds per 10^9 bytes: ours, pyarrow")
-    for store, started in stores.items():
-        with ExitStack() as stack:
-            os.environ.update(stack.enter_context(started()))
+    print("CPU seconds for 10^9 bytes / GB/s")
+    for store in options.store or STORES:
+        if store == "azure" and not azurite_program():
+            continue
+        before = dict(os.environ)
+        with STORES[store]() as variables:
+            os.environ.update(variables)
             found = measure(store, options)
-        print(f"{store:8} {found['ours']:.2f} {found['pyarrow']:.2f}")
+        os.environ.clear()
+        os.environ.update(before)
+        for reader in READERS:
+            print(f"{store:8} {reader:28} {found[reader]}", flush=True)
 
 
 if __name__ == "__main__":

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ray_streamer.checkpoint import locate
-from ray_streamer.errors import ObjectMissingError
-from ray_streamer.files import ENGINE_FILES, Selection, cached_files, pull_files
+from ray_streamer.checkpoint import locate, shard_paths
+from ray_streamer.errors import CheckpointError, ObjectMissingError, StorageError
+from ray_streamer.files import ENGINE_FILES, Selection, cached_files, listed_or_known, pull_files
 from ray_streamer.place import Place
 from ray_streamer.settings import Settings
 from ray_streamer.storage import absolute_uri, open_storage
@@ -20,8 +21,14 @@ if TYPE_CHECKING:
     from ray_streamer.storage import Storage, UrisLike
 
 
+_GLOB = re.compile(r"[*?\[]")
+
+
 def ls(uri: UrisLike, *, settings: Settings | None = None) -> list[str]:
     """Every file at a uri, and in the folders below it.
+
+    A folder that cannot be listed, as those of web servers, is asked for the files of the model and for usual names of others, such
+    as config.json; a warning says so.
 
     Args:
         uri: A folder or prefix, or one file; as in `load_sharded`.
@@ -32,10 +39,11 @@ def ls(uri: UrisLike, *, settings: Settings | None = None) -> list[str]:
 
     Raises:
         SettingsError: The uri cannot mean anything.
-        StorageError: There is nothing, or it may not be listed.
+        StorageError: There is nothing, or it may not be listed and has no file of a name that was asked for.
     """
-    with _opened(uri, settings or Settings.resolve()) as (storage, paths):
-        return paths or _everything(storage)
+    settings = settings or Settings.resolve()
+    with _opened(uri, settings) as (storage, paths):
+        return paths or _everything(storage, concurrency=settings.concurrency)
 
 
 def pull(
@@ -51,7 +59,8 @@ def pull(
     Args:
         uri: A folder or prefix, or one file; as in `load_sharded`.
         dst: The folder; made if need be. Files that are there already are replaced.
-        allow: Globs of paths to copy, such as "*.json"; every file when unset. `*` also stands for "/".
+        allow: Globs of paths to copy, such as "*.json"; every file when unset. `*` also stands for "/". Whole names are asked for
+            where a folder cannot be listed; else as `ls`.
         ignore: Globs of paths to leave out.
         settings: Every knob; from the environment when unset.
 
@@ -67,7 +76,7 @@ def pull(
     selection = Selection.from_globs(allow, ignore)
     settings = settings or Settings.resolve()
     with _opened(uri, settings) as (storage, paths):
-        chosen = selection.of(paths or _everything(storage))
+        chosen = selection.of(paths or _everything(storage, concurrency=settings.concurrency, names=selection.allow))
         if not chosen:
             raise ObjectMissingError(f"{storage.uri}: no file matches allow={allow!r} and ignore={ignore!r}")
         return pull_files(storage, chosen, Path(absolute_uri(dst)), concurrency=settings.concurrency)
@@ -112,8 +121,18 @@ def _opened(uri: UrisLike, settings: Settings) -> Iterator[tuple[Storage, list[s
         storage.close()
 
 
-def _everything(storage: Storage) -> list[str]:
-    paths = storage.list(recursive=True)
+def _everything(storage: Storage, *, concurrency: int, names: Sequence[str] = ()) -> list[str]:
+    """Every file; where the folder cannot be listed, those of the model, of usual names, and of `names` that are no globs."""
+
+    def others() -> list[str]:
+        try:
+            shards = shard_paths(storage)
+        except (CheckpointError, StorageError):
+            # No model is there, or none that can be loaded; other files may be.
+            shards = []
+        return [*shards, *(name for name in names if not _GLOB.search(name))]
+
+    paths = listed_or_known(storage, concurrency=concurrency, others=others)
     if not paths:
         raise ObjectMissingError(f"{storage.uri}: nothing is there; check the path")
     return paths

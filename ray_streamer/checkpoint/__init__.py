@@ -8,6 +8,14 @@ from __future__ import annotations
 
 from ray_streamer.checkpoint.index import CheckpointIndex, ShardFile
 from ray_streamer.checkpoint.location import CheckpointLocation, locate
-from ray_streamer.checkpoint.open import open_checkpoint, read_headers
+from ray_streamer.checkpoint.open import open_checkpoint, read_headers, shard_paths
 
-__all__ = ["CheckpointIndex", "CheckpointLocation", "ShardFile", "locate", "open_checkpoint", "read_headers"]
+__all__ = [
+    "CheckpointIndex",
+    "CheckpointLocation",
+    "ShardFile",
+    "locate",
+    "open_checkpoint",
+    "read_headers",
+    "shard_paths",
+]

@@ -176,6 +176,15 @@ def _files_of(storage: Storage, selection: str | None) -> _Files:
     return _Files(weight_map.paths, "index" if selection is None else "name", weight_map, name)
 
 
+def shard_paths(storage: Storage) -> list[str]:
+    """The files that a load of the folder would read, without a look into them.
+
+    Raises:
+        RayStreamerError: As `open_checkpoint`, for a folder that holds no checkpoint.
+    """
+    return _files_of(storage, None).paths
+
+
 def _may_list(storage: Storage) -> bool:
     """Whether the folder may be listed; where it may, a store says of each file whether it exists."""
     try:

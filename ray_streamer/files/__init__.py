@@ -6,7 +6,8 @@ cache       one copy for each node, for as long as the files stay the same
 """
 
 from ray_streamer.files.cache import cached_files
+from ray_streamer.files.known import listed_or_known
 from ray_streamer.files.pull import pull_files
 from ray_streamer.files.selection import ENGINE_FILES, Selection
 
-__all__ = ["ENGINE_FILES", "Selection", "cached_files", "pull_files"]
+__all__ = ["ENGINE_FILES", "Selection", "cached_files", "listed_or_known", "pull_files"]

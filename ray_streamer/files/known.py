@@ -1,14 +1,20 @@
-"""Which files of an engine does a folder have that nobody may list, as on a web server? Those of the usual names that are there."""
+"""Which files does a folder have that nobody may list, as on a web server? Those of the names that one can think of, if they are there."""
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING
 
 from ray_streamer.errors import AccessError, ObjectMissingError
 from ray_streamer.files.pull import of_each
+from ray_streamer.wording import printable
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
     from ray_streamer.storage import Storage
+
+_logger = logging.getLogger(__name__)
 
 USUAL_NAMES = (
     *(
@@ -25,8 +31,15 @@ USUAL_NAMES = (
 """What transformers, vLLM and Mistral call the files that they look for beside weights; code of a model's own is not among them."""
 
 
-def listed_or_known(storage: Storage, *, concurrency: int) -> list[str]:
-    """Every file of a folder, or those of `USUAL_NAMES` where it cannot be listed; the latter costs one request for each name.
+def listed_or_known(storage: Storage, *, concurrency: int, others: Callable[[], Sequence[str]] = tuple) -> list[str]:
+    """Every file of a folder, or where it cannot be listed those that are there of `USUAL_NAMES` and others.
+
+    Each name costs a request then, and a warning says so.
+
+    Args:
+        storage: Open on the folder.
+        concurrency: Requests at a time.
+        others: Further names to ask for; called where the folder cannot be listed.
 
     Raises:
         ObjectMissingError: There is no such folder.
@@ -35,10 +48,17 @@ def listed_or_known(storage: Storage, *, concurrency: int) -> list[str]:
     try:
         return storage.list(recursive=True)
     except AccessError:
-        found = of_each(USUAL_NAMES, lambda name: _is_there(storage, name), concurrency=concurrency)
+        names = sorted({*USUAL_NAMES, *others()})
+        found = of_each(names, lambda name: _is_there(storage, name), concurrency=concurrency)
         if not any(found):
             raise
-        return [name for name, is_there in zip(USUAL_NAMES, found, strict=True) if is_there]
+        _logger.warning(
+            "%s cannot be listed; it was asked for %d names, and has %d of them; there may be other files",
+            printable(storage.uri),
+            len(names),
+            sum(found),
+        )
+        return [name for name, is_there in zip(names, found, strict=True) if is_there]
 
 
 def _is_there(storage: Storage, name: str) -> bool:

@@ -198,12 +198,15 @@ def open_store(uri: str, settings: StorageSettings) -> WebStore:
     """
     if not is_http_address(uri):
         raise SettingsError(f"{uri} names no server; give https://HOST/FOLDER")
-    parts = urlsplit(uri)
+    parts, own = urlsplit(uri), Signature.at(uri, settings)
     return WebStore(
         uri,
         root=_sendable(f"{parts.scheme.lower()}://{parts.netloc}{parts.path}".rstrip("/")),
-        signature=_signature_at(uri, settings),
-        authorization=_usable("http_authorization", _secret(settings.http_authorization), _PRINTABLE),
+        signature=_signature_at(own, settings),
+        # A signature of its own says who asks; stores refuse requests that say it twice.
+        authorization=""
+        if own.as_setting
+        else _usable("http_authorization", _secret(settings.http_authorization), _PRINTABLE),
         wait_seconds=seconds_of_one_head(settings),
     )
 
@@ -213,14 +216,13 @@ def seconds_of_one_head(settings: StorageSettings) -> float:
     return settings.connect_timeout_seconds + settings.first_byte_timeout_seconds
 
 
-def _signature_at(uri: str, settings: StorageSettings) -> Signature:
-    """What signs the addresses of the folder at `uri`: its own signature comes before the setting for all."""
-    found = Signature.at(uri, settings)
-    query = _usable("the query of the uri", found.query, _QUERY) or _usable(
+def _signature_at(own: Signature, settings: StorageSettings) -> Signature:
+    """What signs the addresses of a folder: its own signature comes before the setting for all."""
+    query = _usable("the query of the uri", own.query, _QUERY) or _usable(
         "http_query", _secret(settings.http_query).lstrip("?"), _QUERY
     )
-    files = {name: _sendable(_usable("an address of the list", below, _BELOW)) for name, below in found.files.items()}
-    return Signature(uri, query, files)
+    files = {name: _sendable(_usable("an address of the list", below, _BELOW)) for name, below in own.files.items()}
+    return Signature(own.uri, query, files)
 
 
 def _secret(secret: SecretStr | None) -> str:

@@ -126,7 +126,7 @@ def test_a_load_over_ray(
         report = model.reload(signed)
         assert report.bytes_read > 0
         model.write_trace(tmp_path / "trace.json")
-        assert_clean(repr(model), repr(report), str(report.as_dict()), pickle.dumps(report), repr(model.plan()))
+        assert_clean(repr(model), repr(report), str(report.as_dict()), pickle.dumps(report), repr(model.plan))
     assert_clean((tmp_path / "trace.json").read_bytes())
     # Keys in the settings are those of the ranks, too: the driver sees by itself that they are wrong.
     with pytest.raises(RayStreamerError) as caught:

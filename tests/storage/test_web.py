@@ -263,9 +263,11 @@ def test_a_list_of_one_and_files_in_several_folders(server, signed, open_store):
 @pytest.mark.parametrize("form", ["{folder}?{query}", "{folder}/?{query}#part", " {folder}?{query}\n"])
 def test_a_signature_of_a_folder_goes_with_each_file(server, open_store, form):
     server.files["m/b"] = b"other"
-    storage = open_store(form.format(folder=f"{server.url}/m", query=QUERY), http_query="sig=of-other-folders")
+    others = {"http_query": "sig=of-other-folders", "http_authorization": "Bearer of-other-servers"}
+    storage = open_store(form.format(folder=f"{server.url}/m", query=QUERY), **others)
     assert (storage.read_head("a", 4)[0], storage.read_head("b", 9)[0]) == (CONTENT[:4], b"other")
     assert [asked.target for asked in server.requests] == [f"/m/a?{QUERY}", f"/m/b?{QUERY}"]
+    assert not any("authorization" in asked.headers for asked in server.requests)
     assert "?" not in storage.uri
 
 
@@ -401,6 +403,32 @@ def test_config_and_tokenizer_are_asked_for_by_their_usual_names(server, tmp_pat
     }
     with pytest.raises(AccessError, match="list no folders"):
         cached(f"{server.url}/empty", settings=Settings(cache_dir=str(tmp_path)))
+
+
+def test_ls_and_pull_where_nothing_is_listed(server, tmp_path, caplog):
+    """The index names the files of the model, others have usual names, and a name that is given is asked for."""
+    write_llama(tmp_path / "there")
+    server.files.update({f"l/{path.name}": path.read_bytes() for path in (tmp_path / "there").iterdir()})
+    server.files |= {"l/tokenizer.json": b"[]", "l/modeling_own.py": b"pass", "l/odd/name.json": b"?"}
+    model = sorted(path.name for path in (tmp_path / "there").iterdir())
+    assert ray_streamer.ls(f"{server.url}/l") == sorted([*model, "tokenizer.json"])
+    assert re.search(rf"{server.url}/l cannot be listed; it was asked for \d+ names, and has 5 of them", caplog.text)
+    pulled = ray_streamer.pull(f"{server.url}/l", tmp_path / "to", allow=["*.py", "modeling_own.py", "*token*"])
+    assert {path.name: path.read_bytes() for path in pulled} == {"modeling_own.py": b"pass", "tokenizer.json": b"[]"}
+    pulled = ray_streamer.pull(f"{server.url}/l", tmp_path / "whole", ignore="*.json")
+    assert sorted(path.name for path in pulled) == [name for name in model if name.endswith(".safetensors")]
+    with pytest.raises(AccessError, match="list no folders"):
+        ray_streamer.ls(f"{server.url}/nothing")
+    with pytest.raises(ObjectMissingError, match="no file matches"):
+        ray_streamer.pull(f"{server.url}/l", tmp_path / "to", allow="absent.py")
+
+
+@pytest.mark.parametrize(
+    "index", [b"no json", b'{"weight_map": {"a": "../../x.safetensors"}}'], ids=["broken", "hostile"]
+)
+def test_ls_without_a_model_that_can_be_loaded(server, index):
+    server.files |= {"l/config.json": b"{}", "l/model.safetensors.index.json": index}
+    assert ray_streamer.ls(f"{server.url}/l") == ["config.json", "model.safetensors.index.json"]
 
 
 def test_a_signed_address_of_a_real_store_over_tls(s3_server, boto3_client, open_store, monkeypatch):
