@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from ray_streamer.checkpoint.disagreements import Settlement, settle
@@ -19,8 +19,10 @@ from ray_streamer.checkpoint.foreign import foreign_format
 from ray_streamer.checkpoint.header import MAX_HEADER_BYTES, header_extent, parse_header
 from ray_streamer.checkpoint.index import CheckpointIndex, ShardFile
 from ray_streamer.checkpoint.location import locate
+from ray_streamer.checkpoint.pipeline import PIPELINE_NAME, component_files
 from ray_streamer.checkpoint.shard_files import (
     ADAPTER_CONFIG_NAME,
+    DIFFUSERS_NAME,
     SINGLE_NAME,
     adapter_files_of,
     is_of_adapter,
@@ -35,7 +37,7 @@ from ray_streamer.units import counted, exact_bytes
 from ray_streamer.wording import listed, printable, shown
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from ray_streamer.checkpoint.header import FileHeader
     from ray_streamer.checkpoint.index import FoundBy
@@ -67,12 +69,14 @@ class _Files:
         found_by: What named them.
         weight_map: The index json, when there is one.
         index_name: Its name.
+        components: Of a pipeline: the component that each file belongs to.
     """
 
     paths: list[str]
     found_by: FoundBy
     weight_map: WeightMap | None = None
     index_name: str = ""
+    components: Mapping[str, str] = field(default_factory=dict)
 
 
 def open_checkpoint(
@@ -105,7 +109,7 @@ def open_checkpoint(
     reads = _read_headers(storage, files.paths, concurrency=concurrency, head_bytes=head_bytes)
     _refuse_missing(storage, files, reads)
     found = [read for read in reads if read is not None]
-    headers = tuple(header for _, header in found)
+    headers = tuple(_named_in_pipeline(header, files.components.get(file.path)) for file, header in found)
     settled = Settlement(headers=headers)
     if files.weight_map is not None:
         settled = settle(files.weight_map.files, files.paths, headers)
@@ -169,9 +173,7 @@ def _files_of(storage: Storage, selection: str | None) -> _Files:
             raise missing_selection(storage, selection, error) or error from error
         if not isinstance(error, ObjectMissingError):
             raise
-        found = _find_shard_files(storage)
-        # An adapter has what it was made for, and need not have a part of every layer.
-        return _Files(found, "name" if all(map(is_of_adapter, found)) else "folder")
+        return _files_without_index(storage)
     weight_map = parse_weight_map(data, file=_full_name(storage, name))
     return _Files(weight_map.paths, "index" if selection is None else "name", weight_map, name)
 
@@ -194,18 +196,36 @@ def _may_list(storage: Storage) -> bool:
     return True
 
 
-def _find_shard_files(storage: Storage) -> list[str]:
-    """The shard files of a folder without an index json, sorted."""
+def _files_without_index(storage: Storage) -> _Files:
+    """The shard files of a folder without an index json: of a model, else of an adapter, else of a pipeline's components."""
     try:
         names = storage.list()
     except ObjectMissingError as error:
         raise missing_folder(storage, error) from error
     except AccessError as error:
-        return [_single_file(storage, error)]
-    found = shard_files_of(names, uri=storage.uri) or adapter_files_of(names)
-    if not found:
-        raise nothing_to_open(storage, names)
-    return found
+        return _Files([_single_file(storage, error)], "folder")
+    if (index_name := f"{DIFFUSERS_NAME}.index.json") in names:
+        return _files_of(storage, index_name)
+    if found := shard_files_of(names, uri=storage.uri):
+        return _Files(found, "folder")
+    if found := adapter_files_of(names):
+        # It has what it was made for, and need not have a part of every layer.
+        return _Files(found, "name")
+    if PIPELINE_NAME in names:
+        files = component_files(
+            storage,
+            lambda name: _read_json_file(storage, name, max_bytes=MAX_HEADER_BYTES),
+            file=_full_name(storage, PIPELINE_NAME),
+        )
+        if files:
+            return _Files(sorted(files), "folder", components=files)
+    raise nothing_to_open(storage, names)
+
+
+def _named_in_pipeline(header: FileHeader, component: str | None) -> FileHeader:
+    if component is None:
+        return header
+    return replace(header, names=tuple(f"{component}.{name}" for name in header.names))
 
 
 def _single_file(storage: Storage, refused: AccessError) -> str:

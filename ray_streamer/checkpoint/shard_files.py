@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
 SINGLE_NAME = "model.safetensors"
+DIFFUSERS_NAME = "diffusion_pytorch_model.safetensors"
+"""As `SINGLE_NAME`, of a component of a pipeline."""
 SUFFIX = ".safetensors"
 
 OTHER_LAYOUT = "consolidated"
@@ -55,7 +57,8 @@ def shard_files_of(names: Sequence[str], *, uri: str) -> list[str]:
     >>> shard_files_of(["model-1-of-2.safetensors", "model-2-of-2.safetensors", "notes.txt"], uri="s3://b/m")
     ['model-1-of-2.safetensors', 'model-2-of-2.safetensors']
     """
-    found = [SINGLE_NAME] if SINGLE_NAME in names else sorted(filter(_is_of_model, names))
+    alone = next((name for name in (SINGLE_NAME, DIFFUSERS_NAME) if name in names), None)
+    found = [alone] if alone else sorted(filter(_is_of_model, names))
     gaps = [*_gaps_of_counted(found), *_gaps_of_numbered(found)]
     unfinished = sorted(_unfinished(names, found))
     if gaps or unfinished:
