@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from ray_streamer.cluster.worker import LoadWorker
 from ray_streamer.device import is_cuda
+from ray_streamer.errors import StartupTimeoutError
 from ray_streamer.integrations.transformers.bootstrap import ModelSlices
 from ray_streamer.integrations.transformers.loader import ModelBuild
 
@@ -62,22 +63,28 @@ class ModelWorker(LoadWorker):
         """Joins the process group; every rank calls it.
 
         Raises:
-            RuntimeError: Ranks did not come in time; torch's own error.
+            StartupTimeoutError: Ranks did not come within `startup_timeout_seconds`, or cannot be reached.
         """
         from torch import distributed as dist
 
-        device, mesh = self._device_name, self._request.mesh
-        os.environ.update(
-            RANK=str(self._rank), WORLD_SIZE=str(mesh.num_ranks), LOCAL_RANK=device.partition(":")[2] or "0"
-        )
-        # transformers computes on the GPU; whether to stop is told from CPU to CPU.
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if is_cuda(device) else "gloo",
-            store=self._store or self._meeting(host, port, is_host=False),
-            rank=self._rank,
-            world_size=mesh.num_ranks,
-            timeout=self._timeout,
-        )
+        device, num_ranks = self._device_name, self._request.mesh.num_ranks
+        os.environ.update(RANK=str(self._rank), WORLD_SIZE=str(num_ranks), LOCAL_RANK=device.partition(":")[2] or "0")
+        try:
+            # transformers computes on the GPU; whether to stop is told from CPU to CPU.
+            dist.init_process_group(
+                "cpu:gloo,cuda:nccl" if is_cuda(device) else "gloo",
+                store=self._store or self._meeting(host, port, is_host=False),
+                rank=self._rank,
+                world_size=num_ranks,
+                timeout=self._timeout,
+            )
+        except RuntimeError as error:  # torch's, of the store as of every backend
+            reason = str(error).partition("\n")[0]
+            raise StartupTimeoutError(
+                f"rank {self._rank} of {num_ranks} could not meet the others in a process group, on {host} port {port}, within "
+                f"startup_timeout_seconds={self._timeout.total_seconds():g}: {reason}; see whether the nodes may connect to "
+                "each other, and the other ranks' errors"
+            ) from error
 
     def _meeting(self, host: str, port: int, *, is_host: bool) -> dist.TCPStore:
         # In these words, it waits for the thread that imports torch already.
