@@ -7,8 +7,10 @@ import math
 import weakref
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
+from ray_streamer.rank.recorder import Step
 from ray_streamer.report.evidence import Evidence, slowest_node
 from ray_streamer.report.tables import print_load
 from ray_streamer.report.verdict.judge import judge
@@ -234,3 +236,29 @@ def test_a_verdict_that_fails_costs_a_sentence_and_no_report(constructed, report
     assert sentence.startswith("No word on what bounded the load: a fault of ray_streamer, not of the load (")
     print_load(report)
     assert sentence[:60] in capsys.readouterr().out
+
+
+def test_time_between_copies_out_of_the_page_cache_is_replayed_too(constructed):
+    """As on a machine whose CPUs do other work in between."""
+    load = constructed(num_blocks=20, copy_seconds=0.01)
+    trace = load.mapped()
+    times = trace.spans.times.copy()
+    for step in (Step.TAKEN, Step.LANDED):
+        times[step] += 0.005 * np.arange(1, 21)
+    observed = observe_node([replace(trace, spans=replace(trace.spans, times=times))])
+    assert observed.measured_seconds == pytest.approx(20 * 0.015)
+    assert replay_seconds(observed.model) == pytest.approx(20 * 0.015, rel=0.01)
+
+
+def test_a_rank_that_is_slow_at_times_is_a_straggler(constructed, verdict_on):
+    """Its usual copy takes what those of others take; one in eight is held up."""
+    quick, slow = (constructed(rank=rank, num_ranks=2, num_blocks=64, copy_seconds=0.002) for rank in (0, 1))
+    trace = slow.mapped()
+    times = trace.spans.times.copy()
+    held_up = np.cumsum(np.where(np.arange(64) % 8 == 7, 0.05, 0.0))
+    times[Step.LANDED] += held_up
+    times[Step.TAKEN, 1:] += held_up[:-1]
+    verdict = verdict_on(quick, traces=[quick.mapped(), replace(trace, spans=replace(trace.spans, times=times))])
+    assert verdict.bound == "straggler"
+    named = next(cost for cost in verdict.costs if cost.kind == "straggler")
+    assert (named.rank, named.seconds) == (1, pytest.approx(8 * 0.05, rel=0.05))

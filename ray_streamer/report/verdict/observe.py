@@ -186,10 +186,28 @@ def _copies_by_block(traces: Sequence[RankTrace], thinning: int) -> dict[int, li
 
 def _mapped(trace: RankTrace, local: int, thinning: int) -> tuple[Copy, ...]:
     times = trace.spans.times
-    is_mapped = (trace.spans.ways == Way.MAPPED) & (times[Step.LANDED] > 0)
-    rows = np.flatnonzero(is_mapped & _is_replayed(trace.numbers, thinning))
-    seconds = (times[Step.LANDED] - times[Step.TAKEN])[rows].tolist()
-    return tuple(Copy(local, *each) for each in zip(seconds, trace.spans.touch_seconds[rows].tolist(), strict=True))
+    all_rows = np.flatnonzero((trace.spans.ways == Way.MAPPED) & (times[Step.LANDED] > 0))
+    kept = _is_replayed(trace.numbers[all_rows], thinning)
+    rows = all_rows[kept]
+    seconds = ((times[Step.LANDED] - times[Step.TAKEN])[all_rows] + _seconds_between_copies(trace, all_rows))[kept]
+    touched = trace.spans.touch_seconds[rows]
+    return tuple(Copy(local, *each) for each in zip(seconds.tolist(), touched.tolist(), strict=True))
+
+
+def _seconds_between_copies(trace: RankTrace, rows: NDArray[np.int64]) -> NDArray[np.float64]:
+    """What passed before each of a rank's copies out of mapped files, since a copier was free.
+
+    Where neighbours offer blocks, these are what copiers do meanwhile.
+    """
+    if (trace.spans.ways == Way.OFFERED).any() or not len(rows):
+        return np.zeros(len(rows))
+    taken, landed = (trace.spans.times[step, rows] for step in (Step.TAKEN, Step.LANDED))
+    num_first = min(len(rows), trace.conditions.num_copiers)
+    free = np.concatenate([np.full(num_first, _phase(trace, "stream").start), np.sort(landed)[: len(rows) - num_first]])
+    order = np.argsort(taken, kind="stable")
+    between = np.zeros(len(rows))
+    between[order] = np.maximum(0.0, taken[order] - free)
+    return between
 
 
 def _reads(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from statistics import median
+from statistics import fmean, median
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -151,6 +151,9 @@ def _work_per_byte(read: Read) -> float:
 
 
 def _ratio(slow: list[float], others: list[float]) -> float:
-    """How many times as long the one takes as the others usually do; 1 when it takes no longer."""
-    usual = median(others) if others else 0.0
-    return max(1.0, median(slow) / usual) if slow and usual > 0 else 1.0
+    """How many times as long the one takes as the others do, in the mean; 1 when it takes no longer.
+
+    A process that gets its CPU in slices does most of its short steps at full speed, and a few very slowly.
+    """
+    usual = fmean(others) if others else 0.0
+    return max(1.0, fmean(slow) / usual) if slow and usual > 0 else 1.0
