@@ -41,6 +41,8 @@ class StoreKind:
         forms: Its uris.
         extra: What of this package to install for it besides; empty when nothing is needed.
         hosts: Uris of other schemes that are this store's, too.
+        num_root_folders: How many folders behind its host belong to what a uri is opened at, at the least, as a model's name does.
+        num_root_folders_of_hosts: The same of `hosts`, as a container's name does.
         schemes_of_pyarrow: Whose uris with a query are pyarrow's, whose options they hold.
     """
 
@@ -50,6 +52,8 @@ class StoreKind:
     forms: tuple[UriForm, ...]
     extra: str = ""
     hosts: re.Pattern[str] | None = None
+    num_root_folders: int = 0
+    num_root_folders_of_hosts: int = 0
     schemes_of_pyarrow: tuple[str, ...] = ()
 
 
@@ -98,6 +102,7 @@ HUB = StoreKind(
         ),
     ),
     extra="hub",
+    num_root_folders=1,
 )
 
 GOOGLE = StoreKind(
@@ -130,6 +135,7 @@ AZURE = StoreKind(
         r"https://[a-z0-9]{3,24}(\.z[0-9]+)?\.(blob|dfs)\.(core\.(windows\.net|usgovcloudapi\.net|chinacloudapi\.cn)|storage\.azure\.net)/",
         re.IGNORECASE,
     ),
+    num_root_folders_of_hosts=1,
     schemes_of_pyarrow=("abfss", "abfs"),
 )
 
@@ -137,13 +143,15 @@ STORES = (S3, GOOGLE, AZURE, WEB, HUB)
 
 
 def num_root_folders(uri: str, scheme: str) -> int:
-    """How many folders behind its host belong to what a uri is opened at, at the least: a model's name, a container's.
+    """See `StoreKind.num_root_folders`; none for places that are no stores.
 
     >>> num_root_folders("hf://org/model/a.safetensors", "hf"), num_root_folders("s3://bucket/a.safetensors", "s3")
     (1, 0)
     """
     kind = kind_of(uri, scheme)
-    return 1 if kind is HUB or (kind is AZURE and scheme not in AZURE.schemes) else 0
+    if kind is None:
+        return 0
+    return kind.num_root_folders if scheme in kind.schemes else kind.num_root_folders_of_hosts
 
 
 def kind_of(uri: str, scheme: str) -> StoreKind | None:

@@ -63,9 +63,9 @@ def scheme_of(uri: str) -> str:
     if scheme == "huggingface":
         raise SettingsError(f"no storage for {shown}: did you mean hf://{rest.partition('?')[0]}?")
     if scheme not in _SCHEMES:
+        stores = ", ".join(f"{kind.schemes[0]}://" for kind in STORES)
         raise SettingsError(
-            f"no storage for {shown}: scheme {scheme}:// is not known; give a path, file:///path, s3://bucket/prefix, "
-            "gs://, az://, hdfs://, https:// or hf://, or memory://name"
+            f"no storage for {shown}: scheme {scheme}:// is not known; give a path, file:///path, {stores}, hdfs:// or memory://name"
         )
     return scheme
 
