@@ -143,7 +143,7 @@ KEYS = {
 
 @pytest.fixture
 def told(monkeypatch):
-    monkeypatch.setattr("ray_streamer.settings._told", set())
+    monkeypatch.setattr("ray_streamer.settings.sources._told", set())
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,148 @@
+"""Where does a setting's value come from, and what is said of one that cannot be used?
+
+One value for each knob, in this order: an explicit argument, the environment variable `RAY_STREAMER_<NAME>`, a variable
+of another loader that means the same (`ALIASES`), the default. Leaf functions never read the environment; they take what they
+need as arguments.
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import os
+from typing import TYPE_CHECKING, Any, Self, get_args
+
+from pydantic import SecretStr, TypeAdapter, ValidationError
+
+from ray_streamer.errors import SettingsError
+from ray_streamer.settings.load import ENV_PREFIX
+from ray_streamer.settings.runai import ALIASES, AliasSource
+from ray_streamer.settings.stores import StoreSettings
+
+if TYPE_CHECKING:
+    from pydantic_settings import BaseSettings, PydanticBaseSettingsSource
+
+REPLACE_RUNAI = f"{ENV_PREFIX}REPLACE_RUNAI"
+"""Variable that makes the vLLM plugin answer for load format `runai_streamer`; no setting of a load."""
+
+logger = logging.getLogger(__name__)
+
+
+class Settings(StoreSettings):
+    """Every knob of a load. Byte sizes also accept text such as "512MiB".
+
+    Attributes are documented by their `description`; `ray-streamer load --help` and `docs/settings.md` repeat them.
+    """
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Where values come from, the first before the others; called by pydantic-settings."""
+        return init_settings, env_settings, AliasSource(settings_cls)
+
+    @classmethod
+    def resolve(cls, **explicit: Any) -> Self:
+        """The settings in force; arguments that are None count as not given.
+
+        Raises:
+            SettingsError: A value, given or from the environment, cannot be used; names each one.
+        """
+        given = {name: value for name, value in explicit.items() if value is not None}
+        _tell_misspelt_variables()
+        try:
+            return cls(**given)
+        except ValidationError as error:
+            raise SettingsError(_explain(error, set(given))) from None
+
+    @classmethod
+    def of_call(cls, settings: Self | None, **explicit: Any) -> Self:
+        """The settings of one call: its own arguments win over `settings`, which stand in place of the environment.
+
+        Raises:
+            SettingsError: A value cannot be used.
+        """
+        return cls.resolve(**explicit) if settings is None else settings.override(**explicit)
+
+    def override(self, **explicit: Any) -> Self:
+        """These settings with some replaced; arguments that are None count as not given.
+
+        Raises:
+            SettingsError: A value cannot be used.
+        """
+        given = {name: value for name, value in explicit.items() if value is not None}
+        # Frozen, and checked when they were made.
+        return type(self).resolve(**self.model_dump() | given) if given else self
+
+
+SECRET_SETTINGS = frozenset(
+    name for name, info in Settings.model_fields.items() if SecretStr in get_args(info.annotation)
+)
+"""Settings that no output shows and that no command line takes, since command lines are public."""
+
+
+def replaces_runai() -> bool:
+    """Whether `REPLACE_RUNAI` is on in this process.
+
+    Raises:
+        SettingsError: Its value is neither yes nor no.
+    """
+    text = os.environ.get(REPLACE_RUNAI, "")
+    try:
+        return TypeAdapter(bool).validate_python(text or False)
+    except ValidationError:
+        raise SettingsError(f"environment variable {REPLACE_RUNAI}={text!r}: give 1, or leave it out") from None
+
+
+_told: set[str] = set()
+
+
+def _tell_misspelt_variables() -> None:
+    """Warns once of variables that look like settings and are none: they change nothing, and somebody meant them to."""
+    for variable in sorted(os.environ):
+        name = variable.upper().removeprefix(ENV_PREFIX).lower()
+        is_ours = variable.upper().startswith(ENV_PREFIX) and variable != REPLACE_RUNAI
+        if is_ours and name not in Settings.model_fields and variable not in _told:
+            _told.add(variable)
+            logger.warning("environment variable %s is no setting%s", variable, _nearest(name, prefix=ENV_PREFIX))
+
+
+def _nearest(name: str, *, prefix: str = "") -> str:
+    """The end of a sentence about a name that is no setting: the setting that may have been meant."""
+    found = difflib.get_close_matches(name.lower(), Settings.model_fields, 1)
+    if not found:
+        return "; docs/settings.md lists them"
+    return f"; did you mean {prefix + found[0].upper() if prefix else found[0]}?"
+
+
+def _explain(error: ValidationError, explicit: set[str]) -> str:
+    lines: list[str] = []
+    for fault in error.errors(include_url=False):
+        if not fault["loc"]:
+            line = fault["msg"]
+        else:
+            name = str(fault["loc"][0])
+            wrong = fault["msg"] if name in Settings.model_fields else f"no such setting{_nearest(name)}"
+            line = f"{_origin(name, explicit)}={_shown(name, fault['input'])}: {wrong}"
+        if line not in lines:
+            lines.append(line)
+    return "; ".join(lines)
+
+
+def _origin(name: str, explicit: set[str]) -> str:
+    """The argument or variable that gave a setting its value."""
+    if name in explicit:
+        return name
+    variables = [f"{ENV_PREFIX}{name.upper()}", *(alias.variable for alias in ALIASES if alias.setting == name)]
+    return f"environment variable {next((found for found in variables if os.environ.get(found)), variables[0])}"
+
+
+def _shown(name: str, value: Any) -> str:
+    """The value, unless it could be a secret: what belongs to a misspelt name may be one, and so may a user in a url."""
+    is_secret = name in SECRET_SETTINGS or name not in Settings.model_fields or "@" in str(value)
+    return "(not shown)" if is_secret else repr(value)
