@@ -32,7 +32,6 @@ def endpoint(monkeypatch):
     (node,) = ray.nodes()
     yield f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
     session.close()
-    ray.shutdown()
 
 
 def has(name: str) -> bool:
