@@ -50,7 +50,7 @@ test: lint
 	$(BIN)/python -m pytest -n 3 -m "not oracle and not slow" $(PYTEST_ARGS)
 
 # With Ray Serve and the dashboard, which make every start of Ray slower.
-test-slow: $(VENV)/.test-installed $(VENV)/.serve-installed
+test-slow: $(VENV)/.test-installed $(VENV)/.serve-installed $(VENV)/.report-installed
 	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
 
 test-oracles: $(VENV)/.test-installed
