@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from ray_streamer.cluster.jobs import RayJob
+    from ray_streamer.storage import UrisLike
 
 _WRITTEN_THERE = ("report_file", "html_file", "trace")
 
@@ -120,7 +121,12 @@ def load_command(arguments: Sequence[str]) -> list[str]:
         raise SettingsError(
             f"{', '.join(files)}: the job would write it on the cluster; --wait brings the report here, and ray-streamer report draws it"
         )
-    uri: str = given["uri"]
+    uri: UrisLike = given["uri"]
+    if not isinstance(uri, str) or uri not in arguments:
+        raise SettingsError(
+            "@FILE is a file of this machine, and the dashboard shows a job's command; give the uri up to its '?', and set "
+            "RAY_STREAMER_HTTP_QUERY where the cluster is started"
+        )
     if absolute_uri(uri) != uri:
         raise SettingsError(f"{uri}: the job runs on another machine, in another folder; give {absolute_uri(uri)}")
     return ["ray-streamer", "load", *arguments, *([] if given["as_json"] else ["--json"])]

@@ -92,7 +92,8 @@ def absolute_uri(uri: UriLike) -> str:
         SettingsError: It is no uri, or it has credentials in it.
     """
     if not isinstance(uri, (str, os.PathLike)):
-        raise SettingsError(f"a uri is text or a path, got {type(uri).__name__}: {uri!r}")
+        # Not repeated: it may be a list of signed addresses.
+        raise SettingsError(f"a uri is text or a path here, got {type(uri).__name__}")
     text = os.fsdecode(uri)
     collapsed = _COLLAPSED.match(text)
     if collapsed:

@@ -50,6 +50,16 @@ def test_what_a_job_elsewhere_cannot_do_is_refused(arguments, said, tmp_path, mo
         load_command(arguments)
 
 
+@pytest.mark.parametrize("lines", ["/m", "https://host/m?sig=planted", "https://host/a?sig=planted\nhttps://host/b"])
+def test_a_file_of_addresses_stays_here(lines, tmp_path):
+    """As do addresses with a signature: the dashboard shows what a job was told."""
+    (tmp_path / "files").write_text(lines)
+    for uri in (f"@{tmp_path / 'files'}", *(line for line in lines.splitlines() if "?" in line)):
+        with pytest.raises(SettingsError, match="RAY_STREAMER_HTTP_QUERY") as caught:
+            load_command([uri, "--tp", "2"])
+        assert "planted" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [

@@ -77,6 +77,12 @@ def test_what_is_absolute_stays(said, meant):
     assert absolute_uri(said) == meant
 
 
+def test_what_is_no_uri_is_not_repeated():
+    with pytest.raises(SettingsError, match="got list") as caught:
+        absolute_uri(["https://host/a?sig=planted"])
+    assert "planted" not in str(caught.value)
+
+
 def test_paths_of_pathlib_and_homes_of_others(places):
     user = pwd.getpwuid(os.geteuid())
     assert absolute_uri(f"~{user.pw_name}/ckpt") == f"{user.pw_dir.rstrip('/')}/ckpt"
