@@ -20,20 +20,24 @@ def main(wish: dict[str, Any]) -> None:
         worker_extension_cls="probe.Probe",
         **wish["engine"],
     )
-    said = state_of(llm, SamplingParams)
-    said["later"] = [after(llm, calls, SamplingParams) for calls in wish.get("later", [])]
-    print("ANSWER " + json.dumps(said), flush=True)
+    try:
+        said = state_of(llm, SamplingParams)
+        said["later"] = [after(llm, calls, SamplingParams) for calls in wish.get("later", [])]
+        print("ANSWER " + json.dumps(said), flush=True)
+    finally:
+        # Not when the interpreter ends: an engine that had an error is still waited for then.
+        llm.llm_engine.engine_core.shutdown()
 
 
 def after(llm: Any, calls: list[tuple[str, dict[str, Any]]], sampling: Any) -> dict[str, Any]:
-    """What the engine says after these calls of its workers' methods, with the error of the one that failed, if any."""
-    error = None
-    try:
-        for method, arguments in calls:
+    """What the engine says after these calls of its workers' methods, with the errors of those that failed, by number."""
+    errors = {}
+    for number, (method, arguments) in enumerate(calls):
+        try:
             llm.collective_rpc(method, kwargs=arguments)
-    except Exception as raised:
-        error = str(raised)
-    return state_of(llm, sampling) | {"error": error}
+        except Exception as raised:
+            errors[number] = str(raised)
+    return state_of(llm, sampling) | {"errors": errors}
 
 
 def state_of(llm: Any, sampling: Any) -> dict[str, Any]:

@@ -6,10 +6,14 @@ Sizes are such that tp=2 divides them, that key and value heads are fewer than q
 
 from __future__ import annotations
 
+import shutil
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
+
+    import torch
 
 SMALL = {
     "vocab_size": 300,
@@ -166,6 +170,40 @@ def save_checkpoint(family: str, folder: Path, *, seed: int = 0, **sizes: int) -
             if "bias" in name and buffer.is_floating_point():
                 buffer.normal_(std=0.1)
     model.save_pretrained(folder, max_shard_size="100KB")
+
+
+def save_with_head(folder: Path, make_head: Callable[[torch.Tensor], torch.Tensor], **sizes: int) -> Path:
+    """A tied Qwen2 in `folder` whose file has a head of its own, which `make_head` makes of the embedding."""
+    from safetensors.torch import save_file
+
+    save_checkpoint("qwen2", folder, **sizes)
+    tensors = _taken_out(folder)
+    tensors["lm_head.weight"] = make_head(tensors["model.embed_tokens.weight"])
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+def save_broken(good: Path, folder: Path) -> None:
+    """The same Llama, but for a tensor of its last layer that has another shape."""
+    from safetensors.torch import save_file
+
+    shutil.copytree(good, folder)
+    tensors = _taken_out(folder)
+    name = "model.layers.1.mlp.down_proj.weight"
+    tensors[name] = tensors[name][:, :-2].contiguous()
+    save_file(tensors, folder / "model.safetensors")
+
+
+def _taken_out(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors, whose files are gone then."""
+    from safetensors.torch import load_file
+
+    tensors: dict[str, torch.Tensor] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        tensors |= load_file(path)
+        path.unlink()
+    (folder / "model.safetensors.index.json").unlink(missing_ok=True)
+    return tensors
 
 
 def save_tokenizer(folder: Path) -> None:

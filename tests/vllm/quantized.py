@@ -1,7 +1,7 @@
 """How is a small quantized checkpoint made? A Llama as transformers saves it, whose linear layers get the tensors of a method, of random bits.
 
-Nobody answers with these models, so scales and weights need not fit together; but each tensor has the shape and dtype that tools of
-the method write.
+Nobody minds what these models answer, so scales and weights need not fit together; but each tensor has the shape and dtype that tools
+of the method write.
 """
 
 from __future__ import annotations
@@ -55,12 +55,12 @@ SIZES: dict[str, dict[str, int]] = {
 }
 
 
-def save_quantized(method: str, folder: Path, *, seed: int = 0) -> None:
-    """A checkpoint of `method` in `folder`."""
+def save_quantized(method: str, folder: Path, *, seed: int = 0, **sizes: int) -> None:
+    """A checkpoint of `method` in `folder`; `sizes` are other than those of the method."""
     import torch
     from safetensors.torch import load_file, save_file
 
-    save_checkpoint("llama", folder, seed=seed, **SIZES[method])
+    save_checkpoint("llama", folder, seed=seed, **SIZES[method] | sizes)
     generator = torch.Generator().manual_seed(seed)
     tensors: dict[str, torch.Tensor] = {}
     for path in sorted(folder.glob("*.safetensors")):

@@ -7,10 +7,9 @@ from functools import partial
 from mmap import PAGESIZE
 
 import pytest
-from families import FAMILIES, save_checkpoint
+from families import FAMILIES, save_checkpoint, save_with_head
 from loading import check, ours, total_bytes
 from ranks import Layout, on_all_ranks
-from safetensors.torch import load_file, save_file
 
 from ray_streamer.checkpoint.open import HEAD_BYTES
 
@@ -64,22 +63,16 @@ def test_from_s3_every_byte_leaves_once_for_all_ranks(family, tmp_path, s3_crede
     assert read <= sent - heads < read + 50_000
 
 
-def save_with_head(folder, make_head):
-    """A tied checkpoint whose files have a head of their own, made of the embedding; and a folder with its configuration."""
-    save_checkpoint("qwen2", folder / "saved")
-    tensors = {}
-    for path in (folder / "saved").glob("*.safetensors"):
-        tensors |= load_file(path)
-    tensors["lm_head.weight"] = make_head(tensors["model.embed_tokens.weight"])
-    for name in ("config", "model"):
-        (folder / name).mkdir()
-        shutil.copy(folder / "saved" / "config.json", folder / name)
-    save_file(tensors, folder / "model" / "model.safetensors")
-    return folder / "model", folder / "config"
+def with_head(folder, make_head):
+    """A tied checkpoint whose files have a head of their own, and a folder with its configuration."""
+    model = save_with_head(folder / "model", make_head)
+    (folder / "config").mkdir()
+    shutil.copy(model / "config.json", folder / "config")
+    return model, folder / "config"
 
 
 def test_a_tied_model_with_another_head_is_loaded_or_refused(tmp_path):
-    model, config = save_with_head(tmp_path, lambda embedding: embedding * 2)
+    model, config = with_head(tmp_path, lambda embedding: embedding * 2)
     # vLLM finds the head in the folder, and unties.
     check(model, Layout(tp=2), tmp_path)
     with pytest.raises(AssertionError, match=r"lm_head\.weight differs from model\.embed_tokens\.weight"):
@@ -87,7 +80,7 @@ def test_a_tied_model_with_another_head_is_loaded_or_refused(tmp_path):
 
 
 def test_a_tied_model_with_another_head_loads_when_vllm_is_told(tmp_path):
-    model, config = save_with_head(tmp_path, lambda embedding: embedding * 2)
+    model, config = with_head(tmp_path, lambda embedding: embedding * 2)
     told = Layout(tp=2, arguments={"hf_overrides": {"tie_word_embeddings": False}})
     for rank in on_all_ranks(config, told, [partial(ours, uri=str(model))], tmp_path):
         assert rank[0].said.num_planned == rank[0].said.num_tensors
@@ -95,7 +88,7 @@ def test_a_tied_model_with_another_head_loads_when_vllm_is_told(tmp_path):
 
 
 def test_a_tied_model_with_the_same_head_once_more_is_loaded(tmp_path):
-    model, config = save_with_head(tmp_path, lambda embedding: embedding.clone())
+    model, config = with_head(tmp_path, lambda embedding: embedding.clone())
     for rank in on_all_ranks(config, Layout(tp=2), [partial(ours, uri=str(model))], tmp_path):
         assert rank[0].said.num_planned == rank[0].said.num_tensors - 1
 

@@ -6,10 +6,9 @@ from functools import partial
 from typing import Any
 
 import pytest
-from families import save_checkpoint
+from families import save_broken, save_checkpoint
 from loading import ours, total_bytes
 from ranks import Layout, hashes_of, on_all_ranks, stock
-from safetensors.torch import load_file, save_file
 
 from ray_streamer.checkpoint.open import HEAD_BYTES
 
@@ -91,17 +90,6 @@ def test_from_s3_every_byte_leaves_once_for_all_ranks(tmp_path, s3_credentials):
     heads = sum(min(HEAD_BYTES, path.stat().st_size) for path in (tmp_path / "1").glob("*.safetensors"))
     # The page in which a file's header ends, and index and configuration.
     assert needed <= sent - heads < 1.02 * needed + 50_000
-
-
-def save_broken(good, folder):
-    """The same model, but for a tensor of its last layer that has another shape."""
-    folder.mkdir()
-    tensors = {}
-    for path in good.glob("*.safetensors"):
-        tensors |= load_file(path)
-    name = "model.layers.1.mlp.down_proj.weight"
-    tensors[name] = tensors[name][:, :-2].contiguous()
-    save_file(tensors, folder / "model.safetensors")
 
 
 def test_a_reload_that_fails_is_an_error_and_the_next_one_is_whole(tmp_path):
