@@ -21,6 +21,7 @@ def main(wish: dict[str, Any]) -> None:
         **wish["engine"],
     )
     try:
+        llm.collective_rpc("make_room_between_stages")
         said = state_of(llm, SamplingParams)
         said["later"] = [after(llm, calls, SamplingParams) for calls in wish.get("later", [])]
         print("ANSWER " + json.dumps(said), flush=True)

@@ -81,6 +81,15 @@ def test_from_disk_as_the_stock_loader(kind, tp, checkpoints, stock, tmp_path):
     assert f"into {'1 rank' if tp == 1 else f'{tp} ranks'} in" in ours["log"]
 
 
+def test_two_stages_as_the_stock_loader(checkpoints, tmp_path):
+    engine = {"model": str(checkpoints("llama")), "pipeline_parallel_size": 2}
+    theirs = run_engine(tmp_path / "theirs", engine)
+    ours = run_engine(tmp_path / "ours", engine | {"load_format": "ray_streamer"})
+    assert ours["hashes"] == theirs["hashes"]
+    assert ours["answers"] == theirs["answers"]
+    assert "into 2 ranks in" in ours["log"]
+
+
 def test_from_s3_with_a_folder_that_holds_the_configuration_only(checkpoints, stock, s3_credentials, tmp_path):
     model, theirs = checkpoints("llama"), stock("llama", 2)
     uri = s3_credentials.upload_folder(model, "vllm", "llama")
