@@ -112,15 +112,16 @@ def load_command(arguments: Sequence[str]) -> list[str]:
         click.UsageError: They are none.
         SettingsError: The job could not do with them what they say.
     """
-    with load.make_context("load", list(arguments), parent=click.get_current_context(silent=True)) as context:
-        given: Mapping[str, Any] = context.params
-    files = [
-        option.opts[0] for option in load.params if option.name in _WRITTEN_THERE and given[option.name] is not None
-    ]
+    parent = click.get_current_context(silent=True)
+    # Before values are checked: whether this machine could write the files is no matter.
+    said, _, _ = load.make_parser(click.Context(load, parent, "load")).parse_args(list(arguments))
+    files = [option.opts[0] for option in load.params if option.name in _WRITTEN_THERE and option.name in said]
     if files:
         raise SettingsError(
             f"{', '.join(files)}: the job would write it on the cluster; --wait brings the report here, and ray-streamer report draws it"
         )
+    with load.make_context("load", list(arguments), parent=parent) as context:
+        given: Mapping[str, Any] = context.params
     uri: UrisLike = given["uri"]
     if not isinstance(uri, str) or uri not in arguments:
         raise SettingsError(

@@ -40,6 +40,9 @@ def test_json_is_not_said_twice():
         pytest.param(["s3:/bucket/model", "--tp", "2"], "one slash", id="collapsed"),
         pytest.param(["/m", "--tp", "2", "--report", "r.json"], "--report: the job would write it", id="report"),
         pytest.param(["/m", "--tp", "2", "--html", "r.html"], "--html: the job would write it", id="html"),
+        pytest.param(
+            ["/m", "--tp", "2", "--report=/no/r.json"], "--report: the job would write it", id="absent-folder"
+        ),
         pytest.param(["/m", "--tp", "2", "--trace", "t.json"], "--trace: the job would write it", id="trace"),
     ],
 )
