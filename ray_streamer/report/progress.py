@@ -148,7 +148,8 @@ class LoadProgress:
         seconds = time.monotonic() - self._phase_began
         if self._reached.delivered_bytes:
             return f"ray_streamer: {self._title}: {progress_line(self._reached, seconds)}"
-        return f"ray_streamer: {self._title}: {self._phase}, {seconds:.0f} s"
+        phase = f"{self._phase}, " if self._phase else ""
+        return f"ray_streamer: {self._title}: {phase}{seconds:.0f} s"
 
     def __enter__(self) -> Self:
         if self._bar is not None:

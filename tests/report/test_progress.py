@@ -30,16 +30,21 @@ def rank_at(constructed, statistics_of):
 
 
 class Written(io.StringIO):
-    """A log that says when a line has come."""
+    """A log that can be waited for."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.has_line = threading.Event()
+        self._has_grown = threading.Condition()
 
     def write(self, text: str) -> int:
-        if text.strip():
-            self.has_line.set()
-        return super().write(text)
+        with self._has_grown:
+            written = super().write(text)
+            self._has_grown.notify_all()
+        return written
+
+    def wait_for(self, words: str) -> None:
+        with self._has_grown:
+            assert self._has_grown.wait_for(lambda: words in self.getvalue(), 60), self.getvalue()
 
 
 def test_bytes_of_all_ranks_are_added_and_done_ones_counted(rank_at):
@@ -71,11 +76,13 @@ def test_phases_before_the_first_byte_have_lines_in_a_log(phase, words):
     log = Written()
     with LoadProgress("s3://b/m", console=Console(file=log, width=300), seconds_between_lines=0.001) as progress:
         progress.phase(phase)
-        log.has_line.clear()
-        assert log.has_line.wait(60)
-    assert words in log.getvalue()
+        log.wait_for(f"s3://b/m: {words}")
     assert log.getvalue().startswith("ray_streamer: s3://b/m: ")
     assert "\x1b" not in log.getvalue(), "a log is no terminal"
+
+
+def test_before_the_first_phase_a_line_has_the_seconds_alone():
+    assert LoadProgress("m", console=Console(file=Written())).line() == "ray_streamer: m: 0 s"
 
 
 def test_a_terminal_has_a_bar_with_the_phase_and_what_is_done(rank_at):
@@ -99,8 +106,7 @@ def test_who_is_asked_need_not_be_told(rank_at):
     log = Written()
     console = Console(file=log, width=300)
     with LoadProgress("m", console=console, ask=lambda: [rank_at(GIB, GIB)], seconds_between_lines=0.001):
-        assert log.has_line.wait(60)
-    assert "1 GiB of 1 GiB" in log.getvalue()
+        log.wait_for("1 GiB of 1 GiB")
 
 
 def test_load_rank_shows_the_first_ranks_part(tmp_path, monkeypatch):
