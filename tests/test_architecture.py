@@ -19,7 +19,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 ORDER = (
     ("errors", "settings", "extent", "dtypes", "units", "machine", "process_limits", "wording", "rows", "column_bytes"),
     ("storage",),
-    ("files", "place"),
+    ("files", "named_checkpoint"),
     ("checkpoint",),
     ("slices",),
     ("capture",),

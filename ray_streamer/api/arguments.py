@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ray_streamer.errors import SettingsError
-from ray_streamer.place import Place
+from ray_streamer.named_checkpoint import NamedCheckpoint
 from ray_streamer.sharding.families import check_model_type
 from ray_streamer.sharding.mesh import Mesh
 from ray_streamer.sharding.rules import ShardRules
@@ -109,12 +109,12 @@ class Sharding:
         from ray_streamer.rank.request import LoadRequest
 
         mesh = self._mesh(num_ranks)
-        place = Place.of(uri, settings)
+        named = NamedCheckpoint.of(uri, settings)
         return LoadRequest(
-            uri=place.uri,
+            uri=named.uri,
             mesh=mesh,
             slices=self._slice_source(mesh),
-            settings=place.settings,
+            settings=named.settings,
             device=device,
             model_type=self.model_type,
         )

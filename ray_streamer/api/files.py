@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from ray_streamer.checkpoint import locate, shard_paths
 from ray_streamer.errors import CheckpointError, ObjectMissingError, StorageError
 from ray_streamer.files import ENGINE_FILES, Selection, cached_files, listed_or_known, pull_files
-from ray_streamer.place import Place
+from ray_streamer.named_checkpoint import NamedCheckpoint
 from ray_streamer.settings import Settings
 from ray_streamer.storage import absolute_uri, open_storage
 
@@ -112,9 +112,9 @@ def cached(uri: UrisLike, *, selection: Selection = ENGINE_FILES, settings: Sett
 @contextmanager
 def _opened(uri: UrisLike, settings: Settings) -> Iterator[tuple[Storage, list[str]]]:
     """The storage of a uri, and the one file that the uri names, if it does."""
-    place = Place.of(uri, settings)
-    location = locate(place.uri)
-    storage = open_storage(location.folder_uri, place.settings)
+    named = NamedCheckpoint.of(uri, settings)
+    location = locate(named.uri)
+    storage = open_storage(location.folder_uri, named.settings)
     try:
         yield storage, [] if location.selection is None else [location.selection]
     finally:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from ray_streamer.api.membership import find_membership
 from ray_streamer.exchange.session import NodeSession
-from ray_streamer.place import Place
+from ray_streamer.named_checkpoint import NamedCheckpoint
 from ray_streamer.rank.agreement import agree_on_index, share_tensors
 from ray_streamer.rank.request import LoadRequest
 from ray_streamer.sharding.mesh import Mesh
@@ -56,12 +56,12 @@ def open_tensors(uri: UrisLike, *, settings: Settings, group: dist.ProcessGroup 
     """
     alone = (0, 1) if group is None else (None, None)
     membership = find_membership(*alone, None, None, group)
-    place = Place.of(uri, settings)
+    named = NamedCheckpoint.of(uri, settings)
     request = LoadRequest(
-        uri=place.uri,
+        uri=named.uri,
         mesh=Mesh(tp=membership.topology.num_ranks),
         slices=lambda index, _: RankSlices.from_rows(index, [], []),
-        settings=place.settings,
+        settings=named.settings,
         device="cpu",
     )
     index_bytes = membership.read_index(request)

@@ -29,7 +29,7 @@ def command(uri: UrisLike, top: int, sharding: dict[str, Any], as_json: bool, se
     Only headers are read. With --fuse, --dtype or --rename, also show the tensors that a load would make.
     """
     from ray_streamer.checkpoint import locate, open_checkpoint
-    from ray_streamer.place import Place
+    from ray_streamer.named_checkpoint import NamedCheckpoint
     from ray_streamer.report.checkpoint_summary import summarize_checkpoint
     from ray_streamer.sharding import RuleSlices, ShardRules
     from ray_streamer.sharding.families import check_model_type
@@ -39,11 +39,11 @@ def command(uri: UrisLike, top: int, sharding: dict[str, Any], as_json: bool, se
     if model_type is not None:
         check_model_type(model_type)
     slices = RuleSlices(rules=ShardRules(sharding.pop("rules") or ()), **sharding)
-    place = Place.of(uri, settings)
-    storage = open_storage(locate(place.uri).folder_uri, place.settings)
+    named = NamedCheckpoint.of(uri, settings)
+    storage = open_storage(locate(named.uri).folder_uri, named.settings)
     try:
         index = open_checkpoint(
-            place.uri, storage, concurrency=settings.concurrency, strict_index=settings.strict_index
+            named.uri, storage, concurrency=settings.concurrency, strict_index=settings.strict_index
         )
     finally:
         storage.close()

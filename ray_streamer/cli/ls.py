@@ -23,13 +23,13 @@ if TYPE_CHECKING:
 def command(uri: UrisLike, as_json: bool, settings: Settings) -> None:
     """List every file at URI and in the folders below it, one path a line."""
     from ray_streamer.api.files import ls
-    from ray_streamer.place import Place
+    from ray_streamer.named_checkpoint import NamedCheckpoint
     from ray_streamer.wording import printable
 
-    place = Place.of(uri, settings)
-    paths = ls(place.uri, settings=place.settings)
+    named = NamedCheckpoint.of(uri, settings)
+    paths = ls(named.uri, settings=named.settings)
     if as_json:
-        print_json({"uri": place.uri, "files": paths})
+        print_json({"uri": named.uri, "files": paths})
         return
     for path in paths:
         click.echo(printable(path, one_line=True))

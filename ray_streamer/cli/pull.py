@@ -28,15 +28,15 @@ def command(
 ) -> None:
     """Copy the files at URI into FOLDER; each one is complete or absent."""
     from ray_streamer.api.files import pull
-    from ray_streamer.place import Place
+    from ray_streamer.named_checkpoint import NamedCheckpoint
     from ray_streamer.units import human_bytes
     from ray_streamer.wording import printable
 
-    place = Place.of(uri, settings)
-    files = pull(place.uri, folder, allow=allow, ignore=ignore, settings=place.settings)
+    named = NamedCheckpoint.of(uri, settings)
+    files = pull(named.uri, folder, allow=allow, ignore=ignore, settings=named.settings)
     sizes = {str(file): file.stat().st_size for file in files}
     if as_json:
-        print_json({"uri": place.uri, "files": [{"path": path, "bytes": size} for path, size in sizes.items()]})
+        print_json({"uri": named.uri, "files": [{"path": path, "bytes": size} for path, size in sizes.items()]})
         return
     for path, size in sizes.items():
         click.echo(f"{human_bytes(size):>10}  {printable(path, one_line=True)}")

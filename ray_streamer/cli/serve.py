@@ -40,15 +40,15 @@ def command(uri: UrisLike, vllm_arguments: tuple[str, ...], settings: Settings) 
         ray-streamer serve s3://bucket/model -- --tensor-parallel-size 8 --port 8000
     """
     from ray_streamer.api.files import cached
-    from ray_streamer.place import Place
+    from ray_streamer.named_checkpoint import NamedCheckpoint
 
     program = find_vllm()
-    place = Place.of(uri, settings)
-    folder = cached(place.uri, settings=place.settings)
-    arguments = serve_arguments(place.uri, folder, vllm_arguments, settings)
-    if place.settings.http_signed is not None:
+    named = NamedCheckpoint.of(uri, settings)
+    folder = cached(named.uri, settings=named.settings)
+    arguments = serve_arguments(named.uri, folder, vllm_arguments, settings)
+    if named.settings.http_signed is not None:
         # Command lines are public, and vLLM logs its own.
-        os.environ[f"{ENV_PREFIX}HTTP_SIGNED"] = place.settings.http_signed.get_secret_value()
+        os.environ[f"{ENV_PREFIX}HTTP_SIGNED"] = named.settings.http_signed.get_secret_value()
     os.execv(program, [program, *arguments])
 
 

@@ -17,7 +17,7 @@ from ray_streamer.cluster.phases import Phases
 from ray_streamer.cluster.tracing import collect_trace
 from ray_streamer.cluster.worker import LoadWorker
 from ray_streamer.errors import ClusterError
-from ray_streamer.place import Place
+from ray_streamer.named_checkpoint import NamedCheckpoint
 
 if TYPE_CHECKING:
     import os
@@ -203,8 +203,8 @@ class ShardedModel:
         phases = Phases()
         request = self._request
         if uri is not None:
-            place = Place.of(uri, request.settings)
-            request = replace(request, uri=place.uri, settings=place.settings)
+            named = NamedCheckpoint.of(uri, request.settings)
+            request = replace(request, uri=named.uri, settings=named.settings)
         shared = self._loads.share(request)
         phases.end("headers")
         report = self._loads.load(shared, phases, again=True)

@@ -36,7 +36,7 @@ from ray_streamer.api.rank import load_rank
 from ray_streamer.capture.results import NAMES_OF_DTYPES
 from ray_streamer.checkpoint import locate, open_checkpoint
 from ray_streamer.errors import CheckpointError, PlanError, SettingsError
-from ray_streamer.place import Place
+from ray_streamer.named_checkpoint import NamedCheckpoint
 from ray_streamer.settings import Settings
 from ray_streamer.slices import Move, RankSlices, ResultSpec
 from ray_streamer.storage import open_storage, split_signature
@@ -88,7 +88,7 @@ class StorageReader(TorchStorageReader):
     ) -> None:
         super().__init__()
         self._settings = settings or Settings.resolve()
-        self._place = None if uri is None else Place.of(uri, self._settings)
+        self._named = None if uri is None else NamedCheckpoint.of(uri, self._settings)
         self._on_statistics = on_statistics
         self._index: CheckpointIndex | None = None
 
@@ -108,7 +108,7 @@ class StorageReader(TorchStorageReader):
             SettingsError: It is no uri.
         """
         if checkpoint_id is not None:
-            self._place = Place.of(checkpoint_id, self._settings)
+            self._named = NamedCheckpoint.of(checkpoint_id, self._settings)
         self._index = None
 
     def read_metadata(self, *_args: Any, **_kwargs: Any) -> Metadata:
@@ -179,19 +179,19 @@ class StorageReader(TorchStorageReader):
         done.set_result(None)
         return done
 
-    def _located(self) -> Place:
-        if self._place is None:
+    def _located(self) -> NamedCheckpoint:
+        if self._named is None:
             raise SettingsError("give a uri: StorageReader(uri), or checkpoint_id of torch.distributed.checkpoint.load")
-        return self._place
+        return self._named
 
     def _opened(self) -> CheckpointIndex:
         if self._index is None:
-            place = self._located()
-            settings = place.settings
-            storage = open_storage(locate(place.uri).folder_uri, settings)
+            named = self._located()
+            settings = named.settings
+            storage = open_storage(locate(named.uri).folder_uri, settings)
             try:
                 self._index = open_checkpoint(
-                    place.uri, storage, concurrency=settings.concurrency, strict_index=settings.strict_index
+                    named.uri, storage, concurrency=settings.concurrency, strict_index=settings.strict_index
                 )
             finally:
                 storage.close()

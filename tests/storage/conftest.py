@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from botocore.loaders import JSONFileLoader
 
-from ray_streamer.place import Place
+from ray_streamer.named_checkpoint import NamedCheckpoint
 from ray_streamer.settings import Settings
 from ray_streamer.storage import open_storage
 from ray_streamer.testing.faults import FaultProxy
@@ -85,8 +85,8 @@ def open_store():
     opened = []
 
     def open_store(uri, **settings):
-        place = Place.of(uri, Settings.resolve(**{"retry_deadline_seconds": 2.0, **settings}))
-        opened.append(open_storage(place.uri, place.settings))
+        named = NamedCheckpoint.of(uri, Settings.resolve(**{"retry_deadline_seconds": 2.0, **settings}))
+        opened.append(open_storage(named.uri, named.settings))
         return opened[-1]
 
     yield open_store

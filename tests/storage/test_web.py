@@ -18,7 +18,7 @@ import ray_streamer
 from ray_streamer.api.files import cached
 from ray_streamer.errors import AccessError, ObjectChangedError, ObjectMissingError, SettingsError, StorageError
 from ray_streamer.extent import Extent
-from ray_streamer.place import Place
+from ray_streamer.named_checkpoint import NamedCheckpoint
 from ray_streamer.settings import Settings
 from ray_streamer.storage import open_storage
 from ray_streamer.storage.redaction import Secrets
@@ -285,13 +285,13 @@ def test_one_signed_file_is_loaded_without_what_lies_beside_it(server, tmp_path,
 
 
 def test_a_signature_goes_to_its_own_folder_only(server):
-    place = Place.of(f"{server.url}/m?{QUERY}", Settings())
+    named = NamedCheckpoint.of(f"{server.url}/m?{QUERY}", Settings())
     server.files |= {"other/a": CONTENT, "m/deep/a": CONTENT}
     for folder in ("other", "m/deep", "m-2"):
-        other = Place.of(f"{server.url}/{folder}", place.settings)
+        other = NamedCheckpoint.of(f"{server.url}/{folder}", named.settings)
         storage = open_storage(other.uri, other.settings)
         assert "?" not in storage._store.object_request("a", {}, None).url
-    assert place.settings.override(concurrency=3).http_signed == place.settings.http_signed
+    assert named.settings.override(concurrency=3).http_signed == named.settings.http_signed
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ from ray_streamer.integrations.transformers.support import (
     refuse_quantized,
     refuse_uncuttable,
 )
-from ray_streamer.place import Place
+from ray_streamer.named_checkpoint import NamedCheckpoint
 from ray_streamer.settings import Settings
 from ray_streamer.units import counted
 from ray_streamer.wording import listed
@@ -130,8 +130,8 @@ class ModelBuild:
     ) -> None:
         refuse_absent()
         refuse_arguments(model_arguments)
-        place = Place.of(uri, settings)
-        self.uri, self.settings = place.uri, place.settings
+        named = NamedCheckpoint.of(uri, settings)
+        self.uri, self.settings = named.uri, named.settings
         tp = _ranks_of(tp)
         self.device = _device_of(device, tp)
         self._folder = cached(self.uri, settings=self.settings)

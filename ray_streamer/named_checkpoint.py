@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class NamedCheckpoint:
     """A checkpoint, as every process understands it.
 
     Attributes:
@@ -28,14 +28,14 @@ class Place:
 
     @classmethod
     def of(cls, uri: UrisLike, settings: Settings) -> Self:
-        """The place that a caller named.
+        """The checkpoint that a caller named.
 
         Args:
             uri: A path or uri, or a list of https addresses, which may be signed.
             settings: The caller's.
 
         Raises:
-            SettingsError: It names no place; repeats no signature.
+            SettingsError: It names none; repeats no signature.
         """
         signature = split_signature(uri)
         signed = signature.as_setting
