@@ -166,6 +166,7 @@ def test_arguments_without_a_meaning_here_are_refused(model: Any, name: str) -> 
         model.generate(PROMPT, **{name: True})
 
 
+@pytest.mark.slow
 def test_a_killed_rank_is_named_and_restart_makes_the_model_anew(model: Any, own: Any) -> None:
     pids = model.run(lambda context: os.getpid())
     stream = model.stream(PROMPT, max_new_tokens=100_000, do_sample=False, eos_token_id=-1)
