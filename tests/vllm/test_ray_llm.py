@@ -116,8 +116,9 @@ def test_the_manifest_for_kuberay_is_understood():
     from ray.serve.llm import LLMServingArgs
     from ray.serve.schema import ServeDeploySchema
 
-    manifest = yaml.safe_load((EXAMPLES / "serve_llm.yaml").read_text())
-    serve = ServeDeploySchema.model_validate(yaml.safe_load(manifest["spec"]["serveConfigV2"]))
+    manifests = yaml.safe_load_all((EXAMPLES / "serve_llm.yaml").read_text())
+    [service] = [manifest for manifest in manifests if manifest["kind"] == "RayService"]
+    serve = ServeDeploySchema.model_validate(yaml.safe_load(service["spec"]["serveConfigV2"]))
     [application] = serve.applications
     [config] = LLMServingArgs(**application.args).llm_configs
     callback = callback_of(config)
