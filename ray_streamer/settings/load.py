@@ -14,6 +14,9 @@ ENV_PREFIX = "RAY_STREAMER_"
 LONGEST_SECONDS = 7 * 24 * 3600
 """The largest value of a setting in seconds."""
 
+Seconds = Annotated[float, Field(gt=0, le=LONGEST_SECONDS, allow_inf_nan=False)]
+"""How long something of a store may take."""
+
 _BYTE_SIZE: TypeAdapter[ByteSize] = TypeAdapter(ByteSize)
 
 
@@ -76,28 +79,17 @@ class LoadSettings(BaseSettings):
         gt=0,
         description="Limit for one step of a rank of the same node that others wait for: headers, a plan, a block.",
     )
-    connect_timeout_seconds: float = Field(
-        default=10.0, gt=0, le=LONGEST_SECONDS, allow_inf_nan=False, description="Limit for opening a connection."
-    )
-    first_byte_timeout_seconds: float = Field(
+    connect_timeout_seconds: Seconds = Field(default=10.0, description="Limit for opening a connection.")
+    first_byte_timeout_seconds: Seconds = Field(
         default=30.0,
-        gt=0,
-        le=LONGEST_SECONDS,
-        allow_inf_nan=False,
         description="Limit for the response headers of an object store.",
     )
-    stall_timeout_seconds: float = Field(
+    stall_timeout_seconds: Seconds = Field(
         default=30.0,
-        gt=0,
-        le=LONGEST_SECONDS,
-        allow_inf_nan=False,
         description="Limit for each MiB of a response body of an object store.",
     )
-    list_timeout_seconds: float = Field(
+    list_timeout_seconds: Seconds = Field(
         default=30.0,
-        gt=0,
-        le=LONGEST_SECONDS,
-        allow_inf_nan=False,
         description="Limit for listing one folder of an object store, all pages together.",
     )
     retry_deadline_seconds: float = Field(

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr
 from pydantic import model_validator as validates_model
 
-from ray_streamer.settings.load import LONGEST_SECONDS, LoadSettings
+from ray_streamer.settings.load import LoadSettings, Seconds
 
 
 def _make_absolute(path: Any) -> Any:
@@ -41,11 +41,8 @@ class StoreSettings(LoadSettings):
         description="CA file for https endpoints; unset = AWS_CA_BUNDLE, the profile's ca_bundle or REQUESTS_CA_BUNDLE.",
     )
     s3_requester_pays: bool = Field(default=False, description="Pay for requests to requester-pays buckets.")
-    credentials_timeout_seconds: float = Field(
+    credentials_timeout_seconds: Seconds = Field(
         default=60.0,
-        gt=0,
-        le=LONGEST_SECONDS,
-        allow_inf_nan=False,
         description="Limit for boto3, and for the libraries of other stores, to find or renew credentials.",
     )
     s3_access_key_id: SecretStr | None = Field(

@@ -10,6 +10,7 @@ holds whole have the base's names, and its rules. Names are those that PEFT 0.21
 
 from __future__ import annotations
 
+import glob
 import re
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -31,7 +32,6 @@ _PART = re.compile(
 )
 _INPUTS, _OUTPUTS = 1, 0
 _NUMBER = re.compile(r"(?<=\.)[0-9]+(?=\.)")
-_SPECIAL = re.compile(r"([*?\[])")
 
 
 def adapter_rules(index: CheckpointIndex, config: Mapping[str, Any], base: ShardRules) -> ShardRules:
@@ -88,17 +88,13 @@ def _placed(placement: Placement, part: str, kind: str, *, is_transposed: bool) 
 
 def _rules(placed: Mapping[str, Placement]) -> Sequence[Rule]:
     """One rule for all layers where they lie alike, else one for each tensor."""
-    by_glob: dict[str, dict[str, Placement]] = {}
+    by_pattern: dict[str, dict[str, Placement]] = {}
     for name, placement in placed.items():
-        by_glob.setdefault(_NUMBER.sub("*", _escaped(name)), {})[name] = placement
+        by_pattern.setdefault(_NUMBER.sub("*", glob.escape(name)), {})[name] = placement
     rules: list[Rule] = []
-    for glob, of_names in by_glob.items():
+    for pattern, of_names in by_pattern.items():
         if len(set(of_names.values())) == 1:
-            rules.append(Rule(glob, next(iter(of_names.values())), optional=True))
+            rules.append(Rule(pattern, next(iter(of_names.values())), optional=True))
         else:
-            rules += [Rule(_escaped(name), placement, optional=True) for name, placement in of_names.items()]
+            rules += [Rule(glob.escape(name), placement, optional=True) for name, placement in of_names.items()]
     return rules
-
-
-def _escaped(name: str) -> str:
-    return _SPECIAL.sub(r"[\1]", name)

@@ -84,8 +84,7 @@ def _throughput(timeline: Timeline, verdict: Verdict | None) -> Figure:
     says = "Bytes of all ranks of the node; into tensors, what two ranks hold counts twice."
     ceiling = None if verdict is None else verdict.node_bytes_per_second
     if ceiling is not None:
-        ends = {"x": [0, timeline.seconds], "y": [ceiling / 1e9] * 2, "name": "ceiling", "mode": "lines"}
-        traces.append(ends | {"line": {"dash": "dash", "color": COLOURS["beyond"]}, "hoverinfo": "name+y"})
+        traces.append(_limit("ceiling", ceiling / 1e9, timeline))
         says += f" All streams together get about {ceiling / 1e9:.2f} GB/s: that is the ceiling of this load."
     else:
         says += " The ceiling does not show: more streams would have brought more."
@@ -154,15 +153,7 @@ def _slots(timeline: Timeline) -> Figure:
     middles = _middles(timeline)
     traces = [_line(f"rank {rank.rank}", None, middles, rank.slots_in_use, unit="slots") for rank in timeline.ranks]
     limits = sorted({rank.num_slots for rank in timeline.ranks})
-    for limit in limits[:1]:
-        ends = {
-            "x": [0, timeline.seconds],
-            "y": [limit] * 2,
-            "name": "all slots",
-            "mode": "lines",
-            "hoverinfo": "name+y",
-        }
-        traces.append(ends | {"line": {"dash": "dash", "color": COLOURS["beyond"]}})
+    traces.append(_limit("all slots", limits[0], timeline))
     slots = " to ".join(map(str, (limits[0], limits[-1]) if limits[0] != limits[-1] else limits[:1]))
     rows = [
         (f"{at:.3f}", *(rank.slots_in_use[part] for rank in timeline.ranks)) for part, at in enumerate(_edges(timeline))
@@ -186,6 +177,13 @@ def _line(
     texts = [f"{name}: {value:.2f} {unit}, {at:.2f} s" for at, value in zip(xs, ys, strict=True)]
     shown: dict[str, Any] = {"x": list(xs), "y": list(ys), "name": name, "mode": "lines", "line": line}
     return shown | {"hovertext": texts, "hoverinfo": "text"} | more
+
+
+def _limit(name: str, height: float, timeline: Timeline) -> dict[str, Any]:
+    """A dashed line over all of the time."""
+    line = {"dash": "dash", "color": COLOURS["beyond"]}
+    ends = {"x": [0, timeline.seconds], "y": [height] * 2}
+    return ends | {"name": name, "mode": "lines", "line": line, "hoverinfo": "name+y"}
 
 
 def _axis(title: str) -> dict[str, Any]:
