@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from ray_streamer.planning.limits import useful_slots
 from ray_streamer.rank.conditions import max_copiers
 from ray_streamer.report.verdict.cost import find_model_costs
 from ray_streamer.report.verdict.model import Copy, NodeModel, RankModel, Read
@@ -93,7 +94,7 @@ def predict(plan: ReadPlan, node: Node, settings: Settings) -> Prediction:
 
 
 def _with_readers(model: NodeModel, num_readers: int, memory_limit: int) -> NodeModel:
-    num_slots = memory_limit // model.block_bytes
+    num_slots = useful_slots(memory_limit=memory_limit, block_bytes=model.block_bytes, concurrency=num_readers)
     return with_settings(model, num_readers=num_readers, num_slots=num_slots, block_bytes=model.block_bytes)
 
 
@@ -121,7 +122,11 @@ def _model(plan: ReadPlan, node: Node, settings: Settings) -> NodeModel:
                 begin_seconds=0.0,
                 ready_seconds=0.0,
                 num_readers=settings.concurrency,
-                num_slots=max(1, node.memory_limit // node_plan.limits.block_bytes),
+                num_slots=useful_slots(
+                    memory_limit=node.memory_limit,
+                    block_bytes=node_plan.limits.block_bytes,
+                    concurrency=settings.concurrency,
+                ),
                 num_copiers=max_copiers(len(ranks)),
                 reads=tuple(reads[local]),
                 mapped=tuple(mapped[local]),

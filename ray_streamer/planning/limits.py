@@ -130,3 +130,16 @@ def fit_block_bytes(*, memory_limit: int, block_bytes: int, concurrency: int) ->
     while block_bytes > floor and memory_limit < block_bytes * concurrency:
         block_bytes = max(floor, block_bytes // 2 // PAGE_BYTES * PAGE_BYTES)
     return block_bytes
+
+
+def useful_slots(*, memory_limit: int, block_bytes: int, concurrency: int) -> int:
+    """How many blocks one rank keeps in staging memory at one time, within its limit.
+
+    Each read in flight has a slot, and a quarter more hold blocks that are being copied. A copy is so much shorter than a read that
+    further slots wait for nothing; touching them for the first time costs more than they save.
+
+    >>> useful_slots(memory_limit=1 << 30, block_bytes=8 << 20, concurrency=16)
+    20
+    """
+    useful = concurrency + max(1, concurrency // 4)
+    return useful if memory_limit == AS_MUCH_AS_USEFUL else min(useful, max(1, memory_limit // block_bytes))

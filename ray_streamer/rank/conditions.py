@@ -20,7 +20,7 @@ class RankConditions:
 
     Attributes:
         concurrency: Reads in flight.
-        num_slots: Slots of its arena.
+        num_slots: Slots of its arena that can be in use at one time.
         block_bytes: Size of a slot, and of the largest request.
         num_copiers: Threads, at most, that copy what neighbours offer and what lies in mapped files.
         num_cpus: CPUs that the process may run on; it shares them with the other ranks of its node.
@@ -37,7 +37,7 @@ class RankConditions:
         """Those of a rank that shares its machine with so many, itself included."""
         return cls(
             concurrency=options.concurrency,
-            num_slots=arena.num_slots,
+            num_slots=arena.num_usable,
             block_bytes=arena.slot_bytes,
             num_copiers=max_copiers(num_local_ranks),
             num_cpus=count_cpus(),

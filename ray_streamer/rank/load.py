@@ -18,7 +18,7 @@ import logging
 from typing import TYPE_CHECKING, NamedTuple
 
 from ray_streamer.errors import BudgetError
-from ray_streamer.planning.limits import AS_MUCH_AS_USEFUL
+from ray_streamer.planning.limits import AS_MUCH_AS_USEFUL, useful_slots
 from ray_streamer.process_limits import limits_explained
 from ray_streamer.rank.block_reads import BlockReads, DirectReads, StagedReads
 from ray_streamer.rank.conditions import RankConditions, max_copiers
@@ -188,17 +188,24 @@ class RankLoad:
         )
 
     def _num_slots(self) -> int:
-        """Slots within the limit, and no more than there are blocks that could need one."""
+        """Slots within the limit, and no more than there are blocks that could need one: all of them while torch is imported."""
         num_reads = len(self._mine.reads)
         memory_limit, slot_bytes = self._options.memory_limit, self._mine.node_plan.limits.block_bytes
-        if memory_limit == AS_MUCH_AS_USEFUL:
-            return num_reads
         if 0 < memory_limit < slot_bytes:
             raise BudgetError(
                 f"memory_limit of {exact_bytes(memory_limit)} of rank {self._mine.rank} cannot hold one block of "
                 f"{exact_bytes(slot_bytes)}; plan with smaller blocks, or give that much"
             )
-        return min(num_reads, max(1, memory_limit // slot_bytes))
+        if self._device_start.opened is not None:
+            return min(num_reads, self._num_useful_slots())
+        return num_reads if memory_limit == AS_MUCH_AS_USEFUL else min(num_reads, max(1, memory_limit // slot_bytes))
+
+    def _num_useful_slots(self) -> int:
+        return useful_slots(
+            memory_limit=self._options.memory_limit,
+            block_bytes=self._mine.node_plan.limits.block_bytes,
+            concurrency=self._options.concurrency,
+        )
 
     def _prepare_landing(self, device: Device) -> _Landing:
         """Makes the tensors."""
@@ -273,6 +280,7 @@ class RankLoad:
         self._early.begin(numbers, num_threads=self._options.concurrency)
         landing = self._prepare_landing(self._device_start.wait(self._stop, self._activity))
         self._early.end()
+        self._arena.limit_touched(self._num_useful_slots())
         return landing
 
     def _own_reads(self) -> list[int]:

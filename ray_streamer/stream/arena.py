@@ -53,7 +53,9 @@ class Arena:
         self._mapping: mmap.mmap | None = None
         self._memory = memoryview(b"")
         self._holders = [0] * num_slots
-        self._free = list(range(num_slots - 1, -1, -1))
+        self._free: list[int] = []
+        self._num_touched = 0
+        self._max_touched = num_slots
         self._changed = threading.Condition()
         self.peak_slots = 0
         stop.on_set(self._wake)
@@ -103,14 +105,22 @@ class Arena:
             BaseException: The error that ended the load while waiting; no slot is taken then.
         """
         with self._changed:
-            while not self._free:
+            while not self._free and self._num_touched >= self._max_touched:
                 self._stop.check()
                 self._changed.wait()
             self._stop.check()
+            if not self._free:
+                self._free.append(self._num_touched)
+                self._num_touched += 1
             slot = self._free.pop()
             self._holders[slot] = 1
-            self.peak_slots = max(self.peak_slots, self.num_slots - len(self._free))
+            self.peak_slots = max(self.peak_slots, self.num_used)
             return slot
+
+    def limit_touched(self, num_slots: int) -> None:
+        """From now on fresh slots are handed out while fewer than so many were touched; those that were are used on."""
+        with self._changed:
+            self._max_touched = min(num_slots, self.num_slots)
 
     def hold(self, slot: int, num_holders: int) -> None:
         """Adds `num_holders` to a slot that the caller holds."""
@@ -130,12 +140,17 @@ class Arena:
     @property
     def num_used(self) -> int:
         """Slots that somebody holds."""
-        return self.num_slots - len(self._free)
+        return self._num_touched - len(self._free)
+
+    @property
+    def num_usable(self) -> int:
+        """Slots that can be held at one time, now that so many were touched."""
+        return max(self._num_touched, self._max_touched)
 
     @property
     def is_idle(self) -> bool:
         """Whether nobody holds any slot."""
-        return len(self._free) == self.num_slots
+        return self.num_used == 0
 
     def wait_idle(self) -> None:
         """Waits until every slot is free.

@@ -96,6 +96,24 @@ def test_slots_fill_before_the_device_is_there_and_no_block_is_read_twice(
     assert running.loads[1].statistics().seconds["device"] == 0
 
 
+def test_slots_that_filled_early_are_all_that_is_touched(ranks: Any, split: Any, tmp_path: Path) -> None:
+    """Before the device is there slots up to the limit, after it no more than reads in flight can use."""
+    plan = plan_of_two(ranks, split, tmp_path)
+    late, reads = LateDevice(), threading.Semaphore(0)
+    running = ranks.prepare(
+        plan,
+        memory_limit=SLOTS * 4096,
+        concurrency=1,
+        devices={0: late.start},
+        before_read={0: lambda *_: reads.release()},
+    ).start()
+    wait_for_early_reads(reads)
+    late.come()
+    expect_slices(plan, running.tensors())
+    assert running.loads[0].statistics().peak_staging_bytes == SLOTS * 4096
+    assert running.loads[1].statistics().peak_staging_bytes <= 2 * 4096
+
+
 class CountingDevice(CpuDevice):
     """Host memory, and how many blocks were copied to it."""
 

@@ -151,12 +151,23 @@ def test_no_more_reads_than_concurrency_at_once(ranks, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("memory_limit", "num_slots"), [(0, 1), (AS_MUCH_AS_USEFUL, 10), (3 * 4096, 3), (4 * 4096 - 1, 3), (1 << 40, 10)]
+    ("memory_limit", "concurrency", "num_slots"),
+    [
+        (0, 16, 1),
+        (AS_MUCH_AS_USEFUL, 16, 10),
+        (AS_MUCH_AS_USEFUL, 4, 5),
+        (3 * 4096, 16, 3),
+        (4 * 4096 - 1, 16, 3),
+        (1 << 40, 16, 10),
+        (1 << 40, 4, 5),
+        (1 << 40, 1, 2),
+    ],
 )
-def test_slots_of_a_limit(ranks, tmp_path, memory_limit, num_slots):
+def test_slots_of_a_limit(ranks, tmp_path, memory_limit, concurrency, num_slots):
+    """No more than there are blocks, and a quarter more than reads in flight."""
     folder = ranks.write(tmp_path, [[("large", "U8", (9 * 4096 + 1,))]])
     plan = ranks.plan(str(folder), {"large": (TensorPart.whole((9 * 4096 + 1,)),)}, topology=Topology.even(1))
-    running = ranks.prepare(plan, memory_limit=memory_limit)
+    running = ranks.prepare(plan, memory_limit=memory_limit, concurrency=concurrency)
     statistics = running.loads[0].statistics()
     assert len(running.loads[0]._mine.reads) == 10
     assert statistics.memory_limit == max(memory_limit, num_slots * 4096)

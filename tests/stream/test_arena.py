@@ -54,6 +54,25 @@ def test_the_last_slot_that_was_freed_is_used_next(stop):
         assert arena.peak_slots == 3
 
 
+def test_fresh_slots_are_not_handed_out_beyond_a_limit_and_touched_ones_are_used_on(stop):
+    with Arena(8, 4096, stop) as arena:
+        held = [arena.acquire() for _ in range(4)]
+        arena.limit_touched(2)
+        assert arena.num_usable == 4
+        waiter, outcome = _in_thread(arena.acquire)
+        arena.release(held[1])
+        waiter.join(SECONDS)
+        assert outcome == [held[1]]
+        assert arena.peak_slots == 4
+        for slot in held:
+            arena.release(slot)
+        assert arena.is_idle
+        arena.limit_touched(5)
+        assert sorted(arena.acquire() for _ in range(5)) == [0, 1, 2, 3, 4]
+        arena.limit_touched(1 << 30)
+        assert arena.num_usable == 8
+
+
 def test_only_touched_slots_cost_memory(stop):
     with Arena(1000, 1 << 20, stop) as arena:
         for _ in range(10):

@@ -12,6 +12,7 @@ from ray_streamer.planning.limits import (
     MIN_BLOCK_BYTES,
     PAGE_BYTES,
     fit_block_bytes,
+    useful_slots,
 )
 from ray_streamer.report.verdict.other_settings import with_settings
 from ray_streamer.report.verdict.replay import replay_seconds
@@ -117,7 +118,7 @@ def _replayed_with(model: NodeModel, knobs: Knobs) -> float:
     other = with_settings(
         model,
         num_readers=knobs.concurrency,
-        num_slots=knobs.memory_limit // block_bytes,
+        num_slots=useful_slots(memory_limit=knobs.memory_limit, block_bytes=block_bytes, concurrency=knobs.concurrency),
         block_bytes=block_bytes,
     )
     return replay_seconds(other)

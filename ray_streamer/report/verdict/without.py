@@ -7,6 +7,8 @@ from dataclasses import replace
 from statistics import fmean, median
 from typing import TYPE_CHECKING
 
+from ray_streamer.planning.limits import AS_MUCH_AS_USEFUL, useful_slots
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
@@ -52,9 +54,13 @@ def without_stream_rate(model: NodeModel) -> NodeModel:
 
 
 def without_slots(model: NodeModel) -> NodeModel:
-    """Every read finds a free slot."""
-    ranks = (replace(rank, num_slots=max(rank.num_slots, len(rank.reads))) for rank in model.ranks)
+    """No memory limit: a rank has all the slots that it would use."""
+    ranks = (replace(rank, num_slots=max(rank.num_slots, _unlimited_slots(model, rank))) for rank in model.ranks)
     return replace(model, ranks=tuple(ranks))
+
+
+def _unlimited_slots(model: NodeModel, rank: RankModel) -> int:
+    return useful_slots(memory_limit=AS_MUCH_AS_USEFUL, block_bytes=model.block_bytes, concurrency=rank.num_readers)
 
 
 def without_copies(model: NodeModel) -> NodeModel:
