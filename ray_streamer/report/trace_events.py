@@ -4,7 +4,7 @@
     reads        a block from when it is taken up until it is there and offered; in it the wait for a slot, the wait for the
                  first byte, and the rest
     copies       a block's way into this rank's tensors
-    incidents    retries, answers to slow down, hedged requests, late bodies cut: marks in the lane of the phases
+    incidents    retries, answers to slow down, requests held back, hedged requests, late bodies cut: marks in the lane of the phases
     slots        how many slots of the arena are in use, until the last rank of the node has its part
 
 An arrow leads from a read to the copies that other ranks of the node make of the block. Format: "Trace Event Format" of the Chromium
@@ -107,8 +107,8 @@ class DrawnRank(NamedTuple):
         trace, process = self.trace, self.process
         yield from process.names(f"rank {trace.rank} on {trace.node}", sort_index=trace.rank)
         yield from process.phases([phase for phase in trace.spans.phases if phase.stop])
-        for kind, seconds in trace.incidents:
-            yield process.mark(kind, seconds)
+        for incident in trace.incidents:
+            yield process.mark(incident.kind, incident.seconds)
         for name, first, placed in (("reads", _READS, self.reads), ("copies", _COPIES, self.copies)):
             for lane in range(placed.num_lanes):
                 yield from process.lane(first + lane, f"{name} {lane + 1}")

@@ -64,12 +64,18 @@ class Incident(NamedTuple):
     """One thing that went wrong or came late, and was made good; `StorageStatistics` counts them.
 
     Attributes:
-        kind: "retry", "throttled", "hedge" or "cut".
-        seconds: When, by the monotonic clock of this machine (`time.perf_counter`).
+        kind: "retry", "throttled", "hedge", "cut"; or "held": a request waited, since the store had asked to slow down.
+        seconds: When, by the monotonic clock of this machine (`time.perf_counter`); of what lost time, the end.
+        path: The file that was read; empty where that is not told.
+        offset: First byte in the file that was still missing.
+        lost_seconds: Until then nothing came for so long: the attempt in vain, and the wait for the next one.
     """
 
     kind: str
     seconds: float
+    path: str = ""
+    offset: int = 0
+    lost_seconds: float = 0.0
 
 
 class StorageSettings(Protocol):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING
 
 from ray_streamer.errors import ShortReadError
@@ -44,11 +45,23 @@ class Landing:
         self.num_landed = 0
         self._is_head = view is None
         self._on_first_byte = on_first_byte
+        self._useful_until = time.perf_counter()
 
     @property
     def rest(self) -> Extent:
         """What has not landed yet."""
         return Extent(self.extent.start + self.num_landed, self.extent.stop)
+
+    def add(self, num_bytes: int) -> None:
+        """So many more bytes have landed, now."""
+        if num_bytes:
+            self.num_landed += num_bytes
+            self._useful_until = time.perf_counter()
+
+    def take_lost_seconds(self) -> float:
+        """How long nothing has come by now: since the last attempt began, or since what it brought; the next one begins."""
+        before, self._useful_until = self._useful_until, time.perf_counter()
+        return self._useful_until - before
 
     def begin(self, given: ContentRange, identity: Identity, *, what: str) -> None:
         """An answer came, that brings this part of an object of that identity.

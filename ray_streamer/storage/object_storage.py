@@ -114,7 +114,10 @@ class ObjectStorage(RemoteStorage):
         if identity.is_exact:
             identity = replace(identity, size_bytes=self._sizes.get((path, etag)))
         landing = Landing(path, extent, buffer.cast("B"), identity, on_first_byte=on_first_byte)
-        self._run(lambda: self._land(landing))
+        self._run(
+            lambda: self._land(landing),
+            on_retry=lambda: self._tally.retried(path, landing.rest.start, landing.take_lost_seconds()),
+        )
 
     def list(self, prefix: str = "", *, recursive: bool = False) -> list[str]:
         """See `Storage`; empty for a prefix that does not exist."""
@@ -146,7 +149,7 @@ class ObjectStorage(RemoteStorage):
         self._http.close()
         self._store.close()
 
-    def _run(self, attempt: Callable[[], _Result]) -> _Result:
+    def _run(self, attempt: Callable[[], _Result], *, on_retry: Callable[[], None] | None = None) -> _Result:
         """Try until it works; a body that was late goes on at once."""
         if self._closing.is_set():
             raise StorageError(f"{self.uri} is read after its storage was closed")
@@ -161,7 +164,7 @@ class ObjectStorage(RemoteStorage):
         patience = Patience(
             deadline_seconds=self._deadline_seconds,
             closing=self._closing,
-            on_retry=lambda: self._tally.add(num_retries=1),
+            on_retry=on_retry or (lambda: self._tally.add(num_retries=1)),
         )
         return patience.run(attempt_or_cut)
 
@@ -184,7 +187,7 @@ class ObjectStorage(RemoteStorage):
             try:
                 self._http.receive_into(answer, landing.view[landing.num_landed :])
             finally:
-                landing.num_landed += answer.num_received
+                landing.add(answer.num_received)
             if answer.is_too_long:
                 raise StorageError(
                     f"{self._name(landing.path, rest)}: the body is longer than the {exact_bytes(given.extent.num_bytes)} of its "
@@ -252,7 +255,7 @@ class ObjectStorage(RemoteStorage):
         # The last byte is inclusive in HTTP (RFC 9110, section 14.1.2), and nowhere else.
         headers = {"Range": f"bytes={asked.start}-{asked.stop - 1}"}
         pinned = expected if self._sends_conditions else None
-        with self._get(path, what, headers, pinned) as (request, answer):
+        with self._get(path, what, headers, pinned, offset=asked.start) as (request, answer):
             given = content_range_of(answer, what=what)
             identity = self._store.identity_of(path, request, answer, given.size_bytes)
             difference = expected.difference(identity) if expected else ""
@@ -276,14 +279,14 @@ class ObjectStorage(RemoteStorage):
 
     @contextmanager
     def _get(
-        self, path: str, what: str, headers: dict[str, str], pinned: Identity | None
+        self, path: str, what: str, headers: dict[str, str], pinned: Identity | None, *, offset: int = 0
     ) -> Iterator[tuple[Request, HttpAnswer]]:
         """One GET of an object and its answer, whose status was success, wherever the store sent the request."""
         for _ in range(_MAX_REDIRECTS + 1):
             with self._all_faults_translated(what):
                 request = self._store.object_request(path, headers, pinned)
             try:
-                with self._asked(what, request, path=path) as answer:
+                with self._asked(what, request, path=path, offset=offset) as answer:
                     yield request, answer
             except _MovedError:
                 continue
@@ -298,10 +301,10 @@ class ObjectStorage(RemoteStorage):
         raise StorageError(f"{what}: the server sent the request on more than {_MAX_REDIRECTS} times")
 
     @contextmanager
-    def _asked(self, what: str, request: Request, *, path: str | None) -> Iterator[HttpAnswer]:
+    def _asked(self, what: str, request: Request, *, path: str | None, offset: int = 0) -> Iterator[HttpAnswer]:
         """The answer to one request, for an object or else a listing, when its turn has come and if its status was success."""
         with (
-            self._limit.admit() as number,
+            self._limit.admit() as turn,
             self._faults_translated(what, endpoint=self._store.place_of(request)),
             self._http.get(request.url, request.headers) as answer,
         ):
@@ -311,8 +314,10 @@ class ObjectStorage(RemoteStorage):
                     # Its body is of no interest, but keeps the connection.
                     self._http.read(answer, MAX_ERROR_BYTES)
                     raise _MovedError
-                raise self._refusal(answer, what, request, number=number, is_object=path is not None)
+                raise self._refusal(answer, what, request, number=turn.number, is_object=path is not None)
             self._limit.climb()
+            if turn.held_seconds and path is not None:
+                self._tally.held(path, offset, turn.held_seconds)
             yield answer
 
     def _refusal(self, answer: HttpAnswer, what: str, request: Request, *, number: int, is_object: bool) -> Exception:

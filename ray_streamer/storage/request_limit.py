@@ -9,13 +9,26 @@ from __future__ import annotations
 
 import threading
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from time import perf_counter
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 _DECREASE = 0.8
 _INCREASE = 2.0
+
+
+class Turn(NamedTuple):
+    """A request that may be sent.
+
+    Attributes:
+        number: For `RequestLimit.fall`.
+        held_seconds: How long it waited because the store had asked to slow down.
+    """
+
+    number: int
+    held_seconds: float
 
 
 class RequestLimit:
@@ -40,19 +53,28 @@ class RequestLimit:
         return int(self._allowed)
 
     @contextmanager
-    def admit(self) -> Iterator[int]:
-        """Wait for a turn, which lasts as long as the block; gives the request's number, for `fall`."""
+    def admit(self) -> Iterator[Turn]:
+        """Wait for a turn, which lasts as long as the block."""
+        held_seconds = 0.0
         with self._changed:
-            self._changed.wait_for(lambda: self._num_under_way < self.num_allowed or self._is_closed)
+            if self.num_allowed <= self._num_under_way < self._max_requests:
+                began = perf_counter()
+                self._wait_for_room()
+                held_seconds = perf_counter() - began
+            else:
+                self._wait_for_room()
             self._num_under_way += 1
             self._num_begun += 1
             number = self._num_begun
         try:
-            yield number
+            yield Turn(number, held_seconds)
         finally:
             with self._changed:
                 self._num_under_way -= 1
                 self._changed.notify()
+
+    def _wait_for_room(self) -> None:
+        self._changed.wait_for(lambda: self._num_under_way < self.num_allowed or self._is_closed)
 
     def fall(self, number: int) -> None:
         """The store asked to slow down, in answer to this request."""

@@ -28,8 +28,22 @@ class Tally:
         with self._lock:
             self._counts.update(amounts)
             for name in amounts.keys() & _INCIDENTS.keys():
-                if len(self._incidents) < _MOST_INCIDENTS:
-                    self._incidents.append(Incident(_INCIDENTS[name], time.perf_counter()))
+                self._keep(Incident(_INCIDENTS[name], time.perf_counter()))
+
+    def retried(self, path: str, offset: int, lost_seconds: float) -> None:
+        """A read goes on with its next attempt now."""
+        with self._lock:
+            self._counts["num_retries"] += 1
+            self._keep(Incident("retry", time.perf_counter(), path, offset, lost_seconds))
+
+    def held(self, path: str, offset: int, lost_seconds: float) -> None:
+        """A request is sent now that waited, since the store had asked to slow down."""
+        with self._lock:
+            self._keep(Incident("held", time.perf_counter(), path, offset, lost_seconds))
+
+    def _keep(self, incident: Incident) -> None:
+        if len(self._incidents) < _MOST_INCIDENTS:
+            self._incidents.append(incident)
 
     def statistics(self) -> StorageStatistics:
         """The counts as they are now."""

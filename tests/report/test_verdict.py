@@ -14,15 +14,17 @@ from ray_streamer.rank.recorder import Step
 from ray_streamer.report.evidence import Evidence, slowest_node
 from ray_streamer.report.tables import print_load
 from ray_streamer.report.verdict.judge import judge
+from ray_streamer.report.verdict.losses import losses_of
 from ray_streamer.report.verdict.model import Asked
 from ray_streamer.report.verdict.observe import observe_node
 from ray_streamer.report.verdict.replay import replay_seconds
-from ray_streamer.storage.base import StorageStatistics
+from ray_streamer.storage.base import Incident, StorageStatistics
 
 SMALL = 256 << 10
 """The smallest block to which a small memory limit leads."""
 
 CLOSE = 0.1
+BEGAN = 1000.0
 
 
 @pytest.fixture
@@ -112,24 +114,106 @@ def test_one_rank_that_is_slower_than_the_others(constructed, verdict_on, slow_r
     assert f"rank {slow_rank}, which was slower" in verdict.text
 
 
+def with_losses(load, first_bytes, kind="retry"):
+    """The trace of a load whose blocks waited for their first bytes because requests failed, or were held back."""
+    trace = replace(load, first_bytes=first_bytes).trace()
+    usual = load.first_byte_seconds
+    incidents = [
+        Incident(
+            kind,
+            float(trace.spans.times[Step.ASKED, block]) + seconds - usual,
+            trace.files[0],
+            int(trace.starts[block]),
+            seconds - usual,
+        )
+        for block, seconds in first_bytes.items()
+    ]
+    return replace(trace, incidents=(Incident("throttled", BEGAN), *incidents))
+
+
+def test_few_answers_that_come_much_later(constructed, verdict_on):
+    usual = constructed(first_byte_seconds=0.02)
+    verdict = verdict_on(replace(usual, first_bytes={33: 2.0, 39: 3.0}))
+    assert verdict.bound == "late answers"
+    cost = next(cost for cost in verdict.costs if cost.kind == "late answers")
+    assert verdict.measured_seconds - cost.seconds == pytest.approx(usual.seconds, rel=CLOSE)
+
+
+@pytest.mark.parametrize("kind", ["retry", "held"])
 @pytest.mark.parametrize(
     ("storage", "bound"),
     [
-        (StorageStatistics(), "late answers"),
         (StorageStatistics(num_throttled=4, num_retries=4), "throttling"),
+        (StorageStatistics(num_throttled=1, num_retries=4), "failed requests"),
         (StorageStatistics(num_retries=4), "failed requests"),
     ],
-    ids=["late", "throttled", "failed"],
+    ids=["throttled", "mostly-failed", "failed"],
 )
-def test_few_answers_that_come_much_later(constructed, verdict_on, storage, bound):
+def test_requests_that_failed(constructed, verdict_on, storage, bound, kind):
     usual = constructed(first_byte_seconds=0.02)
-    verdict = verdict_on(replace(usual, first_bytes={33: 2.0, 39: 3.0}), storage=storage)
+    verdict = verdict_on(usual, traces=[with_losses(usual, {33: 2.0, 39: 3.0}, kind)], storage=storage)
     assert verdict.bound == bound
     cost = next(cost for cost in verdict.costs if cost.kind == bound)
     assert verdict.measured_seconds - cost.seconds == pytest.approx(usual.seconds, rel=CLOSE)
+    assert [cost.kind for cost in verdict.costs].count("late answers") == 0
     if bound == "throttling":
         assert "4 answers to slow down" in verdict.text
         assert "concurrency=8" in verdict.text
+
+
+@pytest.mark.parametrize("num_slow", [2, 4, 12])
+def test_waits_after_refusals_that_are_shorter_than_late_answers(constructed, verdict_on, num_slow):
+    """Each costs 40 ms, where an answer counts as late from 50 ms on; 5% of 40 blocks, 10%, and 30%."""
+    usual = constructed(concurrency=1)
+    waits = {block: 0.041 for block in range(0, 40, 40 // num_slow)}
+    trace = with_losses(usual, waits)
+    throttled = StorageStatistics(num_throttled=num_slow, num_retries=num_slow)
+    verdict = verdict_on(usual, traces=[trace], storage=throttled)
+    assert verdict.bound == "throttling"
+    cost = next(cost for cost in verdict.costs if cost.kind == "throttling")
+    assert verdict.measured_seconds - cost.seconds == pytest.approx(usual.seconds, rel=CLOSE)
+
+
+def test_failed_requests_that_cost_little_are_told_beside_what_bounded_the_load(constructed, verdict_on):
+    usual = constructed(first_byte_seconds=0.2)
+    verdict = verdict_on(
+        usual, traces=[with_losses(usual, {39: 0.23})], storage=StorageStatistics(num_throttled=1, num_retries=1)
+    )
+    assert verdict.bound == "first byte"
+    assert "(median 200 ms)" in verdict.text
+    assert (
+        "Beside that, the storage's throttling (1 answer to slow down, and the waits after them) cost 0.03 s."
+        in verdict.text
+    )
+
+
+def test_a_body_that_breaks_costs_until_it_goes_on(constructed, verdict_on):
+    usual = constructed(stream_rate=5e6, num_blocks=16)
+    trace = usual.trace()
+    times = trace.spans.times.copy()
+    times[Step.LAST_BYTE :, 3] += 1.0
+    lost = Incident("retry", float(times[Step.FIRST_BYTE, 3]) + 1.1, trace.files[0], int(trace.starts[3]) + 1000, 1.0)
+    trace = replace(trace, spans=replace(trace.spans, times=times), incidents=(lost,))
+    verdict = verdict_on(usual, traces=[trace], storage=StorageStatistics(num_retries=1))
+    assert verdict.bound == "failed requests"
+    cost = next(cost for cost in verdict.costs if cost.kind == "failed requests")
+    assert verdict.measured_seconds - cost.seconds == pytest.approx(usual.seconds, rel=0.25)
+
+
+def test_losses_belong_to_the_block_that_was_asked_for(constructed):
+    """Other files, blocks that other ranks read, and places in no block at all are none of this read's."""
+    trace = constructed(num_ranks=2).trace()
+    rows = np.arange(4)
+    asked, first = (trace.spans.times[step] for step in (Step.ASKED, Step.FIRST_BYTE))
+
+    def lost(offset, path="model.safetensors", seconds=1.0):
+        incident = Incident("retry", float(asked[1]) + 1e-4, path, offset, seconds)
+        return losses_of(replace(trace, incidents=(incident,)), rows).before_seconds.tolist()
+
+    begins, ends = int(trace.starts[1]), int(trace.stops[1])
+    assert lost(begins, seconds=1e-4) == lost(ends - 1, seconds=1e-4) == [0.0, 1e-4, 0.0, 0.0]
+    assert lost(begins) == [0.0, pytest.approx(first[1] - asked[1]), 0.0, 0.0], "never more than the read waited"
+    assert lost(ends) == lost(begins, path="other") == lost(begins, path="") == lost(1 << 60) == [0.0] * 4
 
 
 @pytest.mark.parametrize(

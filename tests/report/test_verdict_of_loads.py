@@ -80,3 +80,15 @@ def test_a_load_whose_tensors_are_read_in_place(verdict_on):
     """Half of the rows, which no slot is needed for."""
     verdict = verdict_on(*[Fault(delay_seconds=0.2)] * NUM_BLOCKS, dim=0, concurrency=2, memory_limit=0)
     assert verdict.bound == "first byte"
+
+
+def test_a_store_that_refuses_some_requests(verdict_on):
+    """Half of the first requests, so that they are what bounds the load on any machine; none at all in the words of the other load."""
+    faults = [Fault(status=503), Fault(), Fault(status=503), Fault(status=503)] * 4
+    verdict = verdict_on(*faults, dim=1, concurrency=2)
+    assert verdict.bound == "throttling"
+    assert "12 answers to slow down" in verdict.text
+    assert "spread the files over more prefixes" in verdict.text
+    calm = verdict_on(*[Fault(delay_seconds=0.05)] * NUM_BLOCKS, dim=1, concurrency=2)
+    assert calm.bound == "first byte"
+    assert "slow down" not in calm.text

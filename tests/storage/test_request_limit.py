@@ -13,8 +13,8 @@ from ray_streamer.storage.request_limit import RequestLimit
 
 
 def ask(limit):
-    with limit.admit() as number:
-        return number
+    with limit.admit() as turn:
+        return turn.number
 
 
 def test_it_falls_once_for_requests_that_were_under_way_together():
@@ -61,6 +61,24 @@ def test_nobody_passes_beyond_the_limit():
     with ThreadPoolExecutor(12) as pool:
         list(pool.map(work, range(12)))
     assert peak == 4
+
+
+def test_a_request_tells_how_long_it_was_held_back():
+    """Held back is what waits because the limit has fallen, and nothing else."""
+    limit = RequestLimit(2)
+    with limit.admit() as turn, limit.admit() as second, ThreadPoolExecutor(1) as pool:
+        assert (turn.held_seconds, second.held_seconds) == (0.0, 0.0)
+        full = pool.submit(lambda: limit.admit().__enter__())
+        limit.close()
+        assert full.result(30).held_seconds == 0.0, "as many as the user allows are under way"
+    limit = RequestLimit(2)
+    with limit.admit() as turn, ThreadPoolExecutor(1) as pool:
+        limit.fall(turn.number)
+        assert limit.num_allowed == 1
+        held = pool.submit(lambda: limit.admit().__enter__())
+        assert not held.done()
+        limit.close()
+        assert held.result(30).held_seconds > 0
 
 
 def test_closing_lets_everybody_through():

@@ -92,6 +92,10 @@ def test_throttling_lowers_what_is_under_way(place, open_s3, etag, proxy):
     assert (statistics.num_throttled, statistics.num_retries) == (3, 3)
     incidents = storage.incidents()
     assert [incident.kind for incident in incidents] == ["throttled", "retry"] * 3
+    assert [(incident.path, incident.offset) for incident in incidents[1::2]] == [("a", 0)] * 3
+    # One after the other: together they lost what passed until the last attempt began.
+    lost = sum(incident.lost_seconds for incident in incidents)
+    assert incidents[-1].seconds - lost == pytest.approx(began, abs=incidents[0].seconds - began)
     assert began < incidents[0].seconds <= incidents[-1].seconds < time.perf_counter()
     assert storage._limit.num_allowed == 4
 

@@ -25,6 +25,7 @@ _STATES = (
 _INCIDENTS = {
     "retry": ("retries", "x"),
     "throttled": ("answers to slow down", "triangle-down"),
+    "held": ("requests held back after these", "line-ew-open"),
     "hedge": ("hedged requests", "diamond"),
     "cut": ("late bodies cut", "square"),
 }

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from ray_streamer.report.verdict.observe import Observed
 
 _COSTS = {
+    "losses": without.without_losses,
     "late answers": without.without_late_answers,
     "first byte": without.without_first_byte,
     "bandwidth": without.without_node_rate,
@@ -34,10 +35,16 @@ _HIDDEN_SHARE = 0.5
 """A special cost is named when it is at least this part of the largest one."""
 
 _LEAST_SHARE = 0.1
-"""Of the load. Costs below it are not named."""
+"""Of the load. Costs below it bound nothing, and most of them are not named."""
+
+_LEAST_LOSS = 0.02
+"""The same of what failed requests cost: nobody wants them, however little it is."""
 
 MADE_WORSE = frozenset({"throttling", "max_bandwidth"})
 """Costs that no other number or size of requests makes smaller."""
+
+LOSSES = frozenset({"throttling", "failed requests"})
+"""Costs of requests that were in vain."""
 
 _MAX_SUSPECTS = 3
 """Ranks of which each is looked at as a straggler."""
@@ -103,8 +110,8 @@ class Told:
 
     def kind(self, cost: Cost, observed: Observed) -> str:
         """The name of a cost, by its reason where that is known."""
-        if cost.kind == "late answers":
-            return "throttling" if self.num_throttled else "failed requests" if self.num_retries else cost.kind
+        if cost.kind == "losses":
+            return "throttling" if 2 * self.num_throttled >= self.num_retries else "failed requests"
         if cost.kind != "bandwidth":
             return cost.kind
         if self.max_bandwidth is not None and observed.rates.node == self.max_bandwidth:
@@ -132,17 +139,18 @@ def find_model_costs(model: NodeModel, replayed: float) -> list[Cost]:
     for local in _suspects(model):
         seconds = replayed - replay_seconds(without.without_straggler(model, local))
         found.append(Cost(kind="straggler", seconds=seconds, rank=model.ranks[local].rank))
-    return sorted(
-        (cost for cost in found if cost.seconds >= _LEAST_SHARE * replayed > 0), key=lambda cost: -cost.seconds
-    )
+    least = {"losses": _LEAST_LOSS}
+    named = (cost for cost in found if cost.seconds >= least.get(cost.kind, _LEAST_SHARE) * replayed > 0)
+    return sorted(named, key=lambda cost: -cost.seconds)
 
 
-def find_bound(found: Sequence[Cost]) -> Cost | None:
-    """The cost that bounded a load, of those that `find_costs` found; None when there are none."""
-    special = [cost for cost in found if cost.kind in _SPECIAL]
-    if special and special[0].seconds >= _HIDDEN_SHARE * found[0].seconds:
+def find_bound(found: Sequence[Cost], replayed: float) -> Cost | None:
+    """The cost that bounded a load, of those that `find_costs` found; None when none of them is large."""
+    large = [cost for cost in found if cost.seconds >= _LEAST_SHARE * replayed]
+    special = [cost for cost in large if cost.kind in _SPECIAL]
+    if special and special[0].seconds >= _HIDDEN_SHARE * large[0].seconds:
         return special[0]
-    return found[0] if found else None
+    return large[0] if large else None
 
 
 def _suspects(model: NodeModel) -> list[int]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ray_streamer.report.verdict.advice import Advice, Knobs, find_advice
-from ray_streamer.report.verdict.cost import MADE_WORSE, Cost, Told, find_bound, find_costs
+from ray_streamer.report.verdict.cost import LOSSES, MADE_WORSE, Cost, Told, find_bound, find_costs
 from ray_streamer.report.verdict.observe import observe_node
 from ray_streamer.report.verdict.paragraph import Facts, paragraph
 from ray_streamer.report.verdict.replay import replay_seconds
@@ -77,7 +77,7 @@ def judge(
     measured = observed.measured_seconds
     told = Told.of(traces, statistics, asked)
     found = find_costs(observed, told, replayed)
-    bound = find_bound(found)
+    bound = find_bound(found, replayed)
     is_trusted = abs(replayed - measured) <= _TRUSTED_DIFFERENCE * measured
     knobs = Knobs(
         concurrency=asked.concurrency,
@@ -107,7 +107,7 @@ def judge(
         node=traces[0].node,
     )
     return Verdict(
-        text=paragraph(facts, bound, advice),
+        text=paragraph(facts, bound, advice, lost=next((cost for cost in found if cost.kind in LOSSES), None)),
         bound="nothing alone" if bound is None else bound.kind,
         costs=found,
         advice=advice,

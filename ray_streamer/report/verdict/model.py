@@ -59,6 +59,8 @@ class Read(NamedTuple):
         own: From its last byte until the reader's own part is in its tensors. Of a block that is not staged, the first touch
             of fresh memory is part of `prepare_seconds` instead.
         copies: Of other ranks.
+        lost_seconds: Of `first_byte_seconds`, attempts that failed and waits before the next one.
+        lost_bytes: Of `work_bytes`, those that a stream would have brought while a broken body was asked for again.
     """
 
     file: int
@@ -71,6 +73,8 @@ class Read(NamedTuple):
     work_bytes: float
     own: Copy
     copies: tuple[Copy, ...] = ()
+    lost_seconds: float = 0.0
+    lost_bytes: float = 0.0
 
     @property
     def num_bytes(self) -> int:

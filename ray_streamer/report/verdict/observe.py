@@ -8,6 +8,7 @@ import numpy as np
 
 from ray_streamer.rank.block_source import Way
 from ray_streamer.rank.recorder import Step
+from ray_streamer.report.verdict.losses import losses_of
 from ray_streamer.report.verdict.model import Copy, NodeModel, RankModel, Read
 from ray_streamer.report.verdict.rates import Rates, Receipts
 
@@ -224,6 +225,7 @@ def _reads(
     is_staged = trace.spans.ways[rows] == Way.STAGED
     is_early = times[Step.ASKED] < _phase(trace, "stream").start
     first_byte = times[Step.FIRST_BYTE] - times[Step.ASKED] if tells_first_byte else np.zeros(len(rows))
+    losses = losses_of(trace, rows)
     # Between its last byte and its copy a block is offered to others; one that was read early waits for the tensors there.
     copied_from = np.where(is_early & is_staged, times[Step.TAKEN], times[Step.LAST_BYTE])
     columns = (
@@ -237,6 +239,8 @@ def _reads(
         times[Step.LANDED] - copied_from,
         trace.spans.touch_seconds[rows],
         trace.numbers[rows],
+        np.minimum(losses.before_seconds, first_byte),
+        losses.after_share * work,
     )
     kept = _is_replayed(trace.numbers[rows], thinning)
     return tuple(
@@ -251,8 +255,9 @@ def _reads(
             served,
             Copy(local, copy, touched),
             tuple(copies.get(number, ())),
+            *lost,
         )
-        for file, start, stop, staged, prepare, first, served, copy, touched, number in zip(
+        for file, start, stop, staged, prepare, first, served, copy, touched, number, *lost in zip(
             *(column[kept].tolist() for column in columns), strict=True
         )
     )

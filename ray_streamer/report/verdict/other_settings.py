@@ -55,6 +55,7 @@ def _split(reads: Sequence[Read], block_bytes: int) -> Iterator[Read]:
                 stop=stop,
                 prepare_seconds=read.prepare_seconds * share,
                 work_bytes=read.work_bytes * share,
+                lost_bytes=read.lost_bytes * share,
                 own=_share(read.own, share),
                 copies=tuple(_share(copy, share) for copy in read.copies),
             )
@@ -101,6 +102,8 @@ def _joined(reads: Sequence[Read]) -> Read:
         prepare_seconds=sum(read.prepare_seconds for read in reads),
         first_byte_seconds=sum(read.first_byte_seconds for read in reads) / len(reads),
         work_bytes=sum(read.work_bytes for read in reads),
+        lost_seconds=sum(read.lost_seconds for read in reads) / len(reads),
+        lost_bytes=sum(read.lost_bytes for read in reads),
         own=own,
         copies=tuple(copies.values()),
     )

@@ -60,9 +60,18 @@ class Facts:
     node: str
 
 
-def paragraph(facts: Facts, bound: Cost | None, advice: Advice | None) -> str:
-    """The verdict in words, with settings as arguments of Python."""
+def paragraph(facts: Facts, bound: Cost | None, advice: Advice | None, *, lost: Cost | None = None) -> str:
+    """The verdict in words, with settings as arguments of Python.
+
+    Args:
+        facts: What is said beside costs.
+        bound: What bounded the load.
+        advice: What would help.
+        lost: What failed requests cost, which is said even where it is little.
+    """
     sentences = [*_of_the_start(facts), _of_the_bound(facts, bound)]
+    if lost is not None and lost is not bound:
+        sentences.append(f"Beside that, {_what(facts, lost)} cost {_seconds(lost.seconds)}.")
     if not facts.is_trusted:
         sentences.append(
             f"A replay of this load takes {_seconds(facts.replayed_seconds)}: too far off to predict what would help."
@@ -122,7 +131,7 @@ def _what(facts: Facts, bound: Cost) -> str:
         "max_bandwidth": f"max_bandwidth{limit}",
         "stream rate": f"the rate of each stream from the storage{stream_rate}",
         "late answers": "few answers of the storage that came much later than the others",
-        "throttling": f"the storage's throttling ({counts.get('throttling')} to slow down)",
+        "throttling": f"the storage's throttling ({counts.get('throttling')} to slow down, and the waits after them)",
         "failed requests": f"requests that failed ({counts.get('failed requests')})",
         "slots": f"staging memory ({counted(facts.num_slots, 'slot')} for {facts.concurrency} reads in flight)",
         "straggler": f"rank {bound.rank}, which was slower than the other ranks of {facts.node}",

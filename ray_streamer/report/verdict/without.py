@@ -20,13 +20,27 @@ _LATE_SECONDS = 0.05
 
 
 def without_first_byte(model: NodeModel) -> NodeModel:
-    """Every answer begins at once."""
-    return _with_reads(model, lambda read: read._replace(first_byte_seconds=0.0))
+    """Every answer begins at once; what failed requests lose is lost."""
+    return _with_reads(model, lambda read: read._replace(first_byte_seconds=read.lost_seconds))
+
+
+def without_losses(model: NodeModel) -> NodeModel:
+    """No request fails, and none is held back because others did."""
+
+    def change(read: Read) -> Read:
+        return read._replace(
+            first_byte_seconds=read.first_byte_seconds - read.lost_seconds,
+            work_bytes=read.work_bytes - read.lost_bytes,
+            lost_seconds=0.0,
+            lost_bytes=0.0,
+        )
+
+    return _with_reads(model, change)
 
 
 def without_late_answers(model: NodeModel) -> NodeModel:
-    """No answer takes much longer than the usual one, to begin or to come."""
-    reads = [read for rank in model.ranks for read in rank.reads]
+    """No answer takes much longer than the usual one, to begin or to come; what failed requests lose is lost."""
+    reads = [read for rank in without_losses(model).ranks for read in rank.reads]
     if not reads:
         return model
     usual_first = median(read.first_byte_seconds for read in reads)
@@ -34,10 +48,11 @@ def without_late_answers(model: NodeModel) -> NodeModel:
     latest_first = max(_LATE_TIMES * usual_first, usual_first + _LATE_SECONDS)
 
     def change(read: Read) -> Read:
-        is_slow = _work_per_byte(read) > _LATE_TIMES * usual_work
+        first, work = read.first_byte_seconds - read.lost_seconds, read.work_bytes - read.lost_bytes
+        is_slow = work > _LATE_TIMES * usual_work * read.num_bytes
         return read._replace(
-            first_byte_seconds=usual_first if read.first_byte_seconds > latest_first else read.first_byte_seconds,
-            work_bytes=usual_work * read.num_bytes if is_slow else read.work_bytes,
+            first_byte_seconds=read.lost_seconds + (usual_first if first > latest_first else first),
+            work_bytes=read.lost_bytes + (usual_work * read.num_bytes if is_slow else work),
         )
 
     return _with_reads(model, change)
@@ -96,7 +111,8 @@ def without_straggler(model: NodeModel, local: int) -> NodeModel:
     def times(number: Callable[[Read], float]) -> float:
         return _ratio([number(read) for read in slow.reads], [number(read) for rank in others for read in rank.reads])
 
-    first = times(lambda read: read.first_byte_seconds)
+    # Requests that failed are the storage's doing, whichever rank they met.
+    first = times(lambda read: read.first_byte_seconds - read.lost_seconds)
     work = times(_work_per_byte)
     prepare = times(lambda read: read.prepare_seconds)
     own = times(lambda read: read.own.seconds)
@@ -110,7 +126,7 @@ def without_straggler(model: NodeModel, local: int) -> NodeModel:
         if read.rank != local:
             return read
         return read._replace(
-            first_byte_seconds=read.first_byte_seconds / first,
+            first_byte_seconds=read.lost_seconds + (read.first_byte_seconds - read.lost_seconds) / first,
             work_bytes=read.work_bytes / work,
             prepare_seconds=read.prepare_seconds / prepare,
         )
