@@ -7,13 +7,11 @@ from dataclasses import dataclass
 from statistics import median
 from typing import TYPE_CHECKING, NamedTuple
 
-import numpy as np
-
 from ray_streamer.planning.limits import useful_slots
 from ray_streamer.rank.conditions import max_copiers
 from ray_streamer.report.verdict.cost import find_model_costs
-from ray_streamer.report.verdict.model import Copy, NodeModel, RankModel, Read
 from ray_streamer.report.verdict.other_settings import with_settings
+from ray_streamer.report.verdict.planned import Pace, model_of_plan
 from ray_streamer.report.verdict.replay import replay_seconds
 
 if TYPE_CHECKING:
@@ -21,16 +19,13 @@ if TYPE_CHECKING:
 
     from ray_streamer.doctor.memory_speed import MemorySpeed
     from ray_streamer.doctor.storage_speed import Measured
-    from ray_streamer.planning.node_plan import NodePlan
     from ray_streamer.planning.read_plan import ReadPlan
+    from ray_streamer.report.verdict.model import NodeModel
     from ray_streamer.settings import Settings
 
 _CONCURRENCIES = (4, 8, 16, 32, 64)
 _AS_GOOD = 1.05
 """Times the best: the smallest number of reads in flight that is as good is advised."""
-
-_MAX_BLOCKS = 4000
-_RUN_BLOCKS = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,42 +97,25 @@ def _model(plan: ReadPlan, node: Node, settings: Settings) -> NodeModel:
     """The first node's plan, each read and copy at the rates that were measured."""
     node_plan = plan.node_plans[plan.node_plan_ids[0]]
     ranks = plan.topology.nodes[0]
-    thinning = -(-len(node_plan.blocks) // _MAX_BLOCKS)
-    rows = np.flatnonzero(np.arange(len(node_plan.blocks)) // _RUN_BLOCKS % thinning == 0).tolist()
-    reads: list[list[Read]] = [[] for _ in ranks]
-    mapped: list[list[Copy]] = [[] for _ in ranks]
     first_byte, stream_rate, node_rate = _rates(node)
-    for row in rows:
-        copies = _copies(node_plan, row, node)
-        if node.is_cached:
-            for local, copy in copies.items():
-                mapped[local].append(copy)
-        else:
-            read = _read(node_plan, row, first_byte, copies)
-            reads[read.rank].append(read)
-    return NodeModel(
-        ranks=tuple(
-            RankModel(
-                rank=rank,
-                begin_seconds=0.0,
-                ready_seconds=0.0,
-                num_readers=settings.concurrency,
-                num_slots=useful_slots(
-                    memory_limit=node.memory_limit,
-                    block_bytes=node_plan.limits.block_bytes,
-                    concurrency=settings.concurrency,
-                ),
-                num_copiers=max_copiers(len(ranks)),
-                reads=tuple(reads[local]),
-                mapped=tuple(mapped[local]),
-            )
-            for local, rank in enumerate(ranks)
-        ),
+    # Threads that copy at once share the CPUs.
+    share = max(1.0, len(ranks) / max(1, node.num_cpus))
+    pace = Pace(
+        first_byte_seconds=first_byte,
         stream_rate=stream_rate,
         node_rate=node_rate,
-        block_bytes=node_plan.limits.block_bytes,
-        thinning=thinning,
+        copy_rate=node.memory.copy_bytes_per_second / share,
+        touch_rate=node.memory.touch_bytes_per_second / share,
+        exchange_seconds=node.memory.exchange_seconds,
+        num_readers=settings.concurrency,
+        num_slots=useful_slots(
+            memory_limit=node.memory_limit,
+            block_bytes=node_plan.limits.block_bytes,
+            concurrency=settings.concurrency,
+        ),
+        num_copiers=max_copiers(len(ranks)),
     )
+    return model_of_plan(node_plan, ranks, pace, is_cached=node.is_cached)
 
 
 def _rates(node: Node) -> tuple[float, float, float]:
@@ -149,34 +127,3 @@ def _rates(node: Node) -> tuple[float, float, float]:
     first_byte = median(each.first_byte_seconds for each in usual)
     node_rate = max(each.bytes_per_second for each in node.storage)
     return first_byte, alone.block_bytes / max(alone.receive_seconds, 1e-9), node_rate
-
-
-def _copies(node_plan: NodePlan, row: int, node: Node) -> dict[int, Copy]:
-    """Each rank's part of a block: of what is cut inside of rows each takes its own, and what is replicated is little."""
-    takers = np.flatnonzero(node_plan.takers[row]).tolist()
-    part = int(node_plan.blocks.stops[row] - node_plan.blocks.starts[row]) / len(takers)
-    # Threads that copy at once share the CPUs.
-    share = max(1.0, node_plan.num_local_ranks / max(1, node.num_cpus))
-    touch_seconds = part * share / node.memory.touch_bytes_per_second
-    seconds = part * share / node.memory.copy_bytes_per_second + touch_seconds
-    return {rank: Copy(rank, seconds, touch_seconds, node.memory.exchange_seconds / 2) for rank in takers}
-
-
-def _read(node_plan: NodePlan, row: int, first_byte: float, copies: dict[int, Copy]) -> Read:
-    reader, blocks = int(node_plan.readers[row]), node_plan.blocks
-    start, stop = int(blocks.starts[row]), int(blocks.stops[row])
-    own = copies.pop(reader)
-    # What one rank alone wants is read straight into its tensor, whose memory is touched before.
-    is_staged = bool(copies)
-    return Read(
-        file=int(blocks.file_ids[row]),
-        start=start,
-        stop=stop,
-        rank=reader,
-        is_staged=is_staged,
-        prepare_seconds=0.0 if is_staged else own.touch_seconds,
-        first_byte_seconds=first_byte,
-        work_bytes=float(stop - start),
-        own=own if is_staged else own._replace(seconds=0.0),
-        copies=tuple(copies.values()),
-    )

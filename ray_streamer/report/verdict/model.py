@@ -1,7 +1,11 @@
-"""What of a load is replayed? The reads and copies of one node's ranks, each with what it needs rather than with when it was."""
+"""What of a load is replayed? The reads and copies of each node's ranks, each with what it needs rather than with when it was.
+
+A verdict replays one node (`NodeModel`). A simulation replays several that share a storage (`ClusterModel`).
+"""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, Self
 
@@ -124,3 +128,51 @@ class NodeModel:
     node_rate: float
     block_bytes: int
     thinning: int = 1
+
+
+class NodeGroup(NamedTuple):
+    """Nodes that have the same to do at the same rates. They do the same at the same moments, so one stands for all of them.
+
+    Attributes:
+        node: Each of them. Where nodes pass on what they read, its reads are its own part of the checkpoint.
+        num_nodes: How many there are.
+    """
+
+    node: NodeModel
+    num_nodes: int = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FanOut:
+    """Every node reads a part of the checkpoint, and sends each block that it has read to every other node.
+
+    A block that comes so goes to the rank of the same position as the one that read it, and is copied by the same ranks.
+
+    Attributes:
+        stream_rate: Bytes per second of one block between two nodes.
+        delay_seconds: From the moment a block is there until it comes to another node.
+        num_receivers: Blocks that come to one rank at a time; each has staging memory of its own, so nodes never wait for each other in a
+            circle.
+        link_rate: Bytes per second into a node, and as many out of it; None = they share the node's rate with what comes from storage,
+            and go out at that rate.
+    """
+
+    stream_rate: float
+    delay_seconds: float
+    num_receivers: int
+    link_rate: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClusterModel:
+    """Nodes that load at the same time.
+
+    Attributes:
+        groups: All nodes.
+        storage_rate: Bytes per second that the storage serves to all of them.
+        fan_out: How nodes pass on what they read; None where each reads all that it needs.
+    """
+
+    groups: tuple[NodeGroup, ...]
+    storage_rate: float = math.inf
+    fan_out: FanOut | None = None

@@ -1,0 +1,156 @@
+"""What does a node need for its part of a plan? Each read and copy at given rates: those that a doctor measured, or a simulation assumes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ray_streamer.report.verdict.model import Copy, NodeModel, RankModel, Read
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from ray_streamer.planning.node_plan import NodePlan
+
+MAX_BLOCKS = 4000
+"""Of a plan with more blocks, runs of neighbouring ones stand for all."""
+
+_RUN_BLOCKS = 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pace:
+    """What a node does, and what it gets.
+
+    Attributes:
+        first_byte_seconds: From a request to the first byte of its answer.
+        stream_rate: Bytes per second of one stream.
+        node_rate: Bytes per second of all streams of the node.
+        copy_rate: Bytes per second of one thread's copies, while all ranks copy.
+        touch_rate: The same of the first touch of fresh memory; infinite for a GPU's.
+        exchange_seconds: From a rank's word to another one until its answer.
+        num_readers: Reads in flight on each rank.
+        num_slots: Slots of each rank.
+        num_copiers: Threads of each rank that copy what other ranks read.
+        is_read_into_tensors: Whether a block that one rank alone wants needs no slot, as in main memory.
+    """
+
+    first_byte_seconds: float
+    stream_rate: float
+    node_rate: float
+    copy_rate: float
+    touch_rate: float
+    exchange_seconds: float
+    num_readers: int
+    num_slots: int
+    num_copiers: int
+    is_read_into_tensors: bool = True
+
+
+def model_of_plan(
+    node_plan: NodePlan,
+    ranks: Sequence[int],
+    pace: Pace,
+    *,
+    is_cached: bool = False,
+    takes_whole_blocks: bool = False,
+    max_blocks: int = MAX_BLOCKS,
+) -> NodeModel:
+    """The load of one node.
+
+    Args:
+        node_plan: What it reads.
+        ranks: Its global ranks, in local order.
+        pace: Of its reads and copies.
+        is_cached: Whether the page cache holds the files, and nothing is read.
+        takes_whole_blocks: Whether every rank copies all of a block that it takes from, as where tensors are broadcast.
+        max_blocks: About how many blocks are replayed at most.
+    """
+    thinning = max(1, -(-len(node_plan.blocks) // max_blocks))
+    rows = np.flatnonzero(np.arange(len(node_plan.blocks)) // _RUN_BLOCKS % thinning == 0).tolist()
+    reads: list[list[Read]] = [[] for _ in ranks]
+    mapped: list[list[Copy]] = [[] for _ in ranks]
+    for row in rows:
+        copies = _copies(node_plan, row, pace, takes_whole_blocks=takes_whole_blocks)
+        if is_cached:
+            for local, copy in copies.items():
+                mapped[local].append(copy)
+        else:
+            read = _read(node_plan, row, pace, copies)
+            reads[read.rank].append(read)
+    return NodeModel(
+        ranks=tuple(
+            RankModel(
+                rank=rank,
+                begin_seconds=0.0,
+                ready_seconds=0.0,
+                num_readers=pace.num_readers,
+                num_slots=max(1, pace.num_slots),
+                num_copiers=pace.num_copiers,
+                reads=tuple(reads[local]),
+                mapped=tuple(mapped[local]),
+            )
+            for local, rank in enumerate(ranks)
+        ),
+        stream_rate=pace.stream_rate,
+        node_rate=pace.node_rate,
+        block_bytes=node_plan.limits.block_bytes,
+        thinning=thinning,
+    )
+
+
+def side_by_side(models: Sequence[NodeModel]) -> NodeModel:
+    """Loads that know nothing of each other, on one node at the same time.
+
+    Args:
+        models: Of one rank or more each, all of one thinning, block size and pace.
+    """
+    ranks: list[RankModel] = []
+    for model in models:
+        ranks += [_moved(rank, len(ranks)) for rank in model.ranks]
+    return replace(models[0], ranks=tuple(ranks))
+
+
+def _moved(rank: RankModel, by: int) -> RankModel:
+    """The same at another position."""
+
+    def moved(copy: Copy) -> Copy:
+        return copy._replace(rank=copy.rank + by)
+
+    reads = (
+        read._replace(rank=read.rank + by, own=moved(read.own), copies=tuple(map(moved, read.copies)))
+        for read in rank.reads
+    )
+    return replace(rank, rank=rank.rank + by, reads=tuple(reads), mapped=tuple(map(moved, rank.mapped)))
+
+
+def _copies(node_plan: NodePlan, row: int, pace: Pace, *, takes_whole_blocks: bool) -> dict[int, Copy]:
+    """Each rank's part of a block: of what is cut inside of rows each takes its own, and what is replicated is little."""
+    takers = np.flatnonzero(node_plan.takers[row]).tolist()
+    size = int(node_plan.blocks.stops[row] - node_plan.blocks.starts[row])
+    part = size if takes_whole_blocks else size / len(takers)
+    touch_seconds = part / pace.touch_rate
+    seconds = part / pace.copy_rate + touch_seconds
+    return {rank: Copy(rank, seconds, touch_seconds, pace.exchange_seconds / 2) for rank in takers}
+
+
+def _read(node_plan: NodePlan, row: int, pace: Pace, copies: dict[int, Copy]) -> Read:
+    reader, blocks = int(node_plan.readers[row]), node_plan.blocks
+    start, stop = int(blocks.starts[row]), int(blocks.stops[row])
+    own = copies.pop(reader)
+    # What one rank alone wants is read straight into its tensor, whose memory is touched before.
+    is_staged = bool(copies) or not pace.is_read_into_tensors
+    return Read(
+        file=int(blocks.file_ids[row]),
+        start=start,
+        stop=stop,
+        rank=reader,
+        is_staged=is_staged,
+        prepare_seconds=0.0 if is_staged else own.touch_seconds,
+        first_byte_seconds=pace.first_byte_seconds,
+        work_bytes=float(stop - start),
+        own=own if is_staged else own._replace(seconds=0.0),
+        copies=tuple(copies.values()),
+    )
