@@ -5,6 +5,7 @@
 # make test-oracles  every model family against other people's loaders
 # make test-vllm  what vLLM's own loaders and engine make of it, in an environment of its own (3.8 GB)
 # make bench   side by side with other ways to load
+# make simulate  cold starts on up to 1,024 nodes, simulated and checked with small loads: docs/cold_starts.md
 # make gpu-check  what this project does on a GPU of this machine: right, how fast, and next to whom
 # make docs    pages that are made from the sources
 # make clean   what the above left, but for the sources
@@ -32,7 +33,7 @@ INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-
 # Hundreds of processes import this package and its libraries: none should compile them anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo lint check test test-slow test-oracles test-vllm bench gpu-check azurite docs clean
+.PHONY: demo lint check test test-slow test-oracles test-vllm bench simulate gpu-check azurite docs clean
 
 demo: $(VENV)/.demo-installed
 	$(BIN)/ray-streamer demo $(DEMO_ARGS)
@@ -70,6 +71,9 @@ bench: $(VENV)/.test-installed $(VENV)/.bench-installed
 	$(BIN)/python benchmarks/compare.py s3
 	$(BIN)/python benchmarks/compare.py disk --state warm
 	$(BIN)/python benchmarks/compare.py disk --state cold
+
+simulate: $(VENV)/.test-installed $(VENV)/.bench-installed
+	$(BIN)/python benchmarks/simulate.py --measure --write-docs docs
 
 # Installs nothing: a GPU machine has its own torch, and may have no way to the package index.
 gpu-check:

@@ -15,14 +15,18 @@ if TYPE_CHECKING:
 class FaultProcess:
     """A `FaultProxy` in a process of its own, for the length of a `with` block.
 
+    Args:
+        server_url: Of the server.
+        bytes_per_second: Of all bodies together.
+
     Attributes:
         url: Where the proxy listens.
     """
 
-    def __init__(self, server_url: str) -> None:
+    def __init__(self, server_url: str, *, bytes_per_second: float | None = None) -> None:
         self._pipe, theirs = multiprocessing.Pipe()
         self._process = multiprocessing.get_context("spawn").Process(
-            target=_serve, args=(server_url, theirs), daemon=True
+            target=_serve, args=(server_url, bytes_per_second, theirs), daemon=True
         )
         self._process.start()
         self.url: str = self._pipe.recv()
@@ -46,8 +50,8 @@ class FaultProcess:
         self._pipe.close()
 
 
-def _serve(server_url: str, pipe: Connection) -> None:
-    with FaultProxy(server_url) as proxy:
+def _serve(server_url: str, bytes_per_second: float | None, pipe: Connection) -> None:
+    with FaultProxy(server_url, bytes_per_second=bytes_per_second) as proxy:
         pipe.send(proxy.url)
         before = (0, 0)
         while (order := pipe.recv()) is not None:

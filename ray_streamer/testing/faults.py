@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, BinaryIO, Literal, cast
 from urllib.parse import urlsplit
 
+from ray_streamer.storage.bandwidth import Bandwidth
 from ray_streamer.testing.loopback import Listener, LoopbackServer
 
 if TYPE_CHECKING:
@@ -53,6 +54,11 @@ class Fault:
 class FaultProxy(LoopbackServer):
     """A proxy on 127.0.0.1 for one server, for the length of a `with` block.
 
+    Args:
+        server_url: Of the server.
+        faults: What the first requests with a range meet.
+        bytes_per_second: Pass all bodies together on no faster than that, as a storage that many clients share; None is as fast as it goes.
+
     Attributes:
         url: Where it listens; use it in place of the server's.
         ranges: `Range` headers that came, in order, faulty requests included.
@@ -61,7 +67,7 @@ class FaultProxy(LoopbackServer):
         num_body_bytes: Bytes of bodies that it passed on, or was about to.
     """
 
-    def __init__(self, server_url: str, faults: Iterable[Fault] = ()) -> None:
+    def __init__(self, server_url: str, faults: Iterable[Fault] = (), *, bytes_per_second: float | None = None) -> None:
         parts = urlsplit(server_url)
         self.server_address = (parts.hostname or "127.0.0.1", parts.port or 80)
         self.ranges: list[str] = []
@@ -73,6 +79,7 @@ class FaultProxy(LoopbackServer):
         self._connections: set[socket.socket] = set()
         self._num_stalled = 0
         self._is_over = threading.Event()
+        self._bandwidth = Bandwidth(bytes_per_second, self._is_over)
         super().__init__(_Connection)
         self.url = f"http://{self.address}"
 
@@ -139,7 +146,8 @@ class FaultProxy(LoopbackServer):
             return fault
 
     def on_body(self, num_bytes: int) -> None:
-        """So much of a body was passed on."""
+        """So much of a body is passed on: at once, or when all bodies together may have more."""
+        self._bandwidth.pay(num_bytes)
         with self._changed:
             self.num_body_bytes += num_bytes
 

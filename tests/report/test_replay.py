@@ -253,3 +253,21 @@ def test_a_node_that_has_no_other_sends_nothing(fan_out):
     alone = node(node_rate=5e6, first_byte_seconds=0.1)
     cluster = ClusterModel(groups=(NodeGroup(alone),), fan_out=fan_out)
     assert replay_cluster(cluster) == (pytest.approx(replay_seconds(alone)),)
+
+
+@pytest.mark.parametrize(
+    "limits",
+    [
+        pytest.param({"first_byte_seconds": 0.5}, id="first bytes"),
+        pytest.param({"first_byte_seconds": 0.5, "stream_rate": 3e6, "node_rate": 4e6}, id="several limits"),
+        pytest.param({"first_byte_seconds": 0.5, "num_slots": 2}, id="slots"),
+        pytest.param({"copy_seconds": 0.3, "node_rate": 100e6, "num_slots": 4}, id="copies"),
+    ],
+)
+def test_an_even_load_goes_on_as_the_second_half_of_its_excerpt(limits):
+    """Its start and its end are not multiplied: they happen once."""
+    whole = replay_seconds(node(num_reads=240, **limits))
+    excerpt = replace(node(num_reads=24, **limits), thinning=10, is_even=True)
+    assert replay_seconds(excerpt) == pytest.approx(whole, rel=0.01)
+    multiplied = replay_seconds(replace(excerpt, is_even=False))
+    assert abs(multiplied - whole) >= abs(replay_seconds(excerpt) - whole)

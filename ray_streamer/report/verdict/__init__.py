@@ -7,7 +7,7 @@
     judge      all of it as one value; `paragraph`: in words
 
 A load that has not been made is replayed by the same code: `planned` makes the model from a plan and from rates, and several nodes may
-share a storage. So the doctor predicts a load, and `benchmarks/cold_starts` those of up to 1,024 nodes.
+share a storage. So the doctor predicts a load, and `benchmarks/simulate.py` those of up to 1,024 nodes.
 
 Nothing here reads a clock, a file or a setting: the same traces give the same verdict.
 """

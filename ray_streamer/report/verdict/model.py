@@ -47,6 +47,10 @@ class Copy(NamedTuple):
     touch_seconds: float = 0.0
     delay_seconds: float = 0.0
 
+    def share(self, share: float) -> Copy:
+        """The copy of this share of its bytes."""
+        return self._replace(seconds=self.seconds * share, touch_seconds=self.touch_seconds * share)
+
 
 class Read(NamedTuple):
     """One block on its way from storage.
@@ -85,6 +89,19 @@ class Read(NamedTuple):
         """Size of the block."""
         return self.stop - self.start
 
+    def part(self, start: int, stop: int) -> Read:
+        """These bytes of it as a read of their own: they cost their share, and the whole wait for a first byte."""
+        share = (stop - start) / self.num_bytes
+        return self._replace(
+            start=start,
+            stop=stop,
+            prepare_seconds=self.prepare_seconds * share,
+            work_bytes=self.work_bytes * share,
+            lost_bytes=self.lost_bytes * share,
+            own=self.own.share(share),
+            copies=tuple(copy.share(share) for copy in self.copies),
+        )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankModel:
@@ -121,13 +138,15 @@ class NodeModel:
         node_rate: Bytes per second of all streams together; infinite when nothing was seen of it.
         block_bytes: Size of a slot.
         thinning: How many blocks each block of the model stands for.
+        is_even: Whether the load goes on as it does in the second half of the model, as where it follows from a plan.
     """
 
     ranks: tuple[RankModel, ...]
     stream_rate: float
     node_rate: float
     block_bytes: int
-    thinning: int = 1
+    thinning: float = 1
+    is_even: bool = False
 
 
 class NodeGroup(NamedTuple):

@@ -49,21 +49,8 @@ def _split(reads: Sequence[Read], block_bytes: int) -> Iterator[Read]:
         start = read.start
         while start < read.stop:
             stop = min(read.stop, (start // block_bytes + 1) * block_bytes)
-            share = (stop - start) / read.num_bytes
-            yield read._replace(
-                start=start,
-                stop=stop,
-                prepare_seconds=read.prepare_seconds * share,
-                work_bytes=read.work_bytes * share,
-                lost_bytes=read.lost_bytes * share,
-                own=_share(read.own, share),
-                copies=tuple(_share(copy, share) for copy in read.copies),
-            )
+            yield read.part(start, stop)
             start = stop
-
-
-def _share(copy: Copy, share: float) -> Copy:
-    return copy._replace(seconds=copy.seconds * share, touch_seconds=copy.touch_seconds * share)
 
 
 def _merged(reads: Sequence[Read], block_bytes: int) -> Iterator[Read]:

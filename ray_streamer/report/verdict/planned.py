@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -12,12 +13,15 @@ from ray_streamer.report.verdict.model import Copy, NodeModel, RankModel, Read
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from numpy.typing import NDArray
+
     from ray_streamer.planning.node_plan import NodePlan
 
 MAX_BLOCKS = 4000
-"""Of a plan with more blocks, runs of neighbouring ones stand for all."""
+"""Of a plan with more blocks, so many stand for all."""
 
-_RUN_BLOCKS = 16
+_GOLDEN = (math.sqrt(5) - 1) / 2
+"""Its multiples fall evenly between whole numbers, wherever one begins and however large the steps are."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,7 +29,8 @@ class Pace:
     """What a node does, and what it gets.
 
     Attributes:
-        first_byte_seconds: From a request to the first byte of its answer.
+        first_byte_seconds: From a request to the first byte of its answer, in the mean.
+        first_byte_spread_seconds: How much earlier or later than that answers begin at most, all alike often.
         stream_rate: Bytes per second of one stream.
         node_rate: Bytes per second of all streams of the node.
         copy_rate: Bytes per second of one thread's copies, while all ranks copy.
@@ -46,7 +51,12 @@ class Pace:
     num_readers: int
     num_slots: int
     num_copiers: int
+    first_byte_spread_seconds: float = 0.0
     is_read_into_tensors: bool = True
+
+    def first_byte_of(self, number: int) -> float:
+        """Of the block with this number: the same in every replay, and over many blocks spread evenly."""
+        return self.first_byte_seconds + self.first_byte_spread_seconds * (2 * (number * _GOLDEN % 1) - 1)
 
 
 def model_of_plan(
@@ -56,6 +66,7 @@ def model_of_plan(
     *,
     is_cached: bool = False,
     takes_whole_blocks: bool = False,
+    num_sharers: int = 1,
     max_blocks: int = MAX_BLOCKS,
 ) -> NodeModel:
     """The load of one node.
@@ -66,13 +77,13 @@ def model_of_plan(
         pace: Of its reads and copies.
         is_cached: Whether the page cache holds the files, and nothing is read.
         takes_whole_blocks: Whether every rank copies all of a block that it takes from, as where tensors are broadcast.
-        max_blocks: About how many blocks are replayed at most.
+        num_sharers: Among how many nodes the reading is then divided: see `part_of_nodes`.
+        max_blocks: A plan with twice as many blocks or more is replayed in part, with at least so many.
     """
-    thinning = max(1, -(-len(node_plan.blocks) // max_blocks))
-    rows = np.flatnonzero(np.arange(len(node_plan.blocks)) // _RUN_BLOCKS % thinning == 0).tolist()
+    rows = _excerpt(node_plan, round_blocks=pace.num_readers * num_sharers, max_blocks=max_blocks)
     reads: list[list[Read]] = [[] for _ in ranks]
     mapped: list[list[Copy]] = [[] for _ in ranks]
-    for row in rows:
+    for row in rows.tolist():
         copies = _copies(node_plan, row, pace, takes_whole_blocks=takes_whole_blocks)
         if is_cached:
             for local, copy in copies.items():
@@ -97,7 +108,8 @@ def model_of_plan(
         stream_rate=pace.stream_rate,
         node_rate=pace.node_rate,
         block_bytes=node_plan.limits.block_bytes,
-        thinning=thinning,
+        thinning=len(node_plan.blocks) / max(1, len(rows)),
+        is_even=True,
     )
 
 
@@ -113,6 +125,23 @@ def side_by_side(models: Sequence[NodeModel]) -> NodeModel:
     return replace(models[0], ranks=tuple(ranks))
 
 
+def part_of_nodes(model: NodeModel, num_nodes: int) -> NodeModel:
+    """What one of so many nodes reads where each byte is read by one of them: as many blocks as any other, all a little smaller.
+
+    Args:
+        model: Of a node that reads all of it.
+        num_nodes: How many share the reading.
+    """
+    ranks = (replace(rank, reads=_part_of_nodes(rank.reads, num_nodes)) for rank in model.ranks)
+    return replace(model, ranks=tuple(ranks))
+
+
+def _part_of_nodes(reads: Sequence[Read], num_nodes: int) -> tuple[Read, ...]:
+    some = reads[::num_nodes]
+    share = sum(read.num_bytes for read in reads) / (num_nodes * max(1, sum(read.num_bytes for read in some)))
+    return tuple(read.part(read.start, read.start + max(1, round(read.num_bytes * share))) for read in some)
+
+
 def _moved(rank: RankModel, by: int) -> RankModel:
     """The same at another position."""
 
@@ -124,6 +153,17 @@ def _moved(rank: RankModel, by: int) -> RankModel:
         for read in rank.reads
     )
     return replace(rank, rank=rank.rank + by, reads=tuple(reads), mapped=tuple(map(moved, rank.mapped)))
+
+
+def _excerpt(node_plan: NodePlan, *, round_blocks: int, max_blocks: int) -> NDArray[np.int64]:
+    """Blocks that stand for all: from all over each rank's, and in each half as many as are read in a whole number of rounds."""
+    step = max(1, len(node_plan.blocks) // max(max_blocks, 2 * round_blocks * node_plan.num_local_ranks))
+    rows: list[NDArray[np.int64]] = []
+    for rank in range(node_plan.num_local_ranks):
+        some = np.flatnonzero(node_plan.readers == rank)[::step]
+        num_rounds = len(some) // (2 * round_blocks) if step > 1 else 0
+        rows.append(some[: 2 * round_blocks * num_rounds or None])
+    return np.sort(np.concatenate(rows))
 
 
 def _copies(node_plan: NodePlan, row: int, pace: Pace, *, takes_whole_blocks: bool) -> dict[int, Copy]:
@@ -149,7 +189,7 @@ def _read(node_plan: NodePlan, row: int, pace: Pace, copies: dict[int, Copy]) ->
         rank=reader,
         is_staged=is_staged,
         prepare_seconds=0.0 if is_staged else own.touch_seconds,
-        first_byte_seconds=pace.first_byte_seconds,
+        first_byte_seconds=pace.first_byte_of(row),
         work_bytes=float(stop - start),
         own=own if is_staged else own._replace(seconds=0.0),
         copies=tuple(copies.values()),

@@ -16,6 +16,7 @@ import math
 from collections import Counter, deque
 from typing import TYPE_CHECKING, Any
 
+from ray_streamer.report.verdict.excerpts import first_half, has_even_excerpt, whole_seconds
 from ray_streamer.report.verdict.flows import Flows
 from ray_streamer.report.verdict.lanes import capacities_of, lanes_of, peer_lane, storage_lane
 from ray_streamer.report.verdict.model import ClusterModel, NodeGroup
@@ -42,13 +43,8 @@ def replay_seconds(model: NodeModel) -> float:
 def replay_cluster(cluster: ClusterModel) -> tuple[float, ...]:
     """The same for each group of nodes that load at the same time, and share a storage."""
     seconds = _Replay(cluster).run()
-    return tuple(_of_whole_load(group.node, passed) for group, passed in zip(cluster.groups, seconds, strict=True))
-
-
-def _of_whole_load(model: NodeModel, seconds: float) -> float:
-    # What is replayed of a long load stands for the rest of it; what came before its first tensor does not.
-    before = min(seconds, min((rank.ready_seconds for rank in model.ranks), default=0.0))
-    return before + model.thinning * (seconds - before)
+    halves = _Replay(first_half(cluster)).run() if has_even_excerpt(cluster) else seconds
+    return tuple(whole_seconds(group.node, *both) for group, *both in zip(cluster.groups, seconds, halves, strict=True))
 
 
 class _Node:
