@@ -21,7 +21,8 @@ GOAL = 0.15
 
 HEAD = """# What a cold start costs, on 1 to 1,024 nodes
 
-    python benchmarks/simulate.py --write-docs docs          # simulate; --measure: and check with small loads, which takes minutes
+    ray-streamer doctor s3://bucket/model --tp 8 --nodes 64 --storage-bandwidth 46GB     # for your own node, storage and model
+    python benchmarks/simulate.py --write-docs docs                                      # what this page says; --measure: with the small loads
 
 Nobody here has a thousand nodes: **the figures of this page are simulated**, but for [the table of measured loads](#checked-with-real-loads).
 The simulation replays the plans of real loads, block by block, with the code that finds [verdicts](measuring.md): readers, staging memory,

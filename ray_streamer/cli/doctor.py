@@ -9,6 +9,7 @@ import click
 
 from ray_streamer.cli.command import Command, json_option, print_json, verbose_option
 from ray_streamer.cli.outputs import OUTPUT_FILE
+from ray_streamer.cli.parsed import Parsed
 from ray_streamer.cli.settings import with_settings
 from ray_streamer.cli.sharding import with_rules_and_results
 from ray_streamer.cli.uris import URI
@@ -16,16 +17,47 @@ from ray_streamer.cli.words import flags_of, in_flags
 
 if TYPE_CHECKING:
     from ray_streamer.doctor.examine import Examination
+    from ray_streamer.doctor.prediction import Fleet
     from ray_streamer.settings import Settings
     from ray_streamer.storage import UrisLike
 
 _DEVICES = Path("/dev")
 
 
+def _parse_bandwidth(text: str) -> int:
+    """Bytes per second of "46GB", "46GB/s" or "40GiB".
+
+    Raises:
+        ValueError: It is none, or not positive.
+    """
+    from pydantic import ByteSize, TypeAdapter, ValidationError
+
+    try:
+        bandwidth = int(TypeAdapter(ByteSize).validate_python(text.removesuffix("/s")))
+    except ValidationError:
+        bandwidth = 0
+    if bandwidth <= 0:
+        raise ValueError(f"{text!r} is no number of bytes per second such as 46GB or 40GiB")
+    return bandwidth
+
+
 @click.command("doctor", cls=Command)
 @click.argument("uri", type=URI, required=False)
 @click.option("--tp", type=click.IntRange(1), default=1, show_default=True, help="Ranks on this node.")
 @click.option("--device", default="cpu", show_default=True, help="Where the tensors would go: cpu or cuda.")
+@click.option(
+    "--nodes",
+    "num_nodes",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="Also predict a load of so many nodes like this one at the same time, each with a copy of its own.",
+)
+@click.option(
+    "--storage-bandwidth",
+    type=Parsed("bytes", _parse_bandwidth),
+    help="With --nodes: bytes per second that the storage serves to all of them, such as 46GB.",
+)
 @click.option(
     "--write-settings",
     "settings_file",
@@ -40,6 +72,8 @@ def command(
     uri: UrisLike | None,
     tp: int,
     device: str,
+    num_nodes: int,
+    storage_bandwidth: int | None,
     settings_file: Path | None,
     sharding: dict[str, Any],
     as_json: bool,
@@ -53,16 +87,31 @@ def command(
     from ray_streamer.api.arguments import Sharding
     from ray_streamer.doctor.examine import examine, examine_node
 
+    fleet = _fleet(num_nodes, storage_bandwidth)
+    if fleet is not None and uri is None:
+        raise click.UsageError("--nodes needs the URI of a checkpoint: without one no load is predicted")
     if uri is None:
         examination = examine_node(settings, num_ranks=tp, devices=_DEVICES)
     else:
         request = Sharding(tp=tp, **sharding).request(uri, settings=settings, device=device)
-        examination = examine(request, devices=_DEVICES)
+        examination = examine(request, devices=_DEVICES, fleet=fleet)
     _show(examination, as_json=as_json)
     if settings_file is not None:
         settings_file.write_text(settings_text(examination), encoding="utf-8")
     if not examination.is_healthy:
         click.get_current_context().exit(1)
+
+
+def _fleet(num_nodes: int, storage_bandwidth: int | None) -> Fleet | None:
+    from ray_streamer.doctor.prediction import Fleet
+
+    if num_nodes == 1 and storage_bandwidth is None:
+        return None
+    if storage_bandwidth is None:
+        raise click.UsageError(
+            "--nodes needs --storage-bandwidth: what the storage serves to all nodes together cannot be measured by this one"
+        )
+    return Fleet(num_nodes, float(storage_bandwidth))
 
 
 def _show(examination: Examination, *, as_json: bool) -> None:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from ray_streamer.checkpoint import CheckpointIndex
     from ray_streamer.doctor.memory_speed import MemorySpeed
-    from ray_streamer.doctor.prediction import Prediction
+    from ray_streamer.doctor.prediction import Fleet, Prediction
     from ray_streamer.doctor.storage_speed import Measured
     from ray_streamer.planning.read_plan import ReadPlan
     from ray_streamer.rank.request import LoadRequest
@@ -73,12 +73,13 @@ def examine_node(settings: Settings, *, num_ranks: int, devices: Path) -> Examin
     return Examination(uri=None, num_ranks=num_ranks, findings=findings, memory=measure_memory(has_gpu=has_gpu))
 
 
-def examine(request: LoadRequest, *, devices: Path) -> Examination:
+def examine(request: LoadRequest, *, devices: Path, fleet: Fleet | None = None) -> Examination:
     """The machine, and a checkpoint on it, read by the load's own reader.
 
     Args:
         request: A load whose ranks are all on this node.
         devices: Where device files are.
+        fleet: Nodes that load with it, for which a load is predicted, too.
     """
     num_ranks, settings = request.mesh.num_ranks, request.settings
     alone = examine_node(settings, num_ranks=num_ranks, devices=devices)
@@ -99,7 +100,7 @@ def examine(request: LoadRequest, *, devices: Path) -> Examination:
     if plan is None or unread:
         return _with(alone, request, [*findings, *unread], measured)
     node = Node(measured, alone.memory, limit, count_cpus(), is_cached=is_cached)
-    return _with(alone, request, findings, measured, predict(plan, node, settings))
+    return _with(alone, request, findings, measured, predict(plan, node, settings, fleet=fleet))
 
 
 def _with(

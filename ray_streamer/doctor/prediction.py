@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, NamedTuple
 from ray_streamer.planning.limits import useful_slots
 from ray_streamer.rank.conditions import max_copiers
 from ray_streamer.report.verdict.cost import find_model_costs
+from ray_streamer.report.verdict.model import ClusterModel, NodeGroup
 from ray_streamer.report.verdict.other_settings import with_settings
 from ray_streamer.report.verdict.planned import Pace, model_of_plan
-from ray_streamer.report.verdict.replay import replay_seconds
+from ray_streamer.report.verdict.replay import replay_cluster, replay_seconds
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -28,6 +29,35 @@ _AS_GOOD = 1.05
 """Times the best: the smallest number of reads in flight that is as good is advised."""
 
 
+class Fleet(NamedTuple):
+    """Nodes like this one, each with a copy of its own, that load at the same time.
+
+    Attributes:
+        num_nodes: How many, with this one.
+        storage_rate: Bytes per second that the storage serves to all of them; no node can measure it alone.
+    """
+
+    num_nodes: int
+    storage_rate: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FleetPrediction:
+    """What the load takes when a whole fleet loads.
+
+    Attributes:
+        num_nodes: As in `Fleet`.
+        storage_rate: As in `Fleet`.
+        seconds: Until all have loaded, with the settings in force.
+        read_bytes: What all of them read.
+    """
+
+    num_nodes: int
+    storage_rate: float
+    seconds: float
+    read_bytes: int
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prediction:
     """A load without the start of Ray and of the ranks.
@@ -38,6 +68,7 @@ class Prediction:
         best_settings: Settings that make it faster; empty when those in force are as good as any.
         best_seconds: With those.
         read_bytes: What the node reads.
+        fleet: The same for a fleet; None where none was named.
     """
 
     seconds: float
@@ -45,6 +76,7 @@ class Prediction:
     best_settings: dict[str, int]
     best_seconds: float
     read_bytes: int
+    fleet: FleetPrediction | None = None
 
 
 class Node(NamedTuple):
@@ -65,13 +97,14 @@ class Node(NamedTuple):
     is_cached: bool = False
 
 
-def predict(plan: ReadPlan, node: Node, settings: Settings) -> Prediction:
+def predict(plan: ReadPlan, node: Node, settings: Settings, *, fleet: Fleet | None = None) -> Prediction:
     """Replays the plan of the first node.
 
     Args:
         plan: Of the load.
         node: What was measured.
         settings: In force.
+        fleet: Nodes that load with it.
     """
     model = _model(plan, node, settings)
     seconds = replay_seconds(model)
@@ -79,12 +112,25 @@ def predict(plan: ReadPlan, node: Node, settings: Settings) -> Prediction:
     best = next(number for number in _CONCURRENCIES if tried[number] <= _AS_GOOD * min(tried.values()))
     is_better = seconds > _AS_GOOD * tried[best]
     found = find_model_costs(model, seconds)
+    read_bytes = plan.node_plans[plan.node_plan_ids[0]].read_bytes
     return Prediction(
         seconds=seconds,
         bound=found[0].kind if found else "nothing alone",
         best_settings={"concurrency": best} if is_better else {},
         best_seconds=tried[best] if is_better else seconds,
-        read_bytes=plan.node_plans[plan.node_plan_ids[0]].read_bytes,
+        read_bytes=read_bytes,
+        fleet=_predict_fleet(model, fleet, read_bytes) if fleet else None,
+    )
+
+
+def _predict_fleet(model: NodeModel, fleet: Fleet, read_bytes: int) -> FleetPrediction:
+    groups = (NodeGroup(model, fleet.num_nodes),)
+    (seconds,) = replay_cluster(ClusterModel(groups=groups, storage_rate=fleet.storage_rate))
+    return FleetPrediction(
+        num_nodes=fleet.num_nodes,
+        storage_rate=fleet.storage_rate,
+        seconds=seconds,
+        read_bytes=fleet.num_nodes * read_bytes,
     )
 
 

@@ -73,4 +73,9 @@ def _expected(examination: Examination) -> list[str]:
     if prediction.best_settings:
         settings = ", ".join(f"{name}={value}" for name, value in prediction.best_settings.items())
         told.append(f"With {settings}: {prediction.best_seconds:.2f} s instead of {prediction.seconds:.2f} s.")
+    if fleet := prediction.fleet:
+        told.append(
+            f"On {counted(fleet.num_nodes, 'node')} like this one at the same time, from a storage that serves "
+            f"{human_bytes(int(fleet.storage_rate))}/s to all: {human_bytes(fleet.read_bytes)} in {fleet.seconds:.2f} s."
+        )
     return told

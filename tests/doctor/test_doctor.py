@@ -24,8 +24,9 @@ from ray_streamer.doctor.machine_checks import (
     check_open_files,
 )
 from ray_streamer.doctor.memory_speed import MemorySpeed, measure_exchange
-from ray_streamer.doctor.prediction import Node, Prediction, predict
+from ray_streamer.doctor.prediction import Fleet, Node, Prediction, predict
 from ray_streamer.doctor.storage_speed import Measured
+from ray_streamer.planning.topology import Topology
 from ray_streamer.rank.request import LoadRequest
 from ray_streamer.settings import Settings
 from ray_streamer.sharding import Mesh, RuleSlices, ShardRules, Split
@@ -84,6 +85,47 @@ def test_tables_say_what_why_and_what_to_do(invoke, checkpoint, monkeypatch):
     assert "Each read in flight has a connection" in result.stdout
     assert "or lower --concurrency 16." in result.stdout
     assert "Expected: " in result.stdout
+
+
+def test_many_nodes_that_share_a_storage(invoke, checkpoint):
+    needed = ray_streamer.plan(str(checkpoint)).summary().read_bytes
+    options = (checkpoint, "--nodes", 1000, "--storage-bandwidth", "1GB/s")
+    result = invoke(*options, "--json")
+    assert result.exit_code == 0, result.output
+    fleet = json.loads(result.stdout)["prediction"]["fleet"]
+    assert (fleet["num_nodes"], fleet["storage_rate"], fleet["read_bytes"]) == (1000, 1e9, 1000 * needed)
+    assert (
+        "On 1000 nodes like this one at the same time, from a storage that serves 954 MiB/s to all"
+        in invoke(*options).stdout
+    )
+
+
+@pytest.mark.parametrize(("num_nodes", "storage_rate"), [(1000, 1e6), (3, 1e6), (3, 1e15), (1, 1e15)])
+def test_a_fleet_waits_for_its_storage_when_that_is_what_is_short(tmp_path, num_nodes, storage_rate):
+    write_checkpoint(tmp_path, [TensorSpec("up_proj.weight", "F32", (512, 1024))])
+    request = request_of(tmp_path, block_bytes=256 << 10)
+    plan = request.plan(Topology.even(1), memory_limits=(1 << 30,))
+    alone = Measured(
+        num_streams=1, block_bytes=256 << 10, bytes_per_second=2e6, first_byte_seconds=0.01, receive_seconds=0.1
+    )
+    predicted = predict(plan, Node((alone,), IDEAL, 1 << 30, 4), request.settings, fleet=Fleet(num_nodes, storage_rate))
+    by_storage = num_nodes * predicted.read_bytes / storage_rate
+    assert predicted.fleet.seconds == pytest.approx(max(by_storage, predicted.seconds), rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("options", "needed"),
+    [
+        (["CHECKPOINT", "--nodes", "2"], "needs --storage-bandwidth"),
+        (["--nodes", "2", "--storage-bandwidth", "1GB"], "needs the URI of a checkpoint"),
+        (["CHECKPOINT", "--nodes", "2", "--storage-bandwidth", "fast"], "'fast' is no number of bytes per second"),
+        (["CHECKPOINT", "--nodes", "2", "--storage-bandwidth", "0GB"], "'0GB' is no number of bytes per second"),
+    ],
+)
+def test_many_nodes_need_a_storage_and_a_checkpoint(invoke, checkpoint, options, needed):
+    result = invoke(*(checkpoint if option == "CHECKPOINT" else option for option in options))
+    assert result.exit_code == 2
+    assert needed in " ".join(result.output.replace("│", " ").split())
 
 
 def test_without_a_checkpoint_the_machine_is_examined(invoke, tmp_path):
