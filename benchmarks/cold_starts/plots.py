@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import matplotlib
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 from cold_starts.scenarios import NUM_NODES, STORAGES
 from cold_starts.strategies import STRATEGIES
@@ -55,6 +56,7 @@ def by_setting(simulated: Simulated) -> Figure:
         x, y = [setting.concurrency for setting in some], [setting.seconds for setting in some]
         panel.plot(x, y, marker="o", markersize=4, color=_COLOURS[link], label=f"a link of {link} Gbit/s")
     _log_axes(panel, CONCURRENCIES)
+    panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     panel.set_xlabel("concurrency: requests in flight on each rank")
     panel.set_ylabel("seconds")
     panel.set_title(
@@ -75,7 +77,9 @@ def _ways(panel: Any, simulated: Simulated, model: str, storage: str) -> None:
             markersize=3,
             color=strategy.colour,
             linestyle=strategy.line,
-            label=f"{strategy.name}: {strategy.says.partition(';')[0]}",
+            # What is dashed or dotted shows a line that lies below it.
+            zorder=2 if strategy.line == "solid" else 3,
+            label=f"{strategy.name}: {strategy.says.partition(';')[0].replace('`', '')}",
         )
     _log_axes(panel, NUM_NODES[::2])
 
@@ -84,5 +88,7 @@ def _log_axes(panel: Any, ticks: tuple[int, ...]) -> None:
     panel.set_xscale("log", base=2)
     panel.set_yscale("log")
     panel.set_xticks(ticks, [str(tick) for tick in ticks])
+    panel.minorticks_off()
+    panel.yaxis.set_major_formatter(lambda seconds, _: f"{seconds:,g}")
     panel.grid(which="major", color="#dddddd", linewidth=0.8)
     panel.spines[["top", "right"]].set_visible(False)
