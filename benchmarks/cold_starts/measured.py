@@ -14,6 +14,7 @@ from cold_starts.small_cases import CHECKPOINT_MIB, SMALL
 from cold_starts.small_loads import Processes
 from ray_streamer.doctor.memory_speed import measure_memory
 from ray_streamer.machine import count_cpus
+from ray_streamer.planning.limits import useful_slots
 from ray_streamer.planning.topology import Topology
 from ray_streamer.rank.conditions import max_copiers
 from ray_streamer.report.verdict.model import ClusterModel, NodeGroup
@@ -70,7 +71,11 @@ def predict(small: Small, uri: str, memory: MemorySpeed) -> float:
         touch_rate=memory.touch_bytes_per_second / share,
         exchange_seconds=memory.exchange_seconds,
         num_readers=small.concurrency,
-        num_slots=small.num_slots,
+        num_slots=useful_slots(
+            memory_limit=small.num_slots * small.block_bytes,
+            block_bytes=small.block_bytes,
+            concurrency=small.concurrency,
+        ),
         num_copiers=max_copiers(small.num_ranks),
     )
     one = model_of_plan(plan.node_plans[0], range(small.num_ranks), pace)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from cold_starts.scenarios import FABRIC_STREAM_RATE, LIMITS, PEER_DELAY_SECONDS, PEER_STREAM_RATE
-from ray_streamer.planning.limits import DEFAULT_MEMORY_LIMIT
+from ray_streamer.planning.limits import DEFAULT_MEMORY_LIMIT, useful_slots
 from ray_streamer.planning.read_plan import plan_reads
 from ray_streamer.planning.topology import Topology
 from ray_streamer.rank.conditions import MAX_COPIERS
@@ -223,7 +223,9 @@ def _pace(case: Case) -> Pace:
         touch_rate=math.inf,
         exchange_seconds=EXCHANGE_SECONDS,
         num_readers=case.concurrency,
-        num_slots=DEFAULT_MEMORY_LIMIT // LIMITS.block_bytes,
+        num_slots=useful_slots(
+            memory_limit=DEFAULT_MEMORY_LIMIT, block_bytes=LIMITS.block_bytes, concurrency=case.concurrency
+        ),
         num_copiers=MAX_COPIERS,
         is_read_into_tensors=False,
     )
