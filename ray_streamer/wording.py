@@ -64,6 +64,11 @@ def brief(value: Any) -> str:
     return text if len(text) <= _LONGEST_VALUE else f"{text[:_LONGEST_VALUE]}..."
 
 
+def first_line(error: BaseException) -> str:
+    """What an error of another library says, without the stack or the C++ frames that follow."""
+    return str(error).partition("\n")[0]
+
+
 def listed(items: Collection[str]) -> str:
     """The first few of `items`, and how many more there are."""
     more = f" and {len(items) - NUM_LISTED} more" if len(items) > NUM_LISTED else ""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ray_streamer.errors import CheckpointError, ClusterError, RayStreamerError, SettingsError
 from ray_streamer.planning.topology import Topology
+from ray_streamer.wording import first_line
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -93,9 +94,8 @@ def _asking(what: str) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # torch's, of every backend; also when a timeout passed
-        reason = str(error).partition("\n")[0]
         raise ClusterError(
-            f"the ranks of the process group did not tell each other {what}, {type(error).__name__}: {reason}; "
+            f"the ranks of the process group did not tell each other {what}, {type(error).__name__}: {first_line(error)}; "
             "the timeout is the group's own; each rank must call the load, and a rank that failed says why itself"
         ) from error
 

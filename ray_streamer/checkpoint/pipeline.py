@@ -14,11 +14,12 @@ from ray_streamer.checkpoint.shard_files import DIFFUSERS_NAME, SINGLE_NAME
 from ray_streamer.checkpoint.strict_json import MalformedJsonError, parse_lenient
 from ray_streamer.checkpoint.weight_map import parse_weight_map
 from ray_streamer.errors import CheckpointError, ObjectMissingError
+from ray_streamer.storage import is_there
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from ray_streamer.storage.base import Storage
+    from ray_streamer.storage import Storage
 
 PIPELINE_NAME = "model_index.json"
 
@@ -67,12 +68,4 @@ def _files_of(storage: Storage, read_json: Callable[[str], bytes], component: st
             continue
         weight_map = parse_weight_map(data, file=f"{file.removesuffix(PIPELINE_NAME)}{name}")
         return [f"{component}/{path}" for path in weight_map.paths]
-    return [path for single in _NAMES if _exists(storage, path := f"{component}/{single}")][:1]
-
-
-def _exists(storage: Storage, path: str) -> bool:
-    try:
-        storage.size_and_etag(path)
-    except ObjectMissingError:
-        return False
-    return True
+    return [path for single in _NAMES if is_there(storage, path := f"{component}/{single}")][:1]

@@ -28,25 +28,17 @@ def command(uri: UrisLike, top: int, sharding: dict[str, Any], as_json: bool, se
 
     Only headers are read. With --fuse, --dtype or --rename, also show the tensors that a load would make.
     """
-    from ray_streamer.checkpoint import locate, open_checkpoint
+    from ray_streamer.checkpoint.named import open_index
     from ray_streamer.named_checkpoint import NamedCheckpoint
     from ray_streamer.report.checkpoint_summary import summarize_checkpoint
     from ray_streamer.sharding import RuleSlices, ShardRules
     from ray_streamer.sharding.families import check_model_type
-    from ray_streamer.storage import open_storage
 
     model_type = sharding.pop("model_type")
     if model_type is not None:
         check_model_type(model_type)
     slices = RuleSlices(rules=ShardRules(sharding.pop("rules") or ()), **sharding)
-    named = NamedCheckpoint.of(uri, settings)
-    storage = open_storage(locate(named.uri).folder_uri, named.settings)
-    try:
-        index = open_checkpoint(
-            named.uri, storage, concurrency=settings.concurrency, strict_index=settings.strict_index
-        )
-    finally:
-        storage.close()
+    index = open_index(NamedCheckpoint.of(uri, settings), wants_base_config=True)
     summary = summarize_checkpoint(index.as_model_type(model_type), top=top, slices=slices)
     if as_json:
         print_json(summary.as_dict())

@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
-from ray_streamer.errors import AccessError, ObjectMissingError
+from ray_streamer.errors import AccessError
 from ray_streamer.files.pull import of_each
+from ray_streamer.storage import is_there
 from ray_streamer.wording import printable
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def listed_or_known(storage: Storage, *, concurrency: int, others: Callable[[], 
         return storage.list(recursive=True)
     except AccessError:
         names = sorted({*USUAL_NAMES, *others()})
-        found = of_each(names, lambda name: _is_there(storage, name), concurrency=concurrency)
+        found = of_each(names, lambda name: _is_shown(storage, name), concurrency=concurrency)
         if not any(found):
             raise
         _logger.warning(
@@ -61,10 +62,9 @@ def listed_or_known(storage: Storage, *, concurrency: int, others: Callable[[], 
         return [name for name, is_there in zip(names, found, strict=True) if is_there]
 
 
-def _is_there(storage: Storage, name: str) -> bool:
+def _is_shown(storage: Storage, name: str) -> bool:
     try:
-        storage.size_and_etag(name)
-    except (ObjectMissingError, AccessError):
+        return is_there(storage, name)
+    except AccessError:
         # A store that refuses lists may hide what is not there behind a refusal, too.
         return False
-    return True

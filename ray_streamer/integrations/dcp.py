@@ -34,12 +34,12 @@ from torch.futures import Future
 from ray_streamer.api.process_group import this_machine
 from ray_streamer.api.rank import load_rank
 from ray_streamer.capture.results import NAMES_OF_DTYPES
-from ray_streamer.checkpoint import locate, open_checkpoint
+from ray_streamer.checkpoint.named import open_index
 from ray_streamer.errors import CheckpointError, PlanError, SettingsError
 from ray_streamer.named_checkpoint import NamedCheckpoint
 from ray_streamer.settings import Settings
 from ray_streamer.slices import Move, RankSlices, ResultSpec
-from ray_streamer.storage import open_storage, split_signature
+from ray_streamer.storage import split_signature
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -186,15 +186,8 @@ class StorageReader(TorchStorageReader):
 
     def _opened(self) -> CheckpointIndex:
         if self._index is None:
-            named = self._located()
-            settings = named.settings
-            storage = open_storage(locate(named.uri).folder_uri, settings)
-            try:
-                self._index = open_checkpoint(
-                    named.uri, storage, concurrency=settings.concurrency, strict_index=settings.strict_index
-                )
-            finally:
-                storage.close()
+            # torch asks for names, dtypes and shapes only.
+            self._index = open_index(self._located(), wants_base_config=False)
         return self._index
 
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ray_streamer.checkpoint import locate, open_checkpoint
-from ray_streamer.checkpoint.base_model import with_base_config
+from ray_streamer.checkpoint import locate
+from ray_streamer.checkpoint.named import read_index
 from ray_streamer.device import check_device_name, is_cuda, open_device
+from ray_streamer.named_checkpoint import NamedCheckpoint
 from ray_streamer.planning.limits import (
     FILESYSTEM_MIN_RUN_BYTES,
     OBJECT_STORE_MIN_RUN_BYTES,
@@ -114,12 +115,9 @@ class LoadRequest:
 
     def read_index(self, storage: Storage) -> CheckpointIndex:
         """As `open_index`, through a storage that is open already and stays so."""
-        index = open_checkpoint(
-            self.uri, storage, concurrency=self.settings.concurrency, strict_index=self.settings.strict_index
-        )
-        if max(self.mesh.tp, self.mesh.pp, self.mesh.ep) > 1:
-            index = with_base_config(index, lambda uri: open_storage(uri, self.settings))
-        index = index.as_model_type(self.model_type)
+        is_divided = max(self.mesh.tp, self.mesh.pp, self.mesh.ep) > 1
+        named = NamedCheckpoint(self.uri, self.settings)
+        index = read_index(named, storage, wants_base_config=is_divided).as_model_type(self.model_type)
         refuse_incomplete(index)
         return index
 

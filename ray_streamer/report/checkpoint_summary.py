@@ -10,7 +10,7 @@ import numpy as np
 
 from ray_streamer.dtypes import DTYPES
 from ray_streamer.errors import ShardingError
-from ray_streamer.sharding import Replicate, RuleSlices, ShardRules, Skip, Split, SplitVocabulary, legal_tp
+from ray_streamer.sharding import Replicate, RuleSlices, Skip, Split, SplitVocabulary, legal_tp
 from ray_streamer.sharding.completeness import missing_parts
 from ray_streamer.sharding.lookalikes import lookalikes
 from ray_streamer.sharding.name_kinds import kinds_of_tensors
@@ -161,7 +161,7 @@ def _placements(
     index: CheckpointIndex, sizes: NDArray[np.int64], slices: RuleSlices
 ) -> tuple[tuple[Share, ...], tuple[int, ...]]:
     try:
-        rules = ShardRules.for_config(index.config, first=slices.rules, layout=slices.layout, mtp=slices.mtp)
+        rules = slices.rules_for(index)
     except ShardingError:
         if slices != RuleSlices():
             raise

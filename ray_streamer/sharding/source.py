@@ -137,14 +137,22 @@ class RuleSlices:
         if is_unknown and self.layout == DEFAULT_LAYOUT and (self.mesh.tp, self.mesh.pp, self.mesh.ep) == (1, 1, 1):
             # Every rank holds all of it: nobody needs to know how the model is cut.
             return self.rules, "replicate"
+        return self.rules_for(index), self.unmatched
+
+    def rules_for(self, index: CheckpointIndex) -> ShardRules:
+        """The caller's rules, and after them those of the model, or of the adapter.
+
+        Raises:
+            ShardingError: The model is unknown, and the caller's rules do not replace its own.
+        """
+        is_unknown = family_of(index.config or {}) is None
         if (adapter := adapter_config_of(index.config)) is not None:
-            return self.rules + self._adapter_rules(index, adapter, is_unknown=is_unknown), self.unmatched
+            return self.rules + self._adapter_rules(index, adapter, is_unknown=is_unknown)
         try:
-            rules = ShardRules.for_config(index.config, first=self.rules, layout=self.layout, mtp=self.mtp)
+            return ShardRules.for_config(index.config, first=self.rules, layout=self.layout, mtp=self.mtp)
         except ShardingError as error:
             hint = advice(index, layout=self.layout) if is_unknown else ""
             raise ShardingError(f"{index.uri}: {error}{hint}") from error
-        return rules, self.unmatched
 
     def _adapter_rules(self, index: CheckpointIndex, adapter: Mapping[str, Any], *, is_unknown: bool) -> ShardRules:
         """Those of an adapter; none where only the caller's can place it."""

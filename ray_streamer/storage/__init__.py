@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from ray_streamer.storage.base import ObjectInfo, Storage, StorageSettings
+from ray_streamer.storage.base import ObjectInfo, Storage, StorageSettings, is_there
 from ray_streamer.storage.signed import UrisLike, split_signature
 from ray_streamer.storage.stores import kind_of, num_root_folders
 from ray_streamer.storage.uri import UriLike, absolute_uri, scheme_of
@@ -20,6 +20,7 @@ __all__ = [
     "UriLike",
     "UrisLike",
     "absolute_uri",
+    "is_there",
     "num_root_folders",
     "open_storage",
     "scheme_of",

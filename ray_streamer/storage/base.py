@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
-from ray_streamer.errors import StorageError
+from ray_streamer.errors import ObjectMissingError, StorageError
 
 if TYPE_CHECKING:
     from pydantic import SecretStr
@@ -240,6 +240,20 @@ class RemoteStorage:
     def local_path(self, path: str) -> str | None:
         """See `Storage`; remote files are nowhere here."""
         return None
+
+
+def is_there(storage: Storage, path: str) -> bool:
+    """Whether a folder has a file; one request.
+
+    Raises:
+        AccessError: The store refuses to say.
+        StorageError: Storage failed.
+    """
+    try:
+        storage.size_and_etag(path)
+    except ObjectMissingError:
+        return False
+    return True
 
 
 def check_buffer(extent: Extent, buffer: memoryview) -> None:

@@ -55,6 +55,48 @@ def test_inspect_knows_no_placements_of_an_unknown_model(invoke, stranger):
     assert "No preset for this model" in invoke("inspect", stranger).stdout
 
 
+@pytest.fixture
+def adapter(tmp_path):
+    """A LoRA adapter of two modules, and its base model's config.json in a folder of its own."""
+    base, folder = tmp_path / "base", tmp_path / "adapter"
+    base.mkdir()
+    folder.mkdir()
+    (base / "config.json").write_text(json.dumps(llama_layout(64, 1, 4, 2, 96, 160).config))
+    modules = {"q_proj": (64, 64), "o_proj": (64, 64)}
+    factors = {
+        f"base_model.model.model.layers.0.self_attn.{module}.lora_{half}.weight": np.ones(shape, np.float32)
+        for module, (outputs, inputs) in modules.items()
+        for half, shape in (("A", (4, inputs)), ("B", (outputs, 4)))
+    }
+    save_file(factors, folder / "adapter_model.safetensors")
+    said = {"peft_type": "LORA", "base_model_name_or_path": str(base), "r": 4}
+    (folder / "adapter_config.json").write_text(json.dumps(said))
+    return folder
+
+
+@pytest.mark.parametrize("uri", [".", "adapter_model.safetensors"])
+def test_inspect_lays_an_adapter_out_as_a_load_does(invoke, adapter, uri):
+    found = json.loads(invoke("inspect", adapter / uri, "--json").stdout)
+    assert found["model_type"] == "llama"
+    assert 2 in found["legal_tp"]
+    assert {share["name"]: share["num_tensors"] for share in found["placements"]} == {
+        "split, dimension 0 (column-parallel)": 1,  # lora_B of q_proj
+        "split, dimension 1 (row-parallel)": 1,  # lora_A of o_proj
+        "replicated": 2,
+    }
+    plan = json.loads(invoke("plan", adapter / uri, "--tp", 2, "--json").stdout)
+    assert plan["checkpoint_bytes"] == found["checkpoint_bytes"]
+
+
+@pytest.mark.parametrize("named", ["/nowhere", "s3://bucket/base", None])
+def test_inspect_shows_an_adapter_whose_base_is_not_there(invoke, adapter, named):
+    (adapter / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": named}))
+    result = invoke("inspect", adapter, "--json")
+    found = json.loads(result.stdout)
+    assert (found["model_type"], found["placements"], found["num_tensors"]) == (None, [], 4)
+    assert "the config of its base model" in result.stderr
+
+
 @pytest.mark.parametrize("said", ["stranger", "./stranger/", "~/stranger", "stranger/model.safetensors"])
 @pytest.mark.parametrize("command", ["inspect", "plan"])
 def test_relative_paths_and_homes_are_the_callers(invoke, stranger, monkeypatch, command, said):
@@ -267,7 +309,7 @@ def test_an_error_that_nobody_foresaw_is_an_object_too(invoke, checkpoint, monke
     def fail(*_args, **_options):
         raise ZeroDivisionError("oh")
 
-    monkeypatch.setattr("ray_streamer.checkpoint.open_checkpoint", fail)
+    monkeypatch.setattr("ray_streamer.checkpoint.named.open_checkpoint", fail)
     result = invoke("inspect", checkpoint, "--json")
     assert result.exit_code == 1
     assert json.loads(result.stdout) == {"error": {"type": "ZeroDivisionError", "message": "oh"}}

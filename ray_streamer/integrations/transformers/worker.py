@@ -20,6 +20,7 @@ from ray_streamer.device import is_cuda
 from ray_streamer.errors import StartupTimeoutError
 from ray_streamer.integrations.transformers.bootstrap import ModelSlices
 from ray_streamer.integrations.transformers.loader import ModelBuild
+from ray_streamer.wording import first_line
 
 if TYPE_CHECKING:
     import torch
@@ -79,10 +80,9 @@ class ModelWorker(LoadWorker):
                 timeout=self._timeout,
             )
         except RuntimeError as error:  # torch's, of the store as of every backend
-            reason = str(error).partition("\n")[0]
             raise StartupTimeoutError(
                 f"rank {self._rank} of {num_ranks} could not meet the others in a process group, on {host} port {port}, within "
-                f"startup_timeout_seconds={self._timeout.total_seconds():g}: {reason}; see whether the nodes may connect to "
+                f"startup_timeout_seconds={self._timeout.total_seconds():g}: {first_line(error)}; see whether the nodes may connect to "
                 "each other, and the other ranks' errors"
             ) from error
 
