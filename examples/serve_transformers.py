@@ -5,18 +5,21 @@
     curl -N localhost:8000 -d '{"prompt": [1, 15043, 3186], "max_new_tokens": 8, "stream": true}'
 
 A prompt is a list of token ids. The answer is one JSON object with the new ones; streamed, it is one token id per line.
-When a rank dies, the model is loaded again, and the request goes on with its next token. device=cpu serves without GPUs.
+A request that asks for something else gets status 400 and a sentence. When a rank dies, the model is loaded again, and the request
+goes on with its next token. device=cpu serves without GPUs.
 """
 
 from __future__ import annotations
 
 import asyncio
+import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ray import serve
-from starlette.responses import StreamingResponse
+from starlette.responses import JSONResponse, StreamingResponse
 
 import ray_streamer
 
@@ -28,19 +31,62 @@ if TYPE_CHECKING:
 MOST_RESTARTS = 2
 
 
+class BadRequestError(Exception):
+    """What is wrong with a request, in a sentence for the client."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a request asks for."""
+
+    prompt: list[int]
+    num_tokens: int = 32
+    is_streamed: bool = False
+
+    @classmethod
+    def of(cls, body: bytes, num_token_ids: int) -> Asked:
+        """Reads the body of a request to a model with token ids below `num_token_ids`.
+
+        Raises:
+            BadRequestError: It is no such request; says what is expected.
+        """
+        try:
+            said = json.loads(body)
+        except (ValueError, RecursionError):
+            said = None
+        if not isinstance(said, dict):
+            raise BadRequestError('the body must be a JSON object, such as {"prompt": [1, 15043, 3186]}')
+        prompt, num_tokens, is_streamed = said.get("prompt"), said.get("max_new_tokens", 32), said.get("stream", False)
+        if not isinstance(prompt, list) or not prompt:
+            raise BadRequestError("prompt must be a list of token ids, with at least one")
+        if not all(type(token) is int and 0 <= token < num_token_ids for token in prompt):
+            raise BadRequestError(
+                f"prompt must hold whole numbers from 0 to {num_token_ids - 1}, the token ids of this model"
+            )
+        if type(num_tokens) is not int or num_tokens < 1:
+            raise BadRequestError("max_new_tokens must be a whole number of at least 1")
+        if not isinstance(is_streamed, bool):
+            raise BadRequestError("stream must be true or false")
+        return cls(prompt, num_tokens, is_streamed)
+
+
 @serve.deployment
 class Model:
     """One replica: it takes the first bundle of its placement group, and its ranks take the others."""
 
     def __init__(self, uri: str, tp: int, device: str) -> None:
         self._model: Any = ray_streamer.load_sharded(uri, tp, bootstrap="transformers", device=device)
+        self._num_token_ids: int = self._model.run(lambda context: context.model.config.get_text_config().vocab_size)[0]
         self._restarting = threading.Lock()
 
     async def __call__(self, request: Request) -> Any:
         """Answers one prompt; others wait for their turn."""
-        asked = await request.json()
-        tokens = self._tokens(asked["prompt"], asked.get("max_new_tokens", 32))
-        if asked.get("stream"):
+        try:
+            asked = Asked.of(await request.body(), self._num_token_ids)
+        except BadRequestError as error:
+            return JSONResponse({"error": str(error)}, status_code=400)
+        tokens = self._tokens(asked.prompt, asked.num_tokens)
+        if asked.is_streamed:
             return StreamingResponse(self._lines(tokens), media_type="text/plain")
         return {"tokens": await asyncio.to_thread(list, tokens)}
 

@@ -14,7 +14,8 @@ import pytest
 from ray_streamer.testing.s3_server import S3Server, S3ServerUnavailableError, start_s3_server
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
 
 # No test asserts on time, and a first example may wait for a machine that is busy. The same sources get the same examples;
 # `--hypothesis-profile random` looks for others.
@@ -103,6 +104,34 @@ def own_ray_folder() -> Iterator[None]:
         patch.setenv("RAY_TMPDIR", folder)
         yield
     shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def save_tiny_llama() -> Callable[..., Path]:
+    """Saves a tiny Llama to a folder, as transformers does, and gives the folder; its vocabulary does not divide."""
+
+    def save(folder: Path, *, eos_token_id: int | None) -> Path:
+        import torch
+        import transformers
+
+        torch.manual_seed(1)
+        config = transformers.LlamaConfig(
+            vocab_size=131,
+            hidden_size=64,
+            intermediate_size=97,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            pad_token_id=0,
+            eos_token_id=eos_token_id,
+        )
+        model = transformers.LlamaForCausalLM(config)
+        # Far from ties: rounding on two ranks changes no token.
+        model.lm_head.weight.data.mul_(50)
+        model.save_pretrained(folder)
+        return folder
+
+    return save
 
 
 @pytest.fixture(scope="session")

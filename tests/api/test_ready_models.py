@@ -20,7 +20,7 @@ from ray_streamer.errors import ClusterError, RankFailedError, SettingsError, Sh
 from ray_streamer.integrations.transformers import TransformersBootstrap
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 # The actors cannot import a test module; they get its functions by value.
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
@@ -32,25 +32,8 @@ GREEDY = {"max_new_tokens": NUM_TOKENS, "do_sample": False}
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny Llama, as transformers saves it; its vocabulary does not divide."""
-    torch.manual_seed(1)
-    config = transformers.LlamaConfig(
-        vocab_size=131,
-        hidden_size=64,
-        intermediate_size=97,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        pad_token_id=0,
-        eos_token_id=2,
-    )
-    model = transformers.LlamaForCausalLM(config)
-    # Far from ties: rounding on two ranks changes no token.
-    model.lm_head.weight.data.mul_(50)
-    folder = tmp_path_factory.mktemp("llama")
-    model.save_pretrained(folder)
-    return folder
+def folder(save_tiny_llama: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_llama(tmp_path_factory.mktemp("llama"), eos_token_id=2)
 
 
 @pytest.fixture(scope="module")

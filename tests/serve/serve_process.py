@@ -1,6 +1,6 @@
 """A Ray of its own with examples/serve_transformers.py, started as a user starts it; says on standard output what it answered over HTTP.
 
-python serve_process.py FOLDER PORT WISH    WISH is JSON: prompt, num_tokens
+python serve_process.py FOLDER PORT WISH    WISH is JSON: prompt, num_tokens, refused (bodies of requests that cannot be answered)
 """
 
 from __future__ import annotations
@@ -38,10 +38,7 @@ def main(folder: str, port: int, wish: dict[str, Any]) -> None:
     with ask(port, {**asked, "max_new_tokens": ENDLESS, "stream": True}) as answer:
         said["first_of_an_endless_one"] = int(answer.readline())
     said["after_that_was_dropped"] = json.loads(ask(port, asked).read())["tokens"]
-    try:
-        ask(port, {**asked, "prompt": "no token ids"})
-    except urllib.error.HTTPError as error:
-        said["refused"] = error.code
+    said["refused"] = [refusal(port, body) for body in wish["refused"]]
     first_ranks = rank_processes()
     with ask(port, {**asked, "stream": True}) as answer:
         tokens = [int(answer.readline())]
@@ -60,7 +57,16 @@ def main(folder: str, port: int, wish: dict[str, Any]) -> None:
     print("ANSWER " + json.dumps(said), flush=True)
 
 
-def ask(port: int, body: dict[str, Any]) -> Any:
+def refusal(port: int, body: Any) -> tuple[int, str]:
+    """Status and sentence of the answer to a request that cannot be answered."""
+    try:
+        ask(port, body).read()
+    except urllib.error.HTTPError as error:
+        return error.code, json.loads(error.read())["error"]
+    return 200, ""
+
+
+def ask(port: int, body: Any) -> Any:
     request = urllib.request.Request(f"http://127.0.0.1:{port}/", data=json.dumps(body).encode())
     return urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS)
 

@@ -8,12 +8,16 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 import transformers
 
 from ray_streamer.testing.s3_server import free_port
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 TIMEOUT_SECONDS = 400
 PROMPT = [5, 17, 42, 99, 7, 28, 3, 64]
@@ -26,32 +30,31 @@ pytestmark = [
 ]
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """A tiny Llama that never ends by itself."""
-    torch.manual_seed(1)
-    config = transformers.LlamaConfig(
-        vocab_size=131,
-        hidden_size=64,
-        intermediate_size=97,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        pad_token_id=0,
-        eos_token_id=None,
-    )
-    model = transformers.LlamaForCausalLM(config)
-    # Far from ties: rounding on two ranks changes no token.
-    model.lm_head.weight.data.mul_(50)
-    model.save_pretrained(tmp_path / "llama")
-    return tmp_path / "llama"
+REFUSED = [
+    ({}, "prompt must be a list of token ids"),
+    ({"prompt": "no token ids"}, "prompt must be a list of token ids"),
+    ({"prompt": []}, "with at least one"),
+    ({"prompt": [5, 131]}, "from 0 to 130"),
+    ({"prompt": [-1]}, "from 0 to 130"),
+    ({"prompt": [5, True]}, "from 0 to 130"),
+    ({"prompt": [[5, 17]]}, "from 0 to 130"),
+    ({"prompt": PROMPT, "max_new_tokens": 0}, "max_new_tokens must be"),
+    ({"prompt": PROMPT, "max_new_tokens": "8"}, "max_new_tokens must be"),
+    ({"prompt": PROMPT, "stream": "yes"}, "stream must be"),
+    (PROMPT, "the body must be a JSON object"),
+]
+"""Requests that cannot be answered, and a part of the sentence that they get."""
 
 
-def test_the_serve_example_answers_streams_and_survives_the_kill_of_a_rank(folder: Path) -> None:
+def test_the_serve_example_answers_streams_and_survives_the_kill_of_a_rank(
+    save_tiny_llama: Callable[..., Path], tmp_path: Path
+) -> None:
+    # It never ends by itself.
+    folder = save_tiny_llama(tmp_path, eos_token_id=None)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
     prompt = torch.tensor([PROMPT])
     expected = model.generate(prompt, max_new_tokens=NUM_TOKENS, do_sample=False)[0, len(PROMPT) :].tolist()
-    wish = json.dumps({"prompt": PROMPT, "num_tokens": NUM_TOKENS})
+    wish = json.dumps({"prompt": PROMPT, "num_tokens": NUM_TOKENS, "refused": [body for body, _ in REFUSED]})
     command = [sys.executable, Path(__file__).with_name("serve_process.py"), str(folder), str(free_port()), wish]
     path = os.pathsep.join([str(Path(__file__).parents[2]), *sys.path])
     # With its dashboard's packages installed, Ray starts slowly on a busy machine.
@@ -60,12 +63,13 @@ def test_the_serve_example_answers_streams_and_survives_the_kill_of_a_rank(folde
     answers = [line.partition("ANSWER ")[2] for line in ended.stdout.splitlines() if line.startswith("ANSWER ")]
     assert (ended.returncode, len(answers)) == (0, 1), ended.stdout[-3000:] + ended.stderr[-6000:]
     said = json.loads(answers[0])
+    for (body, sentence), (status, told) in zip(REFUSED, said.pop("refused"), strict=True):
+        assert (status, sentence in told) == (400, True), (body, status, told)
     assert said == {
         "whole": expected,
         "streamed": expected,
         "first_of_an_endless_one": expected[0],
         "after_that_was_dropped": expected,
-        "refused": 500,
         "killed_in_a_stream": expected,
         "killed_between_requests": expected,
         "num_ranks": [2, 2, 2],
