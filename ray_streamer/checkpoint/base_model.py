@@ -12,7 +12,8 @@ import re
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from ray_streamer.checkpoint.open import ADAPTER_KEY, read_config
+from ray_streamer.checkpoint.json_files import read_config
+from ray_streamer.checkpoint.open import ADAPTER_KEY
 from ray_streamer.errors import RayStreamerError
 from ray_streamer.wording import printable
 

@@ -11,13 +11,21 @@ from __future__ import annotations
 import logging
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ray_streamer.checkpoint.disagreements import Settlement, settle
 from ray_streamer.checkpoint.folder_hints import INDEX_NAME, missing_folder, missing_selection, nothing_to_open
-from ray_streamer.checkpoint.foreign import foreign_format
-from ray_streamer.checkpoint.header import MAX_HEADER_BYTES, header_extent, parse_header
+from ray_streamer.checkpoint.header import header_extent, parse_header
 from ray_streamer.checkpoint.index import CheckpointIndex, ShardFile
+from ray_streamer.checkpoint.json_files import (
+    NO_LISTING,
+    full_name,
+    may_list,
+    read_config,
+    read_json_config,
+    read_json_file,
+    read_up_to,
+)
 from ray_streamer.checkpoint.location import locate
 from ray_streamer.checkpoint.pipeline import PIPELINE_NAME, component_files
 from ray_streamer.checkpoint.shard_files import (
@@ -28,12 +36,10 @@ from ray_streamer.checkpoint.shard_files import (
     is_of_adapter,
     shard_files_of,
 )
-from ray_streamer.checkpoint.strict_json import MalformedJsonError, parse_lenient
 from ray_streamer.checkpoint.weight_map import parse_weight_map
-from ray_streamer.errors import AccessError, CheckpointError, IndexMismatchError, ObjectMissingError, StorageError
-from ray_streamer.extent import Extent
+from ray_streamer.errors import AccessError, IndexMismatchError, ObjectMissingError, StorageError
 from ray_streamer.process_limits import check_room_for_threads, limits_explained
-from ray_streamer.units import counted, exact_bytes
+from ray_streamer.units import counted
 from ray_streamer.wording import listed, printable, shown
 
 if TYPE_CHECKING:
@@ -42,20 +48,13 @@ if TYPE_CHECKING:
     from ray_streamer.checkpoint.header import FileHeader
     from ray_streamer.checkpoint.index import FoundBy
     from ray_streamer.checkpoint.weight_map import WeightMap
-    from ray_streamer.storage.base import ObjectInfo, Storage
+    from ray_streamer.storage.base import Storage
 
 HEAD_BYTES = 256 << 10
 """First read of each shard file: holds a header of about 2,000 tensors; a longer one costs a second read."""
 
-CONFIG_NAME = "config.json"
-MAX_CONFIG_BYTES = 16 << 20
 ADAPTER_KEY = "adapter_config"
 """Where the config of an adapter's index has what its adapter_config.json says, beside the base model's config."""
-
-_JSON_HEAD_BYTES = 16 << 20
-_NO_LISTING = (
-    "is not allowed to be read, nor may its folder be listed, so it may as well not exist (for S3: s3:ListBucket)"
-)
 
 _logger = logging.getLogger(__name__)
 
@@ -101,10 +100,7 @@ def open_checkpoint(
     location = locate(uri)
     files = _files_of(storage, location.selection)
     config = read_config(storage)
-    if (
-        all(map(is_of_adapter, files.paths))
-        and (adapter := _read_json_config(storage, ADAPTER_CONFIG_NAME)) is not None
-    ):
+    if all(map(is_of_adapter, files.paths)) and (adapter := read_json_config(storage, ADAPTER_CONFIG_NAME)) is not None:
         config = {**(config or {}), ADAPTER_KEY: adapter}
     reads = _read_headers(storage, files.paths, concurrency=concurrency, head_bytes=head_bytes)
     _refuse_missing(storage, files, reads)
@@ -113,7 +109,7 @@ def open_checkpoint(
     settled = Settlement(headers=headers)
     if files.weight_map is not None:
         settled = settle(files.weight_map.files, files.paths, headers)
-        _tell_disagreements(settled, files.weight_map, file=_full_name(storage, files.index_name), strict=strict_index)
+        _tell_disagreements(settled, files.weight_map, file=full_name(storage, files.index_name), strict=strict_index)
     index = CheckpointIndex.from_headers(
         location.folder_uri,
         [file for file, _ in found],
@@ -151,7 +147,7 @@ def read_headers(
     reads = _read_headers(storage, paths, concurrency=concurrency, head_bytes=head_bytes)
     for path, read in zip(paths, reads, strict=True):
         if read is None:
-            raise ObjectMissingError(f"{_full_name(storage, path)}: no such file")
+            raise ObjectMissingError(f"{full_name(storage, path)}: no such file")
         found.append(read)
     return found
 
@@ -162,11 +158,11 @@ def _files_of(storage: Storage, selection: str | None) -> _Files:
         return _Files([selection], "name")
     name = selection or INDEX_NAME
     try:
-        data = _read_json_file(storage, name)
+        data = read_json_file(storage, name)
     except AccessError:
-        if selection is not None or _may_list(storage):
+        if selection is not None or may_list(storage):
             raise
-        _logger.warning("%s %s; going on with %s", printable(_full_name(storage, name)), _NO_LISTING, SINGLE_NAME)
+        _logger.warning("%s %s; going on with %s", printable(full_name(storage, name)), NO_LISTING, SINGLE_NAME)
         return _Files([SINGLE_NAME], "folder")
     except StorageError as error:
         if selection is not None:
@@ -174,7 +170,7 @@ def _files_of(storage: Storage, selection: str | None) -> _Files:
         if not isinstance(error, ObjectMissingError):
             raise
         return _files_without_index(storage)
-    weight_map = parse_weight_map(data, file=_full_name(storage, name))
+    weight_map = parse_weight_map(data, file=full_name(storage, name))
     return _Files(weight_map.paths, "index" if selection is None else "name", weight_map, name)
 
 
@@ -185,15 +181,6 @@ def shard_paths(storage: Storage) -> list[str]:
         RayStreamerError: As `open_checkpoint`, for a folder that holds no checkpoint.
     """
     return _files_of(storage, None).paths
-
-
-def _may_list(storage: Storage) -> bool:
-    """Whether the folder may be listed; where it may, a store says of each file whether it exists."""
-    try:
-        storage.list()
-    except AccessError:
-        return False
-    return True
 
 
 def _files_without_index(storage: Storage) -> _Files:
@@ -212,11 +199,7 @@ def _files_without_index(storage: Storage) -> _Files:
         # It has what it was made for, and need not have a part of every layer.
         return _Files(found, "name")
     if PIPELINE_NAME in names:
-        files = component_files(
-            storage,
-            lambda name: _read_json_file(storage, name, max_bytes=MAX_HEADER_BYTES),
-            file=_full_name(storage, PIPELINE_NAME),
-        )
+        files = component_files(storage)
         if files:
             return _Files(sorted(files), "folder", components=files)
     raise nothing_to_open(storage, names)
@@ -238,33 +221,6 @@ def _single_file(storage: Storage, refused: AccessError) -> str:
             "or give the uri of one file"
         ) from refused
     return SINGLE_NAME
-
-
-def read_config(storage: Storage) -> dict[str, Any] | None:
-    """A folder's config.json; None where there is none.
-
-    Raises:
-        CheckpointError: It is no JSON object.
-        StorageError: Storage failed.
-    """
-    return _read_json_config(storage, CONFIG_NAME)
-
-
-def _read_json_config(storage: Storage, name: str) -> dict[str, Any] | None:
-    try:
-        data = _read_json_file(storage, name, max_bytes=MAX_CONFIG_BYTES)
-    except ObjectMissingError:
-        return None
-    except AccessError:
-        if _may_list(storage):
-            raise
-        _logger.warning("%s %s; going on without", printable(_full_name(storage, name)), _NO_LISTING)
-        return None
-    try:
-        return parse_lenient(data)
-    except MalformedJsonError as error:
-        said = foreign_format(data) or f"{error}; fetch it again"
-        raise CheckpointError(f"{_full_name(storage, name)} {said}") from None
 
 
 def _read_headers(
@@ -291,8 +247,8 @@ def _read_header(storage: Storage, path: str, head_bytes: int) -> tuple[ShardFil
         return None
     except StorageError as error:
         raise missing_selection(storage, path, error) or error from error
-    stop = header_extent(head, file=_full_name(storage, path), size_bytes=info.size_bytes).stop
-    head = _read_up_to(storage, path, stop, head, info)
+    stop = header_extent(head, file=full_name(storage, path), size_bytes=info.size_bytes).stop
+    head = read_up_to(storage, path, stop, head, info)
     return ShardFile(path, info.size_bytes, info.etag), head[:stop]
 
 
@@ -300,7 +256,7 @@ def _parsed(storage: Storage, read: tuple[ShardFile, bytes] | None) -> tuple[Sha
     if read is None:
         return None
     file, head = read
-    return file, parse_header(head, file=_full_name(storage, file.path), size_bytes=file.size_bytes)
+    return file, parse_header(head, file=full_name(storage, file.path), size_bytes=file.size_bytes)
 
 
 def _refuse_missing(storage: Storage, files: _Files, reads: Sequence[object | None]) -> None:
@@ -308,13 +264,13 @@ def _refuse_missing(storage: Storage, files: _Files, reads: Sequence[object | No
     if not missing:
         return
     if files.weight_map is None and files.found_by == "name":
-        error = ObjectMissingError(f"{_full_name(storage, missing[0])}: no such file")
+        error = ObjectMissingError(f"{full_name(storage, missing[0])}: no such file")
         raise missing_selection(storage, missing[0], error) or error
     do = "does" if len(missing) == 1 else "do"
     listing = listed([shown(path) for path in missing])
     if files.weight_map is not None:
         raise ObjectMissingError(
-            f"{_full_name(storage, files.index_name)} names {counted(len(files.paths), 'file')}, of which {len(missing)} "
+            f"{full_name(storage, files.index_name)} names {counted(len(files.paths), 'file')}, of which {len(missing)} "
             f"{do} not exist: {listing}; fetch them from the same revision, or wait until they are uploaded"
         )
     raise ObjectMissingError(
@@ -337,25 +293,3 @@ def _tell_disagreements(settled: Settlement, weight_map: WeightMap, *, file: str
             f"{told}. Fetch the index and all files again from one revision, or let the index decide: strict_index is set"
         )
     _logger.warning("%s. The index decides; the setting strict_index refuses such a checkpoint.", printable(told))
-
-
-def _read_json_file(storage: Storage, name: str, *, max_bytes: int = MAX_HEADER_BYTES) -> bytes:
-    head, info = storage.read_head(name, _JSON_HEAD_BYTES)
-    if info.size_bytes > max_bytes:
-        raise CheckpointError(
-            f"{_full_name(storage, name)} has {exact_bytes(info.size_bytes)}, above the cap of {exact_bytes(max_bytes)}"
-        )
-    return _read_up_to(storage, name, info.size_bytes, head, info)
-
-
-def _read_up_to(storage: Storage, path: str, stop: int, head: bytes, info: ObjectInfo) -> bytes:
-    """`head`, continued to byte `stop` of the file when it ends before."""
-    if len(head) >= stop:
-        return head
-    rest = bytearray(stop - len(head))
-    storage.read_into(path, Extent(len(head), stop), memoryview(rest), etag=info.etag)
-    return head + rest
-
-
-def _full_name(storage: Storage, path: str) -> str:
-    return f"{storage.uri.rstrip('/')}/{path}"

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any
 
+from ray_streamer.checkpoint.json_files import full_name, read_json_file
 from ray_streamer.checkpoint.shard_files import DIFFUSERS_NAME, SINGLE_NAME
 from ray_streamer.checkpoint.strict_json import MalformedJsonError, parse_lenient
 from ray_streamer.checkpoint.weight_map import parse_weight_map
@@ -17,8 +18,6 @@ from ray_streamer.errors import CheckpointError, ObjectMissingError
 from ray_streamer.storage import is_there
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from ray_streamer.storage import Storage
 
 PIPELINE_NAME = "model_index.json"
@@ -27,23 +26,21 @@ _NAMES = (DIFFUSERS_NAME, SINGLE_NAME)
 _COMPONENT = re.compile(r"[A-Za-z0-9][\w-]*")
 
 
-def component_files(storage: Storage, read_json: Callable[[str], bytes], *, file: str) -> dict[str, str]:
+def component_files(storage: Storage) -> dict[str, str]:
     """The component of each shard file, by the file's path; empty where no component has any.
 
     Args:
         storage: Open on the pipeline's folder.
-        read_json: Reads a small file of it.
-        file: What messages call model_index.json.
 
     Raises:
         CheckpointError: model_index.json, or the index json of a component, is malformed.
         StorageError: Storage failed.
     """
     try:
-        said = parse_lenient(read_json(PIPELINE_NAME))
+        said = parse_lenient(read_json_file(storage, PIPELINE_NAME))
     except MalformedJsonError as error:
-        raise CheckpointError(f"{file} {error}; fetch it again") from None
-    return {path: name for name in components_of(said) for path in _files_of(storage, read_json, name, file)}
+        raise CheckpointError(f"{full_name(storage, PIPELINE_NAME)} {error}; fetch it again") from None
+    return {path: name for name in components_of(said) for path in _files_of(storage, name)}
 
 
 def components_of(model_index: dict[str, Any]) -> list[str]:
@@ -59,13 +56,13 @@ def components_of(model_index: dict[str, Any]) -> list[str]:
     ]
 
 
-def _files_of(storage: Storage, read_json: Callable[[str], bytes], component: str, file: str) -> list[str]:
+def _files_of(storage: Storage, component: str) -> list[str]:
     for single in _NAMES:
         name = f"{component}/{single}.index.json"
         try:
-            data = read_json(name)
+            data = read_json_file(storage, name)
         except ObjectMissingError:
             continue
-        weight_map = parse_weight_map(data, file=f"{file.removesuffix(PIPELINE_NAME)}{name}")
+        weight_map = parse_weight_map(data, file=full_name(storage, name))
         return [f"{component}/{path}" for path in weight_map.paths]
     return [path for single in _NAMES if is_there(storage, path := f"{component}/{single}")][:1]

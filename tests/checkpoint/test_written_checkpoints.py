@@ -16,7 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ray_streamer.checkpoint import open_checkpoint
-from ray_streamer.checkpoint.open import CONFIG_NAME, INDEX_NAME
+from ray_streamer.checkpoint.folder_hints import INDEX_NAME
+from ray_streamer.checkpoint.json_files import CONFIG_NAME
 from ray_streamer.dtypes import DTYPES, dtype_named
 from ray_streamer.testing.checkpoints import (
     TensorSpec,
