@@ -133,7 +133,10 @@ class Storage(Protocol):
         ...
 
     def read_head(self, path: str, max_bytes: int) -> tuple[bytes, ObjectInfo]:
-        """The first bytes of a file, at most `max_bytes`, and the identity of what was read, in one request."""
+        """The first bytes of a file, at most `max_bytes`, and the identity of what was read, in one request.
+
+        Its etag may say more of the same version than that of `size_and_etag`, which reads nothing.
+        """
         ...
 
     def read_into(

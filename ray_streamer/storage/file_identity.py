@@ -6,10 +6,10 @@ What the index saw travels to the ranks as an etag. What of it means something d
     same machine, same inode        yes     yes                     yes, unless links were made or removed; not on FUSE
     same machine, another inode     yes     yes                     no: a copy that kept its time, or a mount with new inodes
     another machine, shared         yes     yes                     no
-    another machine, own disk       yes     no, told once           no
+    another machine, own disk       yes     no: samples instead     no
 
-Each node's own disk holds its own copy, and most ways to copy set a new time. A change of status shows a file that was rewritten
-in place and given its old time back. Content is never compared: a copy of another version, of equal size, is not noticed.
+Each node's own disk holds its own copy, and most ways to copy set a new time. Then samples of the content are compared: its first
+and last 4 KiB, and two pieces between them. A change of status shows a file that was rewritten in place and given its old time back.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 from ray_streamer.errors import StorageError
+from ray_streamer.extent import Extent
 from ray_streamer.storage.base import ObjectInfo
 from ray_streamer.units import exact_bytes
 
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
 
 _GRANULES_NS = (1, 100, 1_000, 1_000_000, 1_000_000_000, 2_000_000_000)
 """What file systems, archives and copying tools round times down to: FAT counts in steps of two seconds."""
+
+_SAMPLE_BYTES = 4096
+_NUM_SAMPLES = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +49,7 @@ class FileIdentity:
         inode: Its number in its file system.
         num_links: Its names; changes of this change `changed_ns`, too.
         machine: The machine that looked.
+        samples: Hash of what lies at `sample_extents`; empty where nobody read that.
     """
 
     size_bytes: int
@@ -53,6 +58,7 @@ class FileIdentity:
     inode: int
     num_links: int
     machine: str
+    samples: str = ""
 
     @classmethod
     def of(cls, status: os.stat_result, *, path: str) -> Self:
@@ -76,8 +82,8 @@ class FileIdentity:
     @classmethod
     def parse(cls, etag: str) -> Self | None:
         """The identity that an etag stands for; None when it is of another kind of storage."""
-        *numbers, machine = etag.split(",")
         try:
+            *numbers, samples, machine = etag.split(",")
             size_bytes, modified_ns, changed_ns, inode, num_links = (int(number) for number in numbers)
         except ValueError:
             return None
@@ -88,13 +94,14 @@ class FileIdentity:
             inode=inode,
             num_links=num_links,
             machine=machine,
+            samples=samples,
         )
 
     @property
     def info(self) -> ObjectInfo:
         """Size and etag."""
         numbers = (self.size_bytes, self.modified_ns, self.changed_ns, self.inode, self.num_links)
-        return ObjectInfo(self.size_bytes, ",".join([*map(str, numbers), self.machine]))
+        return ObjectInfo(self.size_bytes, ",".join([*map(str, numbers), self.samples, self.machine]))
 
     def contradicts(self, expected: FileIdentity, mount: Mount) -> str | None:
         """Why this cannot be the file that was expected, as the end of a sentence; None when it can."""
@@ -111,8 +118,7 @@ class FileIdentity:
 
     def is_other_copy(self, expected: FileIdentity, mount: Mount) -> bool:
         """Whether this is another machine's own file, whose other time of modification means nothing."""
-        is_own = mount.is_disk or mount.is_memory
-        return is_own and self.machine != expected.machine and self._has_other_time(expected)
+        return mount.is_own and self.machine != expected.machine and self._has_other_time(expected)
 
     def _has_other_time(self, expected: FileIdentity) -> bool:
         if self.machine == expected.machine:
@@ -124,6 +130,19 @@ class FileIdentity:
         is_same = self.machine == expected.machine and self.inode == expected.inode
         is_known = mount.keeps_change_times and self.num_links == expected.num_links
         return is_same and is_known and self.changed_ns != expected.changed_ns
+
+
+def sample_extents(size_bytes: int) -> list[Extent]:
+    """Which bytes of a file are compared between machines: all of a short one, else a few pages from its first to its last.
+
+    >>> [extent.start for extent in sample_extents(1_000_000)]
+    [0, 331968, 663936, 995904]
+    """
+    if size_bytes <= _NUM_SAMPLES * _SAMPLE_BYTES:
+        return [Extent(0, size_bytes)]
+    last = size_bytes - _SAMPLE_BYTES
+    starts = [last * number // (_NUM_SAMPLES - 1) for number in range(_NUM_SAMPLES)]
+    return [Extent(start, start + _SAMPLE_BYTES) for start in starts]
 
 
 @functools.cache

@@ -40,6 +40,11 @@ class Mount:
         return self.kind in _IN_MEMORY
 
     @property
+    def is_own(self) -> bool:
+        """Whether no other machine sees the same files."""
+        return self.is_disk or self.is_memory
+
+    @property
     def keeps_change_times(self) -> bool:
         """Whether the time of a change of status is the file's; file systems in user space often make it up."""
         return not self.kind.startswith("fuse") and self.kind != "unknown"

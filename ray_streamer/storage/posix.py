@@ -150,13 +150,27 @@ class PosixStorage:
         host = os.uname().nodename
         if contradiction is not None:
             raise ObjectChangedError(f"{file} on host {host} was replaced or written to: it {contradiction}")
-        if file.identity.is_other_copy(expected, file.mount) and not self._has_told_of_copies:
+        if file.identity.is_other_copy(expected, file.mount):
+            self._compare_samples(file, expected, host)
+
+    def _compare_samples(self, file: PosixFile, expected: FileIdentity, host: str) -> None:
+        """Refuses a copy whose samples differ, and tells once what could not be compared."""
+        are_known = expected.samples and file.samples
+        if are_known and file.samples != expected.samples:
+            raise ObjectChangedError(
+                f"{file} on host {host} is a copy of another version: it has the size that the index saw on another host, and "
+                "other content; copy the checkpoint to this host again"
+            )
+        if not self._has_told_of_copies:
             self._has_told_of_copies = True
             logger.warning(
                 "%s on host %s has the size that the index saw on another host, and another time of modification. It is "
-                "taken for this host's own copy of the same checkpoint: names and sizes are compared, contents are not",
+                "taken for this host's own copy of the same checkpoint: %s",
                 file,
                 host,
+                "names, sizes and samples of the contents are compared, the rest is not"
+                if are_known
+                else "names and sizes are compared, contents are not",
             )
 
     def _open(self, path: str) -> PosixFile:

@@ -7,17 +7,19 @@ about the file, and its mapping; descriptors belong to `OpenFiles`, which may cl
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import resource
 import threading
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ray_streamer.errors import ObjectChangedError, ShortReadError
+from ray_streamer.errors import ObjectChangedError, ShortReadError, StorageError
 from ray_streamer.extent import Extent
-from ray_streamer.storage.file_identity import FileIdentity
+from ray_streamer.storage.file_identity import FileIdentity, sample_extents
 from ray_streamer.storage.file_memory import map_file
 from ray_streamer.storage.os_errors import os_errors_translated
 from ray_streamer.storage.residency import PAGE_BYTES, is_page_cached
@@ -57,6 +59,7 @@ class PosixFile:
         self._identity: FileIdentity | None = None
         # Found out when first asked for. Twice, if two threads ask at once: neither may wait for the other with a file open.
         self._in_memory: bool | None = None
+        self._samples: str | None = None
         self._wants_direct: bool | None = None
         with self._opened():
             pass
@@ -72,8 +75,26 @@ class PosixFile:
 
     @property
     def info(self) -> ObjectInfo:
-        """Size and etag of this version."""
-        return self.identity.info
+        """Size and etag of this version; where other machines may have copies, the etag has samples of its content."""
+        return replace(self.identity, samples=self.samples if self.mount.is_own else "").info
+
+    @property
+    def samples(self) -> str:
+        """Hash of the file's `sample_extents`, which are read once; empty where they cannot be read, as a load will say."""
+        if self._samples is None:
+            try:
+                self._samples = self._hash_samples()
+            except StorageError:
+                self._samples = ""
+        return self._samples
+
+    def _hash_samples(self) -> str:
+        digest = hashlib.blake2b(digest_size=8)
+        with self._opened() as opened:
+            for extent in sample_extents(self.identity.size_bytes):
+                sample = memoryview(bytearray(extent.num_bytes))
+                digest.update(sample[: _fill(opened.buffered, sample, extent.start)])
+        return digest.hexdigest()
 
     def close(self) -> None:
         """Gives the mapping back; whoever still holds a part of the view keeps the pages mapped until it lets go."""

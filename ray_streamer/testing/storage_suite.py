@@ -128,13 +128,15 @@ class StorageContract:
     def test_head_comes_with_its_identity(self, storage: Storage, max_bytes: int) -> None:
         head, info = storage.read_head("model.safetensors", max_bytes)
         assert head == CONTENT[:max_bytes]
-        assert info == storage.size_and_etag("model.safetensors")
+        assert info.size_bytes == storage.size_and_etag("model.safetensors").size_bytes
+        assert storage.read_head("model.safetensors", 1)[1] == info
+        assert read(storage, "model.safetensors", Extent(5, 50), info.etag) == CONTENT[5:50]
 
     def test_empty_file(self, storage: Storage, place: Place) -> None:
         place.write("empty", b"")
         head, info = storage.read_head("empty", 10)
         assert (head, info.size_bytes) == (b"", 0)
-        assert storage.size_and_etag("empty") == info
+        assert storage.size_and_etag("empty").size_bytes == 0
         assert read(storage, "empty", Extent(0, 0), info.etag) == b""
         with pytest.raises(ShortReadError, match=r"empty"):
             read(storage, "empty", Extent(0, 1), info.etag)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import random
 import shutil
 
 import pytest
@@ -14,16 +16,26 @@ from ray_streamer.storage import file_identity, open_storage
 from ray_streamer.storage.mounts import Mount
 
 FILES = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+SIZES = (1_000_000, 3_200)
+CONTENTS = {name: random.Random(name).randbytes(size) for name, size in zip(FILES, SIZES, strict=True)}
 LATER_NS = 7_000_000_123
 
 
 @pytest.fixture
-def etags(tmp_path):
+def first_kind():
+    """The file system of the node that read the headers."""
+    return "ext4"
+
+
+@pytest.fixture
+def etags(tmp_path, first_kind):
     """What the node that read the headers saw of its copy."""
     (tmp_path / "first").mkdir()
-    for name in FILES:
-        (tmp_path / "first" / name).write_bytes(name.encode() * 100)
-    storage = open_storage(str(tmp_path / "first"), Settings.resolve())
+    for name, content in CONTENTS.items():
+        (tmp_path / "first" / name).write_bytes(content)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ray_streamer.storage.posix.read_mount_table", lambda: (Mount("/", first_kind),))
+        storage = open_storage(str(tmp_path / "first"), Settings.resolve())
     etags = {name: storage.read_head(name, 8)[1].etag for name in FILES}
     storage.close()
     return etags
@@ -75,7 +87,7 @@ def _cut(source, target):
 
 def _read_all(storage, etags):
     for name, etag in etags.items():
-        content = name.encode() * 100
+        content = CONTENTS[name]
         memory = bytearray(len(content))
         storage.read_into(name, Extent(0, len(content)), memoryview(memory), etag=etag)
         assert memory == content
@@ -99,7 +111,47 @@ def test_copies_without_their_times_load_and_it_is_told_once(etags, other_node, 
     message = record.getMessage()
     assert FILES[0] in message
     assert os.uname().nodename in message
-    assert "names and sizes are compared, contents are not" in message
+    assert "names, sizes and samples of the contents are compared, the rest is not" in message
+
+
+@pytest.mark.parametrize("kind", ["ext4", "overlay", "tmpfs"])
+@pytest.mark.parametrize(
+    ("name", "at"),
+    [
+        *((FILES[0], at) for at in (0, 4095, 331_968, 336_063, 663_936, 995_904, 999_999)),
+        *((FILES[1], at) for at in (0, 1_600, 3_199)),
+    ],
+)
+def test_a_copy_of_another_version_is_refused_whatever_its_time_says(etags, other_node, tmp_path, kind, name, at):
+    storage = other_node(_without_times, kind=kind)
+    path = tmp_path / "second" / name
+    status = path.stat()
+    with path.open("r+b") as stream:
+        stream.seek(at)
+        stream.write(bytes([CONTENTS[name][at] ^ 1]))
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    with pytest.raises(ObjectChangedError, match=rf"second/{name} on host .* is a copy of another version"):
+        _read_all(storage, etags)
+
+
+@pytest.mark.parametrize("first_kind", ["nfs4", "fuse.mountpoint-s3"])
+def test_a_copy_of_files_that_a_server_has_is_compared_by_size(etags, other_node, caplog, first_kind):
+    _read_all(other_node(_without_times, kind="ext4"), etags)
+    (record,) = caplog.records
+    assert "names and sizes are compared, contents are not" in record.getMessage()
+
+
+def test_samples_that_cannot_be_read_refuse_nothing(etags, other_node, monkeypatch):
+    storage = other_node(_without_times, kind="ext4")
+    preadv = os.preadv
+
+    def refusing(descriptor, buffers, offset, *flags):
+        if offset == 331_968 and len(buffers[0]) == 4096:
+            raise OSError(errno.EIO, "bad sector")
+        return preadv(descriptor, buffers, offset, *flags)
+
+    monkeypatch.setattr(os, "preadv", refusing)
+    _read_all(storage, etags)
 
 
 @pytest.mark.parametrize("kind", ["nfs4", "lustre", "fuse.mountpoint-s3", "unheard-of"])

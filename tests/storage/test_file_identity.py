@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from dataclasses import replace
 
 import pytest
 
 from ray_streamer.errors import StorageError
-from ray_streamer.storage.file_identity import FileIdentity
+from ray_streamer.storage.file_identity import FileIdentity, sample_extents
 from ray_streamer.storage.mounts import Mount
 
 DISK, MEMORY, SERVER = Mount("/", "ext4"), Mount("/dev/shm", "tmpfs"), Mount("/mnt", "nfs4")
@@ -72,7 +73,9 @@ def test_on_one_machine_times_are_never_rounded():
 @pytest.mark.parametrize("modified_ns", [0, -1, -(10**30), 10**30, SEEN.modified_ns])
 def test_an_etag_says_all_of_it(modified_ns):
     identity = replace(SEEN, modified_ns=modified_ns, changed_ns=-modified_ns)
-    assert FileIdentity.parse(identity.info.etag) == identity
+    for samples in ("", "0123456789abcdef"):
+        sampled = replace(identity, samples=samples)
+        assert FileIdentity.parse(sampled.info.etag) == sampled
     assert identity.info.size_bytes == 4096
     assert replace(identity, modified_ns=modified_ns + 1).contradicts(identity, DISK)
 
@@ -80,6 +83,14 @@ def test_an_etag_says_all_of_it(modified_ns):
 @pytest.mark.parametrize("etag", ["", "any", '"0123abcd"', "1,2,3", "a,b,c,d,e,f", "version-1"])
 def test_etags_of_other_storages_are_none(etag):
     assert FileIdentity.parse(etag) is None
+
+
+@pytest.mark.parametrize("size_bytes", [0, 1, 4096, 16_384, 16_385, 20_000, 10**6, 7 * 10**9])
+def test_samples_reach_from_the_first_to_the_last_byte_and_are_few(size_bytes):
+    extents = sample_extents(size_bytes)
+    assert (extents[0].start, extents[-1].stop) == (0, size_bytes)
+    assert all(before.stop <= after.start for before, after in itertools.pairwise(extents))
+    assert sum(extent.num_bytes for extent in extents) == min(size_bytes, 16_384)
 
 
 def test_a_look_at_a_real_file(tmp_path):

@@ -132,7 +132,7 @@ def test_plans_and_ranks_load_the_callers_own(places, monkeypatch, said, value):
     assert tensors["a.weight"].unique().tolist() == [value]
     monkeypatch.chdir(places / "theirs")
     storage = open_storage(plan.index.uri, Settings.resolve())
-    assert storage.size_and_etag("model.safetensors").etag == plan.index.files[0].etag
+    assert storage.read_head("model.safetensors", 8)[1].etag == plan.index.files[0].etag
     storage.close()
 
 
