@@ -15,6 +15,7 @@ the session is over, and ranks that try again meet again. An error that leaves t
 
 from __future__ import annotations
 
+import logging
 import os
 from typing import TYPE_CHECKING, NamedTuple, Self
 
@@ -33,6 +34,11 @@ if TYPE_CHECKING:
 
     from ray_streamer.exchange.hub import LoadListener
     from ray_streamer.exchange.place import Place
+
+logger = logging.getLogger(__name__)
+
+# As for actors of Ray that are slow to start.
+_SLOW_MEETING_SECONDS = 20.0
 
 
 class Lent(NamedTuple):
@@ -116,9 +122,13 @@ class NodeSession:
             return
         self.activity.phase = "meeting the other ranks"
         place = self.place
-        absent = self._mailbox.wait_met(place.timeouts.startup_seconds)
+        seconds = place.timeouts.startup_seconds
+        absent = self._mailbox.wait_met(min(seconds, _SLOW_MEETING_SECONDS))
+        if absent and seconds > _SLOW_MEETING_SECONDS:
+            self._tell_of_absent(absent)
+            absent = self._mailbox.wait_met(seconds - _SLOW_MEETING_SECONDS)
         if absent:
-            names = [place.ranks[local_rank] for local_rank in sorted(absent)]
+            names = self._names_of(absent)
             notes = self._hub.meeting.notes
             told = f"; turned away: {'; '.join(notes)}" if notes else ""
             assumed = f"; {place.assumption}" if place.assumption else ""
@@ -127,6 +137,21 @@ class NodeSession:
                 f"startup_timeout_seconds={place.timeouts.startup_seconds}; look for their errors, or raise the setting"
                 f"{told}{assumed}"
             )
+
+    def _tell_of_absent(self, absent: set[int]) -> None:
+        """A rank that ended before it met another leaves nothing behind that could name it; this is all that can be said."""
+        logger.warning(
+            "rank %d has waited %g s for ranks %s of node %s, and gives up after startup_timeout_seconds=%g. See whether they "
+            "still run: a rank that ended before it met another cannot tell",
+            self.place.rank,
+            _SLOW_MEETING_SECONDS,
+            self._names_of(absent),
+            self.place.node,
+            self.place.timeouts.startup_seconds,
+        )
+
+    def _names_of(self, local_ranks: set[int]) -> list[int]:
+        return [self.place.ranks[local_rank] for local_rank in sorted(local_ranks)]
 
     @property
     def is_first(self) -> bool:

@@ -7,6 +7,7 @@ import secrets
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from ray_streamer.exchange.names import address_of, longer_names
 from ray_streamer.exchange.session import NodeSession
 from ray_streamer.stream.stop import StopSignal
 
+HANG_SECONDS = 120
 HELLO = encode_hello(Hello(local_rank=1, num_local_ranks=3))
 
 
@@ -64,6 +66,18 @@ def test_the_absent_rank_is_named_by_all_and_nobody_else_is(start):
         assert "ranks [21] of node n did not connect" in str(error)
         assert "startup_timeout_seconds=0.5" in str(error)
         assert "all ranks were taken to be here" in str(error)
+
+
+def test_who_is_waited_for_is_told_before_the_waiting_ends(start, monkeypatch, caplog):
+    monkeypatch.setattr("ray_streamer.exchange.session._SLOW_MEETING_SECONDS", 0.01)
+    told = threading.Event()
+    caplog.handler.addFilter(lambda _: told.set() or True)
+    first = start(_ranks_met, 0, 2)
+    assert told.wait(HANG_SECONDS)
+    second = start(_ranks_met, 1, 2)
+    assert first.join() == second.join() == [b"20", b"21"]
+    assert "rank 20 has waited 0.01 s for ranks [21] of node n" in caplog.text
+    assert "startup_timeout_seconds=120" in caplog.text
 
 
 def test_a_rank_that_waits_for_an_absent_one_can_be_stopped(place, session):
