@@ -46,11 +46,11 @@ class Strided:
     @property
     def repeats(self) -> bool:
         """Whether an element may be seen under two indices."""
-        reach = 0
+        max_offset = 0
         for step, size in sorted(self._loops()):
-            if step <= reach:
+            if step <= max_offset:
                 return True
-            reach += step * (size - 1)
+            max_offset += step * (size - 1)
         return False
 
     @property

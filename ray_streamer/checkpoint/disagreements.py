@@ -26,7 +26,7 @@ _Where = dict[str, list[int]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Settlement:
+class Reconciled:
     """What the checkpoint has, after all.
 
     Attributes:
@@ -42,7 +42,7 @@ class Settlement:
     differences: tuple[str, ...] = ()
 
 
-def settle(weight_map: Mapping[str, str], paths: Sequence[str], headers: Sequence[FileHeader]) -> Settlement:
+def reconcile(weight_map: Mapping[str, str], paths: Sequence[str], headers: Sequence[FileHeader]) -> Reconciled:
     """Compare an index json with the headers of its files, and decide.
 
     Args:
@@ -55,7 +55,7 @@ def settle(weight_map: Mapping[str, str], paths: Sequence[str], headers: Sequenc
     """
     found = {name: path for path, header in zip(paths, headers, strict=True) for name in header.names}
     if found == weight_map and len(found) == sum(len(header.names) for header in headers):
-        return Settlement(headers=tuple(headers))
+        return Reconciled(headers=tuple(headers))
     where = _files_of_tensors(headers)
     numbers = {path: number for number, path in enumerate(paths)}
     repeated = {name: files for name, files in where.items() if len(files) > 1}
@@ -63,7 +63,7 @@ def settle(weight_map: Mapping[str, str], paths: Sequence[str], headers: Sequenc
     absent = tuple(name for name in weight_map if name not in where)
     unlisted = frozenset(where.keys() - weight_map.keys())
     moved = [name for name, path in weight_map.items() if name in where and numbers[path] not in where[name]]
-    return Settlement(
+    return Reconciled(
         headers=tuple(_without_repeats(header, number, taken) for number, header in enumerate(headers)),
         absent=absent,
         unlisted=unlisted,

@@ -1,6 +1,6 @@
 """How does a URI become an index? By one speculative read per shard file, in parallel, and no tensor byte.
 
-    locate ─> index json, or what the folder has ─> heads, in parallel ─> parse ─> settle what disagrees ─> index
+    locate ─> index json, or what the folder has ─> heads, in parallel ─> parse ─> reconcile with the index json ─> index
 
 The read that fetches a header pins the file's size and ETag, so that a file replaced later is noticed. Which error is
 reported does not depend on timing: of several broken files, it is the first by path.
@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from ray_streamer.checkpoint.disagreements import Settlement, settle
+from ray_streamer.checkpoint.disagreements import Reconciled, reconcile
 from ray_streamer.checkpoint.folder_hints import INDEX_NAME, missing_folder, missing_selection, nothing_to_open
 from ray_streamer.checkpoint.header import header_extent, parse_header
 from ray_streamer.checkpoint.index import CheckpointIndex, ShardFile
@@ -106,18 +106,20 @@ def open_checkpoint(
     _refuse_missing(storage, files, reads)
     found = [read for read in reads if read is not None]
     headers = tuple(_named_in_pipeline(header, files.components.get(file.path)) for file, header in found)
-    settled = Settlement(headers=headers)
+    reconciled = Reconciled(headers=headers)
     if files.weight_map is not None:
-        settled = settle(files.weight_map.files, files.paths, headers)
-        _tell_disagreements(settled, files.weight_map, file=full_name(storage, files.index_name), strict=strict_index)
+        reconciled = reconcile(files.weight_map.files, files.paths, headers)
+        _tell_disagreements(
+            reconciled, files.weight_map, file=full_name(storage, files.index_name), strict=strict_index
+        )
     index = CheckpointIndex.from_headers(
         location.folder_uri,
         [file for file, _ in found],
-        settled.headers,
+        reconciled.headers,
         config=config,
         found_by=files.found_by,
-        absent=settled.absent,
-        unlisted=settled.unlisted,
+        absent=reconciled.absent,
+        unlisted=reconciled.unlisted,
     )
     _logger.info(
         "opened %s: %d tensors, %d bytes in %d files", printable(uri), len(index), index.total_bytes, len(index.files)
@@ -279,9 +281,9 @@ def _refuse_missing(storage: Storage, files: _Files, reads: Sequence[object | No
     )
 
 
-def _tell_disagreements(settled: Settlement, weight_map: WeightMap, *, file: str, strict: bool) -> None:
+def _tell_disagreements(reconciled: Reconciled, weight_map: WeightMap, *, file: str, strict: bool) -> None:
     """One warning, or with `strict` one error, about everything in which the index json is wrong."""
-    differences = [*settled.differences]
+    differences = [*reconciled.differences]
     if weight_map.dotted:
         names = listed([shown(name) for name in weight_map.dotted])
         differences.append(f"{counted(len(weight_map.dotted), 'file name')} with '.' components: {names}")

@@ -58,7 +58,7 @@ class StridedCopies:
     """The strided copies of one rank's load; made in the caller's thread, then safe to call from many threads.
 
     Args:
-        device: Where results lie that the host does not reach.
+        device: Where results lie that the host cannot access.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -175,10 +175,10 @@ def _fault_in(memory: NDArray[np.uint8], piece: StridedPiece, box: Box) -> None:
     move, width = piece.move, piece.move.target_dtype.num_bits // 8
     first = move.view.other + sum(at * dim.other for (at, _), dim in zip(box, move.view.dims, strict=True))
     sizes = [*(size for _, size in box), *(size for size, _ in move.repeats)]
-    reach = sum((size - 1) * stride for size, stride in zip(sizes, _target_strides(move), strict=True))
-    if reach < 4 * prod(sizes):
+    max_offset = sum((size - 1) * stride for size, stride in zip(sizes, _target_strides(move), strict=True))
+    if max_offset < 4 * prod(sizes):
         start = piece.target_start + first * width
-        fault_in(memory[start : start + (reach + 1) * width])
+        fault_in(memory[start : start + (max_offset + 1) * width])
 
 
 def _target_strides(move: StridedMove) -> Sequence[int]:

@@ -75,7 +75,7 @@ def num_covered(views: Sequence[NestedView]) -> int:
     distinct = list({(view.offset, view.dims): view for view in views}.values())
     if len(distinct) <= 1:
         return sum(view.num_elements for view in distinct)
-    stop = max(view.offset + view.reach for view in distinct) + 1
+    stop = max(view.offset + view.max_offset for view in distinct) + 1
     return cover([NestedView(0, 0, (Dim(stop, 1, 0),))], distinct).num_covered
 
 
@@ -183,7 +183,7 @@ def _mask_boxes(mask: NDArray[np.bool_]) -> Iterator[tuple[tuple[int, int], ...]
 def _cover_windows(whole: Sequence[NestedView], views: Sequence[NestedView]) -> Coverage:
     """Coverage by counting elements; holes are not told apart: all of `whole` stands for them."""
     covered, twice, outside, has_hole = 0, None, None, False
-    stop = max(view.offset + view.reach for view in (*whole, *views)) + 1
+    stop = max(view.offset + view.max_offset for view in (*whole, *views)) + 1
     for start in range(0, stop, WINDOW_ELEMENTS):
         num_elements = min(WINDOW_ELEMENTS, stop - start)
         inside, counts = np.zeros(num_elements, dtype=np.uint8), np.zeros(num_elements, dtype=np.uint8)

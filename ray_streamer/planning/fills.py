@@ -105,10 +105,10 @@ def _check_result(
     whole = _whole_views(slices.results[result])
     written = _views_of_rows(slices, rows, slices.results.form_of(result).stored.num_bits)
     views = tuple([view for view, _ in written])
-    end = max((view.offset + view.reach for view in whole), default=-1)
-    stray = next((view for view in views if view.offset < 0 or view.offset + view.reach > end), None)
+    end = max((view.offset + view.max_offset for view in whole), default=-1)
+    stray = next((view for view in views if view.offset < 0 or view.offset + view.max_offset > end), None)
     if stray is not None:
-        at = stray.offset if stray.offset < 0 else stray.offset + stray.reach
+        at = stray.offset if stray.offset < 0 else stray.offset + stray.max_offset
         raise PlanError(_describe(index, slices, result, written, at))
     key = slices.results.form_of(result), views
     coverage = covers.get(key) or covers.setdefault(key, cover(whole, views))

@@ -48,9 +48,9 @@ class NestedView(NamedTuple):
         return count
 
     @property
-    def reach(self) -> int:
+    def max_offset(self) -> int:
         """Distance from its first element to its last."""
-        return _reach(self.dims)
+        return _max_offset(self.dims)
 
 
 Box = tuple[tuple[int, int], ...]
@@ -78,16 +78,16 @@ def nested_views(offset: int, other: int, dims: Sequence[Dim]) -> list[NestedVie
 
 
 def _nest(offset: int, other: int, ordered: list[Dim], views: list[NestedView]) -> None:
-    reach = 0
+    max_offset = 0
     for at in reversed(range(len(ordered))):
-        if ordered[at].stride <= reach:
+        if ordered[at].stride <= max_offset:
             # It meets what lies within: the shorter of the two is laid out index by index.
             split = min((at, at + 1), key=lambda dim: ordered[dim].size)
             dim, rest = ordered[split], ordered[:split] + ordered[split + 1 :]
             for step in range(dim.size):
                 _nest(offset + step * dim.stride, other + step * dim.other, rest, views)
             return
-        reach += (ordered[at].size - 1) * ordered[at].stride
+        max_offset += (ordered[at].size - 1) * ordered[at].stride
     if len(views) == MAX_PARTS:
         raise PlanError(f"a view overlaps itself in too many ways to be planned: {ordered}")
     views.append(NestedView(offset, other, _joined(ordered)))
@@ -109,16 +109,16 @@ def boxes_between(dims: tuple[Dim, ...], start: int, stop: int) -> Iterator[Box]
     >>> list(boxes_between((Dim(4, 10, 0), Dim(3, 1, 0)), 11, 31))
     [((1, 1), (1, 2)), ((2, 1), (0, 3)), ((3, 1), (0, 1))]
     """
-    if start <= 0 and stop > _reach(dims):
+    if start <= 0 and stop > _max_offset(dims):
         yield tuple((0, dim.size) for dim in dims)
         return
     if not dims:
         return
     (size, stride, _), inner = dims[0], dims[1:]
-    reach = _reach(inner)
+    max_offset = _max_offset(inner)
     # Indices that begin inside and end inside; beside them at most one that ends inside, and one that begins inside.
-    first, last = max(0, -(-(start - reach) // stride)), min(size - 1, (stop - 1) // stride)
-    first_whole, last_whole = max(0, -(-start // stride)), min(size - 1, (stop - 1 - reach) // stride)
+    first, last = max(0, -(-(start - max_offset) // stride)), min(size - 1, (stop - 1) // stride)
+    first_whole, last_whole = max(0, -(-start // stride)), min(size - 1, (stop - 1 - max_offset) // stride)
     if first_whole > last_whole:
         first_whole, last_whole = last + 1, last
     for index in range(first, first_whole):
@@ -195,5 +195,5 @@ def whole_bytes(offset: int, other: int, dims: Sequence[Dim], num_bits: int) -> 
     return views
 
 
-def _reach(dims: Sequence[Dim]) -> int:
+def _max_offset(dims: Sequence[Dim]) -> int:
     return sum((dim.size - 1) * dim.stride for dim in dims)

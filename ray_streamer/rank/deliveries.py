@@ -62,7 +62,7 @@ class Deliveries:
         if data is None:
             self._note_landed(number, delivered)
             give_back()
-            self._settle(delivered)
+            self._count(delivered)
             return
         self._recorder.mark(Step.TAKEN, number)
         self._activity.begin()
@@ -76,7 +76,7 @@ class Deliveries:
                 self._stop.set(error)
                 return
             try:
-                self._settle(delivered)
+                self._count(delivered)
             except BaseException as failure:  # a callback's; the device that calls this could do nothing with it
                 self._stop.set(failure)
 
@@ -95,7 +95,7 @@ class Deliveries:
         touched = take_spent_seconds()
         self._recorder.landed(number, sum(num_bytes for _, num_bytes in delivered), touch_seconds=touched)
 
-    def _settle(self, delivered: list[tuple[int, int]]) -> None:
+    def _count(self, delivered: list[tuple[int, int]]) -> None:
         """One block less to wait for."""
-        self._results.settle(delivered)
+        self._results.count_delivered(delivered)
         self._blocks_left.count()

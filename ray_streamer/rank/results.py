@@ -138,7 +138,7 @@ class Results:
         """Completes the results that have nothing to wait for."""
         self._complete([number for number, num_bytes in enumerate(self._missing) if num_bytes == 0])
 
-    def settle(self, delivered: Iterable[tuple[int, int]]) -> None:
+    def count_delivered(self, delivered: Iterable[tuple[int, int]]) -> None:
         """Counts delivered bytes, as pairs of result and number; completes the results whose last byte was among them."""
         completed: list[int] = []
         with self._lock:

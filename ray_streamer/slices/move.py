@@ -39,8 +39,8 @@ class Side:
         """
         if not prod(shape):
             return 0, 0
-        reach = sum((size - 1) * stride for size, stride in zip(shape, self.strides, strict=True))
-        return self.offset, self.offset + reach + 1
+        max_offset = sum((size - 1) * stride for size, stride in zip(shape, self.strides, strict=True))
+        return self.offset, self.offset + max_offset + 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -131,7 +131,7 @@ class OpenFiles:
         finally:
             with self._changed:
                 self._num_opening -= 1
-                found = None if descriptor is None else self._settle(key, descriptor)
+                found = None if descriptor is None else self._keep_open(key, descriptor)
                 self._changed.notify_all()
         if found is None:
             raise StorageError(f"{key} is read after its storage was closed")
@@ -147,7 +147,7 @@ class OpenFiles:
             self._close_idle(0)
         return open_it()
 
-    def _settle(self, key: Hashable, descriptor: int) -> OpenFile | None:
+    def _keep_open(self, key: Hashable, descriptor: int) -> OpenFile | None:
         """The file with a new descriptor, or with the one that another thread opened meanwhile; None after `close`."""
         known = self._files.get(key)
         if self._is_closed or known is not None:

@@ -61,7 +61,7 @@ def test_tensors_complete_once_at_their_last_piece(plan):
     for block in np.random.default_rng(0).permutation(mine.taken).tolist():
         pieces = mine.pieces(block)
         results.copies(pieces.plain)
-        results.settle(_delivered(pieces))
+        results.count_delivered(_delivered(pieces))
         for number, num_bytes in _delivered(pieces):
             left[mine.results.names[number]] -= num_bytes
         assert set(completed) - {"empty"} == {name for name, num_bytes in left.items() if not num_bytes}
@@ -69,7 +69,7 @@ def test_tensors_complete_once_at_their_last_piece(plan):
     assert list(results.tensors()) == list(plan.index.names)
 
 
-def test_many_threads_settle_and_allocate_once(plan):
+def test_many_threads_count_and_allocate_once(plan):
     completed: list[tuple[str, int]] = []
     results, mine = _results(
         plan, on_complete=lambda items: completed.extend((name, tensor.data_ptr()) for name, tensor in items)
@@ -82,7 +82,7 @@ def test_many_threads_settle_and_allocate_once(plan):
         for block in blocks[first::4]:
             pieces = mine.pieces(block)
             results.copies(pieces.plain)
-            results.settle(_delivered(pieces))
+            results.count_delivered(_delivered(pieces))
 
     threads = [threading.Thread(target=work, args=(first,)) for first in range(4)]
     for thread in threads:
@@ -96,7 +96,7 @@ def test_many_threads_settle_and_allocate_once(plan):
 def test_unfinished_tensors_are_not_handed_out(plan):
     results, mine = _results(plan)
     results.complete_empty()
-    results.settle(_delivered(mine.pieces(int(mine.taken[0]))))
+    results.count_delivered(_delivered(mine.pieces(int(mine.taken[0]))))
     with pytest.raises(AssertionError, match="tensors without all their bytes"):
         results.tensors()
 
