@@ -4,7 +4,8 @@
 # make test-slow  the slow tests: more ranks, replicas and nodes over Ray
 # make test-oracles  every model family against other people's loaders
 # make test-vllm  what vLLM's own loaders and engine make of it, in an environment of its own (3.8 GB)
-# make bench   side by side with other ways to load
+# make bench   side by side with other ways to load; BENCH_ARGS=--write-docs writes docs/bench
+# make bench-all  besides, the benchmarks of single questions
 # make simulate  cold starts on up to 1,024 nodes, simulated and checked with small loads: docs/cold_starts.md
 # make gpu-check  what this project does on a GPU of this machine: right, how fast, and next to whom
 # make docs    pages that are made from the sources
@@ -20,6 +21,7 @@ VENV_VLLM ?= .venv-vllm
 PIP_ARGS ?=
 DEMO_ARGS ?=
 GPU_CHECK_ARGS ?=
+BENCH_ARGS ?=
 PYTEST_ARGS ?=
 
 # Without Ray, S3 servers and processes of their own.
@@ -33,7 +35,7 @@ INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-
 # Hundreds of processes import this package and its libraries: none should compile them anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo lint check test test-slow test-oracles test-vllm bench simulate gpu-check azurite docs clean
+.PHONY: demo lint check test test-slow test-oracles test-vllm bench bench-all simulate gpu-check azurite docs clean
 
 demo: $(VENV)/.demo-installed
 	$(BIN)/ray-streamer demo $(DEMO_ARGS)
@@ -61,6 +63,9 @@ test-vllm: $(VENV_VLLM)/.installed
 	$(VENV_VLLM)/bin/python -m pytest tests/vllm $(PYTEST_ARGS)
 
 bench: $(VENV)/.test-installed $(VENV)/.bench-installed
+	$(BIN)/python benchmarks/compare.py $(BENCH_ARGS)
+
+bench-all: bench
 	$(BIN)/python benchmarks/plan_deepseek.py
 	$(BIN)/python benchmarks/plan_from_headers.py
 	$(BIN)/python benchmarks/s3_clients.py
@@ -68,9 +73,9 @@ bench: $(VENV)/.test-installed $(VENV)/.bench-installed
 	$(BIN)/python benchmarks/body_path.py
 	$(BIN)/python benchmarks/faults.py
 	$(BIN)/python benchmarks/s3_shape.py
-	$(BIN)/python benchmarks/compare.py s3
-	$(BIN)/python benchmarks/compare.py disk --state warm
-	$(BIN)/python benchmarks/compare.py disk --state cold
+	$(BIN)/python benchmarks/other_stores.py
+	$(BIN)/python benchmarks/transformers_tp.py
+	$(BIN)/python benchmarks/verdict.py
 
 simulate: $(VENV)/.test-installed $(VENV)/.bench-installed
 	$(BIN)/python benchmarks/simulate.py --measure --write-docs docs

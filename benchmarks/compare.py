@@ -1,143 +1,100 @@
-"""Side by side: this project and other ways to give each rank its slices, in one run.
+"""Side by side: this project and other loaders, from a disk, an S3 server and a web server, in one run. `make bench`.
 
-    python benchmarks/compare.py s3                 from a local S3 server
-    python benchmarks/compare.py disk --state warm  from a local disk, files in the page cache
-    python benchmarks/compare.py disk --state cold  from a local disk, files not in the page cache
+    python benchmarks/compare.py                            everything; prints a table for each place
+    python benchmarks/compare.py --write-docs               the same, and writes docs/bench and the summary in docs/performance.md
+    python benchmarks/compare.py --places s3 --only ray_streamer "Run:ai streamer" --tp 4 --rounds 3
+    python benchmarks/compare.py --render results.json --write-docs     writes the pages again from what was measured
 
-Prints medians and ratios as a table, and everything that was measured as JSON with `--json`.
+How it is measured stands in docs/bench/README.md. Contenders that are not installed (`pip install ".[bench,test]"`) are in the tables with
+that reason. All results are kept as JSON after each round, so a run that is interrupted is not lost.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import secrets
-import statistics
 import sys
-from contextlib import ExitStack
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
-from contenders import CONTENDERS, Task
-from harness import Measurement, Ranks, warm_page_cache
 from rich.console import Console
 from rich.table import Table
-
-from ray_streamer.demo.checkpoint import drop_page_cache
-from ray_streamer.testing.checkpoints import llama_layout, write_checkpoint
-from ray_streamer.testing.s3_server import start_s3_server
+from side_by_side.checkpoint import make_checkpoint
+from side_by_side.contenders import CONTENDERS
+from side_by_side.machine import facts
+from side_by_side.pages import write_pages
+from side_by_side.places import TITLES, open_places
+from side_by_side.results import Results
+from side_by_side.rounds import Ground, make_cells, run_rounds
+from side_by_side.tables import HEADINGS, defeats, place_rows
 
 MIB = 1 << 20
+GIB = 1 << 30
 
 
-def make_checkpoint(folder: Path, *, layers: int) -> int:
-    """A Llama layout with grouped queries; its tensor bytes."""
-    layout = llama_layout(hidden=2048, layers=layers, heads=16, kv_heads=4, intermediate=5632, vocab=32000)
-    if not (folder / "config.json").exists():
-        write_checkpoint(folder, layout.tensors, num_files=4, config=layout.config)
-    return sum(spec.num_bytes for spec in layout.tensors)
-
-
-def run(options: argparse.Namespace) -> dict[str, Any]:
-    """Measures all contenders in turn."""
-    checkpoint_bytes = make_checkpoint(options.folder, layers=options.layers)
-    with ExitStack() as stack:
-        uri, server_bytes = str(options.folder), None
-        if options.storage == "s3":
-            server = stack.enter_context(start_s3_server())
-            os.environ.update(server.environment())
-            uri = server.upload_folder(options.folder, "benchmark", "model")
-            server_bytes = server.bytes_sent
-        ranks = stack.enter_context(Ranks(options.tp))
-        runs: dict[str, list[Measurement]] = {name: [] for name in CONTENDERS[options.storage]}
-        for turn in range(options.rounds + 1):
-            for name, measurements in runs.items():
-                prepare(options)
-                measured = ranks.measure(options.storage, name, tasks(options, uri), server_bytes=server_bytes)
-                if turn:
-                    measurements.append(measured)
-    check_equal(runs)
-    return {
-        "storage": options.storage,
-        "state": options.state,
-        "tp": options.tp,
-        "checkpoint_bytes": checkpoint_bytes,
-        "memory_limit": options.memory_limit * MIB,
-        "runs": {name: [asdict(measured) for measured in measurements] for name, measurements in runs.items()},
-    }
-
-
-def prepare(options: argparse.Namespace) -> None:
-    """Brings the disk's files into the state that is measured."""
-    if options.storage == "disk":
-        {"cold": drop_page_cache, "warm": warm_page_cache}[options.state](options.folder)
-
-
-def tasks(options: argparse.Namespace, uri: str) -> list[Task]:
-    """Every rank's task of one run."""
-    session = secrets.token_hex(8)
-    return [
-        Task(
-            uri=uri,
-            rank=rank,
-            world_size=options.tp,
-            session=session,
-            memory_limit=options.memory_limit * MIB,
+def measure(options: argparse.Namespace) -> Results:
+    """Every chosen contender in every chosen place."""
+    checkpoint_bytes = make_checkpoint(options.folder, layers=options.layers, hidden=options.hidden)
+    with open_places(options.folder, options.places) as places:
+        cells = make_cells(places, contenders=options.only, tp=options.tp, our_tps=options.our_tp)
+        ground = Ground.of(
+            options.folder,
+            places,
+            [cell.tp for cell in cells],
+            staging=options.staging_mib * MIB,
+            memory_cap=round(options.memory_cap_gib * GIB),
         )
-        for rank in range(options.tp)
-    ]
+        results = Results(facts=facts(), checkpoint_bytes=checkpoint_bytes, tp=options.tp, cells=cells)
+
+        def keep() -> None:
+            results.save(options.json)
+            rounds = f"{len(results.load_averages)} of {options.rounds}"
+            print(f"round {rounds}, {results.elapsed_seconds:.0f} s, {options.json}", file=sys.stderr, flush=True)
+
+        run_rounds(results, ground, num_rounds=options.rounds, limit_seconds=options.minutes * 60, after_round=keep)
+    return results
 
 
-def check_equal(runs: dict[str, list[Measurement]]) -> None:
-    """A contender that loads something else has no time worth knowing."""
-    digests = {name: {measured.digest for measured in measurements} for name, measurements in runs.items()}
-    if len(set().union(*digests.values())) != 1:
-        raise SystemExit(f"the contenders loaded different tensors: {digests}")
-
-
-def table(result: dict[str, Any]) -> Table:
-    """Medians, and ratios to this project."""
-    source = "local S3 server" if result["storage"] == "s3" else f"disk, {result['state']}"
-    shown = Table(title=f"{source}, tp={result['tp']}, {result['checkpoint_bytes']:,} bytes")
-    for heading in ("contender", "seconds", "min-max", "ratio", "CPU s", "extra MiB", "bytes sent / checkpoint"):
-        shown.add_column(heading, justify="left" if heading == "contender" else "right")
-    first = median(next(iter(result["runs"].values())), "seconds")
-    for name, runs in result["runs"].items():
-        seconds = [measured["seconds"] for measured in runs]
-        sent = runs[0]["server_bytes"]
-        shown.add_row(
-            name,
-            f"{median(runs, 'seconds'):.2f}",
-            f"{min(seconds):.2f}-{max(seconds):.2f}",
-            f"{median(runs, 'seconds') / first:.2f}x",
-            f"{median(runs, 'cpu_seconds'):.2f}",
-            f"{median(runs, 'extra_bytes') / MIB:.0f}",
-            "-" if sent is None else f"{median(runs, 'server_bytes') / result['checkpoint_bytes']:.3f}x",
-        )
-    return shown
-
-
-def median(runs: list[dict[str, Any]], name: str) -> float:
-    return statistics.median(measured[name] for measured in runs)
+def show(results: Results) -> None:
+    """A table for each place, and where others take less."""
+    console = Console(width=180)
+    for place in results.places():
+        table = Table(title=f"{TITLES[place]}, {results.checkpoint_bytes:,} bytes, {results.num_rounds} rounds")
+        for column, heading in enumerate(HEADINGS):
+            table.add_column(heading, justify="right" if column else "left", overflow="fold")
+        for row in place_rows(results, place):
+            table.add_row(*(cell.replace("**", "") for cell in row))
+        console.print(table)
+    for line in defeats(results):
+        console.print(f"others take less: {line}", markup=False, highlight=False)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("storage", choices=sorted(CONTENDERS))
-    parser.add_argument("--state", choices=("warm", "cold"), default="warm")
-    parser.add_argument("--tp", type=int, default=4)
-    parser.add_argument("--rounds", type=int, default=5, help="counted rounds, after one that is not")
-    parser.add_argument("--layers", type=int, default=10, help="about 98 MB each, and 262 MB of embeddings")
-    parser.add_argument("--memory-limit", type=int, default=64, help="staging MiB per rank of this project")
-    parser.add_argument("--folder", type=Path, default=Path(".demo/benchmark"))
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--places", nargs="+", choices=list(TITLES), default=list(TITLES))
+    parser.add_argument(
+        "--only", nargs="+", choices=list(CONTENDERS), default=list(CONTENDERS), help="these contenders"
+    )
+    parser.add_argument("--tp", type=int, default=2, help="ranks of every contender")
+    parser.add_argument("--our-tp", type=int, nargs="*", default=[1, 2, 4], help="ranks of this project besides")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--minutes", type=float, default=23, help="no round is begun that would end later")
+    parser.add_argument("--layers", type=int, default=2, help="about 98 MB each, and 262 MB of embeddings")
+    parser.add_argument("--hidden", type=int, default=2048, help="width of the model")
+    parser.add_argument(
+        "--staging-mib", type=int, default=128, help="staging memory per rank, for who knows such a limit"
+    )
+    parser.add_argument("--memory-cap-gib", type=float, default=8, help="what each process may allocate")
+    parser.add_argument(
+        "--folder", type=Path, default=Path(".demo/side_by_side"), help="the checkpoint, on the disk to measure"
+    )
+    parser.add_argument("--json", type=Path, default=Path(".demo/side_by_side.json"), help="all results go there")
+    parser.add_argument("--render", type=Path, help="measure nothing; show the results in this file")
+    parser.add_argument("--write-docs", action="store_true", help="write the pages in --docs")
+    parser.add_argument("--docs", type=Path, default=Path(__file__).parents[1] / "docs")
     options = parser.parse_args()
-    result = run(options)
-    Console(stderr=options.json, width=120).print(table(result))
-    if options.json:
-        json.dump(result, sys.stdout)
+    results = Results.load(options.render) if options.render else measure(options)
+    show(results)
+    if options.write_docs:
+        write_pages(results, options.docs)
 
 
 if __name__ == "__main__":

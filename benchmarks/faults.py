@@ -22,10 +22,10 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
-from compare import make_checkpoint
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file
+from side_by_side.checkpoint import make_checkpoint
 
 import ray_streamer
 from ray_streamer.errors import AccessError, ObjectChangedError, StorageError

@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from compare import make_checkpoint
+from side_by_side.checkpoint import make_checkpoint
 
 import ray_streamer
 from ray_streamer.testing.fault_process import FaultProcess

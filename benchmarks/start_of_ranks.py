@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from compare import make_checkpoint
-from harness import warm_page_cache
+from side_by_side.checkpoint import make_checkpoint
+from side_by_side.page_cache import warm_page_cache
 
 from ray_streamer.demo.checkpoint import drop_page_cache
 

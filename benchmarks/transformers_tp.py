@@ -7,7 +7,7 @@
 
 Ranks are processes that stay, joined by gloo; all ways take turns in them, and a first round that is not counted pays imports. Seconds
 are from the moment that both ranks are told until both have the model. Memory is the peak of what the ranks add to the node, parameters
-included, as in `harness`: pages of the page cache do not count, nor do parameters that stay mapped to a file. Parameters must be equal.
+included, as in `side_by_side/memory.py`: pages of the page cache do not count, nor do parameters that stay mapped to a file. Parameters must be equal.
 """
 
 from __future__ import annotations
@@ -28,9 +28,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from harness import PeakMemory, warm_page_cache
 from rich.console import Console
 from rich.table import Table
+from side_by_side.memory import PeakMemory
+from side_by_side.page_cache import warm_page_cache
 
 from ray_streamer.testing.checkpoints import llama_layout, write_checkpoint
 from ray_streamer.testing.s3_server import S3Server, start_s3_server
