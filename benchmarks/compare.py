@@ -35,19 +35,14 @@ def measure(options: argparse.Namespace) -> Results:
     checkpoint_bytes = make_checkpoint(options.folder, layers=options.layers, hidden=options.hidden)
     with open_places(options.folder, options.places) as places:
         cells = make_cells(places, contenders=options.only, tp=options.tp, our_tps=options.our_tp)
-        ground = Ground.of(
-            options.folder,
-            places,
-            [cell.tp for cell in cells],
-            staging=options.staging_mib * MIB,
-            memory_cap=round(options.memory_cap_gib * GIB),
-        )
-        results = Results(facts=facts(), checkpoint_bytes=checkpoint_bytes, tp=options.tp, cells=cells)
+        limits = {"staging_bytes": options.staging_mib * MIB, "memory_cap_bytes": round(options.memory_cap_gib * GIB)}
+        ground = Ground.of(options.folder, places, [cell.tp for cell in cells], **limits)
+        results = Results(facts=facts() | limits, checkpoint_bytes=checkpoint_bytes, tp=options.tp, cells=cells)
 
         def keep() -> None:
             results.save(options.json)
-            rounds = f"{len(results.load_averages)} of {options.rounds}"
-            print(f"round {rounds}, {results.elapsed_seconds:.0f} s, {options.json}", file=sys.stderr, flush=True)
+            rounds = f"{results.num_rounds} of {options.rounds} rounds"
+            print(f"{rounds}, {results.elapsed_seconds:.0f} s, kept in {options.json}", file=sys.stderr, flush=True)
 
         run_rounds(results, ground, num_rounds=options.rounds, limit_seconds=options.minutes * 60, after_round=keep)
     return results
@@ -57,7 +52,7 @@ def show(results: Results) -> None:
     """A table for each place, and where others take less."""
     console = Console(width=180)
     for place in results.places():
-        table = Table(title=f"{TITLES[place]}, {results.checkpoint_bytes:,} bytes, {results.num_rounds} rounds")
+        table = Table(title=f"{TITLES[place]}, {results.checkpoint_bytes:,} bytes, medians of {results.num_rounds}")
         for column, heading in enumerate(HEADINGS):
             table.add_column(heading, justify="right" if column else "left", overflow="fold")
         for row in place_rows(results, place):

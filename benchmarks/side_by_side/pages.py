@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ray_streamer.units import human_bytes
 from side_by_side.places import TITLES
 from side_by_side.tables import HEADINGS, SUMMARY_HEADINGS, defeats, markdown, notes, place_rows, summary_rows
 
@@ -40,7 +41,11 @@ def page(results: Results) -> str:
         "Made by `make bench`, never by hand. What it says, and why, is in [performance.md](../performance.md).",
         *_circumstances(results),
         "## How it is measured",
-        _METHOD.format(tp=results.tp),
+        _METHOD.format(
+            tp=results.tp,
+            staging=human_bytes(results.facts["staging_bytes"]),
+            cap=human_bytes(results.facts["memory_cap_bytes"]),
+        ),
         "## At a glance",
         summary(results),
         "![Load alone](load_seconds.png)",
@@ -95,7 +100,7 @@ def _circumstances(results: Results) -> list[str]:
 
 
 _METHOD = """- Each run is a fresh process for each rank, {tp} ranks for everybody; this project also with other numbers. All ranks are on one machine,
-  with one thread for arithmetic each, no Ray, and the same cap on what a process may allocate.
+  with one thread for arithmetic each, no Ray, and a cap of {cap} on what a process may allocate.
 - **Whole call**: from the start of the first process until every rank has its tensors, with Python's start and all imports. **Load**: from the
   first rank that begins to load until the last one is done. Everybody has imported torch and its own modules by then.
 - A load is done when one byte of every page of every tensor was read. So who leaves tensors mapped to a file reads the file, too.
@@ -109,4 +114,5 @@ _METHOD = """- Each run is a fresh process for each rank, {tp} ranks for everybo
   those with {tp} ranks.
 - safetensors' rows on servers are a download to the disk first: by boto3 from S3, by urllib with a thread for each file from a web server.
   The first rank downloads, the others wait.
-- "Run:ai streamer, tuned" has one client, 16 connections and 128 MiB of memory, which this project has, too; without "tuned" it has its defaults."""
+- "Run:ai streamer, tuned" has one client, 16 connections, and {staging} of memory per rank, as ray_streamer has; without "tuned"
+  it has its defaults."""

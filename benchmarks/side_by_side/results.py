@@ -66,11 +66,11 @@ class Results:
     """All of it.
 
     Attributes:
-        facts: Where, when and with what it was measured, see `machine.facts`.
+        facts: Where, when and with what it was measured, see `machine.facts`; and the limits on memory.
         checkpoint_bytes: Of all tensors.
         tp: Ranks of everybody; this project also runs with others.
         cells: In the order of tables: by place, this project first.
-        load_averages: Of one minute, before each round and at the end.
+        load_averages: Of one minute, at the beginning and after each round.
         elapsed_seconds: Of all rounds.
     """
 

@@ -49,15 +49,21 @@ class Ground:
 
     @classmethod
     def of(
-        cls, folder: Path, places: Mapping[str, Place | str], tps: Sequence[int], *, staging: int, memory_cap: int
+        cls,
+        folder: Path,
+        places: Mapping[str, Place | str],
+        tps: Sequence[int],
+        *,
+        staging_bytes: int,
+        memory_cap_bytes: int,
     ) -> Ground:
-        """For loads by so many ranks; sizes in bytes."""
+        """For loads by so many ranks."""
         windows = {tp: windows_of(folder, tp) for tp in sorted(set(tps))}
         return cls(
             folder=folder,
             places=places,
-            staging_bytes=staging,
-            memory_cap_bytes=memory_cap,
+            staging_bytes=staging_bytes,
+            memory_cap_bytes=memory_cap_bytes,
             windows=windows,
             expected={tp: [expected_digest(folder, rank) for rank in ranks] for tp, ranks in windows.items()},
         )
@@ -119,19 +125,18 @@ def run_rounds(
         after_round: Called when each has ended.
     """
     started = time.monotonic()
+    results.load_averages.append(os.getloadavg()[0])
     for number in range(num_rounds):
         before = time.monotonic()
-        results.load_averages.append(os.getloadavg()[0])
         order = [cell for cell in results.cells if not cell.reason]
         random.Random(number).shuffle(order)
         for cell in order:
             _measure(cell, ground)
         results.elapsed_seconds = time.monotonic() - started
+        results.load_averages.append(os.getloadavg()[0])
         after_round()
         if results.elapsed_seconds + time.monotonic() - before > limit_seconds:
             break
-    results.load_averages.append(os.getloadavg()[0])
-    after_round()
 
 
 def _measure(cell: Cell, ground: Ground) -> None:

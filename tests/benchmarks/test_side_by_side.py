@@ -28,6 +28,8 @@ FACTS = {
     "cores": 2,
     "memory_bytes": 24 << 30,
     "system": "Linux",
+    "staging_bytes": 128 * MIB,
+    "memory_cap_bytes": 8 << 30,
     "versions": {"Python": "3.11"},
 }
 
