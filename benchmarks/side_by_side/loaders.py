@@ -200,27 +200,23 @@ class Fastsafetensors:
     """fastsafetensors: files are shared out among the ranks, which read them whole and scatter the parts."""
 
     def __init__(self, task: Task) -> None:
-        import torch
         import torch.distributed as dist
         from fastsafetensors import SafeTensorsFileLoader
 
         _join(task)
         self.task, self.files = task, Files(task)
-        self.loader = SafeTensorsFileLoader(dist.group.WORLD, torch.device("cpu"), nogds=True)
+        self.loader = SafeTensorsFileLoader(dist.group.WORLD, "cpu", nogds=True)
 
     def load(self) -> Tensors:
         paths, ranks = self.files.fetch(), self.task.world_size
         self.loader.add_filenames({rank: paths[rank::ranks] for rank in range(ranks)})
-        buffers = self.loader.copy_files_to_device()
-        tensors: Tensors = {}
-        for name in sorted(self.task.windows):
-            window = self.task.windows[name]
-            part = buffers.get_tensor(name) if window is None else buffers.get_sharded(name, window[0])
-            # What it gives lies in its own buffers, which are closed.
-            tensors[name] = part.clone()
-        buffers.close()
-        self.loader.close()
-        return tensors
+        # Tensors are good as long as it is open: until this process ends.
+        self.buffers = self.loader.copy_files_to_device()
+        return {
+            name: self.buffers.get_tensor(name) if window is None else self.buffers.get_sharded(name, window[0])
+            # Every rank asks in the same order, since the ranks answer each other.
+            for name, window in sorted(self.task.windows.items())
+        }
 
 
 LOADERS: dict[str, type[Any]] = {
