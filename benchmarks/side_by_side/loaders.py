@@ -236,7 +236,8 @@ def _join(task: Task) -> None:
     """Torch's process group of all ranks."""
     import torch.distributed as dist
 
-    dist.init_process_group("gloo", init_method=f"file://{task.meeting}", rank=task.rank, world_size=task.world_size)
+    meeting = f"tcp://127.0.0.1:{task.port}"
+    dist.init_process_group("gloo", init_method=meeting, rank=task.rank, world_size=task.world_size)
 
 
 def _sliced(tensor: Any, window: list[int] | None) -> Any:

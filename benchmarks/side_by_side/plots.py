@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import matplotlib
 from matplotlib.figure import Figure
 
+from side_by_side.contenders import OURS
 from side_by_side.places import TITLES
 
 if TYPE_CHECKING:
@@ -55,11 +56,12 @@ def _picture(results: Results, metric: str, title: str) -> Figure:
 
 def _panel(panel: Any, cells: list[Cell], metric: str) -> None:
     scale = 1 << 20 if metric == "added_bytes" else 1
-    ours = cells[0].contender
     medians = [cell.median(metric) / scale for cell in cells]
     ranges = [(min(cell.values(metric)) / scale, max(cell.values(metric)) / scale) for cell in cells]
     positions = range(len(cells))
-    panel.barh(positions, medians, color=[_OURS if cell.contender == ours else _OTHERS for cell in cells], height=0.72)
+    panel.barh(
+        positions, medians, color=[_OURS if cell.contender == OURS.name else _OTHERS for cell in cells], height=0.72
+    )
     panel.hlines(positions, [low for low, _ in ranges], [high for _, high in ranges], color=_RANGE, linewidth=1.2)
     panel.set_yticks(positions, [f"{cell.contender}, tp={cell.tp}" for cell in cells], fontsize=9)
     panel.invert_yaxis()

@@ -7,6 +7,8 @@ import statistics
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from side_by_side.contenders import OURS
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -96,9 +98,8 @@ class Results:
 
     def ours(self, place: str) -> Cell | None:
         """This project's cell that has as many ranks as everybody; None where it has no runs."""
-        first = self.of_place(place)[0].contender if self.of_place(place) else ""
-        found = [cell for cell in self.of_place(place) if cell.contender == first and cell.tp == self.tp and cell.runs]
-        return found[0] if found else None
+        cells = [cell for cell in self.of_place(place) if cell.contender == OURS.name and cell.tp == self.tp]
+        return next((cell for cell in cells if cell.runs), None)
 
     def save(self, path: Path) -> None:
         """Writes everything as JSON, with medians beside the runs."""

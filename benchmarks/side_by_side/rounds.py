@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ray_streamer.testing.s3_server import free_port
 from side_by_side.checkpoint import expected_digest, windows_of
 from side_by_side.contenders import CONTENDERS, OURS
 from side_by_side.group import ContenderError, Group
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
     from side_by_side.parts import Windows
 
-LIMIT_SECONDS = 180.0
+LIMIT_SECONDS = 90.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,13 +71,14 @@ class Ground:
 
     def group(self, cell: Cell, place: Place, scratch: Path) -> Group:
         """The ranks of one run of a cell."""
-        contender, session = CONTENDERS[cell.contender], secrets.token_hex(8)
+        contender, session, port = CONTENDERS[cell.contender], secrets.token_hex(8), free_port()
         tasks = [
             Task(
                 loader=contender.loader,
                 uri=place.uri,
                 files=sorted(path.name for path in self.folder.iterdir()),
                 scratch=str(scratch),
+                port=port,
                 rank=rank,
                 world_size=cell.tp,
                 session=session,

@@ -18,7 +18,8 @@ class Task:
         loader: A name of `loaders.LOADERS`.
         uri: The checkpoint, in its place.
         files: Names of the checkpoint's files.
-        scratch: An empty folder of this run: for downloads, and where ranks meet.
+        scratch: An empty folder of this run, for downloads.
+        port: Of this machine, where the ranks of torch's process group meet.
         rank: This rank.
         world_size: Ranks, all on one node.
         session: Name of this run.
@@ -31,6 +32,7 @@ class Task:
     uri: str
     files: list[str]
     scratch: str
+    port: int
     rank: int
     world_size: int
     session: str
@@ -42,11 +44,6 @@ class Task:
     def weight_files(self) -> list[str]:
         """Those with tensors."""
         return [name for name in self.files if name.endswith(".safetensors")]
-
-    @property
-    def meeting(self) -> str:
-        """The file through which torch's process group finds its ranks."""
-        return f"{self.scratch}/meeting"
 
     def to_json(self) -> str:
         """One line."""

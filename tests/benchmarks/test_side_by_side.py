@@ -95,7 +95,9 @@ def test_who_took_less_is_named_in_every_measure(some_results):
 
 
 def test_nobody_is_named_where_we_took_least():
-    ours, other = (Cell(place="web", contender=name, tp=2, runs=runs_of(at)) for name, at in (("o", 1.0), ("p", 2.0)))
+    ours, other = (
+        Cell(place="web", contender=name, tp=2, runs=runs_of(at)) for name, at in ((OURS.name, 1.0), ("p", 2.0))
+    )
     assert defeats(results_of(ours, other)) == []
 
 
