@@ -17,7 +17,7 @@ def table() -> str:
         for kind in STORES
         for form in kind.forms
     ]
-    head = ["| uri | what it is | who asks | what to install |", "|---|---|---|---|"]
+    head = ["| uri | what it is | credentials | what to install |", "|---|---|---|---|"]
     return "\n".join([BEGIN, *head, *rows, END])
 
 

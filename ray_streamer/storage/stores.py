@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass
 
 _AZURE_CREDENTIALS = (
-    "`AZURE_STORAGE_CONNECTION_STRING`, `AZURE_STORAGE_SAS_TOKEN` or `AZURE_STORAGE_ACCOUNT_KEY`; else azure-identity; or nobody with "
+    "`AZURE_STORAGE_CONNECTION_STRING`, `AZURE_STORAGE_SAS_TOKEN` or `AZURE_STORAGE_ACCOUNT_KEY`; else azure-identity; or none with "
     "`azure_unsigned`"
 )
 
@@ -22,7 +22,7 @@ class UriForm:
     Attributes:
         form: With names in capitals for what differs.
         meaning: What it is.
-        credentials: Who asks, if nothing is said.
+        credentials: Which are used, if nothing is said.
     """
 
     form: str
@@ -63,7 +63,7 @@ S3 = StoreKind(
     module="ray_streamer.storage.s3",
     forms=(
         UriForm(
-            "s3://BUCKET/PREFIX", "a bucket of Amazon or of any compatible store", "as boto3 finds them, see s3.md"
+            "s3://BUCKET/PREFIX", "a bucket of Amazon or of any compatible store", "as boto3 finds them, see s3.md; or none with `s3_unsigned`"
         ),
     ),
 )
@@ -76,7 +76,7 @@ WEB = StoreKind(
         UriForm(
             "https://HOST/FOLDER",
             "a folder with model.safetensors.index.json, or with one model.safetensors",
-            "`http_authorization`, `http_query`, or nobody",
+            "`http_authorization`, `http_query`, or none",
         ),
         UriForm("https://HOST/FOLDER/NAME.safetensors", "one file", "the same"),
         UriForm(
@@ -93,7 +93,7 @@ HUB = StoreKind(
         UriForm(
             "hf://ORG/MODEL",
             "a model of the Hub, at the last commit of its main branch",
-            "`HF_TOKEN` or `hf auth login`, or nobody",
+            "`HF_TOKEN` or `hf auth login`, or none",
         ),
         UriForm(
             "hf://ORG/MODEL@REVISION/FOLDER",
@@ -113,9 +113,9 @@ GOOGLE = StoreKind(
         UriForm(
             "gs://BUCKET/PREFIX",
             "a bucket of Google",
-            "Google's application default credentials, or nobody with `gs_unsigned`",
+            "Google's application default credentials, or none with `gs_unsigned`",
         ),
-        UriForm("gs://anonymous@BUCKET/PREFIX", "a public bucket", "nobody; needs no package"),
+        UriForm("gs://anonymous@BUCKET/PREFIX", "a public bucket", "none; needs no package"),
     ),
     extra="google",
     schemes_of_pyarrow=("gs", "gcs"),
