@@ -63,7 +63,9 @@ S3 = StoreKind(
     module="ray_streamer.storage.s3",
     forms=(
         UriForm(
-            "s3://BUCKET/PREFIX", "a bucket of Amazon or of any compatible store", "as boto3 finds them, see s3.md; or none with `s3_unsigned`"
+            "s3://BUCKET/PREFIX",
+            "a bucket of Amazon or of any compatible store",
+            "as boto3 finds them, see s3.md; or none with `s3_unsigned`",
         ),
     ),
 )
