@@ -82,8 +82,8 @@ def assemble(dtype: DType, shape: tuple[int, ...], held: Sequence[Held], parts: 
     """
     device = open_device("cpu")
     result = device.result(device.empty(dtype, shape))
-    assert result.host_bytes is not None
-    is_filled = np.zeros(result.host_bytes.nbytes, dtype=np.uint8)
+    filled = result.host_bytes()
+    is_filled = np.zeros(result.num_bytes, dtype=np.uint8)
     for holder, part in zip(held, parts, strict=True):
         for view in (view for move in holder.moves for view in _views(move, dtype.num_bits)):
             sizes = tuple(dim.size for dim in view.dims)
@@ -91,7 +91,7 @@ def assemble(dtype: DType, shape: tuple[int, ...], held: Sequence[Held], parts: 
             source: NDArray[np.uint8] = np.ndarray(
                 sizes, np.uint8, np.frombuffer(part, np.uint8), view.other, strides[1]
             )
-            np.ndarray(sizes, np.uint8, result.host_bytes, view.offset, strides[0])[...] = source
+            np.ndarray(sizes, np.uint8, filled, view.offset, strides[0])[...] = source
             np.ndarray(sizes, np.uint8, is_filled, view.offset, strides[0])[...] = 1
     if not is_filled.all():
         raise ShardingError(f"the ranks hold {int(is_filled.sum())} of the tensor's {exact_bytes(is_filled.size)}")

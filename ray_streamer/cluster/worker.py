@@ -285,8 +285,7 @@ class LoadWorker:
         if tensor is None:
             raise ClusterError(f"rank {self._rank} holds {name!r} no longer: a function took it out of context.tensors")
         result = open_device("cpu").result(tensor.cpu().contiguous())
-        assert result.host_bytes is not None
-        return result.host_bytes.tobytes()
+        return result.host_bytes().tobytes()
 
     def _loaded(self) -> RankContext:
         if self._context is None:

@@ -6,7 +6,7 @@ device does both at once; a device with copy engines calls `done` from its own t
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from ray_streamer.errors import DeviceError
 
@@ -30,12 +30,20 @@ class Result(NamedTuple):
     Attributes:
         tensor: What the caller gets.
         num_bytes: From the first byte of its memory to one past the last.
-        host_bytes: Its memory, where reads and host copies may land; None when only the device reaches it.
+        address: Of its first byte in this process, where copies of the host land; None when only the device reaches it.
     """
 
     tensor: torch.Tensor
     num_bytes: int
-    host_bytes: NDArray[np.uint8] | None
+    address: int | None
+
+    def host_bytes(self) -> NDArray[np.uint8]:
+        """Its memory, where reads may land; only where the host reaches it. Made anew by each call, which costs some microseconds."""
+        import torch
+
+        first = self.tensor.storage_offset() * self.tensor.itemsize
+        raw = torch.empty(0, dtype=torch.uint8, device="cpu").set_(self.tensor.detach().untyped_storage())
+        return raw[first : first + self.num_bytes].numpy()
 
     def storage_view(self, dtype: torch.dtype) -> torch.Tensor:
         """All of its memory as a flat tensor of `dtype` that in-place operations may write."""
@@ -52,6 +60,11 @@ def span_bytes(tensor: torch.Tensor) -> int:
         return 0
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return (last + 1) * tensor.itemsize
+
+
+def address_of(memory: NDArray[Any]) -> int:
+    """Where an array's first byte lies."""
+    return memory.__array_interface__["data"][0]
 
 
 class Copy(NamedTuple):

@@ -1,19 +1,20 @@
-"""Tensors in host memory: numpy copies, which release the interpreter lock while they move bytes."""
+"""Tensors in host memory: copies release the interpreter lock while they move bytes, unless these are few."""
 
 from __future__ import annotations
 
+import ctypes
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from ray_streamer.device.base import Result, check_out, span_bytes
+from ray_streamer.device.base import Result, address_of, check_out, span_bytes
 from ray_streamer.device.first_touch import fault_in
 from ray_streamer.errors import DeviceError
 from ray_streamer.process_limits import limits_explained
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from numpy.typing import NDArray
 
@@ -22,9 +23,19 @@ if TYPE_CHECKING:
     from ray_streamer.extent import Extent
     from ray_streamer.planning.rank_plan import Piece
 
-_VIEWED_AS_BYTES = frozenset(
-    {torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int8, torch.uint8}
-)
+
+def _memmove_of(library: ctypes.CDLL) -> Callable[[int, int, int], object]:
+    memmove = library.memmove
+    memmove.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
+    memmove.restype = None
+    return memmove
+
+
+_HELD_BYTES = 16 << 10
+"""Copies up to this size keep the interpreter lock: giving it up and taking it again would take longer."""
+
+_memmove_unlocked = _memmove_of(ctypes.CDLL(None))
+_memmove_held = _memmove_of(ctypes.PyDLL(None))
 
 
 class CpuDevice:
@@ -48,15 +59,8 @@ class CpuDevice:
 
     def result(self, tensor: torch.Tensor) -> Result:
         """See `Device.result`."""
-        if tensor.dtype in _VIEWED_AS_BYTES and tensor.is_contiguous():
-            # A single element may have any stride, and is contiguous with it.
-            flat = tensor.detach().as_strided((tensor.numel(),), (1,))
-            return Result(tensor, tensor.nbytes, flat.view(torch.uint8).numpy())
-        # Packed and complex dtypes have no such view, other strides no such shape.
-        first = tensor.storage_offset() * tensor.itemsize
-        raw = torch.empty(0, dtype=torch.uint8, device="cpu").set_(tensor.detach().untyped_storage())
-        num_bytes = span_bytes(tensor)
-        return Result(tensor, num_bytes, raw[first : first + num_bytes].numpy())
+        # A single element may have any stride, and is contiguous with it.
+        return Result(tensor, tensor.nbytes if tensor.is_contiguous() else span_bytes(tensor), tensor.data_ptr())
 
     def check_target(self, name: str, tensor: torch.Tensor) -> None:
         """See `Device.check_target`."""
@@ -67,9 +71,8 @@ class CpuDevice:
 
     def landing(self, result: Result, start: int, stop: int) -> NDArray[np.uint8]:
         """See `Device.landing`."""
-        assert result.host_bytes is not None
-        memory = result.host_bytes[start:stop]
-        fault_in(memory)
+        memory = result.host_bytes()[start:stop]
+        fault_in(address_of(memory), memory.nbytes)
         return memory
 
     def read_file(self, file_name: str, extent: Extent, result: Result, target_start: int) -> None:
@@ -82,9 +85,12 @@ class CpuDevice:
     def deliver(self, source: NDArray[np.uint8], copies: Sequence[Copy], done: Done) -> None:
         """See `Device.deliver`."""
         try:
+            address = address_of(source)
             for piece, target in copies:
-                assert target.host_bytes is not None
-                copy_piece(source, piece, target.host_bytes)
+                if piece.num_runs == 1:
+                    copy_run(address, source.nbytes, piece, target)
+                else:
+                    copy_rows(source, piece, target.host_bytes())
         except BaseException as error:
             done(error)
         else:
@@ -94,13 +100,31 @@ class CpuDevice:
         """See `Device.close`; nothing is under way."""
 
 
-def copy_piece(source: NDArray[np.uint8], piece: Piece, target: NDArray[np.uint8]) -> None:
-    """Moves one piece from a block's bytes to a tensor's bytes.
+def copy_run(source_address: int, source_bytes: int, piece: Piece, target: Result) -> None:
+    """Moves a piece of one run from a block's bytes to a result.
+
+    Raises:
+        ValueError: It does not lie within both.
+    """
+    start, num_bytes = piece.target_start, piece.run_bytes
+    if not (0 <= piece.source_start <= source_bytes - num_bytes and 0 <= start <= target.num_bytes - num_bytes):
+        raise ValueError(f"{piece} leaves a block of {source_bytes} or a tensor of {target.num_bytes} bytes")
+    assert target.address is not None
+    to, source = target.address + start, source_address + piece.source_start
+    if num_bytes <= _HELD_BYTES:
+        _memmove_held(to, source, num_bytes)
+        return
+    fault_in(to, num_bytes)
+    _memmove_unlocked(to, source, num_bytes)
+
+
+def copy_rows(source: NDArray[np.uint8], piece: Piece, target: NDArray[np.uint8]) -> None:
+    """Moves a piece of many runs from a block's bytes to a tensor's bytes.
 
     Raises:
         ValueError: It does not lie within both; slices would be cut to what is there, or repeated, in silence.
     """
-    target_bytes = (piece.num_runs - 1) * piece.target_stride + piece.run_bytes
-    fault_in(target[piece.target_start : piece.target_start + target_bytes])
     rows = piece.rows_of(source)
-    np.copyto(np.ndarray(rows.shape, np.uint8, target, piece.target_start, (piece.target_stride, 1)), rows)
+    written = np.ndarray(rows.shape, np.uint8, target, piece.target_start, (piece.target_stride, 1))
+    fault_in(address_of(written), (piece.num_runs - 1) * piece.target_stride + piece.run_bytes)
+    np.copyto(written, rows)

@@ -22,11 +22,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ray_streamer.device.base import Result, check_out, span_bytes
+from ray_streamer.device.base import Result, address_of, check_out, span_bytes
 from ray_streamer.device.cuda_library import find_loaded_library
 from ray_streamer.device.cuda_runtime import MAX_STRIDE_BYTES, CudaRuntime
 from ray_streamer.device.direct_storage import DirectStorage, open_direct_storage
-from ray_streamer.device.page_locks import PageLocks, address_of
+from ray_streamer.device.page_locks import PageLocks
 from ray_streamer.device.short_runs import CHUNK_BYTES, DeviceScratch, HostBounce
 from ray_streamer.errors import DeviceError
 

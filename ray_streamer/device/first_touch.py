@@ -9,11 +9,6 @@ from __future__ import annotations
 import ctypes
 import threading
 import time
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
 
 PAGE_BYTES = 4096
 LEAST_BYTES = 64 << 10
@@ -25,13 +20,12 @@ _madvise = ctypes.CDLL(None).madvise
 _madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
 
-def fault_in(memory: NDArray[np.uint8]) -> None:
-    """Brings in the whole pages of `memory`, which must be writable; content that is there stays."""
-    if memory.nbytes < LEAST_BYTES:
+def fault_in(address: int, num_bytes: int) -> None:
+    """Brings in the whole pages of writable memory; content that is there stays."""
+    if num_bytes < LEAST_BYTES:
         return
-    address: int = memory.__array_interface__["data"][0]
     start = -(-address // PAGE_BYTES) * PAGE_BYTES
-    stop = (address + memory.nbytes) // PAGE_BYTES * PAGE_BYTES
+    stop = (address + num_bytes) // PAGE_BYTES * PAGE_BYTES
     began = time.perf_counter()
     _madvise(start, stop - start, _MADV_POPULATE_WRITE)
     _spent.seconds = getattr(_spent, "seconds", 0.0) + time.perf_counter() - began

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ray_streamer.device.base import address_of
 from ray_streamer.errors import DeviceError
 
 if TYPE_CHECKING:
@@ -87,8 +88,3 @@ class PageLocks:
     def _unlock(self, locking: _Locking) -> None:
         if locking.locked.exception() is None and locking.locked.result():
             self._runtime.unlock_pages(locking.start)
-
-
-def address_of(memory: np.ndarray) -> int:
-    """Where an array's first byte lies."""
-    return memory.__array_interface__["data"][0]

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from ray_streamer.device.page_locks import address_of
+from ray_streamer.device.base import address_of
 from ray_streamer.errors import DeviceError
 from ray_streamer.units import human_bytes
 

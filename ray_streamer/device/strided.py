@@ -121,9 +121,10 @@ class StridedCopies:
         move = piece.move
         widths = move.source_dtype.num_bits // 8, move.target_dtype.num_bits // 8
         is_cast = move.source_dtype != move.target_dtype
-        if target.host_bytes is not None:
-            _fault_in(target.host_bytes, piece, box)
-        for firsts, sizes in _chunks(move, box, is_tiled=not is_cast and target.host_bytes is not None):
+        if target.address is not None:
+            _fault_in(target.address, piece, box)
+        host_bytes = None if is_cast or target.address is None else target.host_bytes()
+        for firsts, sizes in _chunks(move, box, is_tiled=host_bytes is not None):
             steps = list(zip(firsts, move.view.dims, strict=True))
             read = _View(
                 source_start + sum(at * dim.stride for at, dim in steps) * widths[0],
@@ -135,8 +136,8 @@ class StridedCopies:
                 read.sizes,
                 tuple(stride * widths[1] for stride in _target_strides(move)),
             )
-            if target.host_bytes is not None and not is_cast:
-                np.copyto(write.of(target.host_bytes, widths[1]), read.of(source, widths[0]))
+            if host_bytes is not None:
+                np.copyto(write.of(host_bytes, widths[1]), read.of(source, widths[0]))
             else:
                 self._copy_packed(source, read, write, move, target)
 
@@ -170,7 +171,7 @@ def _current_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.current_stream(device)
 
 
-def _fault_in(memory: NDArray[np.uint8], piece: StridedPiece, box: Box) -> None:
+def _fault_in(address: int, piece: StridedPiece, box: Box) -> None:
     """Brings in the pages that a box writes, unless they are few among many."""
     move, width = piece.move, piece.move.target_dtype.num_bits // 8
     first = move.view.other + sum(at * dim.other for (at, _), dim in zip(box, move.view.dims, strict=True))
@@ -178,7 +179,7 @@ def _fault_in(memory: NDArray[np.uint8], piece: StridedPiece, box: Box) -> None:
     max_offset = sum((size - 1) * stride for size, stride in zip(sizes, _target_strides(move), strict=True))
     if max_offset < 4 * prod(sizes):
         start = piece.target_start + first * width
-        fault_in(memory[start : start + (max_offset + 1) * width])
+        fault_in(address + start, (max_offset + 1) * width)
 
 
 def _target_strides(move: StridedMove) -> Sequence[int]:

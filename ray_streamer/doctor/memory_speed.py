@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ray_streamer.device.base import address_of
 from ray_streamer.device.first_touch import fault_in
 
 _COPY_BYTES = 32 << 20
@@ -50,7 +51,7 @@ def measure_memory(*, has_gpu: bool) -> MemorySpeed:
         memory = mmap.mmap(-1, _COPY_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         target = np.frombuffer(memory, dtype=np.uint8)
         began = time.perf_counter()
-        fault_in(target)
+        fault_in(address_of(target), target.nbytes)
         # Where the kernel does not know how to bring pages in at once, this does.
         target[:: mmap.PAGESIZE] = 1
         touched.append(time.perf_counter() - began)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from ray_streamer.device import open_device
 from ray_streamer.device.base import Copy
-from ray_streamer.device.cpu import CpuDevice, copy_piece
+from ray_streamer.device.cpu import CpuDevice
 from ray_streamer.dtypes import DTYPES
 from ray_streamer.errors import DeviceError
 from ray_streamer.planning.rank_plan import Piece
@@ -18,6 +18,16 @@ from ray_streamer.planning.rank_plan import Piece
 
 def _lone(num_bytes: int, *, source: int = 0, target: int = 0) -> Piece:
     return Piece(0, source, num_bytes, 1, num_bytes, target, num_bytes)
+
+
+def _copy(source: np.ndarray, piece: Piece, target: np.ndarray) -> None:
+    """By the device, whose error is raised."""
+    device = CpuDevice()
+    outcomes: list[BaseException | None] = []
+    device.deliver(source, [Copy(piece, device.result(torch.from_numpy(target)))], outcomes.append)
+    [error] = outcomes
+    if error is not None:
+        raise error
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: dtype.name)
@@ -28,18 +38,17 @@ def test_every_dtype_lies_in_memory_as_in_the_file(dtype, shape):
         pytest.skip("not whole bytes: no file holds it")
     device = CpuDevice()
     result = device.result(device.empty(dtype, shape))
-    tensor, _, host_bytes = result
+    tensor, num_bytes, address = result
     assert tensor.dtype == getattr(torch, dtype.torch_name)
     assert tuple(tensor.shape) == dtype.torch_shape(shape)
     assert tensor.is_contiguous()
-    assert host_bytes is not None
-    assert host_bytes.nbytes == tensor.nbytes == num_bits // 8
+    assert num_bytes == result.host_bytes().nbytes == tensor.nbytes == num_bits // 8
     content = np.arange(num_bits // 8, dtype=np.uint8) % 2
     done: list[BaseException | None] = []
     device.deliver(content, [Copy(_lone(len(content)), result)] if len(content) else [], done.append)
     assert done == [None]
     if tensor.numel():
-        assert host_bytes.ctypes.data == tensor.data_ptr()
+        assert result.host_bytes().ctypes.data == tensor.data_ptr() == address
     # Torch's own reading of a file's bytes.
     expected = torch.empty(0, dtype=tensor.dtype).set_(
         torch.frombuffer(bytearray(content.tobytes()), dtype=torch.uint8).untyped_storage()
@@ -57,9 +66,8 @@ def test_strides_that_no_index_uses_are_no_matter(dtype, shape, strides):
     memory = torch.zeros(8 * 16, dtype=torch.uint8).view(getattr(torch, dtype.torch_name))
     tensor = memory.as_strided(shape, strides, 1)
     result = CpuDevice().result(tensor)
-    assert result.host_bytes is not None
-    assert result.host_bytes.nbytes == tensor.nbytes
-    result.host_bytes[:] = 1
+    assert result.host_bytes().nbytes == tensor.nbytes
+    result.host_bytes()[:] = 1
     written = memory.view(torch.uint8).nonzero().flatten().tolist()
     assert written == list(range(memory.itemsize, memory.itemsize + tensor.nbytes))
 
@@ -94,8 +102,18 @@ def test_strided_copies_move_what_a_loop_over_bytes_moves(data):
     for run in range(num_runs):
         for byte in range(run_bytes):
             expected[target_start + run * target_stride + byte] = source[source_start + run * source_stride + byte]
-    copy_piece(source, Piece(0, source_start, run_bytes, num_runs, source_stride, target_start, target_stride), target)
+    _copy(source, Piece(0, source_start, run_bytes, num_runs, source_stride, target_start, target_stride), target)
     assert np.array_equal(target, expected)
+
+
+@pytest.mark.parametrize("num_bytes", [1, 16 << 10, (16 << 10) + 1, 200_001])
+def test_a_run_of_any_length_arrives_as_it_is(num_bytes):
+    source = np.random.default_rng(0).integers(1, 256, num_bytes + 9, dtype=np.uint8)
+    target = np.zeros(num_bytes + 5, np.uint8)
+    _copy(source, _lone(num_bytes, source=7, target=3), target)
+    assert np.array_equal(target[3:-2], source[7:-2])
+    assert not target[:3].any()
+    assert not target[-2:].any()
 
 
 @pytest.mark.parametrize(
@@ -104,6 +122,8 @@ def test_strided_copies_move_what_a_loop_over_bytes_moves(data):
         _lone(11),
         _lone(5, source=6),
         _lone(5, target=6),
+        _lone(5, source=-1),
+        _lone(5, target=-1),
         Piece(0, 0, 2, 6, 2, 0, 2),
         Piece(0, 0, 2, 3, 5, 0, 2),
         Piece(0, 0, 2, 3, 2, 0, 5),
@@ -113,7 +133,8 @@ def test_a_copy_that_leaves_its_memory_is_refused(piece):
     """A wrong plan must not become a wild write."""
     source, target = np.ones(10, np.uint8), np.zeros(10, np.uint8)
     with pytest.raises((ValueError, TypeError)):
-        copy_piece(source, piece, target)
+        _copy(source, piece, target)
+    assert not target.any()
 
 
 def test_a_failed_copy_is_said_once_to_done():
@@ -128,8 +149,7 @@ def test_a_failed_copy_is_said_once_to_done():
 def test_memory_of_the_caller_lies_where_its_view_says():
     base = torch.zeros(10, 6, dtype=torch.int16)
     result = CpuDevice().result(base[4])
-    assert result.host_bytes is not None
-    result.host_bytes[:] = 255
+    result.host_bytes()[:] = 255
     assert (base[4] == -1).all()
     assert base.abs().sum() == 6
 

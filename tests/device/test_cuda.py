@@ -371,7 +371,7 @@ def test_targets_of_the_caller_are_checked():
     with pytest.raises(DeviceError, match=r"out\['w'\] lies on meta, the load was asked to deliver to cuda:0"):
         device.check_target("w", torch.empty(2, device="meta"))
     result = device.result(torch.empty(4))
-    assert result.host_bytes is None
+    assert result.address is None
     assert device.landing(result, 0, 4) is None
     device.close()
 

@@ -7,6 +7,7 @@ import mmap
 import numpy as np
 import pytest
 
+from ray_streamer.device.base import address_of
 from ray_streamer.device.first_touch import LEAST_BYTES, PAGE_BYTES, fault_in
 
 
@@ -32,12 +33,12 @@ def resident_pages(memory: mmap.mmap) -> int:
 def test_pages_are_brought_in_before_they_are_touched(start, stop, num_pages):
     memory = mmap.mmap(-1, 64 * PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     assert resident_pages(memory) == 0
-    fault_in(np.frombuffer(memory, np.uint8)[start:stop])
+    fault_in(address_of(np.frombuffer(memory, np.uint8)) + start, stop - start)
     assert resident_pages(memory) == num_pages
 
 
 def test_content_stays():
     content = np.random.default_rng(0).integers(0, 256, 1 << 20, dtype=np.uint8)
     before = content.copy()
-    fault_in(content[123:-77])
+    fault_in(address_of(content) + 123, content.nbytes - 200)
     assert np.array_equal(content, before)
