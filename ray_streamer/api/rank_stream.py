@@ -11,14 +11,13 @@ from typing import TYPE_CHECKING
 
 from ray_streamer.api.dtensors import DTensorSlices
 from ray_streamer.api.node_trace import NodeTrace
-from ray_streamer.cluster.meters import find_meter
+from ray_streamer.cluster.meters import published
 from ray_streamer.exchange.session import NodeSession
 from ray_streamer.rank.agreement import agree
 from ray_streamer.rank.background import BackgroundLoad
 from ray_streamer.rank.given_memory import into_given
 from ray_streamer.rank.load import RankLoad
 from ray_streamer.rank.options import RankOptions
-from ray_streamer.report.metering import metered
 
 if TYPE_CHECKING:
     import os
@@ -155,8 +154,8 @@ def _begin(call: RankCall) -> tuple[DTensorSlices | None, RankLoad, BackgroundLo
         follow(load)
 
         def run() -> None:
-            meter = find_meter(is_wanted=request.settings.metrics)
-            with metered(meter, load, uri=request.uri, node=session.place.node, rank=membership.rank):
+            wanted = request.settings.metrics
+            with published(load, is_wanted=wanted, uri=request.uri, node=session.place.node, rank=membership.rank):
                 load.run()
             if trace is not None:
                 trace.write(session, load, uri=request.uri)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from ray_streamer.checkpoint.index_bytes import index_to_bytes
 from ray_streamer.cluster.clocks import read_clock
 from ray_streamer.cluster.gpus import assigned_device
-from ray_streamer.cluster.meters import find_meter
+from ray_streamer.cluster.meters import published
 from ray_streamer.device import open_device
 from ray_streamer.errors import ClusterError, LoadAbortedError
 from ray_streamer.exchange.liveness import Timeouts
@@ -31,7 +31,6 @@ from ray_streamer.rank.context import RankContext
 from ray_streamer.rank.load import RankLoad
 from ray_streamer.rank.options import RankOptions
 from ray_streamer.rank.refill import tensors_to_fill
-from ray_streamer.report.metering import metered
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -185,8 +184,8 @@ class LoadWorker:
             del earlier
             self._load = load = RankLoad(mine, storage, self._device, options, session=session, out=out)
             del out
-            meter = find_meter(is_wanted=self._request.settings.metrics)
-            with metered(meter, load, uri=self._request.uri, node=session.place.node, rank=self._rank):
+            wanted = self._request.settings.metrics
+            with published(load, is_wanted=wanted, uri=self._request.uri, node=session.place.node, rank=self._rank):
                 tensors = load.run()
         with self._lock:
             self._is_loading = False

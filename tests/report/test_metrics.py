@@ -72,7 +72,7 @@ def load(folder, **settings):
 @pytest.fixture
 def collected(monkeypatch):
     meter = Collected()
-    monkeypatch.setattr("ray_streamer.api.rank_stream.find_meter", lambda *, is_wanted: meter if is_wanted else None)
+    monkeypatch.setattr("ray_streamer.cluster.meters.find_meter", lambda *, is_wanted: meter if is_wanted else None)
     return meter
 
 
