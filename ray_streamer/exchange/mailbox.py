@@ -25,7 +25,7 @@ class Received(NamedTuple):
     Attributes:
         value: Read-only, mapped as long as it is used.
         memory: That it lends; likewise.
-        fd: Of memory that all ranks write to, the taker's to close; -1 when there is none.
+        fd: Of memory that all ranks write to, the consumer's to close; -1 when there is none.
     """
 
     value: memoryview

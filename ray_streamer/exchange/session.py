@@ -215,10 +215,10 @@ class NodeSession:
         if self._hub is not None:
             self._hub.listener = listener
 
-    def announce(self, block: int, slot: int, takers: Iterable[int]) -> None:
-        """Offers a block in a slot of this rank's arena to `takers`, which each release it once."""
+    def announce(self, block: int, slot: int, consumers: Iterable[int]) -> None:
+        """Offers a block in a slot of this rank's arena to `consumers`, which each release it once."""
         if self._hub is not None:
-            self._hub.send_numbers(takers, Kind.ANNOUNCE, (block, slot))
+            self._hub.send_numbers(consumers, Kind.ANNOUNCE, (block, slot))
 
     def release(self, owner: int, slot: int) -> None:
         """Lets go of a slot that local rank `owner` offered."""

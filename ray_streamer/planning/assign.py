@@ -16,28 +16,28 @@ if TYPE_CHECKING:
 def assign_readers(wants: NDArray[np.bool_], num_bytes: NDArray[np.int64]) -> NDArray[np.int16]:
     """The local rank that reads each block.
 
-    Blocks with one taker are its own. The others go, smallest circle of takers first since it has least choice, each to
-    the taker with the fewest bytes so far; equal loads go to the lower rank, so the answer is the same everywhere.
+    Blocks with one consumer are its own. The others go, smallest group of consumers first since it has least choice, each to
+    the consumer with the fewest bytes so far; equal loads go to the lower rank, so the answer is the same everywhere.
 
     Args:
-        wants: Whether a rank takes pieces of a block, shape (num_blocks, num_local_ranks); every block has a taker.
+        wants: Whether a rank takes pieces of a block, shape (num_blocks, num_local_ranks); every block has a consumer.
         num_bytes: Length of each block.
     """
     readers = wants.argmax(axis=1).astype(np.int16)
-    num_takers = wants.sum(axis=1)
-    is_own = num_takers == 1
+    num_consumers = wants.sum(axis=1)
+    is_own = num_consumers == 1
     loads = np.bincount(readers[is_own], weights=num_bytes[is_own], minlength=wants.shape[1]).astype(np.int64)
     shared = np.flatnonzero(~is_own)
-    circle_ids, examples = group_rows(list(wants[shared].T))
+    group_ids, examples = group_rows(list(wants[shared].T))
     members = [np.flatnonzero(row) for row in wants[shared[examples]]]
-    for circle in sorted(range(len(members)), key=lambda circle: (len(members[circle]), members[circle].tolist())):
-        blocks = shared[circle_ids == circle]
-        readers[blocks] = _share_out(num_bytes[blocks], members[circle], loads)
+    for group in sorted(range(len(members)), key=lambda group: (len(members[group]), members[group].tolist())):
+        blocks = shared[group_ids == group]
+        readers[blocks] = _share_out(num_bytes[blocks], members[group], loads)
     return readers
 
 
 def _share_out(num_bytes: NDArray[np.int64], ranks: NDArray[np.int64], loads: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Readers for the blocks of one circle of takers; `loads` is brought up to date."""
+    """Readers for the blocks of one group of consumers; `loads` is brought up to date."""
     readers = np.empty(len(num_bytes), dtype=np.int64)
     changes = np.flatnonzero(np.diff(num_bytes)) + 1
     for first, stop in pairwise([0, *changes.tolist(), len(num_bytes)]):
@@ -59,6 +59,6 @@ def _share_alike(size: int, count: int, ranks: NDArray[np.int64], loads: NDArray
     turns = np.clip((level - loads[ranks]) // size + 2, 0, count)
     while int(turns.sum()) < count:
         turns = np.minimum(2 * turns + 1, count)
-    takers = np.repeat(ranks, turns)
-    turn = np.arange(len(takers)) - np.repeat(np.cumsum(turns) - turns, turns)
-    return takers[np.lexsort((takers, loads[takers] + turn * size))[:count]]
+    candidates = np.repeat(ranks, turns)
+    turn = np.arange(len(candidates)) - np.repeat(np.cumsum(turns) - turns, turns)
+    return candidates[np.lexsort((candidates, loads[candidates] + turn * size))[:count]]

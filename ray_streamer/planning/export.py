@@ -53,7 +53,7 @@ def _blocks_of_node(plan: ReadPlan, node: int) -> pa.Table:
             "start": blocks.starts,
             "stop": blocks.stops,
             "reader": np.array(plan.topology.nodes[node], dtype=np.int32)[node_plan.readers],
-            "num_takers": node_plan.takers.sum(axis=1).astype(np.int16),
+            "num_consumers": node_plan.consumers.sum(axis=1).astype(np.int16),
         }
     )
 

@@ -39,7 +39,7 @@ class NodePlan:
         limits: The sizes that shaped it.
         blocks: Storage requests in file order; none is larger than `limits.block_bytes`.
         readers: Local rank that reads each block; int16.
-        takers: Whether a local rank takes something out of a block, shape (num_blocks, num_local_ranks).
+        consumers: Whether a local rank needs a part of a block, shape (num_blocks, num_local_ranks).
         needed_bytes: Bytes of the checkpoint that at least one local rank wants.
         plan_hash: Hex digest of the checkpoint, the limits and every row; equal plans have equal hashes.
     """
@@ -47,7 +47,7 @@ class NodePlan:
     limits: ReadLimits
     blocks: BlockColumns = field(repr=False)
     readers: NDArray[np.int16] = field(repr=False)
-    takers: NDArray[np.bool_] = field(repr=False)
+    consumers: NDArray[np.bool_] = field(repr=False)
     needed_bytes: int
     plan_hash: str
 
@@ -58,7 +58,7 @@ class NodePlan:
     @property
     def num_local_ranks(self) -> int:
         """Ranks of the node."""
-        return self.takers.shape[1]
+        return self.consumers.shape[1]
 
     @property
     def read_bytes(self) -> int:
@@ -67,7 +67,7 @@ class NodePlan:
 
     def to_bytes(self) -> bytes:
         """The plan as it crosses to the node's other ranks; `from_bytes` reads it."""
-        packed = np.packbits(self.takers, axis=1)
+        packed = np.packbits(self.consumers, axis=1)
         columns = {
             "file": self.blocks.file_ids.astype(np.int32),
             "start": self.blocks.starts,
@@ -98,7 +98,7 @@ class NodePlan:
                 limits=ReadLimits(**said["limits"]),
                 blocks=BlockColumns(*(columns[name] for name in ("file", "start", "stop"))),
                 readers=columns["reader"],
-                takers=np.unpackbits(packed, axis=1, count=num_ranks).astype(bool),
+                consumers=np.unpackbits(packed, axis=1, count=num_ranks).astype(bool),
                 needed_bytes=int(said["needed_bytes"]),
                 plan_hash=str(said["plan_hash"]),
             )
@@ -120,18 +120,18 @@ def plan_node(index: CheckpointIndex, sources: Sequence[RankSources], limits: Re
     kinds = kinds_of(index, sources)
     cover = cover_node(kinds, limits)
     blocks = cut_blocks(index, kinds, cover, limits)
-    takers = _takers(index, kinds, blocks, sources)
+    consumers = _consumers(index, kinds, blocks, sources)
     # Blocks that hold nothing but a gap are not read.
-    is_wanted = takers.any(axis=1)
+    is_wanted = consumers.any(axis=1)
     blocks = BlockColumns(*(column[is_wanted] for column in (blocks.file_ids, blocks.starts, blocks.stops)))
-    takers = takers[is_wanted]
-    readers = assign_readers(takers, blocks.stops - blocks.starts)
+    consumers = consumers[is_wanted]
+    readers = assign_readers(consumers, blocks.stops - blocks.starts)
     needed_bytes = int(cover.needed_bytes[kinds.kind_ids].sum())
     digest = hashlib.blake2b(digest_size=16)
     digest.update(repr((PLAN_VERSION, index.fingerprint(), limits, len(sources), needed_bytes)).encode())
-    for column in (blocks.file_ids, blocks.starts, blocks.stops, readers, takers):
+    for column in (blocks.file_ids, blocks.starts, blocks.stops, readers, consumers):
         digest.update(np.ascontiguousarray(column).data)
-    return NodePlan(limits, blocks, readers, takers, needed_bytes, digest.hexdigest())
+    return NodePlan(limits, blocks, readers, consumers, needed_bytes, digest.hexdigest())
 
 
 def check_sources(index: CheckpointIndex, sources: RankSources, local_rank: int) -> None:
@@ -156,15 +156,15 @@ def check_sources(index: CheckpointIndex, sources: RankSources, local_rank: int)
         )
 
 
-def _takers(
+def _consumers(
     index: CheckpointIndex, kinds: TensorKinds, blocks: BlockColumns, sources: Sequence[RankSources]
 ) -> NDArray[np.bool_]:
-    takers = np.zeros((len(blocks), len(sources)), dtype=bool)
+    consumers = np.zeros((len(blocks), len(sources)), dtype=bool)
     first_alike: dict[int, int] = {}
     for local_rank, rank_sources in enumerate(sources):
         alike = first_alike.setdefault(id(rank_sources), local_rank)
         if alike == local_rank:
-            takers[:, local_rank] = bytes_by_block(index, kinds, blocks, local_rank) > 0
+            consumers[:, local_rank] = bytes_by_block(index, kinds, blocks, local_rank) > 0
         else:
-            takers[:, local_rank] = takers[:, alike]
-    return takers
+            consumers[:, local_rank] = consumers[:, alike]
+    return consumers

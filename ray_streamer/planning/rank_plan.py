@@ -126,8 +126,8 @@ class RankPlan:
     _strided: BlockTable = field(repr=False)
     _moves: tuple[StridedMove, ...] = field(repr=False)
     _is_exclusive: NDArray[np.bool_] = field(repr=False)
-    _circles: tuple[tuple[int, ...], ...] = field(repr=False)
-    _circle_ids: NDArray[np.int64] = field(repr=False)
+    _groups: tuple[tuple[int, ...], ...] = field(repr=False)
+    _group_ids: NDArray[np.int64] = field(repr=False)
 
     @classmethod
     def of(
@@ -157,11 +157,11 @@ class RankPlan:
         rows = RowLandings.of(index, slices)
         pieces = cut_pieces(rows, node_plan.blocks)
         strided, moves = cut_strided(rows, node_plan.blocks)
-        taken = np.flatnonzero(node_plan.takers[:, local_rank])
+        taken = np.flatnonzero(node_plan.consumers[:, local_rank])
         has_pieces = (np.diff(pieces.firsts) + np.diff(strided.firsts)) > 0
         if not np.array_equal(np.flatnonzero(has_pieces), taken):
             raise PlanError(f"rank {ranks[local_rank]} said other slices than those that its node's plan was made of")
-        circles, circle_ids = _other_takers(node_plan, local_rank)
+        groups, group_ids = _other_consumers(node_plan, local_rank)
         return cls(
             uri=index.uri,
             files=index.files,
@@ -177,8 +177,8 @@ class RankPlan:
             _strided=strided,
             _moves=moves,
             _is_exclusive=_exclusive_blocks(node_plan, pieces, strided, local_rank),
-            _circles=circles,
-            _circle_ids=circle_ids,
+            _groups=groups,
+            _group_ids=group_ids,
         )
 
     @property
@@ -203,9 +203,9 @@ class RankPlan:
         ]
         return BlockPieces(plain, strided)
 
-    def takers(self, number: int) -> tuple[int, ...]:
+    def consumers(self, number: int) -> tuple[int, ...]:
         """Other local ranks that take something from block `number`."""
-        return self._circles[self._circle_ids[number]]
+        return self._groups[self._group_ids[number]]
 
     def exclusive_piece(self, number: int) -> Piece | None:
         """The one contiguous piece that is all of block `number`, when this rank alone takes it; else None."""
@@ -224,18 +224,18 @@ class RankPlan:
         return self.node_plan.readers[numbers]
 
 
-def _other_takers(node_plan: NodePlan, local_rank: int) -> tuple[tuple[tuple[int, ...], ...], NDArray[np.int64]]:
-    """The distinct circles of other ranks that take something out of a block, and each block's position among them."""
-    circle_ids, examples = group_rows(list(node_plan.takers.T))
-    circles = [np.flatnonzero(row).tolist() for row in node_plan.takers[examples]]
-    return tuple(tuple(rank for rank in circle if rank != local_rank) for circle in circles), circle_ids
+def _other_consumers(node_plan: NodePlan, local_rank: int) -> tuple[tuple[tuple[int, ...], ...], NDArray[np.int64]]:
+    """The distinct groups of other ranks that need a part of a block, and each block's position among them."""
+    group_ids, examples = group_rows(list(node_plan.consumers.T))
+    groups = [np.flatnonzero(row).tolist() for row in node_plan.consumers[examples]]
+    return tuple(tuple(rank for rank in group if rank != local_rank) for group in groups), group_ids
 
 
 def _exclusive_blocks(
     node_plan: NodePlan, pieces: BlockTable, strided: BlockTable, local_rank: int
 ) -> NDArray[np.bool_]:
     """Which blocks are one contiguous piece of this rank's, and of nobody else's."""
-    is_alone = (node_plan.takers.sum(axis=1) == 1) & (node_plan.readers == local_rank)
+    is_alone = (node_plan.consumers.sum(axis=1) == 1) & (node_plan.readers == local_rank)
     is_alone &= (np.diff(pieces.firsts) == 1) & (np.diff(strided.firsts) == 0)
     lone = pieces.rows[pieces.firsts[:-1][is_alone]]
     run_bytes, num_runs = (lone[:, PIECE_COLUMNS.index(name)] for name in ("run_bytes", "num_runs"))

@@ -183,7 +183,7 @@ def _count_shares(plan: ReadPlan, node: int) -> dict[str, list[int]]:
     """By the names of `RankSummary`, one count per local rank."""
     node_plan, members = plan.node_plans[plan.node_plan_ids[node]], plan.topology.nodes[node]
     blocks, readers = node_plan.blocks, node_plan.readers
-    lengths, is_own = blocks.stops - blocks.starts, node_plan.takers.sum(axis=1) == 1
+    lengths, is_own = blocks.stops - blocks.starts, node_plan.consumers.sum(axis=1) == 1
     kinds = kinds_of(plan.index, [RankSources.of(plan.slices[rank]) for rank in members])
     counts: dict[str, list[int]] = defaultdict(list)
     for local_rank, rank in enumerate(members):

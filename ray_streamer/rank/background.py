@@ -1,6 +1,6 @@
 """How does a load run beside whoever takes its tensors, and end when nobody does any more?
 
-    taker ── take() ──────────────< completed <── load's own threads
+    consumer ── take() ──────────────< completed <── load's own threads
       └── order: abandon ──> supervisor ── abort ──> load ── ... ──> everything closed ──> last item
 
 The supervisor is a thread that does nothing but wait for the load's end or for the order to abandon it. So whoever gives the
@@ -98,7 +98,7 @@ class BackgroundLoad:
             self._outcome = self._outcome or error
         try:
             self._close(self._outcome)
-        except BaseException as error:  # the taker must hear of the end, whatever becomes of it
+        except BaseException as error:  # the consumer must hear of the end, whatever becomes of it
             self._outcome = self._outcome or error
         outcome, self._outcome = self._outcome, None
         self._completed.put(outcome)

@@ -151,9 +151,9 @@ class StagedReads:
 
     def _offer(self, block: int, slot: int) -> None:
         """Offers a block to the neighbours that want parts of it, which hold the slot then, too."""
-        takers = self._mine.takers(block)
-        if takers:
-            self._arena.hold(slot, len(takers))
+        consumers = self._mine.consumers(block)
+        if consumers:
+            self._arena.hold(slot, len(consumers))
             # Before: a neighbour may copy while this rank still tells the next one.
             self._recorder.mark(Step.ANNOUNCED, block)
-            self._neighbours.announce(block, slot, takers)
+            self._neighbours.announce(block, slot, consumers)

@@ -114,10 +114,10 @@ class Neighbourhood:
         """The neighbours' arenas, mapped here."""
         return [arena.memory for arena in self._arenas.values()]
 
-    def announce(self, block: int, slot: int, takers: tuple[int, ...]) -> None:
-        """Offers a block in a slot of this rank's arena to `takers`, which each release it once."""
-        if takers:
-            self._joined.announce(block, slot, takers)
+    def announce(self, block: int, slot: int, consumers: tuple[int, ...]) -> None:
+        """Offers a block in a slot of this rank's arena to `consumers`, which each release it once."""
+        if consumers:
+            self._joined.announce(block, slot, consumers)
 
     def borrow(self, block: Block) -> Loan | None:
         """See `BlockSource.borrow`: a block that a neighbour offers, in its arena."""

@@ -1,12 +1,12 @@
 """How does one rank read tensors one after the other, ahead of whoever takes them, within a limit of memory?
 
-    tensors in their order ─> units ─> reader threads ─> memory of each tensor ─> taker
+    tensors in their order ─> units ─> reader threads ─> memory of each tensor ─> consumer
 
 1. A unit is one tensor, or small tensors that are neighbours in their file and share a request.
 2. Units are begun in order, while the memory of all that are begun is within the limit; one alone always is.
 3. A tensor is given when its unit is complete. Its memory counts until the next tensor is asked for.
 
-Each tensor has memory of its own: a taker that keeps one keeps nothing else.
+Each tensor has memory of its own: a consumer that keeps one keeps nothing else.
 """
 
 from __future__ import annotations

@@ -149,9 +149,9 @@ def node_events(node: int, ranks: Sequence[DrawnRank]) -> Iterator[Event]:
         drawn.trace.rank: dict(zip(drawn.trace.numbers[drawn.reads.rows].tolist(), drawn.reads.lanes, strict=True))
         for drawn in ranks
     }
-    for taker in ranks:
-        trace = taker.trace
-        for row, lane, start, _ in zip(*taker.copies, strict=True):
+    for consumer in ranks:
+        trace = consumer.trace
+        for row, lane, start, _ in zip(*consumer.copies, strict=True):
             if trace.spans.ways[row] != Way.OFFERED:
                 continue
             reader, number = readers.get(int(trace.readers[row])), int(trace.numbers[row])
@@ -164,7 +164,7 @@ def node_events(node: int, ranks: Sequence[DrawnRank]) -> Iterator[Event]:
             }
             announced = reader.trace.spans.times[Step.ANNOUNCED, reader.trace.numbers.searchsorted(number)]
             yield _end_of_arrow("s", reader.process, _READS + read_lanes[reader.trace.rank][number], announced) | arrow
-            yield _end_of_arrow("f", taker.process, _COPIES + lane, start) | arrow | {"bp": "e"}
+            yield _end_of_arrow("f", consumer.process, _COPIES + lane, start) | arrow | {"bp": "e"}
     for drawn in ranks:
         yield from _slots_in_use(drawn, ranks)
 

@@ -92,11 +92,13 @@ def test_ranks_take_exactly_the_blocks_that_hold_what_they_want(make_checkpoint,
     wanted = [bytes_of(index, rows) for rows in ranks]
     blocks = block_list(plan)
     assert blocks == sorted(blocks)
-    for (file, start, stop), takers, reader in zip(blocks, plan.takers.tolist(), plan.readers.tolist(), strict=True):
+    for (file, start, stop), consumers, reader in zip(
+        blocks, plan.consumers.tolist(), plan.readers.tolist(), strict=True
+    ):
         assert 0 < stop - start <= limits.block_bytes
         inside = {(file, byte) for byte in range(start, stop)}
-        assert takers == [bool(inside & bytes_of_rank) for bytes_of_rank in wanted]
-        assert takers[reader]
+        assert consumers == [bool(inside & bytes_of_rank) for bytes_of_rank in wanted]
+        assert consumers[reader]
     read = [(file, byte) for file, start, stop in blocks for byte in range(start, stop)]
     assert len(read) == len(set(read)) == plan.read_bytes
     union = set().union(*wanted)
@@ -115,7 +117,7 @@ def test_a_plan_crosses_between_processes_unchanged_and_knows_no_order_of_rows(m
     for other in (plan_node(index, shuffled, limits), heard):
         assert (other.plan_hash, other.needed_bytes, other.limits) == (plan.plan_hash, plan.needed_bytes, limits)
         assert block_list(other) == block_list(plan)
-        assert (other.readers.tolist(), other.takers.tolist()) == (plan.readers.tolist(), plan.takers.tolist())
+        assert (other.readers.tolist(), other.consumers.tolist()) == (plan.readers.tolist(), plan.consumers.tolist())
 
 
 def test_a_plan_is_another_one_for_another_checkpoint_or_rank(make_checkpoint):

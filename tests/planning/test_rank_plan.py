@@ -104,12 +104,12 @@ def test_a_rank_plan_says_what_the_node_plan_says(data, make_checkpoint):
                 reader = int(node_plan.readers[number])
                 extent = Extent(start, stop)
                 assert mine.block(number) == Block(number, file, extent, reader)
-                takers = set(np.flatnonzero(node_plan.takers[number]).tolist())
-                assert mine.takers(number) == tuple(sorted(takers - {local_rank}))
+                consumers = set(np.flatnonzero(node_plan.consumers[number]).tolist())
+                assert mine.consumers(number) == tuple(sorted(consumers - {local_rank}))
                 plain, strided = mine.pieces(number)
-                assert bool(plain or strided) == (local_rank in takers)
+                assert bool(plain or strided) == (local_rank in consumers)
                 is_exclusive = (
-                    takers == {local_rank}
+                    consumers == {local_rank}
                     and not strided
                     and [(piece.num_runs, piece.run_bytes) for piece in plain] == [(1, extent.num_bytes)]
                 )

@@ -143,7 +143,7 @@ def test_replicated_tensor_is_read_once_and_evenly(make_checkpoint):
     checkpoint = make_checkpoint([[("w", "U8", (40000,))]])
     node_plan = _plan(checkpoint, {"w": (TensorPart.whole((40000,)),) * 4}).node_plans[0]
     assert node_plan.read_bytes == node_plan.needed_bytes == 40000
-    assert node_plan.takers.all()
+    assert node_plan.consumers.all()
     lengths = node_plan.blocks.stops - node_plan.blocks.starts
     loads = [int(lengths[node_plan.readers == rank].sum()) for rank in range(4)]
     assert max(loads) - min(loads) <= 4096

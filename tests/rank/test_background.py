@@ -1,4 +1,4 @@
-"""A load beside its taker ends whoever drops it, wherever the garbage collector runs, and closes all it used exactly once."""
+"""A load beside its consumer ends whoever drops it, wherever the garbage collector runs, and closes all it used exactly once."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def collector_off():
     gc.enable()
 
 
-@pytest.mark.parametrize("in_thread", ["worker", "supervisor", "another load's", "the taker's"])
+@pytest.mark.parametrize("in_thread", ["worker", "supervisor", "another load's", "the consumer's"])
 def test_the_collector_may_run_in_any_thread(collector_off, in_thread):
     dropped = threading.Event()
 
@@ -149,9 +149,9 @@ def test_the_collector_may_run_in_any_thread(collector_off, in_thread):
         thread.start()
         thread.join(SECONDS)
         assert not thread.is_alive()
-    elif in_thread == "the taker's":
+    elif in_thread == "the consumer's":
         collect()
-        assert not _own_threads(), "a taker that may wait does"
+        assert not _own_threads(), "a consumer that may wait does"
     elif in_thread == "supervisor":
         # It looks for cycles while it closes what another order ended.
         scene._close_was, scene.load._close = scene._close, lambda error: (gc.collect(), scene._close(error))

@@ -168,12 +168,12 @@ def _excerpt(node_plan: NodePlan, *, round_blocks: int, max_blocks: int) -> NDAr
 
 def _copies(node_plan: NodePlan, row: int, pace: Pace, *, takes_whole_blocks: bool) -> dict[int, Copy]:
     """Each rank's part of a block: of what is cut inside of rows each takes its own, and what is replicated is little."""
-    takers = np.flatnonzero(node_plan.takers[row]).tolist()
+    consumers = np.flatnonzero(node_plan.consumers[row]).tolist()
     size = int(node_plan.blocks.stops[row] - node_plan.blocks.starts[row])
-    part = size if takes_whole_blocks else size / len(takers)
+    part = size if takes_whole_blocks else size / len(consumers)
     touch_seconds = part / pace.touch_rate
     seconds = part / pace.copy_rate + touch_seconds
-    return {rank: Copy(rank, seconds, touch_seconds, pace.exchange_seconds / 2) for rank in takers}
+    return {rank: Copy(rank, seconds, touch_seconds, pace.exchange_seconds / 2) for rank in consumers}
 
 
 def _read(node_plan: NodePlan, row: int, pace: Pace, copies: dict[int, Copy]) -> Read:
