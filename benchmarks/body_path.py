@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ray_streamer.settings import Settings
+from ray_streamer.storage.counters import Counters
 from ray_streamer.storage.http_client import HttpClient
-from ray_streamer.storage.tally import Tally
 from ray_streamer.testing.certificates import make_certificates
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ def memory_bio(port: int, ca_file: Path | None) -> Read:
 
 def this_project(port: int, ca_file: Path | None) -> Read:
     """The client of the S3 backend: h11 for heads, `recv_into` for bodies, clocks included."""
-    client = HttpClient(Settings(hedge_percent=0), ca_file=str(ca_file or ""), tally=Tally())
+    client = HttpClient(Settings(hedge_percent=0), ca_file=str(ca_file or ""), counters=Counters())
     url = f"{'https' if ca_file else 'http'}://127.0.0.1:{port}/"
 
     def read(buffer: memoryview) -> None:

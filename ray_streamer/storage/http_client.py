@@ -23,15 +23,15 @@ import h11
 from ray_streamer.storage.bandwidth import Bandwidth
 from ray_streamer.storage.http_pool import HttpPool
 from ray_streamer.storage.http_route import route_of
-from ray_streamer.storage.lateness import PIECE_BYTES, Hedging, PieceClock
+from ray_streamer.storage.lateness import SEGMENT_BYTES, Hedging, SegmentClock
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from ray_streamer.storage.base import StorageSettings
+    from ray_streamer.storage.counters import Counters
     from ray_streamer.storage.http_connection import HttpAnswer, HttpConnection
     from ray_streamer.storage.http_route import Route
-    from ray_streamer.storage.tally import Tally
 
 # What is late may be learned while one waits.
 _LOOK_AGAIN_SECONDS = 0.1
@@ -43,16 +43,18 @@ class HttpClient:
     Args:
         settings: Timeouts, share of extra requests, bandwidth.
         ca_file: By which https servers are trusted; empty for those that the system trusts.
-        tally: Where connections, extra requests and thrown-away bytes are counted.
+        counters: Where connections, extra requests and thrown-away bytes are counted.
         is_public_web: Whether servers may name others, so that link-local addresses are refused; see `Dialer`.
     """
 
-    def __init__(self, settings: StorageSettings, *, ca_file: str, tally: Tally, is_public_web: bool = False) -> None:
+    def __init__(
+        self, settings: StorageSettings, *, ca_file: str, counters: Counters, is_public_web: bool = False
+    ) -> None:
         self._closing = threading.Event()
         self._pool = HttpPool(
             connect_timeout_seconds=settings.connect_timeout_seconds,
             ca_file=ca_file,
-            tally=tally,
+            counters=counters,
             closing=self._closing,
             is_public_web=is_public_web,
         )
@@ -60,7 +62,7 @@ class HttpClient:
         self._bandwidth = Bandwidth(settings.max_bandwidth, self._closing)
         self._first_byte_timeout_seconds = settings.first_byte_timeout_seconds
         self._stall_timeout_seconds = settings.stall_timeout_seconds
-        self._tally = tally
+        self._counters = counters
 
     @contextmanager
     def get(self, url: str, headers: Mapping[str, str]) -> Iterator[HttpAnswer]:
@@ -88,11 +90,11 @@ class HttpClient:
             OSError: The connection broke, or stalled.
             h11.RemoteProtocolError: A chunked body is malformed.
         """
-        clock = PieceClock(timeout_seconds=self._stall_timeout_seconds, hedging=self._hedging)
+        clock = SegmentClock(timeout_seconds=self._stall_timeout_seconds, hedging=self._hedging)
         for num_bytes in answer.receive_into(buffer, clock):
             self._bandwidth.pay(num_bytes)
-        # What shorter bodies take says little about whole pieces.
-        if answer.num_received >= PIECE_BYTES:
+        # What shorter bodies take says little about whole segments.
+        if answer.num_received >= SEGMENT_BYTES:
             clock.end_body()
 
     def read(self, answer: HttpAnswer, max_bytes: int) -> bytes:
@@ -122,7 +124,7 @@ class HttpClient:
             late_after_seconds = self._hedging.heads.late_after_seconds * (2 ** (race.num_hedges + 1) - 1)
             if waited_seconds >= late_after_seconds and self._hedging.spend():
                 race.hedge()
-                self._tally.add(num_hedges=1)
+                self._counters.add(num_hedges=1)
                 continue
             left_seconds = late_after_seconds - waited_seconds
             answer = race.wait(left_seconds if 0 < left_seconds < _LOOK_AGAIN_SECONDS else _LOOK_AGAIN_SECONDS)

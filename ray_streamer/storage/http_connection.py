@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import h11
 
-from ray_streamer.storage.lateness import PIECE_BYTES
+from ray_streamer.storage.lateness import SEGMENT_BYTES
 from ray_streamer.storage.redaction import NO_SECRETS, Secrets
 from ray_streamer.storage.tls import TlsStream
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from ray_streamer.storage.http_route import Route
-    from ray_streamer.storage.lateness import PieceClock
+    from ray_streamer.storage.lateness import SegmentClock
 
 # Heads are smaller; what comes with one of the body has to be copied.
 _HEAD_BYTES = 4096
@@ -204,8 +204,8 @@ class HttpAnswer:
         is_complete = self._has_ended if self.length is None else self.num_received == self.length
         return is_complete and self._keeps_alive and not self.is_too_long
 
-    def receive_into(self, buffer: memoryview, clock: PieceClock) -> Iterator[int]:
-        """Receive the body into `buffer`, telling the length of each piece when it has landed; ends early when the body does.
+    def receive_into(self, buffer: memoryview, clock: SegmentClock) -> Iterator[int]:
+        """Receive the body into `buffer`, telling the length of each segment when it has landed; ends early when the body does.
 
         A body that is longer than the buffer is left unread from there; see `is_too_long`, where its length was not known.
 
@@ -223,17 +223,17 @@ class HttpAnswer:
         has_more = True
         while has_more and self.num_received < len(view):
             began_at = self.num_received
-            has_more = self._receive_piece(view, clock)
+            has_more = self._receive_segment(view, clock)
             yield self.num_received - began_at
 
-    def _receive_piece(self, view: memoryview, clock: PieceClock) -> bool:
-        """Receive the next piece of the body; whether the connection goes on.
+    def _receive_segment(self, view: memoryview, clock: SegmentClock) -> bool:
+        """Receive the next segment of the body; whether the connection goes on.
 
         Over TLS this loop turns once for every 16 KiB, so it has no calls that it can do without.
         """
         connected = self.connection.stream
         connected.settimeout(clock.begin())
-        stop = min(self.num_received + PIECE_BYTES, len(view))
+        stop = min(self.num_received + SEGMENT_BYTES, len(view))
         while self.num_received < stop:
             try:
                 num_bytes = connected.recv_into(view[self.num_received :])
@@ -248,11 +248,11 @@ class HttpAnswer:
         clock.end()
         return True
 
-    def _receive_events(self, buffer: memoryview, clock: PieceClock) -> Iterator[int]:
+    def _receive_events(self, buffer: memoryview, clock: SegmentClock) -> Iterator[int]:
         """A body that h11 has to take apart: every byte is copied."""
         scratch = memoryview(bytearray(_CHUNK_BYTES))
         self.connection.stream.settimeout(clock.begin())
-        stop = PIECE_BYTES
+        stop = SEGMENT_BYTES
         while not isinstance(event := next_event(self._protocol), h11.EndOfMessage):
             if event is h11.NEED_DATA:
                 self._protocol.receive_data(bytes(scratch[: self._receive_some(scratch, clock)]))
@@ -267,11 +267,11 @@ class HttpAnswer:
                 if self.num_received >= stop:
                     clock.end()
                     self.connection.stream.settimeout(clock.begin())
-                    stop = self.num_received + PIECE_BYTES
+                    stop = self.num_received + SEGMENT_BYTES
         self._has_ended = True
 
-    def _receive_some(self, view: memoryview, clock: PieceClock) -> int:
-        """What comes next, 0 at the end of the connection; the clock runs on from piece to piece, not from here."""
+    def _receive_some(self, view: memoryview, clock: SegmentClock) -> int:
+        """What comes next, 0 at the end of the connection; the clock runs on from segment to segment, not from here."""
         connected = self.connection.stream
         if time.monotonic() >= clock.due:
             connected.settimeout(clock.extend())

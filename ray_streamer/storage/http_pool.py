@@ -13,8 +13,8 @@ from ray_streamer.storage.http_connection import HttpConnection
 from ray_streamer.storage.tcp import Dialer
 
 if TYPE_CHECKING:
+    from ray_streamer.storage.counters import Counters
     from ray_streamer.storage.http_route import Route
-    from ray_streamer.storage.tally import Tally
 
 
 class HttpPool:
@@ -25,7 +25,7 @@ class HttpPool:
     Args:
         connect_timeout_seconds: For addresses, proxy and TLS together, each.
         ca_file: By which https servers are trusted; empty for those that the system trusts.
-        tally: Where connections and thrown-away bytes are counted.
+        counters: Where connections and thrown-away bytes are counted.
         closing: Set before `close`; ends attempts to connect.
         is_public_web: Whether link-local addresses are refused.
     """
@@ -35,13 +35,13 @@ class HttpPool:
         *,
         connect_timeout_seconds: float,
         ca_file: str,
-        tally: Tally,
+        counters: Counters,
         closing: threading.Event,
         is_public_web: bool,
     ) -> None:
         self._timeout_seconds = connect_timeout_seconds
         self._ca_file = ca_file
-        self._tally = tally
+        self._counters = counters
         self._tls: ssl.SSLContext | None = None
         self._lock = threading.Lock()
         self._closing = closing
@@ -81,7 +81,7 @@ class HttpPool:
         except BaseException:
             self.give_back(connection, is_reusable=False)
             raise
-        self._tally.add(num_connections=1)
+        self._counters.add(num_connections=1)
         return connection
 
     def give_back(self, connection: HttpConnection, *, is_reusable: bool) -> None:
@@ -91,7 +91,7 @@ class HttpPool:
             if is_reusable and not self._closing.is_set():
                 self._idle.setdefault(connection.route, []).append(connection)
                 return
-        self._tally.add(wasted_bytes=_unread_bytes(connection))
+        self._counters.add(wasted_bytes=_unread_bytes(connection))
         connection.close()
 
     def close(self) -> None:

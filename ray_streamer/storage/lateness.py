@@ -14,7 +14,7 @@ import threading
 import time
 from collections import deque
 
-PIECE_BYTES = 1 << 20
+SEGMENT_BYTES = 1 << 20
 
 _NUM_REMEMBERED = 128
 _NUM_ENOUGH = 16
@@ -22,7 +22,7 @@ _QUANTILE = 0.95
 _TIMES_QUANTILE = 2.0
 # Below these the noise of a busy machine looks like lateness; a cut costs more than a second request.
 _HEAD_NOT_BEFORE_SECONDS = 0.1
-_PIECE_NOT_BEFORE_SECONDS = 0.5
+_SEGMENT_NOT_BEFORE_SECONDS = 0.5
 _UNTIL_KNOWN_SECONDS = 2.0
 _FIRST_CREDIT = 4.0
 _LARGEST_CREDIT = 16.0
@@ -60,7 +60,7 @@ class Hedging:
 
     Attributes:
         heads: Seconds from a request to the head of its answer.
-        pieces: Seconds of the slowest `PIECE_BYTES` of each body.
+        segments: Seconds of the slowest `SEGMENT_BYTES` of each body.
 
     Args:
         max_fraction: Extra requests for each request, over some time; 0 turns hedging off.
@@ -68,7 +68,7 @@ class Hedging:
 
     def __init__(self, *, max_fraction: float) -> None:
         self.heads = Latencies(not_before_seconds=_HEAD_NOT_BEFORE_SECONDS)
-        self.pieces = Latencies(not_before_seconds=_PIECE_NOT_BEFORE_SECONDS)
+        self.segments = Latencies(not_before_seconds=_SEGMENT_NOT_BEFORE_SECONDS)
         self._max_fraction = max_fraction
         self._credit = _FIRST_CREDIT if max_fraction else 0.0
         self._lock = threading.Lock()
@@ -88,16 +88,16 @@ class Hedging:
 
 
 class LateBodyError(TimeoutError):
-    """A piece of a body is late, and asking for the rest elsewhere is within the budget."""
+    """A segment of a body is late, and asking for the rest elsewhere is within the budget."""
 
 
-class PieceClock:
-    """How long the pieces of one body may take; used by one thread.
+class SegmentClock:
+    """How long the segments of one body may take; used by one thread.
 
-    Without `hedging` a piece may take `timeout_seconds`. With it, one that is late ends the body if the budget allows.
+    Without `hedging` a segment may take `timeout_seconds`. With it, one that is late ends the body if the budget allows.
 
     Attributes:
-        due: When the piece is late, by the monotonic clock.
+        due: When the segment is late, by the monotonic clock.
     """
 
     def __init__(self, *, timeout_seconds: float, hedging: Hedging | None = None) -> None:
@@ -108,17 +108,17 @@ class PieceClock:
         self._is_late = False
 
     def begin(self) -> float:
-        """A piece begins; how long its receiver may wait."""
+        """A segment begins; how long its receiver may wait."""
         limit_seconds = self._timeout_seconds
         if self._hedging is not None:
-            limit_seconds = min(limit_seconds, self._hedging.pieces.late_after_seconds)
+            limit_seconds = min(limit_seconds, self._hedging.segments.late_after_seconds)
         self._began = time.monotonic()
         self.due = self._began + limit_seconds
         self._is_late = self._hedging is None
         return limit_seconds
 
     def extend(self) -> float:
-        """The piece is late; how much longer its receiver may wait.
+        """The segment is late; how much longer its receiver may wait.
 
         Raises:
             LateBodyError: No longer: the rest may be asked for again.
@@ -126,21 +126,21 @@ class PieceClock:
         """
         waited_seconds = time.monotonic() - self._began
         if self._hedging is not None and not self._is_late and self._hedging.spend():
-            raise LateBodyError(errno.ETIMEDOUT, f"a piece is late after {waited_seconds:.3g} s")
+            raise LateBodyError(errno.ETIMEDOUT, f"a segment is late after {waited_seconds:.3g} s")
         self._is_late = True
         self.due = self._began + self._timeout_seconds
         if waited_seconds >= self._timeout_seconds:
             raise TimeoutError(
                 errno.ETIMEDOUT,
-                f"less than {PIECE_BYTES >> 20} MiB of a body in {self._timeout_seconds:g} s (stall_timeout_seconds)",
+                f"less than {SEGMENT_BYTES >> 20} MiB of a body in {self._timeout_seconds:g} s (stall_timeout_seconds)",
             )
         return self._timeout_seconds - waited_seconds
 
     def end(self) -> None:
-        """The piece has landed."""
+        """The segment has landed."""
         self._slowest_seconds = max(self._slowest_seconds, time.monotonic() - self._began)
 
     def end_body(self) -> None:
-        """The whole body has landed: what its slowest piece took is how long others may take."""
+        """The whole body has landed: what its slowest segment took is how long others may take."""
         if self._hedging is not None:
-            self._hedging.pieces.observe(self._slowest_seconds)
+            self._hedging.segments.observe(self._slowest_seconds)

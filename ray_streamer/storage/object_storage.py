@@ -17,6 +17,7 @@ from ray_streamer.errors import ObjectChangedError, ShortReadError, StorageError
 from ray_streamer.extent import Extent
 from ray_streamer.storage.answer import check_extent, content_range_of, faults_translated, refuse_encoded
 from ray_streamer.storage.base import ObjectInfo, RemoteStorage, check_buffer, ignore
+from ray_streamer.storage.counters import Counters
 from ray_streamer.storage.http_client import HttpClient
 from ray_streamer.storage.identity import Identity
 from ray_streamer.storage.landing import Landing
@@ -24,8 +25,7 @@ from ray_streamer.storage.lateness import LateBodyError
 from ray_streamer.storage.listing import MAX_PAGE_BYTES, list_keys
 from ray_streamer.storage.refusal import MAX_ERROR_BYTES
 from ray_streamer.storage.request_limit import RequestLimit
-from ray_streamer.storage.retry import PassingFault, Patience
-from ray_streamer.storage.tally import Tally
+from ray_streamer.storage.retry import PassingFault, RetryPolicy
 from ray_streamer.units import exact_bytes
 
 if TYPE_CHECKING:
@@ -76,8 +76,10 @@ class ObjectStorage(RemoteStorage):
         self._store = store
         self._deadline_seconds = settings.retry_deadline_seconds
         self._list_timeout_seconds = settings.list_timeout_seconds
-        self._tally = Tally()
-        self._http = HttpClient(settings, ca_file=store.ca_file, tally=self._tally, is_public_web=store.is_public_web)
+        self._counters = Counters()
+        self._http = HttpClient(
+            settings, ca_file=store.ca_file, counters=self._counters, is_public_web=store.is_public_web
+        )
         self._limit = RequestLimit(settings.concurrency)
         self._has_answered = False
         self._sends_conditions = True
@@ -116,7 +118,7 @@ class ObjectStorage(RemoteStorage):
         landing = Landing(path, extent, buffer.cast("B"), identity, on_first_byte=on_first_byte)
         self._run(
             lambda: self._land(landing),
-            on_retry=lambda: self._tally.retried(path, landing.rest.start, landing.take_lost_seconds()),
+            on_retry=lambda: self._counters.retried(path, landing.rest.start, landing.take_lost_seconds()),
         )
 
     def list(self, prefix: str = "", *, recursive: bool = False) -> list[str]:
@@ -136,11 +138,11 @@ class ObjectStorage(RemoteStorage):
 
     def statistics(self) -> StorageStatistics:
         """See `Storage`."""
-        return self._tally.statistics()
+        return self._counters.statistics()
 
     def incidents(self) -> tuple[Incident, ...]:
         """See `Storage`."""
-        return self._tally.incidents()
+        return self._counters.incidents()
 
     def close(self) -> None:
         """See `Storage`; reads in flight end with `StorageError`."""
@@ -159,14 +161,14 @@ class ObjectStorage(RemoteStorage):
                 try:
                     return attempt()
                 except LateBodyError:
-                    self._tally.add(num_cuts=1)
+                    self._counters.add(num_cuts=1)
 
-        patience = Patience(
+        policy = RetryPolicy(
             deadline_seconds=self._deadline_seconds,
             closing=self._closing,
-            on_retry=on_retry or (lambda: self._tally.add(num_retries=1)),
+            on_retry=on_retry or (lambda: self._counters.add(num_retries=1)),
         )
-        return patience.run(attempt_or_cut)
+        return policy.run(attempt_or_cut)
 
     def _land(self, landing: Landing) -> None:
         """One attempt to bring what is missing of an extent; what a broken body has brought stays."""
@@ -317,7 +319,7 @@ class ObjectStorage(RemoteStorage):
                 raise self._refusal(answer, what, request, number=turn.number, is_object=path is not None)
             self._limit.climb()
             if turn.held_seconds and path is not None:
-                self._tally.held(path, offset, turn.held_seconds)
+                self._counters.held(path, offset, turn.held_seconds)
             yield answer
 
     def _refusal(self, answer: HttpAnswer, what: str, request: Request, *, number: int, is_object: bool) -> Exception:
@@ -327,7 +329,7 @@ class ObjectStorage(RemoteStorage):
         if answer.status in (412, 501) and request.is_conditional and isinstance(fault, StorageError):
             return _ConditionRefusedError(fault)
         if isinstance(fault, PassingFault) and fault.error_class is ThrottledError:
-            self._tally.add(num_throttled=1)
+            self._counters.add(num_throttled=1)
             self._limit.fall(number)
         return fault
 

@@ -46,7 +46,7 @@ class PassingFault(Exception):
         self.retry_after_seconds = retry_after_seconds
 
 
-class Patience:
+class RetryPolicy:
     """How long one operation may be tried again; the clock starts at its first fault.
 
     Args:

@@ -36,7 +36,7 @@ def proxy(s3_server: Any) -> Iterator[FaultProxy]:
 def uri(checkpoint: Any, s3_credentials: Any, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch) -> str:
     """The small checkpoint behind the proxy; what is late is known at once."""
     monkeypatch.setattr(lateness, "_UNTIL_KNOWN_SECONDS", 0.2)
-    monkeypatch.setattr(lateness, "_PIECE_NOT_BEFORE_SECONDS", 0.2)
+    monkeypatch.setattr(lateness, "_SEGMENT_NOT_BEFORE_SECONDS", 0.2)
     monkeypatch.setattr(lateness, "_FIRST_CREDIT", 1000.0)
     monkeypatch.setattr(lateness, "_LARGEST_CREDIT", 1000.0)
     return s3_credentials.upload_folder(checkpoint.folder, "faults", f"model-{next(_numbers)}")

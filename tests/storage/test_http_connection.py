@@ -12,7 +12,7 @@ import pytest
 
 from ray_streamer.storage.http_connection import HttpConnection
 from ray_streamer.storage.http_route import Route
-from ray_streamer.storage.lateness import PieceClock
+from ray_streamer.storage.lateness import SegmentClock
 
 BODY = random.Random(3).randbytes(300_000)
 SEVERAL = [BODY[start : start + 7777] for start in range(0, len(BODY), 7777)]
@@ -55,7 +55,7 @@ def answer_of(connection, theirs, head: bytes, body: bytes = b"", *, then_end: b
 
 def receive(answer, num_bytes=300_000):
     memory = memoryview(bytearray(num_bytes))
-    landed = sum(answer.receive_into(memory, PieceClock(timeout_seconds=30)))
+    landed = sum(answer.receive_into(memory, SegmentClock(timeout_seconds=30)))
     assert answer.num_received - landed in range(4096), "what came with the head is no piece"
     return bytes(memory[: answer.num_received])
 

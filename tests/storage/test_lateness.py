@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from ray_streamer.storage import lateness
-from ray_streamer.storage.lateness import Hedging, LateBodyError, Latencies, PieceClock
+from ray_streamer.storage.lateness import Hedging, LateBodyError, Latencies, SegmentClock
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def test_a_quiet_time_does_not_save_up_for_a_burst():
 
 
 def test_a_clock_without_hedging_ends_a_stalled_piece(now):
-    clock = PieceClock(timeout_seconds=30)
+    clock = SegmentClock(timeout_seconds=30)
     assert (clock.begin(), clock.due) == (30, 130)
     now.seconds += 30
     with pytest.raises(TimeoutError, match=r"less than 1 MiB.*in 30 s \(stall_timeout_seconds\)"):
@@ -64,7 +64,7 @@ def test_a_clock_without_hedging_ends_a_stalled_piece(now):
 
 
 def test_each_piece_has_its_own_time(now):
-    clock = PieceClock(timeout_seconds=30)
+    clock = SegmentClock(timeout_seconds=30)
     for _ in range(10):
         assert clock.begin() == 30
         now.seconds += 29
@@ -74,12 +74,12 @@ def test_each_piece_has_its_own_time(now):
 def test_a_late_body_is_cut_while_the_budget_lasts(now):
     hedging = Hedging(max_fraction=0.05)
     for _ in range(4):
-        clock = PieceClock(timeout_seconds=30, hedging=hedging)
+        clock = SegmentClock(timeout_seconds=30, hedging=hedging)
         assert clock.begin() == 2
         now.seconds += 2
         with pytest.raises(LateBodyError):
             clock.extend()
-    clock = PieceClock(timeout_seconds=30, hedging=hedging)
+    clock = SegmentClock(timeout_seconds=30, hedging=hedging)
     clock.begin()
     now.seconds += 2
     assert clock.extend() == 28, "no budget left: as long as without hedging"
@@ -92,10 +92,10 @@ def test_a_late_body_is_cut_while_the_budget_lasts(now):
 def test_the_slowest_piece_of_a_body_is_remembered(now):
     hedging = Hedging(max_fraction=0.05)
     for _ in range(16):
-        clock = PieceClock(timeout_seconds=30, hedging=hedging)
+        clock = SegmentClock(timeout_seconds=30, hedging=hedging)
         for seconds in (0.1, 0.3, 0.2):
             clock.begin()
             now.seconds += seconds
             clock.end()
         clock.end_body()
-    assert hedging.pieces.late_after_seconds == pytest.approx(0.6)
+    assert hedging.segments.late_after_seconds == pytest.approx(0.6)

@@ -20,7 +20,7 @@ WHOLE = Extent(0, len(CONTENT))
 def open_hedged(place, open_s3, proxy, monkeypatch):
     """A function that opens a storage for which everything is late after a moment."""
     monkeypatch.setattr(lateness, "_UNTIL_KNOWN_SECONDS", 0.2)
-    monkeypatch.setattr(lateness, "_PIECE_NOT_BEFORE_SECONDS", 0.2)
+    monkeypatch.setattr(lateness, "_SEGMENT_NOT_BEFORE_SECONDS", 0.2)
     return lambda **settings: open_s3(place.uri, **{"s3_endpoint_url": proxy.url, "hedge_percent": 5, **settings})
 
 

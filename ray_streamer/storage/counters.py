@@ -15,7 +15,7 @@ _MOST_INCIDENTS = 4000
 """Later ones are counted only."""
 
 
-class Tally:
+class Counters:
     """Counters by the names of `StorageStatistics`."""
 
     def __init__(self) -> None:
