@@ -10,6 +10,7 @@ same memory. Retries and the meaning of answers are not decided here.
 from __future__ import annotations
 
 import errno
+import functools
 import select
 import threading
 import time
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
 # What is late may be learned while one waits.
 _LOOK_AGAIN_SECONDS = 0.1
+_MAX_KNOWN_ROUTES = 64
 
 
 class HttpClient:
@@ -58,6 +60,8 @@ class HttpClient:
             closing=self._closing,
             is_public_web=is_public_web,
         )
+        # Asked for once per server: the environment may have hundreds of variables, and all of them are looked at.
+        self._route_to = functools.lru_cache(_MAX_KNOWN_ROUTES)(route_of)
         self._hedging = Hedging(max_fraction=settings.hedge_percent / 100)
         self._bandwidth = Bandwidth(settings.max_bandwidth, self._closing)
         self._first_byte_timeout_seconds = settings.first_byte_timeout_seconds
@@ -75,7 +79,8 @@ class HttpClient:
         """
         parts = urlsplit(url)
         target = f"{parts.path or '/'}?{parts.query}" if parts.query else parts.path or "/"
-        with _Race(self._pool, route_of(url), target, headers) as race:
+        route = self._route_to(f"{parts.scheme}://{parts.netloc}")
+        with _Race(self._pool, route, target, headers) as race:
             answer = self._first_answer(race)
         try:
             yield answer

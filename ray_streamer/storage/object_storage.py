@@ -266,7 +266,9 @@ class ObjectStorage(RemoteStorage):
                     f"{what}: the object is not the one that the index saw: {answer.secrets.clean(difference)}"
                 )
             check_extent(answer, given, asked=asked, what=what)
-            if answer.secrets.are_in(identity.etag):
+            # An ETag that is known was looked at when the checkpoint was opened.
+            is_known = expected is not None and expected.etag == identity.etag
+            if not is_known and answer.secrets.are_in(identity.etag):
                 identity = replace(identity, etag="")
             yield answer, given, identity
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import urllib.request
+
 import pytest
 
 from ray_streamer.errors import AccessError, SettingsError, StorageError
@@ -63,6 +65,15 @@ def test_a_proxy_that_cannot_be_used(place, open_s3, monkeypatch):
     with pytest.raises(SettingsError, match=r"HTTP_PROXY begins with socks5://") as caught:
         open_s3(place.uri).read_head("a", 5)
     assert "wrong-password" not in str(caught.value)
+
+
+def test_the_environment_is_looked_at_once_for_each_server(place, open_s3, monkeypatch):
+    """It may have hundreds of variables, and a load sends thousands of requests."""
+    place.write("a", CONTENT)
+    storage = open_s3(place.uri)
+    etag = storage.size_and_etag("a").etag
+    monkeypatch.setattr(urllib.request, "getproxies", lambda: pytest.fail("looked at again"))
+    assert read(storage, "a", Extent(5, 100_000), etag) == CONTENT[5:100_000]
 
 
 def test_routes(monkeypatch):
