@@ -1,4 +1,4 @@
-"""How do people read numbers? Bytes with a binary unit, as the settings accept them; one file, two files."""
+"""How are sizes and counts shown to people? Bytes with a binary unit, as the settings accept them; one file, two files."""
 
 from __future__ import annotations
 

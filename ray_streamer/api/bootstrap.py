@@ -1,4 +1,4 @@
-"""What shall stand on each rank beside its tensors? Nothing, or what an integration makes of them, such as a ready model."""
+"""What does each rank make of its tensors? Nothing, or what an integration makes of them, such as a ready model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How does a failure that was foreseen look in a notebook? The sentence comes last, under the caller's own line.
+"""How does an error of this package look in a notebook? The sentence comes last, under the caller's own line.
 
 Frames inside of this package say nothing to who typed a wrong path. They are logged at level DEBUG.
 """

@@ -1,4 +1,4 @@
-"""What is alike in every command? Options for output, what a failure looks like, and the settings' own part of the help."""
+"""What do all commands have in common? Options for output, what a failure looks like, and the settings' own part of the help."""
 
 from __future__ import annotations
 

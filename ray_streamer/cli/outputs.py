@@ -1,4 +1,4 @@
-"""May this be written? Asked when a command is typed, not after the work whose result it takes."""
+"""Can the output files of a command be written? Asked before the work begins, not after it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How does a message that speaks of Python's arguments speak of flags? Each name of an option becomes its flag.
+"""How do messages that name Python's arguments name the flags of a command? Each name of an option becomes its flag.
 
 The package's errors name arguments and settings as Python has them, some with a value: `strategy="PACK"`. On a command
 line the same is `--strategy PACK`.

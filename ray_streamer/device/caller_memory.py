@@ -1,4 +1,4 @@
-"""May the tensors that the caller gives be written, and by whose leave? Checked before the first read.
+"""May a load write into the tensors that the caller gives? Checked before the first read.
 
 A tensor of the caller's may be a parameter that requires grad, an inference tensor, or one of two names of a tied weight. All of
 them are plain memory, so they are written through an alias that knows nothing of autograd. What is no plain memory (DTensor,

@@ -1,4 +1,4 @@
-"""How does one rank load? The few values that do not come from the plan."""
+"""Which values does the load of a rank need that are not in the plan?"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""May this file be written? Asked before the work whose result it takes."""
+"""Can a report be written to this path? Asked before the work whose result it takes."""
 
 from __future__ import annotations
 

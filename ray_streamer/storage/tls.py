@@ -1,4 +1,4 @@
-"""How does TLS cost less? Ciphertext is received many records at a time and decrypted out of memory.
+"""How does receiving over TLS take less CPU time? Ciphertext is received many records at a time and decrypted out of memory.
 
 A TLS socket of the standard library asks the kernel three times for every record of 16 KiB: whether there is something,
 for its length, for the rest. Here it is asked once for many records, at the price of one copy within the cache.

@@ -1,4 +1,4 @@
-"""How does one thread wait for work that many others do? A number that falls to zero, or an error that ends it."""
+"""How does a thread wait until many others have done their work? A number that falls to zero, or an error that ends it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How does one get a checkpoint without downloading it? Files in Hugging Face layout, of any tensors.
+"""How does a test get a checkpoint without a download? Files in Hugging Face layout, of any tensors.
 
 `write_checkpoint` writes any list of tensors; the layouts of real models are in `ray_streamer.testing.layouts` and may be
 imported from here too. Contents are reproducible bytes that depend on seed and tensor name alone, so that a test knows them

@@ -1,4 +1,4 @@
-"""How does a proxy stay out of the figures of the process that it serves? By running in another one."""
+"""How is the work of a proxy kept out of the measured process? By running in another one."""
 
 from __future__ import annotations
 

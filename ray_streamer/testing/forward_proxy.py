@@ -1,4 +1,4 @@
-"""Does a client find its way out of a company? A forward proxy that wants a password.
+"""Does a client follow its proxy settings? A forward proxy that wants a password.
 
 Plain requests come by their whole url, everything else through CONNECT.
 """

@@ -1,4 +1,4 @@
-"""When may a streamer stream? Inside its `with` block, one stream after the other."""
+"""When may a stream of `runai_model_streamer` begin? Inside its `with` block, one stream after the other."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What stands on the page beside its charts? Key figures, verdict, plan and ranks, as HTML; each number carries its exact value."""
+"""What does the page show beside its charts? Key figures, verdict, plan and ranks, as HTML; each number carries its exact value."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What does one say of a model family? Names, as they are on disk, and what each of them means; no number of any model."""
+"""What must be known of a model family? Names, as they are on disk, and what each of them means; no number of any model."""
 
 from __future__ import annotations
 
