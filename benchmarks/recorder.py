@@ -4,7 +4,8 @@
 
     unrecorded   a recorder that takes down nothing; no load can be asked for it, so it is put in the recorder's place here
     recorded     every load as it is
-    traced       and its trace is collected and judged afterwards, as by `--trace` and the verdict of a report
+    traced       and its trace is collected afterwards, as by every load under Ray
+    judged       and a verdict is found, as when a report is asked for one
 
 Each contender is one process that stays, on one rank; they load in turn, each round in another order, into the same tensors again and again.
 Blocks of 256 KiB, the smallest that a load makes, so that there is as much to take down as there can be; and of 8 MiB, as usual.
@@ -49,7 +50,7 @@ if TYPE_CHECKING:
     from ray_streamer.rank.block_source import Way
     from ray_streamer.rank.recorder import Step
 
-CONTENDERS = ("unrecorded", "recorded", "traced")
+CONTENDERS = ("unrecorded", "recorded", "traced", "judged")
 BLOCKS = (256 << 10, 8 << 20)
 STAGING_BYTES = 64 << 20
 
@@ -99,9 +100,10 @@ def serve(contender: str, pipe: Connection) -> None:
         worker.agree(request, worker.read_index(request), seating)
         began, cpu_began = time.perf_counter(), time.process_time()
         statistics = worker.load()
-        if contender == "traced":
+        if contender in ("traced", "judged"):
             trace = RankTrace.from_bytes(worker.trace().to_bytes())
-            assert judge([trace], [statistics], Asked.of(settings)) is not None
+            if contender == "judged":
+                assert judge([trace], [statistics], Asked.of(settings)) is not None
         pipe.send(Cost(seconds=time.perf_counter() - began, cpu_seconds=time.process_time() - cpu_began))
 
 

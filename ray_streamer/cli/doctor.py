@@ -64,6 +64,11 @@ def _parse_bandwidth(text: str) -> int:
     type=OUTPUT_FILE,
     help="Write the settings to use there, as environment variables.",
 )
+@click.option(
+    "--quick",
+    is_flag=True,
+    help="Load no part of the checkpoint. What to expect is then from storage and memory alone.",
+)
 @with_rules_and_results
 @json_option
 @verbose_option
@@ -75,14 +80,15 @@ def command(
     num_nodes: int,
     storage_bandwidth: int | None,
     settings_file: Path | None,
+    quick: bool,
     sharding: dict[str, Any],
     as_json: bool,
     settings: Settings,
 ) -> None:
     """Examine this node, and a load of the checkpoint at URI over --tp ranks on it.
 
-    Reads some blocks of the checkpoint with 1 to 64 requests in flight, and loads nothing. Each finding says what is so, why it matters
-    and what to do. Fails when a load would fail.
+    Reads some blocks of the checkpoint with 1 to 64 requests in flight, and loads a part of it into --tp processes. Each finding says what
+    is so, why it matters and what to do. Fails when a load would fail.
     """
     from ray_streamer.api.arguments import Sharding
     from ray_streamer.doctor.examine import examine, examine_node
@@ -94,7 +100,7 @@ def command(
         examination = examine_node(settings, num_ranks=tp, devices=_DEVICES)
     else:
         request = Sharding(tp=tp, **sharding).request(uri, settings=settings, device=device)
-        examination = examine(request, devices=_DEVICES, fleet=fleet)
+        examination = examine(request, devices=_DEVICES, fleet=fleet, is_quick=quick)
     _show(examination, as_json=as_json)
     if settings_file is not None:
         settings_file.write_text(settings_text(examination), encoding="utf-8")

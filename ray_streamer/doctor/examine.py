@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ray_streamer.doctor.finding import Finding
 from ray_streamer.doctor.machine_checks import check_gpus, check_machine
 from ray_streamer.doctor.memory_speed import measure_memory
 from ray_streamer.doctor.prediction import Node, predict
+from ray_streamer.doctor.rehearsal import rehearse, sample_bytes
 from ray_streamer.doctor.storage_checks import check_checkpoint, check_clock, check_filesystem
 from ray_streamer.doctor.storage_speed import measure_storage
 from ray_streamer.errors import RayStreamerError
 from ray_streamer.machine import count_cpus, measure_available_memory
 from ray_streamer.planning.limits import rank_memory_limit
 from ray_streamer.planning.topology import Topology
+from ray_streamer.slices import ReadingSource
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from ray_streamer.checkpoint import CheckpointIndex
     from ray_streamer.doctor.memory_speed import MemorySpeed
     from ray_streamer.doctor.prediction import Fleet, Prediction
+    from ray_streamer.doctor.rehearsal import Rehearsal
     from ray_streamer.doctor.storage_speed import Measured
     from ray_streamer.planning.read_plan import ReadPlan
     from ray_streamer.rank.request import LoadRequest
@@ -41,6 +44,7 @@ class Examination:
         memory: What memory does.
         storage: What the storage does; empty without a checkpoint that can be read.
         prediction: What a load should take, after the start of Ray and of the ranks; None where it cannot be planned.
+        rehearsal: The part of the load that was made; None where none was, and the prediction is from the rest alone.
     """
 
     uri: str | None
@@ -49,6 +53,7 @@ class Examination:
     memory: MemorySpeed
     storage: tuple[Measured, ...] = ()
     prediction: Prediction | None = None
+    rehearsal: Rehearsal | None = None
 
     @property
     def is_healthy(self) -> bool:
@@ -73,13 +78,14 @@ def examine_node(settings: Settings, *, num_ranks: int, devices: Path) -> Examin
     return Examination(uri=None, num_ranks=num_ranks, findings=findings, memory=measure_memory(has_gpu=has_gpu))
 
 
-def examine(request: LoadRequest, *, devices: Path, fleet: Fleet | None = None) -> Examination:
+def examine(request: LoadRequest, *, devices: Path, fleet: Fleet | None = None, is_quick: bool = False) -> Examination:
     """The machine, and a checkpoint on it, read by the load's own reader.
 
     Args:
         request: A load whose ranks are all on this node.
         devices: Where device files are.
         fleet: Nodes that load with it, for which a load is predicted, too.
+        is_quick: Whether to load no part of it, which takes as long as processes need to start.
     """
     num_ranks, settings = request.mesh.num_ranks, request.settings
     alone = examine_node(settings, num_ranks=num_ranks, devices=devices)
@@ -100,7 +106,25 @@ def examine(request: LoadRequest, *, devices: Path, fleet: Fleet | None = None) 
     if plan is None or unread:
         return _with(alone, request, [*findings, *unread], measured)
     node = Node(measured, alone.memory, limit, count_cpus(), is_cached=is_cached)
-    return _with(alone, request, findings, measured, predict(plan, node, settings, fleet=fleet))
+    examination = _with(alone, request, findings, measured, predict(plan, node, settings, fleet=fleet))
+    return examination if is_quick else _rehearsed(examination, request, plan)
+
+
+def _rehearsed(examination: Examination, request: LoadRequest, plan: ReadPlan) -> Examination:
+    """The same with a part of the load made, and the prediction by it, where that can be."""
+    if request.device != "cpu" or isinstance(request.slices, ReadingSource) or examination.prediction is None:
+        return examination
+    rate = max((each.bytes_per_second for each in examination.storage), default=0.0)
+    try:
+        max_bytes = sample_bytes(rate, available_bytes=measure_available_memory())
+        rehearsal = rehearse(request, max_bytes=max_bytes)
+    except RayStreamerError as error:
+        return replace(examination, findings=(*examination.findings, _failed("rehearsal", error)))
+    if rehearsal is None:
+        return examination
+    delivered = sum(rank.result_bytes for rank in plan.summary().ranks)
+    prediction = examination.prediction.as_rehearsed(rehearsal.seconds_for(delivered), rehearsal.bound)
+    return replace(examination, rehearsal=rehearsal, prediction=prediction)
 
 
 def _with(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -77,6 +77,21 @@ class Prediction:
     best_seconds: float
     read_bytes: int
     fleet: FleetPrediction | None = None
+
+    def as_rehearsed(self, seconds: float, bound: str) -> Prediction:
+        """The same by what a part of the load took; other settings change it as they change the replay.
+
+        Args:
+            seconds: What the whole takes by that.
+            bound: What bounded the part.
+        """
+        times = seconds / self.seconds if self.seconds else 1.0
+        fleet = self.fleet
+        if fleet is not None:
+            # A fleet that its storage does not hold takes what each of its nodes takes.
+            is_held = fleet.seconds > _AS_GOOD * self.seconds
+            fleet = replace(fleet, seconds=max(fleet.seconds, seconds) if is_held else seconds)
+        return replace(self, seconds=seconds, bound=bound, best_seconds=self.best_seconds * times, fleet=fleet)
 
 
 class Node(NamedTuple):

@@ -1,11 +1,12 @@
 """How fast does the storage serve this node? Blocks of the real files, by the real reader, with 1 to 64 reads in flight.
 
-Every block is read once: what was read before may come faster. The first sizes and numbers of streams are read with what the files have;
-where they are short, the sweep ends early.
+Every byte is read once: what was read before may come faster. The first numbers of streams are read with what the files have; where they
+are short, the sweep ends early. Memory lies as a load's staging memory does, so that files of a disk are read as a load reads them.
 """
 
 from __future__ import annotations
 
+import mmap
 import threading
 import time
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ NUM_STREAMS = (1, 2, 4, 8, 16, 32, 64)
 MIB = 1 << 20
 _BLOCKS_OF_A_STREAM = 2
 _ENOUGH_SECONDS = 2.0
+_FRESH_AND_TOUCHED = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE
 _NO_TIME_BETWEEN = 1e-4
 """Seconds. Storage that brings a block in one call tells of the first byte when all is there."""
 
@@ -75,25 +77,31 @@ def measure_storage(
         StorageError: A read failed.
     """
     measured: list[Measured] = []
+    read_until = 0
     places = _places(index, block_bytes)
     for number in num_streams:
         chosen = [place for _, place in zip(range(_BLOCKS_OF_A_STREAM * number), places, strict=False)]
         if len(chosen) < number:
             break
         measured.append(_measure(storage, chosen, number, block_bytes))
+        read_until = max(place.extent.stop for place in chosen)
     if not measured:
         return []
     best = max(measured, key=lambda each: each.bytes_per_second)
     for size in (block_bytes // 4, block_bytes * 4):
-        chosen = [place for _, place in zip(range(best.num_streams), _places(index, size), strict=False)]
+        fresh = _places(index, size, read_until=read_until)
+        chosen = [place for _, place in zip(range(best.num_streams), fresh, strict=False)]
         if len(chosen) == best.num_streams and size >= MIB // 4:
             measured.append(_measure(storage, chosen, best.num_streams, size))
+            read_until = max(place.extent.stop for place in chosen)
     return measured
 
 
-def _places(index: CheckpointIndex, block_bytes: int) -> Iterator[_Place]:
-    """Whole blocks of the grid, of all files in turn."""
-    for cell in range(max((file.size_bytes for file in index.files), default=0) // block_bytes):
+def _places(index: CheckpointIndex, block_bytes: int, *, read_until: int = 0) -> Iterator[_Place]:
+    """Whole blocks of the grid, of all files in turn, none of which begins before `read_until`."""
+    for cell in range(
+        -(-read_until // block_bytes), max((file.size_bytes for file in index.files), default=0) // block_bytes
+    ):
         for file in index.files:
             if (cell + 1) * block_bytes <= file.size_bytes:
                 yield _Place(file, Extent(cell * block_bytes, (cell + 1) * block_bytes))
@@ -105,7 +113,8 @@ def _measure(storage: Storage, places: Sequence[_Place], num_streams: int, block
 
     def read(place: _Place) -> None:
         if not hasattr(buffers, "memory"):
-            buffers.memory = memoryview(bytearray(block_bytes))
+            # Begins with a page, as every block of the grid does.
+            buffers.memory = memoryview(mmap.mmap(-1, block_bytes, flags=_FRESH_AND_TOUCHED))
         first: list[float] = []
         began = time.perf_counter()
         storage.read_into(

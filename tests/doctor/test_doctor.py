@@ -60,7 +60,7 @@ def request_of(uri, *, tp=1, dim=0, **settings):
 
 def test_a_healthy_node_and_checkpoint(invoke, checkpoint, tmp_path):
     file = tmp_path / "settings.env"
-    result = invoke(checkpoint, "--tp", 2, "--block-bytes", "256KiB", "--write-settings", file, "--json")
+    result = invoke(checkpoint, "--tp", 2, "--block-bytes", "256KiB", "--write-settings", file, "--json", "--quick")
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
     assert found["is_healthy"]
@@ -72,13 +72,14 @@ def test_a_healthy_node_and_checkpoint(invoke, checkpoint, tmp_path):
     assert found["memory"]["copy_bytes_per_second"] > 0
     assert found["prediction"]["read_bytes"] == ray_streamer.plan(str(checkpoint), tp=2).summary().read_bytes
     assert found["prediction"]["seconds"] > 0
+    assert found["rehearsal"] is None
     for line in file.read_text().splitlines():
         assert line.startswith(("#", "RAY_STREAMER_"))
 
 
 def test_tables_say_what_why_and_what_to_do(invoke, checkpoint, monkeypatch):
     monkeypatch.setattr("ray_streamer.doctor.machine_checks.resource.getrlimit", lambda _: (40, 40))
-    result = invoke(checkpoint)
+    result = invoke(checkpoint, "--quick")
     assert result.exit_code == 1
     first, *_ = result.stdout.splitlines()
     assert first.startswith("error   open files: 40 descriptors for each process; a rank may need 97")
@@ -157,7 +158,7 @@ def test_credentials_that_are_wrong(checkpoint, s3_server, s3_credentials, monke
         pytest.skip("moto checks no signatures")
     uri = s3_server.upload_folder(checkpoint, "doctor", "model")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "somebodyelses")
-    findings = examine(request_of(uri), devices=NO_DEVICES).findings
+    findings = examine(request_of(uri), devices=NO_DEVICES, is_quick=True).findings
     (error,) = [finding for finding in findings if finding.level == "error"]
     assert error.subject == "checkpoint"
     assert "credentials" in error.why
@@ -171,7 +172,7 @@ def test_an_endpoint_that_is_slow_to_answer(s3_server, s3_credentials, tmp_path)
     with FaultProxy(s3_credentials.endpoint_url) as proxy:
         request = request_of(uri, s3_endpoint_url=proxy.url, block_bytes=256 << 10, concurrency=2)
         proxy.fail_next(*[Fault(delay_seconds=0.1)] * 100)
-        examination = examine(request, devices=NO_DEVICES)
+        examination = examine(request, devices=NO_DEVICES, is_quick=True)
     assert examination.prediction.bound == "first byte"
     assert min(each.first_byte_seconds for each in examination.storage) >= 0.09
     assert examination.prediction.best_settings["concurrency"] > 2
