@@ -98,9 +98,11 @@ CASES = (
         settings={"memory_limit": 0},
     ),
     Case(
-        name="503 on 5% of requests",
+        name="503 on 5% of requests, 256 KiB each",
         bounds=("throttling",),
         then="without",
+        # Enough requests that the waits after 503s are more than chance.
+        settings={"block_bytes": MIB // 4},
         faults=(*(Fault(),) * 10, Fault(status=503), *(Fault(),) * 9),
     ),
     Case(name="everything in the page cache", bounds=("first touch", "copies"), then="again", is_local=True),

@@ -14,6 +14,7 @@ import pytest
 from click.testing import CliRunner
 
 import ray_streamer
+from ray_streamer.api.arguments import Sharding
 from ray_streamer.cli import main
 from ray_streamer.doctor.examine import examine
 from ray_streamer.doctor.rehearsal import Rehearsal, rehearse, sample_bytes
@@ -75,9 +76,7 @@ def test_results_are_those_that_come_out_of_sampled_tensors_alone(tmp_path, tp):
     """Among them fused ones, of several tensors; each is there as a whole or not at all."""
     layout = llama_layout(256, 4, 8, 4, 1024, 4001)
     write_checkpoint(tmp_path, layout.tensors, num_files=2, config=layout.config)
-    request = ray_streamer.api.arguments.Sharding(tp=tp, fuse=True).request(
-        str(tmp_path), settings=Settings(), device="cpu"
-    )
+    request = Sharding(tp=tp, fuse=True).request(str(tmp_path), settings=Settings(), device="cpu")
     index = request.open_index()
     names = {name: row for row, name in enumerate(index.names)}
     whole, part = request.slices(index, 0), SampledSlices(request.slices, index.total_bytes // 2)(index, 0)
@@ -111,8 +110,8 @@ def test_a_rank_loads_its_part(checkpoint):
     )
 
 
-def test_ranks_that_have_nothing_to_load_are_no_rehearsal(tmp_path):
-    write_checkpoint(tmp_path, [])
+def test_tensors_without_bytes_are_no_rehearsal(tmp_path):
+    write_checkpoint(tmp_path, [TensorSpec("up_proj.weight", "F32", (0, 4))])
     request = request_of(tmp_path)
     assert Rehearsal.of([load_part(request, f"nothing-{os.getpid()}", 0)], Asked.of(request.settings)) is None
 
