@@ -104,7 +104,16 @@ def load(uri: str, num_ranks: int) -> float:
 
 def examine(uri: str, num_ranks: int) -> dict[str, Any]:
     """What the doctor says, as JSON."""
-    command = [sys.executable, "-m", "ray_streamer.cli.main", "doctor", uri, "--tp", str(num_ranks), "--json"]
+    command = [
+        sys.executable,
+        "-c",
+        "from ray_streamer.cli import main; main()",
+        "doctor",
+        uri,
+        "--tp",
+        str(num_ranks),
+        "--json",
+    ]
     rules = ["--rule", "*.down_proj.weight=split:1", "--rule", "*=split:0", "--memory-limit", "256MiB"]
     answer = subprocess.run([*command, *rules], stdout=subprocess.PIPE, check=True, timeout=DOCTOR_SECONDS)
     return json.loads(answer.stdout)
