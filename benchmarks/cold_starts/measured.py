@@ -32,6 +32,10 @@ if TYPE_CHECKING:
     from ray_streamer.report.verdict.model import NodeModel
 
 
+SPREAD = 0.2
+"""Of a first byte, earlier or later. Streams of one length that begin at one moment would end at one moment, which no real ones do."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checked:
     """A small load, simulated and made.
@@ -65,6 +69,7 @@ def predict(small: Small, uri: str, memory: MemorySpeed) -> float:
     share = max(1.0, small.num_nodes * small.num_apart * small.num_ranks / count_cpus())
     pace = Pace(
         first_byte_seconds=small.first_byte_seconds,
+        first_byte_spread_seconds=SPREAD * small.first_byte_seconds,
         stream_rate=small.stream_rate or math.inf,
         node_rate=math.inf,
         copy_rate=memory.copy_bytes_per_second / share,
@@ -110,9 +115,9 @@ def check(folder: Path, cases: Sequence[Small] = SMALL, *, num_rounds: int) -> l
     (file,) = folder.glob("*.safetensors")
     memory = measure_memory(has_gpu=False)
     measured: dict[str, list[float]] = {small.name: [] for small in cases}
-    processes = Processes(max(small.num_nodes * small.num_apart * small.num_ranks for small in cases))
     with start_s3_server() as server:
         os.environ |= server.environment()
+        processes = Processes(max(small.num_nodes * small.num_apart * small.num_ranks for small in cases))
         # A file, since proxies of this kind pass no listings on.
         uri = f"{server.upload_folder(folder, 'cold-starts', 'model')}/{file.name}"
         predicted = {small.name: predict(small, uri, memory) for small in cases}

@@ -69,7 +69,8 @@ ASSUMED = """
 - **{machine}**: {machine_source}
 - Between two nodes over the storage's link one block comes at {peer:.2f} GB/s: Amazon EC2 User Guide, 5 Gbit/s for a single flow outside of a placement
   group. Over EFA it comes at the rate of one card.
-- First bytes are spread evenly over their range. Streams share a link in equal parts.
+- First bytes are spread evenly over their range, in the small loads by a fifth: else all streams would wait together and receive together, which no real
+  ones do. Streams share a link in equal parts.
 - Broadcasts inside a node take the time of their bytes. Real ones wait for each other in rounds, so that row is a lower limit.
 - Reading once for all nodes assumes that no two nodes ask a third at one moment. Among six nodes that are each replayed for themselves such moments cost
   less than 15%; a test holds them to that.

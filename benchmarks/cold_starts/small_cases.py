@@ -80,7 +80,12 @@ SMALL = (
     Small(name="first byte of 200 ms, 2 ranks", num_ranks=2, first_byte_seconds=0.2),
     Small(name="5 MB/s for each stream, 2 ranks", num_ranks=2, stream_rate=5e6),
     Small(
-        name="memory for 4 blocks, 8 requests, 2 ranks", num_ranks=2, concurrency=8, num_slots=4, block_bytes=MIB // 4
+        name="memory for 4 blocks, 8 requests, 2 ranks",
+        num_ranks=2,
+        concurrency=8,
+        num_slots=4,
+        block_bytes=MIB // 4,
+        first_byte_seconds=0.15,
     ),
     Small(name="a link of 25 MB/s, 2 ranks", num_ranks=2, node_rates=(25_000_000,)),
     Small(name="2 nodes share a storage of 30 MB/s", num_nodes=2, storage_rate=30e6),
