@@ -27,9 +27,12 @@ if TYPE_CHECKING:
 NAME = "cold_starts"
 
 
-def describe_load(before: float, after: float) -> str:
+def describe_machine(load_averages: Sequence[float]) -> str:
     """On what the small loads were made."""
-    return f"{os.cpu_count()} CPUs, which server, proxy and all ranks share; load average {before:.1f} before, {after:.1f} after."
+    return (
+        f"{os.cpu_count()} CPUs, which server, proxy, all ranks and other work shared: load average {min(load_averages):.0f} to "
+        f"{max(load_averages):.0f}."
+    )
 
 
 def measured_before(folder: Path | None) -> tuple[list[Checked], str]:
@@ -60,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.measure:
         before = os.getloadavg()[0]
         checked = check_here(num_rounds=options.rounds)
-        machine = describe_load(before, os.getloadavg()[0])
+        machine = describe_machine([before, os.getloadavg()[0]])
     simulated = simulate(lambda line: print(line, file=sys.stderr, flush=True))
     page = write_page(simulated, checked, machine)
     if options.write_docs is None:
