@@ -11,7 +11,12 @@ from ray_streamer.doctor.machine_checks import check_gpus, check_machine
 from ray_streamer.doctor.memory_speed import measure_memory
 from ray_streamer.doctor.prediction import Node, predict
 from ray_streamer.doctor.rehearsal import rehearse, sample_bytes
-from ray_streamer.doctor.storage_checks import check_checkpoint, check_clock, check_filesystem
+from ray_streamer.doctor.storage_checks import (
+    check_checkpoint,
+    check_clock,
+    check_filesystem,
+    check_throttling,
+)
 from ray_streamer.doctor.storage_speed import measure_storage
 from ray_streamer.errors import RayStreamerError
 from ray_streamer.machine import count_cpus, measure_available_memory
@@ -103,6 +108,7 @@ def examine(request: LoadRequest, *, devices: Path, fleet: Fleet | None = None, 
         # Before reads that may bring files into the page cache.
         is_cached = not storage.is_remote and all(storage.is_resident(file.path) for file in index.files)
         measured, unread = _measure(storage, index, plan, settings)
+        findings += check_throttling(storage)
     if plan is None or unread:
         return _with(alone, request, [*findings, *unread], measured)
     node = Node(measured, alone.memory, limit, count_cpus(), is_cached=is_cached)

@@ -69,6 +69,32 @@ def check_clock(uri: str, request: LoadRequest) -> list[Finding]:
     ]
 
 
+def check_throttling(storage: Storage) -> list[Finding]:
+    """Whether requests failed while the storage was measured; nothing where none did."""
+    told = storage.statistics()
+    if told.num_throttled:
+        return [
+            Finding(
+                subject="throttling",
+                level="warning",
+                found=f"the store answered {counted(told.num_throttled, 'request')} with the wish to slow down, while up to 64 were in flight",
+                why="Refused requests are sent again after a wait, and fewer of them at once.",
+                advice="Lower concurrency, spread the files over more prefixes, or ask the store's operator for a higher limit.",
+            )
+        ]
+    if told.num_retries:
+        return [
+            Finding(
+                subject="requests",
+                level="warning",
+                found=f"{counted(told.num_retries, 'request')} failed and had to be sent again",
+                why="A load waits for requests that are sent again, and ends when that happens for retry_deadline_seconds.",
+                advice="Run with logging at INFO to see what failed; look at the network and at proxies on the way.",
+            )
+        ]
+    return []
+
+
 def check_filesystem(storage: Storage, index: CheckpointIndex) -> list[Finding]:
     """What kind of file system holds the files, and how much of them is in the page cache."""
     if storage.is_remote or not index.files:

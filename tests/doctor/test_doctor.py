@@ -25,6 +25,7 @@ from ray_streamer.doctor.machine_checks import (
 )
 from ray_streamer.doctor.memory_speed import MemorySpeed, measure_exchange
 from ray_streamer.doctor.prediction import Fleet, Node, Prediction, predict
+from ray_streamer.doctor.storage_checks import check_clock
 from ray_streamer.doctor.storage_speed import Measured
 from ray_streamer.planning.topology import Topology
 from ray_streamer.rank.request import LoadRequest
@@ -90,7 +91,7 @@ def test_tables_say_what_why_and_what_to_do(invoke, checkpoint, monkeypatch):
 
 def test_many_nodes_that_share_a_storage(invoke, checkpoint):
     needed = ray_streamer.plan(str(checkpoint)).summary().read_bytes
-    options = (checkpoint, "--nodes", 1000, "--storage-bandwidth", "1GB/s")
+    options = (checkpoint, "--nodes", 1000, "--storage-bandwidth", "1GB/s", "--quick")
     result = invoke(*options, "--json")
     assert result.exit_code == 0, result.output
     fleet = json.loads(result.stdout)["prediction"]["fleet"]
@@ -179,6 +180,59 @@ def test_an_endpoint_that_is_slow_to_answer(s3_server, s3_credentials, tmp_path)
     assert examination.prediction.best_seconds < examination.prediction.seconds
 
 
+@pytest.fixture
+def examined(s3_server, s3_credentials, tmp_path):
+    """What the doctor says of a checkpoint of eight blocks on an S3 server, whose requests meet these faults."""
+
+    def made(*faults):
+        write_checkpoint(tmp_path, [TensorSpec("up_proj.weight", "F32", (512, 1024))])
+        (file,) = tmp_path.glob("*.safetensors")
+        uri = f"{s3_server.upload_folder(tmp_path, 'doctor-faults', 'model')}/{file.name}"
+        with FaultProxy(s3_credentials.endpoint_url, faults) as proxy:
+            request = request_of(uri, s3_endpoint_url=proxy.url, block_bytes=256 << 10, concurrency=2)
+            return examine(request, devices=NO_DEVICES, is_quick=True)
+
+    return made
+
+
+@pytest.mark.parametrize(
+    ("fault", "subject", "found"),
+    [
+        (Fault(status=503), "throttling", "the store answered 2 requests with the wish to slow down"),
+        (Fault(status=429), "throttling", "the store answered 2 requests with the wish to slow down"),
+        (Fault(status=500, code="InternalError"), "requests", "2 requests failed and had to be sent again"),
+    ],
+    ids=["503", "429", "500"],
+)
+def test_a_store_that_refuses_requests_now_and_then(examined, fault, subject, found):
+    # The headers come first, unharmed.
+    findings = examined(Fault(), Fault(), fault, Fault(), fault).findings
+    (warning,) = [finding for finding in findings if finding.subject in ("throttling", "requests")]
+    assert (warning.level, warning.subject) == ("warning", subject)
+    assert warning.found.startswith(found)
+    assert warning.advice
+
+
+def test_a_store_that_refuses_nothing_is_not_told_of(examined):
+    assert {finding.subject for finding in examined().findings}.isdisjoint({"throttling", "requests"})
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        Fault(status=301, code="PermanentRedirect", headers=(("x-amz-bucket-region", "eu-west-9"),)),
+        Fault(status=400, code="AuthorizationHeaderMalformed</Code><Region>eu-west-9</Region><Code>"),
+    ],
+    ids=["redirect", "signature"],
+)
+def test_a_region_that_is_wrong(examined, fault):
+    examination = examined(*[fault] * 8)
+    (error,) = [finding for finding in examination.findings if finding.level == "error"]
+    assert error.subject == "checkpoint"
+    assert "the bucket is in region eu-west-9; set s3_region" in error.found
+    assert not examination.is_healthy
+
+
 class Clock(http.server.BaseHTTPRequestHandler):
     """A server whose clock is wrong by `ahead` seconds."""
 
@@ -207,6 +261,21 @@ def test_a_clock_that_is_wrong(ahead):
         server.shutdown()
     assert skew == pytest.approx(-ahead, abs=120)
     assert clock_skew_seconds("/local", Settings()) is None
+
+
+@pytest.mark.parametrize(
+    ("ahead", "words"), [(3600, "behind the server's"), (-7200, "ahead of the server's")], ids=["slow", "fast"]
+)
+def test_a_clock_that_is_wrong_is_an_error(ahead, words):
+    handler = type("Ahead", (Clock,), {"ahead": ahead})
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        uri = f"http://127.0.0.1:{server.server_port}/model"
+        (finding,) = check_clock(uri, request_of(uri))
+        server.shutdown()
+    assert (finding.level, finding.subject) == ("error", "clock")
+    assert finding.found.endswith(words)
+    assert "chrony" in finding.advice
 
 
 @pytest.mark.parametrize(("limit", "level"), [(-1, "good"), (4096, "good"), (90, "warning"), (30, "error")], ids=str)
