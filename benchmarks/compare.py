@@ -6,7 +6,7 @@
     python benchmarks/compare.py --render results.json --write-docs     writes the pages again from what was measured
 
 How it is measured stands in docs/bench/README.md. Contenders that are not installed (`pip install ".[bench,test]"`) are in the tables with
-that reason. All results are kept as JSON after each round, so a run that is interrupted is not lost.
+that reason. All results are kept as JSON after each run, so a run that is interrupted is not lost.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from side_by_side.contenders import CONTENDERS
 from side_by_side.machine import facts
 from side_by_side.pages import write_pages
 from side_by_side.places import TITLES, open_places
-from side_by_side.results import Results
+from side_by_side.results import Cell, Results
 from side_by_side.rounds import Ground, make_cells, run_rounds
 from side_by_side.tables import HEADINGS, defeats, place_rows
 
@@ -39,12 +39,15 @@ def measure(options: argparse.Namespace) -> Results:
         ground = Ground.of(options.folder, places, [cell.tp for cell in cells], **limits)
         results = Results(facts=facts() | limits, checkpoint_bytes=checkpoint_bytes, tp=options.tp, cells=cells)
 
-        def keep() -> None:
+        def keep(cell: Cell) -> None:
             results.save(options.json)
-            rounds = f"{results.num_rounds} of {options.rounds} rounds"
-            print(f"{rounds}, {results.elapsed_seconds:.0f} s, kept in {options.json}", file=sys.stderr, flush=True)
+            took = (
+                cell.reason or f"{cell.runs[-1].load_seconds:.2f} s, {cell.runs[-1].whole_seconds:.2f} s with its start"
+            )
+            at = f"{results.elapsed_seconds:.0f} s, run {max(1, len(cell.runs))} of {options.rounds}"
+            print(f"{at}: {cell.place}, {cell.contender}, tp={cell.tp}: {took}", file=sys.stderr, flush=True)
 
-        run_rounds(results, ground, num_rounds=options.rounds, limit_seconds=options.minutes * 60, after_round=keep)
+        run_rounds(results, ground, num_rounds=options.rounds, limit_seconds=options.minutes * 60, after_run=keep)
     return results
 
 

@@ -1,4 +1,4 @@
-"""In which order? Round by round, every contender in every place once, shuffled anew for each round; results are kept after each."""
+"""In which order? Round by round, every contender in every place once, shuffled anew for each round; results are kept after each run."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def make_cells(
 
 
 def run_rounds(
-    results: Results, ground: Ground, *, num_rounds: int, limit_seconds: float, after_round: Callable[[], None]
+    results: Results, ground: Ground, *, num_rounds: int, limit_seconds: float, after_run: Callable[[Cell], None]
 ) -> None:
     """Measures until there are enough rounds, or another one would not end in time.
 
@@ -124,7 +124,7 @@ def run_rounds(
         ground: What all runs share.
         num_rounds: How many are wanted.
         limit_seconds: For all of them; the first is made in any case.
-        after_round: Called when each has ended.
+        after_run: Called with the cell whose run has ended.
     """
     started = time.monotonic()
     results.load_averages.append(os.getloadavg()[0])
@@ -134,9 +134,9 @@ def run_rounds(
         random.Random(number).shuffle(order)
         for cell in order:
             _measure(cell, ground)
-        results.elapsed_seconds = time.monotonic() - started
+            results.elapsed_seconds = time.monotonic() - started
+            after_run(cell)
         results.load_averages.append(os.getloadavg()[0])
-        after_round()
         if results.elapsed_seconds + time.monotonic() - before > limit_seconds:
             break
 
