@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ray_streamer.units import human_bytes
+from ray_streamer.units import counted, human_bytes
 from side_by_side.places import TITLES
 from side_by_side.tables import HEADINGS, SUMMARY_HEADINGS, defeats, markdown, notes, place_rows, summary_rows
 
@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from side_by_side.results import Results
 
 BEGIN, END = "<!-- side by side: begin -->", "<!-- side by side: end -->"
+ENOUGH_ROUNDS = 5
+
 _QUIET_LOAD_PER_CORE = 0.75
 """Everything that runs here is at most as many processes as ranks, and they come and go."""
 
@@ -88,13 +90,13 @@ def _circumstances(results: Results) -> list[str]:
     machine = (
         f"{facts['date']}, {facts['processor']}, {facts['cores']} cores, {facts['memory_bytes'] / 2**30:.0f} GiB, "
         f"{facts['system']}. A Llama of {results.checkpoint_bytes:,} bytes in 4 files, "
-        f"medians of {results.num_rounds} rounds, {results.elapsed_seconds / 60:.0f} minutes."
+        f"medians of {counted(results.num_rounds, 'round')}, {counted(round(results.elapsed_seconds / 60), 'minute')}."
     )
+    if results.num_rounds < ENOUGH_ROUNDS:
+        machine += f" **Fewer than {ENOUGH_ROUNDS} rounds**, so one busy moment can change an order."
     spread = f"The load average was {min(loads):.1f} to {max(loads):.1f}"
     if max(loads) > _QUIET_LOAD_PER_CORE * facts["cores"] + results.tp:
-        spread += (
-            ": **other work ran on the machine.** Bytes are exact, CPU seconds nearly so; compare seconds with care"
-        )
+        spread += ": **other work ran on the machine.** Bytes are exact; compare seconds with much care, CPU seconds with some"
     versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
     return [machine, f"{spread}. Versions: {versions}."]
 
