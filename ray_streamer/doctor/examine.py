@@ -97,7 +97,7 @@ def examine(request: LoadRequest, *, devices: Path, fleet: Fleet | None = None, 
     storage = request.open_storage()
     with contextlib.closing(storage):
         index, opened = check_checkpoint(request, storage)
-        findings = [*opened, *check_clock(request.uri, request)]
+        findings = [*opened, *check_clock(storage, timeout_seconds=settings.connect_timeout_seconds)]
         if index is None:
             return _with(alone, request, [*findings, *alone.findings])
         findings += check_filesystem(storage, index)

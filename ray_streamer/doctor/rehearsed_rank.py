@@ -6,6 +6,7 @@ Started by `rehearsal`, which writes a pickled request and the session's name to
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import pickle
 import sys
@@ -58,8 +59,9 @@ def main() -> None:
     """Reads what to do, does it, and answers with what it took or with what it met."""
     request, session_name = pickle.load(sys.stdin.buffer)
     answer = sys.stdout.buffer
-    # What libraries print is no part of it.
+    # What libraries print is no part of it, and what is worth a warning the doctor has said already.
     sys.stdout = sys.stderr
+    logging.disable(logging.WARNING)
     try:
         told: RehearsedRank | RayStreamerError = load_part(request, session_name, int(sys.argv[1]))
     except RayStreamerError as error:

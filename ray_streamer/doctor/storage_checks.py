@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from ray_streamer.doctor.finding import Finding
 from ray_streamer.errors import AccessError, ObjectMissingError, RayStreamerError
 from ray_streamer.storage.mounts import mount_of, read_mount_table
+from ray_streamer.storage.object_storage import ObjectStorage
 from ray_streamer.storage.server_clock import clock_skew_seconds
 from ray_streamer.units import counted, human_bytes
 
@@ -40,11 +41,13 @@ def _refused(error: RayStreamerError) -> Finding:
     return Finding(subject="checkpoint", level="error", found=str(error), why=why, advice=advice)
 
 
-def check_clock(uri: str, request: LoadRequest) -> list[Finding]:
-    """Compares this clock with the server's `Date`; nothing where there is no such server."""
+def check_clock(storage: Storage, *, timeout_seconds: float) -> list[Finding]:
+    """Compares this clock with the `Date` of the store's server; nothing where there is no such server."""
+    if not isinstance(storage, ObjectStorage):
+        return []
     try:
-        skew = clock_skew_seconds(uri, request.settings)
-    except (OSError, RayStreamerError) as error:
+        skew = clock_skew_seconds(storage.endpoint, ca_file=storage.ca_file, timeout_seconds=timeout_seconds)
+    except OSError as error:
         return [
             Finding(
                 subject="server",

@@ -87,6 +87,16 @@ class ObjectStorage(RemoteStorage):
         self._warned: set[str] = set()
         self._closing = threading.Event()
 
+    @property
+    def endpoint(self) -> str:
+        """Where requests go; no secret."""
+        return self._store.endpoint
+
+    @property
+    def ca_file(self) -> str:
+        """By which an https server is trusted; empty for those that the system trusts."""
+        return self._store.ca_file
+
     def size_and_etag(self, path: str) -> ObjectInfo:
         """See `Storage`; asks for one byte, because the errors of a HEAD have no body that names the cause."""
         return self.read_head(path, 1)[1]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import http.server
 import json
 import math
 import threading
+from contextlib import ExitStack, closing
 from email.utils import formatdate
 from pathlib import Path
 
@@ -251,31 +253,64 @@ class Clock(http.server.BaseHTTPRequestHandler):
         pass
 
 
+@pytest.fixture
+def clock_server():
+    """Gives the address of a server whose clock is ahead by so much."""
+    with ExitStack() as owned:
+
+        def started(ahead):
+            handler = type("Ahead", (Clock,), {"ahead": ahead})
+            server = owned.enter_context(http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler))
+            threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+            owned.callback(server.shutdown)
+            return f"http://127.0.0.1:{server.server_port}"
+
+        yield started
+
+
 @pytest.mark.parametrize("ahead", [0, 3600, -7200])
-def test_a_clock_that_is_wrong(ahead):
-    handler = type("Ahead", (Clock,), {"ahead": ahead})
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        uri = f"http://127.0.0.1:{server.server_port}/model"
-        skew = clock_skew_seconds(uri, Settings())
-        server.shutdown()
+def test_how_far_a_clock_is_from_the_servers(clock_server, ahead):
+    skew = clock_skew_seconds(clock_server(ahead), ca_file="", timeout_seconds=30)
     assert skew == pytest.approx(-ahead, abs=120)
-    assert clock_skew_seconds("/local", Settings()) is None
 
 
 @pytest.mark.parametrize(
+    "uri",
+    [
+        "SERVER/model",
+        "s3://bucket/model",
+        "gs://bucket/model",
+        "az://container/model",
+        "hf://org/model",
+    ],
+)
+@pytest.mark.parametrize(
     ("ahead", "words"), [(3600, "behind the server's"), (-7200, "ahead of the server's")], ids=["slow", "fast"]
 )
-def test_a_clock_that_is_wrong_is_an_error(ahead, words):
-    handler = type("Ahead", (Clock,), {"ahead": ahead})
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        uri = f"http://127.0.0.1:{server.server_port}/model"
-        (finding,) = check_clock(uri, request_of(uri))
-        server.shutdown()
+def test_a_clock_that_is_wrong(clock_server, monkeypatch, uri, ahead, words):
+    """With every store that is read over HTTP."""
+    address = clock_server(ahead)
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", address)
+    text = f"AccountName=acme;AccountKey={base64.b64encode(bytes(64)).decode()};BlobEndpoint={address}/acme"
+    monkeypatch.setenv("AZURE_STORAGE_CONNECTION_STRING", text)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    request = request_of(
+        uri.replace("SERVER", address), s3_endpoint_url=address, s3_region="us-east-1", s3_unsigned=True
+    )
+    with closing(request.open_storage()) as storage:
+        (finding,) = check_clock(storage, timeout_seconds=30)
     assert (finding.level, finding.subject) == ("error", "clock")
     assert finding.found.endswith(words)
     assert "chrony" in finding.advice
+
+
+def test_files_and_servers_that_are_gone_have_no_clock(checkpoint):
+    with closing(request_of(checkpoint).open_storage()) as storage:
+        assert check_clock(storage, timeout_seconds=30) == []
+    with closing(request_of("http://127.0.0.1:1/model").open_storage()) as storage:
+        (finding,) = check_clock(storage, timeout_seconds=30)
+    assert (finding.level, finding.subject) == ("error", "server")
 
 
 @pytest.mark.parametrize(("limit", "level"), [(-1, "good"), (4096, "good"), (90, "warning"), (30, "error")], ids=str)
