@@ -174,6 +174,17 @@ def test_waits_after_refusals_that_are_shorter_than_late_answers(constructed, ve
     assert verdict.measured_seconds - cost.seconds == pytest.approx(usual.seconds, rel=CLOSE)
 
 
+@pytest.mark.parametrize(("num_lost", "bound"), [(1, "first byte"), (4, "throttling")])
+def test_refusals_come_before_what_is_slow_anyway_from_a_tenth_of_the_load_on(constructed, verdict_on, num_lost, bound):
+    """First bytes take nine tenths of this load."""
+    usual = constructed(first_byte_seconds=0.02, concurrency=1)
+    trace = with_losses(usual, {block: 0.06 for block in range(num_lost)})
+    verdict = verdict_on(usual, traces=[trace], storage=StorageStatistics(num_throttled=num_lost, num_retries=num_lost))
+    assert verdict.bound == bound
+    assert verdict.costs[0].kind == "first byte"
+    assert verdict.advice is None
+
+
 def test_failed_requests_that_cost_little_are_told_beside_what_bounded_the_load(constructed, verdict_on):
     usual = constructed(first_byte_seconds=0.2)
     verdict = verdict_on(
@@ -181,6 +192,7 @@ def test_failed_requests_that_cost_little_are_told_beside_what_bounded_the_load(
     )
     assert verdict.bound == "first byte"
     assert "(median 200 ms)" in verdict.text
+    assert verdict.advice is None, "a store that refuses requests would refuse more of more"
     assert (
         "Beside that, the storage's throttling (1 answer to slow down, and the waits after them) cost 0.03 s."
         in verdict.text

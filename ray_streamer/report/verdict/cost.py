@@ -28,7 +28,7 @@ _COSTS = {
     "device": without.without_device_start,
 }
 
-_SPECIAL = frozenset({"slots", "straggler", "late answers", "throttling", "failed requests", "first touch", "device"})
+_SPECIAL = frozenset({"slots", "straggler", "late answers", "first touch", "device"})
 """Costs that hide behind a more general one, as a lack of slots does behind the first byte of the few reads that have one."""
 
 _HIDDEN_SHARE = 0.5
@@ -147,6 +147,10 @@ def find_model_costs(model: NodeModel, replayed: float) -> list[Cost]:
 def find_bound(found: Sequence[Cost], replayed: float) -> Cost | None:
     """The cost that bounded a load, of those that `find_costs` found; None when none of them is large."""
     large = [cost for cost in found if cost.seconds >= _LEAST_SHARE * replayed]
+    lost = [cost for cost in large if cost.kind in LOSSES]
+    if lost:
+        # Whatever else is slow: what helps against that, such as more requests at once, makes refusals more.
+        return lost[0]
     special = [cost for cost in large if cost.kind in _SPECIAL]
     if special and special[0].seconds >= _HIDDEN_SHARE * large[0].seconds:
         return special[0]

@@ -56,6 +56,11 @@ class Verdict:
         return asdict(self)
 
 
+def _is_throttled(found: Sequence[Cost]) -> bool:
+    """Whether the store refused requests, however little of the load that cost: it would refuse more of more."""
+    return any(cost.kind == "throttling" for cost in found)
+
+
 def judge(
     traces: Sequence[RankTrace],
     statistics: Sequence[RankStatistics],
@@ -85,7 +90,7 @@ def judge(
         block_bytes=asked.block_bytes,
     ).of_blocks(observed.model.block_bytes)
     advice = None
-    if is_trusted and (bound is None or bound.kind not in MADE_WORSE):
+    if is_trusted and (bound is None or bound.kind not in MADE_WORSE) and not _is_throttled(found):
         advice = find_advice(
             observed.model,
             knobs,
