@@ -150,6 +150,7 @@ def test_nobody_is_left_out_of_any_place():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # some fifty processes, each of which imports torch
 def test_a_tiny_run_measures_and_its_page_says_what_its_json_says(tmp_path):
     json = tmp_path / "results.json"
     command = [sys.executable, str(REPOSITORY / "benchmarks" / "compare.py"), "--layers", "1", "--hidden", "64"]
