@@ -1,7 +1,7 @@
 """What does a cold start of a large model cost, on one node or on a thousand, and what bounds it? Simulated, and checked with small loads.
 
     python benchmarks/simulate.py                                   # simulate, and print the page
-    python benchmarks/simulate.py --measure                         # also make the small loads; takes minutes
+    python benchmarks/simulate.py --measure                         # also make the small loads; a quarter of an hour in all
     python benchmarks/simulate.py --measure --write-docs docs       # page, plots and JSON go there
 
 Without `--measure` the page keeps the measured loads that the JSON there has. Plots need matplotlib.

@@ -90,7 +90,7 @@ ASSUMED = """
 
 Nodes with the same to do at the same rates do the same at the same moments. So one is replayed, and on links that all share each of its streams counts
 as many times as there are nodes. That is no approximation: a test replays five nodes both ways, and both take the same. Of a long load about
-{max_blocks:,} blocks are replayed, and the second half of these goes on for the rest: {excerpts}. Tests hold the simulation to arithmetic: one limit alone is
+{max_blocks:,} blocks are replayed, and the second half of these goes on for the rest. {excerpts}. Tests hold the simulation to arithmetic: one limit alone is
 a division, no load is faster than any one link allows, and no faster link makes a load slower.
 
 It knows nothing of S3's throttling: a storage that is asked for too much serves its rate, where S3 answers 503 until it gives the prefix more. It knows
@@ -149,7 +149,10 @@ def duration(seconds: float) -> str:
         return f"{seconds:.1f} s"
     if seconds < 600:
         return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 2 * 3600 else f"{seconds / 3600:.0f} h"
+    if seconds < 2 * 3600:
+        return f"{seconds / 60:.0f} min"
+    hours = seconds / 3600
+    return f"{hours:.1f} h" if hours < 10 else f"{hours:.0f} h"
 
 
 def size(num_bytes: int) -> str:
@@ -259,10 +262,10 @@ def _stragglers(simulated: Simulated) -> str:
 
 def _excerpts(simulated: Simulated) -> str:
     each = [
-        f"{excerpt.seconds:,.1f} s for {excerpt.whole_seconds:,.1f} s on {counted(excerpt.num_nodes, 'node')}"
+        f"{excerpt.seconds:,.1f} s in place of {excerpt.whole_seconds:,.1f} s on {counted(excerpt.num_nodes, 'node')}"
         for excerpt in simulated.excerpts
     ]
-    return f"{simulated.starts[0].model} then takes {', '.join(each)} by all of its blocks"
+    return f"So {simulated.starts[0].model} takes {', '.join(each)}, where all of its blocks are replayed"
 
 
 def _check(checked: Sequence[Checked], machine: str) -> str:

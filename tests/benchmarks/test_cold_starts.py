@@ -141,5 +141,5 @@ def test_the_page_says_what_was_simulated():
     assert "| right | 1.10 s | 1.00 s (0.90 to 1.20) | +10% |" in page
     assert "**1 of 2** are within it" in page
     assert "72 min, first byte" in page
-    assert "10.0 s for 10.2 s on 8 nodes" in page
+    assert "10.0 s in place of 10.2 s on 8 nodes" in page
     assert "with 8 nodes or more" in page
