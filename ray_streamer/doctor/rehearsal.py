@@ -10,7 +10,7 @@ import pickle
 import secrets
 import subprocess
 import sys
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -124,14 +124,17 @@ def _start(owned: ExitStack, rank: int, words: bytes) -> subprocess.Popen[bytes]
     )
     owned.callback(_end, process)
     assert process.stdin is not None
-    process.stdin.write(words)
-    process.stdin.close()
+    # A process that has ended already says why by its exit code.
+    with suppress(BrokenPipeError):
+        process.stdin.write(words)
+    with suppress(BrokenPipeError):
+        process.stdin.close()
+    process.stdin = None
     return process
 
 
 def _told_by(process: subprocess.Popen[bytes], rank: int) -> RehearsedRank:
     try:
-        process.stdin = None
         answer, _ = process.communicate(timeout=_WAIT_SECONDS)
     except subprocess.TimeoutExpired as error:
         raise ClusterError(f"rank {rank} of a rehearsed load was not done within {_WAIT_SECONDS:g} s") from error
@@ -147,4 +150,6 @@ def _told_by(process: subprocess.Popen[bytes], rank: int) -> RehearsedRank:
 
 def _end(process: subprocess.Popen[bytes]) -> None:
     process.kill()
-    process.communicate()
+    process.wait()
+    if process.stdout is not None:
+        process.stdout.close()

@@ -21,6 +21,7 @@ from ray_streamer.doctor.rehearsal import Rehearsal, rehearse, sample_bytes
 from ray_streamer.doctor.rehearsed_rank import load_part
 from ray_streamer.doctor.sample import SampledSlices, sample_tensors
 from ray_streamer.doctor.storage_speed import measure_storage
+from ray_streamer.errors import ClusterError
 from ray_streamer.rank.request import LoadRequest
 from ray_streamer.report.verdict.model import Asked
 from ray_streamer.settings import Settings
@@ -151,6 +152,18 @@ def test_no_byte_is_read_twice_and_memory_lies_as_disks_want_it(tmp_path, block_
     for (path, _, stop, offset), (next_path, start, _, _) in itertools.pairwise(reads):
         assert path != next_path or stop <= start
         assert offset == 0
+
+
+def test_a_rehearsal_that_takes_too_long_is_ended(checkpoint, monkeypatch):
+    monkeypatch.setattr("ray_streamer.doctor.rehearsal._WAIT_SECONDS", 0.001)
+    with pytest.raises(ClusterError, match=r"rank 0 of a rehearsed load was not done within 0\.001 s"):
+        rehearse(request_of(checkpoint, tp=2), max_bytes=MIB)
+
+
+def test_a_rank_that_ends_without_a_word_is_named(checkpoint, monkeypatch):
+    monkeypatch.setattr("sys.executable", "/bin/false")
+    with pytest.raises(ClusterError, match=r"rank 0 of a rehearsed load ended with exit code 1 before it was done"):
+        rehearse(request_of(checkpoint, tp=2), max_bytes=MIB)
 
 
 @pytest.mark.slow
