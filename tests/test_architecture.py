@@ -17,7 +17,19 @@ PACKAGE = Path(ray_streamer.__file__).parent
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 ORDER = (
-    ("errors", "settings", "extent", "dtypes", "units", "machine", "process_limits", "wording", "rows", "column_bytes"),
+    (
+        "errors",
+        "settings",
+        "extent",
+        "dtypes",
+        "units",
+        "machine",
+        "process_limits",
+        "wording",
+        "rows",
+        "column_bytes",
+        "collector",
+    ),
     ("storage",),
     ("files", "named_checkpoint"),
     ("checkpoint",),

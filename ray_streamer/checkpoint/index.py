@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
 
+from ray_streamer.collector import collector_paused
 from ray_streamer.dtypes import DTYPES, DType
 from ray_streamer.errors import CheckpointError
 from ray_streamer.extent import Extent
@@ -98,6 +99,7 @@ class CheckpointIndex:
         return f"CheckpointIndex({self.uri!r}, {tensors} of {human_bytes(self.total_bytes)} in {files})"
 
     @classmethod
+    @collector_paused()
     def from_headers(
         cls,
         uri: str,

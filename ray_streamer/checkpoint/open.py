@@ -37,6 +37,7 @@ from ray_streamer.checkpoint.shard_files import (
     shard_files_of,
 )
 from ray_streamer.checkpoint.weight_map import parse_weight_map
+from ray_streamer.collector import collector_paused
 from ray_streamer.errors import AccessError, IndexMismatchError, ObjectMissingError, StorageError
 from ray_streamer.process_limits import check_room_for_threads, limits_explained
 from ray_streamer.units import counted
@@ -236,7 +237,9 @@ def _read_headers(
             futures = [pool.submit(_read_header, storage, path, head_bytes) for path in paths]
         # In order of path, so that the error raised is the first by path, whichever came first. Parsed here: threads would only
         # take the interpreter's lock from each other.
-        return [_parsed(storage, future.result()) for future in futures]
+        reads = [future.result() for future in futures]
+        with collector_paused():
+            return [_parsed(storage, read) for read in reads]
     finally:
         pool.shutdown(cancel_futures=True)
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from ray_streamer.checkpoint.foreign import foreign_format
 from ray_streamer.checkpoint.strict_json import MalformedJsonError, parse_strict
+from ray_streamer.collector import collector_paused
 from ray_streamer.errors import CheckpointError
 from ray_streamer.wording import shown
 
@@ -40,6 +41,7 @@ class WeightMap:
         return sorted(set(self.files.values()))
 
 
+@collector_paused()
 def parse_weight_map(data: bytes, *, file: str) -> WeightMap:
     """The file of each tensor, with every file name checked.
 

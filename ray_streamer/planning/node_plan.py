@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Self
 
 import numpy as np
 
+from ray_streamer.collector import collector_paused
 from ray_streamer.column_bytes import columns_from_bytes, columns_to_bytes, refused
 from ray_streamer.errors import PlanError
 from ray_streamer.planning.assign import assign_readers
@@ -104,6 +105,7 @@ class NodePlan:
             )
 
 
+@collector_paused()
 def plan_node(index: CheckpointIndex, sources: Sequence[RankSources], limits: ReadLimits) -> NodePlan:
     """Plans the reads of one node.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from typing import TYPE_CHECKING
 
+from ray_streamer.collector import collector_paused
 from ray_streamer.device.base import Copy, Result
 from ray_streamer.errors import DeviceError
 
@@ -52,10 +53,11 @@ class Results:
         given = self._given(out or {})
         # All before the first read, and in the caller's thread: memory that is not there is found missing at once, and
         # threads that allocate one by one get in each other's way in the kernel.
-        self._results = [
-            device.result(given[name]) if name in given else self._allocate(name, self._specs.forms[form])
-            for name, form in zip(self._specs.names, self._specs.form_ids.tolist(), strict=True)
-        ]
+        with collector_paused():
+            self._results = [
+                device.result(given[name]) if name in given else self._allocate(name, self._specs.forms[form])
+                for name, form in zip(self._specs.names, self._specs.form_ids.tolist(), strict=True)
+            ]
         self._zero_holes(plan)
         device.wait_for_caller_stream()
 

@@ -13,6 +13,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 
 from ray_streamer.checkpoint.base_model import adapter_config_of
+from ray_streamer.collector import collector_paused
 from ray_streamer.errors import SettingsError, ShardingError
 from ray_streamer.sharding.adapter import adapter_rules
 from ray_streamer.sharding.cast import DTypeLike, checked_dtypes
@@ -97,6 +98,7 @@ class RuleSlices:
         if self.dtype is not None:
             checked_dtypes(self.dtype)
 
+    @collector_paused()
     def __call__(self, index: CheckpointIndex, rank: int) -> RankSlices:
         """What `rank` holds of the checkpoint.
 
