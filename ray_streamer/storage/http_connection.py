@@ -44,8 +44,8 @@ class HttpConnection:
 
     def __init__(self, connected: socket.socket, route: Route, *, timeout_seconds: float) -> None:
         self.route = route
-        self._socket = connected
         self.stream: socket.socket | TlsStream = connected
+        self._is_aborted = False
         self.timeout_seconds = timeout_seconds
         self._protocol = h11.Connection(h11.CLIENT)
         self._num_interim_answers = 0
@@ -73,13 +73,17 @@ class HttpConnection:
 
     def secure(self, context: ssl.SSLContext) -> None:
         """Speak TLS from now on; see `TlsStream`."""
-        self._socket.settimeout(self.timeout_seconds)
+        assert isinstance(self.stream, socket.socket)
+        self.stream.settimeout(self.timeout_seconds)
         with self._timeout_explained("end of the TLS handshake"):
-            self.stream = TlsStream(self._socket, context, self.route.server_host)
+            self.stream = TlsStream(self.stream, context, self.route.server_host)
+            if self._is_aborted:
+                raise ConnectionAbortedError(errno.ECONNABORTED, "the connection was ended")
+            self.stream.shake_hands()
 
     def fileno(self) -> int:
         """Of the socket, for polling: `receive_head` leaves nothing behind that the kernel does not know of."""
-        return self._socket.fileno()
+        return self.stream.fileno()
 
     def ask(self, target: str, headers: Mapping[str, str]) -> None:
         """Send one GET; header values may hold what `HttpAnswer.header` gives.
@@ -127,12 +131,13 @@ class HttpConnection:
 
     def abort(self) -> None:
         """End the connection under the thread that uses it, which wakes up with an error."""
+        self._is_aborted = True
         with suppress(OSError):
-            self._socket.shutdown(socket.SHUT_RDWR)
+            self.stream.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         """Give the connection back; may be called twice."""
-        self._socket.close()
+        self.stream.close()
 
     def _send(self, request: h11.Request) -> None:
         head, end = self._protocol.send(request), self._protocol.send(h11.EndOfMessage())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import socket
+import ssl
 import threading
 from contextlib import suppress
 
@@ -13,6 +14,7 @@ import pytest
 from ray_streamer.storage.http_connection import HttpConnection
 from ray_streamer.storage.http_route import Route
 from ray_streamer.storage.lateness import SegmentClock
+from ray_streamer.testing.certificates import make_certificates
 
 BODY = random.Random(3).randbytes(300_000)
 SEVERAL = [BODY[start : start + 7777] for start in range(0, len(BODY), 7777)]
@@ -196,3 +198,62 @@ def test_a_silence_that_the_clock_allows(ends, head, body):
         pass
     rest.join()
     assert memory == BODY
+
+
+@pytest.fixture
+def tls_ends(tmp_path):
+    """A connection that is to speak TLS, its context, and the server's end, which speaks it when it is told to."""
+    certificates = make_certificates(tmp_path)
+    accepting = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    accepting.load_cert_chain(certificates.server_file)
+    ours, theirs = socket.socketpair()
+    theirs.settimeout(30)
+    route = Route("https", "127.0.0.1", "127.0.0.1", 443)
+    connection = HttpConnection(ours, route, timeout_seconds=30)
+    server = accepting.wrap_socket(theirs, server_side=True, do_handshake_on_connect=False)
+    with server:
+        yield connection, ssl.create_default_context(cafile=certificates.ca_file), server
+        connection.close()
+
+
+def test_what_is_read_after_an_abort_is_never_ciphertext(tls_ends):
+    connection, context, server = tls_ends
+    accepter = threading.Thread(target=lambda: (server.do_handshake(), server.sendall(BODY[:100_000])))
+    accepter.start()
+    connection.secure(context)
+    first = connection.stream.recv(10)
+    accepter.join()
+    connection.abort()
+    received = bytearray(first)
+    with suppress(OSError):
+        while data := connection.stream.recv(65536):
+            received += data
+    assert len(received) >= len(first) > 0
+    assert BODY.startswith(received)
+
+
+def test_a_handshake_ends_when_the_connection_is_aborted(tls_ends):
+    connection, context, server = tls_ends
+    outcome: list[BaseException] = []
+
+    def secure() -> None:
+        try:
+            connection.secure(context)
+        except OSError as error:
+            outcome.append(error)
+
+    thread = threading.Thread(target=secure)
+    thread.start()
+    # The client's first words are there, and nothing answers them.
+    assert socket.socket.recv(server, 1, socket.MSG_PEEK)
+    connection.abort()
+    thread.join(20)
+    assert not thread.is_alive()
+    assert len(outcome) == 1
+
+
+def test_no_handshake_begins_on_an_aborted_connection(tls_ends):
+    connection, context, _ = tls_ends
+    connection.abort()
+    with pytest.raises(OSError, match="was ended"):
+        connection.secure(context)
