@@ -1,16 +1,21 @@
 """How cheaply do bytes get from a socket into memory? Ways to receive HTTP bodies from one local server, in one run.
 
     python benchmarks/body_path.py --rounds 5
+    python benchmarks/body_path.py --rounds 7 --streams 16 32 --processes 2
 
 The server is a process that answers every request with the same 8 MiB out of its memory, plain and over TLS, so that what
 differs is the client alone. Each way has warm connections and prepared buffers of its own. Prints medians of processor
-seconds of this process for each 10^9 bytes, and the rate, which the server's share of the machine limits.
+seconds of the client for each 10^9 bytes, and the rate, which the server's share of the machine limits.
+
+With `--processes` the streams of this project are also shared out over so many processes, each with an interpreter of its own, that
+receive into shared memory; once as that, and once with the copy out of it that tensors of another process then need.
 """
 
 from __future__ import annotations
 
 import argparse
 import http.client
+import mmap
 import multiprocessing
 import os
 import socket
@@ -20,6 +25,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -132,18 +138,67 @@ def measure(make: Way, port: int, ca_file: Path | None, *, num_streams: int, bod
     for read, buffer in zip(readers, buffers, strict=True):
         read(buffer)
 
+    cpu_started, started = time.process_time(), time.perf_counter()
+    _receive_all(readers, buffers, bodies // num_streams)
+    gigabytes = bodies // num_streams * num_streams * BODY_BYTES / 1e9
+    return (time.process_time() - cpu_started) / gigabytes, gigabytes / (time.perf_counter() - started)
+
+
+def measure_processes(
+    make: Way, port: int, ca_file: Path | None, *, num_streams: int, bodies: int, num_processes: int, copies: bool
+) -> tuple[float, float]:
+    """The same, with the streams shared out over processes that receive into memory which this process maps as well."""
+    context = multiprocessing.get_context("fork")
+    share = num_streams // num_processes
+    memories = [mmap.mmap(-1, share * BODY_BYTES) for _ in range(num_processes)]
+    pipes: list[Connection] = []
+    for memory in memories:
+        ours, theirs = context.Pipe()
+        pipes.append(ours)
+        arguments = (theirs, make, port, ca_file, memoryview(memory), bodies // num_streams)
+        context.Process(target=receive_in_child, args=arguments, daemon=True).start()
+    for pipe in pipes:
+        pipe.recv()
+    cpu_started, started = time.process_time(), time.perf_counter()
+    target = bytearray(BODY_BYTES)
+    for pipe in pipes:
+        pipe.send("go")
+    if copies:
+        for number in range(bodies // num_streams * num_streams):
+            at = number % share * BODY_BYTES
+            target[:] = memoryview(memories[number % num_processes])[at : at + BODY_BYTES]
+    cpu_seconds = sum(pipe.recv() for pipe in pipes) + time.process_time() - cpu_started
+    gigabytes = bodies // num_streams * num_streams * BODY_BYTES / 1e9
+    return cpu_seconds / gigabytes, gigabytes / (time.perf_counter() - started)
+
+
+def receive_in_child(
+    pipe: Connection, make: Way, port: int, ca_file: Path | None, memory: memoryview, bodies: int
+) -> None:
+    """A process of `measure_processes`: a stream for each part of the memory; says what CPU it took."""
+    parts = [memory[at : at + BODY_BYTES] for at in range(0, len(memory), BODY_BYTES)]
+    readers = [make(port, ca_file) for _ in parts]
+    for read, part in zip(readers, parts, strict=True):
+        read(part)
+    pipe.send("ready")
+    pipe.recv()
+    started = time.process_time()
+    _receive_all(readers, parts, bodies)
+    pipe.send(time.process_time() - started)
+
+
+def _receive_all(readers: list[Read], buffers: list[memoryview], bodies: int) -> None:
+    """So many bodies by each reader, at one time."""
+
     def work(read: Read, buffer: memoryview) -> None:
-        for _ in range(bodies // num_streams):
+        for _ in range(bodies):
             read(buffer)
 
     threads = [threading.Thread(target=work, args=pair) for pair in zip(readers, buffers, strict=True)]
-    cpu_started, started = time.process_time(), time.perf_counter()
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    gigabytes = bodies // num_streams * num_streams * BODY_BYTES / 1e9
-    return (time.process_time() - cpu_started) / gigabytes, gigabytes / (time.perf_counter() - started)
 
 
 def serve(pipe: Connection, certificate: Path | None) -> None:
@@ -187,18 +242,36 @@ def run(options: argparse.Namespace, *, tls: bool) -> None:
     server = multiprocessing.get_context("spawn").Process(target=serve, args=arguments, daemon=True)
     server.start()
     port, ca_file = ours.recv(), certificates.ca_file if certificates else None
+    ways = _ways(options, tls=tls)
     for num_streams in options.streams:
-        results: dict[str, list[tuple[float, float]]] = {name: [] for name in WAYS}
+        amounts = {"num_streams": num_streams, "bodies": options.bodies}
+        results: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
         for _ in range(options.rounds):
-            for name, make in WAYS.items():
-                if tls or make is not memory_bio:
-                    results[name].append(measure(make, port, ca_file, num_streams=num_streams, bodies=options.bodies))
-        for name, measured in results.items():
-            if measured:
-                cpu, rate = (statistics.median(column) for column in zip(*measured, strict=True))
-                print(f"{'TLS' if tls else 'plain':6}{num_streams:3} streams  {name:14}{cpu:7.2f} s/GB{rate:7.2f} GB/s")
+            for name, way in ways.items():
+                results[name].append(way(port, ca_file, **amounts))
+        print_results(results, f"{'TLS' if tls else 'plain':6}{num_streams:3} streams")
     server.kill()
     server.join()
+
+
+def _ways(options: argparse.Namespace, *, tls: bool) -> dict[str, Callable[..., tuple[float, float]]]:
+    ways: dict[str, Callable[..., tuple[float, float]]] = {
+        name: partial(measure, make) for name, make in WAYS.items() if tls or make is not memory_bio
+    }
+    if options.processes:
+        for name, copies in (("", False), (", copied", True)):
+            measured = partial(measure_processes, this_project, num_processes=options.processes, copies=copies)
+            ways[f"{options.processes} processes{name}"] = measured
+    return ways
+
+
+def print_results(results: dict[str, list[tuple[float, float]]], what: str) -> None:
+    """Medians, and the median over rounds of each way's CPU to that of this project."""
+    base = results["this project"]
+    for name, measured in results.items():
+        cpu, rate = (statistics.median(column) for column in zip(*measured, strict=True))
+        ratio = statistics.median(each[0] / ours[0] for each, ours in zip(measured, base, strict=True))
+        print(f"{what}  {name:20}{cpu:7.2f} s/GB  {ratio:5.2f}x{rate:7.2f} GB/s", flush=True)
 
 
 def main() -> None:
@@ -206,6 +279,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="of which the median is printed")
     parser.add_argument("--bodies", type=int, default=64, help="of 8 MiB, in each round")
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 16])
+    parser.add_argument("--processes", type=int, default=0, help="share this project's streams out over so many, too")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         options.folder = Path(folder)
