@@ -153,7 +153,7 @@ def measure_processes(
     memories = [mmap.mmap(-1, share * BODY_BYTES) for _ in range(num_processes)]
     pipes: list[Connection] = []
     for memory in memories:
-        ours, theirs = context.Pipe()
+        ours, theirs = multiprocessing.Pipe()
         pipes.append(ours)
         arguments = (theirs, make, port, ca_file, memoryview(memory), bodies // num_streams)
         context.Process(target=receive_in_child, args=arguments, daemon=True).start()
