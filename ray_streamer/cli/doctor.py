@@ -1,4 +1,4 @@
-"""`ray-streamer doctor`: what can this node do, what stands in the way, and what should a load take?"""
+"""`ray-streamer doctor`: what can this node, and its cluster, do, what stands in the way, and what should a load take?"""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ from ray_streamer.cli.words import flags_of, in_flags
 
 if TYPE_CHECKING:
     from ray_streamer.doctor.examine import Examination
+    from ray_streamer.doctor.nodes import ClusterFindings
     from ray_streamer.doctor.prediction import Fleet
+    from ray_streamer.rank.request import LoadRequest
     from ray_streamer.settings import Settings
     from ray_streamer.storage import UrisLike
 
@@ -43,7 +45,7 @@ def _parse_bandwidth(text: str) -> int:
 
 @click.command("doctor", cls=Command)
 @click.argument("uri", type=URI, required=False)
-@click.option("--tp", type=click.IntRange(1), default=1, show_default=True, help="Ranks on this node.")
+@click.option("--tp", type=click.IntRange(1), default=1, show_default=True, help="Ranks of the load.")
 @click.option("--device", default="cpu", show_default=True, help="Where the tensors would go: cpu or cuda.")
 @click.option(
     "--nodes",
@@ -69,6 +71,10 @@ def _parse_bandwidth(text: str) -> int:
     is_flag=True,
     help="Load no part of the checkpoint. What to expect is then from storage and memory alone.",
 )
+@click.option(
+    "--address",
+    help="Also ask each node of the Ray cluster that runs there: host:port, or auto for the one of this machine.",
+)
 @with_rules_and_results
 @json_option
 @verbose_option
@@ -81,6 +87,7 @@ def command(
     storage_bandwidth: int | None,
     settings_file: Path | None,
     quick: bool,
+    address: str | None,
     sharding: dict[str, Any],
     as_json: bool,
     settings: Settings,
@@ -88,7 +95,7 @@ def command(
     """Examine this node, and a load of the checkpoint at URI over --tp ranks on it.
 
     Reads some blocks of the checkpoint with 1 to 64 requests in flight, and loads a part of it into --tp processes. Each finding says what
-    is so, why it matters and what to do. Fails when a load would fail.
+    is so, why it matters and what to do. Fails when a load would fail. With --address each node of a running Ray cluster is asked, too.
     """
     from ray_streamer.api.arguments import Sharding
     from ray_streamer.doctor.examine import examine, examine_node
@@ -96,16 +103,28 @@ def command(
     fleet = _fleet(num_nodes, storage_bandwidth)
     if fleet is not None and uri is None:
         raise click.UsageError("--nodes needs the URI of a checkpoint: without one no load is predicted")
-    if uri is None:
+    request = None if uri is None else Sharding(tp=tp, **sharding).request(uri, settings=settings, device=device)
+    # First: an address where no cluster answers is told at once, and Ray is left before processes are started.
+    nodes = None if address is None else _ask_nodes(address, request, settings, num_ranks=tp, device=device)
+    if request is None:
         examination = examine_node(settings, num_ranks=tp, devices=_DEVICES)
     else:
-        request = Sharding(tp=tp, **sharding).request(uri, settings=settings, device=device)
         examination = examine(request, devices=_DEVICES, fleet=fleet, is_quick=quick)
+    if nodes is not None:
+        examination = nodes.joined_to(examination)
     _show(examination, as_json=as_json)
     if settings_file is not None:
         settings_file.write_text(settings_text(examination), encoding="utf-8")
     if not examination.is_healthy:
         click.get_current_context().exit(1)
+
+
+def _ask_nodes(
+    address: str, request: LoadRequest | None, settings: Settings, *, num_ranks: int, device: str
+) -> ClusterFindings:
+    from ray_streamer.doctor.nodes import examine_nodes
+
+    return examine_nodes(request, settings, address=address, num_ranks=num_ranks, device=device)
 
 
 def _fleet(num_nodes: int, storage_bandwidth: int | None) -> Fleet | None:

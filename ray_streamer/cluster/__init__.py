@@ -12,6 +12,7 @@
     facts       what does a rank see of its machine?
     shell       the actor around an ordinary worker object
     failures    which of several errors is the cause?
+    survey      what do the nodes of a running cluster answer?
     group       one actor per rank, from start to teardown
     phases      where did the time go?
     model       what does the caller hold?

@@ -52,3 +52,19 @@ def measure_offset(ask: Callable[[], ClockReading]) -> ClockOffset:
             return ClockOffset(0.0, 0.0)
         offsets.append(ClockOffset(there.seconds - (before + after) / 2, (after - before) / 2))
     return min(offsets, key=lambda offset: offset.error_seconds)
+
+
+def bound_offset(*, sent: float, began: float, ended: float, received: float) -> ClockOffset:
+    """Compares another machine's time of day with this one's, after one question: it was there before `began`, and its answer here after `ended`.
+
+    Args:
+        sent: When the question left here, by this machine's clock.
+        began: When it had come, by the other clock.
+        ended: When the answer left there, by the other clock.
+        received: When it was here, by this machine's clock.
+
+    >>> bound_offset(sent=100.0, began=160.0, ended=161.0, received=101.5)
+    ClockOffset(seconds=59.75, error_seconds=0.25)
+    """
+    least, most = ended - received, began - sent
+    return ClockOffset((least + most) / 2, (most - least) / 2)

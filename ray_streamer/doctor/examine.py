@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from ray_streamer.checkpoint import CheckpointIndex
+    from ray_streamer.cluster.survey import NodeReply
     from ray_streamer.doctor.memory_speed import MemorySpeed
     from ray_streamer.doctor.prediction import Fleet, Prediction
     from ray_streamer.doctor.rehearsal import Rehearsal
@@ -50,6 +51,7 @@ class Examination:
         storage: What the storage does; empty without a checkpoint that can be read.
         prediction: What a load should take, after the start of Ray and of the ranks; None where it cannot be planned.
         rehearsal: The part of the load that was made; None where none was, and the prediction is from the rest alone.
+        nodes: What the nodes of the cluster answered; empty where none was asked.
     """
 
     uri: str | None
@@ -59,6 +61,7 @@ class Examination:
     storage: tuple[Measured, ...] = ()
     prediction: Prediction | None = None
     rehearsal: Rehearsal | None = None
+    nodes: tuple[NodeReply[tuple[Finding, ...]], ...] = ()
 
     @property
     def is_healthy(self) -> bool:

@@ -9,15 +9,21 @@ from ray_streamer.errors import AccessError, ObjectMissingError, RayStreamerErro
 from ray_streamer.storage.mounts import mount_of, read_mount_table
 from ray_streamer.storage.object_storage import ObjectStorage
 from ray_streamer.storage.server_clock import clock_skew_seconds
-from ray_streamer.units import counted, human_bytes
+from ray_streamer.units import counted, exact_bytes, human_bytes
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from ray_streamer.checkpoint import CheckpointIndex
+    from ray_streamer.checkpoint.index import ShardFile
     from ray_streamer.rank.request import LoadRequest
     from ray_streamer.storage.base import Storage
 
-_MOST_SKEW_SECONDS = 300.0
+MOST_SKEW_SECONDS = 300.0
 """S3 refuses requests whose date is more than 15 minutes off; a third of that is worth saying."""
+
+_MOST_REMOTE_FILES = 8
+"""All nodes see the same object store: a few of its files tell whether a node may read it."""
 
 
 def check_checkpoint(request: LoadRequest, storage: Storage) -> tuple[CheckpointIndex | None, list[Finding]]:
@@ -28,6 +34,31 @@ def check_checkpoint(request: LoadRequest, storage: Storage) -> tuple[Checkpoint
         return None, [_refused(error)]
     found = f"{counted(len(index), 'tensor')} in {counted(len(index.files), 'file')}, {human_bytes(index.total_bytes)}"
     return index, [Finding(subject="checkpoint", level="good", found=f"readable: {found}")]
+
+
+def check_files(storage: Storage, files: Sequence[ShardFile]) -> Finding:
+    """Whether files that another node saw are here, too, with the same sizes; of an object store, some of them."""
+    step = -(-len(files) // _MOST_REMOTE_FILES) if storage.is_remote else 1
+    looked_at = files[:: max(1, step)]
+    try:
+        for file in looked_at:
+            size = storage.size_and_etag(file.path).size_bytes
+            if size != file.size_bytes:
+                return _of_another_size(f"{storage.uri.rstrip('/')}/{file.path}", size, file.size_bytes)
+    except RayStreamerError as error:
+        return _refused(error)
+    checked = f"{len(looked_at)} of {counted(len(files), 'file')}"
+    return Finding(subject="checkpoint", level="good", found=f"{checked} looked at, of the same sizes as here")
+
+
+def _of_another_size(path: str, size: int, expected: int) -> Finding:
+    return Finding(
+        subject="checkpoint",
+        level="error",
+        found=f"{path} has {exact_bytes(size)}; on the node of this command it has {exact_bytes(expected)}",
+        why="Ranks on two nodes would load different weights, or fail.",
+        advice="Mount the same folder on every node, or copy the file again.",
+    )
 
 
 def _refused(error: RayStreamerError) -> Finding:
@@ -59,7 +90,7 @@ def check_clock(storage: Storage, *, timeout_seconds: float) -> list[Finding]:
         ]
     if skew is None:
         return []
-    if abs(skew) <= _MOST_SKEW_SECONDS:
+    if abs(skew) <= MOST_SKEW_SECONDS:
         return [Finding(subject="clock", level="good", found=f"within {abs(skew):.0f} s of the server's")]
     return [
         Finding(
