@@ -225,25 +225,35 @@ def test_an_address_without_a_cluster(checkpoint, address, told):
 
 
 @pytest.fixture
-def homes(tmp_path, monkeypatch):
-    """A home folder of each of two nodes, both with the checkpoint; this process lives in the first."""
+def disks(tmp_path, monkeypatch):
+    """A folder for each of two nodes, both with the checkpoint; this process works in the first."""
     folders = [tmp_path / name for name in ("first", "second")]
     for folder in folders:
         write_checkpoint(folder / "model", TENSORS, num_files=2)
-    monkeypatch.setenv("HOME", str(folders[0]))
+    monkeypatch.chdir(folders[0])
     return folders
 
 
 @pytest.fixture
-def cluster_address(homes):
-    """Two nodes of one machine whose processes have home folders of their own: `~` is a mount that only one node has."""
+def mount(disks, tmp_path):
+    """One path that is another folder for the processes of each node: that of the node's working directory."""
+    path = tmp_path / "mount"
+    path.symlink_to("/proc/self/cwd/model")
+    return path
+
+
+@pytest.fixture
+def cluster_address(disks, monkeypatch):
+    """Two nodes of one machine, whose processes work in the folders of `disks`."""
     import ray
     from ray.cluster_utils import Cluster
 
     cluster = Cluster()
     try:
         cluster.add_node(num_cpus=2, node_ip_address="127.0.0.2", include_dashboard=False)
-        cluster.add_node(num_cpus=1, node_ip_address="127.0.0.3", env_vars={"HOME": str(homes[1])})
+        with monkeypatch.context() as there:
+            there.chdir(disks[1])
+            cluster.add_node(num_cpus=1, node_ip_address="127.0.0.3")
         ray.init(address=cluster.address, _node_ip_address="127.0.0.2", log_to_driver=False, logging_level="ERROR")
         yield cluster.address
     finally:
@@ -252,10 +262,10 @@ def cluster_address(homes):
 
 
 @pytest.mark.slow
-def test_two_nodes_of_which_one_loses_its_mount(homes, cluster_address):
+def test_two_nodes_of_which_one_loses_its_mount(disks, mount, cluster_address):
     def doctor(expected_exit: int) -> dict:
         options = ["--tp", "2", "--rule", "*=replicate", "--address", cluster_address, "--quick", "--json"]
-        result = CliRunner().invoke(main, ["doctor", "~/model", *options])
+        result = CliRunner().invoke(main, ["doctor", str(mount), *options])
         assert result.exit_code == expected_exit, result.output
         return json.loads(result.stdout)
 
@@ -270,16 +280,16 @@ def test_two_nodes_of_which_one_loses_its_mount(homes, cluster_address):
     assert abs(offset) <= error, "both nodes have the clock of this machine"
     assert {finding["subject"] for finding in healthy["findings"]} >= {"cluster", "checkpoint on 2 nodes"}
 
-    file = max((homes[1] / "model").glob("*.safetensors"))
+    file = max((disks[1] / "model").glob("*.safetensors"))
     file.write_bytes(file.read_bytes()[:-4])
-    assert f"{file} has " in _error_of(doctor(1))["found"]
-    shutil.rmtree(homes[1] / "model")
+    assert f"{mount / file.name} has " in _error_of(doctor(1))["found"]
+    shutil.rmtree(disks[1] / "model")
     missing = _error_of(doctor(1))
     assert "127.0.0.3" in missing["subject"]
-    assert str(homes[1] / "model") in missing["found"]
+    assert str(mount) in missing["found"]
 
     # The other way round: this node has no mount, and the nodes look for themselves.
-    shutil.move(homes[0] / "model", homes[1] / "model")
+    shutil.move(disks[0] / "model", disks[1] / "model")
     swapped = _error_of(doctor(1))
     assert "127.0.0.2" in swapped["subject"]
 
