@@ -17,7 +17,6 @@ from ray_streamer.errors import ClusterError, RayStreamerError
 from ray_streamer.planning.limits import DEFAULT_MEMORY_LIMIT
 from ray_streamer.planning.topology import Topology
 from ray_streamer.units import counted
-from ray_streamer.wording import listed
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -34,6 +33,9 @@ ANSWER_SECONDS = 60.0
 
 _OF_EACH_NODE = {"open files", "address space", "memory", "CPUs"}
 """What the nodes answer for themselves, for the ranks that they may hold instead of all."""
+
+_NUM_SHOWN = 4
+"""Nodes whose figures a good finding tells; `--json` has all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +140,7 @@ def check_cluster_room(nodes: Sequence[ClusterNode], bundle: Mapping[str, float]
             subject="cluster",
             level="error",
             found=str(error),
-            why="A load is refused, with the same words.",
+            why="A load is refused for the same reason.",
             advice="Add nodes, or use fewer ranks.",
         )
     num_able = sum(room.num_ranks > 0 for room in rooms)
@@ -169,8 +171,9 @@ def _together(subject: str, found: Mapping[str, str]) -> Finding:
     nodes = counted(len(found), "node")
     if len(set(found.values())) == 1:
         return Finding(subject=f"{subject} on {nodes}", level="good", found=next(iter(found.values())))
-    each = listed([f"{words} on {name}" for name, words in found.items()])
-    return Finding(subject=f"{subject} on {nodes}", level="good", found=each)
+    each = [f"{name}: {words}" for name, words in found.items()]
+    more = f"; and {counted(len(each) - _NUM_SHOWN, 'more node', 'more nodes')}" if len(each) > _NUM_SHOWN else ""
+    return Finding(subject=f"{subject} on {nodes}", level="good", found="; ".join(each[:_NUM_SHOWN]) + more)
 
 
 def _of(reply: NodeReply[tuple[Finding, ...]], *, may_hold: bool) -> list[Finding]:

@@ -48,7 +48,11 @@ def check_files(storage: Storage, files: Sequence[ShardFile]) -> Finding:
     except RayStreamerError as error:
         return _refused(error)
     checked = f"{len(looked_at)} of {counted(len(files), 'file')}"
-    return Finding(subject="checkpoint", level="good", found=f"{checked} looked at, of the same sizes as here")
+    return Finding(
+        subject="checkpoint",
+        level="good",
+        found=f"{checked} looked at, with the sizes that the node of this command sees",
+    )
 
 
 def _of_another_size(path: str, size: int, expected: int) -> Finding:

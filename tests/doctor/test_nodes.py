@@ -6,6 +6,7 @@ import json
 import os
 import resource
 import shutil
+from functools import partial
 from typing import TYPE_CHECKING
 
 import pytest
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 
 from ray_streamer.cli import main
 from ray_streamer.cluster.clocks import bound_offset
-from ray_streamer.cluster.survey import PARCEL_BYTES, ClusterNode, LinkSpeed, NodeReply
+from ray_streamer.cluster.survey import PARCEL_BYTES, ClusterNode, LinkSpeed, NodeReply, ask_nodes
 from ray_streamer.doctor.examine import Examination
 from ray_streamer.doctor.finding import Finding
 from ray_streamer.doctor.memory_speed import MemorySpeed
@@ -28,6 +29,7 @@ from ray_streamer.sharding import Mesh, Replicate, RuleSlices, ShardRules
 from ray_streamer.testing.checkpoints import TensorSpec, write_checkpoint
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
 # Read when Ray is imported: without it both nodes of a cluster on one machine get the same address.
@@ -175,6 +177,16 @@ def test_a_missing_mount_names_its_node_and_what_is_well_is_said_once():
     assert (together.subject, together.found) == ("checkpoint on 2 nodes", SEEN.found)
 
 
+def test_good_figures_of_many_nodes_are_told_of_a_few():
+    nodes = [ClusterNode(node_id=f"{i:056d}", address=f"10.0.0.{i}", hostname=f"n{i}") for i in range(6)]
+    memory = [Finding(subject="memory", level="good", found=f"{i} GiB available") for i in range(6)]
+    replies = [NodeReply(node=node, answer=(found,)) for node, found in zip(nodes, memory, strict=True)]
+    (together,) = node_findings(replies, ONE_CPU)
+    assert together.subject == "memory on 6 nodes"
+    assert together.found.startswith("n0 (10.0.0.0, 00000000): 0 GiB available; n1 (10.0.0.1, 00000000): 1 GiB")
+    assert together.found.endswith("3 GiB available; and 2 more nodes")
+
+
 @pytest.mark.parametrize(("node", "level"), [(THERE, "error"), (WITHOUT_ROOM, "warning")])
 def test_a_node_that_does_not_answer(node, level):
     (found,) = node_findings([NodeReply(node=node, failure="no answer within 60 s")], ONE_CPU)
@@ -297,3 +309,28 @@ def test_two_nodes_of_which_one_loses_its_mount(disks, mount, cluster_address):
 def _error_of(examined: dict) -> dict:
     (error,) = [finding for finding in examined["findings"] if finding["level"] == "error"]
     return error
+
+
+@pytest.mark.slow
+def test_a_node_whose_mount_hangs_is_not_waited_for(tmp_path, cluster_address):
+    fifo = tmp_path / "mount_without_server"
+    os.mkfifo(fifo)
+
+    def ask(there: Callable[[], object], timeout_seconds: float) -> list[NodeReply[object]]:
+        return ask_nodes(
+            lambda node: partial(int, "1") if node.is_here else there,
+            address=cluster_address,
+            connect_timeout_seconds=10,
+            timeout_seconds=timeout_seconds,
+        )
+
+    here, there = ask(partial(int, "none"), 60)
+    assert (here.answer, here.failure) == (1, "")
+    assert there.answer is None
+    assert there.failure.startswith("ValueError: invalid literal")
+    # Opening it to read waits for a writer, which never comes.
+    here, there = ask(partial(fifo.read_bytes), 10)
+    assert here.answer == 1
+    assert (there.answer, there.failure) == (None, "no answer within 10 s")
+    # The process that hangs was ended: the node answers again.
+    assert [reply.answer for reply in ask(partial(int, "2"), 60)] == [1, 2]
