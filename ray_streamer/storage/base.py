@@ -64,11 +64,14 @@ class Incident(NamedTuple):
     """One thing that went wrong or came late, and was made good; `StorageStatistics` counts them.
 
     Attributes:
-        kind: "retry", "throttled", "hedge", "cut"; or "held": a request waited, since the store had asked to slow down.
+        kind: "retry", "throttled", "hedge", "cut"; "held": a request waited, since the store had asked to slow down; or "slow
+            address": a body came from an address that is slower than the store's others.
         seconds: When, by the monotonic clock of this machine (`time.perf_counter`); of what lost time, the end.
         path: The file that was read; empty where that is not told.
         offset: First byte in the file that was still missing.
-        lost_seconds: Until then nothing came for so long: the attempt in vain, and the wait for the next one.
+        lost_seconds: Until then nothing came for so long: the attempt in vain, and the wait for the next one. Of a slow address, how
+            much longer the body took than others.
+        address: Of the server; empty where that is not told.
     """
 
     kind: str
@@ -76,6 +79,7 @@ class Incident(NamedTuple):
     path: str = ""
     offset: int = 0
     lost_seconds: float = 0.0
+    address: str = ""
 
 
 class StorageSettings(Protocol):

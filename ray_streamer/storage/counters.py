@@ -7,12 +7,16 @@ import time
 from collections import Counter
 
 from ray_streamer.storage.base import Incident, StorageStatistics
+from ray_streamer.storage.slow_address import Body, bodies_from_slow_addresses
 
 _INCIDENTS = {"num_retries": "retry", "num_throttled": "throttled", "num_hedges": "hedge", "num_cuts": "cut"}
 """Counters of which each step is an incident, and its kind."""
 
 _MOST_INCIDENTS = 4000
 """Later ones are counted only."""
+
+_MOST_BODIES = 20_000
+"""Of which the addresses are remembered."""
 
 
 class Counters:
@@ -21,6 +25,7 @@ class Counters:
     def __init__(self) -> None:
         self._counts: Counter[str] = Counter()
         self._incidents: list[Incident] = []
+        self._bodies: list[Body] = []
         self._lock = threading.Lock()
 
     def add(self, **amounts: int) -> None:
@@ -41,6 +46,12 @@ class Counters:
         with self._lock:
             self._keep(Incident("held", time.perf_counter(), path, offset, lost_seconds))
 
+    def received(self, body: Body) -> None:
+        """A body came, or a part of it."""
+        with self._lock:
+            if len(self._bodies) < _MOST_BODIES:
+                self._bodies.append(body)
+
     def _keep(self, incident: Incident) -> None:
         if len(self._incidents) < _MOST_INCIDENTS:
             self._incidents.append(incident)
@@ -51,6 +62,7 @@ class Counters:
             return StorageStatistics(**self._counts)
 
     def incidents(self) -> tuple[Incident, ...]:
-        """What went wrong so far, in order, and when."""
+        """What went wrong so far, in order, and when; then what came from slow addresses."""
         with self._lock:
-            return tuple(self._incidents)
+            incidents, bodies = tuple(self._incidents), tuple(self._bodies)
+        return (*incidents, *bodies_from_slow_addresses(bodies))

@@ -39,11 +39,13 @@ class HttpConnection:
     Attributes:
         stream: What is spoken over: the socket, or TLS over it.
         route: Where it leads.
+        address: Of the other end; empty where it has none.
         timeout_seconds: How long anything may take, but for the wait for a head and for a long body.
     """
 
     def __init__(self, connected: socket.socket, route: Route, *, timeout_seconds: float) -> None:
         self.route = route
+        self.address = _address_of(connected)
         self.stream: socket.socket | TlsStream = connected
         self._is_aborted = False
         self.timeout_seconds = timeout_seconds
@@ -285,6 +287,14 @@ class HttpAnswer:
                 return connected.recv_into(view)
             except TimeoutError:
                 connected.settimeout(clock.extend())
+
+
+def _address_of(connected: socket.socket) -> str:
+    try:
+        name = connected.getpeername()
+    except OSError:
+        return ""
+    return str(name[0]) if isinstance(name, tuple) else ""
 
 
 def next_event(protocol: h11.Connection) -> object:

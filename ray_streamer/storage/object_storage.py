@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
@@ -26,6 +27,7 @@ from ray_streamer.storage.listing import MAX_PAGE_BYTES, list_keys
 from ray_streamer.storage.refusal import MAX_ERROR_BYTES
 from ray_streamer.storage.request_limit import RequestLimit
 from ray_streamer.storage.retry import PassingFault, RetryPolicy
+from ray_streamer.storage.slow_address import Body
 from ray_streamer.units import exact_bytes
 
 if TYPE_CHECKING:
@@ -196,9 +198,12 @@ class ObjectStorage(RemoteStorage):
         with self._answer(landing.path, rest, expected=landing.identity) as (answer, given, identity):
             self._pin_size(landing, identity)
             landing.begin(given, identity, what=self._name(landing.path))
+            began, address = time.perf_counter(), answer.connection.address
             try:
                 self._http.receive_into(answer, landing.view[landing.num_landed :])
             finally:
+                body = Body(address, landing.path, rest.start, answer.num_received, began, time.perf_counter())
+                self._counters.received(body)
                 landing.add(answer.num_received)
             if answer.is_too_long:
                 raise StorageError(

@@ -212,6 +212,25 @@ def test_a_body_that_breaks_costs_until_it_goes_on(constructed, verdict_on):
     assert verdict.measured_seconds - cost.seconds == pytest.approx(usual.seconds, rel=0.25)
 
 
+def test_an_address_of_the_storage_that_is_slower_than_the_others(constructed, verdict_on):
+    usual = constructed(stream_rate=5e6, num_blocks=16)
+    trace = usual.trace()
+    times = trace.spans.times.copy()
+    slow = []
+    for block in (3, 7, 11, 15):
+        times[Step.LAST_BYTE :, block] += 2.0
+        ended, offset = float(times[Step.LAST_BYTE, block]), int(trace.starts[block])
+        slow.append(Incident("slow address", ended, trace.files[0], offset, 2.0, "10.0.0.9"))
+    retry = Incident("retry", BEGAN + 0.1, trace.files[0], 0, 0.001)
+    trace = replace(trace, spans=replace(trace.spans, times=times), incidents=(retry, *slow))
+    verdict = verdict_on(usual, traces=[trace], storage=StorageStatistics(num_retries=1))
+    assert verdict.bound == "slow address"
+    cost = next(cost for cost in verdict.costs if cost.kind == "slow address")
+    assert verdict.measured_seconds - cost.seconds == pytest.approx(usual.seconds, rel=0.25)
+    assert "the storage's address 10.0.0.9, from which bytes came more slowly" in verdict.text
+    assert "Look at the server, or the path to it, at 10.0.0.9." in verdict.text
+
+
 def test_losses_belong_to_the_block_that_was_asked_for(constructed):
     """Other files, blocks that other ranks read, and places in no block at all are none of this read's."""
     trace = constructed(num_ranks=2).trace()

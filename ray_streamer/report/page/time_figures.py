@@ -28,6 +28,7 @@ _INCIDENTS = {
     "held": ("requests held back after these", "line-ew-open"),
     "hedge": ("hedged requests", "diamond"),
     "cut": ("late bodies cut", "square"),
+    "slow address": ("bodies from a slow address", "hourglass"),
 }
 """What each kind of incident is called, and how it is marked."""
 

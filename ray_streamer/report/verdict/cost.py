@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Self
 
@@ -43,8 +44,8 @@ _LEAST_LOSS = 0.02
 MADE_WORSE = frozenset({"throttling", "max_bandwidth"})
 """Costs that no other number or size of requests makes smaller."""
 
-LOSSES = frozenset({"throttling", "failed requests"})
-"""Costs of requests that were in vain."""
+LOSSES = frozenset({"throttling", "failed requests", "slow address"})
+"""Costs of requests that were in vain, or went to a server that is ill."""
 
 _MAX_SUSPECTS = 3
 """Ranks of which each is looked at as a straggler."""
@@ -61,8 +62,8 @@ class Cost:
     """One thing that a load spent time on.
 
     Attributes:
-        kind: What: "first byte", "bandwidth", "stream rate", "late answers", "throttling", "failed requests", "slots",
-            "straggler", "first touch", "copies", "device", "cpu", "interpreter", or a phase of the report before `load`.
+        kind: What: "first byte", "bandwidth", "stream rate", "late answers", "throttling", "failed requests", "slow address",
+            "slots", "straggler", "first touch", "copies", "device", "cpu", "interpreter", or a phase of the report before `load`.
         seconds: By how much shorter the load is without it.
         rank: The straggler; else None.
     """
@@ -83,6 +84,7 @@ class Told:
         least_seconds: What the ranks' CPU time takes on all CPUs of the node; 0 where torch's import is part of it.
         rank_cpus: CPUs that each rank kept busy, the busiest and the idlest.
         max_bandwidth: The user's own bound, in bytes per second of the node.
+        slow_address: That which lost more time than all failed requests; empty when there is none.
     """
 
     num_throttled: int
@@ -91,6 +93,7 @@ class Told:
     least_seconds: float
     rank_cpus: tuple[float, float]
     max_bandwidth: int | None
+    slow_address: str = ""
 
     @classmethod
     def of(cls, traces: Sequence[RankTrace], statistics: Sequence[RankStatistics], asked: Asked) -> Self:
@@ -106,10 +109,13 @@ class Told:
             least_seconds=0.0 if is_importing else sum(rank.cpu_seconds for rank in statistics) / num_cpus,
             rank_cpus=(max(cpus), min(cpus)),
             max_bandwidth=asked.max_bandwidth,
+            slow_address=_slow_address(traces),
         )
 
     def kind(self, cost: Cost, observed: Observed) -> str:
         """The name of a cost, by its reason where that is known."""
+        if cost.kind == "losses" and self.slow_address:
+            return "slow address"
         if cost.kind == "losses":
             return "throttling" if 2 * self.num_throttled >= self.num_retries else "failed requests"
         if cost.kind != "bandwidth":
@@ -120,6 +126,15 @@ class Told:
             return "cpu"
         busiest, idlest = self.rank_cpus
         return "interpreter" if _ONE_CPU[0] <= idlest and busiest <= _ONE_CPU[1] else cost.kind
+
+
+def _slow_address(traces: Sequence[RankTrace]) -> str:
+    """The address that lost most time, if that is more than what failed requests lost."""
+    lost: dict[str, float] = defaultdict(float)
+    for trace in traces:
+        for incident in trace.incidents:
+            lost[incident.address] += incident.lost_seconds
+    return max(lost, key=lost.__getitem__, default="")
 
 
 def find_costs(observed: Observed, told: Told, replayed: float) -> tuple[Cost, ...]:

@@ -110,6 +110,7 @@ def judge(
         max_bandwidth=asked.max_bandwidth,
         storage=[rank.storage for rank in statistics],
         node=traces[0].node,
+        slow_address=told.slow_address,
     )
     return Verdict(
         text=paragraph(facts, bound, advice, lost=next((cost for cost in found if cost.kind in LOSSES), None)),

@@ -45,6 +45,7 @@ class Facts:
         max_bandwidth: The user's own bound.
         storage: What each rank's storage counted.
         node: Where it was.
+        slow_address: Of the storage; empty when there is none.
     """
 
     phases: Mapping[str, float]
@@ -58,6 +59,7 @@ class Facts:
     max_bandwidth: int | None
     storage: Sequence[StorageStatistics]
     node: str
+    slow_address: str = ""
 
 
 def paragraph(facts: Facts, bound: Cost | None, advice: Advice | None, *, lost: Cost | None = None) -> str:
@@ -133,6 +135,7 @@ def _what(facts: Facts, bound: Cost) -> str:
         "late answers": "few answers of the storage that came much later than the others",
         "throttling": f"the storage's throttling ({counts.get('throttling')} to slow down, and the waits after them)",
         "failed requests": f"requests that failed ({counts.get('failed requests')})",
+        "slow address": f"the storage's address {facts.slow_address}, from which bytes came more slowly than from its others",
         "slots": f"staging memory ({counted(facts.num_slots, 'slot')} for {facts.concurrency} reads in flight)",
         "straggler": f"rank {bound.rank}, which was slower than the other ranks of {facts.node}",
         "first touch": "the first touch of the tensors' memory (page faults)",
@@ -150,6 +153,7 @@ def _remedy(facts: Facts, bound: Cost, *, has_advice: bool) -> str:
         "straggler": f"Look at the process of rank {bound.rank}: its CPUs, its GPU and what else runs there.",
         "throttling": f"Ask for less at once, such as concurrency={fewer}, or spread the files over more prefixes.",
         "failed requests": "Run with logging at INFO to see what failed.",
+        "slow address": f"Look at the server, or the path to it, at {facts.slow_address}.",
         "first touch": "Memory that was used before has no page faults: model.reload(), or out= of load_rank.",
         "max_bandwidth": "Raise max_bandwidth, or leave it out.",
     }
