@@ -121,7 +121,7 @@ def test_results_come_back_from_their_json_with_medians_beside_the_runs(some_res
 def test_a_page_says_that_other_work_ran(some_results):
     assert "other work ran" not in page(some_results)
     some_results.load_averages.append(9.5)
-    assert "0.5 to 9.5: **other work ran on the machine.**" in page(some_results)
+    assert "0.5 to 9.5, more than the ranks explain: **other work ran on the machine.**" in page(some_results)
 
 
 def test_the_summary_goes_between_its_marks_and_nowhere_else(some_results):
