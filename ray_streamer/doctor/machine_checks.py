@@ -25,7 +25,13 @@ _LEAST_FREE_SHARE = 0.1
 
 
 def check_machine(settings: Settings, *, num_ranks: int, held_bytes: int = 0) -> list[Finding]:
-    """Looks at limits and memory.
+    """As `check_limits`, and which GPUs and which Ray there are."""
+    limits = check_limits(settings, num_ranks=num_ranks, held_bytes=held_bytes)
+    return [*limits, check_gpus(Path("/dev")), check_ray()]
+
+
+def check_limits(settings: Settings, *, num_ranks: int, held_bytes: int = 0) -> list[Finding]:
+    """Looks at limits of processes, memory and CPUs.
 
     Args:
         settings: Of the load.
@@ -37,8 +43,6 @@ def check_machine(settings: Settings, *, num_ranks: int, held_bytes: int = 0) ->
         check_address_space(resource.getrlimit(resource.RLIMIT_AS)[0]),
         check_memory(settings, num_ranks=num_ranks, held_bytes=held_bytes, available=measure_available_memory()),
         check_cpus(num_ranks, count_cpus()),
-        check_gpus(Path("/dev")),
-        check_ray(),
     ]
 
 

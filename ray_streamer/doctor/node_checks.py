@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import resource
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ray_streamer.cluster.survey import PARCEL_BYTES
 from ray_streamer.doctor.finding import Finding
-from ray_streamer.doctor.machine_checks import check_address_space, check_cpus, check_memory, check_open_files
+from ray_streamer.doctor.machine_checks import check_limits
 from ray_streamer.doctor.storage_checks import MOST_SKEW_SECONDS, check_checkpoint, check_clock, check_files
 from ray_streamer.errors import RayStreamerError
-from ray_streamer.machine import count_cpus, measure_available_memory
 from ray_streamer.units import human_bytes
 
 if TYPE_CHECKING:
@@ -51,15 +49,7 @@ class NodeLook:
         """What is so there; nothing where no rank will be."""
         if not self.num_ranks:
             return ()
-        settings, num_ranks = self.settings, self.num_ranks
-        found = [
-            check_open_files(settings, num_ranks=num_ranks, limit=resource.getrlimit(resource.RLIMIT_NOFILE)[0]),
-            check_address_space(resource.getrlimit(resource.RLIMIT_AS)[0]),
-            check_memory(
-                settings, num_ranks=num_ranks, held_bytes=self.held_bytes, available=measure_available_memory()
-            ),
-            check_cpus(num_ranks, count_cpus()),
-        ]
+        found = check_limits(self.settings, num_ranks=self.num_ranks, held_bytes=self.held_bytes)
         return tuple(found if self.request is None else [*self._check_storage(self.request), *found])
 
     def _check_storage(self, request: LoadRequest) -> list[Finding]:

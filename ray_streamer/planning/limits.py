@@ -141,5 +141,9 @@ def useful_slots(*, memory_limit: int, block_bytes: int, concurrency: int) -> in
     >>> useful_slots(memory_limit=1 << 30, block_bytes=8 << 20, concurrency=16)
     20
     """
-    useful = concurrency + max(1, concurrency // 4)
-    return useful if memory_limit == AS_MUCH_AS_USEFUL else min(useful, max(1, memory_limit // block_bytes))
+    return slots_within(memory_limit, block_bytes=block_bytes, most=concurrency + max(1, concurrency // 4))
+
+
+def slots_within(memory_limit: int, *, block_bytes: int, most: int) -> int:
+    """Slots that the memory limit of one rank holds: at least one, and no more than `most`, where that is more than none."""
+    return most if memory_limit == AS_MUCH_AS_USEFUL else min(most, max(1, memory_limit // block_bytes))

@@ -18,7 +18,7 @@ import logging
 from typing import TYPE_CHECKING, NamedTuple
 
 from ray_streamer.errors import BudgetError
-from ray_streamer.planning.limits import AS_MUCH_AS_USEFUL, useful_slots
+from ray_streamer.planning.limits import slots_within, useful_slots
 from ray_streamer.process_limits import limits_explained
 from ray_streamer.rank.block_reads import BlockReads, DirectReads, StagedReads
 from ray_streamer.rank.conditions import RankConditions, max_copiers
@@ -198,7 +198,7 @@ class RankLoad:
             )
         if self._device_start.opened is not None:
             return min(num_reads, self._num_useful_slots())
-        return num_reads if memory_limit == AS_MUCH_AS_USEFUL else min(num_reads, max(1, memory_limit // slot_bytes))
+        return slots_within(memory_limit, block_bytes=slot_bytes, most=num_reads)
 
     def _num_useful_slots(self) -> int:
         return useful_slots(

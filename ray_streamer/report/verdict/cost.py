@@ -114,9 +114,9 @@ class Told:
 
     def kind(self, cost: Cost, observed: Observed) -> str:
         """The name of a cost, by its reason where that is known."""
-        if cost.kind == "losses" and self.slow_address:
-            return "slow address"
         if cost.kind == "losses":
+            if self.slow_address:
+                return "slow address"
             return "throttling" if 2 * self.num_throttled >= self.num_retries else "failed requests"
         if cost.kind != "bandwidth":
             return cost.kind
