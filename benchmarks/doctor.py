@@ -23,11 +23,11 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+from met_ranks import meet
 from rich.console import Console
 from rich.table import Table
 
-from ray_streamer.cluster.worker import LoadWorker, Seating
-from ray_streamer.rank.agreement import MemoryTerms
+from ray_streamer.cluster.worker import LoadWorker
 from ray_streamer.rank.request import LoadRequest
 from ray_streamer.settings import Settings
 from ray_streamer.sharding import Mesh, RuleSlices, ShardRules, Split
@@ -72,10 +72,7 @@ def rank_main(rank: int, num_ranks: int, uri: str, session: str, pipe: Connectio
     slices = RuleSlices(mesh=mesh, rules=ShardRules(RULES))
     request = LoadRequest(uri=uri, mesh=mesh, slices=slices, settings=Settings.resolve(), device="cpu")
     worker = LoadWorker(rank, request)
-    limit = 256 << 20
-    terms = MemoryTerms(limit, request.read_limits((limit,) * num_ranks))
-    seating = Seating(session=session, ranks=tuple(range(num_ranks)), node="here", terms=terms)
-    worker.agree(request, worker.read_index(request), seating)
+    meet(worker, request, session=session, memory_limit=256 << 20)
     pipe.send(None)
     pipe.recv()
     pipe.send(sum(worker.load().seconds.values()))

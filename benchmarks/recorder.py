@@ -27,12 +27,12 @@ from pathlib import Path
 from statistics import median, quantiles
 from typing import TYPE_CHECKING, Any
 
+from met_ranks import meet
 from rich.console import Console
 from rich.table import Table
 
 import ray_streamer.rank.load
-from ray_streamer.cluster.worker import LoadWorker, Seating
-from ray_streamer.rank.agreement import MemoryTerms
+from ray_streamer.cluster.worker import LoadWorker
 from ray_streamer.rank.recorder import Recorder
 from ray_streamer.rank.request import LoadRequest
 from ray_streamer.rank.trace import RankTrace
@@ -95,9 +95,7 @@ def serve(contender: str, pipe: Connection) -> None:
         slices = RuleSlices(mesh=mesh, rules=ShardRules({"*": Split(0)}))
         request = LoadRequest(uri=uri, mesh=mesh, slices=slices, settings=settings, device="cpu")
         worker = workers.setdefault(told, LoadWorker(0, request))
-        terms = MemoryTerms(STAGING_BYTES, request.read_limits((STAGING_BYTES,)))
-        seating = Seating(session=secrets.token_hex(8), ranks=(0,), node="here", terms=terms)
-        worker.agree(request, worker.read_index(request), seating)
+        meet(worker, request, session=secrets.token_hex(8), memory_limit=STAGING_BYTES)
         began, cpu_began = time.perf_counter(), time.process_time()
         statistics = worker.load()
         if contender in ("traced", "judged"):

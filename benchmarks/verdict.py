@@ -23,11 +23,11 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any, Literal
 
+from met_ranks import meet
 from rich.console import Console
 from rich.table import Table
 
-from ray_streamer.cluster.worker import LoadWorker, Seating
-from ray_streamer.rank.agreement import MemoryTerms
+from ray_streamer.cluster.worker import LoadWorker
 from ray_streamer.rank.request import LoadRequest
 from ray_streamer.rank.trace import RankTrace
 from ray_streamer.report.verdict.judge import judge
@@ -147,11 +147,9 @@ def rank_main(rank: int, pipe: Connection) -> None:
         slices = RuleSlices(mesh=mesh, rules=ShardRules({"*": Split(1)}))
         request = LoadRequest(uri=uri, mesh=mesh, slices=slices, settings=settings, device="cpu")
         limit = settings.memory_limit if settings.memory_limit is not None else 64 * MIB
-        terms = MemoryTerms(limit, request.read_limits((limit,) * NUM_RANKS))
         if worker is None or not again:
             worker = LoadWorker(rank, request)
-        seating = Seating(session=session, ranks=tuple(range(NUM_RANKS)), node="here", terms=terms)
-        worker.agree(request, worker.read_index(request), seating)
+        meet(worker, request, session=session, memory_limit=limit)
         # The proxy's faults begin here.
         pipe.send(None)
         pipe.recv()

@@ -11,8 +11,9 @@ import secrets
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ray_streamer.cluster.worker import LoadWorker, Seating
-from ray_streamer.rank.agreement import MemoryTerms
+from met_ranks import meet
+
+from ray_streamer.cluster.worker import LoadWorker
 from ray_streamer.rank.trace import RankTrace
 from ray_streamer.report.verdict.observe import observe_node
 
@@ -38,12 +39,10 @@ def rank_main(pipe: Connection) -> None:
     import torch  # noqa: F401  # imported by the first load, it would be a part of it
 
     while (order := pipe.recv()) is not None:
-        request, num_ranks = order.request, order.request.mesh.num_ranks
-        limit = request.settings.memory_limit
-        terms = MemoryTerms(limit, request.read_limits((limit,) * num_ranks))
+        request = order.request
         worker = LoadWorker(order.rank, request)
-        seating = Seating(session=order.session, ranks=tuple(range(num_ranks)), node="here", terms=terms)
-        worker.agree(request, worker.read_index(request), seating)
+        assert request.settings.memory_limit is not None
+        meet(worker, request, session=order.session, memory_limit=request.settings.memory_limit)
         # The proxy's faults begin here, and all ranks load at once.
         pipe.send(None)
         pipe.recv()
