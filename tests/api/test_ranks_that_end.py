@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from api_support import forked_ranks
+from api_support.processes import RankProcesses
 
 import ray_streamer
 
 if TYPE_CHECKING:
-    from api_support.processes import RankProcesses
+    from collections.abc import Iterator
 
 REASONS = {
     "dies": "its process ended",
@@ -29,10 +30,17 @@ SETTINGS = ray_streamer.Settings(
 )
 
 
-def _load(pair: RankProcesses, checkpoint: Any, **given: Any) -> dict[str, Any]:
+@pytest.fixture(scope="module")
+def parent() -> Iterator[RankProcesses]:
+    """The process that all ranks of this module are forked from; it never loads."""
+    with RankProcesses(1) as processes:
+        yield processes
+
+
+def _load(parent: RankProcesses, checkpoint: Any, **given: Any) -> dict[str, Any]:
     common = {"uri": checkpoint.uri, "session": secrets.token_hex(8), "settings": SETTINGS}
-    pair.order(0, forked_ranks.load_on_four, **common, **given)
-    return pair.answer(0)
+    parent.order(0, forked_ranks.load_on_four, **common, **given)
+    return parent.answer(0)
 
 
 STEPS = [
@@ -54,8 +62,8 @@ CASES = [
 
 
 @pytest.mark.parametrize(("step", "victim", "how"), CASES)
-def test_the_others_name_the_rank(pair: RankProcesses, checkpoint: Any, step: str, victim: int, how: str) -> None:
-    result = _load(pair, checkpoint, step=step, victim=victim, how=how)
+def test_the_others_name_the_rank(parent: RankProcesses, checkpoint: Any, step: str, victim: int, how: str) -> None:
+    result = _load(parent, checkpoint, step=step, victim=victim, how=how)
     for outcome in result["outcomes"].values():
         # What the first rank finds wrong with the checkpoint is everybody's own error.
         is_shared = step == "reading headers" and how == "fails"
@@ -66,7 +74,7 @@ def test_the_others_name_the_rank(pair: RankProcesses, checkpoint: Any, step: st
     assert result["sockets"] == []
 
 
-def test_ranks_that_all_go_on_succeed(pair: RankProcesses, checkpoint: Any) -> None:
-    result = _load(pair, checkpoint, step="planning", victim=None, how="dies")
+def test_ranks_that_all_go_on_succeed(parent: RankProcesses, checkpoint: Any) -> None:
+    result = _load(parent, checkpoint, step="planning", victim=None, how="dies")
     assert [result["outcomes"][rank] for rank in range(4)] == [{"error": None, "left": []}] * 4
     assert result["sockets"] == []

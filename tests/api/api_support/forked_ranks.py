@@ -1,15 +1,20 @@
-"""Four ranks forked from one process that has imported torch; one of them ends itself at a step of its load."""
+"""Four ranks forked from one process that has imported torch; one of them ends itself at a step of its load.
+
+The process must have loaded nothing itself: a fork copies locks, but not the threads (gloo's, torch's, Arrow's) that would open them.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import select
 import signal
 import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray_streamer
+from api_support.processes import show_stacks
 from api_support.rank_tasks import possessions
 from ray_streamer.errors import ShortReadError
 from ray_streamer.rank.block_reads import BlockReads
@@ -29,14 +34,19 @@ STEPS: dict[str, tuple[type, str]] = {
 }
 """Where a rank may be made to end: the method whose call ends it."""
 
+ANSWER_SECONDS = 50.0
+"""Less than whoever ordered the load waits, so that the rank is named."""
+
 
 def load_on_four(
     uri: str, *, victim: int | None, step: str, how: str, session: str, **arguments: Any
 ) -> dict[str, Any]:
     """Loads on four ranks; gives how each survivor ended and what it left, and the sockets that are left at the end."""
-    pipes = [os.pipe() for _ in range(4)]
+    pipes: list[int] = []
     pids: list[int] = []
     for rank in range(4):
+        # Made and closed around each fork, so that no later rank holds this one's end open.
+        ours, theirs = os.pipe()
         pid = os.fork()
         if pid == 0:
             end = _ending(how) if rank == victim else None
@@ -44,17 +54,18 @@ def load_on_four(
                 lambda rank=rank: {"uri": uri, "rank": rank, "world_size": 4, "session": session} | arguments,
                 step,
                 end,
-                pipes[rank][1],
+                theirs,
             )
-        pids.append(pid)
-    for _, theirs in pipes:
         os.close(theirs)
-    outcomes = {rank: _read(pipes[rank][0]) for rank in range(4) if rank != victim}
-    for pid in pids:
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
-    for ours, _ in pipes:
-        os.close(ours)
+        pipes.append(ours)
+        pids.append(pid)
+    try:
+        outcomes = {rank: _read(pipes[rank], rank, pids[rank]) for rank in range(4) if rank != victim}
+    finally:
+        for pid, ours in zip(pids, pipes, strict=True):
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            os.close(ours)
     sockets = [line for line in Path("/proc/net/unix").read_text().splitlines() if session in line]
     return {"outcomes": outcomes, "sockets": sockets}
 
@@ -88,11 +99,14 @@ def _run(make: Callable[[], dict[str, Any]], step: str, end: Callable[..., Any] 
         os._exit(0)
 
 
-def _read(pipe: int) -> dict[str, Any]:
-    """What a rank wrote; its pipe ends with the rank itself, since the forks before it have copies of the others' only."""
+def _read(pipe: int, rank: int, pid: int) -> dict[str, Any]:
+    """What a rank wrote before its pipe ended with it."""
     text = b""
     while not text.endswith(b"}"):
+        if not select.select([pipe], [], [], ANSWER_SECONDS)[0]:
+            show_stacks(pid)
+            raise AssertionError(f"rank {rank} neither loads nor fails")
         read = os.read(pipe, 1 << 16)
-        assert read, "a rank ended without a word"
+        assert read, f"rank {rank} ended without a word"
         text += read
     return json.loads(text)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing
 import os
 import pickle
 import signal
+import time
 from typing import TYPE_CHECKING, Any, Self
 
 if TYPE_CHECKING:
@@ -62,8 +64,11 @@ class RankProcesses:
         self._pipes[process].send((function, kwargs, environment or {}))
 
     def answer(self, process: int, seconds: float = HANG_SECONDS) -> Any:
-        """What the function returned, or the error that it raised."""
-        assert self._pipes[process].poll(seconds), f"process {process} does not answer"
+        """What the function returned, or the error that it raised; a process that says nothing shows its stacks and is ended."""
+        if not self._pipes[process].poll(seconds):
+            show_stacks(self.pids[process])
+            self._processes[process].kill()
+            raise AssertionError(f"process {process} does not answer")
         return self._pipes[process].recv()
 
     def run(self, function: Callable[..., Any], per_rank: Sequence[dict[str, Any]]) -> list[Any]:
@@ -73,8 +78,15 @@ class RankProcesses:
         return [self.answer(process) for process in range(len(per_rank))]
 
 
+def show_stacks(pid: int) -> None:
+    """Let a process of this module's, or one forked from it, write to stderr where its threads are."""
+    os.kill(pid, signal.SIGUSR1)
+    time.sleep(1)
+
+
 def _serve(pipe: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    faulthandler.register(signal.SIGUSR1)
     for name in [name for name in os.environ if name.startswith(("RAY_STREAMER_", "RUNAI_STREAMER_", "AWS_"))]:
         del os.environ[name]
     import torch
