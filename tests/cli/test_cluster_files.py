@@ -107,6 +107,6 @@ def test_pods_have_the_account_the_memory_and_the_cache_that_they_name(name):
 
 def test_the_job_asks_for_as_many_ranks_as_there_are_gpus():
     job = loaded("examples/kuberay_job.yaml")[-1]
-    tp = int(job["spec"]["entrypoint"].split()[-1])
+    *_, tp, device = job["spec"]["entrypoint"].split()
     gpus = [int(pod["containers"][0]["resources"]["limits"].get("nvidia.com/gpu", 0)) for pod in pods_of(job)]
-    assert sum(gpus) == tp
+    assert (sum(gpus), device) == (int(tp), "cuda")
