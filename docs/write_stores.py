@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ray_streamer.storage.stores import STORES
+from ray_streamer.storage.stores import STORES, StoreKind, UriForm
 
 PAGE = Path(__file__).with_name("stores.md")
 BEGIN, END = "<!-- uris: begin -->", "<!-- uris: end -->"
@@ -13,7 +13,7 @@ BEGIN, END = "<!-- uris: begin -->", "<!-- uris: end -->"
 def table() -> str:
     """The table of uris, between its markers."""
     rows = [
-        f"| `{form.form}` | {form.meaning} | {form.credentials} | {_install(kind.extra)} |"
+        f"| `{form.form}` | {form.meaning} | {form.credentials} | {_install(kind, form)} |"
         for kind in STORES
         for form in kind.forms
     ]
@@ -21,8 +21,8 @@ def table() -> str:
     return "\n".join([BEGIN, *head, *rows, END])
 
 
-def _install(extra: str) -> str:
-    return f"`pip install 'ray_streamer[{extra}]'`" if extra else ""
+def _install(kind: StoreKind, form: UriForm) -> str:
+    return f"`pip install 'ray_streamer[{kind.extra}]'`" if kind.extra and form.needs_extra else ""
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""`ray-streamer inspect`: which tensors are there, of what size, and how would the rules lay them out?"""
+"""`ray-streamer inspect`: which tensors are there, of what size, and how would ranks share them?"""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 @verbose_option
 @with_settings
 def command(uri: UrisLike, top: int, sharding: dict[str, Any], as_json: bool, settings: Settings) -> None:
-    """Show what the checkpoint at URI holds: files, dtypes, the largest tensors, and how much of it lies how.
+    """Show what the checkpoint at URI holds: files, dtypes, the largest tensors, how much of it is split or replicated, and which --tp works.
 
     Only headers are read. With --fuse, --dtype or --rename, also show the tensors that a load would make.
     """

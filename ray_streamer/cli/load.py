@@ -54,7 +54,7 @@ if TYPE_CHECKING:
 @click.option(
     "--trace",
     type=OUTPUT_FILE,
-    help="Write every block's life on all ranks there, for ui.perfetto.dev or chrome://tracing.",
+    help="Write every read and copy of all ranks there, for ui.perfetto.dev or chrome://tracing.",
 )
 @with_sharding
 @json_option

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from click import Command, Context
 
 COMMANDS = {
-    "inspect": "What a checkpoint holds, and how its tensors would lie.",
+    "inspect": "What a checkpoint holds, how ranks would share it, and which --tp works.",
     "plan": "What a load would read, by whom; only headers are read.",
     "doctor": "What this node can do, what stands in the way, what a load should take.",
     "load": "Load over the ranks of a Ray cluster and report what it took.",

@@ -51,7 +51,7 @@ RULE_OPTIONS = (
         type=Parsed("glob=placement", parse_rule),
         multiple=True,
         callback=lambda _ctx, _param, rules: rules or None,
-        help="How tensors lie whose name matches the glob, before the preset that config.json names; may be given "
+        help="How ranks share the tensors whose names match the glob, before the preset that config.json names; may be given "
         f"again, the first match decides. Placements: {_GRAMMAR}.",
     ),
     click.option(

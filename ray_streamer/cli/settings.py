@@ -74,11 +74,20 @@ def _option(name: str, field: FieldInfo) -> Callable[..., Any]:
     )
 
 
+_METAVARS = {
+    "_seconds": "SECONDS",
+    "_bytes": "BYTES",
+    "_limit": "BYTES",
+    "_bandwidth": "BYTES",
+    "_percent": "PERCENT",
+    "_url": "URL",
+    "_bundle": "FILE",
+    "_dir": "FOLDER",
+}
+
+
 def _metavar(name: str, field: FieldInfo) -> str:
     if get_origin(field.annotation) is Literal:
         return f"[{'|'.join(get_args(field.annotation))}]"
-    if name.endswith("_seconds"):
-        return "SECONDS"
-    if name.endswith(("_bytes", "_limit")):
-        return "BYTES"
-    return "NUMBER" if field.annotation is int else "TEXT"
+    default = "NUMBER" if field.annotation is int else "TEXT"
+    return next((metavar for ending, metavar in _METAVARS.items() if name.endswith(ending)), default)

@@ -23,11 +23,13 @@ class UriForm:
         form: With names in capitals for what differs.
         meaning: What it is.
         credentials: Which are used, if nothing is said.
+        needs_extra: Whether the store's extra must be installed for it.
     """
 
     form: str
     meaning: str
     credentials: str
+    needs_extra: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,7 +119,7 @@ GOOGLE = StoreKind(
             "a bucket of Google",
             "Google's application default credentials, or none with `gs_unsigned`",
         ),
-        UriForm("gs://anonymous@BUCKET/PREFIX", "a public bucket", "none; needs no package"),
+        UriForm("gs://anonymous@BUCKET/PREFIX", "a public bucket", "none", needs_extra=False),
     ),
     extra="google",
     schemes_of_pyarrow=("gs", "gcs"),
