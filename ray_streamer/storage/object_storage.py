@@ -14,54 +14,34 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
 
-from ray_streamer.errors import ObjectChangedError, ShortReadError, StorageError, ThrottledError
+from ray_streamer.errors import ObjectChangedError, ShortReadError, StorageError
 from ray_streamer.extent import Extent
-from ray_streamer.storage.answer import check_extent, content_range_of, faults_translated, refuse_encoded
+from ray_streamer.storage.answer import check_extent, content_range_of, refuse_encoded
 from ray_streamer.storage.base import ObjectInfo, RemoteStorage, check_buffer, ignore
 from ray_streamer.storage.counters import Counters
 from ray_streamer.storage.http_client import HttpClient
 from ray_streamer.storage.identity import Identity
-from ray_streamer.storage.landing import Landing
 from ray_streamer.storage.lateness import LateBodyError
 from ray_streamer.storage.listing import MAX_PAGE_BYTES, list_keys
-from ray_streamer.storage.refusal import MAX_ERROR_BYTES
-from ray_streamer.storage.request_limit import RequestLimit
+from ray_streamer.storage.object_requests import ConditionRefusedError, ObjectRequests
+from ray_streamer.storage.partial_read import PartialRead
 from ray_streamer.storage.retry import PassingFault, RetryPolicy
 from ray_streamer.storage.slow_address import Body
 from ray_streamer.units import exact_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from contextlib import AbstractContextManager
 
     from ray_streamer.storage.answer import ContentRange
     from ray_streamer.storage.base import Incident, OnFirstByte, StorageSettings, StorageStatistics
     from ray_streamer.storage.http_connection import HttpAnswer
     from ray_streamer.storage.listing import ListingPage
-    from ray_streamer.storage.object_store import ObjectStore, Request
+    from ray_streamer.storage.object_store import ObjectStore
 
 _Result = TypeVar("_Result")
 _FIRST_BYTE = Extent(0, 1)
-_REDIRECTS = frozenset({301, 302, 303, 307, 308})
-_MAX_REDIRECTS = 5
 
 _logger = logging.getLogger(__name__)
-
-
-class _ConditionRefusedError(Exception):
-    """The store says that `If-Match` does not hold, or that it does not know it.
-
-    Attributes:
-        error: What it becomes if that is true.
-    """
-
-    def __init__(self, error: StorageError) -> None:
-        super().__init__(str(error))
-        self.error = error
-
-
-class _MovedError(Exception):
-    """The store sent the request elsewhere, which it has noted."""
 
 
 class ObjectStorage(RemoteStorage):
@@ -82,8 +62,7 @@ class ObjectStorage(RemoteStorage):
         self._http = HttpClient(
             settings, ca_file=store.ca_file, counters=self._counters, is_public_web=store.is_public_web
         )
-        self._limit = RequestLimit(settings.concurrency)
-        self._has_answered = False
+        self._requests = ObjectRequests(store, self._http, self._counters, max_requests=settings.concurrency)
         self._sends_conditions = True
         self._sizes: dict[tuple[str, str], int] = {}  # by path and ETag, which does not tell them
         self._warned: set[str] = set()
@@ -105,10 +84,10 @@ class ObjectStorage(RemoteStorage):
 
     def read_head(self, path: str, max_bytes: int) -> tuple[bytes, ObjectInfo]:
         """See `Storage`."""
-        landing = Landing(path, Extent(0, max(1, max_bytes)))
+        read = PartialRead(path, Extent(0, max(1, max_bytes)))
         try:
-            self._run(lambda: self._land(landing))
-            head, identity = bytes(landing.view[:max_bytes]), landing.identity
+            self._run(lambda: self._land(read))
+            head, identity = bytes(read.view[:max_bytes]), read.identity
         except ShortReadError:
             # An object without bytes has no first byte to ask for.
             head, identity = b"", self._run(lambda: self._identity_of_empty(path))
@@ -127,10 +106,10 @@ class ObjectStorage(RemoteStorage):
         identity = Identity.parse(etag)
         if identity.is_exact:
             identity = replace(identity, size_bytes=self._sizes.get((path, etag)))
-        landing = Landing(path, extent, buffer.cast("B"), identity, on_first_byte=on_first_byte)
+        read = PartialRead(path, extent, buffer.cast("B"), identity, on_first_byte=on_first_byte)
         self._run(
-            lambda: self._land(landing),
-            on_retry=lambda: self._counters.retried(path, landing.rest.start, landing.take_lost_seconds()),
+            lambda: self._land(read),
+            on_retry=lambda: self._counters.retried(path, read.rest.start, read.take_lost_seconds()),
         )
 
     def list(self, prefix: str = "", *, recursive: bool = False) -> list[str]:
@@ -159,7 +138,7 @@ class ObjectStorage(RemoteStorage):
     def close(self) -> None:
         """See `Storage`; reads in flight end with `StorageError`."""
         self._closing.set()
-        self._limit.close()
+        self._requests.close()
         self._http.close()
         self._store.close()
 
@@ -182,56 +161,56 @@ class ObjectStorage(RemoteStorage):
         )
         return policy.run(attempt_or_cut)
 
-    def _land(self, landing: Landing) -> None:
+    def _land(self, read: PartialRead) -> None:
         """One attempt to bring what is missing of an extent; what a broken body has brought stays."""
         try:
-            self._land_once(landing)
-        except _ConditionRefusedError as refused:
-            self._look_again(landing, refused.error)
-            self._land_once(landing)
+            self._land_once(read)
+        except ConditionRefusedError as refused:
+            self._look_again(read, refused.error)
+            self._land_once(read)
 
-    def _land_once(self, landing: Landing) -> None:
-        rest = landing.rest
+    def _land_once(self, read: PartialRead) -> None:
+        rest = read.rest
         if not rest.num_bytes:
             # Nothing was asked for, or the fault came after the last byte.
             return
-        with self._answer(landing.path, rest, expected=landing.identity) as (answer, given, identity):
-            self._pin_size(landing, identity)
-            landing.begin(given, identity, what=self._name(landing.path))
+        with self._answer(read.path, rest, expected=read.identity) as (answer, given, identity):
+            self._pin_size(read, identity)
+            read.begin(given, identity, what=self._name(read.path))
             began, address = time.perf_counter(), answer.connection.address
             try:
-                self._http.receive_into(answer, landing.view[landing.num_landed :])
+                self._http.receive_into(answer, read.view[read.num_landed :])
             finally:
-                body = Body(address, landing.path, rest.start, answer.num_received, began, time.perf_counter())
+                body = Body(address, read.path, rest.start, answer.num_received, began, time.perf_counter())
                 self._counters.received(body)
-                landing.add(answer.num_received)
+                read.add(answer.num_received)
             if answer.is_too_long:
                 raise StorageError(
-                    f"{self._name(landing.path, rest)}: the body is longer than the {exact_bytes(given.extent.num_bytes)} of its "
+                    f"{self._name(read.path, rest)}: the body is longer than the {exact_bytes(given.extent.num_bytes)} of its "
                     "Content-Range"
                 )
-        if landing.rest.num_bytes:
-            raise PassingFault(f"the body of {self._name(landing.path, rest)} ended at byte {landing.rest.start}")
+        if read.rest.num_bytes:
+            raise PassingFault(f"the body of {self._name(read.path, rest)} ended at byte {read.rest.start}")
 
-    def _pin_size(self, landing: Landing, identity: Identity) -> None:
+    def _pin_size(self, read: PartialRead, identity: Identity) -> None:
         """All answers about one version tell one size, that of the first; an ETag alone does not say which."""
-        expected = landing.identity
+        expected = read.identity
         if expected and expected.is_exact and expected.size_bytes is None:
-            size_bytes = self._sizes.setdefault((landing.path, expected.etag), given_size := identity.size_bytes or 0)
+            size_bytes = self._sizes.setdefault((read.path, expected.etag), given_size := identity.size_bytes or 0)
             if size_bytes != given_size:
                 raise ObjectChangedError(
-                    f"{self._name(landing.path)} has {exact_bytes(given_size)} now, not {exact_bytes(size_bytes)}"
+                    f"{self._name(read.path)} has {exact_bytes(given_size)} now, not {exact_bytes(size_bytes)}"
                 )
 
-    def _look_again(self, landing: Landing, refused: StorageError) -> None:
+    def _look_again(self, read: PartialRead, refused: StorageError) -> None:
         """Ask without a condition which object is there, and send no more conditions if it is the expected one.
 
         Raises:
             ObjectChangedError: It is another object.
         """
-        expected = landing.identity
+        expected = read.identity
         try:
-            with self._answer(landing.path, _FIRST_BYTE, expected=None) as (answer, _, now):
+            with self._answer(read.path, _FIRST_BYTE, expected=None) as (answer, _, now):
                 self._http.receive_into(answer, memoryview(bytearray(1)))
                 difference = answer.secrets.clean(expected.difference(now)) if expected else ""
         except ShortReadError:
@@ -241,15 +220,13 @@ class ObjectStorage(RemoteStorage):
         self._sends_conditions = False
         self._warn(
             "condition",
-            f"{self._name(landing.path)}: the store refuses If-Match with the ETag that it gives; conditions are no longer "
+            f"{self._name(read.path)}: the store refuses If-Match with the ETag that it gives; conditions are no longer "
             "sent, and the ETag of every answer is compared",
         )
 
     def _list_page(self, prefix: str, token: str, *, recursive: bool) -> ListingPage:
         what = f"listing {self.uri}"
-        with self._all_faults_translated(what):
-            request = self._store.listing_request(prefix, token, recursive=recursive)
-        with self._asked(what, request, path=None) as answer:
+        with self._requests.get_page(prefix, token, what, recursive=recursive) as answer:
             refuse_encoded(answer, what=what)
             page = memoryview(
                 bytearray(min(MAX_PAGE_BYTES, MAX_PAGE_BYTES if answer.length is None else answer.length))
@@ -272,7 +249,7 @@ class ObjectStorage(RemoteStorage):
         # The last byte is inclusive in HTTP (RFC 9110, section 14.1.2), and nowhere else.
         headers = {"Range": f"bytes={asked.start}-{asked.stop - 1}"}
         pinned = expected if self._sends_conditions else None
-        with self._get(path, what, headers, pinned, offset=asked.start) as (request, answer):
+        with self._requests.get(path, what, headers, pinned, offset=asked.start) as (request, answer):
             given = content_range_of(answer, what=what)
             identity = self._store.identity_of(path, request, answer, given.size_bytes)
             difference = expected.difference(identity) if expected else ""
@@ -290,65 +267,11 @@ class ObjectStorage(RemoteStorage):
     def _identity_of_empty(self, path: str) -> Identity:
         """Of an object without bytes, which can be asked for as a whole only."""
         what = self._name(path)
-        with self._get(path, what, {}, None) as (request, answer):
+        with self._requests.get(path, what, {}, None) as (request, answer):
             self._http.receive_into(answer, memoryview(bytearray(1)))
             if answer.length or answer.num_received:
                 raise StorageError(f"{what}: the store refuses to give the first byte of an object that has some")
             return self._store.identity_of(path, request, answer, 0)
-
-    @contextmanager
-    def _get(
-        self, path: str, what: str, headers: dict[str, str], pinned: Identity | None, *, offset: int = 0
-    ) -> Iterator[tuple[Request, HttpAnswer]]:
-        """One GET of an object and its answer, whose status was success, wherever the store sent the request."""
-        for _ in range(_MAX_REDIRECTS + 1):
-            with self._all_faults_translated(what):
-                request = self._store.object_request(path, headers, pinned)
-            try:
-                with self._asked(what, request, path=path, offset=offset) as answer:
-                    yield request, answer
-            except _MovedError:
-                continue
-            except PassingFault as fault:
-                if fault.is_worth_one_retry:
-                    self._store.discard(path, request)
-                raise
-            else:
-                return
-            finally:
-                self._store.end(path, request)
-        raise StorageError(f"{what}: the server sent the request on more than {_MAX_REDIRECTS} times")
-
-    @contextmanager
-    def _asked(self, what: str, request: Request, *, path: str | None, offset: int = 0) -> Iterator[HttpAnswer]:
-        """The answer to one request, for an object or else a listing, when its turn has come and if its status was success."""
-        with (
-            self._limit.admit() as turn,
-            self._faults_translated(what, endpoint=self._store.place_of(request)),
-            self._http.get(request.url, request.headers) as answer,
-        ):
-            self._has_answered = True
-            if answer.status not in (200, 206):
-                if path is not None and answer.status in _REDIRECTS and self._store.follow(path, request, answer):
-                    # Its body is of no interest, but keeps the connection.
-                    self._http.read(answer, MAX_ERROR_BYTES)
-                    raise _MovedError
-                raise self._refusal(answer, what, request, number=turn.number, is_object=path is not None)
-            self._limit.climb()
-            if turn.held_seconds and path is not None:
-                self._counters.held(path, offset, turn.held_seconds)
-            yield answer
-
-    def _refusal(self, answer: HttpAnswer, what: str, request: Request, *, number: int, is_object: bool) -> Exception:
-        """The exception to raise for an answer, with what it means for later requests."""
-        refusal = self._store.refusal_of(request, answer, self._http.read(answer, MAX_ERROR_BYTES))
-        fault = refusal.error(what, is_object=is_object)
-        if answer.status in (412, 501) and request.is_conditional and isinstance(fault, StorageError):
-            return _ConditionRefusedError(fault)
-        if isinstance(fault, PassingFault) and fault.error_class is ThrottledError:
-            self._counters.add(num_throttled=1)
-            self._limit.fall(number)
-        return fault
 
     def _warn_of_identity(self, path: str, identity: Identity) -> None:
         what = "a weak ETag" if identity.etag else "no ETag"
@@ -364,22 +287,6 @@ class ObjectStorage(RemoteStorage):
         if kind not in self._warned:
             self._warned.add(kind)
             _logger.warning("%s", message)
-
-    def _faults_translated(self, what: str, *, endpoint: str) -> AbstractContextManager[None]:
-        return faults_translated(
-            what,
-            endpoint=endpoint,
-            endpoint_advice=self._store.endpoint_advice,
-            ca_advice=self._store.ca_advice,
-            has_answered=self._has_answered,
-        )
-
-    @contextmanager
-    def _all_faults_translated(self, what: str) -> Iterator[None]:
-        """The same for what asks for credentials, by the store's own library."""
-        here = self._faults_translated(what, endpoint=self._store.endpoint)
-        with here, self._store.faults_translated(what, has_answered=self._has_answered):
-            yield
 
     def _name(self, path: str, extent: Extent | None = None) -> str:
         name = f"{self.uri.rstrip('/')}/{path}"

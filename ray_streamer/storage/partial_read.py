@@ -1,4 +1,4 @@
-"""How much of one extent has landed, over as many answers as it takes?"""
+"""How much of one extent is in memory, over as many answers as it takes?"""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ray_streamer.storage.identity import Identity
 
 
-class Landing:
+class PartialRead:
     """The bytes of an extent on their way into memory; used by one thread.
 
     Attributes:
