@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from ray_streamer.device.base import Result
-    from ray_streamer.planning.landing import StridedMove
+    from ray_streamer.planning.pattern_copies import StridedMove
     from ray_streamer.planning.rank_plan import StridedPiece
     from ray_streamer.planning.views import Box
 

@@ -9,13 +9,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ray_streamer.planning.pieces import PIECE_COLUMNS, STRIDED_COLUMNS, RowLandings, cut_pieces, cut_strided
+from ray_streamer.planning.pieces import PIECE_COLUMNS, STRIDED_COLUMNS, RowCopies, cut_pieces, cut_strided
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from ray_streamer.planning.landing import StridedMove
+    from ray_streamer.planning.pattern_copies import StridedMove
     from ray_streamer.planning.read_plan import ReadPlan
 
 
@@ -62,7 +62,7 @@ def _pieces_of_node(plan: ReadPlan, node: int) -> pa.Table:
     node_plan = plan.node_plans[plan.node_plan_ids[node]]
     tables: list[pa.Table] = []
     for rank in plan.topology.nodes[node]:
-        rows = RowLandings.of(plan.index, plan.slices[rank])
+        rows = RowCopies.of(plan.index, plan.slices[rank])
         pieces = cut_pieces(rows, node_plan.blocks)
         strided, moves = cut_strided(rows, node_plan.blocks)
         plain = dict(zip(PIECE_COLUMNS, pieces.rows.T, strict=True))

@@ -14,7 +14,7 @@ import numpy as np
 
 from ray_streamer.dtypes import DTYPE_CODES, DTYPES
 from ray_streamer.errors import PlanError
-from ray_streamer.planning.landing import Region, land
+from ray_streamer.planning.pattern_copies import Region, copies_of
 from ray_streamer.planning.reads import Ragged, meet, tensor_keys
 from ray_streamer.planning.wanted import Span, spans_of
 from ray_streamer.rows import group_rows
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from ray_streamer.checkpoint.index import CheckpointIndex
-    from ray_streamer.planning.landing import Landing, StridedMove
+    from ray_streamer.planning.pattern_copies import PatternCopies, StridedMove
     from ray_streamer.planning.reads import BlockColumns, Meeting
     from ray_streamer.slices.rank_slices import RankSlices
 
@@ -49,50 +49,50 @@ STRIDED_COLUMNS = ("result", "move", "source_start", "target_start")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class RowLandings:
-    """How the rows of a rank's slices land.
+class RowCopies:
+    """By which copies the rows of a rank's slices reach their results.
 
     Attributes:
-        landings: Distinct ones.
-        landing_ids: For each row its position in `landings`.
+        copies: Distinct ones.
+        copy_ids: For each row its position in `copies`.
         tensor_keys: For each row the key of the tensor's first byte.
         result_ids: For each row the number of its result.
         target_starts: For each row what is added to every target, in bytes.
     """
 
-    landings: tuple[Landing, ...]
-    landing_ids: Column = field(repr=False)
+    copies: tuple[PatternCopies, ...]
+    copy_ids: Column = field(repr=False)
     tensor_keys: Column = field(repr=False)
     result_ids: Column = field(repr=False)
     target_starts: Column = field(repr=False)
 
     @classmethod
-    def of(cls, index: CheckpointIndex, slices: RankSlices) -> RowLandings:
-        """The landings of all rows.
+    def of(cls, index: CheckpointIndex, slices: RankSlices) -> RowCopies:
+        """The copies of all rows.
 
         Raises:
             PlanError: A move does not lie on whole bytes, or cannot be cast.
         """
         codes = _result_codes(slices)[slices.result_ids]
         sources = index.dtype_codes[slices.tensor_ids]
-        landing_ids, examples = group_rows([slices.pattern_ids, sources, codes])
+        copy_ids, examples = group_rows([slices.pattern_ids, sources, codes])
         kinds = zip(
             slices.pattern_ids[examples].tolist(), sources[examples].tolist(), codes[examples].tolist(), strict=True
         )
-        landings = tuple(land(slices.patterns[at], DTYPES[source], DTYPES[target]) for at, source, target in kinds)
+        copies = tuple(copies_of(slices.patterns[at], DTYPES[source], DTYPES[target]) for at, source, target in kinds)
         bits = slices.target_offsets * np.array([dtype.num_bits for dtype in DTYPES], dtype=np.int64)[codes]
         if (bits % 8).any():
             row = int(np.flatnonzero(bits % 8)[0])
             name = slices.results.names[slices.result_ids[row]]
             raise PlanError(f"slices put {index.names[slices.tensor_ids[row]]!r} inside a byte of result {name!r}")
         keys = tensor_keys(index)[slices.tensor_ids]
-        return cls(landings, landing_ids, keys, slices.result_ids.astype(np.int64), bits // 8)
+        return cls(copies, copy_ids, keys, slices.result_ids.astype(np.int64), bits // 8)
 
     @property
     def num_bytes(self) -> Column:
         """For each row the bytes that come to its result."""
-        sizes = np.array([landing.num_bytes for landing in self.landings], dtype=np.int64)
-        return sizes[self.landing_ids] if len(sizes) else np.zeros(0, dtype=np.int64)
+        sizes = np.array([copies.num_bytes for copies in self.copies], dtype=np.int64)
+        return sizes[self.copy_ids] if len(sizes) else np.zeros(0, dtype=np.int64)
 
     def bytes_to_fill(self, num_results: int) -> Column:
         """Bytes that come to each result."""
@@ -134,10 +134,10 @@ class BlockTable:
         return self.rows[self.firsts[number] : self.firsts[number + 1]].tolist()
 
 
-def cut_pieces(rows: RowLandings, blocks: BlockColumns) -> BlockTable:
+def cut_pieces(rows: RowCopies, blocks: BlockColumns) -> BlockTable:
     """The regions of all rows as pieces; columns are `PIECE_COLUMNS`."""
-    regions = Ragged.from_rows([landing.regions for landing in rows.landings], Region._fields)
-    owners, numbers = regions.expand(rows.landing_ids)
+    regions = Ragged.from_rows([copies.regions for copies in rows.copies], Region._fields)
+    owners, numbers = regions.expand(rows.copy_ids)
     table = {name: column[numbers] for name, column in regions.columns.items()}
     lengths = (table["num_runs"] - 1) * table["source_stride"] + table["run_bytes"]
     meeting = meet(blocks, rows.tensor_keys[owners] + table["source_start"], lengths)
@@ -193,15 +193,15 @@ def _pieces_where(
     }
 
 
-def cut_strided(rows: RowLandings, blocks: BlockColumns) -> tuple[BlockTable, tuple[StridedMove, ...]]:
+def cut_strided(rows: RowCopies, blocks: BlockColumns) -> tuple[BlockTable, tuple[StridedMove, ...]]:
     """The parts of all rows' strided moves, and the moves; columns are `STRIDED_COLUMNS`."""
     moves: dict[StridedMove, int] = {}
     spans: list[list[tuple[int, ...]]] = []
-    for landing in rows.landings:
-        numbered = [(moves.setdefault(move, len(moves)), move) for move in landing.strided]
+    for copies in rows.copies:
+        numbered = [(moves.setdefault(move, len(moves)), move) for move in copies.strided]
         spans.append([(number, *span) for number, move in numbered for span in _source_spans(move)])
     table = Ragged.from_rows(spans, ("move", *Span._fields))
-    owners, numbers = table.expand(rows.landing_ids)
+    owners, numbers = table.expand(rows.copy_ids)
     columns = {name: column[numbers] for name, column in table.columns.items()}
     lengths = (columns["num_runs"] - 1) * columns["stride"] + columns["run_bytes"]
     meeting = meet(blocks, rows.tensor_keys[owners] + columns["start"], lengths)

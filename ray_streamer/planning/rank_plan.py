@@ -13,7 +13,7 @@ import numpy as np
 from ray_streamer.errors import PlanError
 from ray_streamer.extent import Extent
 from ray_streamer.planning.fills import check_fills
-from ray_streamer.planning.pieces import PIECE_COLUMNS, RowLandings, cut_pieces, cut_strided
+from ray_streamer.planning.pieces import PIECE_COLUMNS, RowCopies, cut_pieces, cut_strided
 from ray_streamer.rows import group_rows
 
 if TYPE_CHECKING:
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
     from ray_streamer.checkpoint.index import CheckpointIndex, ShardFile
     from ray_streamer.planning.fills import OpenResults
-    from ray_streamer.planning.landing import StridedMove
     from ray_streamer.planning.node_plan import NodePlan
+    from ray_streamer.planning.pattern_copies import StridedMove
     from ray_streamer.planning.pieces import BlockTable
     from ray_streamer.slices.rank_slices import RankSlices
     from ray_streamer.slices.result import ResultSpecs
@@ -154,7 +154,7 @@ class RankPlan:
             PlanError: Slices write one element twice, leave their results, or are not those that were planned.
         """
         holes = check_fills(index, slices) if holes is None else holes
-        rows = RowLandings.of(index, slices)
+        rows = RowCopies.of(index, slices)
         pieces = cut_pieces(rows, node_plan.blocks)
         strided, moves = cut_strided(rows, node_plan.blocks)
         taken = np.flatnonzero(node_plan.consumers[:, local_rank])

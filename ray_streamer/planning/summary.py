@@ -11,7 +11,7 @@ from collections import defaultdict
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from ray_streamer.planning.pieces import RowLandings
+from ray_streamer.planning.pieces import RowCopies
 from ray_streamer.planning.reads import bytes_by_block, kinds_of
 from ray_streamer.slices.rank_sources import RankSources
 from ray_streamer.units import counted, human_bytes
@@ -188,7 +188,7 @@ def _count_shares(plan: ReadPlan, node: int) -> dict[str, list[int]]:
     counts: dict[str, list[int]] = defaultdict(list)
     for local_rank, rank in enumerate(members):
         is_reader, wanted = readers == local_rank, bytes_by_block(plan.index, kinds, blocks, local_rank)
-        counts["result_bytes"].append(int(RowLandings.of(plan.index, plan.slices[rank]).num_bytes.sum()))
+        counts["result_bytes"].append(int(RowCopies.of(plan.index, plan.slices[rank]).num_bytes.sum()))
         counts["read_bytes"].append(int(lengths[is_reader].sum()))
         counts["requests"].append(int(is_reader.sum()))
         counts["direct_bytes"].append(int(wanted[is_reader & is_own].sum()))

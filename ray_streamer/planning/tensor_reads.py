@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import numpy as np
 
 from ray_streamer.planning.coverage import num_covered
-from ray_streamer.planning.pieces import RowLandings
+from ray_streamer.planning.pieces import RowCopies
 from ray_streamer.planning.reads import cover_node, kinds_of, tensor_keys
 from ray_streamer.planning.wanted import source_bytes
 from ray_streamer.rows import group_rows
@@ -149,7 +149,7 @@ class _Held:
             times = alike.pop(id(said), 0)
             if times:
                 is_held[said.tensor_ids] = True
-                np.add.at(num_bytes, said.tensor_ids, times * RowLandings.of(plan.index, said).num_bytes)
+                np.add.at(num_bytes, said.tensor_ids, times * RowCopies.of(plan.index, said).num_bytes)
                 rows[said.tensor_ids] = np.arange(len(said))
         return cls(plan, ranks, is_held, num_bytes, rows)
 

@@ -1,7 +1,7 @@
 """What do rules say that one rank holds? A slice source: called with an index and a rank, in whichever process plans.
 
-index ─> kinds of names ─> groups of tensors ─> landings      once per index, whatever the rank
-landings + position of the rank in the mesh ─> rank slices    tens of patterns, and columns that are gathered
+index ─> kinds of names ─> groups of tensors ─> destinations        once per index, whatever the rank
+destinations + position of the rank in the mesh ─> rank slices      tens of patterns, and columns that are gathered
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from ray_streamer.errors import SettingsError, ShardingError
 from ray_streamer.sharding.adapter import adapter_rules
 from ray_streamer.sharding.cast import DTypeLike, checked_dtypes
 from ray_streamer.sharding.completeness import refuse_absent
+from ray_streamer.sharding.destinations import find_destinations
 from ray_streamer.sharding.families import family_of
 from ray_streamer.sharding.fuse import FuseLike, checked_fusions
 from ray_streamer.sharding.groups import DEFAULT_UNMATCHED, Unmatched
-from ray_streamer.sharding.landing import find_landings
 from ray_streamer.sharding.lookalikes import advice
 from ray_streamer.sharding.mesh import Mesh
 from ray_streamer.sharding.name_kinds import kinds_of_tensors
@@ -39,8 +39,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from ray_streamer.checkpoint.index import CheckpointIndex
+    from ray_streamer.sharding.destinations import Destinations, RankMoves
     from ray_streamer.sharding.experts import ExpertsLike
-    from ray_streamer.sharding.landing import Landed, Landings
     from ray_streamer.sharding.mesh import MeshPosition
 
 
@@ -130,8 +130,10 @@ class RuleSlices:
             stage_layers=self.stage_layers,
             experts=self.experts,
         )
-        landings = find_landings(index, names, grouped, self.mesh, fuse=self.fuse, rename=self.rename, dtype=self.dtype)
-        return _RankTable(self.mesh, landings)
+        destinations = find_destinations(
+            index, names, grouped, self.mesh, fuse=self.fuse, rename=self.rename, dtype=self.dtype
+        )
+        return _RankTable(self.mesh, destinations)
 
     def _placements(self, index: CheckpointIndex) -> tuple[ShardRules, Unmatched]:
         """The rules for a checkpoint, and what becomes of matrices that none matches."""
@@ -181,23 +183,23 @@ class _RankTable:
     """What ranks hold, by their position; columns that are equal on several ranks are one array."""
 
     mesh: Mesh
-    landings: Landings
+    destinations: Destinations
     _known: dict[MeshPosition, RankSlices] = field(default_factory=dict)
     _shared: dict[Hashable, Any] = field(default_factory=dict)
 
     def slices_at(self, at: MeshPosition) -> RankSlices:
         """What ranks at this position hold."""
         if at not in self._known:
-            self._known[at] = self._gather([landing.on(self.mesh, at) for landing in self.landings.landings])
+            self._known[at] = self._gather([each.on(self.mesh, at) for each in self.destinations.distinct])
         return self._known[at]
 
-    def _gather(self, landed: Sequence[Landed | None]) -> RankSlices:
-        patterns, pattern_numbers = _numbered([way.pattern if way else None for way in landed])
-        forms, form_numbers = _numbered([way.form if way else None for way in landed])
-        offsets = np.array([way.offset if way else 0 for way in landed], dtype=np.int64)
+    def _gather(self, moves: Sequence[RankMoves | None]) -> RankSlices:
+        patterns, pattern_numbers = _numbered([each.pattern if each else None for each in moves])
+        forms, form_numbers = _numbered([each.form if each else None for each in moves])
+        offsets = np.array([each.offset if each else 0 for each in moves], dtype=np.int64)
         is_held = pattern_numbers >= 0
         tensor_ids, result_ids, kept = self._once(("rows", is_held.tobytes()), lambda: self._rows(is_held))
-        rows = self.landings.ids[tensor_ids]
+        rows = self.destinations.ids[tensor_ids]
         return RankSlices(
             results=self._results(is_held, result_ids, kept, tuple(forms), form_numbers, rows),
             patterns=tuple(patterns),
@@ -209,9 +211,9 @@ class _RankTable:
 
     def _rows(self, is_held: NDArray[np.bool_]) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.bool_]]:
         """Held tensors, the position of each one's result among the rank's, and which of all results are the rank's."""
-        tensor_ids = np.flatnonzero(is_held[self.landings.ids]).astype(np.int32)
-        results = self.landings.result_ids[tensor_ids]
-        is_kept = np.zeros(len(self.landings.names), dtype=bool)
+        tensor_ids = np.flatnonzero(is_held[self.destinations.ids]).astype(np.int32)
+        results = self.destinations.result_ids[tensor_ids]
+        is_kept = np.zeros(len(self.destinations.names), dtype=bool)
         is_kept[results] = True
         return tensor_ids, (np.cumsum(is_kept, dtype=np.int32) - 1)[results].astype(np.int32), is_kept
 
@@ -225,7 +227,7 @@ class _RankTable:
         rows: NDArray[np.int32],
     ) -> ResultSpecs:
         def make() -> ResultSpecs:
-            names = self.landings.names
+            names = self.destinations.names
             if not is_kept.all():
                 names = tuple(map(names.__getitem__, np.flatnonzero(is_kept).tolist()))
             form_ids = np.empty(len(names), dtype=np.int32)
@@ -238,7 +240,7 @@ class _RankTable:
     def _column(
         self, name: str, is_held: NDArray[np.bool_], values: NDArray[Any], rows: NDArray[np.int32]
     ) -> NDArray[Any]:
-        """The value of each row's landing."""
+        """The value of each row's destination."""
         return self._once((name, is_held.tobytes(), values.tobytes()), lambda: values[rows])
 
     def _once(self, key: Hashable, make: Any) -> Any:

@@ -62,16 +62,22 @@ class StridedMove:
 
 
 @dataclass(frozen=True, slots=True)
-class Landing:
-    """How a pattern of moves reaches its result."""
+class PatternCopies:
+    """The copies that bring a pattern of moves to its result.
+
+    Attributes:
+        regions: Rows of bytes.
+        strided: What no row of bytes reaches.
+        num_bytes: What all of them fill in the result.
+    """
 
     regions: tuple[Region, ...]
     strided: tuple[StridedMove, ...]
     num_bytes: int
 
 
-def land(pattern: Pattern, source: DType, target: DType) -> Landing:
-    """The way of a pattern's elements from a tensor of dtype `source` to a result of dtype `target`.
+def copies_of(pattern: Pattern, source: DType, target: DType) -> PatternCopies:
+    """How a pattern's elements get from a tensor of dtype `source` to a result of dtype `target`.
 
     Args:
         pattern: Moves from one tensor into one result.
@@ -93,7 +99,7 @@ def land(pattern: Pattern, source: DType, target: DType) -> Landing:
             else:
                 regions.extend(found)
     num_bytes = sum(move.num_elements for move in pattern) * target.num_bits // 8
-    return Landing(tuple(regions), tuple(strided), num_bytes)
+    return PatternCopies(tuple(regions), tuple(strided), num_bytes)
 
 
 def _strided_moves(move: Move, source: DType, target: DType) -> list[StridedMove]:

@@ -1,8 +1,8 @@
 """Into which result does a tensor go, and where in it? One answer for all tensors alike: a few dozen for 92,000 tensors.
 
-    all tensors ─> groups (alike in rule and shape) ─> landings (alike in dtype and place in their results, too)
+    all tensors ─> groups (alike in rule and shape) ─> destinations (alike in dtype and place in their results, too)
 
-What a rank holds follows by asking every landing once, and gathering the answers into columns.
+What a rank holds follows by asking every destination once, and gathering the answers into columns.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     from ray_streamer.slices.rank_slices import Pattern
 
 
-class Landed(NamedTuple):
-    """One tensor's way on one rank.
+class RankMoves(NamedTuple):
+    """How one tensor comes to its result on one rank.
 
     Attributes:
         pattern: Moves from the tensor into its result.
@@ -49,8 +49,8 @@ class Landed(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Landing:
-    """What is common to tensors that land alike.
+class Destination:
+    """Where tensors go that go alike.
 
     Attributes:
         group: How they lie.
@@ -64,38 +64,40 @@ class Landing:
     fusion: Fusion | None = None
     place: int = 0
 
-    def on(self, mesh: Mesh, at: MeshPosition) -> Landed | None:
-        """Their way on ranks at this position of `mesh`; None when nothing of them goes there."""
+    def on(self, mesh: Mesh, at: MeshPosition) -> RankMoves | None:
+        """The moves on ranks at this position of `mesh`; None when nothing of these tensors goes there."""
         if self.fusion is None:
             part = self.group.slice_of(mesh, at)
             if part is None:
                 return None
-            return Landed(part.moves(self.group.shape, part.shape), 0, ResultForm(dtype=self.dtype, shape=part.shape))
+            return RankMoves(
+                part.moves(self.group.shape, part.shape), 0, ResultForm(dtype=self.dtype, shape=part.shape)
+            )
         fused = self.fusion.parts(mesh, at)
         if fused is None:
             return None
         moves = fused.parts[self.place].moves(self.group.shape, fused.shape)
-        return Landed(moves, fused.offsets[self.place], ResultForm(dtype=self.dtype, shape=fused.shape))
+        return RankMoves(moves, fused.offsets[self.place], ResultForm(dtype=self.dtype, shape=fused.shape))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Landings:
-    """Every tensor's landing and result.
+class Destinations:
+    """Every tensor's destination and result.
 
     Attributes:
-        landings: The distinct ones.
-        ids: For each tensor of the index the position of its landing; int32.
+        distinct: The distinct ones.
+        ids: For each tensor of the index the position of its destination; int32.
         result_ids: For each tensor the position of its result; int32. -1 where no rank holds anything of it.
         names: Of the results, in order of their first tensor; no two alike.
     """
 
-    landings: tuple[Landing, ...]
+    distinct: tuple[Destination, ...]
     ids: NDArray[np.int32] = field(repr=False)
     result_ids: NDArray[np.int32] = field(repr=False)
     names: tuple[str, ...] = field(repr=False)
 
 
-def find_landings(
+def find_destinations(
     index: CheckpointIndex,
     names: NameKinds,
     grouped: TensorGroups,
@@ -104,8 +106,8 @@ def find_landings(
     fuse: FuseLike,
     rename: RenameLike | None,
     dtype: DTypeLike,
-) -> Landings:
-    """Where all tensors of a checkpoint land.
+) -> Destinations:
+    """Where all tensors of a checkpoint go.
 
     Args:
         index: The checkpoint's tensors.
@@ -127,15 +129,15 @@ def find_landings(
         result = fused.names[int(fused.leaders[mixed[0]])]
         raise ShardingError(f"{result} is fused of tensors that dtype={dtype!r} casts differently")
     alike = distinct_rows([grouped.ids, fused.fusion_ids, fused.places, codes])
-    landings = tuple(
-        Landing(grouped.groups[group], DTYPES[code].name, fused.fusions[fusion] if fusion >= 0 else None, place)
+    distinct = tuple(
+        Destination(grouped.groups[group], DTYPES[code].name, fused.fusions[fusion] if fusion >= 0 else None, place)
         for group, fusion, place, code in alike.values()
     )
     is_held = np.array([_is_held(group, mesh) for group in grouped.groups], dtype=bool)[grouped.ids]
     is_first = is_held & (fused.leaders == np.arange(len(index)))
     result_ids = np.where(is_held, (np.cumsum(is_first) - 1)[fused.leaders], -1)
     result_names = _result_names(index, np.flatnonzero(is_first), fused, rename)
-    return Landings(landings, alike.ids.astype(np.int32), result_ids.astype(np.int32), result_names)
+    return Destinations(distinct, alike.ids.astype(np.int32), result_ids.astype(np.int32), result_names)
 
 
 def _is_held(group: TensorGroup, mesh: Mesh) -> bool:
