@@ -1,8 +1,9 @@
 """Generate with a model of transformers from a Ray job, token by token, and go on when a rank dies.
 
-    ray job submit --address http://HEAD:8265 --working-dir . -- python examples/generate_from_job.py s3://bucket/llama 8 1 15043 3186
+    ray job submit --address http://HEAD:8265 --working-dir . -- python examples/generate_from_job.py s3://bucket/llama 8 cuda 1 15043 3186
 
-The numbers after tp are the prompt's token ids; a tokenizer of transformers makes them of text. Every node has ray_streamer[transformers].
+What follows the uri is tp, the device (cuda or cpu), and the prompt's token ids; a tokenizer of transformers makes them of text. Every node has
+ray_streamer[transformers].
 """
 
 import sys
@@ -33,7 +34,7 @@ def answer(model: Any, prompt: list[int], num_tokens: int) -> Iterator[int]:
             return
 
 
-def main(uri: str, tp: int, prompt: list[int], device: str = "cuda") -> None:
+def main(uri: str, tp: int, device: str, prompt: list[int]) -> None:
     """Print the answer as it comes."""
     with ray_streamer.load_sharded(uri, tp, bootstrap="transformers", device=device) as model:
         for token in answer(model, prompt, num_tokens=32):
@@ -42,4 +43,4 @@ def main(uri: str, tp: int, prompt: list[int], device: str = "cuda") -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), [int(token) for token in sys.argv[3:]])
+    main(sys.argv[1], int(sys.argv[2]), sys.argv[3], [int(token) for token in sys.argv[4:]])
