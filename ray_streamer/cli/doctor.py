@@ -17,9 +17,7 @@ from ray_streamer.cli.words import flags_of, in_flags
 
 if TYPE_CHECKING:
     from ray_streamer.doctor.examine import Examination
-    from ray_streamer.doctor.nodes import ClusterFindings
     from ray_streamer.doctor.prediction import Fleet
-    from ray_streamer.rank.request import LoadRequest
     from ray_streamer.settings import Settings
     from ray_streamer.storage import UrisLike
 
@@ -104,27 +102,15 @@ def command(
     if fleet is not None and uri is None:
         raise click.UsageError("--nodes needs the URI of a checkpoint: without one no load is predicted")
     request = None if uri is None else Sharding(tp=tp, **sharding).request(uri, settings=settings, device=device)
-    # First: an address where no cluster answers is told at once, and Ray is left before processes are started.
-    nodes = None if address is None else _ask_nodes(address, request, settings, num_ranks=tp, device=device)
     if request is None:
-        examination = examine_node(settings, num_ranks=tp, devices=_DEVICES)
+        examination = examine_node(settings, num_ranks=tp, devices=_DEVICES, device=device, address=address)
     else:
-        examination = examine(request, devices=_DEVICES, fleet=fleet, is_quick=quick)
-    if nodes is not None:
-        examination = nodes.joined_to(examination)
+        examination = examine(request, devices=_DEVICES, fleet=fleet, is_quick=quick, address=address)
     _show(examination, as_json=as_json)
     if settings_file is not None:
         settings_file.write_text(settings_text(examination), encoding="utf-8")
     if not examination.is_healthy:
         click.get_current_context().exit(1)
-
-
-def _ask_nodes(
-    address: str, request: LoadRequest | None, settings: Settings, *, num_ranks: int, device: str
-) -> ClusterFindings:
-    from ray_streamer.doctor.nodes import examine_nodes
-
-    return examine_nodes(request, settings, address=address, num_ranks=num_ranks, device=device)
 
 
 def _fleet(num_nodes: int, storage_bandwidth: int | None) -> Fleet | None:

@@ -6,22 +6,16 @@ import contextlib
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from ray_streamer.doctor.finding import Finding
-from ray_streamer.doctor.machine_checks import check_gpus, check_machine
+from ray_streamer.doctor.checkpoint_view import CheckpointView
+from ray_streamer.doctor.finding import Finding, failed
+from ray_streamer.doctor.machine_checks import check_machine, find_gpus
 from ray_streamer.doctor.memory_speed import measure_memory
 from ray_streamer.doctor.prediction import Node, predict
 from ray_streamer.doctor.rehearsal import rehearse, sample_bytes
-from ray_streamer.doctor.storage_checks import (
-    check_checkpoint,
-    check_clock,
-    check_filesystem,
-    check_throttling,
-)
+from ray_streamer.doctor.storage_checks import check_clock, check_filesystem, check_throttling
 from ray_streamer.doctor.storage_speed import measure_storage
 from ray_streamer.errors import RayStreamerError
 from ray_streamer.machine import count_cpus, measure_available_memory
-from ray_streamer.planning.limits import rank_memory_limit
-from ray_streamer.planning.topology import Topology
 from ray_streamer.slices import ReadingSource
 
 if TYPE_CHECKING:
@@ -30,6 +24,7 @@ if TYPE_CHECKING:
     from ray_streamer.checkpoint import CheckpointIndex
     from ray_streamer.cluster.survey import NodeReply
     from ray_streamer.doctor.memory_speed import MemorySpeed
+    from ray_streamer.doctor.nodes import ClusterFindings
     from ray_streamer.doctor.prediction import Fleet, Prediction
     from ray_streamer.doctor.rehearsal import Rehearsal
     from ray_streamer.doctor.storage_speed import Measured
@@ -73,20 +68,39 @@ class Examination:
         return asdict(self)
 
 
-def examine_node(settings: Settings, *, num_ranks: int, devices: Path) -> Examination:
-    """The machine alone.
+def examine_node(
+    settings: Settings, *, num_ranks: int, devices: Path, device: str = "cpu", address: str | None = None
+) -> Examination:
+    """The machine alone, and with an address those of a cluster.
 
     Args:
         settings: Of a load.
-        num_ranks: Ranks on this node.
+        num_ranks: Ranks of the load.
         devices: Where device files are.
+        device: Where tensors would go.
+        address: Of a Ray cluster whose nodes are asked, too; see `examine_nodes`.
+
+    Raises:
+        ClusterError: No cluster answers at `address`.
     """
-    has_gpu = check_gpus(devices).found[0].isdigit()
-    findings = tuple(check_machine(settings, num_ranks=num_ranks))
-    return Examination(uri=None, num_ranks=num_ranks, findings=findings, memory=measure_memory(has_gpu=has_gpu))
+    cluster = _ask_nodes(settings, address=address, num_ranks=num_ranks, device=device)
+    examination = Examination(
+        uri=None,
+        num_ranks=num_ranks,
+        findings=tuple(check_machine(settings, num_ranks=num_ranks, devices=devices)),
+        memory=_measure_memory(devices),
+    )
+    return examination if cluster is None else cluster.joined_to(examination)
 
 
-def examine(request: LoadRequest, *, devices: Path, fleet: Fleet | None = None, is_quick: bool = False) -> Examination:
+def examine(
+    request: LoadRequest,
+    *,
+    devices: Path,
+    fleet: Fleet | None = None,
+    is_quick: bool = False,
+    address: str | None = None,
+) -> Examination:
     """The machine, and a checkpoint on it, read by the load's own reader.
 
     Args:
@@ -94,32 +108,82 @@ def examine(request: LoadRequest, *, devices: Path, fleet: Fleet | None = None, 
         devices: Where device files are.
         fleet: Nodes that load with it, for which a load is predicted, too.
         is_quick: Whether to load no part of it, which takes as long as processes need to start.
+        address: Of a Ray cluster whose nodes are asked, too; see `examine_nodes`.
+
+    Raises:
+        ClusterError: No cluster answers at `address`.
+        RayStreamerError: The storage cannot be opened with these settings.
     """
-    num_ranks, settings = request.mesh.num_ranks, request.settings
-    alone = examine_node(settings, num_ranks=num_ranks, devices=devices)
-    storage = request.open_storage()
-    with contextlib.closing(storage):
-        index, opened = check_checkpoint(request, storage)
-        findings = [*opened, *check_clock(storage, timeout_seconds=settings.connect_timeout_seconds)]
-        if index is None:
-            return _with(alone, request, [*findings, *alone.findings])
-        findings += check_filesystem(storage, index)
-        plan, limit, refused = _plan(request, index)
-        findings += refused
-        held = 0 if plan is None else sum(rank.result_bytes for rank in plan.summary().ranks)
-        findings += check_machine(settings, num_ranks=num_ranks, held_bytes=held if request.device == "cpu" else 0)
-        # Before reads that may bring files into the page cache.
-        is_cached = not storage.is_remote and all(storage.is_resident(file.path) for file in index.files)
-        measured, unread = _measure(storage, index, plan, settings)
-        findings += check_throttling(storage)
-    if plan is None or unread:
-        return _with(alone, request, [*findings, *unread], measured)
-    node = Node(measured, alone.memory, limit, count_cpus(), is_cached=is_cached)
-    examination = _with(alone, request, findings, measured, predict(plan, node, settings, fleet=fleet))
-    return examination if is_quick else _rehearsed(examination, request, plan)
+    settings, num_ranks = request.settings, request.mesh.num_ranks
+    with contextlib.closing(request.open_storage()) as storage:
+        view = CheckpointView.of(request, storage)
+        # Before anything is measured: Ray is left again before processes are started.
+        cluster = _ask_nodes(
+            settings, address=address, num_ranks=num_ranks, device=request.device, request=request, view=view
+        )
+        examination = _measured(request, view, storage, devices=devices, fleet=fleet)
+    if not is_quick:
+        examination = _rehearsed(examination, request, view)
+    return examination if cluster is None else cluster.joined_to(examination)
 
 
-def _rehearsed(examination: Examination, request: LoadRequest, plan: ReadPlan) -> Examination:
+def _ask_nodes(
+    settings: Settings,
+    *,
+    address: str | None,
+    num_ranks: int,
+    device: str,
+    request: LoadRequest | None = None,
+    view: CheckpointView | None = None,
+) -> ClusterFindings | None:
+    if address is None:
+        return None
+    # Ray takes seconds to import.
+    from ray_streamer.doctor.nodes import examine_nodes
+
+    return examine_nodes(settings, address=address, num_ranks=num_ranks, device=device, request=request, view=view)
+
+
+def _measured(
+    request: LoadRequest, view: CheckpointView, storage: Storage, *, devices: Path, fleet: Fleet | None
+) -> Examination:
+    """All checks of this node, what its memory and the storage do, and what follows for the load."""
+    settings, num_ranks, index = request.settings, request.mesh.num_ranks, view.index
+    held_bytes = sum(view.rank_bytes) if request.device == "cpu" else 0
+    machine = check_machine(settings, num_ranks=num_ranks, devices=devices, held_bytes=held_bytes)
+    findings = [*view.findings, *check_clock(storage, timeout_seconds=settings.connect_timeout_seconds)]
+    examination = Examination(
+        uri=request.uri, num_ranks=num_ranks, findings=(*findings, *machine), memory=_measure_memory(devices)
+    )
+    if index is None:
+        return examination
+    findings += [*check_filesystem(storage, index), *machine]
+    # Before reads that may bring files into the page cache.
+    is_cached = not storage.is_remote and all(storage.is_resident(file.path) for file in index.files)
+    measured, unread = _measure_storage(storage, index, view.plan, settings)
+    findings += [*check_throttling(storage), *unread]
+    prediction = None
+    if view.plan is not None and not unread:
+        node = Node(measured, examination.memory, view.memory_limit, count_cpus(), is_cached=is_cached)
+        prediction = predict(view.plan, node, settings, fleet=fleet)
+    return replace(examination, findings=tuple(findings), storage=tuple(measured), prediction=prediction)
+
+
+def _measure_memory(devices: Path) -> MemorySpeed:
+    return measure_memory(has_gpu=bool(find_gpus(devices)))
+
+
+def _measure_storage(
+    storage: Storage, index: CheckpointIndex, plan: ReadPlan | None, settings: Settings
+) -> tuple[list[Measured], list[Finding]]:
+    block_bytes = settings.block_bytes if plan is None else plan.limits.block_bytes
+    try:
+        return measure_storage(storage, index, block_bytes=block_bytes), []
+    except RayStreamerError as error:
+        return [], [failed("reads", error)]
+
+
+def _rehearsed(examination: Examination, request: LoadRequest, view: CheckpointView) -> Examination:
     """The same with a part of the load made, and the prediction by it, where that can be."""
     if request.device != "cpu" or isinstance(request.slices, ReadingSource) or examination.prediction is None:
         return examination
@@ -128,63 +192,9 @@ def _rehearsed(examination: Examination, request: LoadRequest, plan: ReadPlan) -
         max_bytes = sample_bytes(rate, available_bytes=measure_available_memory())
         rehearsal = rehearse(request, max_bytes=max_bytes)
     except RayStreamerError as error:
-        return replace(examination, findings=(*examination.findings, _failed("rehearsal", error)))
+        return replace(examination, findings=(*examination.findings, failed("rehearsal", error)))
     if rehearsal is None:
         return examination
-    delivered = sum(rank.result_bytes for rank in plan.summary().ranks)
-    prediction = examination.prediction.as_rehearsed(rehearsal.seconds_for(delivered), rehearsal.bound)
+    seconds = rehearsal.seconds_for(sum(view.rank_bytes))
+    prediction = examination.prediction.as_rehearsed(seconds, rehearsal.bound)
     return replace(examination, rehearsal=rehearsal, prediction=prediction)
-
-
-def _with(
-    alone: Examination,
-    request: LoadRequest,
-    findings: list[Finding],
-    measured: list[Measured] | None = None,
-    prediction: Prediction | None = None,
-) -> Examination:
-    return Examination(
-        uri=request.uri,
-        num_ranks=alone.num_ranks,
-        findings=tuple(findings),
-        memory=alone.memory,
-        storage=tuple(measured or ()),
-        prediction=prediction,
-    )
-
-
-def _plan(request: LoadRequest, index: CheckpointIndex) -> tuple[ReadPlan | None, int, list[Finding]]:
-    """The plan on this node alone and each rank's staging bytes; or why there is none."""
-    num_ranks = request.mesh.num_ranks
-    try:
-        limit = rank_memory_limit(
-            memory_limit=request.settings.memory_limit,
-            node_memory_limit=request.settings.node_memory_limit,
-            available_bytes=measure_available_memory(),
-            num_local_ranks=num_ranks,
-        )
-        plan = request.plan(Topology.even(num_ranks), memory_limits=(limit,) * num_ranks, index=index)
-    except RayStreamerError as error:
-        return None, 0, [_failed("plan", error)]
-    largest = plan.limits.block_bytes * max(1, len(plan.node_plans[0].blocks))
-    return plan, largest if limit < 0 else max(limit, plan.limits.block_bytes), []
-
-
-def _measure(
-    storage: Storage, index: CheckpointIndex, plan: ReadPlan | None, settings: Settings
-) -> tuple[list[Measured], list[Finding]]:
-    block_bytes = settings.block_bytes if plan is None else plan.limits.block_bytes
-    try:
-        return measure_storage(storage, index, block_bytes=block_bytes), []
-    except RayStreamerError as error:
-        return [], [_failed("reads", error)]
-
-
-def _failed(subject: str, error: RayStreamerError) -> Finding:
-    return Finding(
-        subject=subject,
-        level="error",
-        found=str(error),
-        why="A load fails at the same point.",
-        advice="The message says what to change.",
-    )

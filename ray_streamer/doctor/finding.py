@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from ray_streamer.errors import RayStreamerError
 
 Level = Literal["good", "warning", "error"]
 
@@ -25,3 +28,14 @@ class Finding:
     found: str
     why: str = ""
     advice: str = ""
+
+
+def failed(subject: str, error: RayStreamerError) -> Finding:
+    """What was tried failed as a load would: the error says the rest."""
+    return Finding(
+        subject=subject,
+        level="error",
+        found=str(error),
+        why="A load fails at the same point.",
+        advice="The message says what to change.",
+    )

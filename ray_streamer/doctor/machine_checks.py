@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import resource
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ray_streamer.doctor.finding import Finding
@@ -15,6 +14,8 @@ from ray_streamer.planning.limits import rank_memory_limit
 from ray_streamer.units import counted, human_bytes
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from ray_streamer.settings import Settings
 
 _OTHER_FILES = 64
@@ -24,10 +25,10 @@ _LEAST_FREE_SHARE = 0.1
 """Of the available memory, which tensors and staging should leave."""
 
 
-def check_machine(settings: Settings, *, num_ranks: int, held_bytes: int = 0) -> list[Finding]:
-    """As `check_limits`, and which GPUs and which Ray there are."""
+def check_machine(settings: Settings, *, num_ranks: int, devices: Path, held_bytes: int = 0) -> list[Finding]:
+    """As `check_limits`, and which GPUs, by their files in `devices`, and which Ray there are."""
     limits = check_limits(settings, num_ranks=num_ranks, held_bytes=held_bytes)
-    return [*limits, check_gpus(Path("/dev")), check_ray()]
+    return [*limits, check_gpus(devices), check_ray()]
 
 
 def check_limits(settings: Settings, *, num_ranks: int, held_bytes: int = 0) -> list[Finding]:
@@ -117,9 +118,14 @@ def check_cpus(num_ranks: int, num_cpus: int) -> Finding:
     )
 
 
+def find_gpus(devices: Path) -> list[Path]:
+    """The device files of NVIDIA's GPUs."""
+    return [path for path in devices.glob("nvidia*") if path.name.removeprefix("nvidia").isdigit()]
+
+
 def check_gpus(devices: Path) -> Finding:
     """Which GPUs are visible, by their device files."""
-    gpus = [path for path in devices.glob("nvidia*") if path.name.removeprefix("nvidia").isdigit()]
+    gpus = find_gpus(devices)
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
     if not gpus:
         return Finding(subject="GPUs", level="good", found="none; tensors go to host memory")

@@ -13,16 +13,14 @@ from ray_streamer.cluster.survey import ask_nodes
 from ray_streamer.device import is_cuda
 from ray_streamer.doctor.finding import Finding
 from ray_streamer.doctor.node_checks import NodeLook, check_link, check_time_of_day
-from ray_streamer.errors import ClusterError, RayStreamerError
-from ray_streamer.planning.limits import DEFAULT_MEMORY_LIMIT
-from ray_streamer.planning.topology import Topology
+from ray_streamer.errors import ClusterError
 from ray_streamer.units import counted
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from ray_streamer.checkpoint import CheckpointIndex
     from ray_streamer.cluster.survey import ClusterNode, NodeReply
+    from ray_streamer.doctor.checkpoint_view import CheckpointView
     from ray_streamer.doctor.examine import Examination
     from ray_streamer.doctor.finding import Level
     from ray_streamer.rank.request import LoadRequest
@@ -75,23 +73,31 @@ def _sees_checkpoint(replies: Sequence[NodeReply[tuple[Finding, ...]]]) -> bool:
 
 
 def examine_nodes(
-    request: LoadRequest | None, settings: Settings, *, address: str, num_ranks: int, device: str
+    settings: Settings,
+    *,
+    address: str,
+    num_ranks: int,
+    device: str,
+    request: LoadRequest | None = None,
+    view: CheckpointView | None = None,
 ) -> ClusterFindings:
     """Asks every node of a cluster.
 
     Args:
-        request: The load; None for the machines alone.
         settings: Of the load.
         address: Of the cluster: `host:port` or "auto".
         num_ranks: Ranks of the load.
         device: Where tensors go.
+        request: The load; None for the machines alone.
+        view: What this node sees of its checkpoint.
 
     Raises:
         ClusterError: No cluster answers there.
     """
     bundle = PlacementOptions().for_device(is_gpu=is_cuda(device)).bundle
-    index = None if request is None else _index(request)
-    rank_bytes = 0 if request is None or index is None or is_cuda(device) else _rank_bytes(request, index)
+    index = None if view is None else view.index
+    # Of the rank that holds most: nobody knows yet which of them comes to which node.
+    rank_bytes = 0 if view is None or is_cuda(device) else max(view.rank_bytes, default=0)
 
     def look(node: ClusterNode) -> NodeLook:
         num_here = ranks_on(node, bundle, num_ranks)
@@ -109,24 +115,6 @@ def examine_nodes(
 def ranks_on(node: ClusterNode, bundle: Mapping[str, float], num_ranks: int) -> int:
     """How many ranks of a load the node may get, were it idle."""
     return min(num_ranks, count_ranks(node.resources, bundle))
-
-
-def _index(request: LoadRequest) -> CheckpointIndex | None:
-    """What this node sees of the checkpoint; its own findings tell why it sees none."""
-    try:
-        return request.open_index()
-    except RayStreamerError:
-        return None
-
-
-def _rank_bytes(request: LoadRequest, index: CheckpointIndex) -> int:
-    """Tensors of the rank that holds most; 0 where the load cannot be planned, which is a finding elsewhere."""
-    num_ranks = request.mesh.num_ranks
-    try:
-        plan = request.plan(Topology.even(num_ranks), memory_limits=(DEFAULT_MEMORY_LIMIT,) * num_ranks, index=index)
-    except RayStreamerError:
-        return 0
-    return max(rank.result_bytes for rank in plan.summary().ranks)
 
 
 def check_cluster_room(nodes: Sequence[ClusterNode], bundle: Mapping[str, float], num_ranks: int) -> Finding:

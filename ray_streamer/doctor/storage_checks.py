@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ray_streamer.doctor.finding import Finding
+from ray_streamer.doctor.finding import Finding, failed
 from ray_streamer.errors import AccessError, ObjectMissingError, RayStreamerError
 from ray_streamer.storage.mounts import mount_of, read_mount_table
 from ray_streamer.storage.object_storage import ObjectStorage
@@ -31,7 +31,7 @@ def check_checkpoint(request: LoadRequest, storage: Storage) -> tuple[Checkpoint
     try:
         index = request.read_index(storage)
     except RayStreamerError as error:
-        return None, [_refused(error)]
+        return None, [unreadable(error)]
     found = f"{counted(len(index), 'tensor')} in {counted(len(index.files), 'file')}, {human_bytes(index.total_bytes)}"
     return index, [Finding(subject="checkpoint", level="good", found=f"readable: {found}")]
 
@@ -46,7 +46,7 @@ def check_files(storage: Storage, files: Sequence[ShardFile]) -> Finding:
             if size != file.size_bytes:
                 return _of_another_size(f"{storage.uri.rstrip('/')}/{file.path}", size, file.size_bytes)
     except RayStreamerError as error:
-        return _refused(error)
+        return unreadable(error)
     checked = f"{len(looked_at)} of {counted(len(files), 'file')}"
     return Finding(
         subject="checkpoint",
@@ -65,14 +65,15 @@ def _of_another_size(path: str, size: int, expected: int) -> Finding:
     )
 
 
-def _refused(error: RayStreamerError) -> Finding:
+def unreadable(error: RayStreamerError) -> Finding:
+    """What the error of a read, or of opening the storage, means for this node."""
     if isinstance(error, ObjectMissingError):
         why, advice = "There is nothing to load.", "Check the uri, and that this node has the mount that holds it."
     elif isinstance(error, AccessError):
         why = "The store refuses this node's credentials, region or clock."
         advice = "The message says which; see docs/s3.md for where credentials and region come from."
     else:
-        why, advice = "A load fails at the same point.", "The message says what to change."
+        return failed("checkpoint", error)
     return Finding(subject="checkpoint", level="error", found=str(error), why=why, advice=advice)
 
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from ray_streamer.cli import main
 from ray_streamer.cluster.clocks import bound_offset
 from ray_streamer.cluster.survey import PARCEL_BYTES, ClusterNode, LinkSpeed, NodeReply, ask_nodes
-from ray_streamer.doctor.examine import Examination
+from ray_streamer.doctor.examine import Examination, examine
 from ray_streamer.doctor.finding import Finding
 from ray_streamer.doctor.memory_speed import MemorySpeed
 from ray_streamer.doctor.node_checks import NodeLook, check_link, check_time_of_day
@@ -31,6 +31,9 @@ from ray_streamer.testing.checkpoints import TensorSpec, write_checkpoint
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
+
+    from ray_streamer.checkpoint import CheckpointIndex
+    from ray_streamer.storage.base import Storage
 
 # Read when Ray is imported: without it both nodes of a cluster on one machine get the same address.
 os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
@@ -234,6 +237,29 @@ def test_an_address_without_a_cluster(checkpoint, address, told):
     result = CliRunner().invoke(main, ["doctor", str(checkpoint), "--address", address, "--quick"])
     assert result.exit_code == 1
     assert told in result.output
+
+
+def test_headers_are_read_once_for_this_node_and_for_the_cluster(checkpoint, monkeypatch):
+    num_reads, looks = [], []
+    read_index = LoadRequest.read_index
+
+    def counted(request: LoadRequest, storage: Storage) -> CheckpointIndex:
+        num_reads.append(1)
+        return read_index(request, storage)
+
+    def answered(look: Callable[[ClusterNode], NodeLook], **_: object) -> list[NodeReply[tuple[Finding, ...]]]:
+        looks.append(look(HERE))
+        return [NodeReply(node=HERE, answer=(SEEN,))]
+
+    monkeypatch.setattr(LoadRequest, "read_index", counted)
+    monkeypatch.setattr("ray_streamer.doctor.nodes.ask_nodes", answered)
+    examination = examine(request_of(checkpoint), devices=checkpoint, is_quick=True, address="10.0.0.1:6379")
+    assert len(num_reads) == 1
+    assert looks[0].files == request_of(checkpoint).open_index().files
+    assert looks[0].held_bytes == 4 * 64 * 64 * 4
+    assert examination.is_healthy
+    assert examination.prediction is not None
+    assert [reply.node for reply in examination.nodes] == [HERE]
 
 
 @pytest.fixture
