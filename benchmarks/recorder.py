@@ -174,8 +174,11 @@ def show(measured: dict[tuple[str, int], dict[str, list[Cost]]]) -> None:
 
 def _ratio(values: list[float], others: list[float]) -> str:
     ratios = [value / other - 1 for value, other in zip(values, others, strict=True)]
+    middle = f"{median(ratios):+.1%}"
+    if len(ratios) == 1:
+        return middle
     low, _, high = quantiles(ratios, n=4)
-    return f"{median(ratios):+.1%} ({low:+.1%} to {high:+.1%})"
+    return f"{middle} ({low:+.1%} to {high:+.1%})"
 
 
 def main() -> None:

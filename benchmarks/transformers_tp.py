@@ -7,7 +7,7 @@
 
 Ranks are processes that stay, joined by gloo; all ways take turns in them, and a first round that is not counted pays imports. Seconds
 are from the moment that both ranks are told until both have the model. Memory is the peak of what the ranks add to the node, parameters
-included, as in `side_by_side/memory.py`: pages of the page cache do not count, nor do parameters that stay mapped to a file. Parameters must be equal.
+included, as in `ray_streamer.testing.peak_memory`: pages of the page cache do not count, nor do parameters that stay mapped to a file. Parameters must be equal.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
-from side_by_side.memory import PeakMemory
 from side_by_side.page_cache import warm_page_cache
 
 from ray_streamer.testing.checkpoints import llama_layout, write_checkpoint
+from ray_streamer.testing.peak_memory import PeakMemory, allocated_bytes
 from ray_streamer.testing.s3_server import S3Server, start_s3_server
 
 if TYPE_CHECKING:
@@ -152,7 +152,7 @@ def serve(rank: int, pipe: Connection, meeting: str, places: Places) -> None:
 def measure(way: str, pipes: list[Connection], pids: list[int], server: S3Server) -> Run:
     """One load on all ranks."""
     sent = server.bytes_sent()
-    with PeakMemory(pids) as memory:
+    with PeakMemory(pids, shared_bytes=allocated_bytes) as memory:
         started = time.perf_counter()
         for pipe in pipes:
             pipe.send(way)
@@ -165,7 +165,7 @@ def measure(way: str, pipes: list[Connection], pids: list[int], server: S3Server
     return Run(
         seconds=seconds,
         cpu_seconds=sum(cpu_seconds for cpu_seconds, _, _ in answers),
-        added_bytes=memory.peak_bytes - memory.baseline_bytes,
+        added_bytes=memory.added_bytes,
         parameter_bytes=sum(num_bytes for _, num_bytes, _ in answers),
         sent_bytes=server.bytes_sent() - sent,
         digest=",".join(digest for _, _, digest in answers),

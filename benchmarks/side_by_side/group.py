@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from side_by_side.memory import PeakMemory
+from ray_streamer.testing.peak_memory import PeakMemory, allocated_bytes
 from side_by_side.results import Run
 
 if TYPE_CHECKING:
@@ -64,7 +64,8 @@ class Group:
             is_late = stack.enter_context(_Watchdog(ranks, self.limit_seconds)).has_bitten
             ask = _Asker(ranks, is_late, self.limit_seconds).ask
             ask([task.to_json() for task in self.tasks])
-            with PeakMemory([rank.pid for rank in ranks]) as memory:
+            pids = [rank.pid for rank in ranks]
+            with PeakMemory(pids, shared_bytes=allocated_bytes) as memory:
                 loads = ask(["load"] * len(ranks))
             digests = ask(["digest"] * len(ranks))
             disk_bytes = sum(load["disk_bytes"] for load in loads)

@@ -7,9 +7,7 @@ whether it was touched or not. What comes on top of the tensors is staging and o
 from __future__ import annotations
 
 import secrets
-import threading
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from api_support import rank_tasks
@@ -17,63 +15,17 @@ from api_support import rank_tasks
 import ray_streamer
 from ray_streamer.testing.checkpoints import write_checkpoint
 from ray_streamer.testing.layouts import llama_layout
+from ray_streamer.testing.peak_memory import PeakMemory, mapped_bytes
 
 if TYPE_CHECKING:
     from api_support.processes import RankProcesses
 
 MIB = 1 << 20
 SLACK_BYTES = 4 * MIB
-# On a busy machine a short load passes between two looks, and one reader may do the work of all.
-MOST_TRIES = 5
 """What a rank may need beside staging: threads, plan, buffers of the interpreter. It does not depend on the checkpoint."""
 
-
-class PeakMemory:
-    """Samples the memory of processes for the length of a `with` block.
-
-    Attributes:
-        baseline_bytes: At the beginning.
-        peak_bytes: The most that was seen.
-    """
-
-    def __init__(self, pids: list[int]) -> None:
-        self._pids = pids
-        self._is_over = threading.Event()
-        self._thread = threading.Thread(target=self._sample)
-        self.baseline_bytes = self.peak_bytes = self.now()
-
-    def now(self) -> int:
-        """Anonymous bytes of all the processes, and the size of every piece of shared memory that one of them maps."""
-        return sum(map(_anonymous_bytes, self._pids)) + sum(_shared_bytes(self._pids).values())
-
-    def _sample(self) -> None:
-        while not self._is_over.wait(0.002):
-            self.peak_bytes = max(self.peak_bytes, self.now())
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._is_over.set()
-        self._thread.join()
-
-
-def _anonymous_bytes(pid: int) -> int:
-    (line,) = [line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("RssAnon:")]
-    return int(line.split()[1]) << 10
-
-
-def _shared_bytes(pids: list[int]) -> dict[str, int]:
-    """Size of each mapped piece of shared memory by its inode, however many processes map it."""
-    sizes: dict[str, int] = {}
-    for pid in pids:
-        for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
-            addresses, _, _, _, inode, *path = line.split(maxsplit=5)
-            if path and path[0].startswith(("/memfd:", "/dev/shm/", "/dev/zero", "/SYSV")):
-                start, stop = (int(address, 16) for address in addresses.split("-"))
-                sizes[inode] = max(stop - start, sizes.get(inode, 0))
-    return sizes
+MOST_TRIES = 5
+"""On a busy machine a short load passes between two looks, and one reader may do the work of all."""
 
 
 @pytest.fixture(scope="module")
@@ -106,12 +58,12 @@ def measure(
     pair.run(rank_tasks.free, [{}, {}])
     if own_memory:
         pair.run(rank_tasks.hold_own_tensors, places)
-    with PeakMemory(pair.pids) as memory:
+    with PeakMemory(pair.pids, shared_bytes=mapped_bytes, sample_seconds=0.002) as memory:
         statistics = pair.run(rank_tasks.load_into_held, [place | session for place in places])
     tensor_bytes = 0 if own_memory else sum(rank.bytes_delivered for rank in statistics)
     assert memory.now() - memory.baseline_bytes <= tensor_bytes + 2 * SLACK_BYTES
     pair.run(rank_tasks.free, [{}, {}])
-    return memory.peak_bytes - memory.baseline_bytes - tensor_bytes, statistics
+    return memory.added_bytes - tensor_bytes, statistics
 
 
 @pytest.mark.parametrize("own_memory", [pytest.param(True, id="own-memory"), pytest.param(False, id="fresh-tensors")])
