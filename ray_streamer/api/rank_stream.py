@@ -13,11 +13,9 @@ from ray_streamer.api.dtensors import DTensorSlices
 from ray_streamer.api.node_trace import NodeTrace
 from ray_streamer.cluster.meters import published
 from ray_streamer.exchange.session import NodeSession
-from ray_streamer.rank.agreement import agree
+from ray_streamer.rank.agreed_load import agreed_load
 from ray_streamer.rank.background import BackgroundLoad
 from ray_streamer.rank.given_memory import into_given
-from ray_streamer.rank.load import RankLoad
-from ray_streamer.rank.options import RankOptions
 
 if TYPE_CHECKING:
     import os
@@ -29,6 +27,7 @@ if TYPE_CHECKING:
     from ray_streamer.api.arguments import Sharding
     from ray_streamer.api.membership import Membership
     from ray_streamer.rank.background import Items
+    from ray_streamer.rank.load import RankLoad
     from ray_streamer.rank.request import LoadRequest
     from ray_streamer.rank.statistics import RankStatistics
     from ray_streamer.settings import Settings
@@ -138,18 +137,8 @@ def _begin(call: RankCall) -> tuple[DTensorSlices | None, RankLoad, BackgroundLo
         device = request.start_device(request.device)
         storage = request.open_storage(num_sharers=len(membership.local_ranks))
         owned.callback(storage.close)
-        session.wait_met()
-        agreement = agree(session, request, storage, index_bytes=index_bytes)
-        load = RankLoad(
-            agreement.plan,
-            storage,
-            device,
-            RankOptions.at(
-                session.place, concurrency=request.settings.concurrency, memory_limit=agreement.memory_limit
-            ),
-            session=session,
-            out=call.out,
-            on_complete=completed.put,
+        load = agreed_load(
+            session, request, storage, device, index_bytes=index_bytes, out=call.out, on_complete=completed.put
         )
         follow(load)
 

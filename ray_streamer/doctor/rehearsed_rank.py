@@ -17,9 +17,7 @@ from ray_streamer.errors import RayStreamerError
 from ray_streamer.exchange.liveness import Timeouts
 from ray_streamer.exchange.place import Place
 from ray_streamer.exchange.session import NodeSession
-from ray_streamer.rank.agreement import agree
-from ray_streamer.rank.load import RankLoad
-from ray_streamer.rank.options import RankOptions
+from ray_streamer.rank.agreed_load import agreed_load
 
 if TYPE_CHECKING:
     from ray_streamer.rank.request import LoadRequest
@@ -47,10 +45,7 @@ def load_part(request: LoadRequest, session_name: str, rank: int) -> RehearsedRa
         session = owned.enter_context(NodeSession(place))
         storage = request.open_storage(num_sharers=num_ranks)
         owned.callback(storage.close)
-        session.wait_met()
-        agreement = agree(session, request, storage)
-        options = RankOptions.at(place, concurrency=request.settings.concurrency, memory_limit=agreement.memory_limit)
-        load = RankLoad(agreement.plan, storage, device, options, session=session)
+        load = agreed_load(session, request, storage, device)
         load.run()
         return RehearsedRank(load.trace().to_bytes(), load.statistics())
 
