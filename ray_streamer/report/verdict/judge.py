@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ray_streamer.rank.statistics import RankStatistics
     from ray_streamer.rank.trace import RankTrace
     from ray_streamer.report.verdict.model import Asked
+    from ray_streamer.report.verdict.observe import Observed
 
 _TRUSTED_DIFFERENCE = 0.25
 """A replay that differs by more from what was measured predicts nothing."""
@@ -56,11 +57,6 @@ class Verdict:
         return asdict(self)
 
 
-def _is_throttled(found: Sequence[Cost]) -> bool:
-    """Whether the store refused requests, however little of the load that cost: it would refuse more of more."""
-    return any(cost.kind == "throttling" for cost in found)
-
-
 def judge(
     traces: Sequence[RankTrace],
     statistics: Sequence[RankStatistics],
@@ -78,22 +74,16 @@ def judge(
     observed = observe_node(traces, max_bandwidth=asked.max_bandwidth)
     if observed is None:
         return None
-    replayed = replay_seconds(observed.model)
-    measured = observed.measured_seconds
+    replayed, measured = replay_seconds(observed.model), observed.measured_seconds
     told = Told.of(traces, statistics, asked)
     found = find_costs(observed, told, replayed)
     bound = find_bound(found, replayed)
     is_trusted = abs(replayed - measured) <= _TRUSTED_DIFFERENCE * measured
-    knobs = Knobs(
-        concurrency=asked.concurrency,
-        memory_limit=min(rank.memory_limit for rank in statistics),
-        block_bytes=asked.block_bytes,
-    ).of_blocks(observed.model.block_bytes)
     advice = None
     if is_trusted and (bound is None or bound.kind not in MADE_WORSE) and not _is_throttled(found):
         advice = find_advice(
             observed.model,
-            knobs,
+            _knobs(observed, statistics, asked),
             measured_seconds=measured,
             replayed_seconds=replayed,
             cpu_seconds=told.least_seconds,
@@ -112,15 +102,34 @@ def judge(
         node=traces[0].node,
         slow_address=told.slow_address,
     )
+    return _verdict(facts, found, bound, advice)
+
+
+def _is_throttled(found: Sequence[Cost]) -> bool:
+    """Whether the store refused requests, however little of the load that cost: it would refuse more of more."""
+    return any(cost.kind == "throttling" for cost in found)
+
+
+def _knobs(observed: Observed, statistics: Sequence[RankStatistics], asked: Asked) -> Knobs:
+    """The settings in force, with blocks as large as they were."""
+    return Knobs(
+        concurrency=asked.concurrency,
+        memory_limit=min(rank.memory_limit for rank in statistics),
+        block_bytes=asked.block_bytes,
+    ).of_blocks(observed.model.block_bytes)
+
+
+def _verdict(facts: Facts, found: tuple[Cost, ...], bound: Cost | None, advice: Advice | None) -> Verdict:
+    rates = facts.rates
     return Verdict(
         text=paragraph(facts, bound, advice, lost=next((cost for cost in found if cost.kind in LOSSES), None)),
         bound="nothing alone" if bound is None else bound.kind,
         costs=found,
         advice=advice,
-        node=traces[0].node,
-        measured_seconds=measured,
-        replayed_seconds=replayed,
+        node=facts.node,
+        measured_seconds=facts.measured_seconds,
+        replayed_seconds=facts.replayed_seconds,
         # Unless streams were seen to share it, the node's rate is a guess.
-        node_bytes_per_second=observed.rates.node if observed.rates.is_shared else None,
-        stream_bytes_per_second=None if math.isinf(observed.rates.stream) else observed.rates.stream,
+        node_bytes_per_second=rates.node if rates.is_shared else None,
+        stream_bytes_per_second=None if math.isinf(rates.stream) else rates.stream,
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -53,54 +53,61 @@ def observe_node(traces: Sequence[RankTrace], *, max_bandwidth: float | None = N
         traces: Of ranks of one node, in local order.
         max_bandwidth: Bytes per second that the node was held to by its user.
     """
-    begins = [_phase(trace, "device", "stream").start for trace in traces]
-    origin = min(begins, default=0.0)
+    origin = min((_phase(trace, "device", "stream").start for trace in traces), default=0.0)
     landed = max((float(trace.spans.times[Step.LANDED].max(initial=0.0)) for trace in traces), default=0.0)
     if landed <= origin:
         return None
     is_told = tells_first_byte(traces)
     receipts = Receipts(*_receipts(traces, tells_first_byte=is_told))
     rates = receipts.rates(max_bandwidth=max_bandwidth)
-    work = receipts.work_bytes(rates)
     thinning = _thinning(traces)
-    copies = _copies_by_block(traces, thinning)
-    ranks: list[RankModel] = []
-    at = 0
-    for local, trace in enumerate(traces):
-        rows = _own_reads(trace)
-        ready = _phase(trace, "stream").start
-        ranks.append(
-            RankModel(
-                rank=trace.rank,
-                begin_seconds=begins[local] - origin,
-                ready_seconds=ready - origin,
-                num_readers=trace.conditions.concurrency,
-                num_slots=trace.conditions.num_slots,
-                num_copiers=trace.conditions.num_copiers,
-                reads=_reads(
-                    trace,
-                    local,
-                    rows,
-                    work[at : at + len(rows)],
-                    copies,
-                    tells_first_byte=is_told,
-                    thinning=thinning,
-                ),
-                mapped=_mapped(trace, local, thinning),
-            )
-        )
-        at += len(rows)
-    waits = [
-        (trace.spans.times[Step.FIRST_BYTE] - trace.spans.times[Step.ASKED])[_own_reads(trace)] for trace in traces
-    ]
+    node = _Node(origin, _copies_by_block(traces, thinning), thinning, is_told)
+    rows = [_own_reads(trace) for trace in traces]
+    work = np.split(receipts.work_bytes(rates), np.cumsum([len(own) for own in rows])[:-1])
     model = NodeModel(
-        ranks=tuple(ranks),
+        ranks=tuple(_rank_model(node, trace, local, rows[local], work[local]) for local, trace in enumerate(traces)),
         stream_rate=rates.stream,
         node_rate=rates.node,
         block_bytes=traces[0].conditions.block_bytes,
         thinning=thinning,
     )
+    waits = [
+        (trace.spans.times[Step.FIRST_BYTE] - trace.spans.times[Step.ASKED])[own]
+        for trace, own in zip(traces, rows, strict=True)
+    ]
     return Observed(model, landed - origin, rates, np.concatenate(waits) if is_told else np.zeros(0))
+
+
+class _Node(NamedTuple):
+    """What all ranks of the node have in common.
+
+    Attributes:
+        origin: The first moment of its ranks.
+        copies: See `_copies_by_block`.
+        thinning: See `_thinning`.
+        tells_first_byte: See `tells_first_byte`.
+    """
+
+    origin: float
+    copies: dict[int, list[Copy]]
+    thinning: int
+    tells_first_byte: bool
+
+
+def _rank_model(
+    node: _Node, trace: RankTrace, local: int, rows: NDArray[np.int64], work: NDArray[np.float64]
+) -> RankModel:
+    """One rank; `rows` are its reads, and `work` what each of them asked of the storage."""
+    return RankModel(
+        rank=trace.rank,
+        begin_seconds=_phase(trace, "device", "stream").start - node.origin,
+        ready_seconds=_phase(trace, "stream").start - node.origin,
+        num_readers=trace.conditions.concurrency,
+        num_slots=trace.conditions.num_slots,
+        num_copiers=trace.conditions.num_copiers,
+        reads=_reads(node, trace, local, rows, work),
+        mapped=_mapped(trace, local, node.thinning),
+    )
 
 
 class _Span(NamedTuple):
@@ -212,15 +219,34 @@ def _seconds_between_copies(trace: RankTrace, rows: NDArray[np.int64]) -> NDArra
 
 
 def _reads(
-    trace: RankTrace,
-    local: int,
-    rows: NDArray[np.int64],
-    work: NDArray[np.float64],
-    copies: dict[int, list[Copy]],
-    *,
-    tells_first_byte: bool,
-    thinning: int,
+    node: _Node, trace: RankTrace, local: int, rows: NDArray[np.int64], work: NDArray[np.float64]
 ) -> tuple[Read, ...]:
+    columns = _read_columns(trace, rows, work, tells_first_byte=node.tells_first_byte)
+    kept = _is_replayed(trace.numbers[rows], node.thinning)
+    return tuple(
+        Read(
+            file,
+            start,
+            stop,
+            local,
+            staged,
+            prepare,
+            first,
+            served,
+            Copy(local, copy, touched),
+            tuple(node.copies.get(number, ())),
+            *lost,
+        )
+        for file, start, stop, staged, prepare, first, served, copy, touched, number, *lost in zip(
+            *(column[kept].tolist() for column in columns), strict=True
+        )
+    )
+
+
+def _read_columns(
+    trace: RankTrace, rows: NDArray[np.int64], work: NDArray[np.float64], *, tells_first_byte: bool
+) -> tuple[NDArray[Any], ...]:
+    """What is known of each read, in the order in which `_reads` takes it apart."""
     times = trace.spans.times[:, rows]
     is_staged = trace.spans.ways[rows] == Way.STAGED
     is_early = times[Step.ASKED] < _phase(trace, "stream").start
@@ -228,7 +254,7 @@ def _reads(
     losses = losses_of(trace, rows)
     # Between its last byte and its copy a block is offered to others; one that was read early waits for the tensors there.
     copied_from = np.where(is_early & is_staged, times[Step.TAKEN], times[Step.LAST_BYTE])
-    columns = (
+    return (
         trace.file_ids[rows],
         trace.starts[rows],
         trace.stops[rows],
@@ -241,25 +267,6 @@ def _reads(
         trace.numbers[rows],
         np.minimum(losses.before_seconds, first_byte),
         losses.after_share * work,
-    )
-    kept = _is_replayed(trace.numbers[rows], thinning)
-    return tuple(
-        Read(
-            file,
-            start,
-            stop,
-            local,
-            staged,
-            prepare,
-            first,
-            served,
-            Copy(local, copy, touched),
-            tuple(copies.get(number, ())),
-            *lost,
-        )
-        for file, start, stop, staged, prepare, first, served, copy, touched, number, *lost in zip(
-            *(column[kept].tolist() for column in columns), strict=True
-        )
     )
 
 
