@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from ray_streamer.report.verdict.flows import Flows, Lane, fair_rates
 from ray_streamer.report.verdict.model import ClusterModel, Copy, FanOut, NodeGroup, NodeModel, RankModel, Read
 from ray_streamer.report.verdict.replay import replay_cluster, replay_seconds
+from ray_streamer.report.verdict.without import without_straggler
 
 BLOCK = 1_000_000
 FEW = settings(max_examples=40, deadline=None)
@@ -271,3 +272,22 @@ def test_an_even_load_goes_on_as_the_second_half_of_its_excerpt(limits):
     assert replay_seconds(excerpt) == pytest.approx(whole, rel=0.01)
     multiplied = replay_seconds(replace(excerpt, is_even=False))
     assert abs(multiplied - whole) >= abs(replay_seconds(excerpt) - whole)
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3])
+def test_without_a_straggler_offers_are_known_at_once(num_ranks):
+    """Three in four of its hand-overs wait until it has its CPU again; those of the others never wait."""
+    prompt = node(num_ranks=num_ranks, num_slots=1, num_readers=1, first_byte_seconds=0.01, copy_seconds=0.001)
+
+    def late(number, read):
+        is_late = number % 4 > 0
+        copies = (
+            copy._replace(delay_seconds=0.05 if is_late and 0 in (read.rank, copy.rank) else 0.0)
+            for copy in read.copies
+        )
+        return read._replace(copies=tuple(copies))
+
+    ranks = (replace(rank, reads=tuple(late(*each) for each in enumerate(rank.reads))) for rank in prompt.ranks)
+    held_up = replace(prompt, ranks=tuple(ranks))
+    assert replay_seconds(without_straggler(held_up, 0)) == pytest.approx(replay_seconds(prompt), rel=EXACT)
+    assert replay_seconds(held_up) > 2 * replay_seconds(prompt)

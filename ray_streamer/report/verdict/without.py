@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from statistics import fmean, median
+from statistics import fmean, median, quantiles
 from typing import TYPE_CHECKING
 
 from ray_streamer.planning.limits import AS_MUCH_AS_USEFUL, useful_slots
@@ -104,7 +104,7 @@ def without_device_start(model: NodeModel) -> NodeModel:
 
 
 def without_straggler(model: NodeModel, local: int) -> NodeModel:
-    """The rank at position `local` is as quick as the others usually are, in everything that it does."""
+    """The rank at position `local` is as quick as the others usually are, in everything that it does and that others await of it."""
     slow = model.ranks[local]
     others = [rank for rank in model.ranks if rank is not slow]
 
@@ -138,12 +138,40 @@ def without_straggler(model: NodeModel, local: int) -> NodeModel:
     changed = _with_copies(
         changed, lambda copy: change_copy(copy, is_own=False), lambda copy: change_copy(copy, is_own=True)
     )
+    changed = _with_prompt_offers(changed, local)
     quick = replace(
         changed.ranks[local],
         begin_seconds=min(slow.begin_seconds, median(rank.begin_seconds for rank in others)),
         ready_seconds=min(slow.ready_seconds, median(rank.ready_seconds for rank in others)),
     )
     return replace(changed, ranks=(*changed.ranks[:local], quick, *changed.ranks[local + 1 :]))
+
+
+def _with_prompt_offers(model: NodeModel, local: int) -> NodeModel:
+    """What the rank at `local` offers is known to others, and what they offer to it, after no longer than usual."""
+
+    def is_slow(read: Read, copy: Copy) -> bool:
+        return local in (read.rank, copy.rank)
+
+    offers = [(read, copy) for rank in model.ranks for read in rank.reads for copy in read.copies]
+    among_others = [copy.delay_seconds for read, copy in offers if not is_slow(read, copy)]
+    of_slow = [copy.delay_seconds for read, copy in offers if is_slow(read, copy)]
+    if among_others:
+        usual = median(among_others)
+    elif len(of_slow) > 1:
+        # Of two ranks, one has a part in every offer. Now and then it has its CPU when one comes.
+        usual = quantiles(of_slow, n=4)[0]
+    else:
+        return model
+
+    def change(read: Read) -> Read:
+        copies = (
+            copy._replace(delay_seconds=min(copy.delay_seconds, usual)) if is_slow(read, copy) else copy
+            for copy in read.copies
+        )
+        return read._replace(copies=tuple(copies))
+
+    return _with_reads(model, change)
 
 
 def _with_reads(model: NodeModel, change: Callable[[Read], Read]) -> NodeModel:
