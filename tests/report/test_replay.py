@@ -276,11 +276,11 @@ def test_an_even_load_goes_on_as_the_second_half_of_its_excerpt(limits):
 
 @pytest.mark.parametrize("num_ranks", [2, 3])
 def test_without_a_straggler_offers_are_known_at_once(num_ranks):
-    """Three in four of its hand-overs wait until it has its CPU again; those of the others never wait."""
+    """Two in three of its hand-overs wait until it has its CPU again; those of the others never wait."""
     prompt = node(num_ranks=num_ranks, num_slots=1, num_readers=1, first_byte_seconds=0.01, copy_seconds=0.001)
 
     def late(number, read):
-        is_late = number % 4 > 0
+        is_late = number % 3 > 0
         copies = (
             copy._replace(delay_seconds=0.05 if is_late and 0 in (read.rank, copy.rank) else 0.0)
             for copy in read.copies
