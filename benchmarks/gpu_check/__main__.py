@@ -46,6 +46,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     import loads
     import peers
     import sharing
+    import storage
     import torch
     from ground import Ground
     from plans import write_llama
@@ -64,6 +65,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             "copies": lambda: copies.check(ground),
             "loads": lambda: loads.check(ground, write_llama(folder / "llama", options.megabytes)),
             "sharing": lambda: sharing.check(ground, folder / "llama", num_processes=options.processes),
+            "storage": lambda: storage.check(seconds=options.storage_seconds),
             "peers, warm": lambda: peers.check(ground, folder / "llama", state="warm"),
         }
         if options.cold_folder is not None:
@@ -91,6 +93,7 @@ def main() -> int:
         "--folder", type=Path, help="where warm files are written and removed again; unset = shared memory, or /tmp"
     )
     parser.add_argument("--cold-folder", type=Path, help="on a disk: compare with files out of the page cache, too")
+    parser.add_argument("--storage-seconds", type=float, default=1.0, help="of each row of the storage's table")
     parser.add_argument("--json", type=Path, help="write all figures there")
     options = parser.parse_args()
     missing = find_missing()

@@ -47,7 +47,8 @@ def _run(blocked: tuple[str, ...], *arguments: str) -> subprocess.CompletedProce
 def result(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("gpu-check")
     (folder / "cold").mkdir()
-    arguments = ("--fake", "--megabytes", "2", "--processes", "2", "--folder", str(folder))
+    few = ("--megabytes", "2", "--processes", "2", "--storage-seconds", "0.02")
+    arguments = ("--fake", *few, "--folder", str(folder))
     done = _run(BLOCKED, *arguments, "--cold-folder", str(folder / "cold"), "--json", str(folder / "result.json"))
     assert done.returncode == 0, done.stderr
     assert "NO MEASUREMENT" in done.stdout
@@ -75,6 +76,10 @@ def test_every_figure_is_there(result):
     assert [row["tp"] for row in result["loads"]] == [1, 4]
     assert all(row["load_seconds"] > 0 for row in result["loads"])
     assert [(row["processes"], row["wrong"]) for row in result["sharing"]] == [(2, [])]
+    streams = (1, 2, 4, 8, 16, 32, 64)
+    shared = [(readers, number) for readers in (1, 2, 4, 8) for number in streams if number >= readers]
+    assert [(row["readers"], row["streams"]) for row in result["storage"]] == shared
+    assert all(row["GB/s"] > 0 and row["CPU s/GB"] > 0 for row in result["storage"])
     for state in ("warm", "cold"):
         peers = result[f"peers, {state}"]
         assert {"ray_streamer", "safetensors.torch.load_file"} <= {
