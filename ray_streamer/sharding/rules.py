@@ -103,9 +103,9 @@ class ShardRules:
         if before.rules and family_of(config) is None:
             model_type = config.get("model_type")
             told = (
-                "config.json names no model_type"
+                "config.json names no model type"
                 if model_type is None
-                else f"no preset for model_type {brief(model_type)}"
+                else f"no preset for model type {brief(model_type)}"
             )
             logger.warning("%s: the given rules stand alone", told)
             return before

@@ -168,7 +168,7 @@ class RuleSlices:
             return ShardRules()
         if is_unknown:
             raise ShardingError(
-                f"{index.uri}: an adapter of {brief(adapter.get('base_model_name_or_path'))}, of whose config no known model_type "
+                f"{index.uri}: an adapter of {brief(adapter.get('base_model_name_or_path'))}, of whose config no known model type "
                 "could be read: put the base model's config.json beside adapter_config.json, or give rules"
             )
         return adapter_rules(index, adapter, ShardRules.for_config(index.config, layout=self.layout, mtp=self.mtp))

@@ -76,7 +76,7 @@ def test_a_component_loads_by_its_own_uri_under_its_own_names(pipeline, componen
 
 def test_components_are_cut_by_rules_that_name_them(pipeline):
     folder, _ = pipeline
-    with pytest.raises(ShardingError, match="no preset for model_type"):
+    with pytest.raises(ShardingError, match="no preset for model type"):
         ray_streamer.plan(folder, tp=2)
     plan = ray_streamer.plan(folder, tp=2, rules={"transformer.*": ray_streamer.Split(0)}, unmatched="replicate")
     assert "transformer.x_embedder.weight" in plan.index.names

@@ -55,6 +55,13 @@ def test_inspect_knows_no_placements_of_an_unknown_model(invoke, stranger):
     assert "No preset for this model" in invoke("inspect", stranger).stdout
 
 
+def test_what_a_config_lacks_is_not_told_as_a_flag(invoke, stranger):
+    refused = invoke("plan", stranger, "--tp", 2)
+    assert "no preset for model type None of config.json" in refused.stderr
+    planned = invoke("plan", stranger, "--tp", 2, "--rule", "*=replicate")
+    assert "config.json names no model type: the given rules stand alone" in planned.stderr
+
+
 @pytest.fixture
 def adapter(tmp_path):
     """A LoRA adapter of two modules, and its base model's config.json in a folder of its own."""

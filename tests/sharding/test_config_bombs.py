@@ -137,7 +137,7 @@ def test_values_by_layer_are_checked(refusal: Callable[..., str], value: dict[st
 )
 def test_a_model_type_that_is_none_is_shown_short(refusal: Callable[..., str], model_type: Any) -> None:
     text = refusal(LLAMA | {"model_type": model_type})
-    assert "no preset for model_type" in text
+    assert "no preset for model type" in text
     assert text.isprintable()
 
 

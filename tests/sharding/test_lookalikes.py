@@ -61,7 +61,7 @@ def test_tensors_show_which_family_it_is(model: ModelLayout, first: str, layout:
 def test_no_advice_where_nothing_fits(tensors: list[TensorSpec], config: dict[str, Any]) -> None:
     index = header_only_index(tensors, num_files=1, config={**config, "model_type": "brand_new"})
     assert lookalikes(index, layout="generic") == []
-    with pytest.raises(ShardingError, match=r"no preset for model_type 'brand_new' of config\.json; known are"):
+    with pytest.raises(ShardingError, match=r"no preset for model type 'brand_new' of config\.json; known are"):
         RuleSlices(mesh=Mesh(tp=2))(index, 0)
 
 

@@ -112,7 +112,7 @@ def test_a_pipeline_knows_every_layer_or_nothing() -> None:
     with pytest.raises(ShardingError, match="no tensors in 2 of its 7 layers, such as layer 5"):
         resolve(index, ShardRules.for_config(index.config), Mesh(pp=2))
     index = header_only_index(LLAMA.tensors, num_files=1, config={"model_type": "unheard_of"})
-    with pytest.raises(ShardingError, match=r"pp=2 and ep=1 need to know .* no preset for model_type 'unheard_of'"):
+    with pytest.raises(ShardingError, match=r"pp=2 and ep=1 need to know .* no preset for model type 'unheard_of'"):
         resolve(index, ShardRules({"*": Split(0)}), Mesh(pp=2))
 
 

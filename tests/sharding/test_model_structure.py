@@ -71,5 +71,5 @@ def test_a_number_of_layers_is_needed(num_layers: object) -> None:
 
 
 def test_an_unknown_family_has_no_anatomy() -> None:
-    with pytest.raises(ShardingError, match=r"no preset for model_type 'nobody'"):
+    with pytest.raises(ShardingError, match=r"no preset for model type 'nobody'"):
         ModelStructure.of({"model_type": "nobody"})

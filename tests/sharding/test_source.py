@@ -202,5 +202,5 @@ def test_where_nothing_is_cut_a_model_of_no_known_family_is_held_whole(mesh: Mes
             ("blocks.0.mix.weight", (4, 6)),
             ("norm", (6,)),
         }
-    with pytest.raises(ShardingError, match="no preset for model_type None"):
+    with pytest.raises(ShardingError, match="no preset for model type None"):
         RuleSlices(mesh=mesh, layout="vllm")(index, 0)

@@ -91,7 +91,7 @@ def family_or_refuse(config: Mapping[str, Any]) -> Family:
     family = family_of(config)
     if family is None:
         raise ShardingError(
-            f"no preset for model_type {brief(config.get('model_type'))} of config.json; known are "
+            f"no preset for model type {brief(config.get('model_type'))} of config.json; known are "
             f"{', '.join(sorted(FAMILIES))}, and as one of these {', '.join(RENAMED)}. Give rules of your own, for example "
             'rules={"*.q_proj.weight": Split(0), "*.o_proj.weight": Split(1)}'
         )
