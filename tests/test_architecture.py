@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import functools
 import importlib.util
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -37,7 +38,7 @@ ORDER = (
     ("capture",),
     ("sharding",),
     ("planning",),
-    ("stream",),
+    ("staging",),
     ("exchange",),
     ("device",),
     ("rank",),
@@ -214,6 +215,18 @@ def test_the_drawing_of_the_packages_is_current():
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     assert module.drawing() in module.PAGE.read_text(), "run make docs"
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("__init__.py")), ids=lambda path: path.parent.name)
+def test_packages_list_modules_that_they_have(path):
+    listed = re.findall(r"^ {0,4}(\w+)  +\S", ast.get_docstring(ast.parse(path.read_text())) or "", flags=re.MULTILINE)
+    assert set(listed) <= {module.stem for module in path.parent.iterdir()}
+
+
+def test_every_package_has_its_question_on_the_page_of_the_architecture():
+    page = (PACKAGE.parent / "docs" / "architecture.md").read_text()
+    questions = page[page.index("| package | its question |") : page.index("## Glossary")]
+    assert not [path.parent.name for path in PACKAGE.glob("*/__init__.py") if f"`{path.parent.name}`" not in questions]
 
 
 def test_functions_stay_short():

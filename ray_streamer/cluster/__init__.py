@@ -1,7 +1,7 @@
 """Who runs where, and what if one of them dies? The only package that knows Ray.
 
     address     does a Ray answer there, and let this process in?
-    session     which Ray does this process speak to?
+    connection  which Ray does this process speak to?
     preflight   what can the driver see before anything starts?
     placement   where may the ranks run, and is there room? (arithmetic, no Ray)
     waiting     who is waited for?
@@ -10,13 +10,20 @@
     names       what are group and ranks called?
     gpus        which GPU is this rank's?
     facts       what does a rank see of its machine?
-    shell       the actor around an ordinary worker object
+    rank_actor  the actor around an ordinary worker object
+    worker      that object: one rank's loads and tensors
+    calls       calls in flight on several actors
     failures    which of several errors is the cause?
-    survey      what do the nodes of a running cluster answer?
     group       one actor per rank, from start to teardown
+    loads       how does a group load, once and again?
+    gather      whole tensors out of the ranks' parts
+    meters      where do metrics go? `ray_meter`: to Ray
+    tracing     the ranks' traces on one time axis; `clocks`: how far their clocks are apart
     phases      where did the time go?
     model       what does the caller hold?
     driver      from a request to a model
+    jobs        a command as a job of a cluster
+    survey      what do the nodes of a running cluster answer?
 
 Importing the package imports no Ray; `preflight`, `placement`, `names` and `phases` need none either.
 """

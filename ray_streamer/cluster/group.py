@@ -8,7 +8,7 @@
       │          │                                   │
     removed <─ killed <──────────────────────────────┘         teardown: in reverse, also of a half-started group
 
-A seat is a reservation (`seats`), an actor is a `RankShell` around an ordinary worker object (`shell`). Ranks are
+A seat is a reservation (`seats`), an actor is a `RankActor` around an ordinary worker object (`rank_actor`). Ranks are
 ordered by node, the driver's first. Nothing here knows what the workers do. Weights never pass through here; arguments and results are plans and reports.
 """
 
@@ -27,8 +27,8 @@ from ray_streamer.cluster.calls import Calls, ProgressPoll
 from ray_streamer.cluster.failures import choose_cause, ray_errors_translated, tell_failure
 from ray_streamer.cluster.names import GroupName
 from ray_streamer.cluster.placement import PlacementOptions, group_by_node
+from ray_streamer.cluster.rank_actor import RemoteRank
 from ray_streamer.cluster.seats import Seat, take_seats
-from ray_streamer.cluster.shell import RankActor
 from ray_streamer.cluster.waiting import Deadline, wait_for_start
 from ray_streamer.errors import ClusterError, RankFailedError
 from ray_streamer.units import counted
@@ -246,7 +246,7 @@ class WorkerGroup:
     def _start_actor(self, rank: int) -> Any:
         name = self._name.rank(rank, self._num_restarts)
         try:
-            return RankActor.options(
+            return RemoteRank.options(
                 name=name,
                 num_cpus=self._placement.num_cpus_per_rank,
                 num_gpus=self._placement.num_gpus_per_rank or 0,

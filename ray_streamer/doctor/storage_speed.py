@@ -14,8 +14,8 @@ from statistics import median
 from typing import TYPE_CHECKING, NamedTuple
 
 from ray_streamer.extent import Extent
-from ray_streamer.stream.stop import StopSignal
-from ray_streamer.stream.threads import TaskThreads
+from ray_streamer.staging.stop import StopSignal
+from ray_streamer.staging.threads import TaskThreads
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from ray_streamer.exchange.liveness import Activity
     from ray_streamer.exchange.mailbox import Mailbox
     from ray_streamer.exchange.place import Place
-    from ray_streamer.stream.stop import StopSignal
+    from ray_streamer.staging.stop import StopSignal
 
 _ENDED = "its process ended while others waited for it"
 _LEFT = "it left the session while others waited for it"

@@ -26,7 +26,7 @@ from ray_streamer.exchange.mailbox import Mailbox, Received
 from ray_streamer.exchange.memory import map_value, write_sealed
 from ray_streamer.exchange.messages import HANDED_OVER, MAX_INLINE_BYTES, Kind, ValueHead, encode_value
 from ray_streamer.process_limits import limits_explained
-from ray_streamer.stream.stop import StopSignal
+from ray_streamer.staging.stop import StopSignal
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable

@@ -1,1 +1,1 @@
-"""How does one rank load? Plan, storage, stream, exchange and device put together; no Ray, no other node."""
+"""How does one rank load? Plan, storage, staging, exchange and device put together; no Ray, no other node."""

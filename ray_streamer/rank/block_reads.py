@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from ray_streamer.rank.neighbourhood import Neighbourhood
     from ray_streamer.rank.recorder import Recorder
     from ray_streamer.rank.results import Results
+    from ray_streamer.staging.arena import Arena
     from ray_streamer.storage.base import Storage
-    from ray_streamer.stream.arena import Arena
 
 
 class BlockReads:

@@ -9,7 +9,7 @@ from ray_streamer.machine import count_cpus
 
 if TYPE_CHECKING:
     from ray_streamer.rank.options import RankOptions
-    from ray_streamer.stream.arena import Arena
+    from ray_streamer.staging.arena import Arena
 
 MAX_COPIERS = 4
 

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from ray_streamer.rank.block_source import Loan
     from ray_streamer.rank.recorder import Recorder
     from ray_streamer.rank.results import Results
-    from ray_streamer.stream.countdown import Countdown
-    from ray_streamer.stream.stop import StopSignal
+    from ray_streamer.staging.countdown import Countdown
+    from ray_streamer.staging.stop import StopSignal
 
 
 class Deliveries:

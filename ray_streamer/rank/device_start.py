@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from ray_streamer.device.base import Device
     from ray_streamer.exchange.liveness import Activity
-    from ray_streamer.stream.stop import StopSignal
+    from ray_streamer.staging.stop import StopSignal
 
 
 class DeviceStart:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import threading
 from typing import TYPE_CHECKING
 
-from ray_streamer.stream.threads import TaskThreads
+from ray_streamer.staging.threads import TaskThreads
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ray_streamer.planning.rank_plan import Block, RankPlan
     from ray_streamer.rank.block_reads import StagedReads
     from ray_streamer.rank.block_source import Loan
-    from ray_streamer.stream.stop import StopSignal
+    from ray_streamer.staging.stop import StopSignal
 
 
 class EarlyReads:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Self
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-    from ray_streamer.stream.stop import StopSignal
+    from ray_streamer.staging.stop import StopSignal
 
 
 class Inbox:

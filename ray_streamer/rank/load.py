@@ -32,11 +32,11 @@ from ray_streamer.rank.recorder import Recorder
 from ray_streamer.rank.results import Results
 from ray_streamer.rank.statistics import RankStatistics
 from ray_streamer.rank.trace import RankTrace
-from ray_streamer.stream.arena import Arena
-from ray_streamer.stream.countdown import Countdown
-from ray_streamer.stream.remains import clear_frames
-from ray_streamer.stream.stop import StopSignal
-from ray_streamer.stream.threads import TaskThreads
+from ray_streamer.staging.arena import Arena
+from ray_streamer.staging.countdown import Countdown
+from ray_streamer.staging.error_frames import clear_frames
+from ray_streamer.staging.stop import StopSignal
+from ray_streamer.staging.threads import TaskThreads
 from ray_streamer.units import exact_bytes
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from ray_streamer.exchange.place import Place
 from ray_streamer.exchange.session import NodeSession
 from ray_streamer.rank.block_source import Loan, Way
 from ray_streamer.rank.recorder import Step
-from ray_streamer.stream.arena import slot_view
+from ray_streamer.staging.arena import slot_view
 from ray_streamer.units import human_bytes
 
 if TYPE_CHECKING:
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from ray_streamer.rank.inbox import Inbox
     from ray_streamer.rank.options import RankOptions
     from ray_streamer.rank.recorder import Recorder
-    from ray_streamer.stream.arena import Arena
-    from ray_streamer.stream.stop import StopSignal
+    from ray_streamer.staging.arena import Arena
+    from ray_streamer.staging.stop import StopSignal
 
 
 class _Arena(NamedTuple):

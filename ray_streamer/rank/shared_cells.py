@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from ray_streamer.checkpoint import CheckpointIndex
-    from ray_streamer.stream.stop import StopSignal
+    from ray_streamer.staging.stop import StopSignal
 
 _MAX_CELLS = 1 << 20
 _LOOK_SECONDS = 0.002

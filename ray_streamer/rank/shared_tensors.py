@@ -28,7 +28,7 @@ from ray_streamer.planning.limits import AS_MUCH_AS_USEFUL, DEFAULT_MEMORY_LIMIT
 from ray_streamer.process_limits import limits_explained
 from ray_streamer.rank.shared_cells import CellLayout, SharedCells
 from ray_streamer.rank.tensor_stream import as_stored
-from ray_streamer.stream.threads import TaskThreads
+from ray_streamer.staging.threads import TaskThreads
 from ray_streamer.units import exact_bytes
 
 if TYPE_CHECKING:

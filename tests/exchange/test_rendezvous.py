@@ -17,7 +17,7 @@ from ray_streamer.exchange import peer, rendezvous
 from ray_streamer.exchange.messages import Failure, Hello, Kind, encode_failure, encode_hello
 from ray_streamer.exchange.names import address_of, longer_names
 from ray_streamer.exchange.session import NodeSession
-from ray_streamer.stream.stop import StopSignal
+from ray_streamer.staging.stop import StopSignal
 
 HANG_SECONDS = 120
 HELLO = encode_hello(Hello(local_rank=1, num_local_ranks=3))

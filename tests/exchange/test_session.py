@@ -16,7 +16,7 @@ from ray_streamer.exchange import hub as hubs
 from ray_streamer.exchange.liveness import Activity
 from ray_streamer.exchange.mailbox import Mailbox
 from ray_streamer.exchange.messages import MAX_INLINE_BYTES
-from ray_streamer.stream.stop import StopSignal
+from ray_streamer.staging.stop import StopSignal
 
 SIZES = [0, 1, MAX_INLINE_BYTES, MAX_INLINE_BYTES + 1, 1 << 20]
 

@@ -12,7 +12,7 @@ from ray_streamer.device.cpu import CpuDevice
 from ray_streamer.errors import DeviceError, LoadAbortedError, StartupTimeoutError
 from ray_streamer.exchange.liveness import Activity
 from ray_streamer.rank.device_start import DeviceStart
-from ray_streamer.stream.stop import StopSignal
+from ray_streamer.staging.stop import StopSignal
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

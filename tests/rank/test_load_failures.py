@@ -22,8 +22,8 @@ from ray_streamer.errors import (
 )
 from ray_streamer.planning.topology import Topology
 from ray_streamer.rank import conditions
-from ray_streamer.stream.arena import Arena
-from ray_streamer.stream.countdown import Countdown
+from ray_streamer.staging.arena import Arena
+from ray_streamer.staging.countdown import Countdown
 from ray_streamer.testing.parts import TensorPart
 
 if TYPE_CHECKING:

@@ -73,7 +73,7 @@ def ask(port: int, body: Any) -> Any:
 
 def rank_processes() -> list[psutil.Process]:
     """Those of this Ray that hold a rank."""
-    found = [process for process in psutil.Process().children(recursive=True) if "RankShell" in title_of(process)]
+    found = [process for process in psutil.Process().children(recursive=True) if "RankActor" in title_of(process)]
     return sorted(found, key=lambda process: process.pid)
 
 

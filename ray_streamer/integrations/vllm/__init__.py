@@ -6,11 +6,13 @@ RAY_STREAMER_REPLACE_RUNAI=1 vllm serve s3://bucket/llama --tensor-parallel-size
 
 options      what `--model-loader-extra-config` may say
 internals    all that is known of vLLM's inside, and the versions that it was seen in
-capturing    which slices a rank wants, learned from the model's own loader
+collective   what the ranks of the engine tell each other
 reloading    new weights for a model that is loaded already
 ahead        what is imported while vLLM still builds the model
 loader       the load format: capture of vLLM's own loaders, one session of the ranks, slices straight into parameters
 mismatch     weights that a model's own loader fails on
+tied_heads   an `lm_head` of the checkpoint that the config would leave out
+summary      what a load took, as a line of the log
 model_files  config and tokenizer of a model at a uri, on each node
 runai        commands and manifests written for Run:ai's streamer, when RAY_STREAMER_REPLACE_RUNAI=1 asks for it
 """

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from typing import TYPE_CHECKING
 
-from ray_streamer.stream.remains import clear_frames
+from ray_streamer.staging.error_frames import clear_frames
 
 if TYPE_CHECKING:
     from collections.abc import Callable

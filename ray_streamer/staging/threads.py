@@ -10,7 +10,7 @@ from ray_streamer.process_limits import start_thread
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from ray_streamer.stream.stop import StopSignal
+    from ray_streamer.staging.stop import StopSignal
 
 Task = TypeVar("Task")
 

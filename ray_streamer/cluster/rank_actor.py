@@ -22,7 +22,7 @@ from ray_streamer.machine import count_cpus, measure_available_memory
 _CONTROL_THREADS = 2
 
 
-class RankShell:
+class RankActor:
     """Holds one rank's worker object.
 
     Args:
@@ -65,4 +65,4 @@ class RankShell:
 
 
 _as_actor: Any = ray.remote  # its type hints leave out concurrency_groups
-RankActor = _as_actor(concurrency_groups={"control": _CONTROL_THREADS})(RankShell)
+RemoteRank = _as_actor(concurrency_groups={"control": _CONTROL_THREADS})(RankActor)

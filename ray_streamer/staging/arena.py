@@ -22,7 +22,7 @@ from ray_streamer.units import exact_bytes
 
 if TYPE_CHECKING:
     from ray_streamer.extent import Extent
-    from ray_streamer.stream.stop import StopSignal
+    from ray_streamer.staging.stop import StopSignal
 
 
 def slot_view(memory: memoryview, slot: int, slot_bytes: int, extent: Extent) -> memoryview:

@@ -7,8 +7,8 @@ import threading
 import pytest
 
 from ray_streamer.errors import BudgetError
-from ray_streamer.stream.stop import StopSignal
-from ray_streamer.stream.threads import TaskThreads
+from ray_streamer.staging.stop import StopSignal
+from ray_streamer.staging.threads import TaskThreads
 
 SECONDS = 20.0
 

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from ray_streamer.errors import BudgetError
 from ray_streamer.extent import Extent
-from ray_streamer.stream.arena import Arena, slot_view
-from ray_streamer.stream.stop import StopSignal
+from ray_streamer.staging.arena import Arena, slot_view
+from ray_streamer.staging.stop import StopSignal
 
 SECONDS = 20.0
 

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from ray_streamer.stream.stop import StopSignal
+from ray_streamer.staging.stop import StopSignal
 
 
 def test_the_first_error_stays():
