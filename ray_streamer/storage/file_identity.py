@@ -8,8 +8,9 @@ What the index saw travels to the ranks as an etag. What of it means something d
     another machine, shared         yes     yes                     no
     another machine, own disk       yes     no: samples instead     no
 
-Each node's own disk holds its own copy, and most ways to copy set a new time. Then samples of the content are compared: its first
-and last 4 KiB, and two pieces between them. A change of status shows a file that was rewritten in place and given its old time back.
+Each node's own disk holds its own copy, and most ways to copy set a new time. Others give all files one time, as images of containers
+and reproducible archives do, so an equal time says nothing either. Samples of the content are compared: its first and last 4 KiB, and
+two pieces between them. A change of status shows a file that was rewritten in place and given its old time back.
 """
 
 from __future__ import annotations
@@ -107,7 +108,7 @@ class FileIdentity:
         """Why this cannot be the file that was expected, as the end of a sentence; None when it can."""
         if self.size_bytes != expected.size_bytes:
             return f"has {exact_bytes(self.size_bytes)}, expected {exact_bytes(expected.size_bytes)}"
-        if self._has_other_time(expected) and not self.is_other_copy(expected, mount):
+        if self.has_other_time(expected) and not self.is_other_copy(expected, mount):
             return f"was modified at {_moment(self.modified_ns)}, expected {_moment(expected.modified_ns)}"
         if self._was_rewritten(expected, mount):
             return (
@@ -117,10 +118,11 @@ class FileIdentity:
         return None
 
     def is_other_copy(self, expected: FileIdentity, mount: Mount) -> bool:
-        """Whether this is another machine's own file, whose other time of modification means nothing."""
-        return mount.is_own and self.machine != expected.machine and self._has_other_time(expected)
+        """Whether this is another machine's own file, whose time of modification means nothing."""
+        return mount.is_own and self.machine != expected.machine
 
-    def _has_other_time(self, expected: FileIdentity) -> bool:
+    def has_other_time(self, expected: FileIdentity) -> bool:
+        """Whether it was modified at another time, on another machine as far as copies keep it."""
         if self.machine == expected.machine:
             return self.modified_ns != expected.modified_ns
         coarse, fine = sorted((self.modified_ns, expected.modified_ns))

@@ -159,9 +159,9 @@ class PosixStorage:
         if are_known and file.samples != expected.samples:
             raise ObjectChangedError(
                 f"{file} on host {host} is a copy of another version: it has the size that the index saw on another host, and "
-                "other content; copy the checkpoint to this host again"
+                "other content; copy the checkpoint to this host again, or start all nodes from one image"
             )
-        if not self._has_told_of_copies:
+        if file.identity.has_other_time(expected) and not self._has_told_of_copies:
             self._has_told_of_copies = True
             logger.warning(
                 "%s on host %s has the size that the index saw on another host, and another time of modification. It is "

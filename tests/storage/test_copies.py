@@ -115,6 +115,7 @@ def test_copies_without_their_times_load_and_it_is_told_once(etags, other_node, 
 
 
 @pytest.mark.parametrize("kind", ["ext4", "overlay", "tmpfs"])
+@pytest.mark.parametrize("copy", [_with_times, _with_times_in_seconds, _without_times])
 @pytest.mark.parametrize(
     ("name", "at"),
     [
@@ -122,8 +123,9 @@ def test_copies_without_their_times_load_and_it_is_told_once(etags, other_node, 
         *((FILES[1], at) for at in (0, 1_600, 3_199)),
     ],
 )
-def test_a_copy_of_another_version_is_refused_whatever_its_time_says(etags, other_node, tmp_path, kind, name, at):
-    storage = other_node(_without_times, kind=kind)
+def test_a_copy_of_another_version_is_refused_whatever_its_time_says(etags, other_node, tmp_path, kind, copy, name, at):
+    """Its own time, or the one that its version had: images of containers give all files of all versions one time."""
+    storage = other_node(copy, kind=kind)
     path = tmp_path / "second" / name
     status = path.stat()
     with path.open("r+b") as stream:
