@@ -22,6 +22,7 @@ from ray_streamer.testing.loopback import Listener, LoopbackServer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
+    from io import BufferedReader
 
 _COPY_BYTES = 256 << 10
 
@@ -184,7 +185,7 @@ class _Connection(socketserver.StreamRequestHandler):
         finally:
             self.proxy.on_end(self.connection)
 
-    def _serve(self, request: bytes, upstream: socket.socket, answers: BinaryIO) -> bool:
+    def _serve(self, request: bytes, upstream: socket.socket, answers: BufferedReader) -> bool:
         """Answer one request, faithfully or not; whether the connection goes on."""
         headers = _headers(request)
         fault = self.proxy.on_request(headers["range"]) if "range" in headers else Fault()
@@ -214,11 +215,15 @@ class _Connection(socketserver.StreamRequestHandler):
         ]
         self.wfile.write("\r\n".join([*lines, "", ""]).encode() + body)
 
-    def _pass_on(self, answers: BinaryIO, fault: Fault, *, has_body: bool, not_before: float) -> bool:
+    def _pass_on(self, answers: BufferedReader, fault: Fault, *, has_body: bool, not_before: float) -> bool:
         """Pass one answer on, as far and as early as the fault allows; whether the connection goes on."""
         head = _read_head(answers)
+        if not head:
+            return False
+        has_body = has_body and head.split(None, 2)[1] not in (b"204", b"304")
         self.proxy.wait(not_before - time.monotonic())
-        num_bytes = int(_headers(head).get("content-length", 0)) if has_body else 0
+        headers = _headers(head)
+        num_bytes = int(headers.get("content-length", 0)) if has_body else 0
         for name, value in fault.headers:
             lines = [line for line in head.split(b"\r\n") if not line.lower().startswith(name.encode() + b":")]
             head = b"\r\n".join([lines[0], f"{name}: {value}".encode(), *lines[1:]])
@@ -226,13 +231,29 @@ class _Connection(socketserver.StreamRequestHandler):
         left = num_bytes if fault.body_bytes is None else min(fault.body_bytes, num_bytes)
         self._copy(answers, left, fault.bytes_per_second)
         if fault.body_bytes is None:
-            return True
+            return not has_body or "content-length" in headers or self._copy_unmeasured(answers, headers)
         if fault.end == "stall":
             return self._stall()
         if fault.end == "reset":
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             # The handler's own end would be an orderly one.
             self.connection.close()
+        return False
+
+    def _copy_unmeasured(self, answers: BufferedReader, headers: dict[str, str]) -> bool:
+        """Pass on a body that comes in chunks, or until the server ends the connection; whether the connection goes on."""
+        if headers.get("transfer-encoding", "").lower() != "chunked":
+            while data := answers.read1(_COPY_BYTES):
+                self.proxy.on_body(len(data))
+                self.wfile.write(data)
+            return False
+        while line := answers.readline():
+            num_bytes = int(line.partition(b";")[0], 16)
+            self.proxy.on_body(num_bytes)
+            # Each chunk has the end of a line; behind the last one come trailers, and an empty line (RFC 9112, section 7.1).
+            self.wfile.write(line + (answers.read(num_bytes + 2) if num_bytes else _read_head(answers) or b"\r\n"))
+            if not num_bytes:
+                return True
         return False
 
     def _copy(self, answers: BinaryIO, num_bytes: int, bytes_per_second: float) -> None:
