@@ -19,7 +19,7 @@ from ray_streamer.extent import Extent
 from ray_streamer.storage.lateness import LateBodyError
 from ray_streamer.storage.redaction import NO_SECRETS
 from ray_streamer.storage.retry import PassingFault
-from ray_streamer.storage.tcp import LinkLocalError
+from ray_streamer.storage.tcp import ForbiddenAddressError
 from ray_streamer.units import exact_bytes
 
 if TYPE_CHECKING:
@@ -31,8 +31,8 @@ _CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,19})-([0-9]{1,19})/([0-9]{1,19})", 
 # How emulators of Azure and Google say that nothing is left, where 416 should stand: the range begins where the object ends.
 _NOTHING = re.compile(r"bytes ([0-9]{1,19})-(?:-1|[0-9]{1,19})/\1", re.IGNORECASE)
 _MAX_OBJECT_BYTES = 1 << 62
-# Some stores keep the framing of an upload as if it were the object's encoding; bodies are plain.
-_PLAIN_ENCODINGS = frozenset({"", "identity", "aws-chunked"})
+# Some stores keep the framing of an upload, and some people write the encoding of characters, as if it were the object's; bodies are plain.
+_PLAIN_ENCODINGS = frozenset({"", "identity", "none", "binary", "aws-chunked", "utf-8", "utf8", "us-ascii"})
 _NOBODY_THERE = (ConnectionRefusedError, socket.gaierror)
 
 
@@ -91,7 +91,7 @@ def refuse_encoded(answer: HttpAnswer, *, what: str) -> None:
         StorageError: It is compressed, say.
     """
     encoding = answer.header("content-encoding").strip().lower()
-    if encoding not in _PLAIN_ENCODINGS:
+    if not _PLAIN_ENCODINGS.issuperset(each.strip() for each in encoding.split(",")):
         raise StorageError(
             f"{what}: the body comes with Content-Encoding {answer.secrets.clean(encoding, max_chars=100)!r}, expected the object's own "
             "bytes; upload the object without that header, or keep proxies from compressing"
@@ -123,14 +123,15 @@ def faults_translated(
         endpoint: Where requests go, for messages.
         endpoint_advice: What to look at when nobody is there.
         ca_advice: What to set when the server is not trusted.
-        has_answered: Whether the endpoint ever answered; if not, a refused connection is taken for a wrong address.
+        has_answered: Whether the endpoint ever answered; if not, a refused connection, or another protocol, is taken for a wrong
+            address.
     """
     try:
         yield
     except (StorageError, SettingsError, LateBodyError):
         # These are OSErrors or ValueErrors too, some of them.
         raise
-    except LinkLocalError as error:
+    except ForbiddenAddressError as error:
         raise StorageError(f"{what}: {error}") from None
     except ssl.SSLCertVerificationError as error:
         raise StorageError(f"{endpoint} is not trusted, {what}: {reason_of(error)}; {ca_advice}") from error
@@ -138,9 +139,20 @@ def faults_translated(
         message = f"no answer from {endpoint}, {what}: {reason_of(error)}"
         if isinstance(error, _NOBODY_THERE) and not has_answered:
             raise StorageError(f"{message}; {endpoint_advice}, and the proxy if there is one?") from error
+        if _speaks_otherwise(error) and not has_answered:
+            raise PassingFault(
+                f"{message}; {endpoint_advice}, and does the server speak {endpoint.partition('://')[0]}?",
+                is_worth_one_retry=True,
+            ) from error
         raise PassingFault(message) from error
     except h11.LocalProtocolError as error:
         raise StorageError(f"cannot ask for {what}: {NO_SECRETS.clean(str(error))}") from None
+
+
+def _speaks_otherwise(error: Exception) -> bool:
+    """Whether the other end speaks something else than HTTP, or than TLS as this end does; its end in the middle of it says nothing."""
+    is_end = isinstance(error, ssl.SSLEOFError | ssl.SSLZeroReturnError | ssl.SSLSyscallError)
+    return isinstance(error, ssl.SSLError | h11.RemoteProtocolError) and not is_end
 
 
 def reason_of(error: Exception) -> str:

@@ -7,9 +7,7 @@ Sources: Azure Storage REST API, "Get Blob", "List Blobs", "Common REST API erro
 
 from __future__ import annotations
 
-import os
 import re
-import threading
 import time
 from dataclasses import dataclass
 from email.utils import formatdate
@@ -20,11 +18,13 @@ from ray_streamer.errors import AccessError, SettingsError, StorageError
 from ray_streamer.storage import web
 from ray_streamer.storage.azure_account import account_of
 from ray_streamer.storage.azure_listing import parse_page
-from ray_streamer.storage.bounded_call import find_credentials
+from ray_streamer.storage.bounded_call import OneAtATime, find_credentials
+from ray_streamer.storage.expiry import ended_signature
 from ray_streamer.storage.extras import missing_extra
 from ray_streamer.storage.object_store import ObjectStore, Request, if_match
 from ray_streamer.storage.refusal import Refusal, skew_of, xml_element
 from ray_streamer.storage.signed import Signature
+from ray_streamer.storage.trust import ca_file_of_environment
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from ray_streamer.storage.retry import PassingFault
 
 _VERSION = "2023-11-03"
+# Azure's own 5000 blobs, with all that it says of each, are longer than any page that is read.
+_MAX_RESULTS = "1000"
 _SCOPE = "https://storage.azure.com/.default"
 # A token that ends sooner is renewed, as azure-core does.
 _RENEWED_BEFORE_SECONDS = 300
@@ -49,25 +51,34 @@ _WHO = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AzureRefusal(Refusal):
-    """See `Refusal`."""
+    """See `Refusal`.
+
+    Attributes:
+        ended: What to do about the SAS token, if it has ended.
+    """
 
     THROTTLE_CODES: ClassVar[frozenset[str]] = frozenset({"ServerBusy", "TooManyRequests", "EgressIsOverAccountLimit"})
     FAILURE_CODES: ClassVar[frozenset[str]] = frozenset({"InternalError", "OperationTimedOut"})
 
+    ended: tuple[str, ...] = ()
+
     @classmethod
-    def from_answer(cls, answer: HttpAnswer, body: bytes) -> AzureRefusal:
-        """What a raw answer says, with the beginning of its body."""
+    def from_answer(cls, request: Request, answer: HttpAnswer, body: bytes) -> AzureRefusal:
+        """What a raw answer to a request says, with the beginning of its body."""
         text, secrets = body.decode("utf-8", "replace"), answer.secrets
         code = secrets.clean(answer.header("x-ms-error-code"), max_chars=100)
         # It goes on with the request's id and time.
         message = xml_element(text, "Message", secrets, r".+")
+        is_refused = answer.status in (401, 403)
+        skew_seconds = skew_of(answer.header("date")) if is_refused else 0.0
         return cls(
             status=answer.status,
             code=code or xml_element(text, "Code", secrets, r"[\w.-]{1,100}"),
             message=message.partition(" RequestId:")[0].rstrip("."),
             request_id=secrets.clean(answer.header("x-ms-request-id"), max_chars=128),
             retry_after=answer.header("retry-after"),
-            skew_seconds=skew_of(answer.header("date")) if answer.status in (401, 403) else 0.0,
+            skew_seconds=skew_seconds,
+            ended=ended_signature(request.url, skew_seconds=skew_seconds) if is_refused else (),
         )
 
     def error(self, what: str, *, is_object: bool = True) -> StorageError | PassingFault:
@@ -83,6 +94,8 @@ class AzureRefusal(Refusal):
 
     def advice(self, *, is_object: bool) -> list[str]:
         """See `Refusal`."""
+        if self.ended:
+            return [*self.ended]
         if self.code in ("AuthorizationPermissionMismatch", "AuthorizationFailure", "InsufficientAccountPermissions"):
             return ["who asks needs the role Storage Blob Data Reader, or a SAS token with the permissions r and l"]
         if self.code == "BlobArchived":
@@ -99,7 +112,7 @@ class AzureTokens:
 
     def __init__(self, *, timeout_seconds: float) -> None:
         self._timeout_seconds = timeout_seconds
-        self._lock = threading.Lock()
+        self._finding = OneAtATime()
         self._credential: Any = None
         self._token: str | None = None
         self._is_refused = False
@@ -112,14 +125,14 @@ class AzureTokens:
             AccessError: There are no credentials, or none in time.
             SettingsError: azure-identity is not installed.
         """
-        with self._lock:
+        with self._finding.turn():
             if self._token is None or time.time() >= self._renew_at:
                 self._renew()
             return self._token or ""
 
     def refuse(self, authorization: str) -> None:
         """The store did not take a request with this header; get another token, unless there is another one already."""
-        with self._lock:
+        with self._finding.turn():
             if authorization == f"Bearer {self._token}":
                 self._token, self._is_refused = None, True
 
@@ -159,7 +172,7 @@ class AzureStore(ObjectStore):
 
     def __init__(self, account: AzureAccount, *, container: str, prefix: str, timeout_seconds: float) -> None:
         self.endpoint = account.endpoint
-        self.ca_file = os.environ.get("REQUESTS_CA_BUNDLE") or ""
+        self.ca_file = ca_file_of_environment("REQUESTS_CA_BUNDLE", endpoint=self.endpoint)
         self.folder = f"{prefix}/" if prefix else ""
         self._account = account
         self._container = f"{account.endpoint}/{quote(container, safe='$')}"
@@ -179,12 +192,13 @@ class AzureStore(ObjectStore):
 
     def refusal_of(self, request: Request, answer: HttpAnswer, body: bytes) -> AzureRefusal:
         """See `ObjectStore`."""
-        return AzureRefusal.from_answer(answer, body)
+        return AzureRefusal.from_answer(request, answer, body)
 
     def listing_request(self, prefix: str, token: str, *, recursive: bool) -> Request:
         """See `ObjectStore`."""
         more = ({} if recursive else {"delimiter": "/"}) | ({"marker": token} if token else {})
-        return self._authorized(self._container, {"restype": "container", "comp": "list", "prefix": prefix, **more}, {})
+        query = {"restype": "container", "comp": "list", "maxresults": _MAX_RESULTS, "prefix": prefix, **more}
+        return self._authorized(self._container, query, {})
 
     def parse_page(self, answer: HttpAnswer, body: bytes) -> ListingPage:
         """See `ObjectStore`."""

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import errno
 import threading
+from contextlib import contextmanager
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, TypeVar
 
-from ray_streamer.errors import AccessError
+from ray_streamer.errors import AccessError, RayStreamerError
+from ray_streamer.process_limits import start_thread
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 _Result = TypeVar("_Result")
 
@@ -23,6 +25,7 @@ def call_within(seconds: float, call: Callable[[], _Result], *, what: str) -> _R
 
     Raises:
         TimeoutError: It did not; says that there is no `what` yet.
+        BudgetError: The system refuses a thread.
     """
     outcomes: SimpleQueue[tuple[_Result | None, BaseException | None]] = SimpleQueue()
 
@@ -32,7 +35,7 @@ def call_within(seconds: float, call: Callable[[], _Result], *, what: str) -> _R
         except BaseException as error:
             outcomes.put((None, error))
 
-    threading.Thread(target=run, name="bounded-call", daemon=True).start()
+    start_thread(threading.Thread(target=run, name="bounded-call", daemon=True))
     try:
         result, error = outcomes.get(timeout=seconds)
     except Empty:
@@ -40,6 +43,34 @@ def call_within(seconds: float, call: Callable[[], _Result], *, what: str) -> _R
     if error is not None:
         raise error
     return result  # type: ignore[return-value]
+
+
+class OneAtATime:
+    """Lets one thread look for credentials; the others wait, and hear of its failure instead of repeating it one after the other."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._num_failures = 0
+        self._failure: RayStreamerError | None = None
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """The block of one thread at a time.
+
+        Raises:
+            RayStreamerError: That of another thread's block, which ended while this thread waited.
+        """
+        num_failures = self._num_failures
+        with self._lock:
+            if self._failure is not None and num_failures != self._num_failures:
+                # Another one for each thread: where it was raised is written into it.
+                raise type(self._failure)(str(self._failure))
+            try:
+                yield
+            except RayStreamerError as error:
+                self._num_failures += 1
+                self._failure = error
+                raise
 
 
 def find_credentials(

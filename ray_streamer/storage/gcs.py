@@ -10,19 +10,19 @@ from __future__ import annotations
 import json
 import os
 import re
-import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 from urllib.parse import quote, urlencode, urlsplit
 
 from ray_streamer.errors import SettingsError
-from ray_streamer.storage.bounded_call import find_credentials
+from ray_streamer.storage.bounded_call import OneAtATime, find_credentials
 from ray_streamer.storage.extras import missing_extra
 from ray_streamer.storage.http_route import is_http_address
 from ray_streamer.storage.identity import Identity
 from ray_streamer.storage.listing import MAX_TOKEN_CHARS, ListingPage
 from ray_streamer.storage.object_store import ObjectStore, Request
 from ray_streamer.storage.refusal import Refusal, skew_of
+from ray_streamer.storage.trust import ca_file_of_environment
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -104,7 +104,7 @@ class GoogleCredentials:
 
     def __init__(self, *, timeout_seconds: float) -> None:
         self._timeout_seconds = timeout_seconds
-        self._lock = threading.Lock()
+        self._finding = OneAtATime()
         self._credentials: Any = None
         self._is_refused = False
 
@@ -115,7 +115,7 @@ class GoogleCredentials:
             AccessError: There are no credentials, or none in time.
             SettingsError: google-auth is not installed.
         """
-        with self._lock:
+        with self._finding.turn():
             credentials = self._credentials
             if credentials is None or self._is_refused or not _is_fresh(credentials):
                 credentials = self._renew()
@@ -125,7 +125,7 @@ class GoogleCredentials:
 
     def refuse(self, headers: Mapping[str, str]) -> None:
         """The store did not take a request with these headers; get another token, unless there is another one already."""
-        with self._lock:
+        with self._finding.turn():
             said: dict[str, str] = {}
             if self._credentials is not None:
                 self._credentials.apply(said)
@@ -174,7 +174,7 @@ class GoogleStore(ObjectStore):
         self, *, endpoint: str, bucket: str, prefix: str, credentials: GoogleCredentials | None, user_project: str
     ) -> None:
         self.endpoint = endpoint
-        self.ca_file = os.environ.get("REQUESTS_CA_BUNDLE") or ""
+        self.ca_file = ca_file_of_environment("REQUESTS_CA_BUNDLE", endpoint=self.endpoint)
         self.folder = f"{prefix}/" if prefix else ""
         self._objects = f"{endpoint}/storage/v1/b/{quote(bucket, safe='')}/o"
         self._credentials = credentials

@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
 # What is late may be learned while one waits.
 _LOOK_AGAIN_SECONDS = 0.1
+# Another thread connects meanwhile.
+_CONNECTED_SECONDS = 0.01
 _MAX_KNOWN_ROUTES = 64
 
 
@@ -46,11 +48,11 @@ class HttpClient:
         settings: Timeouts, share of extra requests, bandwidth.
         ca_file: By which https servers are trusted; empty for those that the system trusts.
         counters: Where connections, extra requests and thrown-away bytes are counted.
-        is_public_web: Whether servers may name others, so that link-local addresses are refused; see `Dialer`.
+        named_by: The host of the server that may name others, if it may; see `Dialer`.
     """
 
     def __init__(
-        self, settings: StorageSettings, *, ca_file: str, counters: Counters, is_public_web: bool = False
+        self, settings: StorageSettings, *, ca_file: str, counters: Counters, named_by: str | None = None
     ) -> None:
         self._closing = threading.Event()
         self._pool = HttpPool(
@@ -58,7 +60,7 @@ class HttpClient:
             ca_file=ca_file,
             counters=counters,
             closing=self._closing,
-            is_public_web=is_public_web,
+            named_by=named_by,
         )
         # Asked for once per server: the environment may have hundreds of variables, and all of them are looked at.
         self._route_to = functools.lru_cache(_MAX_KNOWN_ROUTES)(route_of)
@@ -80,7 +82,7 @@ class HttpClient:
         parts = urlsplit(url)
         target = f"{parts.path or '/'}?{parts.query}" if parts.query else parts.path or "/"
         route = self._route_to(f"{parts.scheme}://{parts.netloc}")
-        with _Race(self._pool, route, target, headers) as race:
+        with _Race(self._pool, route, target, headers, self._counters) as race:
             answer = self._first_answer(race)
         try:
             yield answer
@@ -129,10 +131,10 @@ class HttpClient:
             late_after_seconds = self._hedging.heads.late_after_seconds * (2 ** (race.num_hedges + 1) - 1)
             if waited_seconds >= late_after_seconds and self._hedging.spend():
                 race.hedge()
-                self._counters.add(num_hedges=1)
                 continue
             left_seconds = late_after_seconds - waited_seconds
-            answer = race.wait(left_seconds if 0 < left_seconds < _LOOK_AGAIN_SECONDS else _LOOK_AGAIN_SECONDS)
+            look_again_seconds = _CONNECTED_SECONDS if race.num_wanted else _LOOK_AGAIN_SECONDS
+            answer = race.wait(left_seconds if 0 < left_seconds < look_again_seconds else look_again_seconds)
             if answer is not None:
                 for seconds in race.latencies:
                     self._hedging.heads.observe(seconds)
@@ -150,32 +152,54 @@ class _Race:
     """One request on one connection or several; those that did not win are given up at the end of the `with` block.
 
     Attributes:
-        num_hedges: Requests beside the first one.
+        num_hedges: Requests beside the first one that are wanted or under way.
+        num_wanted: Of these, how many wait for a connection.
         latencies: When an answer has come: seconds that each request had been under way.
     """
 
-    def __init__(self, pool: HttpPool, route: Route, target: str, headers: Mapping[str, str]) -> None:
+    def __init__(
+        self, pool: HttpPool, route: Route, target: str, headers: Mapping[str, str], counters: Counters
+    ) -> None:
         self._pool, self._route, self._target, self._headers = pool, route, target, headers
+        self._counters = counters
         self._runners: dict[int, _Runner] = {}
         self._poll = select.poll()
         self.num_hedges = 0
+        self.num_wanted = 0
         self.latencies: list[float] = []
 
     def start(self) -> None:
         """Ask, on an idle connection if there is one."""
+        if not self._ask_on_idle():
+            self._ask(self._pool.connect(self._route), was_idle=False)
+
+    def hedge(self) -> None:
+        """Ask once more, as soon as a connection is idle; one is made meanwhile, if none is.
+
+        To connect may take long, too, and the first answer may come before.
+        """
+        self.num_hedges += 1
+        self.num_wanted += 1
+        self._ask_wanted()
+        if self.num_wanted:
+            self._pool.connect_meanwhile(self._route)
+
+    def _ask_on_idle(self) -> bool:
+        """Whether there was an idle connection, and it took the request."""
         connection = self._pool.take_idle(self._route)
         if connection is not None:
             # A server may close an idle connection at any time; that says nothing about the request.
             with suppress(ConnectionError):
                 self._ask(connection, was_idle=True)
-                return
-        self._ask(self._pool.connect(self._route), was_idle=False)
+                return True
+        return False
 
-    def hedge(self) -> None:
-        """Ask once more; when that cannot be done, the first request still runs."""
-        self.num_hedges += 1
-        with suppress(OSError, h11.RemoteProtocolError):
-            self.start()
+    def _ask_wanted(self) -> None:
+        # When that cannot be done, the first request still runs.
+        with suppress(OSError):
+            while self.num_wanted and self._ask_on_idle():
+                self.num_wanted -= 1
+                self._counters.add(num_hedges=1)
 
     def wait(self, seconds: float) -> HttpAnswer | None:
         """The first answer whose head comes within so long.
@@ -184,6 +208,7 @@ class _Race:
             OSError: The last connection in the race is gone.
             h11.RemoteProtocolError: The last server in the race does not speak HTTP.
         """
+        self._ask_wanted()
         for fileno, _ in self._poll.poll(1000 * seconds):
             runner = self._runners[fileno]
             try:

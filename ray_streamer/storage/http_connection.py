@@ -8,6 +8,7 @@ the connection lives) goes through h11. Nothing is retried here. What the server
 from __future__ import annotations
 
 import errno
+import re
 import socket
 import time
 from contextlib import contextmanager, suppress
@@ -31,6 +32,8 @@ _HEAD_BYTES = 4096
 _CHUNK_BYTES = 64 << 10
 _MAX_INTERIM_ANSWERS = 16
 _USER_AGENT = "ray_streamer"
+# Of a header's value: no control characters, and no space at its ends (RFC 9110, section 5.5).
+_SENDABLE = re.compile(r"(?:[!-~\x80-\xff](?:[\t -~\x80-\xff]*[!-~\x80-\xff])?)?")
 
 
 class HttpConnection:
@@ -92,6 +95,7 @@ class HttpConnection:
 
         Raises:
             OSError: The connection is gone.
+            h11.LocalProtocolError: A header cannot be sent; does not show what is in it.
         """
         self._protocol = h11.Connection(h11.CLIENT)
         self._num_interim_answers = 0
@@ -102,8 +106,7 @@ class HttpConnection:
                 lines.append(("Proxy-Authorization", self.route.authorization))
         lines += headers.items()
         self._secrets = Secrets(target, dict(lines))
-        encoded = [(name.encode("ascii"), value.encode("latin-1")) for name, value in lines]
-        self._send(h11.Request(method="GET", target=target, headers=encoded))
+        self._send(_get_request(target, lines))
 
     def receive_head(self) -> HttpAnswer | None:
         """The answer, without its body, if all of its head has come; never waits.
@@ -287,6 +290,22 @@ class HttpAnswer:
                 return connected.recv_into(view)
             except TimeoutError:
                 connected.settimeout(clock.extend())
+
+
+def _get_request(target: str, lines: list[tuple[str, str]]) -> h11.Request:
+    """A GET with these header lines.
+
+    Raises:
+        h11.LocalProtocolError: One cannot be sent. Says which: h11 would say what is in it, which may be a token.
+    """
+    for name, value in lines:
+        if not _SENDABLE.fullmatch(value):
+            raise h11.LocalProtocolError(
+                f"the header {name} (not shown) has characters that cannot be sent, such as the end of a line; look at where its value "
+                "comes from"
+            )
+    encoded = [(name.encode("ascii"), value.encode("latin-1")) for name, value in lines]
+    return h11.Request(method="GET", target=target, headers=encoded)
 
 
 def _address_of(connected: socket.socket) -> str:

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import fcntl
-import ssl
 import struct
 import termios
 import threading
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
+import h11
+
+from ray_streamer.errors import BudgetError, RayStreamerError
+from ray_streamer.process_limits import start_thread
 from ray_streamer.storage.http_connection import HttpConnection
 from ray_streamer.storage.tcp import Dialer
+from ray_streamer.storage.trust import context_trusting
 
 if TYPE_CHECKING:
+    import ssl
+
     from ray_streamer.storage.counters import Counters
     from ray_streamer.storage.http_route import Route
 
@@ -27,7 +34,7 @@ class HttpPool:
         ca_file: By which https servers are trusted; empty for those that the system trusts.
         counters: Where connections and thrown-away bytes are counted.
         closing: Set before `close`; ends attempts to connect.
-        is_public_web: Whether link-local addresses are refused.
+        named_by: See `Dialer`.
     """
 
     def __init__(
@@ -37,7 +44,7 @@ class HttpPool:
         ca_file: str,
         counters: Counters,
         closing: threading.Event,
-        is_public_web: bool,
+        named_by: str | None,
     ) -> None:
         self._timeout_seconds = connect_timeout_seconds
         self._ca_file = ca_file
@@ -45,9 +52,7 @@ class HttpPool:
         self._tls: ssl.SSLContext | None = None
         self._lock = threading.Lock()
         self._closing = closing
-        self._dialer = Dialer(
-            timeout_seconds=connect_timeout_seconds, closing=closing, refuses_link_local=is_public_web
-        )
+        self._dialer = Dialer(timeout_seconds=connect_timeout_seconds, closing=closing, named_by=named_by)
         self._idle: dict[Route, list[HttpConnection]] = {}
         self._busy: set[HttpConnection] = set()
 
@@ -69,8 +74,9 @@ class HttpPool:
         Raises:
             OSError: It cannot be made, or the pool is closed.
             h11.RemoteProtocolError: The proxy does not speak HTTP.
+            SettingsError: The CA file cannot be used.
         """
-        connected = self._dialer.connect(route.host, route.port)
+        connected = self._dialer.connect(route.host, route.port, is_proxy=route.is_proxied)
         connection = HttpConnection(connected, route, timeout_seconds=self._timeout_seconds)
         try:
             self._register(connection)
@@ -83,6 +89,17 @@ class HttpPool:
             raise
         self._counters.add(num_connections=1)
         return connection
+
+    def connect_meanwhile(self, route: Route) -> None:
+        """Another thread makes a connection, which is idle then; nothing happens when it cannot be made."""
+
+        def connect() -> None:
+            with suppress(OSError, h11.RemoteProtocolError, RayStreamerError):
+                self.give_back(self.connect(route), is_reusable=True)
+
+        # Daemon: it ends within the time of a connection, and keeps no process from ending.
+        with suppress(BudgetError):
+            start_thread(threading.Thread(target=connect, name="connect-meanwhile", daemon=True))
 
     def give_back(self, connection: HttpConnection, *, is_reusable: bool) -> None:
         """Keep a connection for the next request, or close it."""
@@ -113,7 +130,7 @@ class HttpPool:
     def _tls_context(self) -> ssl.SSLContext:
         with self._lock:
             if self._tls is None:
-                self._tls = ssl.create_default_context(cafile=self._ca_file or None)
+                self._tls = context_trusting(self._ca_file)
             return self._tls
 
 

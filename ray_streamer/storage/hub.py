@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import parse_qs, quote, urlencode, urlsplit
 
 from ray_streamer.errors import AccessError, ObjectChangedError, ObjectMissingError, SettingsError, StorageError
-from ray_streamer.storage.bounded_call import call_within
+from ray_streamer.storage.bounded_call import OneAtATime, call_within
 from ray_streamer.storage.extras import missing_extra
 from ray_streamer.storage.identity import Identity
 from ray_streamer.storage.listing import MAX_TOKEN_CHARS, ListingPage
@@ -138,6 +138,7 @@ class HubStore(WebStore):
         self._revision = revision
         self._timeout_seconds = timeout_seconds
         self._lock = threading.Lock()
+        self._finding = OneAtATime()
         self._given_token = token
         self._token: str | None = None
         self._has_asked_for_token = False
@@ -157,7 +158,7 @@ class HubStore(WebStore):
     def discard(self, path: str, request: Request) -> None:
         """See `ObjectStore`."""
         super().discard(path, request)
-        with self._lock:
+        with self._finding.turn():
             # Servers that the Hub names are told nothing, and others of its threads may have found another token already.
             if not request.is_sent_on and request.headers.get("Authorization") == self._authorization.get(
                 "Authorization"
@@ -245,7 +246,7 @@ class HubStore(WebStore):
 
     def _authorize(self) -> None:
         """Find who asks, once, and again after a refusal."""
-        with self._lock:
+        with self._finding.turn():
             if self._has_asked_for_token:
                 return
             self._token = _sendable(self._given_token or _token_within(self._timeout_seconds))

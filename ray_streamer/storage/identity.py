@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 # What some servers send for every object.
 _EMPTY_ETAGS = frozenset({"", "*", '""', 'W/""', "W/"})
-_TOKEN = re.compile(r"(.*)\bsize=([0-9]+) modified=([0-9]*)")
+_TOKEN = re.compile(r"(.*)\bsize=([0-9]{1,19}) modified=([0-9]{0,19})")
 # What may be sent back: one strong ETag in ASCII, by the rules or by the habit of some stores without its quotes.
 _CONDITION = re.compile(r'"[!#-~]+"|[!#-)+\--~]+')
 

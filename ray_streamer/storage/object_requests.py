@@ -90,7 +90,8 @@ class ObjectRequests:
             except _MovedError:
                 continue
             except PassingFault as fault:
-                if fault.is_worth_one_retry:
+                # A server that another one named may be gone, and that one may know a better one by now.
+                if fault.is_worth_one_retry or (request.is_sent_on and fault.error_class is not ThrottledError):
                     self._store.discard(path, request)
                 raise
             else:

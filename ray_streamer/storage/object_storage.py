@@ -13,6 +13,7 @@ import time
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
+from urllib.parse import urlsplit
 
 from ray_streamer.errors import ObjectChangedError, ShortReadError, StorageError
 from ray_streamer.extent import Extent
@@ -40,6 +41,8 @@ if TYPE_CHECKING:
 
 _Result = TypeVar("_Result")
 _FIRST_BYTE = Extent(0, 1)
+# As many again after each pause: requests that are all hedged would earn another one each time, without end.
+_MAX_CUTS = 16
 
 _logger = logging.getLogger(__name__)
 
@@ -60,7 +63,10 @@ class ObjectStorage(RemoteStorage):
         self._list_timeout_seconds = settings.list_timeout_seconds
         self._counters = Counters()
         self._http = HttpClient(
-            settings, ca_file=store.ca_file, counters=self._counters, is_public_web=store.is_public_web
+            settings,
+            ca_file=store.ca_file,
+            counters=self._counters,
+            named_by=urlsplit(store.endpoint).hostname if store.is_public_web else None,
         )
         self._requests = ObjectRequests(store, self._http, self._counters, max_requests=settings.concurrency)
         self._sends_conditions = True
@@ -148,11 +154,12 @@ class ObjectStorage(RemoteStorage):
             raise StorageError(f"{self.uri} is read after its storage was closed")
 
         def attempt_or_cut() -> _Result:
-            while True:
+            for _ in range(_MAX_CUTS):
                 try:
                     return attempt()
                 except LateBodyError:
                     self._counters.add(num_cuts=1)
+            raise PassingFault(f"reading {self.uri}: {_MAX_CUTS} bodies in a row were late, and were cut")
 
         policy = RetryPolicy(
             deadline_seconds=self._deadline_seconds,

@@ -76,7 +76,8 @@ class Redirects:
             )
         with self._changed:
             self._are_expected = True
-            self._urls[path] = quote(url.partition("#")[0], safe="%/:?#[]@!$&'()*+,;=~")
+            # The header's own bytes, of which one is one character here.
+            self._urls[path] = quote(url.partition("#")[0], safe="%/:?#[]@!$&'()*+,;=~", encoding="latin-1")
         self.end(path)
 
     def note_answer(self, path: str) -> None:

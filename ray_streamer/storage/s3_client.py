@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 import re
-import ssl
 import threading
 import time
 from dataclasses import dataclass
@@ -22,16 +21,17 @@ import botocore.session
 from botocore import UNSIGNED
 from botocore.awsrequest import AWSResponse
 from botocore.config import Config
-from botocore.exceptions import BotoCoreError, ProfileNotFound
+from botocore.exceptions import BotoCoreError, ClientError, CredentialRetrievalError, ProfileNotFound
 from botocore.handlers import validate_bucket_name
 from botocore.httpsession import get_cert_path
 from botocore.loaders import create_loader
 
-from ray_streamer.errors import AccessError, SettingsError, StorageError
+from ray_streamer.errors import AccessError, RayStreamerError, SettingsError, StorageError
 from ray_streamer.storage.bounded_call import call_within
 from ray_streamer.storage.object_store import Request
 from ray_streamer.storage.redaction import NO_SECRETS
 from ray_streamer.storage.s3_location import S3Location
+from ray_streamer.storage.trust import context_trusting
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -47,6 +47,7 @@ _SESSION_SECONDS = 300
 _SESSION_RENEWED_AFTER_SECONDS = 30
 # What boto3 knows about S3 is parsed once per process: for every client anew it took four fifths of the time to make one.
 _SERVICE_DATA = create_loader()
+_LOOK_AT = "look at credential_process in the profile, AWS_WEB_IDENTITY_TOKEN_FILE and the metadata service"
 _USER_OF_A_URL = re.compile(r"//[^/@\s]*@")
 
 
@@ -98,10 +99,8 @@ class S3Access:
     def _in_time(self, sign: Callable[[], _Result]) -> _Result:
         try:
             return _with_credentials_within(self.credentials_timeout_seconds, sign)
-        except (ValueError, KeyError, TypeError, OverflowError) as error:
-            # What botocore lets through of what it parses: tokens, dates, answers of metadata services.
-            message = f"boto3 cannot sign: {type(error).__name__}: {NO_SECRETS.clean(str(error))}"
-            raise StorageError(message) from None
+        except ValueError as error:
+            raise StorageError(f"boto3 cannot sign: {_said_by(error)}") from None
 
 
 def _request_of(request: AWSPreparedRequest) -> Request:
@@ -132,14 +131,32 @@ def _keep_unsent(request: AWSPreparedRequest, **_: Any) -> AWSResponse:
 
 
 def _with_credentials_within(seconds: float, call: Callable[[], _Result]) -> _Result:
-    """What boto3 does that may need credentials, which it may look for without end: in a program that hangs, say."""
+    """What boto3 does that may need credentials, which it may look for without end: in a program that hangs, say.
+
+    Raises:
+        AccessError: It found none, or none in time; or programs, files or servers that it asked failed in a way of their own.
+    """
     try:
         return call_within(seconds, call, what="credentials")
+    except CredentialRetrievalError as error:
+        # Its words are what a program said, of which nobody knows what it is.
+        raise AccessError(f"boto3 found no credentials: {error.kwargs.get('provider')} failed; {_LOOK_AT}") from None
+    except (BotoCoreError, ClientError, RayStreamerError, ValueError):
+        raise
     except TimeoutError:
         raise AccessError(
-            f"boto3 found no credentials in {seconds:g} s (credentials_timeout_seconds); look at credential_process in the "
-            "profile, AWS_WEB_IDENTITY_TOKEN_FILE and the metadata service; AWS_EC2_METADATA_DISABLED=true turns that off"
+            f"boto3 found no credentials in {seconds:g} s (credentials_timeout_seconds); {_LOOK_AT}; "
+            "AWS_EC2_METADATA_DISABLED=true turns that off"
         ) from None
+    except Exception as error:
+        # A token file that is not there, a program whose answer has another form, credentials that have ended when they come.
+        raise AccessError(
+            f"boto3 found no credentials: {_said_by(error)}; {_LOOK_AT}, and at this machine's clock"
+        ) from None
+
+
+def _said_by(error: Exception) -> str:
+    return f"{type(error).__name__}: {NO_SECRETS.clean(str(error)).rstrip('.')}"
 
 
 def open_access(uri: str, settings: StorageSettings) -> S3Access:
@@ -208,12 +225,11 @@ def _ca_file(session: botocore.session.Session, settings: StorageSettings) -> tu
 
 
 def _refuse_unusable(ca_file: str, origin: str) -> None:
-    """Load it now: every connection would fail, and be tried again."""
-    try:
-        ssl.create_default_context(cafile=ca_file)
-    except OSError as error:
-        reason = "it holds no certificate in PEM format" if isinstance(error, ssl.SSLError) else error.strerror
-        raise SettingsError(f"the CA file {ca_file!r} of {origin} cannot be used: {reason}") from None
+    if os.path.isdir(ca_file):
+        raise SettingsError(
+            f"the CA file {ca_file!r} of {origin} cannot be used: Is a directory, and boto3 takes a file"
+        )
+    context_trusting(ca_file, origin=origin)
 
 
 def _timeouts(settings: StorageSettings) -> Config:

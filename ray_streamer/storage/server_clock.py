@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import ssl
 import urllib.error
 import urllib.request
 
 from ray_streamer.storage.refusal import skew_of
+from ray_streamer.storage.trust import context_trusting
 
 
 def clock_skew_seconds(endpoint: str, *, ca_file: str, timeout_seconds: float) -> float | None:
@@ -19,10 +19,11 @@ def clock_skew_seconds(endpoint: str, *, ca_file: str, timeout_seconds: float) -
 
     Raises:
         OSError: The server does not answer.
+        SettingsError: The CA file cannot be used.
     """
     request = urllib.request.Request(endpoint, method="HEAD")
     try:
-        context = ssl.create_default_context(cafile=ca_file or None) if endpoint.startswith("https:") else None
+        context = context_trusting(ca_file) if endpoint.startswith("https:") else None
         with urllib.request.urlopen(request, timeout=timeout_seconds, context=context) as answer:
             date = answer.headers.get("date")
     except urllib.error.HTTPError as refusal:

@@ -4,7 +4,8 @@
     https://host/m/model.safetensors?Q            the same; one file of the folder is meant
     https://host/m/a?Q and https://host/m/b?R     these files and no others, each with its own query
 
-A signature belongs to one folder: who opens another one finds none.
+A signature belongs to one folder: who opens another one finds none. Content delivery networks call files by hashes, and the query says
+under which name a browser would save them: that is the file's name then.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qsl, unquote, urlsplit
 
 from ray_streamer.errors import SettingsError
-from ray_streamer.storage.uri import UriLike, absolute_uri
+from ray_streamer.storage.uri import FILE_NAMES, UriLike, absolute_uri
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -29,6 +30,10 @@ UrisLike = UriLike | Sequence[str]
 """What the caller of a load may say: one uri, or the https addresses of a checkpoint's files."""
 
 _WEB = re.compile(r"https?://", re.IGNORECASE)
+_SAVED_AS = re.compile(
+    r"filename\*=(?:utf-8)?'[^']*'(?P<encoded>[^;\s]+)|filename=\"(?P<quoted>[^\"]+)\"|filename=(?P<plain>[^;\s\"]+)",
+    re.IGNORECASE,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,10 +87,31 @@ def split_signature(uri: UrisLike) -> Signature:
     if isinstance(uri, Sequence) and not isinstance(uri, str):
         return _of_files(uri)
     if isinstance(uri, str) and _WEB.match(uri.strip()):
-        clean, _, query = uri.strip().partition("?")
-        # What follows "#" is for browsers only.
-        return Signature(absolute_uri(clean), query.partition("#")[0])
+        signature = _split(uri)
+        below = signature.uri.rpartition("/")[2]
+        named = _name_of(below, signature.query)
+        is_called_otherwise = bool(below) and named != unquote(below) and named.endswith(FILE_NAMES)
+        return _of_files([uri]) if is_called_otherwise else signature
     return Signature(absolute_uri(uri))
+
+
+def _split(uri: str) -> Signature:
+    """A web address without its query, and that."""
+    clean, _, query = uri.strip().partition("?")
+    # What follows "#" is for browsers only.
+    return Signature(absolute_uri(clean), query.partition("#")[0])
+
+
+def _name_of(below: str, query: str) -> str:
+    """What a file is called: as its address ends, or, where that says nothing, as browsers would save it (RFC 6266)."""
+    name = unquote(below)
+    said = {key.lower(): value for key, value in parse_qsl(query)}
+    saved_as = _SAVED_AS.search(said.get("response-content-disposition") or said.get("rscd") or "")
+    if name.endswith(FILE_NAMES) or saved_as is None:
+        return name
+    folder = name.rpartition("/")[0]
+    saved = unquote(saved_as["encoded"]) if saved_as["encoded"] else saved_as["quoted"] or saved_as["plain"]
+    return "/".join(filter(None, (folder, saved.rpartition("/")[2])))
 
 
 def _of_files(uris: Sequence[object]) -> Signature:
@@ -102,7 +128,7 @@ def _of_files(uris: Sequence[object]) -> Signature:
     files: dict[str, str] = {}
     for address, query in addresses:
         below = address[len(folder) + 1 :]
-        name = unquote(below)
+        name = _name_of(below, query)
         if name in files:
             raise SettingsError(f"{folder}: {name} is given twice")
         if any(part in ("", ".", "..") for part in name.split("/")):
@@ -118,7 +144,7 @@ def _address(uri: object) -> tuple[str, str]:
         raise SettingsError(
             f"a list of files is one of https addresses, and one entry is none ({scheme}); elsewhere give the folder"
         )
-    signature = split_signature(uri)
+    signature = _split(uri)
     return f"{_server_of(signature.uri)}{urlsplit(signature.uri).path}", signature.query
 
 

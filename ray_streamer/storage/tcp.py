@@ -38,8 +38,13 @@ class Address:
     family: int
     sockaddr: Any
 
+    @property
+    def place(self) -> str:
+        """The address without its port."""
+        return str(self.sockaddr[0])
 
-class LinkLocalError(OSError):
+
+class ForbiddenAddressError(OSError):
     """A name leads where no request may go; says so."""
 
 
@@ -49,25 +54,45 @@ class Dialer:
     Args:
         timeout_seconds: How long looking a name up may take, and one connection, over all addresses.
         closing: Ends attempts under way when it is set.
-        refuses_link_local: Whether to connect to none of the addresses where clouds keep the metadata and keys of a machine, and
-            routers their own services; for names that somebody else may have chosen.
+        named_by: The host that may name others, which somebody else has chosen then: none of the addresses where clouds keep the
+            metadata and keys of a machine, and routers their own services, nor of this machine unless that host is on it, too.
+            None where nobody names others, and every address is allowed.
     """
 
-    def __init__(self, *, timeout_seconds: float, closing: threading.Event, refuses_link_local: bool = False) -> None:
-        self._refuses_link_local = refuses_link_local
+    def __init__(self, *, timeout_seconds: float, closing: threading.Event, named_by: str | None = None) -> None:
+        self._named_by = named_by
         self._timeout_seconds = timeout_seconds
         self._closing = closing
         self._lock = threading.Lock()
         self._num_uses: Counter[Address] = Counter()
         self._dead_until: dict[Address, float] = {}
 
-    def connect(self, host: str, port: int) -> socket.socket:
+    def connect(self, host: str, port: int, *, is_proxy: bool = False) -> socket.socket:
         """A connection to the first address that answers, ready to use, with a timeout of `timeout_seconds`.
+
+        Args:
+            host: Its name or address.
+            port: There.
+            is_proxy: Whether the environment names it, which may name whatever it likes.
 
         Raises:
             OSError: No address answers, in time; the last one's error.
-            LinkLocalError: The name leads to an address that is refused.
+            ForbiddenAddressError: The name leads where no request may go.
         """
+        addresses = self._look_up(host, port)
+        if not is_proxy:
+            self._refuse_forbidden(host, addresses)
+        with _Attempts() as attempts:
+            connected = self._race(attempts, self._in_order(addresses))
+        connected.settimeout(self._timeout_seconds)
+        connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        connected.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for option, value in _KEEP_ALIVE:
+            connected.setsockopt(socket.IPPROTO_TCP, option, value)
+        return connected
+
+    def _look_up(self, host: str, port: int) -> dict[Address, None]:
+        """The addresses of a name, each once, in the system's order."""
         try:
             # The system's resolver knows other limits only, see resolv.conf, or none.
             found = call_within(
@@ -80,19 +105,20 @@ class Dialer:
         except UnicodeError:
             # Raised for labels that are empty or longer than 63 characters, as a bucket before a host name may be.
             raise socket.gaierror(socket.EAI_NONAME, f"{host} cannot be a host name") from None
-        addresses = dict.fromkeys(Address(info[0], info[4]) for info in found)
-        if self._refuses_link_local and any(is_link_local(str(each.sockaddr[0])) for each in addresses):
-            raise LinkLocalError(
+        return dict.fromkeys(Address(info[0], info[4]) for info in found)
+
+    def _refuse_forbidden(self, host: str, addresses: Iterable[Address]) -> None:
+        if self._named_by is None:
+            return
+        if any(is_link_local(each.place) for each in addresses):
+            raise ForbiddenAddressError(
                 f"{host} is a link-local or metadata address, which belongs to this machine and its cloud; no request is sent there"
             )
-        with _Attempts() as attempts:
-            connected = self._race(attempts, self._in_order(addresses))
-        connected.settimeout(self._timeout_seconds)
-        connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        connected.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        for option, value in _KEEP_ALIVE:
-            connected.setsockopt(socket.IPPROTO_TCP, option, value)
-        return connected
+        is_here = host != self._named_by and any(is_loopback(each.place) for each in addresses)
+        if is_here and not all(is_loopback(each.place) for each in self._look_up(self._named_by, 0)):
+            raise ForbiddenAddressError(
+                f"{host} is this machine itself, and {self._named_by} is not on it; no request is sent there"
+            )
 
     def _in_order(self, addresses: Iterable[Address]) -> list[Address]:
         """Living addresses first, then the less used; the first of them counts as used from now on."""
@@ -141,24 +167,29 @@ def is_link_local(address: str) -> bool:
     >>> is_link_local("169.254.169.254"), is_link_local("::ffff:169.254.169.254"), is_link_local("203.0.113.7")
     (True, True, False)
     """
-    try:
-        parsed = ipaddress.ip_address(address.partition("%")[0])
-    except ValueError:
-        return False
-    mapped = parsed.ipv4_mapped if isinstance(parsed, ipaddress.IPv6Address) else None
-    return (mapped or parsed).is_link_local or str(parsed) in _METADATA_ADDRESSES
+    parsed = _parsed(address)
+    return parsed is not None and (parsed.is_link_local or str(parsed) in _METADATA_ADDRESSES)
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a host is this machine, by its name or address.
+    """Whether a host is this machine, by its name or address; 0.0.0.0 leads there, too.
 
-    >>> is_loopback("localhost"), is_loopback("127.0.0.1"), is_loopback("203.0.113.7")
-    (True, True, False)
+    >>> is_loopback("localhost"), is_loopback("127.0.0.1"), is_loopback("::ffff:127.0.0.1"), is_loopback("203.0.113.7")
+    (True, True, True, False)
     """
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
+    parsed = _parsed(host)
+    if parsed is None:
         return host.lower().rstrip(".") == "localhost"
+    return parsed.is_loopback or parsed.is_unspecified
+
+
+def _parsed(address: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    """An address, of IPv4 even where it is written as one of IPv6; None for a name."""
+    try:
+        parsed = ipaddress.ip_address(address.partition("%")[0])
+    except ValueError:
+        return None
+    return (parsed.ipv4_mapped or parsed) if isinstance(parsed, ipaddress.IPv6Address) else parsed
 
 
 class _Attempts:

@@ -17,9 +17,17 @@ class TlsStream:
         connected: It is taken over, and empty afterwards. Its timeout is that of the handshake.
         context: How the server proves who it is.
         server_name: Who it should be.
+
+    Raises:
+        OSError: That cannot be a host's name.
     """
 
     def __init__(self, connected: socket.socket, context: ssl.SSLContext, server_name: str) -> None:
+        try:
+            server_name.encode("idna")
+        except UnicodeError:
+            # A name that only a proxy has looked at so far.
+            raise socket.gaierror(socket.EAI_NONAME, f"{server_name} cannot be a host name") from None
         self._tls = context.wrap_socket(connected, server_hostname=server_name, do_handshake_on_connect=False)
         self.settimeout, self.sendall = self._tls.settimeout, self._tls.sendall
         self.fileno, self.close = self._tls.fileno, self._tls.close

@@ -18,13 +18,15 @@ ARROW_SCHEMES = frozenset({"gs", "gcs", "abfs", "abfss", "hdfs", "viewfs"})
 
 _SIGNATURES = frozenset({"x-amz-signature", "x-amz-security-token", "x-goog-signature", "signature", "sig"})
 
+FILE_NAMES = (".safetensors", ".json")
+"""How the names of the files end that a uri may mean."""
+
 UriLike = str | os.PathLike[str]
 """What the caller may say: text, or a path object for a local path."""
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 _SCHEMES = ARROW_SCHEMES | {"file", "memory"} | {scheme for kind in STORES for scheme in kind.schemes}
 _COLLAPSED = re.compile(rf"({'|'.join(sorted(_SCHEMES - {'file'}))}):/[^/]", re.IGNORECASE)
-_FILE_NAMES = (".safetensors", ".json")
 _SECRET_OPTIONS = frozenset(
     {"sig", "sas_token", "client_secret", "account_key", "access_key", "secret_key", "password"}
 )
@@ -109,7 +111,7 @@ def absolute_uri(uri: UriLike) -> str:
         raise SettingsError(f"a path cannot contain a null character: {path!r}")
     parts = [part for part in os.path.join(_current_folder(path), path).split("/") if part not in ("", ".")]
     # Only a slash at its end tells a folder of such a name from a file.
-    is_named_like_a_file = path.endswith("/") and bool(parts) and parts[-1].endswith(_FILE_NAMES)
+    is_named_like_a_file = path.endswith("/") and bool(parts) and parts[-1].endswith(FILE_NAMES)
     return "/" + "/".join(parts) + ("/" if is_named_like_a_file else "")
 
 

@@ -8,7 +8,6 @@ the host that they were given for.
 
 from __future__ import annotations
 
-import os
 import re
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -16,12 +15,14 @@ from typing import TYPE_CHECKING
 from urllib.parse import quote, urlsplit
 
 from ray_streamer.errors import AccessError, ObjectMissingError, SettingsError, StorageError
+from ray_streamer.storage.expiry import ended_signature
 from ray_streamer.storage.http_route import is_http_address
 from ray_streamer.storage.object_store import ObjectStore, Request, if_match
 from ray_streamer.storage.redirects import Redirects
 from ray_streamer.storage.refusal import Refusal, skew_of
 from ray_streamer.storage.retry import PassingFault
 from ray_streamer.storage.signed import Signature
+from ray_streamer.storage.trust import ca_file_of_environment
 from ray_streamer.units import counted
 
 if TYPE_CHECKING:
@@ -46,9 +47,11 @@ class WebRefusal(Refusal):
 
     Attributes:
         was_sent_on: Whether another server had named this one, by an address that may have ended.
+        ended: What to do about the signature of the address, if it has ended.
     """
 
     was_sent_on: bool = False
+    ended: tuple[str, ...] = ()
 
     def error(self, what: str, *, is_object: bool = True) -> StorageError | PassingFault:
         """See `Refusal`."""
@@ -67,6 +70,8 @@ class WebRefusal(Refusal):
 
     def advice(self, *, is_object: bool) -> list[str]:
         """See `Refusal`."""
+        if self.ended:
+            return [*self.ended]
         if self.status in (401, 403):
             return [
                 "if it is not public set http_authorization, or give a signed address; signed addresses end after a while"
@@ -116,7 +121,7 @@ class WebStore(ObjectStore):
     ) -> None:
         parts = urlsplit(root)
         self.endpoint = f"{parts.scheme}://{parts.netloc}"
-        self.ca_file = os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("CURL_CA_BUNDLE") or ""
+        self.ca_file = ca_file_of_environment("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", endpoint=self.endpoint)
         self._uri = uri.rstrip("/")
         self._root = root
         self._query = f"?{signature.query}" if signature and signature.query else ""
@@ -163,11 +168,14 @@ class WebStore(ObjectStore):
 
     def refusal_of(self, request: Request, answer: HttpAnswer, body: bytes) -> Refusal:
         """See `ObjectStore`."""
+        skew_seconds = skew_of(answer.header("date"))
+        may_have_ended = answer.status in (400, 401, 403) and not request.is_sent_on
         return WebRefusal(
             status=answer.status,
             retry_after=answer.header("retry-after"),
-            skew_seconds=skew_of(answer.header("date")) if answer.status in (401, 403) else 0.0,
+            skew_seconds=skew_seconds if answer.status in (401, 403) else 0.0,
             was_sent_on=request.is_sent_on,
+            ended=ended_signature(request.url, skew_seconds=skew_seconds) if may_have_ended else (),
         )
 
     def listing_request(self, prefix: str, token: str, *, recursive: bool) -> Request:

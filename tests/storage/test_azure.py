@@ -133,6 +133,7 @@ def test_a_sas_token(place, open_store, monkeypatch):
         monkeypatch.setenv("AZURE_STORAGE_SAS_TOKEN", f"?{token}")
         with pytest.raises(AccessError, match=r"az://models/.*HTTP 403 Auth") as caught:
             open_store(place.uri).read_head("a", 4)
+        assert ("the signature of the address ended at" in str(caught.value)) == ("sp=rl" in token)
         signature = token.partition("sig=")[2]
         assert signature not in "".join(traceback.format_exception(caught.value))
 
@@ -230,6 +231,8 @@ def listing(blobs, marker=""):
 def test_tokens_of_an_identity_are_used_and_renewed(identity, store, open_store):
     storage = open_store("az://models/m")
     assert storage.list() == ["a"]
+    # Longer pages than Azure gives then would be longer than is read.
+    assert "maxresults=1000" in store.requests[-1].target
     etag = storage.size_and_etag("a").etag
     assert read(storage, "a", Extent(5, 99), etag) == CONTENT[5:99]
     assert store.requests[-1].headers["if-match"] == etag

@@ -6,6 +6,7 @@ import random
 import socket
 import ssl
 import threading
+import traceback
 from contextlib import suppress
 
 import h11
@@ -257,3 +258,21 @@ def test_no_handshake_begins_on_an_aborted_connection(tls_ends):
     connection.abort()
     with pytest.raises(OSError, match="was ended"):
         connection.secure(context)
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["planted\n", "planted\r\nX-Evil: 1", " planted", "planted\t", "plan\x00ted", "planted\u2026", "plan\x7fted"],
+)
+def test_a_header_that_cannot_be_sent_is_named_and_not_shown(ends, value):
+    """Tokens come from variables and files, with the ends of their lines; h11 would repeat them."""
+    with pytest.raises(h11.LocalProtocolError, match=r"the header X-Amz-Security-Token \(not shown\)") as caught:
+        ends[0].ask("/", {"Range": "bytes=0-9", "X-Amz-Security-Token": value})
+    assert "planted" not in "".join(traceback.format_exception(caught.value))
+
+
+@pytest.mark.parametrize("value", ["", "a", "a b\tc", "\xe9t\xe9", '"e"'])
+def test_a_header_that_can_be_sent(ends, value):
+    ours, theirs = ends
+    ours.ask("/", {"X-Token": value})
+    assert f"\r\nX-Token: {value}\r\n".encode("latin-1") in theirs.recv(65536)

@@ -10,9 +10,10 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 from botocore.stub import Stubber
 
-from ray_streamer.errors import AccessError, SettingsError
+from ray_streamer.errors import AccessError, SettingsError, StorageError
 from ray_streamer.settings import Settings
 from ray_streamer.storage.s3_client import SignedUrls, open_access
+from ray_streamer.storage.s3_faults import sdk_faults_translated
 from ray_streamer.storage.s3_location import S3Location
 
 ACCESS_POINT = "arn:aws:s3:eu-west-1:123456789012:accesspoint/models"
@@ -237,3 +238,42 @@ def test_a_profile_that_nobody_logged_in_to(access_of):
     with pytest.raises(AccessError, match=r"no AWS credentials for s3://models/llama/a"):
         storage.read_head("a", 1)
     storage.close()
+
+
+ENDED = {"Version": 1, "AccessKeyId": "planted", "SecretAccessKey": "planted", "Expiration": "2020-01-01T00:00:00Z"}
+FAILURES = {
+    "ended": (f"echo '{json.dumps(ENDED)}'", "still expired"),
+    "no-object": ("echo '[]'", "AttributeError"),
+    "no-json": ("echo planted", "JSONDecodeError|Expecting value"),
+    "no-key": ("echo '{}'", "credential_process|Version"),
+    "fails": ("echo planted >&2; exit 3", "credential_process|CredentialRetrievalError"),
+}
+
+
+@pytest.mark.parametrize("failure", FAILURES)
+def test_programs_that_give_no_credentials(access_of, monkeypatch, tmp_path, failure):
+    """Whatever botocore makes of it: an error of this package at once, when the storage is opened or when it signs."""
+    script, words = FAILURES[failure]
+    program = tmp_path / "program"
+    program.write_text(f"#!/bin/sh\n{script}\n")
+    program.chmod(0o755)
+    (tmp_path / "config").write_text(f"[default]\ncredential_process = {program}\n")
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    with (
+        pytest.raises((AccessError, SettingsError, StorageError), match=words) as caught,
+        sdk_faults_translated("s3://models/k", endpoint="https://store", has_answered=False),
+    ):
+        access_of("s3://models").sign("k", 60)
+    assert "planted" not in str(caught.value)
+
+
+def test_files_that_are_not_there(access_of, monkeypatch, tmp_path):
+    """A token that nobody mounted is told at once, with its path, and is no fault of the network."""
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    monkeypatch.setenv("AWS_WEB_IDENTITY_TOKEN_FILE", str(tmp_path / "nothing"))
+    monkeypatch.setenv("AWS_ROLE_ARN", "arn:aws:iam::123456789012:role/reader")
+    with pytest.raises(AccessError, match=rf"FileNotFoundError.*{tmp_path}/nothing.*AWS_WEB_IDENTITY_TOKEN_FILE"):
+        access_of("s3://models").sign("k", 60)

@@ -10,7 +10,7 @@ from contextlib import ExitStack
 import pytest
 
 from ray_streamer.storage import tcp
-from ray_streamer.storage.tcp import Dialer
+from ray_streamer.storage.tcp import Dialer, ForbiddenAddressError
 
 
 @pytest.fixture
@@ -118,6 +118,42 @@ def test_a_family_that_this_machine_lacks_is_passed_over(owned, dialer, monkeypa
     ]
     monkeypatch.setattr(tcp.socket, "getaddrinfo", lambda *_, **__: found)
     assert owned.enter_context(dialer.connect("store", port)).getpeername()[0] == "127.0.0.1"
+
+
+@pytest.mark.parametrize(
+    ("named_by", "host", "words"),
+    [
+        ("front", "front", None),
+        ("front", "mirror", None),
+        ("front", "here", "is this machine itself, and front is not on it"),
+        ("front", "anywhere", "is this machine itself"),
+        ("front", "both", "is this machine itself"),
+        ("front", "metadata", "link-local or metadata"),
+        ("here", "here", None),
+        ("here", "anywhere", None),
+        ("here", "metadata", "link-local or metadata"),
+        (None, "here", None),
+    ],
+)
+def test_names_lead_to_this_machine_from_itself_only(dialer, resolve, named_by, host, words):
+    """Whatever the address is called that a server names; 203.0.113.0/24 is nobody's."""
+    names = {"front": ["203.0.113.7"], "mirror": ["203.0.113.8"], "here": ["127.0.0.1"], "anywhere": ["0.0.0.0"]}
+    names |= {"both": ["203.0.113.9", "127.1.2.3"], "metadata": ["169.254.169.254"]}
+    for name, addresses in names.items():
+        resolve(name, addresses)
+    dialer = Dialer(timeout_seconds=30, closing=threading.Event(), named_by=named_by)
+    if words is None:
+        dialer._refuse_forbidden(host, dialer._look_up(host, 80))
+    else:
+        with pytest.raises(ForbiddenAddressError, match=words):
+            dialer.connect(host, 80)
+
+
+def test_a_proxy_is_where_the_environment_says(owned, resolve):
+    resolve("front", ["203.0.113.7"])
+    resolve("proxy", ["127.0.0.1"])
+    dialer = Dialer(timeout_seconds=30, closing=threading.Event(), named_by="front")
+    owned.enter_context(dialer.connect("proxy", listen(owned, "127.0.0.1"), is_proxy=True))
 
 
 def test_ipv6(owned, dialer):

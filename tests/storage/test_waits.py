@@ -6,13 +6,18 @@ import datetime
 import json
 import os
 import socket
+import ssl
 import threading
+from contextlib import suppress
 
 import pytest
 
 from ray_streamer.errors import AccessError, SettingsError, StorageError, ThrottledError
 from ray_streamer.extent import Extent
 from ray_streamer.settings import Settings
+from ray_streamer.storage import lateness
+from ray_streamer.storage.bounded_call import OneAtATime
+from ray_streamer.testing.certificates import make_certificates
 from ray_streamer.testing.hostile_store import HostileStore, answer_bytes, error_bytes, part_of
 from ray_streamer.testing.storage_suite import read
 
@@ -246,3 +251,115 @@ def test_credentials_that_are_looked_for_without_end(open_s3, tmp_path, monkeypa
     assert "found no credentials in 3 s (credentials_timeout_seconds)" in str(error)
     with open(tmp_path / "never", "w"):
         pass
+
+
+@pytest.mark.parametrize("as_what", ["http", "https"])
+def test_a_server_that_speaks_something_else_is_not_asked_for_minutes(open_s3, some_credentials, as_what):
+    """TLS where http was said, as a server of TLS answers that; http where TLS was said, as MinIO and nginx do."""
+    said = b"\x15\x03\x01\x00\x02\x02\x16" if as_what == "http" else b"HTTP/1.0 400 Bad Request\r\n\r\nTLS?\n"
+    listener, address = listen()
+
+    def serve():
+        with suppress(OSError):
+            while True:
+                connection = listener.accept()[0]
+                connection.recv(65536)
+                connection.sendall(said)
+                connection.close()
+
+    threading.Thread(target=serve, daemon=True).start()
+    storage = open_s3("s3://bucket/m", s3_endpoint_url=f"{as_what}://{address}", retry_deadline_seconds=3600)
+    error = ended(lambda: storage.read_head("a", 8))
+    assert f"does the server speak {as_what}?" in str(error)
+    assert "s3_endpoint_url" in str(error)
+    listener.shutdown(socket.SHUT_RDWR)
+    listener.close()
+
+
+def test_bodies_that_are_always_late_end_even_if_all_are_hedged(open_s3, some_credentials, monkeypatch):
+    """With `hedge_percent=100` each request earns another one."""
+    monkeypatch.setattr(lateness, "_UNTIL_KNOWN_SECONDS", 0.01)
+    head = answer_bytes(206, b"", {**HEAD, "Content-Length": "100000"})
+    with HostileStore(lambda asked: store.send(head) or store.wait(60)) as store:
+        storage = open_s3("s3://bucket/m", s3_endpoint_url=store.url, hedge_percent=100, **QUICK)
+        error = ended(lambda: read(storage, "a", Extent(0, 100_000), '"e"'))
+        assert "bodies in a row were late" in str(error) or "stall_timeout_seconds" in str(error)
+
+
+def test_a_hedged_request_that_cannot_connect_does_not_hold_the_first_one_up(
+    open_s3, some_credentials, monkeypatch, tmp_path
+):
+    """The second connection hangs in its handshake, for up to an hour, while the first answer comes."""
+    monkeypatch.setattr(lateness, "_UNTIL_KNOWN_SECONDS", 0.05)
+    certificates = make_certificates(tmp_path)
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(certificates.server_file)
+    listener, address = listen()
+    has_second = threading.Event()
+
+    def serve():
+        with context.wrap_socket(listener.accept()[0], server_side=True) as first:
+            first.recv(65536)
+            second = listener.accept()[0]
+            has_second.set()
+            first.sendall(answer_bytes(206, CONTENT[:8], {"Content-Range": "bytes 0-7/100000", "ETag": '"e"'}))
+            first.recv(1)
+            second.close()
+
+    server = threading.Thread(target=serve, daemon=True)
+    server.start()
+    patient = {name: 3600 for name in QUICK} | {"hedge_percent": 5, "s3_ca_bundle": str(certificates.ca_file)}
+    storage = open_s3("s3://bucket/m", s3_endpoint_url=f"https://{address}", **patient)
+    heads = []
+    asking = threading.Thread(target=lambda: heads.append(storage.read_head("a", 8)[0]), daemon=True)
+    asking.start()
+    asking.join(60)
+    assert heads == [CONTENT[:8]]
+    assert has_second.is_set()
+    assert storage.statistics().num_hedges == 0
+    storage.close()
+    server.join(60)
+    listener.close()
+
+
+class WatchedLock:
+    """A lock that tells who stands before it."""
+
+    def __init__(self):
+        self.lock = threading.Lock()
+        self.arrivals = threading.Semaphore(0)
+
+    def __enter__(self):
+        self.arrivals.release()
+        self.lock.acquire()
+
+    def __exit__(self, *_):
+        self.lock.release()
+
+
+def test_who_waits_for_credentials_hears_that_there_are_none():
+    """One search after the other would take as many times as long as there are threads."""
+    finding, searches, is_over = OneAtATime(), [], threading.Event()
+    finding._lock = lock = WatchedLock()
+
+    def find():
+        with finding.turn():
+            searches.append(None)
+            is_over.wait(30)
+            raise AccessError("none in 60 s")
+
+    def ask():
+        with pytest.raises(AccessError, match="none in 60 s"):
+            find()
+
+    threads = [threading.Thread(target=ask) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for _ in threads:
+        lock.arrivals.acquire(timeout=30)
+    is_over.set()
+    for thread in threads:
+        thread.join(30)
+    assert len(searches) == 1
+    ask()
+    assert len(searches) == 2, "who comes later looks again"

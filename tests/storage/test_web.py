@@ -6,7 +6,11 @@ import itertools
 import logging
 import pickle
 import re
+import socket
+import ssl
+import subprocess
 import traceback
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from hashlib import sha256
 
@@ -16,15 +20,18 @@ from botocore.config import Config
 
 import ray_streamer
 from ray_streamer.api.files import cached
+from ray_streamer.checkpoint import open_checkpoint
 from ray_streamer.errors import AccessError, ObjectChangedError, ObjectMissingError, SettingsError, StorageError
 from ray_streamer.extent import Extent
 from ray_streamer.named_checkpoint import NamedCheckpoint
 from ray_streamer.settings import Settings
-from ray_streamer.storage import open_storage
+from ray_streamer.storage import open_storage, split_signature
 from ray_streamer.storage.redaction import Secrets
 from ray_streamer.storage.redirects import Redirects
+from ray_streamer.storage.trust import context_trusting
+from ray_streamer.testing.certificates import make_certificates
 from ray_streamer.testing.faults import Fault, FaultProxy
-from ray_streamer.testing.file_server import FileServer
+from ray_streamer.testing.file_server import FileServer, file_bytes
 from ray_streamer.testing.hostile_store import answer_bytes
 from ray_streamer.testing.storage_suite import (
     CONTENT,
@@ -120,6 +127,7 @@ def test_credentials_go_to_their_own_server_only(server, shared_server, open_sto
         ("http://[::ffff:169.254.169.254]/", "link-local or metadata"),
         ("http://metadata.google.internal./x", "link-local or metadata"),
         ("http://2852039166/x", "link-local or metadata"),
+        ("http://[::ffff:a9fe:a9fe]/x", "link-local or metadata"),
         ("http://user:plantedpassword@127.0.0.1/", "a user in the address"),
         ("file:///etc/passwd", "other than a web server"),
         ("ftp://127.0.0.1/a", "other than a web server"),
@@ -144,6 +152,42 @@ def test_https_is_not_left(open_store):
         redirects.note("a", asked="https://host/m/a", location="https://localhost/m/a")
     redirects.note("a", asked="https://host/m/a", location="//other/b c#d")
     assert redirects.url_of("a") == "https://other/b%20c"
+
+
+@pytest.mark.parametrize(
+    "host", ["127.0.0.1", "127.9.9.9", "[::1]", "[::ffff:127.0.0.1]", "0.0.0.0", "[::]", "LOCALHOST."]
+)
+def test_this_machine_by_any_name(host):
+    redirects = Redirects("http://host/m", are_expected=False, wait_seconds=1)
+    with pytest.raises(StorageError, match="to this machine itself"):
+        redirects.note("a", asked="http://host/m/a", location=f"http://{host}/m/a")
+
+
+def test_an_address_is_taken_byte_for_byte(server, open_store):
+    """Servers write names as they are, in whatever encoding; a header is one character for each byte."""
+    server.files["模型/a"] = CONTENT
+    raw = "/模型/a".encode().decode("latin-1")
+    server.redirect = lambda asked: raw if asked.key == "/m/a" else None
+    assert open_store(f"{server.url}/m").read_head("a", 4)[0] == CONTENT[:4]
+
+
+@pytest.mark.parametrize("end", ["gone", "failing"])
+def test_a_server_that_another_one_named_may_be_gone(server, shared_server, open_store, end):
+    """The one that named it names another one then; a retry of the first would never end well."""
+    shared_server.files["good"] = CONTENT
+    mirror = FileServer({"first": CONTENT})
+    addresses = iter([f"{mirror.url}/first", f"{shared_server.url}/good"])
+    server.redirect = lambda _: next(addresses)
+    with mirror:
+        storage = open_store(f"{server.url}/m")
+        etag = storage.read_head("a", 4)[1].etag
+        if end == "failing":
+            mirror.answer = lambda _: answer_bytes(502)
+            assert read(storage, "a", Extent(7, 99), etag) == CONTENT[7:99]
+    if end == "gone":
+        mirror.answer = lambda _: None
+        assert read(storage, "a", Extent(7, 99), etag) == CONTENT[7:99]
+    assert len(server.requests) == 2
 
 
 def test_who_waits_for_another_thread_does_not_wait_for_ever():
@@ -179,6 +223,26 @@ def test_an_address_that_is_never_good_is_an_error_without_it(server, shared_ser
     with pytest.raises(ObjectMissingError, match=r"no longer good.*/m/a") as caught:
         open_store(f"{server.url}/m").read_head("a", 4)
     assert not PLANTED.search(everything_said(caught.value))
+
+
+@pytest.mark.parametrize(
+    "encoding", ["utf-8", "UTF8", "aws-chunked,", "aws-chunked, utf-8", "identity, identity", "binary"]
+)
+def test_bodies_are_plain_under_other_names_of_that(server, open_store, encoding):
+    """People write the encoding of characters there, and stores keep it."""
+    server.answer = lambda asked: file_bytes(CONTENT, asked).replace(
+        b"ETag", f"Content-Encoding: {encoding}\r\nETag".encode()
+    )
+    assert open_store(f"{server.url}/m").read_head("a", 4)[0] == CONTENT[:4]
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "aws-chunked, gzip", "br", "zstd", "utf-8,deflate", "base64"])
+def test_bodies_that_are_something_else_are_refused(server, open_store, encoding):
+    server.answer = lambda asked: file_bytes(CONTENT, asked).replace(
+        b"ETag", f"Content-Encoding: {encoding}\r\nETag".encode()
+    )
+    with pytest.raises(StorageError, match="Content-Encoding"):
+        open_store(f"{server.url}/m").read_head("a", 4)
 
 
 def test_a_server_without_ranges_is_refused_with_the_reason(server, open_store):
@@ -333,6 +397,74 @@ def test_a_setting_of_signatures_that_is_none_is_refused_unseen(text):
     assert not PLANTED.search(everything_said(caught.value))
 
 
+NAMED_BY_ITS_QUERY = [
+    "response-content-disposition=attachment%3B+filename%3D%22model.safetensors%22",
+    "response-content-disposition=inline%3B%20filename%2A%3DUTF-8%27%27model.safetensors%3B%20filename%3D%22odd%22",
+    "rscd=attachment%3Bfilename%3Dmodel.safetensors",
+    "response-content-disposition=attachment%3B+filename%3D%22..%2F..%2Fmodel.safetensors%22",
+]
+
+
+@pytest.mark.parametrize("said", NAMED_BY_ITS_QUERY)
+@pytest.mark.parametrize("as_list", [False, True])
+def test_a_file_that_is_called_by_its_hash(server, tmp_path, open_store, said, as_list):
+    """As networks for delivery do; the query says what it is called, so it is a file, and no folder."""
+    write_llama(tmp_path, num_files=1)
+    server.files["blobs/0123abcd"] = (tmp_path / "model.safetensors").read_bytes()
+    address = f"{server.url}/blobs/0123abcd?{said}&{QUERY}"
+    storage = open_store([address] if as_list else address)
+    index = open_checkpoint(storage.uri, storage)
+    assert (index.uri, [file.path for file in index.files]) == (f"{server.url}/blobs", ["model.safetensors"])
+    assert {asked.target for asked in server.requests} == {f"/blobs/0123abcd?{said}&{QUERY}"}
+
+
+@pytest.mark.parametrize(
+    "query", ["response-content-disposition=inline", "rscd=attachment%3Bfilename%3Dreadme.txt", "sig=x"]
+)
+def test_an_address_that_says_no_name_is_a_folder(query):
+    signature = split_signature(f"https://host/blobs/0123abcd?{query}")
+    assert (signature.uri, signature.query, signature.files) == ("https://host/blobs/0123abcd", query, {})
+
+
+def test_names_of_addresses_come_before_those_of_queries():
+    disposition = "rscd=attachment%3Bfilename%3Dother.safetensors"
+    signature = split_signature(f"https://host/m/my%20model.safetensors?{disposition}")
+    assert (signature.uri, signature.files) == ("https://host/m/my%20model.safetensors", {})
+    listed = split_signature(
+        [f"https://host/m/model.safetensors?{disposition}", f"https://host/m/deep/0123?{disposition}"]
+    )
+    assert sorted(listed.files) == ["deep/other.safetensors", "model.safetensors"]
+
+
+ENDED = "2026-01-02T03:04:05Z"
+ENDED_QUERIES = [
+    "se=2026-01-02T03%3A04%3A05Z&sig=plantedsas0123456789",
+    "X-Amz-Date=20260102T020405Z&X-Amz-Expires=3600&X-Amz-Signature=plantedsignature0123456789",
+    "X-Goog-Date=20260102T020405Z&X-Goog-Expires=3600&X-Goog-Signature=plantedsignature0123456789",
+    "Expires=1767323045&Signature=plantedsignature0123456789",
+]
+
+
+@pytest.mark.parametrize("query", ENDED_QUERIES)
+@pytest.mark.parametrize("status", [400, 403])
+def test_a_signature_that_has_ended_is_told(server, open_store, query, status):
+    server.answer = lambda asked: answer_bytes(status, b"no", {"Date": "Fri, 02 Jan 2026 03:04:06 GMT"})
+    with pytest.raises(StorageError, match=f"the signature of the address ended at {ENDED}: sign it again") as caught:
+        open_store(f"{server.url}/m?{query}").read_head("a", 4)
+    assert not PLANTED.search(everything_said(caught.value))
+
+
+@pytest.mark.parametrize(
+    "query", [*ENDED_QUERIES, "se=planted", "Expires=99999999999999", "X-Amz-Date=1&X-Amz-Expires=-1", "se=9999-99"]
+)
+def test_a_signature_that_has_not_ended_by_the_servers_clock(server, open_store, query):
+    """Or does not say when it does."""
+    server.answer = lambda asked: answer_bytes(403, b"no", {"Date": "Fri, 02 Jan 2026 03:04:04 GMT"})
+    with pytest.raises(AccessError, match="HTTP 403") as caught:
+        open_store(f"{server.url}/m?{query}").read_head("a", 4)
+    assert "the signature of the address ended" not in str(caught.value)
+
+
 @pytest.mark.parametrize("setting", ["http_query", "http_authorization"])
 @pytest.mark.parametrize("value", ["planted\r\nX-Evil: 1", "planted\x00", "plan\u2028ted"])
 def test_secrets_that_cannot_be_sent_are_refused_unseen(setting, value):
@@ -429,6 +561,35 @@ def test_ls_and_pull_where_nothing_is_listed(server, tmp_path, caplog):
 def test_ls_without_a_model_that_can_be_loaded(server, index):
     server.files |= {"l/config.json": b"{}", "l/model.safetensors.index.json": index}
     assert ray_streamer.ls(f"{server.url}/l") == ["config.json", "model.safetensors.index.json"]
+
+
+@pytest.mark.parametrize("uri", ["https://127.0.0.1:1/m", "gs://anonymous@bucket/m", "az://models/m"])
+@pytest.mark.parametrize(
+    ("ca_file", "words"), [("/nosuch.pem", "No such file"), (__file__, "no certificate in PEM format")]
+)
+def test_authorities_that_cannot_be_used_are_told_at_once(open_store, monkeypatch, uri, ca_file, words):
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", ca_file)
+    monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_NAME", "account")
+    with pytest.raises(SettingsError, match=rf"the CA file .* of REQUESTS_CA_BUNDLE cannot be used: .*{words}"):
+        open_store(uri)
+
+
+def test_authorities_of_a_folder_are_trusted(tmp_path):
+    """As `openssl rehash` makes it, and distributions have it in /etc/ssl/certs."""
+    ca_file = make_certificates(tmp_path).ca_file
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    found = subprocess.run(
+        ["openssl", "x509", "-hash", "-noout", "-in", ca_file], check=True, capture_output=True, text=True
+    )
+    (folder / f"{found.stdout.strip()}.0").write_bytes(ca_file.read_bytes())
+    server_side = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    server_side.load_cert_chain(tmp_path / "server.pem")
+    ours, theirs = socket.socketpair()
+    with theirs, ThreadPoolExecutor(1) as pool:
+        accepted = pool.submit(server_side.wrap_socket, theirs, server_side=True)
+        with context_trusting(str(folder)).wrap_socket(ours, server_hostname="s3.localhost"):
+            accepted.result(30).close()
 
 
 def test_a_signed_address_of_a_real_store_over_tls(s3_server, boto3_client, open_store, monkeypatch):
