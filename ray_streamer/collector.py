@@ -7,6 +7,7 @@ which a large checkpoint's headers are parsed and planned. It waits only while s
 from __future__ import annotations
 
 import gc
+import os
 import threading
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -14,7 +15,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-_lock = threading.Lock()
+# A thread that forks in a signal handler may hold it already.
+_lock = threading.RLock()
 _num_pausing = 0
 _was_enabled = False
 
@@ -32,6 +34,19 @@ def collector_paused() -> Iterator[None]:
         yield
     finally:
         with _lock:
-            _num_pausing -= 1
+            # None are left in a forked process, but for a block that itself forked.
+            _num_pausing = max(0, _num_pausing - 1)
             if not _num_pausing and _was_enabled:
                 gc.enable()
+
+
+def _go_on_in_child() -> None:
+    """After a fork: the threads whose blocks switched the collector off are not there to switch it on."""
+    global _num_pausing
+    if _num_pausing and _was_enabled:
+        gc.enable()
+    _num_pausing = 0
+    _lock.release()
+
+
+os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_go_on_in_child)

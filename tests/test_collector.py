@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -51,3 +53,45 @@ def test_who_has_switched_it_off_finds_it_off():
         assert not gc.isenabled()
     finally:
         gc.enable()
+
+
+FORKED = """
+import gc, os, signal, threading
+from ray_streamer.collector import collector_paused
+
+held, over = threading.Event(), threading.Event()
+
+def hold():
+    with collector_paused():
+        held.set()
+        over.wait()
+
+def pause_often():
+    while not over.is_set():
+        with collector_paused():
+            pass
+
+threads = [threading.Thread(target=hold), *(threading.Thread(target=pause_often) for _ in range(2))]
+for thread in threads:
+    thread.start()
+held.wait()
+ends = []
+for _ in range(50):
+    pid = os.fork()
+    if not pid:
+        signal.alarm(20)
+        was_enabled = gc.isenabled()
+        with collector_paused():
+            is_off = not gc.isenabled()
+        os._exit(0 if was_enabled and is_off and gc.isenabled() else 1)
+    ends.append(os.waitpid(pid, 0)[1])
+over.set()
+for thread in threads:
+    thread.join()
+print(set(ends), gc.isenabled())
+"""
+
+
+def test_a_forked_process_has_it_on_whatever_other_threads_do():
+    command = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", FORKED]
+    assert subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout == "{0} True\n"

@@ -38,6 +38,9 @@ def test_memory_limits_are_sizes_or_minus_one(monkeypatch, text, num_bytes):
         ("block_bytes", 5000),
         ("direct_io", "maybe"),
         ("no_such_knob", 1),
+        ("startup_timeout_seconds", float("inf")),
+        ("neighbour_timeout_seconds", 1e300),
+        ("progress_timeout_seconds", float("nan")),
     ],
 )
 def test_a_bad_argument_is_named(name, value):

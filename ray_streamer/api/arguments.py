@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Union
 
 from ray_streamer.errors import SettingsError
 from ray_streamer.named_checkpoint import NamedCheckpoint
@@ -15,6 +15,8 @@ from ray_streamer.sharding.source import RuleSlices
 from ray_streamer.units import counted
 
 if TYPE_CHECKING:
+    import torch
+
     from ray_streamer.rank.request import LoadRequest
     from ray_streamer.settings import Settings
     from ray_streamer.sharding.cast import DTypeLike
@@ -29,6 +31,9 @@ if TYPE_CHECKING:
 
 StagesLike = int | Sequence[int]
 """How many stages, or the number of layers of each one."""
+
+DeviceLike = Union[str, "torch.device"]
+"""A device, or its name."""
 
 _UNSET = RuleSlices()
 
@@ -80,6 +85,10 @@ class Sharding:
             raise SettingsError(
                 f"pp is a number of stages, or the number of layers of each, such as (31, 30), got {pp!r}"
             )
+        if self.tp is not None and (not isinstance(self.tp, int) or isinstance(self.tp, bool)):
+            raise SettingsError(f"tp is a whole number of ranks, got {self.tp!r}")
+        if not isinstance(self.mtp, bool):
+            raise SettingsError(f"mtp is True or False, got {self.mtp!r}")
         if self.model_type is not None:
             check_model_type(self.model_type)
         if self.slices is not None:
@@ -90,7 +99,9 @@ class Sharding:
         """Stages that `pp` asks for."""
         return self.pp if isinstance(self.pp, int) else len(self.pp)
 
-    def request(self, uri: UrisLike, *, settings: Settings, device: str, num_ranks: int | None = None) -> LoadRequest:
+    def request(
+        self, uri: UrisLike, *, settings: Settings, device: DeviceLike, num_ranks: int | None = None
+    ) -> LoadRequest:
         """The request that the arguments of a load describe.
 
         A local path is made absolute here, where the caller speaks: on the ranks it may mean another folder.
@@ -115,7 +126,7 @@ class Sharding:
             mesh=mesh,
             slices=self._slice_source(mesh),
             settings=named.settings,
-            device=device,
+            device=str(device),
             model_type=self.model_type,
         )
 
@@ -164,6 +175,10 @@ class Sharding:
         )
 
     def _refuse_beside_slices(self) -> None:
+        if not callable(self.slices):
+            raise SettingsError(
+                f"slices is a function of index and rank, such as RuleSlices, got {type(self.slices).__name__}"
+            )
         if self.rules is not None:
             raise SettingsError("give rules or slices, not both: slices say all that rules could")
         if self.layout != _UNSET.layout or self.mtp:
@@ -194,7 +209,8 @@ def _divided(num_ranks: int, tp: int | None, stages: int) -> tuple[int, int]:
         tp = num_ranks // stages
     if tp < 1 or num_ranks % (tp * stages):
         with_pp = f" and pp={stages}" if stages > 1 else ""
-        raise SettingsError(f"tp={tp}{with_pp} does not divide the {counted(num_ranks, 'rank')} of this load")
+        advice = "; start the ranks with torchrun, or say rank and world_size" if tp > num_ranks == 1 else ""
+        raise SettingsError(f"tp={tp}{with_pp} does not divide the {counted(num_ranks, 'rank')} of this load{advice}")
     return tp, num_ranks // (tp * stages)
 
 

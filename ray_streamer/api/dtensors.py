@@ -23,17 +23,19 @@ class DTensorSlices:
     Args:
         source: The rules.
         device_mesh: The ranks that share tensors: of one dimension, or one of its dimensions is called "tp".
+        device: Where the tensors go.
 
     Raises:
-        SettingsError: The source is none of rules, or the mesh has another size than its tp.
+        SettingsError: The source is none of rules, or the mesh is none, lies on another device or has another size than its tp.
     """
 
-    def __init__(self, source: SliceSource, device_mesh: DeviceMesh) -> None:
+    def __init__(self, source: SliceSource, device_mesh: DeviceMesh, *, device: str) -> None:
         if not isinstance(source, RuleSlices):
             raise SettingsError(
                 "as_dtensor goes with rules, which know what other ranks hold; slices say their own rank only"
             )
         self._source = source
+        _check_mesh(device_mesh, device)
         self._device_mesh = _line_of(device_mesh)
         self._forms: dict[str, GlobalForm] = {}
         if self._device_mesh.size() != source.mesh.tp:
@@ -80,6 +82,21 @@ def _size(shape: tuple[int, ...]) -> torch.Size:
     import torch
 
     return torch.Size(shape)
+
+
+def _check_mesh(device_mesh: object, device: str) -> None:
+    """Refuses what is no mesh, and one whose device torch would move the tensors to."""
+    from torch.distributed.device_mesh import DeviceMesh
+
+    if not isinstance(device_mesh, DeviceMesh):
+        raise SettingsError(
+            f"as_dtensor is a device mesh, such as init_device_mesh(device, (tp,)), got {type(device_mesh).__name__}"
+        )
+    if device_mesh.device_type != device.partition(":")[0]:
+        raise SettingsError(
+            f"as_dtensor is a mesh of {device_mesh.device_type} devices, and the tensors go to {device}: give one of the "
+            "same kind, or another device"
+        )
 
 
 def _line_of(device_mesh: DeviceMesh) -> DeviceMesh:

@@ -78,17 +78,24 @@ class Layout:
         )
 
 
-def find_layout(rank: int, world_size: int, environment: Mapping[str, str]) -> Layout:
+def find_layout(
+    rank: int, world_size: int, environment: Mapping[str, str], *, local_world_size: int | None = None
+) -> Layout:
     """Where the ranks of a launched job are, numbered in a row on each node.
 
     Args:
         rank: Of this process.
         world_size: Ranks of the job.
         environment: What the launcher set.
+        local_world_size: What the caller says of the ranks on each node, instead.
 
     Raises:
         SettingsError: Variables contradict each other, or the ranks are on several machines and nothing says how many are here.
     """
+    if local_world_size is not None:
+        layout = _in_rows(rank, world_size, local_world_size, "local_world_size")
+        _check_local_rank(layout, rank, "LOCAL_RANK", environment)
+        return layout
     for launcher in _LAUNCHERS:
         if _speaks_of(launcher.rank, launcher.size, rank, world_size, environment):
             local_size = _number(launcher.local_size, environment)

@@ -9,6 +9,7 @@ nothing                         a load of one rank
 
 from __future__ import annotations
 
+import operator
 import os
 import secrets
 import socket
@@ -105,7 +106,7 @@ def find_membership(
     Args:
         rank: Given together with `world_size`, or neither.
         world_size: Ranks of the load.
-        local_world_size: Ranks on each node; all of them when unset.
+        local_world_size: Ranks on each node; when unset, what the environment says, else all of them.
         session: A name that all ranks of this load, and no other load on these machines, give; needed where the ranks of a
             node know nothing else in common.
         group: Its ranks load; instead of `rank` and `world_size`.
@@ -115,14 +116,35 @@ def find_membership(
     """
     if (rank is None) != (world_size is None):
         raise SettingsError(f"give rank and world_size, or neither: rank={rank} world_size={world_size}")
+    if session is not None and not session:
+        raise SettingsError("session is empty: give a name that the ranks of this load share and no other load uses")
+    local_world_size = None if local_world_size is None else _whole_number("local_world_size", local_world_size)
     if rank is not None and world_size is not None:
         if group is not None:
             raise SettingsError("give group, or rank and world_size, not both: a group's ranks know who they are")
+        rank, world_size = _whole_number("rank", rank), _whole_number("world_size", world_size)
         return _from_arguments(rank, world_size, local_world_size, session)
     asked = ProcessGroup(group) if group is not None else ProcessGroup.default()
     if asked is not None:
+        _check_local_size(local_world_size, asked.topology)
         return Membership(rank=asked.rank, topology=asked.topology, session=asked.session, group=asked)
-    return _from_environment(session)
+    return _from_environment(local_world_size, session)
+
+
+def _whole_number(name: str, value: object) -> int:
+    try:
+        return operator.index(value)  # pyright: ignore[reportArgumentType]  # what is none is told
+    except TypeError:
+        raise SettingsError(f"{name} is a whole number, got {value!r}") from None
+
+
+def _check_local_size(said: int | None, found: Topology) -> None:
+    """Refuses what is said of the nodes where a process group's ranks have told each other where they run."""
+    sizes = sorted({len(ranks) for ranks in found.nodes})
+    if said is not None and sizes != [said]:
+        raise SettingsError(
+            f"local_world_size={said}, and the process group has {' or '.join(map(str, sizes))} on each machine; leave it out"
+        )
 
 
 def _from_arguments(rank: int, world_size: int, local_world_size: int | None, session: str | None) -> Membership:
@@ -143,7 +165,7 @@ def _from_arguments(rank: int, world_size: int, local_world_size: int | None, se
     return Membership(rank=rank, topology=topology, session=session or secrets.token_hex(16), assumption=assumed)
 
 
-def _from_environment(session: str | None) -> Membership:
+def _from_environment(local_world_size: int | None, session: str | None) -> Membership:
     environment = os.environ
     if "RANK" not in environment and "WORLD_SIZE" not in environment:
         return Membership(rank=0, topology=Topology.even(1), session=secrets.token_hex(16))
@@ -156,7 +178,7 @@ def _from_environment(session: str | None) -> Membership:
         ) from None
     if not 0 <= rank < world_size:
         raise SettingsError(f"need 0 <= RANK < WORLD_SIZE, got RANK={rank} WORLD_SIZE={world_size}")
-    layout = find_layout(rank, world_size, environment)
+    layout = find_layout(rank, world_size, environment, local_world_size=local_world_size)
     if session is None:
         # Not counted: a rank that tries again, after an error that the others know nothing of, must meet them.
         session = "/".join([str(os.geteuid()), *(environment.get(name, "") for name in _JOB_VARIABLES)])

@@ -28,7 +28,7 @@ class ProcessGroup:
         session: A secret that the group's ranks share.
 
     Raises:
-        SettingsError: This process is no member.
+        SettingsError: It is none, or this process is no member.
         ClusterError: Other ranks did not answer within the group's timeout, or have ended.
     """
 
@@ -36,7 +36,13 @@ class ProcessGroup:
         import torch.distributed as dist
 
         self._dist, self._group = dist, group
-        self.rank = dist.get_rank(group)
+        try:
+            self.rank = dist.get_rank(group)
+        except (ValueError, TypeError, AttributeError, RuntimeError) as error:
+            raise SettingsError(
+                f"group is a torch.distributed process group that is initialised here, got {type(group).__name__}: "
+                f"{first_line(error)}; of a device mesh give mesh.get_group()"
+            ) from error
         if self.rank < 0:
             raise SettingsError(
                 "this process is no member of the process group that was given; call it in members only"

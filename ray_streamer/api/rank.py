@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import torch.distributed as dist
     from torch.distributed.device_mesh import DeviceMesh
 
-    from ray_streamer.api.arguments import StagesLike
+    from ray_streamer.api.arguments import DeviceLike, StagesLike
     from ray_streamer.rank.statistics import RankStatistics
     from ray_streamer.sharding.cast import DTypeLike
     from ray_streamer.sharding.experts import ExpertsLike
@@ -53,7 +53,7 @@ def load_rank(
     local_world_size: int | None = None,
     session: str | None = None,
     group: dist.ProcessGroup | None = None,
-    device: str = "cpu",
+    device: DeviceLike = "cpu",
     concurrency: int | None = None,
     memory_limit: int | str | None = None,
     node_memory_limit: int | str | None = None,
@@ -83,11 +83,11 @@ def load_rank(
         dtype: Results' dtypes.
         rank: This process; unset = from torch.distributed when it is initialised, else from the variable RANK.
         world_size: Ranks of the load; given or left out together with `rank`.
-        local_world_size: Ranks on each node, numbered in a row; all of them when unset.
+        local_world_size: Ranks on each node, numbered in a row; when unset, all of them, or what the launcher says.
         session: With `rank`: a name that the ranks of this load share and no other load on these machines uses.
         group: The torch.distributed process group whose ranks load, instead of `rank` and `world_size`; its default group when
             unset. Ranks are those of the group.
-        device: "cpu"; "cuda", torch's current device; or "cuda:N".
+        device: "cpu"; "cuda", torch's current device; or "cuda:N"; as text or as a torch.device.
         concurrency: Reads in flight per rank.
         memory_limit: Staging bytes per rank.
         node_memory_limit: Upper bound of staging bytes over all ranks of a node.
@@ -166,7 +166,7 @@ def stream_rank(
     local_world_size: int | None = None,
     session: str | None = None,
     group: dist.ProcessGroup | None = None,
-    device: str = "cpu",
+    device: DeviceLike = "cpu",
     concurrency: int | None = None,
     memory_limit: int | str | None = None,
     node_memory_limit: int | str | None = None,
@@ -200,11 +200,11 @@ def stream_rank(
         dtype: Results' dtypes.
         rank: This process; unset = from torch.distributed when it is initialised, else from the variable RANK.
         world_size: Ranks of the load; given or left out together with `rank`.
-        local_world_size: Ranks on each node, numbered in a row; all of them when unset.
+        local_world_size: Ranks on each node, numbered in a row; when unset, all of them, or what the launcher says.
         session: With `rank`: a name that the ranks of this load share and no other load on these machines uses.
         group: The torch.distributed process group whose ranks load, instead of `rank` and `world_size`; its default group when
             unset. Ranks are those of the group.
-        device: "cpu"; "cuda", torch's current device; or "cuda:N".
+        device: "cpu"; "cuda", torch's current device; or "cuda:N"; as text or as a torch.device.
         concurrency: Reads in flight per rank.
         memory_limit: Staging bytes per rank.
         node_memory_limit: Upper bound of staging bytes over all ranks of a node.

@@ -3,28 +3,30 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import queue
+import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from ray_streamer.api.dtensors import DTensorSlices
 from ray_streamer.api.node_trace import NodeTrace
 from ray_streamer.cluster.meters import published
+from ray_streamer.errors import ClusterError, LoadAbortedError, SettingsError
 from ray_streamer.exchange.session import NodeSession
 from ray_streamer.rank.agreed_load import agreed_load
 from ray_streamer.rank.background import BackgroundLoad
 from ray_streamer.rank.given_memory import into_given
 
 if TYPE_CHECKING:
-    import os
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable
 
     import torch
     from torch.distributed.device_mesh import DeviceMesh
 
-    from ray_streamer.api.arguments import Sharding
+    from ray_streamer.api.arguments import DeviceLike, Sharding
     from ray_streamer.api.membership import Membership
     from ray_streamer.rank.background import Items
     from ray_streamer.rank.load import RankLoad
@@ -49,25 +51,39 @@ class RankCall:
         progress: Whether rank 0 shows how far it is.
         trace: Where it is drawn.
         as_dtensor: Over which ranks results are DTensors; None where they are plain tensors.
+
+    Raises:
+        SettingsError: `out` is no mapping, or `on_statistics` no function.
     """
 
     uri: UrisLike
     sharding: Sharding
     find_membership: Callable[[], Membership]
     settings: Settings
-    device: str
+    device: DeviceLike
     out: Mapping[str, torch.Tensor] | None
     on_statistics: Callable[[RankStatistics], None] | None
     progress: bool
     trace: str | os.PathLike[str] | None
     as_dtensor: DeviceMesh | None
 
+    def __post_init__(self) -> None:
+        if self.out is not None and not isinstance(self.out, Mapping):
+            raise SettingsError(f"out is a mapping of name to tensor, got {type(self.out).__name__}")
+        if self.on_statistics is not None and not callable(self.on_statistics):
+            raise SettingsError(f"on_statistics is a function, got {type(self.on_statistics).__name__}")
+
 
 class RankStream(Iterator[tuple[str, "torch.Tensor"]]):
-    """The tensors of one rank as they become complete; made by `stream_rank`. One thread takes them."""
+    """The tensors of one rank as they become complete; made by `stream_rank`.
+
+    Threads that take from one stream take turns. The process in which the load began takes all of it.
+    """
 
     def __init__(self, call: RankCall) -> None:
         self._call = call
+        self._taking = threading.RLock()
+        self._process: int | None = None
         self._running: BackgroundLoad | None = None
         self._load: RankLoad | None = None
         self._is_over = False
@@ -76,14 +92,21 @@ class RankStream(Iterator[tuple[str, "torch.Tensor"]]):
 
     def __next__(self) -> tuple[str, torch.Tensor]:
         """The next complete tensor; waits for it."""
+        if self._process not in (None, os.getpid()):
+            raise ClusterError(
+                f"process {self._process} began this load and has its threads; a process forked from it takes no tensors of it: "
+                "call stream_rank or load_rank in the forked process"
+            )
+        with self._taking:
+            return self._take()
+
+    def _take(self) -> tuple[str, torch.Tensor]:
         if self._is_over:
             raise StopIteration
         if self._taken:
             return self._taken.popleft()
         try:
-            if self._running is None:
-                self._placed, self._load, self._running = _begin(self._call)
-            items = self._running.take()
+            items = self._begun().take()
         except BaseException:
             self.close()
             raise
@@ -95,6 +118,16 @@ class RankStream(Iterator[tuple[str, "torch.Tensor"]]):
         if self._call.on_statistics is not None and self._load is not None:
             self._call.on_statistics(self._load.statistics())
         raise StopIteration
+
+    def _begun(self) -> BackgroundLoad:
+        """The load, which begins when it is first asked for."""
+        if self._running is None:
+            self._process = os.getpid()
+            self._placed, self._load, self._running = _begin(self._call)
+            if self._is_over:
+                self._running.end()
+                raise LoadAbortedError("the stream was closed by another thread while its load began")
+        return self._running
 
     def close(self) -> None:
         """Ends the load, if it is under way, and waits until nothing of it is left."""
@@ -115,7 +148,7 @@ def _request_of(call: RankCall, membership: Membership) -> tuple[LoadRequest, DT
     request = call.sharding.request(
         call.uri, settings=call.settings, device=call.device, num_ranks=membership.topology.num_ranks
     )
-    placed = None if call.as_dtensor is None else DTensorSlices(request.slices, call.as_dtensor)
+    placed = None if call.as_dtensor is None else DTensorSlices(request.slices, call.as_dtensor, device=request.device)
     if placed is not None:
         request = replace(request, slices=placed)
     if call.out is not None:

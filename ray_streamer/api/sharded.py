@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Callable
 
-    from ray_streamer.api.arguments import StagesLike
+    from ray_streamer.api.arguments import DeviceLike, StagesLike
     from ray_streamer.api.bootstrap import BootstrapLike
     from ray_streamer.cluster.model import ShardedModel
     from ray_streamer.rank.statistics import RankStatistics
@@ -52,7 +52,7 @@ def load_sharded(
     rename: RenameLike | None = SHARDING.rename,
     dtype: DTypeLike = SHARDING.dtype,
     bootstrap: BootstrapLike | None = None,
-    device: str = "cpu",
+    device: DeviceLike = "cpu",
     concurrency: int | None = None,
     memory_limit: int | str | None = None,
     node_memory_limit: int | str | None = None,
@@ -143,7 +143,7 @@ def load_sharded(
         settings, concurrency=concurrency, memory_limit=memory_limit, node_memory_limit=node_memory_limit
     )
     request = bootstrapped(sharding, ready).request(uri, settings=settings, device=device)
-    placement = (placement or PlacementOptions()).for_device(is_gpu=is_cuda(device))
+    placement = (placement or PlacementOptions()).for_device(is_gpu=is_cuda(request.device))
     preflight = Preflight(request)
     preflight.check_request()
     trace_file = None if trace is None else checked_output(trace)

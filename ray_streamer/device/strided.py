@@ -66,6 +66,7 @@ class StridedCopies:
         self._stream = _current_stream(device) if device.type == "cuda" else None
         self._lock = threading.Lock()
         self._torn: dict[tuple[int, StridedMove, int, int], dict[int, int]] = {}
+        self._has_threads = False
 
     def deliver(self, source: NDArray[np.uint8], piece: StridedPiece, target: Result) -> int:
         """Copies the part of a move that lies in a block; done with the block when it returns.
@@ -156,6 +157,8 @@ class StridedCopies:
             getattr(torch, dtype.torch_name if is_cast else f"int{8 * width}")
             for dtype in (move.source_dtype, move.target_dtype)
         ]
+        if not self._has_threads:
+            self._find_threads()
         values = torch.from_numpy(packed.reshape(-1).view(np.uint8)).view(dtypes[0])
         values = values.reshape((*read.sizes[:kept], *(1 for _ in move.repeats))).expand(read.sizes)
         item = dtypes[1].itemsize
@@ -163,6 +166,14 @@ class StridedCopies:
         strides = [stride // item for stride in write.strides]
         with torch.cuda.stream(self._stream):
             flat.as_strided(write.sizes, strides, flat.storage_offset() + write.start // item).copy_(values)
+
+    def _find_threads(self) -> None:
+        """One thread alone asks torch for its threads: in a forked process it makes them anew, which two at once break (torch 2.13)."""
+        import torch
+
+        with self._lock:
+            torch.get_num_threads()
+            self._has_threads = True
 
 
 def _current_stream(device: torch.device) -> torch.cuda.Stream:

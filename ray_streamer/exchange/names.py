@@ -18,6 +18,8 @@ logger = logging.getLogger(__name__)
 _MAX_NAME_BYTES = 64
 _PLAIN_NAME = re.compile(r"[\w./:-]+", re.ASCII)
 _BACKLOG = 128
+_LONGER = b"+"
+"""What follows a name that was taken; in no session's own name, which may go on with a slash as another session's."""
 
 
 def address_of(name: str, local_rank: int) -> bytes:
@@ -34,7 +36,7 @@ def longer_names(address: bytes) -> list[bytes]:
         text = Path("/proc/net/unix").read_bytes()
     except OSError:
         return []
-    prefix = b"@" + address[1:] + b"/"
+    prefix = b"@" + address[1:] + _LONGER
     names = {line.split(b" ")[-1] for line in text.splitlines() if prefix in line}
     return sorted(b"\0" + name[1:] for name in names if name.startswith(prefix))
 
@@ -54,7 +56,7 @@ def listen(address: bytes) -> socket.socket:
             if error.errno != errno.EADDRINUSE:
                 raise
             _refuse_twin(address)
-            listener.bind(address + b"/" + secrets.token_hex(8).encode())
+            listener.bind(address + _LONGER + secrets.token_hex(8).encode())
         listener.listen(_BACKLOG)
     except OSError as error:
         listener.close()

@@ -147,7 +147,9 @@ def check_sources(index: CheckpointIndex, sources: RankSources, local_rank: int)
             f"local rank {local_rank} reads tensor {sources.tensor_ids.max()} of {len(index)} in {index.uri}"
         )
     spans = [max((view.side.span(view.shape)[1] for view in pattern), default=0) for pattern in sources.patterns]
-    needed = np.array(spans, dtype=np.int64)[sources.pattern_ids] if spans else np.zeros(0, np.int64)
+    # More than a column holds is more than any tensor has.
+    column = np.array([min(span, np.iinfo(np.int64).max) for span in spans], dtype=np.int64)
+    needed = column[sources.pattern_ids] if spans else column
     beyond = np.flatnonzero(needed > index.shapes.prod(axis=1)[sources.tensor_ids])
     if len(beyond):
         row = int(beyond[0])

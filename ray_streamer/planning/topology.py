@@ -29,6 +29,8 @@ class Topology:
     @classmethod
     def even(cls, num_ranks: int, num_nodes: int = 1) -> Topology:
         """`num_ranks` packed in order over `num_nodes`, the first nodes one rank fuller where it does not divide."""
+        if not isinstance(num_nodes, int):
+            raise PlanError(f"a number of nodes is a whole number, got {num_nodes!r}")
         if not 1 <= num_nodes <= num_ranks:
             raise PlanError(
                 f"{counted(num_ranks, 'rank')} cannot lie on {counted(num_nodes, 'node')}, each with at least one; lower num_nodes"

@@ -22,7 +22,7 @@ from ray_streamer.planning.fills import check_fills
 from ray_streamer.planning.limits import rank_memory_limit
 from ray_streamer.planning.node_plan import NodePlan, plan_node
 from ray_streamer.planning.rank_plan import RankPlan
-from ray_streamer.slices import RankSources, ReadingSource
+from ray_streamer.slices import RankSources, ReadingSource, checked_slices
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -195,14 +195,15 @@ def _say(session: NodeSession, request: LoadRequest, storage: Storage, met: Met)
     """What this rank holds; ranks read together what one of them needs to know for that."""
     source, rank = request.slices, session.place.rank
     if not met.reads_values:
-        return source(met.index, rank)
+        return checked_slices(source(met.index, rank), rank)
     session.activity.phase = "running the engine's loader"
     with share_tensors(session, request, storage, met) as shared:
-        return (
+        said = (
             source.with_values(met.index, rank, shared)
             if isinstance(source, ReadingSource)
             else source(met.index, rank)
         )
+        return checked_slices(said, rank)
 
 
 def _share_plan(session: NodeSession, index: CheckpointIndex, said: RankSlices, limits: ReadLimits) -> NodePlan:

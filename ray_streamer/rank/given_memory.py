@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ray_streamer.slices import ReadingSource
+from ray_streamer.slices import ReadingSource, checked_slices
 from ray_streamer.slices.given_strides import with_strides
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ class _IntoGiven:
         self._source, self._out = source, out
 
     def __call__(self, index: CheckpointIndex, rank: int) -> RankSlices:
-        return with_strides(self._source(index, rank), _strides_of(self._out))
+        return with_strides(checked_slices(self._source(index, rank), rank), _strides_of(self._out))
 
 
 class _ReadingIntoGiven:
@@ -39,10 +39,11 @@ class _ReadingIntoGiven:
         self._source, self._out = source, out
 
     def __call__(self, index: CheckpointIndex, rank: int) -> RankSlices:
-        return with_strides(self._source(index, rank), _strides_of(self._out))
+        return with_strides(checked_slices(self._source(index, rank), rank), _strides_of(self._out))
 
     def with_values(self, index: CheckpointIndex, rank: int, values: Values) -> RankSlices:
-        return with_strides(self._source.with_values(index, rank, values), _strides_of(self._out))
+        said = self._source.with_values(index, rank, values)
+        return with_strides(checked_slices(said, rank), _strides_of(self._out))
 
 
 def _strides_of(out: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:

@@ -21,6 +21,7 @@ from ray_streamer.planning.limits import (
 from ray_streamer.planning.read_plan import plan_reads
 from ray_streamer.rank.device_start import DeviceStart
 from ray_streamer.sharding.completeness import refuse_incomplete
+from ray_streamer.slices import checked_slices
 from ray_streamer.storage import open_storage, scheme_of
 
 if TYPE_CHECKING:
@@ -155,7 +156,8 @@ class LoadRequest:
         """
         limits = self.read_limits(memory_limits)
         index = self.open_index() if index is None else index
-        return plan_reads(index, [self.slices(index, rank) for rank in range(topology.num_ranks)], topology, limits)
+        said = [checked_slices(self.slices(index, rank), rank) for rank in range(topology.num_ranks)]
+        return plan_reads(index, said, topology, limits)
 
 
 def _fit(memory_limit: int, settings: Settings) -> int:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import threading
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from ray_streamer.collector import collector_paused
 from ray_streamer.device.base import Copy, Result
 from ray_streamer.errors import DeviceError
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
     import torch
 
     from ray_streamer.device.base import Device
+    from ray_streamer.planning.coverage import Hole
     from ray_streamer.planning.rank_plan import Piece, RankPlan
     from ray_streamer.slices.result import ResultForm
 
@@ -112,14 +115,11 @@ class Results:
 
     def _zero_holes(self, plan: RankPlan) -> None:
         """Zeroes what no move fills, as it is with a padded vocabulary."""
-        import torch
-
         for some in plan.holes:
             for number in some.results.tolist():
-                result, is_packed = self._results[number], self._specs.form_of(number).stored.num_bits % 8
-                memory = result.storage_view(torch.uint8 if is_packed else result.tensor.dtype)
+                is_packed = self._specs.form_of(number).stored.num_bits % 8 != 0
                 for hole in some.holes:
-                    memory.as_strided(hole.shape, hole.strides, memory.storage_offset() + hole.offset).zero_()
+                    _zero(self._results[number], hole, is_packed=is_packed)
 
     @property
     def device(self) -> torch.device:
@@ -165,3 +165,17 @@ class Results:
     def forget(self) -> None:
         """Lets go of the tensors: they are the caller's now, or nobody's."""
         self._results.clear()
+
+
+def _zero(result: Result, hole: Hole, *, is_packed: bool) -> None:
+    """Zeroes a hole, whose places are bytes where several elements share one, else elements."""
+    import torch
+
+    if result.address is None:
+        memory = result.storage_view(torch.uint8 if is_packed else result.tensor.dtype)
+        memory.as_strided(hole.shape, hole.strides, memory.storage_offset() + hole.offset).zero_()
+        return
+    # Not by torch: it waits for its threads, which are not there in a process forked from one that used them.
+    width = 1 if is_packed else result.tensor.itemsize
+    strides = (*(stride * width for stride in hole.strides), 1)
+    np.ndarray((*hole.shape, width), np.uint8, result.host_bytes(), hole.offset * width, strides)[...] = 0

@@ -15,7 +15,7 @@ LONGEST_SECONDS = 7 * 24 * 3600
 """The largest value of a setting in seconds."""
 
 Seconds = Annotated[float, Field(gt=0, le=LONGEST_SECONDS, allow_inf_nan=False)]
-"""How long something of a store may take."""
+"""How long something may take."""
 
 _BYTE_SIZE: TypeAdapter[ByteSize] = TypeAdapter(ByteSize)
 
@@ -66,17 +66,15 @@ class LoadSettings(BaseSettings):
         description="GPUDirect Storage (kvikio) for blocks of local files that only one rank needs and that are contiguous in its "
         "tensor.",
     )
-    startup_timeout_seconds: float = Field(
-        default=300.0, gt=0, description="Limit for placing, starting and connecting the ranks."
+    startup_timeout_seconds: Seconds = Field(
+        default=300.0, description="Limit for placing, starting and connecting the ranks."
     )
-    neighbour_timeout_seconds: float = Field(
+    neighbour_timeout_seconds: Seconds = Field(
         default=8.0,
-        gt=0,
         description="Limit for a rank of the same node that is stopped or hangs (no message, no CPU time) while others wait for it.",
     )
-    progress_timeout_seconds: float = Field(
+    progress_timeout_seconds: Seconds = Field(
         default=300.0,
-        gt=0,
         description="Limit for one step of a rank of the same node that others wait for: headers, a plan, a block.",
     )
     connect_timeout_seconds: Seconds = Field(default=10.0, description="Limit for opening a connection.")

@@ -67,7 +67,11 @@ class Settings(StoreSettings):
         Raises:
             SettingsError: A value cannot be used.
         """
-        return cls.resolve(**explicit) if settings is None else settings.override(**explicit)
+        if settings is None:
+            return cls.resolve(**explicit)
+        if not isinstance(settings, cls):
+            raise SettingsError(f"settings is a ray_streamer.Settings, got {type(settings).__name__}")
+        return settings.override(**explicit)
 
     def override(self, **explicit: Any) -> Self:
         """These settings with some replaced; arguments that are None count as not given.

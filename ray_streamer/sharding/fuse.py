@@ -9,7 +9,7 @@ weight become one slot each. What does not count outputs and is no single number
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -23,8 +23,6 @@ from ray_streamer.sharding.name_kinds import NameKinds, number_of
 from ray_streamer.units import counted
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from numpy.typing import NDArray
 
     from ray_streamer.checkpoint.index import CheckpointIndex
@@ -127,7 +125,7 @@ def checked_fusions(fuse: Any) -> Fusions:
     """The fusions that `fuse` asks for.
 
     Raises:
-        ShardingError: They are no mapping of names to several names.
+        ShardingError: They are no mapping of names to several names in their order.
     """
     if isinstance(fuse, bool):
         return STANDARD_FUSIONS if fuse else {}
@@ -136,12 +134,21 @@ def checked_fusions(fuse: Any) -> Fusions:
             f'fuse is True, or a mapping such as {{"qkv_proj": ("q_proj", "k_proj", "v_proj")}}, got {fuse!r}'
         )
     for fused, modules in fuse.items():
-        if isinstance(modules, str) or len(modules) < 2 or len(set(modules)) < len(modules):
-            raise ShardingError(f"fuse[{fused!r}] needs two or more modules, each of another name, got {modules!r}")
+        if not _is_name(fused):
+            raise ShardingError(f"fuse names results, each by a text, got {fused!r}")
+        is_list = isinstance(modules, Sequence) and not isinstance(modules, str) and all(map(_is_name, modules))
+        if not is_list or len(modules) < 2 or len(set(modules)) < len(modules):
+            raise ShardingError(
+                f"fuse[{fused!r}] needs a list of two or more modules in their order, each of another name, got {modules!r}"
+            )
     members = [module for modules in fuse.values() for module in modules]
     if len(set(members)) < len(members):
         raise ShardingError(f"fuse names a module twice: {sorted(members)}")
     return {fused: tuple(modules) for fused, modules in fuse.items()}
+
+
+def _is_name(value: object) -> bool:
+    return isinstance(value, str) and value != ""
 
 
 class _Place(NamedTuple):

@@ -12,6 +12,30 @@ RenameLike = Mapping[str, str] | Iterable[tuple[str, str]] | Callable[[str], str
 """What people write: regular expression -> replacement, each applied in turn as `re.sub` does; or name -> name."""
 
 
+def kept_renaming(rename: RenameLike) -> RenameLike:
+    """What `rename` says, as it can be asked for more than once, and in several processes: pairs in their order, or a function.
+
+    >>> kept_renaming(iter([("a", "b")]))
+    (('a', 'b'),)
+
+    Raises:
+        ShardingError: As `renaming`.
+    """
+    kept = rename if callable(rename) else _pairs(rename)
+    renaming(kept)
+    return kept
+
+
+def _pairs(rename: Any) -> tuple[Any, ...]:
+    if isinstance(rename, Mapping):
+        return tuple(rename.items())
+    if isinstance(rename, (str, set, frozenset)) or not isinstance(rename, Iterable):
+        raise ShardingError(
+            f"rename is a function, a mapping of expression to replacement, or a list of such pairs, which are applied in turn; got {rename!r}"
+        )
+    return tuple(rename)
+
+
 def renaming(rename: RenameLike) -> Callable[[str], str]:
     r"""The function that `rename` describes.
 
@@ -23,9 +47,8 @@ def renaming(rename: RenameLike) -> Callable[[str], str]:
     """
     if callable(rename):
         return rename
-    pairs: list[Any] = list(rename.items() if isinstance(rename, Mapping) else rename)
     try:
-        expressions = [_checked(expression, replacement) for expression, replacement in pairs]
+        expressions = [_checked(expression, replacement) for expression, replacement in _pairs(rename)]
     except (re.error, IndexError, TypeError, ValueError) as error:
         raise ShardingError(f"rename needs pairs of a regular expression and its replacement: {error}") from error
 

@@ -153,7 +153,8 @@ class ShardRules:
 
 
 def _rules_of(rules: RulesLike, *, optional: bool) -> Iterator[Rule]:
-    if isinstance(rules, str) or not isinstance(rules, Iterable):
+    # The first that matches decides, and a set has no first.
+    if isinstance(rules, (str, set, frozenset)) or not isinstance(rules, Iterable):
         raise ShardingError(f"rules are a mapping of glob to placement, or a list of such pairs, got {rules!r}")
     entries: list[Any] = list(rules.items() if isinstance(rules, Mapping) else rules)
     for entry in entries:

@@ -26,7 +26,7 @@ from ray_streamer.sharding.lookalikes import advice
 from ray_streamer.sharding.mesh import Mesh
 from ray_streamer.sharding.name_kinds import kinds_of_tensors
 from ray_streamer.sharding.presets import DEFAULT_LAYOUT, Layout
-from ray_streamer.sharding.rename import RenameLike, renaming
+from ray_streamer.sharding.rename import RenameLike, kept_renaming
 from ray_streamer.sharding.resolve import checked_groups
 from ray_streamer.sharding.rules import ShardRules
 from ray_streamer.slices.rank_slices import RankSlices
@@ -94,7 +94,8 @@ class RuleSlices:
             raise SettingsError(f"experts={brief(self.experts)} divides experts over groups of ranks; give ep, too")
         checked_fusions(self.fuse)
         if self.rename is not None:
-            renaming(self.rename)
+            # An iterator could be asked once only.
+            object.__setattr__(self, "rename", kept_renaming(self.rename))
         if self.dtype is not None:
             checked_dtypes(self.dtype)
 

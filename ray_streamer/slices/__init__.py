@@ -13,7 +13,7 @@ from ray_streamer.slices.move import Move, Side
 from ray_streamer.slices.rank_slices import RankSlices
 from ray_streamer.slices.rank_sources import RankSources, SourceView
 from ray_streamer.slices.result import ResultForm, ResultSpec, ResultSpecs
-from ray_streamer.slices.source import ReadingSource, SliceSource, Values
+from ray_streamer.slices.source import ReadingSource, SliceSource, Values, checked_slices
 
 __all__ = [
     "Move",
@@ -27,4 +27,5 @@ __all__ = [
     "SliceSource",
     "SourceView",
     "Values",
+    "checked_slices",
 ]

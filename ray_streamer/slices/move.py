@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING
@@ -10,6 +11,26 @@ from ray_streamer.errors import PlanError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+
+_MOST_ELEMENTS = 1 << 62
+"""No memory has as many, and places up to here fit numpy's integers."""
+
+
+def whole_numbers(values: Sequence[int], of_what: str) -> tuple[int, ...]:
+    """`values` as Python's own integers: those of numpy, and lists, are equal to them and neither hashed nor written alike.
+
+    Raises:
+        PlanError: They are no whole numbers, or larger than any memory.
+    """
+    if type(values) is not tuple or not all(type(value) is int for value in values):
+        try:
+            values = tuple([int(operator.index(value)) for value in values])
+        except TypeError:
+            raise PlanError(f"{of_what} needs a sequence of whole numbers, got {values!r}") from None
+    if values and max(values) > _MOST_ELEMENTS:
+        raise PlanError(f"{of_what} is larger than any memory: {values!r}")
+    return values
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,13 +42,20 @@ class Side:
         strides: From one index of each dimension to the next; 0 repeats the same elements.
 
     Raises:
-        PlanError: A number is negative: no tensor has such views.
+        PlanError: A number is negative, or no whole number: no tensor has such views.
     """
 
     offset: int
     strides: tuple[int, ...]
 
     def __post_init__(self) -> None:
+        strides, (offset,) = (
+            whole_numbers(self.strides, "a view's strides"),
+            whole_numbers((self.offset,), "a view's offset"),
+        )
+        if strides is not self.strides or offset is not self.offset:
+            object.__setattr__(self, "strides", strides)
+            object.__setattr__(self, "offset", offset)
         if self.offset < 0 or any(stride < 0 for stride in self.strides):
             raise PlanError(f"a view needs an offset and strides of at least 0, got {self!r}")
 
@@ -53,7 +81,7 @@ class Move:
         target: View of the result, in elements of its dtype from the first element of its storage.
 
     Raises:
-        PlanError: Shape and strides differ in number, a size is negative, or two indices write the same element.
+        PlanError: Shape and strides differ in number, a size is negative or no whole number, or two indices write the same element.
     """
 
     shape: tuple[int, ...]
@@ -61,6 +89,9 @@ class Move:
     target: Side
 
     def __post_init__(self) -> None:
+        shape = whole_numbers(self.shape, "a move's shape")
+        if shape is not self.shape:
+            object.__setattr__(self, "shape", shape)
         if not len(self.shape) == len(self.source.strides) == len(self.target.strides):
             raise PlanError(f"a move needs as many strides as dimensions on both sides: {self!r}")
         if any(size < 0 for size in self.shape):

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
 from ray_streamer.errors import PlanError
 from ray_streamer.slices.move import Move
 from ray_streamer.slices.result import ResultSpecs
+from ray_streamer.units import counted
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 Pattern = tuple[Move, ...]
 """Moves from one tensor into one result."""
 
-_ROWS = ("tensor_ids", "result_ids", "pattern_ids", "target_offsets")
+_ROWS = {"tensor_ids": np.int32, "result_ids": np.int32, "pattern_ids": np.int32, "target_offsets": np.int64}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -44,7 +45,7 @@ class RankSlices:
         target_offsets: For each row what is added to the target offset of every move, in elements of the result; int64.
 
     Raises:
-        PlanError: Columns differ in length, name no result or pattern, or two results have one name.
+        PlanError: Columns are none of whole numbers, differ in length, name no result or pattern, or two results have one name.
     """
 
     results: ResultSpecs
@@ -56,7 +57,9 @@ class RankSlices:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "results", ResultSpecs.of(self.results))
-        columns = {name: getattr(self, name) for name in _ROWS}
+        columns = {name: _column(name, getattr(self, name), dtype) for name, dtype in _ROWS.items()}
+        for name, values in columns.items():
+            object.__setattr__(self, name, values)
         if len({len(values) for values in columns.values()}) > 1:
             lengths = {name: len(values) for name, values in columns.items()}
             raise PlanError(f"the columns of a rank's slices differ in length: {lengths}")
@@ -103,6 +106,24 @@ class RankSlices:
         tensor_ids, result_ids, pattern_ids = (np.ascontiguousarray(table[:, at]) for at in range(3))
         offsets = np.zeros(len(table), dtype=np.int64)
         return cls(ResultSpecs.of(results), tuple(ids), tensor_ids, result_ids, pattern_ids, offsets)
+
+
+def _column(name: str, values: Any, dtype: type[np.signedinteger[Any]]) -> NDArray[Any]:
+    """The values as a column of `dtype`; themselves where they are one already."""
+    if isinstance(values, np.ndarray) and values.dtype == dtype and values.ndim == 1:
+        return values
+    try:
+        column = np.asarray(values)
+    except (ValueError, OverflowError) as error:
+        raise PlanError(f"{name} must be a column of whole numbers: {error}") from error
+    if column.ndim != 1 or (len(column) and column.dtype.kind not in "iu"):
+        raise PlanError(
+            f"{name} must be a column of whole numbers, got {counted(column.ndim, 'dimension')} of {column.dtype}"
+        )
+    bounds = np.iinfo(dtype)
+    if len(column) and not bounds.min <= int(column.min()) <= int(column.max()) <= bounds.max:
+        raise PlanError(f"{name} must fit {np.dtype(dtype).name}, got {int(column.min())} to {int(column.max())}")
+    return column.astype(dtype)
 
 
 def _check_ids(name: str, ids: NDArray[np.int32], room: int) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 
 from ray_streamer.dtypes import DTYPE_CODES, dtype_named
 from ray_streamer.errors import PlanError
-from ray_streamer.slices.move import row_major
+from ray_streamer.slices.move import row_major, whole_numbers
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -41,7 +41,10 @@ class ResultForm:
     zeroes_holes: bool = True
 
     def __post_init__(self) -> None:
-        if self.dtype not in DTYPE_CODES:
+        object.__setattr__(self, "shape", whole_numbers(self.shape, "a result's shape"))
+        if self.strides is not None:
+            object.__setattr__(self, "strides", whole_numbers(self.strides, "a result's strides"))
+        if not isinstance(self.dtype, str) or self.dtype not in DTYPE_CODES:
             raise PlanError(f"{self!r} has an unknown dtype; safetensors has {', '.join(DTYPE_CODES)}")
         if any(size < 0 for size in self.shape):
             raise PlanError(f"{self!r} has a negative size")
@@ -75,6 +78,12 @@ class ResultSpec(ResultForm):
     """
 
     name: str
+
+    def __post_init__(self) -> None:
+        # Of the class that `slots` leaves behind, `super()` alone knows nothing.
+        super(ResultSpec, self).__post_init__()
+        if not isinstance(self.name, str) or not self.name:
+            raise PlanError(f"a result's name is text, got {self.name!r}")
 
     @property
     def form(self) -> ResultForm:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from ray_streamer.checkpoint.index import CheckpointIndex
+from ray_streamer.errors import PlanError
 from ray_streamer.slices.rank_slices import RankSlices
 
 if TYPE_CHECKING:
@@ -15,6 +16,17 @@ if TYPE_CHECKING:
 
 SliceSource = Callable[[CheckpointIndex, int], RankSlices]
 """Called with the index and the rank; picklable where ranks are other processes."""
+
+
+def checked_slices(said: RankSlices, rank: int) -> RankSlices:
+    """What a source said, which may be a function of anybody's.
+
+    Raises:
+        PlanError: It is something else.
+    """
+    if not isinstance(said, RankSlices):
+        raise PlanError(f"slices gave a {type(said).__name__} for rank {rank}, expected RankSlices")
+    return said
 
 
 class Values(Protocol):

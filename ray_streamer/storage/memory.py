@@ -7,6 +7,7 @@ see the files.
 from __future__ import annotations
 
 import itertools
+import os
 import threading
 from typing import TYPE_CHECKING
 
@@ -19,7 +20,9 @@ if TYPE_CHECKING:
     from ray_streamer.extent import Extent
     from ray_streamer.storage.base import Incident, OnFirstByte, StorageSettings
 
-_lock = threading.Lock()
+# A thread that forks in a signal handler may hold it already. Held for each fork, so that no forked process finds it taken.
+_lock = threading.RLock()
+os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
 _versions = itertools.count(1)
 _files: dict[str, tuple[bytes, ObjectInfo]] = {}
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from api_support import dtensor_tasks
+from torch.distributed.device_mesh import DeviceMesh
 
 import ray_streamer
 
@@ -62,6 +63,12 @@ def test_what_has_no_placement_is_refused(
     answers = both(pair, tmp_path, dtensor_tasks.refusal, checkpoint.uri, **{"sizes": (2,), **arguments})
     for answer in answers:
         assert re.match(said, answer), answer
+
+
+def test_a_mesh_of_other_devices_is_refused(checkpoint: Any) -> None:
+    mesh = DeviceMesh("cpu", [0], _init_backend=False, _rank=0)
+    with pytest.raises(ray_streamer.SettingsError, match="mesh of cpu devices, and the tensors go to cuda"):
+        ray_streamer.load_rank(checkpoint.uri, device="cuda", as_dtensor=mesh, rank=0, world_size=1)
 
 
 def test_slices_of_the_callers_own_say_nothing_of_other_ranks(checkpoint: Any) -> None:

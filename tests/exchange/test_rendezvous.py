@@ -283,10 +283,10 @@ def test_a_name_that_a_fork_keeps_in_use_is_gone_around(start, session):
 
 def test_longer_names_are_looked_up():
     name = secrets.token_hex(8)
-    ends = [socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) for _ in range(3)]
-    for end, suffix in zip(ends, (b"/a", b"/b", b"0/c"), strict=True):
+    ends = [socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) for _ in range(4)]
+    for end, suffix in zip(ends, (b"+a", b"+b", b"0+c", b"/0"), strict=True):
         end.bind(address_of(name, 1) + suffix)
-    assert longer_names(address_of(name, 1)) == [address_of(name, 1) + b"/a", address_of(name, 1) + b"/b"]
+    assert longer_names(address_of(name, 1)) == [address_of(name, 1) + b"+a", address_of(name, 1) + b"+b"]
     for end in ends:
         end.close()
 
