@@ -61,8 +61,10 @@ class ContentRange:
         return cls(Extent(int(match[1]), int(match[2]) + 1), int(match[3]))
 
 
-def content_range_of(answer: HttpAnswer, *, what: str) -> ContentRange:
-    """Which bytes a 206 answer brings.
+def content_range_of(answer: HttpAnswer, *, asked: Extent, what: str) -> ContentRange:
+    """Which bytes an answer brings: a part, or a whole object where no more than a part of that length was asked for.
+
+    Servers may ignore ranges, and some do for small files only (RFC 9110, section 14.2).
 
     Raises:
         StorageError: The answer does not say, or its body is not the object's own bytes.
@@ -74,7 +76,11 @@ def content_range_of(answer: HttpAnswer, *, what: str) -> ContentRange:
     if answer.status == 206 and answer.length == 0 and _NOTHING.fullmatch(answer.header("content-range")):
         raise ShortReadError(f"{what}: the object ends before the extent begins")
     given = ContentRange.parse(answer.header("content-range"))
-    if answer.status != 206 or given is None:
+    if answer.status == 200 and asked.start == 0 and answer.length is not None and answer.length <= asked.stop:
+        given = ContentRange(Extent(0, answer.length), answer.length)
+    elif answer.status != 206:
+        given = None
+    if given is None:
         shown = answer.secrets.clean(answer.header("content-range"), max_chars=100)
         raise StorageError(
             f"{what}: expected 206 with a Content-Range, got {answer.status} with {shown!r}; the server or a proxy "

@@ -19,7 +19,7 @@ from ray_streamer.storage.bounded_call import OneAtATime, find_credentials
 from ray_streamer.storage.extras import missing_extra
 from ray_streamer.storage.http_route import is_http_address
 from ray_streamer.storage.identity import Identity
-from ray_streamer.storage.listing import MAX_TOKEN_CHARS, ListingPage
+from ray_streamer.storage.listing import MAX_JSON_BYTES, MAX_TOKEN_CHARS, ListingPage
 from ray_streamer.storage.object_store import ObjectStore, Request
 from ray_streamer.storage.refusal import Refusal, skew_of
 from ray_streamer.storage.trust import ca_file_of_environment
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 _ENDPOINT = "https://storage.googleapis.com"
 _SCOPES = ("https://www.googleapis.com/auth/devstorage.read_only",)
+# Names of 2 KiB, twice as long as any, fit into a page then.
+_MAX_RESULTS = 500
 _GENERATION = re.compile(r'"?([0-9]{1,20})"?')
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9._:-]{1,220}[a-z0-9]")
 _ANONYMOUS = "anonymous@"
@@ -169,6 +171,7 @@ class GoogleStore(ObjectStore):
     """
 
     endpoint_advice = "is STORAGE_EMULATOR_HOST right"
+    max_page_bytes = MAX_JSON_BYTES
 
     def __init__(
         self, *, endpoint: str, bucket: str, prefix: str, credentials: GoogleCredentials | None, user_project: str
@@ -205,7 +208,9 @@ class GoogleStore(ObjectStore):
     def listing_request(self, prefix: str, token: str, *, recursive: bool) -> Request:
         """See `ObjectStore`."""
         more = ({} if recursive else {"delimiter": "/"}) | ({"pageToken": token} if token else {})
-        query = urlencode({"prefix": prefix, "fields": "items(name),nextPageToken", **more, **self._payer})
+        query = urlencode(
+            {"prefix": prefix, "fields": "items(name),nextPageToken", "maxResults": _MAX_RESULTS, **more, **self._payer}
+        )
         return Request(f"{self._objects}?{query}", self._authorization())
 
     def parse_page(self, answer: HttpAnswer, body: bytes) -> ListingPage:
@@ -214,12 +219,14 @@ class GoogleStore(ObjectStore):
             page: Any = json.loads(body)
         except (ValueError, RecursionError):
             raise ValueError("no JSON") from None
-        items: Any = page.get("items", []) if isinstance(page, dict) else None
+        items: Any = page.get("items") if isinstance(page, dict) else 0
+        # Emulators write null for no objects.
+        items = [] if items is None else items
         if not isinstance(items, list) or not all(
             isinstance(each, dict) and isinstance(each.get("name"), str) for each in items
         ):
             raise ValueError("no list of objects")
-        token: Any = page.get("nextPageToken", "")
+        token: Any = page.get("nextPageToken") or ""
         if not isinstance(token, str) or len(token) > MAX_TOKEN_CHARS:
             raise ValueError("there is more, and no usable token that leads there")
         return ListingPage(tuple(each["name"] for each in items), token)

@@ -22,7 +22,7 @@ from ray_streamer.errors import AccessError, ObjectChangedError, ObjectMissingEr
 from ray_streamer.storage.bounded_call import OneAtATime, call_within
 from ray_streamer.storage.extras import missing_extra
 from ray_streamer.storage.identity import Identity
-from ray_streamer.storage.listing import MAX_TOKEN_CHARS, ListingPage
+from ray_streamer.storage.listing import MAX_JSON_BYTES, MAX_TOKEN_CHARS, ListingPage
 from ray_streamer.storage.object_store import Request
 from ray_streamer.storage.redaction import NO_SECRETS
 from ray_streamer.storage.refusal import skew_of
@@ -119,6 +119,7 @@ class HubStore(WebStore):
     """
 
     endpoint_advice = "is HF_ENDPOINT right"
+    max_page_bytes = MAX_JSON_BYTES
 
     def __init__(
         self,

@@ -13,7 +13,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 MAX_PAGE_BYTES = 4 << 20
-"""Longer than any page of 1000 keys."""
+"""Longer than any page of 1000 keys in XML, which is read without a tree."""
+
+MAX_JSON_BYTES = 1 << 20
+"""Longer than any page of 1000 names in JSON, of which values are made that take up to forty times the memory."""
 
 # A page has up to 1000 entries, folders included.
 _MAX_PAGES = 200

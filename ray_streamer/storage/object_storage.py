@@ -23,12 +23,12 @@ from ray_streamer.storage.counters import Counters
 from ray_streamer.storage.http_client import HttpClient
 from ray_streamer.storage.identity import Identity
 from ray_streamer.storage.lateness import LateBodyError
-from ray_streamer.storage.listing import MAX_PAGE_BYTES, list_keys
+from ray_streamer.storage.listing import list_keys
 from ray_streamer.storage.object_requests import ConditionRefusedError, ObjectRequests
 from ray_streamer.storage.partial_read import PartialRead
 from ray_streamer.storage.retry import PassingFault, RetryPolicy
 from ray_streamer.storage.slow_address import Body
-from ray_streamer.units import exact_bytes
+from ray_streamer.units import exact_bytes, human_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -235,11 +235,14 @@ class ObjectStorage(RemoteStorage):
         what = f"listing {self.uri}"
         with self._requests.get_page(prefix, token, what, recursive=recursive) as answer:
             refuse_encoded(answer, what=what)
-            page = memoryview(
-                bytearray(min(MAX_PAGE_BYTES, MAX_PAGE_BYTES if answer.length is None else answer.length))
-            )
+            most_bytes = self._store.max_page_bytes
+            page = memoryview(bytearray(most_bytes if answer.length is None else min(most_bytes, answer.length)))
             self._http.receive_into(answer, page)
-            if answer.num_received < (answer.length or 0) <= len(page):
+            if answer.is_too_long or (answer.length or 0) > len(page):
+                raise StorageError(
+                    f"{what}: expected the keys of a bucket, got a page of more than {human_bytes(most_bytes)}"
+                )
+            if answer.num_received < (answer.length or 0):
                 raise PassingFault(f"{what}: the body ended at byte {answer.num_received} of {answer.length}")
             try:
                 return self._store.parse_page(answer, bytes(page[: answer.num_received]))
@@ -257,7 +260,7 @@ class ObjectStorage(RemoteStorage):
         headers = {"Range": f"bytes={asked.start}-{asked.stop - 1}"}
         pinned = expected if self._sends_conditions else None
         with self._requests.get(path, what, headers, pinned, offset=asked.start) as (request, answer):
-            given = content_range_of(answer, what=what)
+            given = content_range_of(answer, asked=asked, what=what)
             identity = self._store.identity_of(path, request, answer, given.size_bytes)
             difference = expected.difference(identity) if expected else ""
             if difference:

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from ray_streamer.storage.identity import Identity
+from ray_streamer.storage.listing import MAX_PAGE_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -53,6 +54,7 @@ class ObjectStore:
         endpoint_advice: What to look at when nobody answers there.
         ca_advice: What to set when the server is not trusted.
         folder: What the keys of this folder begin with, as listings write them.
+        max_page_bytes: Length of the longest page of a listing that is read.
         keys: Of all objects that there are, where the store was told instead of asked; else None.
         is_public_web: Whether servers may send requests elsewhere, so that addresses inside of a machine or its cloud are refused.
     """
@@ -62,6 +64,7 @@ class ObjectStore:
     endpoint_advice: str = ""
     ca_advice: str = "set REQUESTS_CA_BUNDLE"
     folder: str = ""
+    max_page_bytes: int = MAX_PAGE_BYTES
     keys: tuple[str, ...] | None = None
     is_public_web: bool = False
 

@@ -94,7 +94,7 @@ class PosixStorage:
         folder, slash, start = prefix.rpartition("/")
         full_path = self._full_path(folder)
         with os_errors_translated(full_path):
-            found = _files_below(full_path, "") if recursive else _files_in(full_path)
+            found = _files_below(full_path) if recursive else _files_in(full_path)
             return sorted(folder + slash + name for name in found if name.startswith(start))
 
     def statistics(self) -> StorageStatistics:
@@ -200,13 +200,19 @@ def _files_in(folder: str) -> list[str]:
         return [entry.name for entry in entries if _is_file(entry)]
 
 
-def _files_below(folder: str, prefix: str) -> list[str]:
-    """Files of the folder and of all folders in it, by their path from the first one."""
-    with os.scandir(folder) as entries:
-        found = list(entries)
-    inner = [entry for entry in found if entry.is_dir(follow_symlinks=False)]
-    below = [path for entry in inner for path in _files_below(entry.path, f"{prefix}{entry.name}/")]
-    return [f"{prefix}{entry.name}" for entry in found if _is_file(entry)] + below
+def _files_below(folder: str) -> list[str]:
+    """Files of the folder and of all folders in it, by their path from the first one, however deep."""
+    files: list[str] = []
+    to_visit = [""]
+    while to_visit:
+        prefix = to_visit.pop()
+        with os.scandir(os.path.join(folder, prefix)) as entries:
+            for entry in entries:
+                if entry.is_dir(follow_symlinks=False):
+                    to_visit.append(f"{prefix}{entry.name}/")
+                elif _is_file(entry):
+                    files.append(f"{prefix}{entry.name}")
+    return files
 
 
 def _is_file(entry: os.DirEntry[str]) -> bool:

@@ -47,11 +47,11 @@ class WebRefusal(Refusal):
 
     Attributes:
         was_sent_on: Whether another server had named this one, by an address that may have ended.
-        ended: What to do about the signature of the address, if it has ended.
+        hints: What to do about the signature of the address, if it is to blame.
     """
 
     was_sent_on: bool = False
-    ended: tuple[str, ...] = ()
+    hints: tuple[str, ...] = ()
 
     def error(self, what: str, *, is_object: bool = True) -> StorageError | PassingFault:
         """See `Refusal`."""
@@ -70,8 +70,8 @@ class WebRefusal(Refusal):
 
     def advice(self, *, is_object: bool) -> list[str]:
         """See `Refusal`."""
-        if self.ended:
-            return [*self.ended]
+        if self.hints:
+            return [*self.hints]
         if self.status in (401, 403):
             return [
                 "if it is not public set http_authorization, or give a signed address; signed addresses end after a while"
@@ -101,6 +101,7 @@ class WebStore(ObjectStore):
         uri: The folder.
         root: Where its files are asked for, without a "/" at its end.
         signature: What is sent behind the addresses of its files.
+        is_signed_folder: Whether the caller gave the folder with that signature.
         authorization: Header of requests to that server, and to no other; a secret.
         sends_on: Whether the server is known to send requests for large files elsewhere.
         wait_seconds: See `Redirects`.
@@ -115,6 +116,7 @@ class WebStore(ObjectStore):
         *,
         root: str,
         signature: Signature | None = None,
+        is_signed_folder: bool = False,
         authorization: str = "",
         sends_on: bool = False,
         wait_seconds: float,
@@ -125,6 +127,7 @@ class WebStore(ObjectStore):
         self._uri = uri.rstrip("/")
         self._root = root
         self._query = f"?{signature.query}" if signature and signature.query else ""
+        self._is_signed_folder = is_signed_folder
         self._files = signature.files if signature else {}
         self.keys = tuple(self._files) or None
         self._authorization = {"Authorization": authorization} if authorization else {}
@@ -169,18 +172,28 @@ class WebStore(ObjectStore):
     def refusal_of(self, request: Request, answer: HttpAnswer, body: bytes) -> Refusal:
         """See `ObjectStore`."""
         skew_seconds = skew_of(answer.header("date"))
-        may_have_ended = answer.status in (400, 401, 403) and not request.is_sent_on
+        is_own = not request.is_sent_on
         return WebRefusal(
             status=answer.status,
             retry_after=answer.header("retry-after"),
             skew_seconds=skew_seconds if answer.status in (401, 403) else 0.0,
             was_sent_on=request.is_sent_on,
-            ended=ended_signature(request.url, skew_seconds=skew_seconds) if may_have_ended else (),
+            hints=self._hints(request.url, skew_seconds) if is_own and answer.status in (400, 401, 403) else (),
         )
 
     def listing_request(self, prefix: str, token: str, *, recursive: bool) -> Request:
         """See `ObjectStore`; web servers list nothing."""
         raise AccessError(f"{self._uri}: web servers list no folders, so their files are asked for by name")
+
+    def _hints(self, url: str, skew_seconds: float) -> tuple[str, ...]:
+        """What a refused address itself says about the refusal."""
+        ended = ended_signature(url, skew_seconds=skew_seconds)
+        if ended or not self._is_signed_folder:
+            return ended
+        return (
+            f"the signature was sent for each file of the folder {self._uri}; if it is that of one file, sign an address that ends in "
+            ".safetensors, or that says the name by response-content-disposition",
+        )
 
     def _own_url(self, path: str) -> str:
         if not self._files:
@@ -211,6 +224,7 @@ def open_store(uri: str, settings: StorageSettings) -> WebStore:
         uri,
         root=_sendable(f"{parts.scheme.lower()}://{parts.netloc}{parts.path}".rstrip("/")),
         signature=_signature_at(own, settings),
+        is_signed_folder=bool(own.query) and own.uri.rstrip("/") == uri.rstrip("/"),
         # A signature of its own says who asks; stores refuse requests that say it twice.
         authorization=""
         if own.as_setting

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import traceback
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -222,6 +223,29 @@ def test_listings_that_are_none(store, open_store, body):
     store.answer = lambda _: answer_bytes(200, body)
     with pytest.raises(StorageError, match="expected the keys"):
         open_store("gs://models/m", gs_unsigned=True).list()
+
+
+@pytest.mark.parametrize("body", [b"{}", b'{"items": null}', b'{"items": [], "nextPageToken": null}'])
+def test_listings_of_nothing(store, open_store, body):
+    store.answer = lambda _: answer_bytes(200, body)
+    assert open_store("gs://models/m", gs_unsigned=True).list() == []
+
+
+@pytest.mark.parametrize(
+    "framing", [{}, {"Content-Length": None, "Connection": "close"}], ids=["length", "until-close"]
+)
+def test_a_page_that_would_take_much_memory_is_not_read(store, open_store, framing):
+    """Two million values in four million bytes; a real page holds 500 names."""
+    store.answer = lambda _: answer_bytes(200, b'{"items":[' + b"{}," * 1_400_000 + b"{}]}", framing)
+    storage = open_store("gs://models/m", gs_unsigned=True)
+    tracemalloc.start()
+    try:
+        with pytest.raises(StorageError, match="a page of more than 1 MiB"):
+            storage.list()
+        # The server's own copy is in this process, too.
+        assert tracemalloc.get_traced_memory()[1] < 32 << 20
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize("host", ["http://", "http://user:planted@host", "host:99999999", "ftp://host"])

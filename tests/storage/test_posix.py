@@ -473,3 +473,24 @@ def test_remote_file_systems_are_read_in_blocks(big, tmp_path, monkeypatch, kind
     assert not storage.prefers_aligned("big")
     assert read_at(storage, Extent(0, len(BIG))) == BIG
     storage.close()
+
+
+@pytest.fixture
+def deep_folder(tmp_path):
+    """A folder deeper than Python calls functions; taken away by hand, since that is what `shutil` does."""
+    folders = [tmp_path / "/".join("d" * depth) for depth in range(1, 521)]
+    for folder in folders:
+        folder.mkdir()
+    yield folders[-1]
+    for folder in reversed(folders):
+        folder.rmdir()
+
+
+def test_folders_in_folders(tmp_path, deep_folder, open_store):
+    (tmp_path / "b").touch()
+    (deep_folder / "a").touch()
+    try:
+        found = open_store(str(tmp_path)).list(recursive=True)
+    finally:
+        (deep_folder / "a").unlink()
+    assert found == ["b", str(deep_folder.relative_to(tmp_path) / "a")]

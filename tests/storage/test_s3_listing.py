@@ -101,7 +101,7 @@ def test_a_page_that_broke_is_asked_for_again(list_of):
             id="gzip",
         ),
         pytest.param(lambda _: answer_bytes(206, b"x"), "no XML", id="another-status"),
-        pytest.param(lambda _: answer_bytes(200, b" " * (5 << 20)), "no XML", id="too-long"),
+        pytest.param(lambda _: answer_bytes(200, b" " * (5 << 20)), "a page of more than 4 MiB", id="too-long"),
     ],
 )
 def test_what_is_no_listing(list_of, answer, words):

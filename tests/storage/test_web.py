@@ -251,6 +251,23 @@ def test_a_server_without_ranges_is_refused_with_the_reason(server, open_store):
         open_store(f"{server.url}/m").read_head("a", 4)
 
 
+@pytest.mark.parametrize("max_bytes", [len(CONTENT), len(CONTENT) + 1])
+def test_a_whole_file_is_as_good_as_the_part_that_is_all_of_it(server, open_store, max_bytes):
+    """Some servers give ranges of large files only; of a small one they send all, as they may."""
+    server.has_ranges = False
+    head, info = open_store(f"{server.url}/m").read_head("a", max_bytes)
+    assert (head, info.size_bytes) == (CONTENT, len(CONTENT))
+
+
+@pytest.mark.parametrize(("start", "max_bytes"), [(0, len(CONTENT) - 1), (1, len(CONTENT))])
+def test_a_whole_file_instead_of_another_part_is_refused(server, open_store, start, max_bytes):
+    storage = open_store(f"{server.url}/m")
+    etag = storage.size_and_etag("a").etag
+    server.has_ranges = False
+    with pytest.raises(StorageError, match="ignores ranges"):
+        read(storage, "a", Extent(start, max_bytes), etag)
+
+
 @pytest.mark.parametrize("status", [401, 403])
 def test_who_is_not_let_in_is_told_what_to_set(server, open_store, status):
     server.answer = lambda asked: answer_bytes(status, f"no: {asked.target} {asked.headers}".encode())
@@ -424,6 +441,17 @@ def test_a_file_that_is_called_by_its_hash(server, tmp_path, open_store, said, a
 def test_an_address_that_says_no_name_is_a_folder(query):
     signature = split_signature(f"https://host/blobs/0123abcd?{query}")
     assert (signature.uri, signature.query, signature.files) == ("https://host/blobs/0123abcd", query, {})
+
+
+def test_a_signature_of_one_file_that_was_taken_for_a_folders(server):
+    """What the address says no name of cannot be known; the refusal says how to name it."""
+    server.answer = lambda asked: answer_bytes(403) if asked.key != "/blobs/0123" else server.answer_file(asked)
+    words = (
+        rf"the signature was sent for each file of the folder {server.url}/blobs/0123;.*response-content-disposition"
+    )
+    with pytest.raises(AccessError, match=words) as caught:
+        ray_streamer.plan(f"{server.url}/blobs/0123?{QUERY}")
+    assert not PLANTED.search(everything_said(caught.value))
 
 
 def test_names_of_addresses_come_before_those_of_queries():
