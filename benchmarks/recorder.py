@@ -37,7 +37,7 @@ from ray_streamer.rank.recorder import Recorder
 from ray_streamer.rank.request import LoadRequest
 from ray_streamer.rank.trace import RankTrace
 from ray_streamer.report.verdict.judge import judge
-from ray_streamer.report.verdict.model import Asked
+from ray_streamer.report.verdict.model import RequestedSettings
 from ray_streamer.settings import Settings
 from ray_streamer.sharding import Mesh, RuleSlices, ShardRules, Split
 from ray_streamer.testing.checkpoints import TensorSpec, write_checkpoint
@@ -101,7 +101,7 @@ def serve(contender: str, pipe: Connection) -> None:
         if contender in ("traced", "judged"):
             trace = RankTrace.from_bytes(worker.trace().to_bytes())
             if contender == "judged":
-                assert judge([trace], [statistics], Asked.of(settings)) is not None
+                assert judge([trace], [statistics], RequestedSettings.of(settings)) is not None
         pipe.send(Cost(seconds=time.perf_counter() - began, cpu_seconds=time.process_time() - cpu_began))
 
 

@@ -31,7 +31,7 @@ from ray_streamer.cluster.worker import LoadWorker
 from ray_streamer.rank.request import LoadRequest
 from ray_streamer.rank.trace import RankTrace
 from ray_streamer.report.verdict.judge import judge
-from ray_streamer.report.verdict.model import Asked
+from ray_streamer.report.verdict.model import RequestedSettings
 from ray_streamer.settings import Settings
 from ray_streamer.sharding import Mesh, RuleSlices, ShardRules, Split
 from ray_streamer.testing.checkpoints import TensorSpec, write_checkpoint
@@ -187,7 +187,7 @@ class Ranks:
         told = [pipe.recv() for pipe in self.pipes]
         proxy.plan_faults(())
         traces = [RankTrace.from_bytes(trace) for trace, _ in told]
-        verdict = judge(traces, [statistics for _, statistics in told], Asked.of(Settings.resolve(**said)))
+        verdict = judge(traces, [statistics for _, statistics in told], RequestedSettings.of(Settings.resolve(**said)))
         assert verdict is not None
         return verdict
 

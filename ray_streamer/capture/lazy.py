@@ -16,19 +16,19 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from ray_streamer.capture.memory import Memory
-    from ray_streamer.capture.recorder import Recorder
+    from ray_streamer.capture.recorder import OperationRecorder
 
 
 class LazyTensor(torch.Tensor):
-    """A view of a memory that was not read yet. Made by `Recorder`; behaves as a plain tensor without gradient."""
+    """A view of a memory that was not read yet. Made by `OperationRecorder`; behaves as a plain tensor without gradient."""
 
     # Tensor has attributes called data, names, real, grad and so on, and loaders set some of their own.
-    _lazy_recorder: Recorder
+    _lazy_recorder: OperationRecorder
     _lazy_memory: Memory
     _lazy_shadow: torch.Tensor
 
     @staticmethod
-    def __new__(cls: type[LazyTensor], recorder: Recorder, memory: Memory, shadow: torch.Tensor) -> LazyTensor:
+    def __new__(cls: type[LazyTensor], recorder: OperationRecorder, memory: Memory, shadow: torch.Tensor) -> LazyTensor:
         """A view of `memory` whose sizes, strides and offset are those of `shadow`, a view of a meta tensor like it."""
         made = torch.Tensor._make_wrapper_subclass(
             cls,

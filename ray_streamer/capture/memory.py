@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ray_streamer.capture.strided import Loop, Part, Strided, digits_of, merged_loops, seen_through, split_loops
+from ray_streamer.capture.strided import CopiedPart, Loop, Strided, digits_of, merged_loops, seen_through, split_loops
 from ray_streamer.slices.move import row_major
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class TensorElements:
     """Elements of one tensor of the checkpoint, in the order of `view`, whose dimensions may be split ones.
 
     Attributes:
@@ -40,7 +40,7 @@ class Place:
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class TensorLoops:
     """A part of a copy out of a lazy tensor: loops over one tensor of the checkpoint.
 
     Attributes:
@@ -50,7 +50,7 @@ class Piece:
         other_offset: Of the first element, from that of the copy's target.
     """
 
-    place: Place
+    place: TensorElements
     loops: tuple[Loop, ...]
     offset: int
     other_offset: int
@@ -74,7 +74,7 @@ class Memory:
         shape: tuple[int, ...],
         dtype: torch.dtype,
         device: torch.device,
-        places: Sequence[Place],
+        places: Sequence[TensorElements],
         *,
         lengths: Sequence[int] = (),
         dim: int = 0,
@@ -112,7 +112,7 @@ class Memory:
             self._is_own = True
         return value
 
-    def pieces(self, view: Strided, other_strides: Sequence[int]) -> list[Piece] | None:
+    def pieces(self, view: Strided, other_strides: Sequence[int]) -> list[TensorLoops] | None:
         """A copy out of `view` of this memory, as loops over the checkpoint's tensors; None where it is none.
 
         Args:
@@ -123,7 +123,7 @@ class Memory:
         if not self.is_plannable or self.value is not None or not self.places:
             return None
         if self._is_tensor:
-            return [Piece(self.places[0], tuple(merged_loops(loops)), view.offset, 0)]
+            return [TensorLoops(self.places[0], tuple(merged_loops(loops)), view.offset, 0)]
         if len(self.places) == 1:
             return self._through(0, loops, view.offset, 0)
         return self._out_of_parts(loops, view.offset)
@@ -149,22 +149,23 @@ class Memory:
         lengths = self._all_lengths()
         return [sum(lengths[:number]) for number in range(len(lengths))]
 
-    def _through(self, number: int, loops: list[Loop], offset: int, other_offset: int) -> list[Piece] | None:
+    def _through(self, number: int, loops: list[Loop], offset: int, other_offset: int) -> list[TensorLoops] | None:
         place = self.places[number]
         found = seen_through(place.view, loops, offset)
         if found is None:
             return None
         return [
-            Piece(place, tuple(merged_loops(through)), start, other_offset + other) for through, start, other in found
+            TensorLoops(place, tuple(merged_loops(through)), start, other_offset + other)
+            for through, start, other in found
         ]
 
-    def _out_of_parts(self, loops: list[Loop], offset: int) -> list[Piece] | None:
+    def _out_of_parts(self, loops: list[Loop], offset: int) -> list[TensorLoops] | None:
         """The view cut at the borders between parts, and each cut seen through its part."""
         grid = (prod(self.shape[: self._dim]), self.shape[self._dim], prod(self.shape[self._dim + 1 :]))
         parts = split_loops(grid, loops, offset)
         if parts is None:
             return None
-        pieces: list[Piece] = []
+        pieces: list[TensorLoops] = []
         for part in parts:
             cut = self._cut_at_borders(grid, part)
             if cut is None:
@@ -172,14 +173,14 @@ class Memory:
             pieces += cut
         return pieces
 
-    def _cut_at_borders(self, grid: tuple[int, int, int], part: Part) -> list[Piece] | None:
+    def _cut_at_borders(self, grid: tuple[int, int, int], part: CopiedPart) -> list[TensorLoops] | None:
         along = [loop for dim, loop in part.loops if dim == 1]
         if len(along) > 1:
             return None
         outer, middle, inner = digits_of(grid, part.offset)
         step = along[0].step // grid[2] if along else 1
         num_steps = along[0].size if along else 1
-        pieces: list[Piece] = []
+        pieces: list[TensorLoops] = []
         for number, (start, length) in enumerate(zip(self._starts(), self._all_lengths(), strict=True)):
             low = max(0, -(-(start - middle) // step))
             high = min(num_steps, -(-(start + length - middle) // step))

@@ -11,7 +11,7 @@ import torch
 _aten = torch.ops.aten
 
 
-class Kind(Enum):
+class OperationKind(Enum):
     """How an operation treats its arguments' values."""
 
     VIEW = auto()
@@ -32,15 +32,15 @@ class Kind(Enum):
     """Reads values, writes them, or both."""
 
 
-_BY_NAME: dict[Any, Kind] = {
-    _aten._unsafe_view: Kind.VIEW,
-    _aten._reshape_alias: Kind.VIEW,
-    _aten.copy_: Kind.COPY_INTO,
-    _aten.clone: Kind.DUPLICATE,
-    _aten._to_copy: Kind.DUPLICATE,
-    _aten.cat: Kind.JOIN,
-    _aten.stack: Kind.JOIN,
-    _aten.is_pinned: Kind.QUESTION,
+_BY_NAME: dict[Any, OperationKind] = {
+    _aten._unsafe_view: OperationKind.VIEW,
+    _aten._reshape_alias: OperationKind.VIEW,
+    _aten.copy_: OperationKind.COPY_INTO,
+    _aten.clone: OperationKind.DUPLICATE,
+    _aten._to_copy: OperationKind.DUPLICATE,
+    _aten.cat: OperationKind.JOIN,
+    _aten.stack: OperationKind.JOIN,
+    _aten.is_pinned: OperationKind.QUESTION,
     **dict.fromkeys(
         (
             _aten.empty_like,
@@ -55,20 +55,20 @@ _BY_NAME: dict[Any, Kind] = {
             _aten.new_ones,
             _aten.new_full,
         ),
-        Kind.SHAPE_ONLY,
+        OperationKind.SHAPE_ONLY,
     ),
 }
 
 
 @cache
-def kind_of(func: Any) -> Kind:
+def kind_of(func: Any) -> OperationKind:
     """The kind of an operation as `__torch_dispatch__` gets it: an overload of torch's or of anybody's library."""
     named = _BY_NAME.get(getattr(func, "overloadpacket", None))
-    if named is not None and (named is Kind.COPY_INTO or not func._schema.is_mutable):
+    if named is not None and (named is OperationKind.COPY_INTO or not func._schema.is_mutable):
         return named
     if torch.Tag.inplace_view in getattr(func, "tags", ()):
-        return Kind.RESHAPES_IN_PLACE
-    return Kind.VIEW if getattr(func, "is_view", False) else Kind.OTHER
+        return OperationKind.RESHAPES_IN_PLACE
+    return OperationKind.VIEW if getattr(func, "is_view", False) else OperationKind.OTHER
 
 
 @cache

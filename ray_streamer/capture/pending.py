@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 
     import torch
 
-    from ray_streamer.capture.memory import Piece
+    from ray_streamer.capture.memory import TensorLoops
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Copy:
+class RecordedCopy:
     """One recorded copy: `piece` of the checkpoint goes to strided elements of a real storage.
 
     Attributes:
@@ -37,7 +37,7 @@ class Copy:
         extent: The target's bytes in the storage.
     """
 
-    piece: Piece
+    piece: TensorLoops
     storage: torch.UntypedStorage
     dtype: torch.dtype
     offset: int
@@ -60,7 +60,7 @@ class Copy:
 @dataclass(slots=True)
 class _Storage:
     longest: int = 0
-    copies: list[tuple[int, int, Copy]] = field(default_factory=list)
+    copies: list[tuple[int, int, RecordedCopy]] = field(default_factory=list)
 
 
 class Pending:
@@ -70,7 +70,7 @@ class Pending:
         self._by_storage: dict[int, _Storage] = {}
         self._numbers = count()
 
-    def __iter__(self) -> Iterator[Copy]:
+    def __iter__(self) -> Iterator[RecordedCopy]:
         """All copies, in the order in which they were recorded."""
         entries = [entry for storage in self._by_storage.values() for entry in storage.copies]
         return (copy for _, _, copy in sorted(entries, key=lambda entry: entry[1]))
@@ -79,13 +79,13 @@ class Pending:
         """Whether there is any copy."""
         return bool(self._by_storage)
 
-    def add(self, copy: Copy) -> None:
+    def add(self, copy: RecordedCopy) -> None:
         """Keeps `copy` until it is removed."""
         storage = self._by_storage.setdefault(copy.storage._cdata, _Storage())
         insort(storage.copies, (copy.extent.start, next(self._numbers), copy))
         storage.longest = max(storage.longest, copy.extent.stop - copy.extent.start)
 
-    def remove(self, copy: Copy) -> None:
+    def remove(self, copy: RecordedCopy) -> None:
         """Forgets `copy`, which was added before."""
         key = copy.storage._cdata
         copies = self._by_storage[key].copies
@@ -100,13 +100,13 @@ class Pending:
         """Whether any copy goes to the storage of `tensor`."""
         return tensor.untyped_storage()._cdata in self._by_storage
 
-    def meeting(self, tensor: torch.Tensor) -> list[Copy]:
+    def meeting(self, tensor: torch.Tensor) -> list[RecordedCopy]:
         """Copies that may write an element of `tensor`."""
         if not self.knows(tensor):
             return []
         return self.meeting_bytes(tensor.untyped_storage(), view_of(tensor).in_bytes(tensor.element_size()))
 
-    def meeting_bytes(self, storage: torch.UntypedStorage, extent: Strided) -> list[Copy]:
+    def meeting_bytes(self, storage: torch.UntypedStorage, extent: Strided) -> list[RecordedCopy]:
         """Copies that may write a byte of `extent`."""
         found = self._by_storage.get(storage._cdata)
         if found is None:
@@ -115,7 +115,7 @@ class Pending:
         stop = bisect_left(found.copies, (extent.stop, -1))
         return [copy for _, _, copy in found.copies[first:stop] if may_meet(copy.extent, extent)]
 
-    def in_storage(self, tensor: torch.Tensor) -> list[Copy]:
+    def in_storage(self, tensor: torch.Tensor) -> list[RecordedCopy]:
         """All copies into the storage of `tensor`."""
         found = self._by_storage.get(tensor.untyped_storage()._cdata)
         return [copy for _, _, copy in found.copies] if found else []

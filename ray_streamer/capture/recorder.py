@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ray_streamer.capture.lazy import LazyTensor, tensors_among, with_each
-from ray_streamer.capture.memory import Memory, Place, seen, view_of
-from ray_streamer.capture.operations import Kind, kind_of, written_arguments
-from ray_streamer.capture.pending import Copy, Pending
+from ray_streamer.capture.memory import Memory, TensorElements, seen, view_of
+from ray_streamer.capture.operations import OperationKind, kind_of, written_arguments
+from ray_streamer.capture.pending import Pending, RecordedCopy
 from ray_streamer.capture.strided import Loop, Strided, holds
 from ray_streamer.errors import CaptureError
 from ray_streamer.slices.move import row_major
@@ -28,7 +28,7 @@ from ray_streamer.slices.move import row_major
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from ray_streamer.capture.memory import Piece
+    from ray_streamer.capture.memory import TensorLoops
     from ray_streamer.capture.whole_tensors import WholeTensors
 
 CASTABLE = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
@@ -41,7 +41,7 @@ _BATCH_BYTES = 256 << 20
 """Whole tensors that are read at once for copies that must be made early."""
 
 
-class Recorder:
+class OperationRecorder:
     """What one rank's loader did so far.
 
     Attributes:
@@ -59,7 +59,7 @@ class Recorder:
 
     def lazy(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, *, is_plannable: bool) -> LazyTensor:
         """The tensor `name` of the checkpoint, not read yet."""
-        place = Place(name, dtype, Strided(shape, row_major(shape), 0))
+        place = TensorElements(name, dtype, Strided(shape, row_major(shape), 0))
         memory = Memory(shape, dtype, torch.device("cpu"), [place], is_plannable=is_plannable)
         shadow = self._shadows.get((shape, dtype))
         if shadow is None:
@@ -84,7 +84,7 @@ class Recorder:
         value = memory.own(self._whole) if is_written else memory.read(self._whole)
         return seen(value, view_of(lazy._lazy_shadow))
 
-    def make_early(self, copies: Sequence[Copy]) -> None:
+    def make_early(self, copies: Sequence[RecordedCopy]) -> None:
         """Makes copies now that were only written down."""
         waiting = defaultdict(list)
         for copy in copies:
@@ -124,24 +124,24 @@ class Recorder:
             else:
                 self.make_early([older])
 
-    def _run_lazily(self, kind: Kind, func: Any, args: Any, kwargs: Any, lazies: list[LazyTensor]) -> Any:
+    def _run_lazily(self, kind: OperationKind, func: Any, args: Any, kwargs: Any, lazies: list[LazyTensor]) -> Any:
         """The outcome without any values; None when they are needed."""
         lazy = lazies[0]
-        if kind is Kind.VIEW and len(lazies) == 1:
+        if kind is OperationKind.VIEW and len(lazies) == 1:
             return self._view(lazy, func, args, kwargs)
-        if kind is Kind.SHAPE_ONLY:
+        if kind is OperationKind.SHAPE_ONLY:
             return func(*_shadows(args), **{**kwargs, "device": kwargs.get("device") or lazy.device})
-        if kind is Kind.QUESTION:
+        if kind is OperationKind.QUESTION:
             return False
-        if kind is Kind.DUPLICATE:
+        if kind is OperationKind.DUPLICATE:
             return self._duplicate(lazy, func, args, kwargs)
-        if kind is Kind.JOIN and len(lazies) == len(args[0]):
+        if kind is OperationKind.JOIN and len(lazies) == len(args[0]):
             return self._join(lazies, func, args, kwargs)
-        if kind is Kind.COPY_INTO and not isinstance(args[0], LazyTensor):
+        if kind is OperationKind.COPY_INTO and not isinstance(args[0], LazyTensor):
             if args[0].is_meta:
                 return func(args[0], lazy._lazy_shadow)
             return args[0] if self.record(args[0], lazy) else None
-        if kind is Kind.RESHAPES_IN_PLACE and isinstance(args[0], LazyTensor):
+        if kind is OperationKind.RESHAPES_IN_PLACE and isinstance(args[0], LazyTensor):
             raise CaptureError(f"the loader called {func} on {lazy!r}, which cannot change its shape in place")
         return None
 
@@ -206,7 +206,7 @@ class Recorder:
             start += length
         return made
 
-    def _place_of(self, shadow: torch.Tensor, memory: Memory) -> Place | None:
+    def _place_of(self, shadow: torch.Tensor, memory: Memory) -> TensorElements | None:
         """Where in one tensor of the checkpoint the elements of that view of `memory` are, in row-major order."""
         view = view_of(shadow)
         pieces = memory.pieces(view, row_major(view.shape)) if shadow.numel() else None
@@ -214,14 +214,14 @@ class Recorder:
             return None
         loops = pieces[0].loops or (Loop(1, 1, 1),)
         found = Strided(tuple(loop.size for loop in loops), tuple(loop.step for loop in loops), pieces[0].offset)
-        return Place(pieces[0].place.tensor, pieces[0].place.dtype, found)
+        return TensorElements(pieces[0].place.tensor, pieces[0].place.dtype, found)
 
     def _is_castable(self, memory: Memory, dtype: torch.dtype) -> bool:
         if dtype == memory.dtype:
             return True
         return not memory.is_cast and {dtype, memory.dtype} <= CASTABLE
 
-    def _run_with_values(self, kind: Kind, func: Any, args: Any, kwargs: Any) -> Any:
+    def _run_with_values(self, kind: OperationKind, func: Any, args: Any, kwargs: Any) -> Any:
         written = written_arguments(func)
         lazies: dict[int, LazyTensor] = {}
 
@@ -232,7 +232,7 @@ class Recorder:
 
         def with_values(key: int | str, value: Any) -> Any:
             # What a view of real memory is written to later, nobody would see.
-            is_written = key in written or kind is Kind.VIEW or kind is Kind.RESHAPES_IN_PLACE
+            is_written = key in written or kind is OperationKind.VIEW or kind is OperationKind.RESHAPES_IN_PLACE
             return with_each(value, lambda lazy: valued(lazy, is_written))
 
         real = tuple(with_values(at, value) for at, value in enumerate(args))
@@ -242,9 +242,9 @@ class Recorder:
             return type(outcome)([lazies.get(id(tensor), tensor) for tensor in outcome])
         return lazies.get(id(outcome), outcome)
 
-    def _run_on_real(self, kind: Kind, func: Any, args: Any, kwargs: Any) -> Any:
-        if self.pending and kind not in (Kind.VIEW, Kind.SHAPE_ONLY, Kind.QUESTION):
-            meets = self.pending.in_storage if kind is Kind.RESHAPES_IN_PLACE else self.pending.meeting
+    def _run_on_real(self, kind: OperationKind, func: Any, args: Any, kwargs: Any) -> Any:
+        if self.pending and kind not in (OperationKind.VIEW, OperationKind.SHAPE_ONLY, OperationKind.QUESTION):
+            meets = self.pending.in_storage if kind is OperationKind.RESHAPES_IN_PLACE else self.pending.meeting
             for tensor in tensors_among(args, kwargs):
                 if is_plain(tensor):
                     self.make_early(meets(tensor))
@@ -263,7 +263,7 @@ def is_plain(tensor: Any) -> bool:
     )
 
 
-def target_of(copy: Copy) -> torch.Tensor:
+def target_of(copy: RecordedCopy) -> torch.Tensor:
     """The view of real memory that `copy` goes to."""
     return whole_storage(copy.storage, copy.dtype, copy.device).as_strided(
         copy.target.shape, copy.target.strides, copy.target.offset
@@ -275,12 +275,12 @@ def whole_storage(storage: torch.UntypedStorage, dtype: torch.dtype, device: tor
     return torch.empty(0, dtype=dtype, device=device).set_(storage)
 
 
-def _copy_of(piece: Piece, target: torch.Tensor) -> Copy:
+def _copy_of(piece: TensorLoops, target: torch.Tensor) -> RecordedCopy:
     offset = int(target.storage_offset()) + piece.other_offset
     loops = piece.loops
     view = Strided(tuple(loop.size for loop in loops), tuple(loop.other_step for loop in loops), offset)
     extent = view.in_bytes(target.element_size())
-    return Copy(piece, target.untyped_storage(), target.dtype, offset, target.device, extent)
+    return RecordedCopy(piece, target.untyped_storage(), target.dtype, offset, target.device, extent)
 
 
 def _shadows(args: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ray_streamer.capture.lazy import RAW_ACCESS, LazyTensor
-from ray_streamer.capture.recorder import Recorder, is_plain
+from ray_streamer.capture.recorder import OperationRecorder, is_plain
 from ray_streamer.capture.report import CaptureReport, Group
 from ray_streamer.capture.results import NAMES_OF_DTYPES, slices_of
 from ray_streamer.capture.whole_tensors import WholeTensors
@@ -47,7 +47,7 @@ class Capture:
     def __init__(self, index: CheckpointIndex, reader: Reader) -> None:
         self._index = index
         self._whole = WholeTensors(index, reader)
-        self._recorder = Recorder(self._whole)
+        self._recorder = OperationRecorder(self._whole)
         self._modes = (_Operations(self._recorder), _RawAccess(self._recorder))
         self._given: dict[str, None] = {}
 
@@ -132,7 +132,7 @@ class _Operations(TorchDispatchMode):
         # No loader is compiled, and torch would guard against that at each operation.
         return False
 
-    def __init__(self, recorder: Recorder) -> None:
+    def __init__(self, recorder: OperationRecorder) -> None:
         super().__init__()
         self._recorder = recorder
 
@@ -148,7 +148,7 @@ class _RawAccess(TorchFunctionMode):
     _SET_DATA = torch.Tensor.data.__set__  # type: ignore[attr-defined]
     _RAW = frozenset([_SET_DATA, *(getattr(torch.Tensor, name) for name in (*RAW_ACCESS, *_REACHES_MEMORY))])
 
-    def __init__(self, recorder: Recorder) -> None:
+    def __init__(self, recorder: OperationRecorder) -> None:
         super().__init__()
         self._recorder = recorder
 

@@ -26,7 +26,7 @@ from ray_streamer.slices import Move, RankSlices, ResultSpec, ResultSpecs, Side
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    from ray_streamer.capture.pending import Copy
+    from ray_streamer.capture.pending import RecordedCopy
     from ray_streamer.checkpoint import CheckpointIndex
 
 NAMES_OF_DTYPES = {getattr(torch, dtype.torch_name): dtype.name for dtype in reversed(DTYPES) if not dtype.is_packed}
@@ -40,7 +40,7 @@ class _Result:
 
 
 def slices_of(
-    index: CheckpointIndex, copies: Iterable[Copy], targets: Mapping[str, torch.Tensor]
+    index: CheckpointIndex, copies: Iterable[RecordedCopy], targets: Mapping[str, torch.Tensor]
 ) -> tuple[RankSlices, dict[str, torch.Tensor]]:
     """The slices that `copies` say, and the real memory of each of their results.
 
@@ -74,7 +74,7 @@ def _by_storage(targets: Mapping[str, torch.Tensor]) -> dict[int, list[tuple[str
 
 
 def _result_of(
-    copy: Copy, named: dict[int, list[tuple[str, torch.Tensor]]], results: dict[str, _Result]
+    copy: RecordedCopy, named: dict[int, list[tuple[str, torch.Tensor]]], results: dict[str, _Result]
 ) -> tuple[str, torch.Tensor | None]:
     """Name and memory of the result that has the copy's elements; no memory when nobody holds it any more."""
     candidates = named.get(copy.storage._cdata, [])
@@ -89,7 +89,7 @@ def _result_of(
     return name, known.tensor if known else whole_storage(copy.storage, copy.dtype, copy.device)
 
 
-def _has(tensor: torch.Tensor, copy: Copy) -> bool:
+def _has(tensor: torch.Tensor, copy: RecordedCopy) -> bool:
     view = view_of(tensor)
     return not view.repeats and holds(view, copy.target)
 
@@ -98,7 +98,7 @@ def _is_held(storage: torch.UntypedStorage) -> bool:
     return torch._C._storage_Use_Count(storage._cdata) > 1
 
 
-def _move_of(copy: Copy, tensor: torch.Tensor) -> Move:
+def _move_of(copy: RecordedCopy, tensor: torch.Tensor) -> Move:
     source, target = copy.source, copy.target
     offset = target.offset - int(tensor.storage_offset())
     return Move(source.shape, Side(source.offset, source.strides), Side(offset, target.strides))

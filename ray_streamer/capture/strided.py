@@ -145,7 +145,7 @@ def loops_of(view: Strided, other_strides: Sequence[int]) -> list[Loop]:
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class CopiedPart:
     """A part of a copy out of a contiguous memory.
 
     Attributes:
@@ -205,7 +205,7 @@ _MAX_PARTS = 16
 
 def split_loops(
     shape: Sequence[int], loops: Sequence[Loop], offset: int, other_offset: int = 0, max_parts: int = _MAX_PARTS
-) -> list[Part] | None:
+) -> list[CopiedPart] | None:
     """Loops over a contiguous memory, split and cut so that each moves along one of its dimensions.
 
     Loops that move nothing (of size 1, or repeating) belong to the last dimension. None where a loop wraps around a dimension
@@ -226,12 +226,12 @@ def split_loops(
         found += parts
     if any(last >= size for last, size in zip(used, shape, strict=True)):
         return None
-    return [Part(tuple(found), offset, other_offset)]
+    return [CopiedPart(tuple(found), offset, other_offset)]
 
 
 def _cut(
     shape: Sequence[int], loops: list[Loop], offset: int, other_offset: int, max_parts: int, number: int, at: int
-) -> list[Part] | None:
+) -> list[CopiedPart] | None:
     """Both parts of the copy when loop `number` is cut before its index `at`; None when cutting does not help."""
     loop = loops[number]
     if not 0 < at < loop.size or max_parts < 2:

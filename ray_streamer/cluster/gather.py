@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Held:
+class HeldParts:
     """Where one rank holds parts of a tensor.
 
     Attributes:
@@ -41,7 +41,7 @@ class Held:
     moves: tuple[Move, ...]
 
 
-def find_parts(plan: ReadPlan, name: str) -> tuple[int, list[Held]]:
+def find_parts(plan: ReadPlan, name: str) -> tuple[int, list[HeldParts]]:
     """The tensor of the checkpoint that a name stands for, and who holds which parts of it, ranks that hold the same once.
 
     Args:
@@ -52,12 +52,12 @@ def find_parts(plan: ReadPlan, name: str) -> tuple[int, list[Held]]:
         KeyError: There is neither, no rank holds any of it, or a result holds several tensors; names them.
     """
     tensor = _tensor_of(plan, name)
-    holders: dict[tuple[Move, ...], Held] = {}
+    holders: dict[tuple[Move, ...], HeldParts] = {}
     for rank, said in enumerate(plan.slices):
         for row in np.flatnonzero(said.tensor_ids == tensor).tolist():
             spec, offset = said.results[said.result_ids[row]], int(said.target_offsets[row])
             moves = tuple(move.shifted(offset) for move in said.patterns[said.pattern_ids[row]])
-            holders.setdefault(moves, Held(rank, spec.name, spec.stored, moves))
+            holders.setdefault(moves, HeldParts(rank, spec.name, spec.stored, moves))
     if not holders:
         raise KeyError(f"no rank holds any of {name!r}")
     return tensor, list(holders.values())
@@ -74,7 +74,7 @@ def _tensor_of(plan: ReadPlan, name: str) -> int:
     return tensors.pop() if tensors else plan.index.position(name)
 
 
-def assemble(dtype: DType, shape: tuple[int, ...], held: Sequence[Held], parts: Sequence[bytes]) -> torch.Tensor:
+def assemble(dtype: DType, shape: tuple[int, ...], held: Sequence[HeldParts], parts: Sequence[bytes]) -> torch.Tensor:
     """A tensor of `shape` logical elements from the results' bytes; ranks that hold the same part may repeat it.
 
     Raises:

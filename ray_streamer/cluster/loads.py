@@ -28,7 +28,7 @@ from ray_streamer.rank.agreement import MemoryTerms
 from ray_streamer.report.evidence import Evidence, slowest_node
 from ray_streamer.report.findings import Findings
 from ray_streamer.report.load_report import LoadReport
-from ray_streamer.report.verdict.model import Asked
+from ray_streamer.report.verdict.model import RequestedSettings
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from ray_streamer.checkpoint.index import CheckpointIndex
     from ray_streamer.cluster.group import WorkerGroup
     from ray_streamer.cluster.phases import Phases
-    from ray_streamer.cluster.worker import Agreed
+    from ray_streamer.cluster.worker import PlanDigest
     from ray_streamer.planning.limits import ReadLimits
     from ray_streamer.planning.read_plan import ReadPlan
     from ray_streamer.rank.request import LoadRequest
@@ -47,7 +47,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Shared:
+class LoadTerms:
     """What all ranks of one load load by.
 
     Attributes:
@@ -91,7 +91,7 @@ class GroupLoads:
         self._on_progress = on_progress
         self._secret = secrets.token_hex(16)
 
-    def share(self, request: LoadRequest, index: CheckpointIndex | None = None) -> Shared:
+    def terms_of(self, request: LoadRequest, index: CheckpointIndex | None = None) -> LoadTerms:
         """Gathers what all ranks need, the headers where the storage is.
 
         Args:
@@ -113,7 +113,7 @@ class GroupLoads:
         if index is None:
             with _faults_of_the_request():
                 index = index_from_bytes(group.ask("read_index", request))
-        return Shared(
+        return LoadTerms(
             request=request,
             index=index,
             index_ref=ray.put(index_to_bytes(index)),
@@ -123,11 +123,11 @@ class GroupLoads:
             is_planned_here=is_planned_here,
         )
 
-    def load(self, shared: Shared, phases: Phases, *, again: bool = False) -> LoadReport:
+    def load(self, terms: LoadTerms, phases: Phases, *, again: bool = False) -> LoadReport:
         """Lets all ranks load.
 
         Args:
-            shared: What they load by.
+            terms: What they load by.
             phases: The clock of the report.
             again: Whether ranks hold tensors already, and a failure leaves the group alive.
 
@@ -135,12 +135,12 @@ class GroupLoads:
             RayStreamerError: The checkpoint cannot be planned so.
             RankFailedError: A rank failed.
         """
-        seatings = self._seatings(shared, shared.topology.nodes, self._secret)
+        seatings = self._seatings(terms, terms.topology.nodes, self._secret)
         if again:
             self._group.call("forget_abort", keep_on_failure=True)
         try:
             phases.begin("plan")
-            agreed = self._agree(shared, seatings, keep_on_failure=again)
+            agreed = self._agree(terms, seatings, keep_on_failure=again)
             phases.end("plan")
             phases.begin("load")
             statistics: list[RankStatistics] = self._group.call(
@@ -150,47 +150,45 @@ class GroupLoads:
             self.part()
             raise
         phases.end("load", of_which={"import": max(rank.seconds["device"] for rank in statistics)})
-        return _report(shared, self._group, phases, agreed, statistics)
+        return _report(terms, self._group, phases, agreed, statistics)
 
-    def load_alone(self, shared: Shared, rank: int) -> RankStatistics:
+    def load_alone(self, terms: LoadTerms, rank: int) -> RankStatistics:
         """Lets one rank load for itself: its neighbours have their tensors."""
         self.part()
-        self._agree(shared, self._seatings(shared, [(rank,)], secrets.token_hex(16)), keep_on_failure=True)
+        self._agree(terms, self._seatings(terms, [(rank,)], secrets.token_hex(16)), keep_on_failure=True)
         return self._group.call("load", ranks=[rank], keep_on_failure=True)[0]
 
     def part(self) -> None:
         """For the next load, ranks meet anew."""
         self._secret = secrets.token_hex(16)
 
-    def plan(self, shared: Shared) -> ReadPlan:
+    def plan(self, terms: LoadTerms) -> ReadPlan:
         """The plan of all ranks; what they hold is known here, or they say it."""
-        plan_here = shared.plan_here
+        plan_here = terms.plan_here
         if plan_here is not None:
             return plan_here()
-        return plan_reads(
-            shared.index, self._group.call("slices", keep_on_failure=True), shared.topology, shared.limits
-        )
+        return plan_reads(terms.index, self._group.call("slices", keep_on_failure=True), terms.topology, terms.limits)
 
-    def _seatings(self, shared: Shared, nodes: Sequence[tuple[int, ...]], secret: str) -> dict[int, Seating]:
+    def _seatings(self, terms: LoadTerms, nodes: Sequence[tuple[int, ...]], secret: str) -> dict[int, Seating]:
         return {
             rank: Seating(
                 # Several nodes may share a machine, and with it the names of sockets.
                 session=f"{secret}/{number}",
                 ranks=ranks,
                 node=self._group.facts[rank].node,
-                terms=MemoryTerms(shared.memory_limits[rank], shared.limits),
+                terms=MemoryTerms(terms.memory_limits[rank], terms.limits),
             )
             for number, ranks in enumerate(nodes)
             for rank in ranks
         }
 
-    def _agree(self, shared: Shared, seatings: dict[int, Seating], *, keep_on_failure: bool) -> list[Agreed]:
+    def _agree(self, terms: LoadTerms, seatings: dict[int, Seating], *, keep_on_failure: bool) -> list[PlanDigest]:
         chosen = sorted(seatings)
         with _faults_of_the_request():
             return self._group.call(
                 "agree",
-                shared.request,
-                shared.index_ref,
+                terms.request,
+                terms.index_ref,
                 ranks=chosen,
                 per_rank_args=[(seatings[rank],) for rank in chosen],
                 keep_on_failure=keep_on_failure,
@@ -198,34 +196,34 @@ class GroupLoads:
 
 
 def _report(
-    shared: Shared, group: WorkerGroup, phases: Phases, agreed: list[Agreed], statistics: list[RankStatistics]
+    terms: LoadTerms, group: WorkerGroup, phases: Phases, agreed: list[PlanDigest], statistics: list[RankStatistics]
 ) -> LoadReport:
-    mesh = shared.request.mesh
-    firsts = [agreed[ranks[0]] for ranks in shared.topology.nodes]
+    mesh = terms.request.mesh
+    firsts = [agreed[ranks[0]] for ranks in terms.topology.nodes]
     return LoadReport(
-        uri=shared.request.uri,
+        uri=terms.request.uri,
         mesh={axis: mesh.axis_size(axis) for axis in mesh.axes} | {"ep": mesh.ep},
         seconds=phases.seconds(),
-        checkpoint_bytes=shared.index.total_bytes,
+        checkpoint_bytes=terms.index.total_bytes,
         needed_bytes=sum(first.needed_bytes for first in firsts),
         plan_hash=hash_plan(
-            shared.topology, [first.node_plan_hash for first in firsts], [rank.slices_hash for rank in agreed]
+            terms.topology, [first.node_plan_hash for first in firsts], [rank.slices_hash for rank in agreed]
         ),
         nodes=tuple(facts.node for facts in group.facts),
         ranks=tuple(statistics),
-        evidence=_evidence(shared, group, statistics),
+        evidence=_evidence(terms, group, statistics),
     )
 
 
-def _evidence(shared: Shared, group: WorkerGroup, statistics: list[RankStatistics]) -> Evidence | Findings:
+def _evidence(terms: LoadTerms, group: WorkerGroup, statistics: list[RankStatistics]) -> Evidence | Findings:
     """The traces of the slowest node; a rank that cannot tell any more costs the verdict and not the load."""
-    node = slowest_node(shared.topology.nodes, statistics)
+    node = slowest_node(terms.topology.nodes, statistics)
     try:
         traces: list[RankTrace] = group.call("trace", ranks=list(node), keep_on_failure=True)
     except RankFailedError as error:
         logger.warning("the model is loaded, but there is no verdict on its load: %s", error)
         return Findings(untold=(f"No word on what bounded the load: {error}.",))
-    return Evidence(traces, Asked.of(shared.request.settings), plan=shared.plan_here)
+    return Evidence(traces, RequestedSettings.of(terms.request.settings), plan=terms.plan_here)
 
 
 @contextmanager

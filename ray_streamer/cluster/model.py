@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import torch
 
     from ray_streamer.checkpoint.index import CheckpointIndex
-    from ray_streamer.cluster.loads import Shared
+    from ray_streamer.cluster.loads import LoadTerms
     from ray_streamer.cluster.placement import PlacementOptions
     from ray_streamer.planning.read_plan import ReadPlan
     from ray_streamer.rank.request import LoadRequest
@@ -71,7 +71,7 @@ class ShardedModel:
         self._group: WorkerGroup | None = None
         self._is_shut_down = False
         self._loads: GroupLoads | None = None
-        self._shared: Shared | None = None
+        self._terms: LoadTerms | None = None
         self._report: LoadReport | None = None
         self._plan: ReadPlan | None = None
         self._loaded: Future[LoadReport] = Future()
@@ -112,8 +112,8 @@ class ShardedModel:
         plan = self._plan
         if plan is None:
             assert self._loads is not None
-            assert self._shared is not None
-            plan = self._plan = self._loads.plan(self._shared)
+            assert self._terms is not None
+            plan = self._plan = self._loads.plan(self._terms)
         return plan
 
     @property
@@ -177,9 +177,9 @@ class ShardedModel:
         """
         group = self._ready()
         assert self._loads is not None
-        assert self._shared is not None
+        assert self._terms is not None
         group.restart(rank)
-        return self._loads.load_alone(self._shared, rank)
+        return self._loads.load_alone(self._terms, rank)
 
     def reload(self, uri: UrisLike | None = None) -> LoadReport:
         """Loads again into the same ranks: new weights under the same uri, or those of another one.
@@ -205,10 +205,10 @@ class ShardedModel:
         if uri is not None:
             named = NamedCheckpoint.of(uri, request.settings)
             request = replace(request, uri=named.uri, settings=named.settings)
-        shared = self._loads.share(request)
+        terms = self._loads.terms_of(request)
         phases.end("headers")
-        report = self._loads.load(shared, phases, again=True)
-        self._request, self._shared, self._plan = request, shared, None
+        report = self._loads.load(terms, phases, again=True)
+        self._request, self._terms, self._plan = request, terms, None
         self._phases, self._report = phases, report
         return report
 
@@ -271,8 +271,8 @@ class ShardedModel:
         self.connect_ranks(group)
         self._phases.end("start")
         self._loads = GroupLoads(group, self._on_progress)
-        self._shared = self._loads.share(request, self._index)
-        return self._loads.load(self._shared, self._phases)
+        self._terms = self._loads.terms_of(request, self._index)
+        return self._loads.load(self._terms, self._phases)
 
     def _write_trace_asked_for(self) -> None:
         """A trace that cannot be written costs no model."""

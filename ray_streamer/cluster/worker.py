@@ -64,7 +64,7 @@ class Seating:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Agreed:
+class PlanDigest:
     """What a rank tells of its part of the plan.
 
     Attributes:
@@ -132,7 +132,7 @@ class LoadWorker:
             raise ClusterError(f"rank {self._rank} was restarted and not loaded")
         return self._slices
 
-    def agree(self, request: LoadRequest, index_bytes: bytes, seating: Seating) -> Agreed:
+    def agree(self, request: LoadRequest, index_bytes: bytes, seating: Seating) -> PlanDigest:
         """Meets the ranks of this node, unless they are met, and agrees with them on what each of them reads.
 
         Args:
@@ -154,7 +154,7 @@ class LoadWorker:
         self._request, self._agreed, self._memory_limit = request, agreement.plan, agreement.memory_limit
         self._slices = agreement.slices
         node_plan = agreement.plan.node_plan
-        return Agreed(
+        return PlanDigest(
             node_plan_hash=node_plan.plan_hash,
             slices_hash=agreement.slices.fingerprint(),
             needed_bytes=node_plan.needed_bytes,

@@ -18,7 +18,7 @@ from ray_streamer.doctor.sample import SampledSlices
 from ray_streamer.errors import ClusterError, RayStreamerError
 from ray_streamer.rank.trace import RankTrace
 from ray_streamer.report.verdict.judge import judge
-from ray_streamer.report.verdict.model import Asked
+from ray_streamer.report.verdict.model import RequestedSettings
 
 if TYPE_CHECKING:
     from ray_streamer.rank.request import LoadRequest
@@ -66,7 +66,7 @@ class Rehearsal:
     cpu_seconds: float
 
     @classmethod
-    def of(cls, ranks: list[RehearsedRank], asked: Asked) -> Rehearsal | None:
+    def of(cls, ranks: list[RehearsedRank], asked: RequestedSettings) -> Rehearsal | None:
         """What all ranks told; None when they had nothing to load."""
         statistics = [rank.statistics for rank in ranks]
         delivered_bytes = sum(rank.bytes_delivered for rank in statistics)
@@ -113,7 +113,7 @@ def rehearse(request: LoadRequest, *, max_bytes: int) -> Rehearsal | None:
     with ExitStack() as owned:
         ranks = [_start(owned, rank, words) for rank in range(request.mesh.num_ranks)]
         told = [_told_by(process, rank) for rank, process in enumerate(ranks)]
-    return Rehearsal.of(told, Asked.of(request.settings))
+    return Rehearsal.of(told, RequestedSettings.of(request.settings))
 
 
 def _start(owned: ExitStack, rank: int, words: bytes) -> subprocess.Popen[bytes]:

@@ -27,7 +27,7 @@ from ray_streamer.exchange.mailbox import receive_value
 from ray_streamer.exchange.messages import (
     MAX_MESSAGE_BYTES,
     Hello,
-    Kind,
+    MessageKind,
     decode_failure,
     decode_numbers,
     decode_pulse,
@@ -117,7 +117,7 @@ class Hub:
                 self._outboxes[peer].add_letter(Letter(message, os.dup(fd) if fd >= 0 else -1))
         self._wake()
 
-    def send_numbers(self, receivers: Iterable[int], kind: Kind, numbers: tuple[int, ...]) -> None:
+    def send_numbers(self, receivers: Iterable[int], kind: MessageKind, numbers: tuple[int, ...]) -> None:
         """Queues numbers for each of `receivers`; they come before messages that wait already."""
         with self._lock:
             for peer in receivers:
@@ -275,28 +275,28 @@ class Hub:
                 self._lose(link, _ENDED)
                 return
             try:
-                self._handle(link, Kind(message[0]), message[1:], fds)
+                self._handle(link, MessageKind(message[0]), message[1:], fds)
             except (ValueError, TypeError, KeyError, struct.error, RecursionError) as error:
                 raise unreadable(self._place.ranks[link.local_rank], error) from error
             finally:
                 for fd in fds:
                     os.close(fd)
 
-    def _handle(self, link: Link, kind: Kind, payload: bytes, fds: list[int]) -> None:
-        link.watch.hear(decode_pulse(payload) if kind is Kind.PULSE else None)
-        if kind is Kind.ANNOUNCE and self.listener is not None:
+    def _handle(self, link: Link, kind: MessageKind, payload: bytes, fds: list[int]) -> None:
+        link.watch.hear(decode_pulse(payload) if kind is MessageKind.PULSE else None)
+        if kind is MessageKind.ANNOUNCE and self.listener is not None:
             numbers = decode_numbers(payload)
             for block, slot in zip(numbers[::2], numbers[1::2], strict=True):
                 self.listener.on_announce(link.local_rank, block, slot)
-        elif kind is Kind.RELEASE and self.listener is not None:
+        elif kind is MessageKind.RELEASE and self.listener is not None:
             for slot in decode_numbers(payload):
                 self.listener.on_release(slot)
-        elif kind is Kind.VALUE:
+        elif kind is MessageKind.VALUE:
             step, received = receive_value(payload, fds, rank=self._place.ranks[link.local_rank])
             self._mailbox.put(link.local_rank, step, received)
-        elif kind is Kind.DONE:
+        elif kind is MessageKind.DONE:
             self._mailbox.finish(link.local_rank)
-        elif kind is Kind.FAILED:
+        elif kind is MessageKind.FAILED:
             failure = decode_failure(payload)
             if failure.rank == self._place.rank and self.meeting.missing:
                 self._part(link)
@@ -304,7 +304,7 @@ class Hub:
             # Whoever gave up waiting for a third rank names it as well as this rank would.
             is_absence = failure.kind == StartupTimeoutError.__name__
             self._stop.set(StartupTimeoutError(failure.text) if is_absence else failure.as_error())
-        elif kind is Kind.BYE:
+        elif kind is MessageKind.BYE:
             self._lose(link, _LEFT)
 
     def _bury(self, link: Link) -> None:

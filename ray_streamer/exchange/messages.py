@@ -41,7 +41,7 @@ _VALUE_HEAD = struct.Struct("<IQQ")
 _PULSE_HEAD = struct.Struct("<QB")
 
 
-class Kind(enum.IntEnum):
+class MessageKind(enum.IntEnum):
     """First byte of a message."""
 
     HELLO = 1
@@ -145,7 +145,7 @@ class Failure:
 
 def encode_hello(hello: Hello) -> bytes:
     """One HELLO message."""
-    return bytes([Kind.HELLO]) + json.dumps(asdict(hello)).encode()
+    return bytes([MessageKind.HELLO]) + json.dumps(asdict(hello)).encode()
 
 
 def decode_hello(message: bytes) -> Hello:
@@ -154,7 +154,7 @@ def decode_hello(message: bytes) -> Hello:
     Raises:
         ValueError: It is none, or one of another version.
     """
-    if not message or message[0] != Kind.HELLO:
+    if not message or message[0] != MessageKind.HELLO:
         raise ValueError(f"said {message[:20]!r}")
     try:
         fields: dict[str, Any] = json.loads(message[1:])
@@ -171,7 +171,7 @@ def decode_hello(message: bytes) -> Hello:
 
 def encode_value(head: ValueHead, inline: bytes) -> bytes:
     """One VALUE message; `inline` is the value, or empty when a descriptor holds it."""
-    return bytes([Kind.VALUE]) + _VALUE_HEAD.pack(*head) + inline
+    return bytes([MessageKind.VALUE]) + _VALUE_HEAD.pack(*head) + inline
 
 
 def decode_value(payload: bytes) -> tuple[ValueHead, bytes]:
@@ -182,7 +182,7 @@ def decode_value(payload: bytes) -> tuple[ValueHead, bytes]:
 def encode_pulse(pulse: Pulse) -> bytes:
     """One PULSE message."""
     phase = pulse.phase.encode()[:MAX_PHASE_BYTES]
-    return bytes([Kind.PULSE]) + _PULSE_HEAD.pack(pulse.num_steps, pulse.is_busy) + phase
+    return bytes([MessageKind.PULSE]) + _PULSE_HEAD.pack(pulse.num_steps, pulse.is_busy) + phase
 
 
 def decode_pulse(payload: bytes) -> Pulse:
@@ -194,7 +194,7 @@ def decode_pulse(payload: bytes) -> Pulse:
 def encode_failure(failure: Failure) -> bytes:
     """One FAILED message; long reasons are cut."""
     fields = asdict(failure) | {"text": failure.text[:MAX_REASON_CHARACTERS]}
-    return bytes([Kind.FAILED]) + json.dumps(fields).encode()
+    return bytes([MessageKind.FAILED]) + json.dumps(fields).encode()
 
 
 def decode_failure(payload: bytes) -> Failure:
@@ -205,7 +205,7 @@ def decode_failure(payload: bytes) -> Failure:
     )
 
 
-def encode_numbers(kind: Kind, numbers: list[int]) -> bytes:
+def encode_numbers(kind: MessageKind, numbers: list[int]) -> bytes:
     """One message of plain numbers: ANNOUNCE (block, slot, block, slot, ...) or RELEASE (slot, ...)."""
     return bytes([kind]) + np.array(numbers, dtype="<u4").tobytes()
 

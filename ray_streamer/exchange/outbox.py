@@ -7,7 +7,7 @@ import socket
 from collections import deque
 from typing import NamedTuple
 
-from ray_streamer.exchange.messages import MAX_NUMBERS, Kind, encode_numbers
+from ray_streamer.exchange.messages import MAX_NUMBERS, MessageKind, encode_numbers
 
 
 class Letter(NamedTuple):
@@ -33,10 +33,10 @@ class Outbox:
     """Messages to one neighbour that wait to be sent."""
 
     def __init__(self) -> None:
-        self._numbers: dict[Kind, deque[int]] = {Kind.ANNOUNCE: deque(), Kind.RELEASE: deque()}
+        self._numbers: dict[MessageKind, deque[int]] = {MessageKind.ANNOUNCE: deque(), MessageKind.RELEASE: deque()}
         self._letters: deque[Letter] = deque()
 
-    def add(self, kind: Kind, numbers: tuple[int, ...]) -> None:
+    def add(self, kind: MessageKind, numbers: tuple[int, ...]) -> None:
         """Queues numbers; tuples stay whole."""
         self._numbers[kind].extend(numbers)
 

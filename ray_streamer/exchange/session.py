@@ -24,7 +24,7 @@ from ray_streamer.exchange.hub import Hub
 from ray_streamer.exchange.liveness import Activity
 from ray_streamer.exchange.mailbox import Mailbox, Received
 from ray_streamer.exchange.memory import map_value, write_sealed
-from ray_streamer.exchange.messages import HANDED_OVER, MAX_INLINE_BYTES, Kind, ValueHead, encode_value
+from ray_streamer.exchange.messages import HANDED_OVER, MAX_INLINE_BYTES, MessageKind, ValueHead, encode_value
 from ray_streamer.process_limits import limits_explained
 from ray_streamer.staging.stop import StopSignal
 
@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 _SLOW_MEETING_SECONDS = 20.0
 
 
-class Lent(NamedTuple):
+class LentMemory(NamedTuple):
     """Memory of one rank, mapped here, and what that rank says about it.
 
     Attributes:
@@ -193,7 +193,7 @@ class NodeSession:
 
         return self._given_by_first(give).fd
 
-    def lend(self, about: bytes, fd: int, num_bytes: int) -> tuple[Lent, ...]:
+    def lend(self, about: bytes, fd: int, num_bytes: int) -> tuple[LentMemory, ...]:
         """Lends memory to all ranks and maps theirs; every rank's, in local order.
 
         Args:
@@ -207,7 +207,7 @@ class NodeSession:
         """
         assert len(about) <= MAX_INLINE_BYTES
         received = self._exchange(about, fd if num_bytes else -1, num_bytes)
-        return tuple(Lent(each.value, each.memory) for each in received)
+        return tuple(LentMemory(each.value, each.memory) for each in received)
 
     def begin_load(self, listener: LoadListener) -> None:
         """Ranks may announce blocks from now on; call it before the step that tells the others that this rank is ready."""
@@ -218,12 +218,12 @@ class NodeSession:
     def announce(self, block: int, slot: int, consumers: Iterable[int]) -> None:
         """Offers a block in a slot of this rank's arena to `consumers`, which each release it once."""
         if self._hub is not None:
-            self._hub.send_numbers(consumers, Kind.ANNOUNCE, (block, slot))
+            self._hub.send_numbers(consumers, MessageKind.ANNOUNCE, (block, slot))
 
     def release(self, owner: int, slot: int) -> None:
         """Lets go of a slot that local rank `owner` offered."""
         assert self._hub is not None
-        self._hub.send_numbers((owner,), Kind.RELEASE, (slot,))
+        self._hub.send_numbers((owner,), MessageKind.RELEASE, (slot,))
 
     def finish_load(self) -> None:
         """Waits until every rank has all its bytes.
@@ -232,7 +232,7 @@ class NodeSession:
             BaseException: The error that ended the load instead.
         """
         if self._hub is not None:
-            self._hub.send(self._mailbox.peers, bytes([Kind.DONE]))
+            self._hub.send(self._mailbox.peers, bytes([MessageKind.DONE]))
             self._mailbox.wait_finished()
             self._hub.listener = None
         self.stop.check()
@@ -246,7 +246,7 @@ class NodeSession:
         hub, self._hub = self._hub, None
         if hub is not None:
             if not self.stop.is_set:
-                hub.send(self._mailbox.peers, bytes([Kind.BYE]))
+                hub.send(self._mailbox.peers, bytes([MessageKind.BYE]))
             hub.close()
         self._mailbox.close()
 

@@ -15,7 +15,7 @@ import numpy as np
 from ray_streamer.dtypes import DTYPE_CODES, DTYPES
 from ray_streamer.errors import PlanError
 from ray_streamer.planning.pattern_copies import Region, copies_of
-from ray_streamer.planning.reads import Ragged, meet, tensor_keys
+from ray_streamer.planning.reads import Ragged, overlaps_of, tensor_keys
 from ray_streamer.planning.wanted import Span, spans_of
 from ray_streamer.rows import group_rows
 from ray_streamer.slices.move import Side
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from ray_streamer.checkpoint.index import CheckpointIndex
     from ray_streamer.planning.pattern_copies import PatternCopies, StridedMove
-    from ray_streamer.planning.reads import BlockColumns, Meeting
+    from ray_streamer.planning.reads import BlockColumns, Overlaps
     from ray_streamer.slices.rank_slices import RankSlices
 
     Column = NDArray[np.int64]
@@ -140,17 +140,17 @@ def cut_pieces(rows: RowCopies, blocks: BlockColumns) -> BlockTable:
     owners, numbers = regions.expand(rows.copy_ids)
     table = {name: column[numbers] for name, column in regions.columns.items()}
     lengths = (table["num_runs"] - 1) * table["source_stride"] + table["run_bytes"]
-    meeting = meet(blocks, rows.tensor_keys[owners] + table["source_start"], lengths)
-    table = {name: column[meeting.owner] for name, column in table.items()}
-    table["target_start"] += rows.target_starts[owners][meeting.owner]
-    table["result"] = rows.result_ids[owners][meeting.owner]
-    parts = _head_body_tail(meeting, table)
+    overlaps = overlaps_of(blocks, rows.tensor_keys[owners] + table["source_start"], lengths)
+    table = {name: column[overlaps.owner] for name, column in table.items()}
+    table["target_start"] += rows.target_starts[owners][overlaps.owner]
+    table["result"] = rows.result_ids[owners][overlaps.owner]
+    parts = _head_body_tail(overlaps, table)
     joined = {name: np.concatenate([part[name] for part in parts]) for name in ("block", *PIECE_COLUMNS)}
     return BlockTable.sorted_by(joined["block"], [joined[name] for name in PIECE_COLUMNS], len(blocks))
 
 
-def _head_body_tail(meeting: Meeting, table: dict[str, Column]) -> list[dict[str, Column]]:
-    run, stride, low, high = table["run_bytes"], table["source_stride"], meeting.low, meeting.high
+def _head_body_tail(overlaps: Overlaps, table: dict[str, Column]) -> list[dict[str, Column]]:
+    run, stride, low, high = table["run_bytes"], table["source_stride"], overlaps.low, overlaps.high
     low_run = low // stride
     inside = low - low_run * stride
     # A block that starts at the first byte of a run needs no head; one that starts behind a run skips to the next.
@@ -162,15 +162,15 @@ def _head_body_tail(meeting: Meeting, table: dict[str, Column]) -> list[dict[str
     has_tail = (body_stop < table["num_runs"]) & (tail_bytes > 0)
     none, one = np.zeros_like(run), np.ones_like(run)
     return [
-        _pieces_where(has_head, meeting, table, low_run, inside, head_stop - inside, one),
-        _pieces_where(body_stop > body_first, meeting, table, body_first, none, run, body_stop - body_first),
-        _pieces_where(has_tail, meeting, table, body_stop, none, tail_bytes, one),
+        _pieces_where(has_head, overlaps, table, low_run, inside, head_stop - inside, one),
+        _pieces_where(body_stop > body_first, overlaps, table, body_first, none, run, body_stop - body_first),
+        _pieces_where(has_tail, overlaps, table, body_stop, none, tail_bytes, one),
     ]
 
 
 def _pieces_where(
     mask: NDArray[np.bool_],
-    meeting: Meeting,
+    overlaps: Overlaps,
     table: dict[str, Column],
     first_run: Column,
     skip: Column,
@@ -182,9 +182,9 @@ def _pieces_where(
     first_run, skip, run_bytes, num_runs = first_run[mask], skip[mask], run_bytes[mask], num_runs[mask]
     is_lone = num_runs == 1
     return {
-        "block": meeting.block[mask],
+        "block": overlaps.block[mask],
         "result": taken["result"],
-        "source_start": first_run * taken["source_stride"] + skip - meeting.base[mask],
+        "source_start": first_run * taken["source_stride"] + skip - overlaps.base[mask],
         "run_bytes": run_bytes,
         "num_runs": num_runs,
         "source_stride": np.where(is_lone, run_bytes, taken["source_stride"]),
@@ -204,14 +204,14 @@ def cut_strided(rows: RowCopies, blocks: BlockColumns) -> tuple[BlockTable, tupl
     owners, numbers = table.expand(rows.copy_ids)
     columns = {name: column[numbers] for name, column in table.columns.items()}
     lengths = (columns["num_runs"] - 1) * columns["stride"] + columns["run_bytes"]
-    meeting = meet(blocks, rows.tensor_keys[owners] + columns["start"], lengths)
-    columns = {name: column[meeting.owner] for name, column in columns.items()}
-    has_bytes = meeting.num_bytes(columns["run_bytes"], columns["stride"]) > 0
-    owner, block = owners[meeting.owner][has_bytes], meeting.block[has_bytes]
+    overlaps = overlaps_of(blocks, rows.tensor_keys[owners] + columns["start"], lengths)
+    columns = {name: column[overlaps.owner] for name, column in columns.items()}
+    has_bytes = overlaps.num_bytes(columns["run_bytes"], columns["stride"]) > 0
+    owner, block = owners[overlaps.owner][has_bytes], overlaps.block[has_bytes]
     columns = {name: column[has_bytes] for name, column in columns.items()}
     _, first = group_rows([owner, block, columns["move"]])
     owner, block, move = owner[first], block[first], columns["move"][first]
-    source_starts = -(meeting.base[has_bytes] + columns["start"])[first]
+    source_starts = -(overlaps.base[has_bytes] + columns["start"])[first]
     parts = [rows.result_ids[owner], move, source_starts, rows.target_starts[owner]]
     return BlockTable.sorted_by(block, parts, len(blocks)), tuple(moves)
 

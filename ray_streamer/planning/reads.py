@@ -234,7 +234,7 @@ def _cut_on_grid(file_ids: Column, starts: Column, stops: Column, block_bytes: i
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Meeting:
+class Overlaps:
     """Pairs of something that spans bytes of the checkpoint and a block that it overlaps.
 
     Attributes:
@@ -264,7 +264,7 @@ class Meeting:
         return shared
 
 
-def meet(blocks: BlockColumns, starts: Column, lengths: Column) -> Meeting:
+def overlaps_of(blocks: BlockColumns, starts: Column, lengths: Column) -> Overlaps:
     """Every pair of a span and a block that overlap; each span's first and last byte lie in blocks.
 
     Args:
@@ -280,7 +280,7 @@ def meet(blocks: BlockColumns, starts: Column, lengths: Column) -> Meeting:
     block = np.arange(len(owner), dtype=np.int64) + (first - (np.cumsum(counts) - counts))[owner]
     base = keys[block] - starts[owner]
     high = base + (blocks.stops - blocks.starts)[block]
-    return Meeting(owner, block, np.maximum(base, 0), np.minimum(high, lengths[owner]), base)
+    return Overlaps(owner, block, np.maximum(base, 0), np.minimum(high, lengths[owner]), base)
 
 
 def bytes_by_block(index: CheckpointIndex, kinds: TensorKinds, blocks: BlockColumns, local_rank: int) -> Column:
@@ -288,7 +288,7 @@ def bytes_by_block(index: CheckpointIndex, kinds: TensorKinds, blocks: BlockColu
     spans = spans_by_kind(kinds, local_rank)
     owners, rows = spans.expand(kinds.kind_ids)
     start, run, count, stride = (spans.columns[name][rows] for name in ("start", "run_bytes", "num_runs", "stride"))
-    pairs = meet(blocks, tensor_keys(index)[owners] + start, (count - 1) * stride + run)
+    pairs = overlaps_of(blocks, tensor_keys(index)[owners] + start, (count - 1) * stride + run)
     # Weights are added as doubles: exact up to 2**53 bytes, which no block holds.
     shared = pairs.num_bytes(run[pairs.owner], stride[pairs.owner])
     return np.bincount(pairs.block, weights=shared, minlength=len(blocks)).astype(np.int64)

@@ -23,7 +23,7 @@ from ray_streamer.units import human_bytes
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from ray_streamer.exchange.session import Lent
+    from ray_streamer.exchange.session import LentMemory
     from ray_streamer.planning.rank_plan import Block, RankPlan
     from ray_streamer.rank.inbox import Inbox
     from ray_streamer.rank.options import RankOptions
@@ -175,7 +175,7 @@ class Neighbourhood:
         if self._session is not None and self._stop.error is not None:
             self._session.fail(self._stop.error)
 
-    def _checked(self, rank: int, theirs: Lent, plan_hash: str) -> _Arena:
+    def _checked(self, rank: int, theirs: LentMemory, plan_hash: str) -> _Arena:
         about = json.loads(bytes(theirs.about))
         if about["plan"] != plan_hash:
             raise ClusterError(

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ray_streamer.planning.read_plan import ReadPlan
     from ray_streamer.rank.statistics import RankStatistics
     from ray_streamer.rank.trace import RankTrace
-    from ray_streamer.report.verdict.model import Asked
+    from ray_streamer.report.verdict.model import RequestedSettings
 
 
 class Evidence:
@@ -28,7 +28,7 @@ class Evidence:
     """
 
     def __init__(
-        self, traces: Sequence[RankTrace], asked: Asked, *, plan: Callable[[], ReadPlan] | None = None
+        self, traces: Sequence[RankTrace], asked: RequestedSettings, *, plan: Callable[[], ReadPlan] | None = None
     ) -> None:
         self._traces, self._asked, self._plan = tuple(traces), asked, plan
         self._found: Findings | None = None

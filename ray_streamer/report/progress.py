@@ -36,7 +36,7 @@ _PHASES = {
 }
 
 
-class Reached(NamedTuple):
+class ProgressSoFar(NamedTuple):
     """How far all ranks are together.
 
     Attributes:
@@ -75,7 +75,7 @@ class Reached(NamedTuple):
         return ", ".join(told)
 
 
-def progress_line(reached: Reached, seconds: float) -> str:
+def progress_line(reached: ProgressSoFar, seconds: float) -> str:
     """How far a load is, and how much longer it will take at this rate.
 
     Args:
@@ -122,7 +122,7 @@ class LoadProgress:
         self._seconds_between_lines = seconds_between_lines
         self._phase = ""
         self._phase_began = time.monotonic()
-        self._reached = Reached()
+        self._reached = ProgressSoFar()
         self._is_over = threading.Event()
         self._thread: threading.Thread | None = None
         self._bar: Progress | None = None
@@ -140,7 +140,7 @@ class LoadProgress:
 
     def __call__(self, ranks: Sequence[RankStatistics | None]) -> None:
         """Shows what the ranks said last."""
-        self._reached = Reached.of(ranks)
+        self._reached = ProgressSoFar.of(ranks)
         self._draw()
 
     def line(self) -> str:

@@ -23,7 +23,7 @@ from ray_streamer.doctor.sample import SampledSlices, sample_tensors
 from ray_streamer.doctor.storage_speed import measure_storage
 from ray_streamer.errors import ClusterError
 from ray_streamer.rank.request import LoadRequest
-from ray_streamer.report.verdict.model import Asked
+from ray_streamer.report.verdict.model import RequestedSettings
 from ray_streamer.settings import Settings
 from ray_streamer.sharding import Mesh, RuleSlices, ShardRules, Split
 from ray_streamer.storage import open_storage
@@ -101,7 +101,7 @@ def test_a_rank_loads_its_part(checkpoint):
     request = request_of(checkpoint)
     part = replace(request, slices=SampledSlices(request.slices, 4 * MIB))
     told = load_part(part, f"rehearsal-{os.getpid()}", 0)
-    rehearsal = Rehearsal.of([told], Asked.of(request.settings))
+    rehearsal = Rehearsal.of([told], RequestedSettings.of(request.settings))
     assert 4 * MIB <= rehearsal.delivered_bytes <= 6 * MIB
     assert rehearsal.delivered_bytes == told.statistics.bytes_delivered
     assert rehearsal.seconds > 0
@@ -113,7 +113,9 @@ def test_a_rank_loads_its_part(checkpoint):
 def test_tensors_without_bytes_are_no_rehearsal(tmp_path):
     write_checkpoint(tmp_path, [TensorSpec("up_proj.weight", "F32", (0, 4))])
     request = request_of(tmp_path)
-    assert Rehearsal.of([load_part(request, f"nothing-{os.getpid()}", 0)], Asked.of(request.settings)) is None
+    assert (
+        Rehearsal.of([load_part(request, f"nothing-{os.getpid()}", 0)], RequestedSettings.of(request.settings)) is None
+    )
 
 
 @pytest.mark.parametrize(

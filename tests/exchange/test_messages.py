@@ -18,7 +18,7 @@ from ray_streamer.exchange.messages import (
     PROTOCOL_VERSION,
     Failure,
     Hello,
-    Kind,
+    MessageKind,
     Pulse,
     ValueHead,
     decode_failure,
@@ -48,9 +48,9 @@ def test_hello(local_rank, more):
     [
         b"",
         b"GET / HTTP/1.1\r\n",
-        bytes([Kind.DONE]),
+        bytes([MessageKind.DONE]),
         *(
-            bytes([Kind.HELLO]) + payload
+            bytes([MessageKind.HELLO]) + payload
             for payload in (
                 b"",
                 b"{",
@@ -81,7 +81,7 @@ def test_a_greeting_that_is_none(message):
 @given(st.binary(max_size=200))
 def test_a_greeting_of_any_bytes_is_read_or_refused(payload):
     try:
-        hello = decode_hello(bytes([Kind.HELLO]) + payload)
+        hello = decode_hello(bytes([MessageKind.HELLO]) + payload)
     except ValueError:
         return
     assert hello.version == PROTOCOL_VERSION
@@ -162,7 +162,10 @@ def test_a_class_that_is_no_error_of_this_package_is_only_a_word(name):
     assert isinstance(told.cause, str)
 
 
-@given(st.sampled_from([Kind.ANNOUNCE, Kind.RELEASE]), st.lists(st.integers(0, (1 << 32) - 1), max_size=MAX_NUMBERS))
+@given(
+    st.sampled_from([MessageKind.ANNOUNCE, MessageKind.RELEASE]),
+    st.lists(st.integers(0, (1 << 32) - 1), max_size=MAX_NUMBERS),
+)
 def test_numbers(kind, numbers):
     message = encode_numbers(kind, numbers)
     assert message[0] == kind

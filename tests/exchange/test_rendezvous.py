@@ -14,7 +14,7 @@ import pytest
 
 from ray_streamer.errors import ClusterError, LoadAbortedError, RankFailedError, StartupTimeoutError
 from ray_streamer.exchange import peer, rendezvous
-from ray_streamer.exchange.messages import Failure, Hello, Kind, encode_failure, encode_hello
+from ray_streamer.exchange.messages import Failure, Hello, MessageKind, encode_failure, encode_hello
 from ray_streamer.exchange.names import address_of, longer_names
 from ray_streamer.exchange.session import NodeSession
 from ray_streamer.staging.stop import StopSignal
@@ -92,10 +92,10 @@ def test_a_rank_that_waits_for_an_absent_one_can_be_stopped(place, session):
     [
         b"",
         b"GET / HTTP/1.1\r\n",
-        bytes([Kind.DONE]),
+        bytes([MessageKind.DONE]),
         b"\xff" * 1000,
-        bytes([Kind.HELLO]) + b'{"version": 99}',
-        bytes([Kind.HELLO]) + b"[" * 10_000,
+        bytes([MessageKind.HELLO]) + b'{"version": 99}',
+        bytes([MessageKind.HELLO]) + b"[" * 10_000,
         encode_hello(Hello(local_rank=1, num_local_ranks=4)),
         encode_hello(Hello(local_rank=0, num_local_ranks=2)),
     ],
@@ -134,7 +134,7 @@ def test_a_second_process_that_claims_a_rank_is_turned_away(start, session):
     first = start(_ranks_met, 0, 3)
     with _dial(session, 0) as rank_1, _dial(session, 0) as twin:
         rank_1.send(HELLO)
-        assert rank_1.recv(10000)[:1] == bytes([Kind.HELLO])
+        assert rank_1.recv(10000)[:1] == bytes([MessageKind.HELLO])
         twin.send(HELLO)
         assert twin.recv(10) == b""
     # The one that was let in hung up, and so ended the session.
@@ -236,7 +236,7 @@ def test_a_rank_that_still_hears_of_its_own_earlier_failure_goes_on(start, sessi
     first = start(_ranks_met, 0, 3)
     with _dial(session, 0) as late:
         late.send(HELLO)
-        assert late.recv(10000)[:1] == bytes([Kind.HELLO])
+        assert late.recv(10000)[:1] == bytes([MessageKind.HELLO])
         late.send(encode_failure(Failure(rank=20, node="n", kind="LookupError", text="the first attempt")))
         while late.recv(10000):
             pass

@@ -15,7 +15,7 @@ from ray_streamer.rank.statistics import RankStatistics
 from ray_streamer.rank.trace import RankTrace
 from ray_streamer.report.evidence import Evidence
 from ray_streamer.report.load_report import LoadReport
-from ray_streamer.report.verdict.model import Asked
+from ray_streamer.report.verdict.model import RequestedSettings
 from ray_streamer.storage.base import StorageStatistics
 
 if TYPE_CHECKING:
@@ -174,7 +174,7 @@ def report_on() -> Callable[..., LoadReport]:
             plan_hash="0123456789abcdef",
             nodes=("here",) * len(traces),
             ranks=tuple(_statistics(trace, **counted) for trace in traces),
-            evidence=Evidence(traces, Asked(16, MIB)),
+            evidence=Evidence(traces, RequestedSettings(16, MIB)),
         )
 
     return made

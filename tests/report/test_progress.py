@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 import ray_streamer
-from ray_streamer.report.progress import LoadProgress, Reached, progress_line
+from ray_streamer.report.progress import LoadProgress, ProgressSoFar, progress_line
 from ray_streamer.storage.base import StorageStatistics
 from ray_streamer.testing.checkpoints import TensorSpec, write_checkpoint
 
@@ -48,24 +48,24 @@ class Written(io.StringIO):
 
 
 def test_bytes_of_all_ranks_are_added_and_done_ones_counted(rank_at):
-    reached = Reached.of([rank_at(3 * GIB, 4 * GIB, num_retries=2), rank_at(4 * GIB, 4 * GIB)])
-    assert reached == Reached(7 * GIB, 8 * GIB, 2, 1, 2)
+    reached = ProgressSoFar.of([rank_at(3 * GIB, 4 * GIB, num_retries=2), rank_at(4 * GIB, 4 * GIB)])
+    assert reached == ProgressSoFar(7 * GIB, 8 * GIB, 2, 1, 2)
     assert reached.notes == "1 of 2 ranks done, 2 retries"
 
 
 def test_a_total_is_known_when_every_rank_has_its_plan(rank_at):
-    reached = Reached.of([rank_at(3 * GIB, 4 * GIB), None])
+    reached = ProgressSoFar.of([rank_at(3 * GIB, 4 * GIB), None])
     assert reached.all_bytes == 0
     assert progress_line(reached, 1.0) == "3 GiB, 3.22 GB/s, 0 of 2 ranks done"
 
 
 def test_retries_are_told_when_there_are_any(rank_at):
-    assert Reached.of([rank_at(1, 2)]).notes == ""
-    assert Reached.of([rank_at(1, 2, num_retries=1)]).notes == "1 retry"
+    assert ProgressSoFar.of([rank_at(1, 2)]).notes == ""
+    assert ProgressSoFar.of([rank_at(1, 2, num_retries=1)]).notes == "1 retry"
 
 
 def test_a_finished_load_has_nothing_left(rank_at):
-    assert progress_line(Reached.of([rank_at(GIB, GIB)]), 1.0) == "1 GiB of 1 GiB, 1.07 GB/s"
+    assert progress_line(ProgressSoFar.of([rank_at(GIB, GIB)]), 1.0) == "1 GiB of 1 GiB, 1.07 GB/s"
 
 
 @pytest.mark.parametrize(

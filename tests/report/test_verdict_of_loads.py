@@ -9,7 +9,7 @@ from ray_streamer.cluster.worker import LoadWorker, Seating
 from ray_streamer.rank.agreement import MemoryTerms
 from ray_streamer.rank.request import LoadRequest
 from ray_streamer.report.verdict.judge import judge
-from ray_streamer.report.verdict.model import Asked
+from ray_streamer.report.verdict.model import RequestedSettings
 from ray_streamer.settings import Settings
 from ray_streamer.sharding import Mesh, RuleSlices, ShardRules, Split
 from ray_streamer.testing.checkpoints import TensorSpec, write_checkpoint
@@ -51,7 +51,7 @@ def verdict_on(uri, proxy, tmp_path):
         statistics = worker.load()
         trace = worker.trace()
         worker.close()
-        return judge([trace], [statistics], Asked.of(asked))
+        return judge([trace], [statistics], RequestedSettings.of(asked))
 
     return judged
 

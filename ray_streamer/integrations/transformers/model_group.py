@@ -104,13 +104,13 @@ class TransformersModel(ShardedModel):
         """
         group = self._ready()
         assert self._loads is not None
-        assert self._shared is not None
+        assert self._terms is not None
         phases = Phases()
         group.restart(*range(group.num_ranks))
         self.connect_ranks(group)
         phases.end("start")
         self._loads.part()
-        report = self._loads.load(self._shared, phases, again=True)
+        report = self._loads.load(self._terms, phases, again=True)
         self._phases, self._report, self._is_out_of_step = phases, report, False
         return report.ranks[rank]
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import torch
     import torch.distributed as dist
 
-    from ray_streamer.cluster.worker import Agreed, Seating
+    from ray_streamer.cluster.worker import PlanDigest, Seating
     from ray_streamer.integrations.transformers.generation import TokenFeed
     from ray_streamer.planning.rank_plan import RankPlan
     from ray_streamer.rank.context import RankContext
@@ -97,7 +97,7 @@ class ModelWorker(LoadWorker):
     def _timeout(self) -> timedelta:
         return timedelta(seconds=self._request.settings.startup_timeout_seconds)
 
-    def agree(self, request: LoadRequest, index_bytes: bytes, seating: Seating) -> Agreed:
+    def agree(self, request: LoadRequest, index_bytes: bytes, seating: Seating) -> PlanDigest:
         """As every rank; what this one holds is what transformers asks for when it makes the model.
 
         Raises:

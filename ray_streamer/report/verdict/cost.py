@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from ray_streamer.rank.statistics import RankStatistics
     from ray_streamer.rank.trace import RankTrace
-    from ray_streamer.report.verdict.model import Asked, NodeModel
+    from ray_streamer.report.verdict.model import NodeModel, RequestedSettings
     from ray_streamer.report.verdict.observe import Observed
 
 _COSTS = {
@@ -74,8 +74,8 @@ class Cost:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Told:
-    """What was counted beside the spans, from which a cost gets the name of its reason.
+class NodeCounts:
+    """What the ranks of a node counted beside their traces: it names the reason of a cost.
 
     Attributes:
         num_throttled: Answers that asked to slow down.
@@ -96,7 +96,7 @@ class Told:
     slow_address: str = ""
 
     @classmethod
-    def of(cls, traces: Sequence[RankTrace], statistics: Sequence[RankStatistics], asked: Asked) -> Self:
+    def of(cls, traces: Sequence[RankTrace], statistics: Sequence[RankStatistics], asked: RequestedSettings) -> Self:
         """What the ranks of one node counted."""
         seconds = max(max(sum(rank.seconds.values()) for rank in statistics), 1e-9)
         num_cpus = max(trace.conditions.num_cpus for trace in traces)
@@ -137,15 +137,15 @@ def _slow_address(traces: Sequence[RankTrace]) -> str:
     return max(lost, key=lost.__getitem__, default="")
 
 
-def find_costs(observed: Observed, told: Told, replayed: float) -> tuple[Cost, ...]:
+def find_costs(observed: Observed, counts: NodeCounts, replayed: float) -> tuple[Cost, ...]:
     """What the load would have been shorter by without each cost, the largest first; small ones are left out.
 
     Args:
         observed: The load.
-        told: What was counted beside it.
+        counts: What was counted beside it.
         replayed: Seconds of its replay.
     """
-    return tuple(replace(cost, kind=told.kind(cost, observed)) for cost in find_model_costs(observed.model, replayed))
+    return tuple(replace(cost, kind=counts.kind(cost, observed)) for cost in find_model_costs(observed.model, replayed))
 
 
 def find_model_costs(model: NodeModel, replayed: float) -> list[Cost]:

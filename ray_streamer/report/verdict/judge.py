@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ray_streamer.report.verdict.advice import Advice, Knobs, find_advice
-from ray_streamer.report.verdict.cost import LOSSES, MADE_WORSE, Cost, Told, find_bound, find_costs
+from ray_streamer.report.verdict.cost import LOSSES, MADE_WORSE, Cost, NodeCounts, find_bound, find_costs
 from ray_streamer.report.verdict.observe import observe_node
 from ray_streamer.report.verdict.paragraph import Facts, paragraph
 from ray_streamer.report.verdict.replay import replay_seconds
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from ray_streamer.rank.statistics import RankStatistics
     from ray_streamer.rank.trace import RankTrace
-    from ray_streamer.report.verdict.model import Asked
+    from ray_streamer.report.verdict.model import RequestedSettings
     from ray_streamer.report.verdict.observe import Observed
 
 _TRUSTED_DIFFERENCE = 0.25
@@ -60,7 +60,7 @@ class Verdict:
 def judge(
     traces: Sequence[RankTrace],
     statistics: Sequence[RankStatistics],
-    asked: Asked,
+    asked: RequestedSettings,
     phases: Mapping[str, float] | None = None,
 ) -> Verdict | None:
     """The verdict on one node's load; None when it read and copied nothing.
@@ -75,8 +75,8 @@ def judge(
     if observed is None:
         return None
     replayed, measured = replay_seconds(observed.model), observed.measured_seconds
-    told = Told.of(traces, statistics, asked)
-    found = find_costs(observed, told, replayed)
+    counts = NodeCounts.of(traces, statistics, asked)
+    found = find_costs(observed, counts, replayed)
     bound = find_bound(found, replayed)
     is_trusted = abs(replayed - measured) <= _TRUSTED_DIFFERENCE * measured
     advice = None
@@ -86,7 +86,7 @@ def judge(
             _knobs(observed, statistics, asked),
             measured_seconds=measured,
             replayed_seconds=replayed,
-            cpu_seconds=told.least_seconds,
+            cpu_seconds=counts.least_seconds,
         )
     facts = Facts(
         phases=phases or {},
@@ -100,7 +100,7 @@ def judge(
         max_bandwidth=asked.max_bandwidth,
         storage=[rank.storage for rank in statistics],
         node=traces[0].node,
-        slow_address=told.slow_address,
+        slow_address=counts.slow_address,
     )
     return _verdict(facts, found, bound, advice)
 
@@ -110,7 +110,7 @@ def _is_throttled(found: Sequence[Cost]) -> bool:
     return any(cost.kind == "throttling" for cost in found)
 
 
-def _knobs(observed: Observed, statistics: Sequence[RankStatistics], asked: Asked) -> Knobs:
+def _knobs(observed: Observed, statistics: Sequence[RankStatistics], asked: RequestedSettings) -> Knobs:
     """The settings in force, with blocks as large as they were."""
     return Knobs(
         concurrency=asked.concurrency,

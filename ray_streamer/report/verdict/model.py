@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from ray_streamer.settings import Settings
 
 
-class Asked(NamedTuple):
+class RequestedSettings(NamedTuple):
     """The settings that shape a load, as the user gave them.
 
     Attributes:
