@@ -12,6 +12,7 @@ import numpy as np
 
 from ray_streamer.errors import ShardingError
 from ray_streamer.sharding.groups import DEFAULT_UNMATCHED, TensorGroup, TensorGroups, Unmatched, group_tensors, named
+from ray_streamer.sharding.head_counts import refuse_other_heads
 from ray_streamer.sharding.holders import ALL_RANKS, find_holders
 from ray_streamer.sharding.mesh import Mesh
 from ray_streamer.sharding.name_kinds import NameKinds, kinds_of_tensors
@@ -57,6 +58,7 @@ def checked_groups(
         ShardingError: A rule that is not optional places no tensor; a tensor has no rule; layers or experts cannot be divided
             over the mesh; or tensors cannot be split over `mesh.tp` ranks, and the message lists the sizes over which the
             whole checkpoint can.
+        CheckpointError: The numbers of attention heads do not fit the tensors.
         SettingsError: `unmatched` is neither of its two values.
     """
     holders, holder_ids = find_holders(index, names, mesh, stage_layers=stage_layers, experts=experts)
@@ -64,6 +66,8 @@ def checked_groups(
     refusals = [(group, refusal) for group in grouped.groups if (refusal := group.refusal(mesh))]
     if refusals:
         raise ShardingError(_cannot_split(index, mesh, refusals, _legal_among(grouped.groups, mesh)))
+    if mesh.tp > 1:
+        refuse_other_heads(index, grouped, mesh.tp)
     return grouped
 
 
