@@ -68,7 +68,7 @@ that they sit on, so that each rank's `lora_B @ lora_A` is its own part of the c
 | outputs (column-parallel) | whole | cut along outputs |
 | inputs (row-parallel) | cut along inputs | whole |
 
-Embeddings, modules saved whole (`modules_to_save`) and weights with their inputs first (`fan_in_fan_out`) have rules, too. Other kinds of
+Embeddings, modules saved whole (`modules_to_save`) and weights with their inputs first (Conv1D of GPT-2) have rules, too. Other kinds of
 adapters (`peft_type`) and adapters of stacked experts have none: they are refused by name, unless you give rules. With `tp=1` every adapter loads whole.
 `fuse` is refused.
 

@@ -16,6 +16,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ray_streamer.errors import ShardingError
+from ray_streamer.sharding.families import Weight
+from ray_streamer.sharding.globs import matches_any
 from ray_streamer.sharding.name_kinds import NameKinds
 from ray_streamer.sharding.placement import Placement, Replicate, Split, SplitGroups, SplitVocabulary
 from ray_streamer.sharding.rules import Rule, ShardRules
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from ray_streamer.checkpoint.index import CheckpointIndex
+    from ray_streamer.sharding.families import Family
 
 _PART = re.compile(
     r"(?P<module>.+)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector|base_layer)"
@@ -34,13 +37,15 @@ _INPUTS, _OUTPUTS = 1, 0
 _NUMBER = re.compile(r"(?<=\.)[0-9]+(?=\.)")
 
 
-def adapter_rules(index: CheckpointIndex, config: Mapping[str, Any], base: ShardRules) -> ShardRules:
+def adapter_rules(index: CheckpointIndex, config: Mapping[str, Any], base: ShardRules, *, family: Family) -> ShardRules:
     """Rules for an adapter, from those of its base model; before them.
 
     Args:
         index: The adapter.
         config: Its adapter_config.json.
         base: How the weights of the base model lie; their globs must match with any prefix.
+        family: Of the base model. It tells which weights have their inputs first: `fan_in_fan_out` of the config is that of the
+            module that PEFT looked at last.
 
     Raises:
         ShardingError: The adapter is of a kind that has no rule.
@@ -53,10 +58,16 @@ def adapter_rules(index: CheckpointIndex, config: Mapping[str, Any], base: Shard
     parts = [(name, found) for name in index.names if (found := _PART.fullmatch(name))]
     weights = NameKinds.of(tuple(_base_name(found) for _, found in parts))
     matched = base.first_matches(weights).tolist()
-    is_transposed = bool(config.get("fan_in_fan_out"))
+    inputs_first = [
+        f"{glob}.weight"
+        for glob, meaning in family.modules.items()
+        if isinstance(meaning, Weight) and meaning.outputs > meaning.inputs
+    ]
     placed = {
         name: _placed(base.rules[rule].placement, found["part"], found["kind"], is_transposed=is_transposed)
-        for (name, found), rule in zip(parts, matched, strict=True)
+        for (name, found), rule, is_transposed in zip(
+            parts, matched, matches_any(inputs_first, weights.names), strict=True
+        )
         if rule >= 0
     }
     return ShardRules(_rules(placed)) + base

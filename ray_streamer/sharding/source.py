@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from ray_streamer.checkpoint.index import CheckpointIndex
     from ray_streamer.sharding.destinations import Destinations, RankMoves
     from ray_streamer.sharding.experts import ExpertsLike
+    from ray_streamer.sharding.families import Family
     from ray_streamer.sharding.mesh import MeshPosition
 
 
@@ -150,29 +151,30 @@ class RuleSlices:
         Raises:
             ShardingError: The model is unknown, and the caller's rules do not replace its own.
         """
-        is_unknown = family_of(index.config or {}) is None
+        family = family_of(index.config or {})
         if (adapter := adapter_config_of(index.config)) is not None:
-            return self.rules + self._adapter_rules(index, adapter, is_unknown=is_unknown)
+            return self.rules + self._adapter_rules(index, adapter, family)
         try:
             return ShardRules.for_config(index.config, first=self.rules, layout=self.layout, mtp=self.mtp)
         except ShardingError as error:
-            hint = advice(index, layout=self.layout) if is_unknown else ""
+            hint = advice(index, layout=self.layout) if family is None else ""
             raise ShardingError(f"{index.uri}: {error}{hint}") from error
 
-    def _adapter_rules(self, index: CheckpointIndex, adapter: Mapping[str, Any], *, is_unknown: bool) -> ShardRules:
+    def _adapter_rules(self, index: CheckpointIndex, adapter: Mapping[str, Any], family: Family | None) -> ShardRules:
         """Those of an adapter; none where only the caller's can place it."""
         if self.fuse:
             raise ShardingError(
                 f"{index.uri}: fuse joins modules of a model, and not the factors of an adapter; leave it out"
             )
-        if is_unknown and len(self.rules):
+        if family is None and len(self.rules):
             return ShardRules()
-        if is_unknown:
+        if family is None:
             raise ShardingError(
                 f"{index.uri}: an adapter of {brief(adapter.get('base_model_name_or_path'))}, of whose config no known model type "
                 "could be read: put the base model's config.json beside adapter_config.json, or give rules"
             )
-        return adapter_rules(index, adapter, ShardRules.for_config(index.config, layout=self.layout, mtp=self.mtp))
+        base = ShardRules.for_config(index.config, layout=self.layout, mtp=self.mtp)
+        return adapter_rules(index, adapter, base, family=family)
 
 
 def _made_again(values: dict[str, Any]) -> RuleSlices:

@@ -219,3 +219,25 @@ def test_a_models_own_files_come_before_an_adapter_beside_them(adapter: Path) ->
     save_file({"model.norm.weight": random(64)}, adapter / "model-extra.safetensors")
     assert list(ray_streamer.load_rank(adapter / "model-extra.safetensors")) == ["model.norm.weight"]
     assert list(ray_streamer.load_rank(str(adapter / "adapter_model.safetensors"), unmatched="replicate"))
+
+
+@pytest.mark.parametrize("said", [True, False])
+def test_the_family_tells_which_weights_have_their_inputs_first(tmp_path: Path, said: bool) -> None:
+    # PEFT saves what it found at the last module: false where a linear head follows Conv1D, true where Conv1D follows it.
+    modules = {f"transformer.h.0.{name}": shape for name, shape in LAYERS["gpt2"].items()} | {"lm_head": (160, 64)}
+    adapter, _ = saved(tmp_path, GPT2, factors_of(modules), fan_in_fan_out=said)
+    shapes = shapes_of(adapter)
+    assert {name: shape for name, shape in shapes.items() if "_A" in name} == {
+        "transformer.h.0.attn.c_attn.lora_A.weight": (4, 64),
+        "transformer.h.0.attn.c_proj.lora_A.weight": (4, 32),
+        "transformer.h.0.mlp.c_fc.lora_A.weight": (4, 64),
+        "transformer.h.0.mlp.c_proj.lora_A.weight": (4, 128),
+        "lm_head.lora_A.weight": (4, 64),
+    }
+    assert {name: shape for name, shape in shapes.items() if "_B" in name} == {
+        "transformer.h.0.attn.c_attn.lora_B.weight": (96, 4),
+        "transformer.h.0.attn.c_proj.lora_B.weight": (64, 4),
+        "transformer.h.0.mlp.c_fc.lora_B.weight": (128, 4),
+        "transformer.h.0.mlp.c_proj.lora_B.weight": (64, 4),
+        "lm_head.lora_B.weight": (80, 4),
+    }
