@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 _NUMBERS_OF_FILES = {errno.EMFILE, errno.ENFILE, errno.ETOOMANYREFS}
 _STACK_BYTES = 2 << 20
-"""Of a thread, where stacks are not limited (pthread_create(3), x86-64)."""
+"""Stack of a thread where stacks are not limited (pthread_create(3), x86-64)."""
 _SPARE_BYTES = 8 << 20
 """What a thread may take while it begins."""
 _THREAD_REFUSED = "can't start new thread"

@@ -1,4 +1,4 @@
-"""What does an engine's own loader want of a checkpoint? Learned by letting it run once with tensors that hold no values.
+"""What does an engine's own loader want of a checkpoint? Learned from one run of it, with tensors that hold no values.
 
     recording        the loader runs, watched; what it copied becomes slices
     recorder         what each operation does to what is recorded

@@ -1,4 +1,4 @@
-"""What kind of operation is this, for one who records? Said by its schema, and for a few that need no values by name."""
+"""Is this operation a view, a copy, or one that needs values? Told by its schema; a few that need no values are known by name."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ _Where = dict[str, list[int]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reconciled:
-    """What the checkpoint has, after all.
+    """What the checkpoint has, by index json and headers together.
 
     Attributes:
         headers: Of each file, less the rows of tensors that are taken from another file.

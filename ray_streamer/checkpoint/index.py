@@ -1,4 +1,4 @@
-"""Which tensors does a checkpoint have, as columns: one row per tensor, sorted by file and offset.
+"""Which tensors does a checkpoint have? Columns with one row per tensor, sorted by file and offset.
 
 Columns, because a checkpoint may have 92,000 tensors: planning is arithmetic on whole arrays, and the index travels
 between processes as a few buffers. Rows of one file are neighbours, in the order of their bytes.

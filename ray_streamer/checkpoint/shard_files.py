@@ -102,7 +102,7 @@ class _Gap:
 
 
 def _gaps_of_counted(found: Sequence[str]) -> Iterator[_Gap]:
-    """Of each set of files whose names say how many there are."""
+    """Gaps in each set of files whose names say how many there are."""
     sets: defaultdict[tuple[str, ...], dict[int, int]] = defaultdict(dict)
     for name in found:
         if matched := _COUNTED.fullmatch(_WRITER.sub("", name)):
@@ -115,7 +115,7 @@ def _gaps_of_counted(found: Sequence[str]) -> Iterator[_Gap]:
 
 
 def _gaps_of_numbered(found: Sequence[str]) -> Iterator[_Gap]:
-    """Of each set of files whose names have a number alone."""
+    """Gaps in each set of files whose names have a number alone."""
     sets: defaultdict[tuple[str, ...], dict[int, int]] = defaultdict(dict)
     for name in found:
         if not _COUNTED.fullmatch(name) and (matched := _NUMBERED.fullmatch(name)):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ray_streamer.cli.command import Command, json_option, print_json, verbose_option
+from ray_streamer.cli.mesh import nodes_option
 from ray_streamer.cli.outputs import OUTPUT_FILE
 from ray_streamer.cli.parsed import Parsed
 from ray_streamer.cli.settings import with_settings
@@ -45,14 +46,7 @@ def _parse_bandwidth(text: str) -> int:
 @click.argument("uri", type=URI, required=False)
 @click.option("--tp", type=click.IntRange(1), default=1, show_default=True, help="Ranks of the load.")
 @click.option("--device", default="cpu", show_default=True, help="Where the tensors would go: cpu or cuda.")
-@click.option(
-    "--nodes",
-    "num_nodes",
-    type=click.IntRange(1),
-    default=1,
-    show_default=True,
-    help="Also predict a load of so many nodes like this one at the same time, each with a copy of its own.",
-)
+@nodes_option("Also predict a load of so many nodes like this one at the same time, each with a copy of its own.")
 @click.option(
     "--storage-bandwidth",
     type=Parsed("bytes", _parse_bandwidth),

@@ -12,6 +12,8 @@ from ray_streamer.api.arguments import SHARDING
 from ray_streamer.cli.parsed import Parsed
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from ray_streamer.sharding.experts import ExpertsLike
 
 _EXPERTS_GRAMMAR = (
@@ -75,6 +77,11 @@ class _Groups(click.ParamType):  # pyright: ignore[reportMissingTypeArgument]  #
         if value == "tp":
             return True
         return click.IntRange(1).convert(value, param, ctx)
+
+
+def nodes_option(what: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """`--nodes` as argument `num_nodes`; `what` tells what the command does with them."""
+    return click.option("--nodes", "num_nodes", type=click.IntRange(1), default=1, show_default=True, help=what)
 
 
 MESH_OPTIONS = (

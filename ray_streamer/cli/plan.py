@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ray_streamer.cli.command import Command, json_option, print_json, verbose_option
+from ray_streamer.cli.mesh import nodes_option
 from ray_streamer.cli.outputs import OUTPUT_FOLDER
 from ray_streamer.cli.settings import with_settings
 from ray_streamer.cli.sharding import with_sharding
@@ -23,14 +24,7 @@ if TYPE_CHECKING:
 
 @click.command("plan", cls=Command)
 @click.argument("uri", type=URI)
-@click.option(
-    "--nodes",
-    "num_nodes",
-    type=click.IntRange(1),
-    default=1,
-    show_default=True,
-    help="Nodes that the ranks fill in order.",
-)
+@nodes_option("Nodes that the ranks fill in order.")
 @click.option(
     "--top", type=click.IntRange(0), default=0, help="Also explain the K tensors that cost most.", metavar="K"
 )

@@ -159,7 +159,7 @@ class GroupLoads:
         return self._group.call("load", ranks=[rank], keep_on_failure=True)[0]
 
     def part(self) -> None:
-        """For the next load, ranks meet anew."""
+        """Lets ranks meet anew for the next load, under another name."""
         self._secret = secrets.token_hex(16)
 
     def plan(self, terms: LoadTerms) -> ReadPlan:

@@ -36,16 +36,16 @@ class GroupName:
 
     @property
     def group(self) -> str:
-        """Of the placement group."""
+        """Name of the placement group."""
         return f"ray_streamer {self.model} x{self.num_ranks} {self.token}"
 
     @property
     def keeper(self) -> str:
-        """Of the actor that removes the placement group after its owner."""
+        """Name of the actor that removes the placement group after its owner."""
         return f"ray_streamer keeper of {self.model} {self.token}"
 
     def rank(self, rank: int, generation: int = 0) -> str:
-        """Of the actor of one rank; a restarted one is of the next generation.
+        """Name of one rank's actor; a restarted one is of the next generation.
 
         >>> GroupName("llama", 4, "c0ffee").rank(3)
         'llama rank 3 of 4 c0ffee'

@@ -1,7 +1,7 @@
-"""The actor of one rank: a thin shell around an ordinary object, reachable on two lanes.
+"""How is one rank called through Ray? By an actor around an ordinary object, which also answers while it works.
 
-`call` runs on the actor's only main thread, one call at a time, for as long as it takes. `facts` and `control` run on a
-second lane, a concurrency group of their own, and so answer while a call is running: this is how a load is watched and
+`call` runs on the actor's only main thread, one call at a time, for as long as it takes. `facts` and `control` run in a
+concurrency group of their own, and so answer while a call is running: this is how a load is watched and
 aborted. The worker is built by a call, not by the actor's constructor: an error in a call keeps its type, where one in a
 constructor becomes the text of a dead actor.
 """
@@ -43,12 +43,12 @@ class RankActor:
         self._worker = worker_class(self._rank, *args)
 
     def call(self, method: str, *args: Any) -> Any:
-        """Run a method of the worker on the main lane."""
+        """Run a method of the worker on the main thread."""
         return getattr(self._worker, method)(*args)
 
     @ray.method(concurrency_group="control")
     def control(self, method: str, *args: Any) -> Any:
-        """Run a method of the worker beside whatever the main lane is doing; it must be thread-safe and short."""
+        """Run a method of the worker beside whatever the main thread does; it must be thread-safe and short."""
         return getattr(self._worker, method)(*args)
 
     @ray.method(concurrency_group="control")

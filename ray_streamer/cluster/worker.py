@@ -106,7 +106,7 @@ class LoadWorker:
 
     @property
     def session(self) -> NodeSession | None:
-        """Of the ranks of this node, as long as they are met."""
+        """The session with the other ranks of this node; None before they met, and after a failure."""
         return self._session
 
     def close(self) -> None:

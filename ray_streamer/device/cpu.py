@@ -1,4 +1,4 @@
-"""Tensors in host memory: copies release the interpreter lock while they move bytes, unless these are few."""
+"""How do bytes reach tensors in host memory? By copies that release the interpreter lock while they move bytes, unless these are few."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tensors in the memory of a CUDA device, or of a ROCm one: copies by its copy engine, while the next blocks are read.
+"""How do bytes reach tensors of a CUDA device, or of a ROCm one? By its copy engine, while the next blocks are read.
 
     deliver                            ──> copies queued on a stream of our own, an event behind them
     a thread waits for the event       ──> done: the slot is free, the piece counts

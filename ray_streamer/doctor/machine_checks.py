@@ -22,7 +22,7 @@ _OTHER_FILES = 64
 """Descriptors that a rank has open beside its connections: neighbours, arenas, libraries."""
 
 _LEAST_FREE_SHARE = 0.1
-"""Of the available memory, which tensors and staging should leave."""
+"""Share of the available memory that tensors and staging should leave free."""
 
 
 def check_machine(settings: Settings, *, num_ranks: int, devices: Path, held_bytes: int = 0) -> list[Finding]:

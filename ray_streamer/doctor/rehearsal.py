@@ -25,11 +25,11 @@ if TYPE_CHECKING:
     from ray_streamer.rank.statistics import RankStatistics
 
 _SECONDS = 2.0
-"""So much of a load is rehearsed, at the rate that was measured before."""
+"""How long the rehearsed part should take, at the rate that was measured before."""
 
 _LEAST_BYTES, _MOST_BYTES = 64 << 20, 2 << 30
 _MEMORY_SHARE = 0.125
-"""Of the available memory, which the part may fill."""
+"""Share of the available memory that the part may fill."""
 
 _WAIT_SECONDS = 300.0
 """For all ranks of a rehearsal, torch's import included."""

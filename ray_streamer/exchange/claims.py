@@ -1,4 +1,4 @@
-"""Which of the ranks that share a memory file does a piece of work that only one should do? Whoever locks its numbers in the file.
+"""Which rank does a piece of work that only one of them should do? The one that locks its numbers in a memory file that all share.
 
 The locks are the kernel's (open file description locks, fcntl(2)): no two ranks hold the same number, and those of a process that
 ends are free again. A number is a position in the file and needs no memory there.

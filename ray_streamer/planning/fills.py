@@ -88,7 +88,7 @@ class _RowsByResult:
         return self.order[self.firsts[result] : self.firsts[result + 1]].tolist()
 
     def combinations(self, slices: RankSlices) -> tuple[Column, Column]:
-        """For each result the number of what it shares with others, and for each of those an example."""
+        """The distinct combinations of moves and form: for each result the number of its own, and for each combination a result that has it."""
         kinds, _ = group_rows([slices.pattern_ids[self.order], slices.target_offsets[self.order]])
         return group_sequences(self.firsts, kinds, [slices.results.form_ids])
 

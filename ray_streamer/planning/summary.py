@@ -180,7 +180,7 @@ def _summarize_ranks(plan: ReadPlan) -> list[RankSummary]:
 
 
 def _count_shares(plan: ReadPlan, node: int) -> dict[str, list[int]]:
-    """By the names of `RankSummary`, one count per local rank."""
+    """Fields of `RankSummary`, each with one count per local rank."""
     node_plan, members = plan.node_plans[plan.node_plan_ids[node]], plan.topology.nodes[node]
     blocks, readers = node_plan.blocks, node_plan.readers
     lengths, is_own = blocks.stops - blocks.starts, node_plan.consumers.sum(axis=1) == 1

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class Way(IntEnum):
-    """By which way a block came to this rank."""
+    """How a block came to this rank."""
 
     MAPPED = 1
     OFFERED = 2

@@ -1,4 +1,4 @@
-"""Under what does a rank load? The few numbers that decide how much of it goes on at once."""
+"""How much does a rank do at once? Reads in flight, slots, copying threads, and the CPUs that it may use."""
 
 from __future__ import annotations
 

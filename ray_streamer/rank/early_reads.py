@@ -1,4 +1,4 @@
-"""What is read while there is no tensor yet that it could land in? The first blocks of this rank, as many as its arena has slots.
+"""What is read before the tensors exist? The first blocks of this rank, as many as its arena has slots.
 
     torch is imported, the device comes up     reader threads fill slots, and offer them to the neighbours
     tensors are there                          no further block is begun; the rank's own readers take what was read from here

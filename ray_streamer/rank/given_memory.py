@@ -1,4 +1,4 @@
-"""What do slices look like that go into the caller's tensors? A slice source around another one, for tensors that have strides."""
+"""How does a load fill tensors of the caller that are not contiguous? A slice source around another one gives results their strides."""
 
 from __future__ import annotations
 

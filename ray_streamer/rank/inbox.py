@@ -1,4 +1,4 @@
-"""Which blocks can be copied now that this rank does not read? Those that neighbours offer, and those of mapped files."""
+"""Which blocks can this rank copy without a read of its own? Those that neighbours offer, and those of mapped files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which of the tensors that a rank holds can take what is loaded next? Those of the same form, each memory once."""
+"""Which tensors that a rank holds can the next load fill in place? Those of the same dtype and shape, each memory once."""
 
 from __future__ import annotations
 

@@ -32,11 +32,11 @@ if TYPE_CHECKING:
 
 _MAX_CELLS = 1 << 20
 _LOOK_SECONDS = 0.002
-"""Between two looks at what another rank holds. Its locks wake nobody."""
+"""How often a rank looks whether another one has read a cell: file locks wake nobody."""
 _SPARE = 8
-"""One of so many parts of the memory is given back beyond need, so that not every read has to look for room."""
+"""When room is needed, one of so many parts of the memory is freed at once, so that not every read has to look for room."""
 _HEAD_BYTES, _CELL_BYTES = 16, 8 + 2 + 1
-"""Of the table: at its beginning, and for each cell."""
+"""Bytes of the table: its head, and each cell's entry."""
 _ABSENT, _EXPECTED, _READ = 0, 1, 2
 
 

@@ -70,7 +70,7 @@ class RankStatistics:
         peak_staging_bytes: int,
         memory_limit: int,
     ) -> RankStatistics:
-        """The figures of a load, as far as it is.
+        """The figures of a load so far.
 
         Args:
             recorder: Of the load.

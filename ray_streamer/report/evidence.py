@@ -1,4 +1,4 @@
-"""What is kept of a load until somebody asks what it shows? The traces of one node, the settings and the way to the plan."""
+"""What is kept of a load for its verdict? The traces of one node, the settings and a way to make the plan again."""
 
 from __future__ import annotations
 

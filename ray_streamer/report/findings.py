@@ -36,7 +36,7 @@ class Findings:
 
 
 class Finder:
-    """Finds one thing after the other. The load was good, so a fault in looking at it is told, and ends nothing.
+    """Finds one thing after the other. A fault in looking at a load is reported, and does not end a load that succeeded.
 
     Attributes:
         untold: What could not be found, and why, one sentence each.

@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 _SECONDS_BETWEEN_LOOKS = 1.0
 
 MOST_LATENCIES = 200
-"""Of one look: each costs up to 50 microseconds of CPU in the libraries that take it, so this is 1% of one CPU."""
+"""Latencies that are published at one look: each costs up to 50 microseconds of CPU in the libraries that take it, so this is 1% of one CPU."""
 
 Tags = dict[str, str]
 

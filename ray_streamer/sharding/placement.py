@@ -1,4 +1,4 @@
-"""How does one tensor lie on the tp axis? Each kind of placement is a small value that answers twice.
+"""How does one tensor lie on the tp axis? Each kind of placement says whether a tensor can lie so, and what each rank holds.
 
 First `refusal`: why this shape cannot be placed on so many ranks, if so; then `share_of`: the part that one of them
 holds. Names, dtypes and the other axes of the mesh do not appear here. Which placement a tensor has is the business of

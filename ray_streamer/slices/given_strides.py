@@ -1,4 +1,4 @@
-"""How do slices look that go into memory with strides of its own? Targets of contiguous results, stepped as the caller's tensors step.
+"""How are slices changed for results that are not contiguous? The targets of their moves get the strides of the caller's tensors.
 
 Who says slices, such as rules, says where elements go in a contiguous result. Where the caller has a tensor with other strides, a
 column block of a larger one or a transposed view, the same index lies elsewhere in memory.

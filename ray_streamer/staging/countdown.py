@@ -1,4 +1,4 @@
-"""How does a thread wait until many others have done their work? A number that falls to zero, or an error that ends it."""
+"""How does a thread wait until others have done their work? For a number that falls to zero, or an error that ends the load."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What does an error keep alive? The frames of the calls that it ended, and in them views that keep arenas mapped."""
+"""What memory does an error keep alive? The frames of the calls that it ended, and in them views that keep arenas mapped."""
 
 from __future__ import annotations
 

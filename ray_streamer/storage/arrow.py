@@ -36,13 +36,13 @@ if TYPE_CHECKING:
     from ray_streamer.storage.base import Incident, OnFirstByte, StorageSettings
 
 _STORES_WITH_ETAGS = frozenset({"s3", "abfs"})
-"""By pyarrow's own names; Google's store has them too, but to open a file there means to begin to download it."""
+"""Stores, by pyarrow's names, whose files tell an ETag when opened. Google's has ETags too, but to open a file there starts its download."""
 
 _REFUSED = re.compile(
     r"ACCESS_DENIED|PERMISSION_DENIED|UNAUTHENTICATED|SIGNATURE_DOES_NOT|INVALID_ACCESS"
     r"|(status|status code:|\]) 40[13]\b|AzureCredential|Default Credentials"
 )
-"""What the stores' libraries say, in pyarrow's words, to whom they do not know."""
+"""How the stores' libraries say, through pyarrow, that the caller may not read."""
 
 _QUERY = re.compile(r"\?\S+")
 
@@ -126,7 +126,7 @@ class ArrowStorage(RemoteStorage):
         return sorted(path for path in paths if path.startswith(prefix))
 
     def statistics(self) -> StorageStatistics:
-        """See `Storage`; what pyarrow does on its way is its own secret."""
+        """See `Storage`; pyarrow does not tell what it does."""
         return StorageStatistics()
 
     def incidents(self) -> tuple[Incident, ...]:

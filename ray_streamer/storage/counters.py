@@ -16,7 +16,7 @@ _MOST_INCIDENTS = 4000
 """Later ones are counted only."""
 
 _MOST_BODIES = 20_000
-"""Of which the addresses are remembered."""
+"""Bodies whose addresses are remembered."""
 
 
 class Counters:

@@ -133,7 +133,7 @@ def _secrets_of(target: str, headers: Mapping[str, str]) -> Iterator[_Secret]:
 
 
 def _secrets_of_authorization(value: str) -> Iterator[_Secret]:
-    """Of schemes whose words are all secret but the first: Basic, Bearer, SharedKey and others."""
+    """Secrets of schemes whose words are all secret but the first: Basic, Bearer, SharedKey and others."""
     scheme, _, words = value.partition(" ")
     for word in (words or scheme).split():
         yield _Secret(word)
@@ -142,7 +142,7 @@ def _secrets_of_authorization(value: str) -> Iterator[_Secret]:
 
 
 def _secrets_in(found: Mapping[str, str | None]) -> Iterator[_Secret]:
-    """Of one part of an authorization."""
+    """Secrets in one part of an authorization."""
     for name, text in found.items():
         if text:
             yield _Secret(text, is_whole=name.endswith("id"))

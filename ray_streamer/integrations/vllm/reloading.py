@@ -55,7 +55,7 @@ class Origin:
 
 
 origins: WeakKeyDictionary[nn.Module, Origin] = WeakKeyDictionary()
-"""By model, since vLLM makes a new loader for each load and reload."""
+"""What each model was loaded from; kept here, since vLLM makes a new loader for each load and reload."""
 
 
 def reload_tensors(

@@ -17,7 +17,7 @@ _MOST_KINDS = 20
 """In the chart; the table has all of them."""
 
 _NAME_PARTS = 3
-"""Of a kind's name that stand beside its bar."""
+"""Last components of a kind's name that stand beside its bar."""
 
 
 def phases_figure(seconds: Mapping[str, float]) -> Figure:

@@ -24,10 +24,10 @@ if TYPE_CHECKING:
     from ray_streamer.report.verdict.model import NodeModel
 
 _LEAST_GAIN = 0.1
-"""Of the load. Less is no advice: the next load differs by as much without it."""
+"""Share of the load's time. A smaller gain is no advice: loads differ by as much without a change."""
 
 _AS_GOOD = 0.05
-"""Of the load. The smaller change is advised when the larger one brings no more than this beyond it."""
+"""Share of the load's time. A smaller change is preferred when a larger one gains no more than this beyond it."""
 
 _MAX_CONCURRENCY = 1024
 

@@ -36,10 +36,10 @@ _HIDDEN_SHARE = 0.5
 """A special cost is named when it is at least this part of the largest one."""
 
 _LEAST_SHARE = 0.1
-"""Of the load. Costs below it bound nothing, and most of them are not named."""
+"""Share of the load's time. Smaller costs bound nothing, and most of them are not named."""
 
 _LEAST_LOSS = 0.02
-"""The same of what failed requests cost: nobody wants them, however little it is."""
+"""The same for failed requests, which are named even when they cost little."""
 
 MADE_WORSE = frozenset({"throttling", "max_bandwidth"})
 """Costs that no other number or size of requests makes smaller."""
@@ -51,10 +51,10 @@ _MAX_SUSPECTS = 3
 """Ranks of which each is looked at as a straggler."""
 
 _BUSY = 0.75
-"""Of all CPUs of the node: when the ranks use so much, they are what the node's rate is bound by."""
+"""Share of the node's CPUs. Ranks that use so much of them are bound by the CPUs, and not by the storage."""
 
 _ONE_CPU = (0.85, 1.3)
-"""CPU seconds of a rank in each second, when its interpreter's lock is what holds its threads."""
+"""CPU seconds in each second of a rank whose threads wait for the interpreter lock: at least, at most."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""What does all of a load take of which a part is replayed? The part stands for the rest; what happens once does not.
+"""How long does a whole load take, when only a part of it is replayed? The part stands for the rest, except for what happens once.
 
 An observed load is no more even than its storage was, so all that was replayed of it is multiplied, but for what came before its first
 tensor. A planned load is even: its second half goes on as the rest of it would, without the start and with the same end.

@@ -1,4 +1,4 @@
-"""What of a load is replayed? The reads and copies of each node's ranks, each with what it needs rather than with when it was.
+"""What of a load is replayed? The reads and copies of each node's ranks, each with how long it takes, and not with when it happened.
 
 A verdict replays one node (`NodeModel`). A simulation replays several that share a storage (`ClusterModel`).
 """

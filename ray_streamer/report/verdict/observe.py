@@ -1,4 +1,4 @@
-"""What did each read and copy of a node need? The traces of its ranks, turned from times of a clock into lengths."""
+"""How long did each read and copy of a node take? The traces of its ranks, turned from readings of a clock into lengths."""
 
 from __future__ import annotations
 
@@ -20,14 +20,13 @@ if TYPE_CHECKING:
     from ray_streamer.rank.trace import RankTrace
 
 _FASTEST_NETWORK = 40e9
-"""Bytes per second of one stream. What comes faster was there when the first byte was told of: the storage tells it at the end."""
-
+"""Bytes per second of one stream. Where reads are faster, the storage reports the first byte when it has the last one."""
 
 _MAX_TASKS = 8000
 """Reads and copies that are replayed; a replay of so many takes about a tenth of a second."""
 
 _RUN_BLOCKS = 16
-"""Of a longer load, runs of so many blocks are replayed, so that blocks that lie side by side still do."""
+"""A longer load is replayed in runs of so many blocks, so that blocks that lie side by side still do."""
 
 
 class Observed(NamedTuple):
@@ -132,7 +131,7 @@ def _own_reads(trace: RankTrace) -> NDArray[np.int64]:
 
 
 def tells_first_byte(traces: Sequence[RankTrace]) -> bool:
-    """Whether the storage of these ranks tells of first bytes when they come, and not when it has brought all."""
+    """Whether the storage of these ranks reports first bytes when they come, and not together with the last ones."""
     rates: list[float] = []
     for trace in traces:
         rows = _own_reads(trace)

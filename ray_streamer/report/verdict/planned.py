@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ray_streamer.planning.node_plan import NodePlan
 
 MAX_BLOCKS = 4000
-"""Of a plan with more blocks, so many stand for all."""
+"""Blocks that stand for all of a plan that has more."""
 
 _GOLDEN = (math.sqrt(5) - 1) / 2
 """Its multiples fall evenly between whole numbers, wherever one begins and however large the steps are."""
@@ -55,7 +55,7 @@ class Pace:
     is_read_into_tensors: bool = True
 
     def first_byte_of(self, number: int) -> float:
-        """Of the block with this number: the same in every replay, and over many blocks spread evenly."""
+        """Seconds until the first byte of the block with this number: the same in every replay, spread evenly over many blocks."""
         return self.first_byte_seconds + self.first_byte_spread_seconds * (2 * (number * _GOLDEN % 1) - 1)
 
 
@@ -114,7 +114,7 @@ def model_of_plan(
 
 
 def side_by_side(models: Sequence[NodeModel]) -> NodeModel:
-    """Loads that know nothing of each other, on one node at the same time.
+    """Independent loads on one node at the same time.
 
     Args:
         models: Of one rank or more each, all of one thinning, block size and pace.
