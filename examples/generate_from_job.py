@@ -3,7 +3,7 @@
     ray job submit --address http://HEAD:8265 --working-dir . -- python examples/generate_from_job.py s3://bucket/llama 8 cuda 1 15043 3186
 
 What follows the uri is tp, the device (cuda or cpu), and the prompt's token ids; a tokenizer of transformers makes them of text. Every node has
-ray_streamer[transformers].
+ray_streamer[transformers]. `ray job submit` needs `pip install "ray[default]"`.
 """
 
 import sys
