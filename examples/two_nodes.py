@@ -2,8 +2,10 @@
 
     ray job submit --address http://HEAD:8265 --working-dir . -- python examples/two_nodes.py s3://bucket/llama 8 cuda
 
-`ray job submit` needs `pip install "ray[default]"`. The number is tp: ranks per node. `serve` runs on every rank beside its tensors. Here it sends a hidden state through all MLP blocks of a
-Llama, summed over the ranks of a stage and handed on from node to node; an engine's own forward would stand there.
+`ray job submit` needs `pip install "ray[default]"`. The number is tp: ranks per node.
+
+`serve` runs on every rank beside its tensors. Here it sends a hidden state through all MLP blocks of a Llama, summed over the ranks of a
+stage and handed on from node to node; an engine's own forward would stand there.
 """
 
 import socket
