@@ -52,7 +52,9 @@ _LAUNCHERS = (
 
 _NODE_COUNTS = ("PET_NNODES", "GROUP_WORLD_SIZE", "NNODES", "CROSS_SIZE")
 _SLURM_TASKS = ("SLURM_STEP_TASKS_PER_NODE", "SLURM_TASKS_PER_NODE")
-_SLURM_RUN = re.compile(r"(\d+)(?:\(x(\d+)\))?")
+# No larger numbers: no cluster has as many ranks, and Python does not read any number of digits.
+_NUMBER = re.compile(r"[0-9]{1,9}")
+_SLURM_RUN = re.compile(r"([0-9]{1,9})(?:\(x([0-9]{1,9})\))?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +141,7 @@ def _speaks_of(rank_name: str, size_name: str, rank: int, world_size: int, envir
 
 def _number(name: str, environment: Mapping[str, str]) -> int | None:
     text = environment.get(name, "").strip()
-    return int(text) if text.isascii() and text.isdigit() else None
+    return int(text) if _NUMBER.fullmatch(text) else None
 
 
 def _check_local_rank(layout: Layout, rank: int, name: str, environment: Mapping[str, str]) -> None:
@@ -162,7 +164,7 @@ def _slurm_sizes(rank: int, world_size: int, environment: Mapping[str, str]) -> 
     sizes: list[int] = []
     for run in text.split(","):
         match = _SLURM_RUN.fullmatch(run.strip())
-        if match is None:
+        if match is None or int(match[2] or 1) > world_size:
             return None
         sizes += [int(match[1])] * int(match[2] or 1)
     return sizes if sum(sizes) == world_size and all(sizes) else None

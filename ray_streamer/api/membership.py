@@ -22,7 +22,7 @@ from ray_streamer.checkpoint.index_bytes import index_to_bytes
 from ray_streamer.errors import SettingsError
 from ray_streamer.exchange.liveness import Timeouts
 from ray_streamer.exchange.place import Place
-from ray_streamer.planning.topology import Topology
+from ray_streamer.planning.topology import MAX_RANKS, Topology
 
 if TYPE_CHECKING:
     import torch.distributed as dist
@@ -176,8 +176,8 @@ def _from_environment(local_world_size: int | None, session: str | None) -> Memb
         raise SettingsError(
             f"RANK, WORLD_SIZE and LOCAL_WORLD_SIZE must be whole numbers, all or none: {error}"
         ) from None
-    if not 0 <= rank < world_size:
-        raise SettingsError(f"need 0 <= RANK < WORLD_SIZE, got RANK={rank} WORLD_SIZE={world_size}")
+    if not 0 <= rank < world_size <= MAX_RANKS:
+        raise SettingsError(f"need 0 <= RANK < WORLD_SIZE <= {MAX_RANKS}, got RANK={rank} WORLD_SIZE={world_size}")
     layout = find_layout(rank, world_size, environment, local_world_size=local_world_size)
     if session is None:
         # Not counted: a rank that tries again, after an error that the others know nothing of, must meet them.

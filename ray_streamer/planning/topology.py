@@ -8,6 +8,9 @@ from itertools import chain
 from ray_streamer.errors import PlanError
 from ray_streamer.units import counted
 
+MAX_RANKS = 1 << 20
+"""More than any cluster has: a number beyond it is a mistake, and no work is done for what it claims."""
+
 
 @dataclass(frozen=True, slots=True)
 class Topology:
@@ -31,6 +34,8 @@ class Topology:
         """`num_ranks` packed in order over `num_nodes`, the first nodes one rank fuller where it does not divide."""
         if not isinstance(num_nodes, int):
             raise PlanError(f"a number of nodes is a whole number, got {num_nodes!r}")
+        if num_ranks > MAX_RANKS:
+            raise PlanError(f"{num_ranks} ranks are more than any cluster has; at most {MAX_RANKS} can be planned")
         if not 1 <= num_nodes <= num_ranks:
             raise PlanError(
                 f"{counted(num_ranks, 'rank')} cannot lie on {counted(num_nodes, 'node')}, each with at least one; lower num_nodes"

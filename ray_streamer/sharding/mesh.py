@@ -8,8 +8,11 @@ from typing import NamedTuple
 
 from ray_streamer.errors import SettingsError
 from ray_streamer.units import counted
+from ray_streamer.wording import brief
 
 _AXES = ("tp", "pp", "dp")
+_LARGEST_SIZE = 1 << 20
+"""More than any cluster has ranks."""
 
 
 class MeshPosition(NamedTuple):
@@ -63,6 +66,8 @@ class Mesh:
             size = getattr(self, axis)
             if not isinstance(size, int) or isinstance(size, bool) or size < 1:
                 raise SettingsError(f"mesh axis {axis} needs a whole number of at least 1, got {size!r}")
+            if size > _LARGEST_SIZE:
+                raise SettingsError(f"mesh axis {axis} is at most {_LARGEST_SIZE}, got {brief(size)}")
         if self.tp % self.ep and (self.ep % self.tp or self.dp % (self.ep // self.tp)):
             raise SettingsError(
                 f"ep={self.ep} groups of experts fit neither tp={self.tp} nor dp={self.dp}: ep must divide tp, or be a "

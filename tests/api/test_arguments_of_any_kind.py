@@ -188,3 +188,37 @@ def test_threads_that_take_from_one_stream_share_it(checkpoint: Any) -> None:
         thread.join(60)
         assert not thread.is_alive()
     assert sorted(taken) == sorted(checkpoint.names)
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        pytest.param({"WORLD_SIZE": "1000000000"}, id="ranks"),
+        pytest.param({"LOCAL_WORLD_SIZE": "9" * 5000}, id="digits"),
+        pytest.param({"MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": "9" * 30}, id="world-of-digits"),
+    ],
+)
+def test_numbers_of_the_environment_that_no_cluster_has(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str]
+) -> None:
+    for name, value in ({"RANK": "0", "WORLD_SIZE": "2"} | environment).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SettingsError, match="WORLD_SIZE"):
+        find_membership(None, None, None, None)
+
+
+@pytest.mark.parametrize("name", ["PET_NNODES", "SLURM_STEP_TASKS_PER_NODE", "OMPI_COMM_WORLD_LOCAL_SIZE"])
+@pytest.mark.parametrize("value", ["9" * 5000, "1(x99999999999)", "1(x999999999)", "٣", "1(x8),1(x999999999)"])
+def test_what_is_no_number_of_ranks_says_nothing(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
+    job = {"SLURM_PROCID": "1", "SLURM_NTASKS": "8", "OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "8"}
+    for variable, said in ({"RANK": "1", "WORLD_SIZE": "8"} | job | {name: value}).items():
+        monkeypatch.setenv(variable, said)
+    assert find_membership(None, None, None, None).topology.nodes == (tuple(range(8)),)
+
+
+@pytest.mark.parametrize(
+    "sizes", [{"tp": 10**9}, {"tp": 2, "replicas": 10**6}, {"tp": 10**5000}], ids=["tp", "all", "digits"]
+)
+def test_more_ranks_than_any_cluster_has_are_told(checkpoint: Any, sizes: dict[str, int]) -> None:
+    with pytest.raises(RayStreamerError, match=r"any cluster has|at most 1048576"):
+        ray_streamer.plan(checkpoint.uri, **sizes)
