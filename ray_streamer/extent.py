@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+PAGE_BYTES = 4096
+"""A page of memory and of the page cache. Long reads and blocks begin and end with one."""
+
 
 @dataclass(frozen=True, slots=True, order=True)
 class Extent:

@@ -21,6 +21,7 @@ _LONGEST_VALUE = 120
 
 # C0 and C1 controls, DEL, what turns the direction of text around, line separators, and halves of surrogate pairs.
 _OBEYED = "\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff"
+_ASCII_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _CONTROL = re.compile(f"[{_OBEYED}]")
 _CONTROL_OR_BREAK = re.compile(f"[{_OBEYED}\t\n]")
 
@@ -47,6 +48,11 @@ def printable(text: str, *, one_line: bool = False) -> str:
     """
     obeyed = _CONTROL_OR_BREAK if one_line else _CONTROL
     return obeyed.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
+
+
+def has_controls(text: str) -> bool:
+    """Whether the text holds a control character of ASCII, which no name of a file should."""
+    return _ASCII_CONTROL.search(text) is not None
 
 
 def shown(name: str) -> str:

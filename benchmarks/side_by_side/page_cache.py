@@ -6,7 +6,8 @@ import os
 from typing import TYPE_CHECKING
 
 from ray_streamer.demo.checkpoint import drop_page_cache
-from ray_streamer.storage.residency import PAGE_BYTES, count_cached_pages, seems_page_cached
+from ray_streamer.extent import PAGE_BYTES
+from ray_streamer.storage.residency import count_cached_pages, seems_page_cached
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ray_streamer.checkpoint.json_files import read_config
+from ray_streamer.checkpoint.location import may_be_hub_id
 from ray_streamer.checkpoint.open import ADAPTER_KEY
 from ray_streamer.errors import RayStreamerError
 from ray_streamer.wording import printable
@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 
     from ray_streamer.checkpoint.index import CheckpointIndex
     from ray_streamer.storage.base import Storage
-
-_HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 
 _logger = logging.getLogger(__name__)
 
@@ -76,6 +74,6 @@ def base_uri(named: object, revision: object = None) -> str | None:
     path = os.path.abspath(os.path.expanduser(named))
     if os.path.isdir(path):
         return path
-    if not _HUB_ID.fullmatch(named):
+    if not may_be_hub_id(named):
         return None
     return f"hf://{named}@{revision}" if isinstance(revision, str) and revision else f"hf://{named}"

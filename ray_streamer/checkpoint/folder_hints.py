@@ -12,6 +12,7 @@ from itertools import islice
 from typing import TYPE_CHECKING
 
 from ray_streamer.checkpoint.foreign import foreign_format
+from ray_streamer.checkpoint.location import may_be_hub_id
 from ray_streamer.checkpoint.shard_files import ADAPTER_CONFIG_NAME, OTHER_LAYOUT, SINGLE_NAME, SUFFIX, is_of_adapter
 from ray_streamer.errors import CheckpointError, ObjectMissingError, StorageError
 from ray_streamer.wording import listed, shown
@@ -26,7 +27,6 @@ _WANTED = f"looked for {INDEX_NAME}, {SINGLE_NAME} and *{SUFFIX}"
 _CHECK_PLACE = "check the path, or the bucket and prefix"
 _CONVERT = "convert the checkpoint to safetensors first, or fetch a revision of it that has safetensors files"
 _OTHER_FORMATS = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".ggml", ".h5", ".msgpack", ".onnx", ".npz", ".distcp")
-_HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 _REVISION = re.compile(r"[0-9A-Za-z][0-9A-Za-z._-]*")
 _NUM_ENTRIES = 1000
 _HEAD_BYTES = 64
@@ -130,7 +130,7 @@ def _main_revision(storage: Storage) -> str | None:
 def _if_hub_id(storage: Storage) -> str:
     path = _local_folder(storage)
     name = "" if path is None else os.path.relpath(path)
-    if not _HUB_ID.fullmatch(name) or os.path.isdir(name.partition("/")[0]):
+    if not may_be_hub_id(name) or os.path.isdir(name.partition("/")[0]):
         return ""
     return f"; did you mean hf://{name}, a model of the Hugging Face Hub?"
 

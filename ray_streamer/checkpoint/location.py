@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from urllib.parse import unquote
+
+_HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,3 +42,8 @@ def locate(uri: str) -> CheckpointLocation:
     if scheme.lower() in ("http", "https"):
         name = unquote(name)
     return CheckpointLocation(f"{scheme}{separator}{folder}", name)
+
+
+def may_be_hub_id(name: str) -> bool:
+    """Whether a name has the form of a model's id on the Hugging Face Hub, ORG/MODEL; a relative path may have it, too."""
+    return _HUB_ID.fullmatch(name) is not None

@@ -14,13 +14,12 @@ from ray_streamer.checkpoint.foreign import foreign_format
 from ray_streamer.checkpoint.strict_json import MalformedJsonError, parse_strict
 from ray_streamer.collector import collector_paused
 from ray_streamer.errors import CheckpointError
-from ray_streamer.wording import shown
+from ray_streamer.wording import has_controls, shown
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
-_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +89,7 @@ def check_file_name(name: str, plain: str, *, file: str) -> None:
         rule = "must be a relative path without empty or '..' components"
     elif "\\" in name:
         rule = "must separate components by '/', not by a backslash"
-    elif _CONTROL.search(name):
+    elif has_controls(name):
         rule = "must not hold control characters"
     elif _SCHEME.match(plain) or plain.startswith("~"):
         rule = "must be a relative path, not a URL, drive or home folder"

@@ -10,7 +10,8 @@ import ctypes
 import threading
 import time
 
-PAGE_BYTES = 4096
+from ray_streamer.extent import PAGE_BYTES
+
 LEAST_BYTES = 64 << 10
 """Shorter memory is not worth a system call."""
 

@@ -14,6 +14,7 @@ from statistics import median
 from typing import TYPE_CHECKING, NamedTuple
 
 from ray_streamer.extent import Extent
+from ray_streamer.settings import MIB
 from ray_streamer.staging.stop import StopSignal
 from ray_streamer.staging.threads import TaskThreads
 
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from ray_streamer.storage.base import Storage
 
 NUM_STREAMS = (1, 2, 4, 8, 16, 32, 64)
-MIB = 1 << 20
 _BLOCKS_OF_A_STREAM = 2
 _ENOUGH_SECONDS = 2.0
 _FRESH_AND_TOUCHED = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE

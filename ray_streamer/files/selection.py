@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import fnmatch
-import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ray_streamer.errors import CheckpointError, SettingsError
-from ray_streamer.wording import shown
+from ray_streamer.wording import has_controls, shown
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
-
-_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +71,7 @@ def check_path(path: str, *, uri: str) -> None:
         CheckpointError: Names it.
     """
     parts = path.split("/")
-    if any(part in ("", ".", "..") for part in parts) or _CONTROL.search(path):
+    if any(part in ("", ".", "..") for part in parts) or has_controls(path):
         raise CheckpointError(
             f"{uri} has a file called {shown(path)}, which is no plain relative path; remove it there, or leave it "
             "out with ignore="

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ray_streamer.errors import BudgetError, PlanError
+from ray_streamer.extent import PAGE_BYTES
 from ray_streamer.units import counted, exact_bytes
 
 if TYPE_CHECKING:
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
 
     from ray_streamer.planning.topology import Topology
 
-PAGE_BYTES = 4096
 MIN_BLOCK_BYTES = 256 << 10
 MAX_BLOCK_BYTES = 1 << 30
 OBJECT_STORE_MIN_RUN_BYTES = 256 << 10

@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ray_streamer.errors import ObjectChangedError, ShortReadError, StorageError
-from ray_streamer.extent import Extent
+from ray_streamer.extent import PAGE_BYTES, Extent
 from ray_streamer.storage.file_identity import FileIdentity, sample_extents
 from ray_streamer.storage.file_memory import map_file
 from ray_streamer.storage.os_errors import os_errors_translated
-from ray_streamer.storage.residency import PAGE_BYTES, is_page_cached
+from ray_streamer.storage.residency import is_page_cached
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -210,7 +210,7 @@ class PosixFile:
         start = -(-extent.start // PAGE_BYTES) * PAGE_BYTES
         stop = extent.stop // PAGE_BYTES * PAGE_BYTES
         is_long = stop - start >= _LEAST_DIRECT_BYTES
-        if is_long and (address_of(buffer) - extent.start) % PAGE_BYTES == 0 and self.prefers_direct:
+        if is_long and (_address_of(buffer) - extent.start) % PAGE_BYTES == 0 and self.prefers_direct:
             return Extent(start, stop)
         return Extent(extent.start, extent.start)
 
@@ -229,7 +229,7 @@ class PosixFile:
             return 0
 
 
-def address_of(buffer: memoryview) -> int:
+def _address_of(buffer: memoryview) -> int:
     """Where in memory a buffer of at least one byte begins."""
     return int(np.frombuffer(buffer, dtype=np.uint8).__array_interface__["data"][0])
 

@@ -16,7 +16,8 @@ import os
 import random
 from contextlib import suppress
 
-PAGE_BYTES = 4096
+from ray_streamer.extent import PAGE_BYTES
+
 _NUM_SAMPLES = 64
 _ALLOWED_MISSES = _NUM_SAMPLES // 10
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from ray_streamer.device.base import address_of
-from ray_streamer.device.first_touch import LEAST_BYTES, PAGE_BYTES, fault_in
+from ray_streamer.device.first_touch import LEAST_BYTES, fault_in
+from ray_streamer.extent import PAGE_BYTES
 
 
 def resident_pages(memory: mmap.mmap) -> int:

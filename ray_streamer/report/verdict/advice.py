@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, Self
 
 from ray_streamer.errors import BudgetError
+from ray_streamer.extent import PAGE_BYTES
 from ray_streamer.planning.limits import (
     AS_MUCH_AS_USEFUL,
     MAX_BLOCK_BYTES,
     MIN_BLOCK_BYTES,
-    PAGE_BYTES,
     fit_block_bytes,
     useful_slots,
 )
