@@ -64,7 +64,8 @@ class ContentRange:
 def content_range_of(answer: HttpAnswer, *, asked: Extent, what: str) -> ContentRange:
     """Which bytes an answer brings: a part, or a whole object where no more than a part of that length was asked for.
 
-    Servers may ignore ranges, and some do for small files only (RFC 9110, section 14.2).
+    Servers may send the whole instead (RFC 9110, section 14.2). Those that give no ranges at all do so for pages, too, that are no
+    file, such as one to log in; so they have to say that they give some.
 
     Raises:
         StorageError: The answer does not say, or its body is not the object's own bytes.
@@ -76,8 +77,10 @@ def content_range_of(answer: HttpAnswer, *, asked: Extent, what: str) -> Content
     if answer.status == 206 and answer.length == 0 and _NOTHING.fullmatch(answer.header("content-range")):
         raise ShortReadError(f"{what}: the object ends before the extent begins")
     given = ContentRange.parse(answer.header("content-range"))
-    if answer.status == 200 and asked.start == 0 and answer.length is not None and answer.length <= asked.stop:
-        given = ContentRange(Extent(0, answer.length), answer.length)
+    gives_ranges = answer.header("accept-ranges").lower() == "bytes"
+    size_bytes = answer.length
+    if answer.status == 200 and gives_ranges and not asked.start and size_bytes and size_bytes <= asked.stop:
+        given = ContentRange(Extent(0, size_bytes), size_bytes)
     elif answer.status != 206:
         given = None
     if given is None:

@@ -43,6 +43,8 @@ _SCOPE = "https://storage.azure.com/.default"
 # A token that ends sooner is renewed, as azure-core does.
 _RENEWED_BEFORE_SECONDS = 300
 _CONTAINER = re.compile(r"\$root|\$web|[a-z0-9](?:-?[a-z0-9]){2,62}")
+# Workspaces of OneLake are called as people like it.
+_WORKSPACES = re.compile(r"[a-z0-9-]+\.(?:blob|dfs)\.fabric\.microsoft\.com", re.IGNORECASE)
 _WHO = (
     "set AZURE_STORAGE_CONNECTION_STRING, or AZURE_STORAGE_SAS_TOKEN or AZURE_STORAGE_ACCOUNT_KEY; or let azure-identity know: `az login`, "
     "AZURE_CLIENT_ID and its companions, or an identity of the machine or pod"
@@ -236,7 +238,7 @@ def open_store(uri: str, settings: StorageSettings) -> ObjectStore:
         prefix = path
     else:
         container, prefix = authority, path
-    if not _CONTAINER.fullmatch(container):
+    if not _CONTAINER.fullmatch(container) and not (container and _WORKSPACES.fullmatch(host)):
         raise SettingsError(
             f"{uri} names no container; give az://CONTAINER/PREFIX, or abfss://CONTAINER@ACCOUNT.dfs.core.windows.net/PREFIX"
         )

@@ -262,7 +262,7 @@ class HttpAnswer:
         """A body that h11 has to take apart: every byte is copied."""
         scratch = memoryview(bytearray(_CHUNK_BYTES))
         self.connection.stream.settimeout(clock.begin())
-        stop = SEGMENT_BYTES
+        began_at = 0
         while not isinstance(event := next_event(self._protocol), h11.EndOfMessage):
             if event is h11.NEED_DATA:
                 self._protocol.receive_data(bytes(scratch[: self._receive_some(scratch, clock)]))
@@ -273,12 +273,15 @@ class HttpAnswer:
                 if len(data) < len(event.data):
                     self.is_too_long = True
                     return
-                yield len(data)
-                if self.num_received >= stop:
+                if self.num_received - began_at >= SEGMENT_BYTES:
                     clock.end()
+                    # Between two segments only: whoever takes it may take its time.
+                    yield self.num_received - began_at
+                    began_at = self.num_received
                     self.connection.stream.settimeout(clock.begin())
-                    stop = self.num_received + SEGMENT_BYTES
+        clock.end()
         self._has_ended = True
+        yield self.num_received - began_at
 
     def _receive_some(self, view: memoryview, clock: SegmentClock) -> int:
         """What comes next, 0 at the end of the connection; the clock runs on from segment to segment, not from here."""

@@ -41,6 +41,13 @@ class _MovedError(Exception):
     """The store sent the request elsewhere, which it has noted."""
 
 
+def _is_of_no_more_use(request: Request, fault: PassingFault | StorageError) -> bool:
+    """Whether the credentials, or the address that a server named, are better found anew: that one may be gone, or never was good."""
+    if isinstance(fault, PassingFault) and fault.error_class is ThrottledError:
+        return False
+    return request.is_sent_on or (isinstance(fault, PassingFault) and fault.is_worth_one_retry)
+
+
 class ObjectRequests:
     """Requests to one store; many threads send them at once.
 
@@ -89,9 +96,8 @@ class ObjectRequests:
                     yield request, answer
             except _MovedError:
                 continue
-            except PassingFault as fault:
-                # A server that another one named may be gone, and that one may know a better one by now.
-                if fault.is_worth_one_retry or (request.is_sent_on and fault.error_class is not ThrottledError):
+            except (PassingFault, StorageError) as fault:
+                if _is_of_no_more_use(request, fault):
                     self._store.discard(path, request)
                 raise
             else:

@@ -292,6 +292,7 @@ ACCOUNTS = {
     "az://models/m": "http://127.0.0.1:10000/devstoreaccount1",
     "abfss://models@other.dfs.core.windows.net/m": "https://other.blob.core.windows.net",
     "abfs://models@other.blob.core.chinacloudapi.cn/m": "https://other.blob.core.chinacloudapi.cn",
+    "abfss://Our Models@onelake.dfs.fabric.microsoft.com/my.Lakehouse/Files/m": "https://onelake.blob.fabric.microsoft.com",
     "https://other.blob.core.usgovcloudapi.net/models/m": "https://other.blob.core.usgovcloudapi.net",
     "https://devstoreaccount1.blob.core.windows.net/models/m": "http://127.0.0.1:10000/devstoreaccount1",
 }

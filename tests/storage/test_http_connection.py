@@ -276,3 +276,36 @@ def test_a_header_that_can_be_sent(ends, value):
     ours, theirs = ends
     ours.ask("/", {"X-Token": value})
     assert f"\r\nX-Token: {value}\r\n".encode("latin-1") in theirs.recv(65536)
+
+
+class Running:
+    """A clock that tells whether it runs; everything is in time."""
+
+    due = float("inf")
+    is_running = False
+
+    def begin(self) -> float:
+        self.is_running = True
+        return 30.0
+
+    def extend(self) -> float:
+        raise AssertionError("nothing is late")
+
+    def end(self) -> None:
+        self.is_running = False
+
+
+@pytest.mark.parametrize("framing", ["Content-Length: 3000000", "Transfer-Encoding: chunked", "Connection: close"])
+def test_the_clock_stands_still_while_others_have_the_bytes(ends, framing):
+    """Who caps the bandwidth sleeps then, and a body would be late that is only not asked for."""
+    body = BODY * 10
+    sent = b"%x\r\n%s\r\n0\r\n\r\n" % (len(body), body) if "chunked" in framing else body
+    answer, sender = answer_of(*ends, f"HTTP/1.1 206 P\r\n{framing}\r\n\r\n".encode(), sent, then_end=True)
+    memory, clock, pieces = memoryview(bytearray(len(body))), Running(), []
+    for num_bytes in answer.receive_into(memory, clock):
+        assert not clock.is_running
+        pieces.append(num_bytes)
+    sender.join()
+    assert memory == body
+    assert len(pieces) == 3
+    assert answer.num_received - sum(pieces) in range(4096), "what came with the head is no piece"

@@ -163,9 +163,70 @@ class Generator:
         return b"".join(self.choose.choices(XML, k=self.choose.randint(1, 12)))
 
 
+LOCATIONS = [
+    *(
+        "/m/a",
+        "/m/a?sig=plantedsignature01234567",
+        "?",
+        "#",
+        "//",
+        "http://[",
+        "http://a b/",
+        "http://\xe9/",
+        "\xff\xfe",
+        "//[::1]:1/",
+    ),
+    *(
+        "http://169.254.169.254/",
+        "http://user:planted@h/",
+        "https://127.0.0.1:1/",
+        "http://127.0.0.1:0/",
+        "http://.x/",
+        "http://%00/",
+    ),
+    *("x" * 9000, "http://" + "a" * 300 + "/"),
+]
+LINKED = [
+    'X-Linked-Etag: "x"',
+    "X-Linked-Size: 999999999999999999999",
+    "X-Linked-Size: -1",
+    f"X-Repo-Commit: {'a' * 40}",
+]
+JSON = [
+    *(
+        '{"items":',
+        '{"name":"m/a"}',
+        '{"name":1}',
+        '"nextPageToken":"t"',
+        '{"path":"m/a","type":"file"}',
+        '{"path":"\\ud800","type":"file"}',
+    ),
+    *("[", "]", "{", "}", ",", ":", "null", "NaN", "1e999", "9" * 5000, "[" * 10_000, '"\\u0000"'),
+]
+
+
+class StoreGenerator(Generator):
+    """Also redirects, and listings in JSON."""
+
+    def answer(self, asked) -> bytes | None:
+        choose = self.choose
+        if any(part in asked.target for part in ("/o?", "comp=list", "/tree/")) and choose.random() < 0.7:
+            texts = [self.xml(), "".join(choose.choices(JSON, k=choose.randint(1, 10))).encode()]
+            return self.changed(answer_bytes(200, choose.choice(texts)), choose.randrange(7))
+        if choose.random() < 0.25:
+            lines = {"Location": choose.choice(LOCATIONS)}
+            name, _, value = choose.choice(LINKED).partition(": ")
+            return answer_bytes(choose.choice([301, 302, 303, 307, 308]), b"", lines | {name: value})
+        return super().answer(asked)
+
+
+def seed() -> int:
+    return int(os.environ.get("FUZZ_SEED", 8))
+
+
 @pytest.fixture
 def generator():
-    return Generator(int(os.environ.get("FUZZ_SEED", 8)))
+    return Generator(seed())
 
 
 def read_head(storage) -> str:
@@ -193,6 +254,7 @@ def outcome_of(ask, storage) -> str:
         return ask(storage)
     except RayStreamerError as raised:
         error = raised
+    assert "planted" not in str(error)
     assert not set(str(error)) & set("\x1b\x00\x07\x9b")
     assert len(str(error)) < 3000
     return type(error).__name__
@@ -218,3 +280,36 @@ def test_hostile_answers(open_s3, some_credentials, generator, caplog):
     assert largest < MAX_BYTES
     # How often a request is tried again depends on the clock, so rarer ends need not come.
     assert {"head", "body", "StorageError"} <= outcomes.keys()
+
+
+URIS = {
+    "web": "{url}/m",
+    "signed": "{url}/m?sig=plantedsignature01234567",
+    "google": "gs://bucket/m",
+    "azure": "az://models/m",
+    "hub": "hf://org/model/m",
+}
+
+
+@pytest.mark.parametrize("kind", URIS)
+def test_hostile_answers_of_other_stores(open_store, monkeypatch, caplog, kind):
+    """Whatever it is, it has no bytes but the object's; a store that says another size of itself cannot be caught at that."""
+    caplog.set_level("CRITICAL")
+    num_answers = int(os.environ.get("FUZZ_ANSWERS", NUM_ANSWERS)) // (2 * len(URIS))
+    largest = 0
+    with HostileStore(StoreGenerator(seed()).answer) as store:
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", store.url)
+        account = f"AccountName=devstoreaccount1;BlobEndpoint={store.url}/devstoreaccount1"
+        monkeypatch.setenv("AZURE_STORAGE_CONNECTION_STRING", account)
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", store.url)
+        uri = URIS[kind].format(url=store.url)
+        tracemalloc.start()
+        for number in range(num_answers):
+            if number % 10 == 0:
+                storage = open_store(uri, azure_unsigned=True, **SETTINGS)
+            tracemalloc.reset_peak()
+            before = tracemalloc.get_traced_memory()[0]
+            outcome_of((read_head, read_body, list_names)[number % 3], storage)
+            largest = max(largest, tracemalloc.get_traced_memory()[1] - before)
+        tracemalloc.stop()
+    assert largest < MAX_BYTES

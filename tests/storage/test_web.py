@@ -251,21 +251,32 @@ def test_a_server_without_ranges_is_refused_with_the_reason(server, open_store):
         open_store(f"{server.url}/m").read_head("a", 4)
 
 
+def sending_all(asked):
+    return answer_bytes(200, CONTENT, {"ETag": '"e"', "Accept-Ranges": "bytes"})
+
+
 @pytest.mark.parametrize("max_bytes", [len(CONTENT), len(CONTENT) + 1])
 def test_a_whole_file_is_as_good_as_the_part_that_is_all_of_it(server, open_store, max_bytes):
     """Some servers give ranges of large files only; of a small one they send all, as they may."""
-    server.has_ranges = False
+    server.answer = sending_all
     head, info = open_store(f"{server.url}/m").read_head("a", max_bytes)
     assert (head, info.size_bytes) == (CONTENT, len(CONTENT))
 
 
 @pytest.mark.parametrize(("start", "max_bytes"), [(0, len(CONTENT) - 1), (1, len(CONTENT))])
 def test_a_whole_file_instead_of_another_part_is_refused(server, open_store, start, max_bytes):
-    storage = open_store(f"{server.url}/m")
-    etag = storage.size_and_etag("a").etag
-    server.has_ranges = False
+    server.answer = sending_all
     with pytest.raises(StorageError, match="ignores ranges"):
-        read(storage, "a", Extent(start, max_bytes), etag)
+        read(open_store(f"{server.url}/m"), "a", Extent(start, max_bytes), '"e"')
+
+
+def test_a_page_that_is_no_file_is_refused(server, open_store):
+    """One to log in, say: it would be taken for a tokenizer."""
+    server.answer = lambda _: answer_bytes(
+        200, b"<html>who are you?</html>", {"ETag": '"e"', "Content-Type": "text/html"}
+    )
+    with pytest.raises(StorageError, match="ignores ranges"):
+        open_store(f"{server.url}/m").read_head("a", 4096)
 
 
 @pytest.mark.parametrize("status", [401, 403])
