@@ -61,7 +61,7 @@ _BY_NAME: dict[Any, OperationKind] = {
 
 
 @cache
-def kind_of(func: Any) -> OperationKind:
+def operation_kind(func: Any) -> OperationKind:
     """The kind of an operation as `__torch_dispatch__` gets it: an overload of torch's or of anybody's library."""
     named = _BY_NAME.get(getattr(func, "overloadpacket", None))
     if named is not None and (named is OperationKind.COPY_INTO or not func._schema.is_mutable):

@@ -19,7 +19,7 @@ import torch
 
 from ray_streamer.capture.lazy import LazyTensor, tensors_among, with_each
 from ray_streamer.capture.memory import Memory, TensorElements, seen, view_of
-from ray_streamer.capture.operations import OperationKind, kind_of, written_arguments
+from ray_streamer.capture.operations import OperationKind, operation_kind, written_arguments
 from ray_streamer.capture.pending import Pending, RecordedCopy
 from ray_streamer.capture.strided import Loop, Strided, holds
 from ray_streamer.errors import CaptureError
@@ -68,7 +68,7 @@ class OperationRecorder:
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The operation's outcome, as the loader sees it."""
-        kind = kind_of(func)
+        kind = operation_kind(func)
         lazies = [found for found in tensors_among(args, kwargs) if isinstance(found, LazyTensor)]
         if not lazies:
             return self._run_on_real(kind, func, args, kwargs)

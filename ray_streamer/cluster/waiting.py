@@ -213,7 +213,7 @@ def _missing(wanted: RoomWanted) -> str:
 
 def _who_and_what(group: PlacementGroup, wanted: RoomWanted) -> str:
     """Who holds what is missing, and what would end the wait."""
-    holders = find_holders(wanted.bundle, ours=wanted.ours, without=group.id.hex())
+    holders = find_room_holders(wanted.bundle, ours=wanted.ours, without=group.id.hex())
     known = "; ".join(map(str, holders[:_MOST_HOLDERS]))
     more = f"; and {len(holders) - _MOST_HOLDERS} more" if len(holders) > _MOST_HOLDERS else ""
     advice: list[str] = []
@@ -230,7 +230,7 @@ def _who_and_what(group: PlacementGroup, wanted: RoomWanted) -> str:
     return f"{known}{more}. {sentence[0].upper()}{sentence[1:]}" if known else f"{sentence[0].upper()}{sentence[1:]}"
 
 
-def find_holders(wanted: Mapping[str, float], *, ours: Mapping[str, str], without: str) -> list[Holder]:
+def find_room_holders(wanted: Mapping[str, float], *, ours: Mapping[str, str], without: str) -> list[Holder]:
     """Who has reserved any of the wanted resources, those of this process first, then by how much.
 
     Args:

@@ -9,7 +9,13 @@ from typing import TYPE_CHECKING
 from ray_streamer.cluster.survey import PARCEL_BYTES
 from ray_streamer.doctor.finding import Finding
 from ray_streamer.doctor.machine_checks import check_limits
-from ray_streamer.doctor.storage_checks import MOST_SKEW_SECONDS, check_checkpoint, check_clock, check_files, unreadable
+from ray_streamer.doctor.storage_checks import (
+    MOST_SKEW_SECONDS,
+    check_checkpoint,
+    check_clock,
+    check_files,
+    checkpoint_refused,
+)
 from ray_streamer.errors import RayStreamerError
 from ray_streamer.units import human_bytes
 
@@ -56,7 +62,7 @@ class NodeLook:
         try:
             storage = request.open_storage()
         except RayStreamerError as error:
-            return [unreadable(error)]
+            return [checkpoint_refused(error)]
         with contextlib.closing(storage):
             opened = [check_files(storage, self.files)] if self.files else check_checkpoint(request, storage)[1]
             return [*opened, *check_clock(storage, timeout_seconds=self.settings.connect_timeout_seconds)]

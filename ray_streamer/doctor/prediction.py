@@ -11,7 +11,7 @@ from ray_streamer.planning.limits import useful_slots
 from ray_streamer.rank.conditions import max_copiers
 from ray_streamer.report.verdict.cost import find_model_costs
 from ray_streamer.report.verdict.model import ClusterModel, NodeGroup
-from ray_streamer.report.verdict.other_settings import with_settings
+from ray_streamer.report.verdict.other_settings import under_settings
 from ray_streamer.report.verdict.planned import Pace, model_of_plan
 from ray_streamer.report.verdict.replay import replay_cluster, replay_seconds
 
@@ -151,7 +151,7 @@ def _predict_fleet(model: NodeModel, fleet: Fleet, read_bytes: int) -> FleetPred
 
 def _with_readers(model: NodeModel, num_readers: int, memory_limit: int) -> NodeModel:
     num_slots = useful_slots(memory_limit=memory_limit, block_bytes=model.block_bytes, concurrency=num_readers)
-    return with_settings(model, num_readers=num_readers, num_slots=num_slots, block_bytes=model.block_bytes)
+    return under_settings(model, num_readers=num_readers, num_slots=num_slots, block_bytes=model.block_bytes)
 
 
 def _model(plan: ReadPlan, node: Node, settings: Settings) -> NodeModel:

@@ -31,7 +31,7 @@ def check_checkpoint(request: LoadRequest, storage: Storage) -> tuple[Checkpoint
     try:
         index = request.read_index(storage)
     except RayStreamerError as error:
-        return None, [unreadable(error)]
+        return None, [checkpoint_refused(error)]
     found = f"{counted(len(index), 'tensor')} in {counted(len(index.files), 'file')}, {human_bytes(index.total_bytes)}"
     return index, [Finding(subject="checkpoint", level="good", found=f"readable: {found}")]
 
@@ -46,7 +46,7 @@ def check_files(storage: Storage, files: Sequence[ShardFile]) -> Finding:
             if size != file.size_bytes:
                 return _of_another_size(f"{storage.uri.rstrip('/')}/{file.path}", size, file.size_bytes)
     except RayStreamerError as error:
-        return unreadable(error)
+        return checkpoint_refused(error)
     checked = f"{len(looked_at)} of {counted(len(files), 'file')}"
     return Finding(
         subject="checkpoint",
@@ -65,7 +65,7 @@ def _of_another_size(path: str, size: int, expected: int) -> Finding:
     )
 
 
-def unreadable(error: RayStreamerError) -> Finding:
+def checkpoint_refused(error: RayStreamerError) -> Finding:
     """What the error of a read, or of opening the storage, means for this node."""
     if isinstance(error, ObjectMissingError):
         why, advice = "There is nothing to load.", "Check the uri, and that this node has the mount that holds it."

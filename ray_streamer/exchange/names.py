@@ -22,7 +22,7 @@ _LONGER = b"+"
 """What follows a name that was taken; in no session's own name, which may go on with a slash as another session's."""
 
 
-def address_of(name: str, local_rank: int) -> bytes:
+def socket_name_of(name: str, local_rank: int) -> bytes:
     """The name under which a rank of session `name` listens."""
     # A socket's name has room for 107 bytes; a session is as long as whoever named it liked.
     if len(name.encode()) > _MAX_NAME_BYTES or not _PLAIN_NAME.fullmatch(name):

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 from ray_streamer.errors import ClusterError
 from ray_streamer.exchange.liveness import Watch
 from ray_streamer.exchange.messages import MAX_MESSAGE_BYTES, Hello, decode_hello, encode_hello
-from ray_streamer.exchange.names import address_of, connect, listen, longer_names
+from ray_streamer.exchange.names import connect, listen, longer_names, socket_name_of
 from ray_streamer.exchange.peer import PeerProcess, is_same_user, receive_message
 from ray_streamer.units import counted
 
@@ -105,7 +105,7 @@ class Meeting:
         self._looked_up = float("-inf")
         self._calls: dict[bytes, _Call] = {}
         self._strangers: set[socket.socket] = set()
-        self._listener = listen(address_of(name, hello.local_rank))
+        self._listener = listen(socket_name_of(name, hello.local_rank))
         selector.register(self._listener, selectors.EVENT_READ, self._accept)
 
     def close(self) -> None:
@@ -127,7 +127,7 @@ class Meeting:
         """Calls the missing ranks before this one that were not called yet."""
         is_looked_up = time.monotonic() - self._looked_up >= _LOOK_UP_SECONDS
         for local_rank in [rank for rank in self.missing if rank < self._hello.local_rank]:
-            address = address_of(self._name, local_rank)
+            address = socket_name_of(self._name, local_rank)
             longer = longer_names(address) if is_looked_up else ()
             for candidate in (address, *longer):
                 if candidate not in self._calls:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from ray_streamer.storage.base import ObjectInfo, Storage, StorageSettings, is_there
 from ray_streamer.storage.signed import UrisLike, split_signature
-from ray_streamer.storage.stores import kind_of, num_root_folders
+from ray_streamer.storage.stores import num_root_folders, store_kind
 from ray_streamer.storage.uri import UriLike, absolute_uri, scheme_of
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def open_storage(uri: UriLike, settings: StorageSettings) -> Storage:
         from ray_streamer.storage.memory import MemoryStorage
 
         return MemoryStorage(uri, settings)
-    kind = kind_of(uri, scheme)
+    kind = store_kind(uri, scheme)
     if kind is not None:
         from ray_streamer.storage.object_storage import ObjectStorage
 

@@ -152,13 +152,13 @@ def num_root_folders(uri: str, scheme: str) -> int:
     >>> num_root_folders("hf://org/model/a.safetensors", "hf"), num_root_folders("s3://bucket/a.safetensors", "s3")
     (1, 0)
     """
-    kind = kind_of(uri, scheme)
+    kind = store_kind(uri, scheme)
     if kind is None:
         return 0
     return kind.num_root_folders if scheme in kind.schemes else kind.num_root_folders_of_hosts
 
 
-def kind_of(uri: str, scheme: str) -> StoreKind | None:
+def store_kind(uri: str, scheme: str) -> StoreKind | None:
     """The store of a uri with this scheme in lower case, or None.
 
     >>> kind_of("S3://bucket/model", "s3").name

@@ -15,7 +15,7 @@ import pytest
 from ray_streamer.errors import ClusterError, LoadAbortedError, RankFailedError, StartupTimeoutError
 from ray_streamer.exchange import peer, rendezvous
 from ray_streamer.exchange.messages import Failure, Hello, MessageKind, encode_failure, encode_hello
-from ray_streamer.exchange.names import address_of, longer_names
+from ray_streamer.exchange.names import longer_names, socket_name_of
 from ray_streamer.exchange.session import NodeSession
 from ray_streamer.staging.stop import StopSignal
 
@@ -33,7 +33,7 @@ def _dial(session: str, local_rank: int) -> socket.socket:
     connection.settimeout(10)
     while True:
         try:
-            connection.connect(address_of(session, local_rank))
+            connection.connect(socket_name_of(session, local_rank))
         except (ConnectionRefusedError, BlockingIOError):
             continue
         return connection
@@ -195,7 +195,7 @@ needs_root = pytest.mark.skipif(os.getuid() != 0, reason="only root can become s
 def test_a_real_process_of_another_user(start, session):
     first = start(_ranks_met, 0, 2)
     _dial(session, 0).close()
-    said, _ = _as_nobody("call", address_of(session, 0)[1:].decode()).communicate()
+    said, _ = _as_nobody("call", socket_name_of(session, 0)[1:].decode()).communicate()
     assert said.strip() in ("b''", "")
     second = start(_ranks_met, 1, 2)
     assert first.join() == second.join() == [b"20", b"21"]
@@ -205,7 +205,7 @@ def test_a_real_process_of_another_user(start, session):
 @pytest.mark.parametrize("taken", [[0], [1], [0, 1, 2]])
 @pytest.mark.parametrize("how", ["listen", "bind"])
 def test_another_user_that_takes_the_names_first_blocks_nobody(together, session, taken, how):
-    squatters = [_as_nobody(how, address_of(session, local_rank)[1:].decode()) for local_rank in taken]
+    squatters = [_as_nobody(how, socket_name_of(session, local_rank)[1:].decode()) for local_rank in taken]
     for squatter in squatters:
         assert squatter.stdout is not None
         assert squatter.stdout.readline() == "ready\n"
@@ -270,7 +270,7 @@ def test_a_name_that_a_fork_keeps_in_use_is_gone_around(start, session):
         "end.bind(bytes.fromhex(sys.argv[1])); end.listen(); child = ctypes.PyDLL(None).syscall(57); "
         "print(os.getpid(), flush=True) if child == 0 else None; child == 0 and sys.stdin.read()"
     )
-    command = [sys.executable, "-S", "-c", code, address_of(session, 0).hex()]
+    command = [sys.executable, "-S", "-c", code, socket_name_of(session, 0).hex()]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as rank:
         assert rank.stdout is not None
         rank.stdout.readline()
@@ -285,8 +285,8 @@ def test_longer_names_are_looked_up():
     name = secrets.token_hex(8)
     ends = [socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) for _ in range(4)]
     for end, suffix in zip(ends, (b"+a", b"+b", b"0+c", b"/0"), strict=True):
-        end.bind(address_of(name, 1) + suffix)
-    assert longer_names(address_of(name, 1)) == [address_of(name, 1) + b"+a", address_of(name, 1) + b"+b"]
+        end.bind(socket_name_of(name, 1) + suffix)
+    assert longer_names(socket_name_of(name, 1)) == [socket_name_of(name, 1) + b"+a", socket_name_of(name, 1) + b"+b"]
     for end in ends:
         end.close()
 

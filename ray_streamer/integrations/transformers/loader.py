@@ -20,11 +20,11 @@ from ray_streamer.api.rank import load_rank
 from ray_streamer.errors import CheckpointError, RayStreamerError, SettingsError
 from ray_streamer.integrations.transformers.model_class import class_of, read_config
 from ray_streamer.integrations.transformers.support import (
-    refuse_absent,
     refuse_arguments,
     refuse_packed,
     refuse_quantized,
     refuse_uncuttable,
+    require_transformers,
 )
 from ray_streamer.named_checkpoint import NamedCheckpoint
 from ray_streamer.settings import Settings
@@ -128,7 +128,7 @@ class ModelBuild:
         settings: Settings,
         model_arguments: Mapping[str, Any],
     ) -> None:
-        refuse_absent()
+        require_transformers()
         refuse_arguments(model_arguments)
         named = NamedCheckpoint.of(uri, settings)
         self.uri, self.settings = named.uri, named.settings

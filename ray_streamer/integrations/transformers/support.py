@@ -35,7 +35,7 @@ LOADABLE_METHODS = ("fp8", "mxfp4")
 _HEADS = ("num_attention_heads", "num_key_value_heads")
 
 
-def refuse_absent() -> None:
+def require_transformers() -> None:
     """Refuses to go on without transformers.
 
     Raises:

@@ -14,7 +14,7 @@ from ray_streamer.planning.limits import (
     fit_block_bytes,
     useful_slots,
 )
-from ray_streamer.report.verdict.other_settings import with_settings
+from ray_streamer.report.verdict.other_settings import under_settings
 from ray_streamer.report.verdict.replay import replay_seconds
 from ray_streamer.units import human_bytes
 
@@ -115,7 +115,7 @@ def find_advice(
 
 def _replayed_with(model: NodeModel, knobs: Knobs) -> float:
     block_bytes = knobs.used_block_bytes
-    other = with_settings(
+    other = under_settings(
         model,
         num_readers=knobs.concurrency,
         num_slots=useful_slots(memory_limit=knobs.memory_limit, block_bytes=block_bytes, concurrency=knobs.concurrency),

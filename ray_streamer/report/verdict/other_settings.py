@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from ray_streamer.report.verdict.model import NodeModel, Read
 
 
-def with_settings(model: NodeModel, *, num_readers: int, num_slots: int, block_bytes: int) -> NodeModel:
+def under_settings(model: NodeModel, *, num_readers: int, num_slots: int, block_bytes: int) -> NodeModel:
     """The same load on every rank with so many readers and slots, and files cut on another grid.
 
     A part of a block costs its share of the block's bytes, and the whole wait for a first byte; blocks that become one wait once.
