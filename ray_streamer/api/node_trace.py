@@ -28,12 +28,19 @@ def checked_output(trace: str | os.PathLike[str]) -> Path:
     Raises:
         SettingsError: It cannot; says why.
     """
-    path = Path(trace)
+    path = _path_of(trace)
     try:
         check_file(path)
     except OSError as error:
         raise SettingsError(f"trace={str(path)!r} cannot be written: {error.strerror}") from error
     return path
+
+
+def _path_of(trace: str | os.PathLike[str]) -> Path:
+    try:
+        return Path(trace)
+    except TypeError:
+        raise SettingsError(f"trace is the path of a file, got {trace!r}") from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +62,7 @@ class NodeTrace:
         Raises:
             SettingsError: It cannot be written.
         """
-        path = Path(trace)
+        path = _path_of(trace)
         if len(membership.topology.nodes) > 1:
             path = path.with_name(f"{path.stem}.node-{membership.node_number}{path.suffix}")
         is_writer = membership.rank == membership.local_ranks[0]

@@ -12,6 +12,7 @@ from ray_streamer.cluster.phases import Phases
 from ray_streamer.cluster.placement import PlacementOptions
 from ray_streamer.cluster.preflight import Preflight
 from ray_streamer.device import is_cuda
+from ray_streamer.errors import SettingsError
 from ray_streamer.settings import Settings
 
 if TYPE_CHECKING:
@@ -142,6 +143,7 @@ def load_sharded(
     settings = Settings.of_call(
         settings, concurrency=concurrency, memory_limit=memory_limit, node_memory_limit=node_memory_limit
     )
+    _check_kinds(placement, on_progress)
     request = bootstrapped(sharding, ready).request(uri, settings=settings, device=device)
     placement = (placement or PlacementOptions()).for_device(is_gpu=is_cuda(request.device))
     preflight = Preflight(request)
@@ -163,3 +165,11 @@ def load_sharded(
         trace=trace_file,
         handle=None if ready is None else ready.handle(),
     )
+
+
+def _check_kinds(placement: object, on_progress: object) -> None:
+    """Refuses what would fail only when Ray has started."""
+    if placement is not None and not isinstance(placement, PlacementOptions):
+        raise SettingsError(f"placement is a ray_streamer.PlacementOptions, got {type(placement).__name__}")
+    if on_progress is not None and not callable(on_progress):
+        raise SettingsError(f"on_progress is a function, got {type(on_progress).__name__}")

@@ -77,6 +77,7 @@ def test_values_of_torch_and_numpy(checkpoint: Any, arguments: dict[str, Any]) -
         pytest.param({"out": [torch.zeros(1)]}, SettingsError, "out is a mapping", id="out-list"),
         pytest.param({"on_statistics": 3}, SettingsError, "on_statistics is a function", id="callback-number"),
         pytest.param({"settings": {"concurrency": 4}}, SettingsError, "settings is a ray_streamer", id="settings-dict"),
+        pytest.param({"trace": 3}, SettingsError, "trace is the path of a file", id="trace-number"),
         pytest.param({"as_dtensor": True}, SettingsError, "as_dtensor is a device mesh", id="mesh-truth"),
         pytest.param({"slices": 42, "rules": None}, SettingsError, "slices is a function", id="slices-number"),
         pytest.param(
@@ -89,6 +90,13 @@ def test_what_cannot_mean_anything_is_told(
 ) -> None:
     with pytest.raises(error, match=said):
         _load(checkpoint, **arguments)
+
+
+@pytest.mark.parametrize("name", ["placement", "on_progress", "trace", "settings", "slices"])
+def test_what_ray_would_be_started_for_in_vain_is_told_before(checkpoint: Any, name: str) -> None:
+    arguments: dict[str, Any] = {name: {"a": 1}}
+    with pytest.raises(SettingsError, match=f"{name} is "):
+        ray_streamer.load_sharded(checkpoint.uri, **arguments)
 
 
 def test_a_group_that_is_none_is_told(checkpoint: Any) -> None:
