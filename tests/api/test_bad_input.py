@@ -127,7 +127,7 @@ def test_an_index_of_another_version(checkpoint: Any, tmp_path: Path, caplog: py
         ),
         pytest.param(
             lambda folder: (folder / "config.json").unlink(),
-            ["model_type None", "Give rules of your own"],
+            ["model type None", "Give rules of your own"],
             id="no-config",
         ),
         pytest.param(
