@@ -229,6 +229,15 @@ def test_every_package_has_its_question_on_the_page_of_the_architecture():
     assert not [path.parent.name for path in PACKAGE.glob("*/__init__.py") if f"`{path.parent.name}`" not in questions]
 
 
+def test_a_public_class_has_its_name_alone():
+    homes: dict[str, list[str]] = {}
+    for path in MODULES:
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                homes.setdefault(node.name, []).append(str(path.relative_to(PACKAGE)))
+    assert not {name: paths for name, paths in homes.items() if len(paths) > 1}
+
+
 def test_functions_stay_short():
     long = [
         f"{path.relative_to(PACKAGE)}:{node.lineno} {node.name}: {length} lines"

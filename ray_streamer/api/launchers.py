@@ -58,7 +58,7 @@ _SLURM_RUN = re.compile(r"([0-9]{1,9})(?:\(x([0-9]{1,9})\))?")
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class RankLayout:
     """Which ranks share a node.
 
     Attributes:
@@ -82,7 +82,7 @@ class Layout:
 
 def find_layout(
     rank: int, world_size: int, environment: Mapping[str, str], *, local_world_size: int | None = None
-) -> Layout:
+) -> RankLayout:
     """Where the ranks of a launched job are, numbered in a row on each node.
 
     Args:
@@ -107,7 +107,7 @@ def find_layout(
                 return layout
     sizes = _slurm_sizes(rank, world_size, environment)
     if sizes is not None:
-        layout = Layout(_packed(sizes), "SLURM_STEP_TASKS_PER_NODE")
+        layout = RankLayout(_packed(sizes), "SLURM_STEP_TASKS_PER_NODE")
         _check_local_rank(layout, rank, "SLURM_LOCALID", environment)
         return layout
     for name in _NODE_COUNTS:
@@ -115,16 +115,16 @@ def find_layout(
         if num_nodes is not None and num_nodes >= 1 and world_size % num_nodes == 0:
             return _in_rows(rank, world_size, world_size // num_nodes, name)
     _refute_one_machine(world_size, environment)
-    return Layout(Topology.even(world_size), "")
+    return RankLayout(Topology.even(world_size), "")
 
 
-def _in_rows(rank: int, world_size: int, local_size: int, said_by: str) -> Layout:
+def _in_rows(rank: int, world_size: int, local_size: int, said_by: str) -> RankLayout:
     if not 0 <= rank < world_size or local_size < 1 or world_size % local_size:
         raise SettingsError(
             f"need 0 <= rank < world_size and {said_by} dividing it, got rank={rank} world_size={world_size} "
             f"{said_by}={local_size}"
         )
-    return Layout(Topology.even(world_size, world_size // local_size), said_by)
+    return RankLayout(Topology.even(world_size, world_size // local_size), said_by)
 
 
 def _packed(sizes: list[int]) -> Topology:
@@ -144,7 +144,7 @@ def _number(name: str, environment: Mapping[str, str]) -> int | None:
     return int(text) if _NUMBER.fullmatch(text) else None
 
 
-def _check_local_rank(layout: Layout, rank: int, name: str, environment: Mapping[str, str]) -> None:
+def _check_local_rank(layout: RankLayout, rank: int, name: str, environment: Mapping[str, str]) -> None:
     """Refuses ranks that are dealt out over the nodes in turn: here the ranks of a node are numbered in a row."""
     said = _number(name, environment)
     here = layout.topology.nodes[layout.topology.node_of(rank)]

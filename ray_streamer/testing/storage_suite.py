@@ -33,7 +33,7 @@ CONTENT = random.Random(7).randbytes(3 * 4096 * 64 + 123)
 _MARGIN = b"\xa5" * 64
 
 
-class Place(Protocol):
+class StoredFiles(Protocol):
     """A folder or prefix that a test may write to, behind the storage's back."""
 
     uri: str
@@ -98,7 +98,7 @@ class StorageContract:
     """What every backend must do. Override `place`."""
 
     @pytest.fixture
-    def place(self) -> Place:
+    def place(self) -> StoredFiles:
         """An empty place, for one test."""
         raise NotImplementedError
 
@@ -108,7 +108,7 @@ class StorageContract:
         return Settings.resolve(retry_deadline_seconds=5.0)
 
     @pytest.fixture
-    def storage(self, place: Place, settings: Settings) -> Iterator[Storage]:
+    def storage(self, place: StoredFiles, settings: Settings) -> Iterator[Storage]:
         """The storage under test, with one file of a few odd hundred KiB."""
         place.write("model.safetensors", CONTENT)
         storage = open_storage(place.uri, settings)
@@ -121,7 +121,7 @@ class StorageContract:
         assert info.etag
         assert storage.size_and_etag("model.safetensors") == info
 
-    def test_uri_is_the_one_given(self, storage: Storage, place: Place) -> None:
+    def test_uri_is_the_one_given(self, storage: Storage, place: StoredFiles) -> None:
         assert storage.uri == place.uri
 
     @pytest.mark.parametrize("max_bytes", [1, 100, 65536, len(CONTENT), len(CONTENT) + 1, 1 << 24])
@@ -132,7 +132,7 @@ class StorageContract:
         assert storage.read_head("model.safetensors", 1)[1] == info
         assert read(storage, "model.safetensors", Extent(5, 50), info.etag) == CONTENT[5:50]
 
-    def test_empty_file(self, storage: Storage, place: Place) -> None:
+    def test_empty_file(self, storage: Storage, place: StoredFiles) -> None:
         place.write("empty", b"")
         head, info = storage.read_head("empty", 10)
         assert (head, info.size_bytes) == (b"", 0)
@@ -205,7 +205,7 @@ class StorageContract:
                 ask()
             assert storage.uri in str(caught.value)
 
-    def test_changed_before_it_was_read(self, storage: Storage, place: Place) -> None:
+    def test_changed_before_it_was_read(self, storage: Storage, place: StoredFiles) -> None:
         etag = storage.size_and_etag("model.safetensors").etag
         place.write("model.safetensors", CONTENT[::-1])
         with pytest.raises(ObjectChangedError, match=r"model\.safetensors"):
@@ -214,7 +214,7 @@ class StorageContract:
             with pytest.raises(ObjectChangedError, match=r"model\.safetensors"):
                 storage.view("model.safetensors", etag=etag)
 
-    def test_changed_between_two_reads(self, storage: Storage, place: Place) -> None:
+    def test_changed_between_two_reads(self, storage: Storage, place: StoredFiles) -> None:
         etag = storage.read_head("model.safetensors", 8)[1].etag
         assert read(storage, "model.safetensors", Extent(0, 100), etag) == CONTENT[:100]
         place.write("model.safetensors", CONTENT[::-1])
@@ -242,7 +242,7 @@ class StorageContract:
         path = storage.local_path("model.safetensors")
         assert path is None or Path(path).read_bytes() == CONTENT
 
-    def test_list(self, storage: Storage, place: Place) -> None:
+    def test_list(self, storage: Storage, place: StoredFiles) -> None:
         for path in ("b.json", "a b+ü%20.json", "sub/inner.json"):
             place.write(path, b"{}")
         assert storage.list() == ["a b+ü%20.json", "b.json", "model.safetensors"]
@@ -254,14 +254,14 @@ class StorageContract:
         assert storage.list("su", recursive=True) == ["sub/inner.json"]
         assert storage.list("sub/in", recursive=True) == ["sub/inner.json"]
 
-    def test_odd_names(self, storage: Storage, place: Place) -> None:
+    def test_odd_names(self, storage: Storage, place: StoredFiles) -> None:
         for path in ("a b+ü%20#?&.json", "sub/inner.json"):
             place.write(path, path.encode())
             content, info = storage.read_head(path, 100)
             assert content == path.encode()
             assert read(storage, path, Extent(0, 2), info.etag) == path.encode()[:2]
 
-    def test_many_threads(self, storage: Storage, place: Place) -> None:
+    def test_many_threads(self, storage: Storage, place: StoredFiles) -> None:
         files = [(f"file-{number}", random.Random(number).randbytes(200_000)) for number in range(4)]
         for path, content in files:
             place.write(path, content)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ray_streamer.report.verdict.flows import Flows, Lane, fair_rates
-from ray_streamer.report.verdict.model import ClusterModel, Copy, FanOut, NodeGroup, NodeModel, RankModel, Read
+from ray_streamer.report.verdict.model import ClusterModel, CopyModel, FanOut, NodeGroup, NodeModel, RankModel, Read
 from ray_streamer.report.verdict.replay import replay_cluster, replay_seconds
 from ray_streamer.report.verdict.without import without_straggler
 
@@ -33,9 +33,9 @@ def node(
     """Ranks that each read as many blocks, of which every rank copies a part."""
 
     def read(rank, number):
-        copies = tuple(Copy(other, copy_seconds) for other in range(num_ranks) if other != rank)
+        copies = tuple(CopyModel(other, copy_seconds) for other in range(num_ranks) if other != rank)
         start = (number * num_ranks + rank) * BLOCK
-        own = Copy(rank, copy_seconds)
+        own = CopyModel(rank, copy_seconds)
         return Read(0, start, start + BLOCK, rank, True, 0.0, first_byte_seconds, float(BLOCK), own, copies)
 
     ranks = tuple(

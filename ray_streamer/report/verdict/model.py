@@ -32,7 +32,7 @@ class RequestedSettings(NamedTuple):
         return cls(settings.concurrency, settings.block_bytes, settings.max_bandwidth)
 
 
-class Copy(NamedTuple):
+class CopyModel(NamedTuple):
     """One rank's copy out of a block or a mapped file.
 
     Attributes:
@@ -47,7 +47,7 @@ class Copy(NamedTuple):
     touch_seconds: float = 0.0
     delay_seconds: float = 0.0
 
-    def share(self, share: float) -> Copy:
+    def share(self, share: float) -> CopyModel:
         """The copy of this share of its bytes."""
         return self._replace(seconds=self.seconds * share, touch_seconds=self.touch_seconds * share)
 
@@ -79,8 +79,8 @@ class Read(NamedTuple):
     prepare_seconds: float
     first_byte_seconds: float
     work_bytes: float
-    own: Copy
-    copies: tuple[Copy, ...] = ()
+    own: CopyModel
+    copies: tuple[CopyModel, ...] = ()
     lost_seconds: float = 0.0
     lost_bytes: float = 0.0
 
@@ -125,7 +125,7 @@ class RankModel:
     num_slots: int
     num_copiers: int
     reads: tuple[Read, ...]
-    mapped: tuple[Copy, ...] = ()
+    mapped: tuple[CopyModel, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,7 +9,7 @@ import numpy as np
 from ray_streamer.rank.block_source import Way
 from ray_streamer.rank.recorder import Step
 from ray_streamer.report.verdict.losses import losses_of
-from ray_streamer.report.verdict.model import Copy, NodeModel, RankModel, Read
+from ray_streamer.report.verdict.model import CopyModel, NodeModel, RankModel, Read
 from ray_streamer.report.verdict.rates import Rates, Receipts
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ class _Node(NamedTuple):
     """
 
     origin: float
-    copies: dict[int, list[Copy]]
+    copies: dict[int, list[CopyModel]]
     thinning: int
     tells_first_byte: bool
 
@@ -166,7 +166,7 @@ def _receipts(
     )
 
 
-def _copies_by_block(traces: Sequence[RankTrace], thinning: int) -> dict[int, list[Copy]]:
+def _copies_by_block(traces: Sequence[RankTrace], thinning: int) -> dict[int, list[CopyModel]]:
     """What ranks copied out of the blocks of others, by number of the block."""
     announced: dict[int, float] = {}
     for trace in traces:
@@ -174,7 +174,7 @@ def _copies_by_block(traces: Sequence[RankTrace], thinning: int) -> dict[int, li
         announced.update(
             zip(trace.numbers[rows].tolist(), trace.spans.times[Step.ANNOUNCED, rows].tolist(), strict=True)
         )
-    copies: dict[int, list[Copy]] = {}
+    copies: dict[int, list[CopyModel]] = {}
     for local, trace in enumerate(traces):
         times = trace.spans.times
         is_offered = (trace.spans.ways == Way.OFFERED) & (times[Step.LANDED] > 0)
@@ -187,18 +187,18 @@ def _copies_by_block(traces: Sequence[RankTrace], thinning: int) -> dict[int, li
         )
         for number, heard, seconds, touched in zip(*(column.tolist() for column in columns), strict=True):
             delay = max(0.0, heard - announced[number]) if announced.get(number) and heard else 0.0
-            copies.setdefault(number, []).append(Copy(local, seconds, touched, delay))
+            copies.setdefault(number, []).append(CopyModel(local, seconds, touched, delay))
     return copies
 
 
-def _mapped(trace: RankTrace, local: int, thinning: int) -> tuple[Copy, ...]:
+def _mapped(trace: RankTrace, local: int, thinning: int) -> tuple[CopyModel, ...]:
     times = trace.spans.times
     all_rows = np.flatnonzero((trace.spans.ways == Way.MAPPED) & (times[Step.LANDED] > 0))
     kept = _is_replayed(trace.numbers[all_rows], thinning)
     rows = all_rows[kept]
     seconds = ((times[Step.LANDED] - times[Step.TAKEN])[all_rows] + _seconds_between_copies(trace, all_rows))[kept]
     touched = trace.spans.touch_seconds[rows]
-    return tuple(Copy(local, *each) for each in zip(seconds.tolist(), touched.tolist(), strict=True))
+    return tuple(CopyModel(local, *each) for each in zip(seconds.tolist(), touched.tolist(), strict=True))
 
 
 def _seconds_between_copies(trace: RankTrace, rows: NDArray[np.int64]) -> NDArray[np.float64]:
@@ -232,7 +232,7 @@ def _reads(
             prepare,
             first,
             served,
-            Copy(local, copy, touched),
+            CopyModel(local, copy, touched),
             tuple(node.copies.get(number, ())),
             *lost,
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from ray_streamer.report.verdict.model import Copy
+from ray_streamer.report.verdict.model import CopyModel
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -79,7 +79,7 @@ def _wanted_by(read: Read) -> set[int]:
 
 def _joined(reads: Sequence[Read]) -> Read:
     first = reads[0]
-    copies: dict[int, Copy] = {}
+    copies: dict[int, CopyModel] = {}
     for read in reads:
         for copy in (read.own, *read.copies):
             copies[copy.rank] = _sum(copies[copy.rank], copy) if copy.rank in copies else copy
@@ -96,8 +96,8 @@ def _joined(reads: Sequence[Read]) -> Read:
     )
 
 
-def _sum(one: Copy, other: Copy) -> Copy:
-    return Copy(
+def _sum(one: CopyModel, other: CopyModel) -> CopyModel:
+    return CopyModel(
         one.rank,
         one.seconds + other.seconds,
         one.touch_seconds + other.touch_seconds,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ray_streamer.report.verdict.model import Copy, NodeModel, RankModel, Read
+from ray_streamer.report.verdict.model import CopyModel, NodeModel, RankModel, Read
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -82,7 +82,7 @@ def model_of_plan(
     """
     rows = _excerpt(node_plan, round_blocks=pace.num_readers * num_sharers, max_blocks=max_blocks)
     reads: list[list[Read]] = [[] for _ in ranks]
-    mapped: list[list[Copy]] = [[] for _ in ranks]
+    mapped: list[list[CopyModel]] = [[] for _ in ranks]
     for row in rows.tolist():
         copies = _copies(node_plan, row, pace, takes_whole_blocks=takes_whole_blocks)
         if is_cached:
@@ -145,7 +145,7 @@ def _part_of_nodes(reads: Sequence[Read], num_nodes: int) -> tuple[Read, ...]:
 def _moved(rank: RankModel, by: int) -> RankModel:
     """The same at another position."""
 
-    def moved(copy: Copy) -> Copy:
+    def moved(copy: CopyModel) -> CopyModel:
         return copy._replace(rank=copy.rank + by)
 
     reads = (
@@ -166,17 +166,17 @@ def _excerpt(node_plan: NodePlan, *, round_blocks: int, max_blocks: int) -> NDAr
     return np.sort(np.concatenate(rows))
 
 
-def _copies(node_plan: NodePlan, row: int, pace: Pace, *, takes_whole_blocks: bool) -> dict[int, Copy]:
+def _copies(node_plan: NodePlan, row: int, pace: Pace, *, takes_whole_blocks: bool) -> dict[int, CopyModel]:
     """Each rank's part of a block: of what is cut inside of rows each takes its own, and what is replicated is little."""
     consumers = np.flatnonzero(node_plan.consumers[row]).tolist()
     size = int(node_plan.blocks.stops[row] - node_plan.blocks.starts[row])
     part = size if takes_whole_blocks else size / len(consumers)
     touch_seconds = part / pace.touch_rate
     seconds = part / pace.copy_rate + touch_seconds
-    return {rank: Copy(rank, seconds, touch_seconds, pace.exchange_seconds / 2) for rank in consumers}
+    return {rank: CopyModel(rank, seconds, touch_seconds, pace.exchange_seconds / 2) for rank in consumers}
 
 
-def _read(node_plan: NodePlan, row: int, pace: Pace, copies: dict[int, Copy]) -> Read:
+def _read(node_plan: NodePlan, row: int, pace: Pace, copies: dict[int, CopyModel]) -> Read:
     reader, blocks = int(node_plan.readers[row]), node_plan.blocks
     start, stop = int(blocks.starts[row]), int(blocks.stops[row])
     own = copies.pop(reader)

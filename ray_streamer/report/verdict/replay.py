@@ -24,7 +24,7 @@ from ray_streamer.report.verdict.model import ClusterModel, NodeGroup
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from ray_streamer.report.verdict.model import Copy, FanOut, NodeModel, RankModel, Read
+    from ray_streamer.report.verdict.model import CopyModel, FanOut, NodeModel, RankModel, Read
 
 
 def replay_seconds(model: NodeModel) -> float:
@@ -73,7 +73,7 @@ class _Rank:
         self.free_slots = model.num_slots
         self.waiting: deque[_Block] = deque()
         self.early: deque[_Block] = deque()
-        self.offered: deque[tuple[Copy, _Block]] = deque()
+        self.offered: deque[tuple[CopyModel, _Block]] = deque()
         self.coming: dict[int, deque[_Block]] = {}
         self.num_taken: Counter[int] = Counter()
 
@@ -218,7 +218,7 @@ class _Replay:
         self._let_go(block)
         self._employ_readers(block.rank)
 
-    def _offer(self, copy: Copy, block: _Block) -> None:
+    def _offer(self, copy: CopyModel, block: _Block) -> None:
         rank = block.rank.node.ranks[copy.rank]
         rank.offered.append((copy, block))
         self._employ_copiers(rank)
@@ -236,7 +236,7 @@ class _Replay:
             rank.idle_copiers -= 1
             self._at(self._now + copy.seconds, self._copied, rank, copy, block)
 
-    def _copied(self, rank: _Rank, copy: Copy, block: _Block | None) -> None:
+    def _copied(self, rank: _Rank, copy: CopyModel, block: _Block | None) -> None:
         rank.node.last_seconds = self._now
         rank.idle_copiers += 1
         self._employ_copiers(rank)

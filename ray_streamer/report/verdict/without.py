@@ -12,7 +12,7 @@ from ray_streamer.planning.limits import AS_MUCH_AS_USEFUL, useful_slots
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from ray_streamer.report.verdict.model import Copy, NodeModel, RankModel, Read
+    from ray_streamer.report.verdict.model import CopyModel, NodeModel, RankModel, Read
 
 _LATE_TIMES = 3.0
 _LATE_SECONDS = 0.05
@@ -92,7 +92,7 @@ def without_first_touch(model: NodeModel) -> NodeModel:
         own = read.own if read.is_staged else read.own._replace(touch_seconds=0.0)
         return read._replace(prepare_seconds=max(0.0, read.prepare_seconds - touch_seconds), own=own)
 
-    def touched(copy: Copy) -> Copy:
+    def touched(copy: CopyModel) -> CopyModel:
         return copy._replace(seconds=max(0.0, copy.seconds - copy.touch_seconds), touch_seconds=0.0)
 
     return _with_copies(_with_reads(model, prepared), touched)
@@ -131,7 +131,7 @@ def without_straggler(model: NodeModel, local: int) -> NodeModel:
             prepare_seconds=read.prepare_seconds / prepare,
         )
 
-    def change_copy(copy: Copy, *, is_own: bool) -> Copy:
+    def change_copy(copy: CopyModel, *, is_own: bool) -> CopyModel:
         return copy._replace(seconds=copy.seconds / (own if is_own else taken)) if copy.rank == local else copy
 
     changed = _with_reads(model, change)
@@ -150,7 +150,7 @@ def without_straggler(model: NodeModel, local: int) -> NodeModel:
 def _with_prompt_offers(model: NodeModel, local: int) -> NodeModel:
     """What the rank at `local` offers is known to others, and what they offer to it, after no longer than usual."""
 
-    def is_slow(read: Read, copy: Copy) -> bool:
+    def is_slow(read: Read, copy: CopyModel) -> bool:
         return local in (read.rank, copy.rank)
 
     offers = [(read, copy) for rank in model.ranks for read in rank.reads for copy in read.copies]
@@ -179,7 +179,9 @@ def _with_reads(model: NodeModel, change: Callable[[Read], Read]) -> NodeModel:
 
 
 def _with_copies(
-    model: NodeModel, change: Callable[[Copy], Copy], change_own: Callable[[Copy], Copy] | None = None
+    model: NodeModel,
+    change: Callable[[CopyModel], CopyModel],
+    change_own: Callable[[CopyModel], CopyModel] | None = None,
 ) -> NodeModel:
     """Every copy changed; readers' own ones in a way of their own, where one is given."""
     own = change_own or change
@@ -189,7 +191,7 @@ def _with_copies(
     )
 
 
-def _foreign_copies(rank: RankModel) -> Iterable[Copy]:
+def _foreign_copies(rank: RankModel) -> Iterable[CopyModel]:
     """Copies out of the blocks that a rank reads, and out of the files that it maps."""
     yield from rank.mapped
     for read in rank.reads:
