@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import ray
 import safetensors
-from api_support import oracle
+from api_support import example_tasks, oracle
 
 import ray_streamer
 from ray_streamer.errors import ClusterError, ObjectChangedError, ObjectMissingError, RankFailedError
@@ -358,6 +358,20 @@ def test_rules_of_the_caller_go_before_the_preset(local_ray: None, tmp_path: Pat
             assert oracle.is_equal(model.gather(name), file_tensor(folder, name))
         with pytest.raises(KeyError, match=r"no rank holds any of 'model\.layers\.0\.mlp\.up_proj\.weight'"):
             model.gather("model.layers.0.mlp.up_proj.weight")
+
+
+def test_the_example_of_a_job_says_what_each_rank_holds(
+    local_ray: None, checkpoint: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    example = example_tasks.loaded_example("load_from_job")
+    # As a job's own script, which the actors cannot import.
+    monkeypatch.setitem(sys.modules, example.__name__, example)
+    ray.cloudpickle.register_pickle_by_value(example)
+    example.main(checkpoint.uri, 2, "cpu")
+    lines = [line for line in capsys.readouterr().out.splitlines() if not line.startswith("(")]  # what actors print
+    assert [line.partition(" on ")[0] for line in lines[:2]] == ["rank 0", "rank 1"]
+    assert all(f": {len(checkpoint.names)} tensors, " in line for line in lines[:2])
+    assert lines[2].endswith("x read")
 
 
 def test_a_program_of_five_lines_leaves_nothing_running(checkpoint: Any, assert_gone: Any) -> None:
