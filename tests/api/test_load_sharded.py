@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from ray_streamer import RankContext, RankStatistics, ShardedModel
+    from ray_streamer import RankContext, ShardedModel
+    from ray_streamer.rank.statistics import RankStatistics
 
 # The actors cannot import a test module; they get its functions by value.
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
