@@ -15,6 +15,7 @@ ordered by node, the driver's first. Nothing here knows what the workers do. Wei
 from __future__ import annotations
 
 import logging
+import os
 import time
 import weakref
 from contextlib import ExitStack, suppress
@@ -32,7 +33,7 @@ from ray_streamer.cluster.seats import Seat, take_seats
 from ray_streamer.cluster.waiting import Deadline, wait_for_start
 from ray_streamer.errors import ClusterError, RankFailedError
 from ray_streamer.units import counted
-from ray_streamer.wording import listed
+from ray_streamer.wording import first_line, listed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -93,7 +94,8 @@ class WorkerGroup:
         self._facts: list[RankFacts] = []
         resources = ExitStack()
         # The finalizer also runs when the process ends, before Ray's own exit hook.
-        self._release = weakref.finalize(self, resources.close)
+        self._process = os.getpid()
+        self._release = weakref.finalize(self, _close_in, self._process, resources)
         try:
             with ray_errors_translated(f"starting {counted(num_ranks, 'rank')}"):
                 self._start(resources, Deadline(startup_timeout_seconds, is_called_off=is_called_off))
@@ -152,12 +154,9 @@ class WorkerGroup:
 
         Raises:
             RankFailedError: A rank raised or died; its cause is chained, with its type.
-            ClusterError: The group is shut down, or Ray itself failed.
+            ClusterError: The group is shut down, belongs to the process that this one was forked from, or Ray itself failed.
         """
-        if not self._release.alive:
-            raise ClusterError(f"cannot call {method}: this group of workers was shut down")
-        if not ray.is_initialized():
-            raise ClusterError(f"cannot call {method}: Ray was shut down, and these workers with it")
+        self._check_usable(method)
         chosen = tuple(range(self.num_ranks)) if ranks is None else tuple(ranks)
         extra = per_rank_args if per_rank_args is not None else [()] * len(chosen)
         calls = Calls({})
@@ -165,7 +164,7 @@ class WorkerGroup:
             with ray_errors_translated(f"calling {method} on {counted(len(chosen), 'rank')}"):
                 calls = Calls(
                     {
-                        rank: self._actors[rank].call.remote(method, *args, *more)
+                        rank: _sent(self._actors[rank].call, method, *args, *more)
                         for rank, more in zip(chosen, extra, strict=True)
                     }
                 )
@@ -231,6 +230,17 @@ class WorkerGroup:
     def __exit__(self, *_: object) -> None:
         self.shutdown()
 
+    def _check_usable(self, method: str) -> None:
+        if os.getpid() != self._process:
+            raise ClusterError(
+                f"cannot call {method}: process {self._process} started these workers, and Ray does not work in a process "
+                "forked from it; load there, or start the process with spawn"
+            )
+        if not self._release.alive:
+            raise ClusterError(f"cannot call {method}: this group of workers was shut down")
+        if not ray.is_initialized():
+            raise ClusterError(f"cannot call {method}: Ray was shut down, and these workers with it")
+
     def _start(self, resources: ExitStack, deadline: Deadline) -> None:
         ranks = range(self._name.num_ranks)
         self._seats += take_seats(self._name, self._placement, deadline=deadline, resources=resources)
@@ -269,7 +279,7 @@ class WorkerGroup:
         return [calls.results[number] for number in numbers]
 
     def _begin_workers(self, ranks: Sequence[int]) -> Calls:
-        return Calls({rank: self._actors[rank].build.remote(self._worker_class, self._args) for rank in ranks})
+        return Calls({rank: _sent(self._actors[rank].build, self._worker_class, self._args) for rank in ranks})
 
     def _await_workers(self, building: Calls, deadline: Deadline) -> None:
         self._await_start(building, deadline)
@@ -303,6 +313,21 @@ class WorkerGroup:
         for rank in calls.pending:
             with suppress(RayError):
                 self._actors[rank].control.remote("abort", f"{type(error).__name__}: {error}")
+
+
+def _close_in(process: int, resources: ExitStack) -> None:
+    """What a fork copied is not the child's to end, nor could it: Ray's threads are the parent's."""
+    if os.getpid() == process:
+        resources.close()
+
+
+def _sent(method: Any, *args: Any) -> ray.ObjectRef[Any]:
+    try:
+        return method.remote(*args)
+    except TypeError as error:  # Ray's, for what it cannot pickle
+        raise ClusterError(
+            f"what a rank is given cannot be pickled: {first_line(error)}; give functions that can be imported, and plain values"
+        ) from error
 
 
 def _kill(actors: Sequence[Any]) -> None:

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import threading
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -398,3 +399,27 @@ def test_what_the_start_depends_on_is_asked_for_within_its_timeout(monkeypatch: 
         monkeypatch.setattr(group, "_startup_timeout_seconds", 0.5)
         with pytest.raises(StartupTimeoutError, match=r"1 of 2 ranks did not ignore_abort within .*=0\.5: rank 0 in "):
             group.ask("ignore_abort")
+
+
+def test_a_forked_process_ends_nothing_and_calls_nothing() -> None:
+    with WorkerGroup(Worker, 1, startup_timeout_seconds=60) as group:
+        with warnings.catch_warnings():
+            # Python 3.12 and later warn of threads, which is what this is about.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            pid = os.fork()
+        if pid == 0:
+            signal.alarm(30)
+            with pytest.raises(ClusterError, match="forked from it"):
+                group.call("pid")
+            group.shutdown()
+            os._exit(0)
+        assert os.waitpid(pid, 0)[1] == 0
+        assert group.call("greet") == [(0, "", ())]
+
+
+def test_what_cannot_be_pickled_is_told_in_a_line() -> None:
+    with WorkerGroup(Worker, 1, startup_timeout_seconds=60) as group:
+        with pytest.raises(ClusterError, match="cannot be pickled: Could not serialize") as caught:
+            group.call("greet", threading.Lock(), keep_on_failure=True)
+        assert "\n" not in str(caught.value)
+        assert group.call("greet") == [(0, "", ())]
