@@ -36,15 +36,16 @@ _HEADS = ("num_attention_heads", "num_key_value_heads")
 
 
 def require_transformers() -> None:
-    """Refuses to go on without transformers.
+    """Refuses to go on without transformers, or without accelerate, which transformers needs to place a model on devices.
 
     Raises:
-        SettingsError: It is not installed in this process's environment.
+        SettingsError: One of them is not installed in this process's environment.
     """
-    if importlib.util.find_spec("transformers") is None:
-        raise SettingsError(
-            'transformers is not installed here: pip install "ray_streamer[transformers]", on every node where ranks run'
-        )
+    for library in ("transformers", "accelerate"):
+        if importlib.util.find_spec(library) is None:
+            raise SettingsError(
+                f'{library} is not installed here: pip install "ray_streamer[transformers]", on every node where ranks run'
+            )
 
 
 def refuse_arguments(given: Mapping[str, Any]) -> None:
