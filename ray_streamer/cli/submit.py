@@ -86,8 +86,8 @@ def command(
 
         ray-streamer submit s3://bucket/model --tp 8 --address http://HEAD:8265 --wait
 
-    Prints the job's id. With --wait it prints the report of the load instead, as JSON. A cluster that asks for a token gets
-    that of this user, if RAY_AUTH_MODE=token is set or the cluster is on this machine.
+    Prints the job's id. With --wait it prints the report of the load instead, as JSON. If the cluster asks for a token, set
+    RAY_AUTH_MODE=token. A cluster on this machine needs that only with an http:// address.
     """
     entrypoint = load_command(load_arguments)
     from ray_streamer.cluster.jobs import submit_job
