@@ -14,8 +14,10 @@ from typing import Any
 
 import ray
 import ray.util
+from ray import cloudpickle
 
 from ray_streamer.cluster.facts import RankFacts
+from ray_streamer.errors import ClusterError
 from ray_streamer.machine import count_cpus, measure_available_memory
 
 # One for the driver's progress polls, one so that an abort never queues behind them.
@@ -43,8 +45,17 @@ class RankActor:
         self._worker = worker_class(self._rank, *args)
 
     def call(self, method: str, *args: Any) -> Any:
-        """Run a method of the worker on the main thread."""
-        return getattr(self._worker, method)(*args)
+        """Run a method of the worker on the main thread.
+
+        Raises:
+            ClusterError: In place of an exception that pickle could not bring to the driver; says its type and text.
+        """
+        try:
+            return getattr(self._worker, method)(*args)
+        except Exception as error:
+            if _can_travel(error):
+                raise
+            raise ClusterError(f"{type(error).__name__}: {error}") from error
 
     @ray.method(concurrency_group="control")
     def control(self, method: str, *args: Any) -> Any:
@@ -62,6 +73,16 @@ class RankActor:
             num_cpus=count_cpus(),
             available_memory_bytes=measure_available_memory(),
         )
+
+
+def _can_travel(error: Exception) -> bool:
+    """Whether an exception comes out of pickle as it goes in: one whose class takes other arguments than its text may not."""
+    try:
+        # By name: a class that was pickled by value may come back as another object.
+        came = cloudpickle.loads(cloudpickle.dumps(error))  # pyright: ignore[reportPrivateImportUsage]  # as Ray itself does
+        return type(came).__qualname__ == type(error).__qualname__
+    except Exception:  # whatever a stranger's class does
+        return False
 
 
 _as_actor: Any = ray.remote  # its type hints leave out concurrency_groups
