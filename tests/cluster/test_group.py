@@ -401,6 +401,7 @@ def test_what_the_start_depends_on_is_asked_for_within_its_timeout(monkeypatch: 
             group.ask("ignore_abort")
 
 
+@pytest.mark.slow  # a fork beside gRPC's threads is what Ray itself does not promise to survive
 def test_a_forked_process_ends_nothing_and_calls_nothing() -> None:
     with WorkerGroup(Worker, 1, startup_timeout_seconds=60) as group:
         with warnings.catch_warnings():
