@@ -82,7 +82,7 @@ def progress_line(reached: ProgressSoFar, seconds: float) -> str:
         reached: How far it is.
         seconds: Since its first byte might have come.
 
-    >>> progress_line(Reached(3 << 30, 12 << 30, 8, 2, 1), 3.0)
+    >>> progress_line(ProgressSoFar(3 << 30, 12 << 30, 8, 2, 1), 3.0)
     '3 GiB of 12 GiB, 1.07 GB/s, 9 s left, 2 of 8 ranks done, 1 retry'
     """
     rate = reached.delivered_bytes / seconds if seconds > 0 else 0.0

@@ -161,7 +161,7 @@ def num_root_folders(uri: str, scheme: str) -> int:
 def store_kind(uri: str, scheme: str) -> StoreKind | None:
     """The store of a uri with this scheme in lower case, or None.
 
-    >>> kind_of("S3://bucket/model", "s3").name
+    >>> store_kind("S3://bucket/model", "s3").name
     'S3'
     """
     of_host = next((kind for kind in STORES if kind.hosts and kind.hosts.match(uri)), None)

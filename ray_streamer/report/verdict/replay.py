@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 def replay_seconds(model: NodeModel) -> float:
     """Seconds from the first moment of the model until its last byte is in a tensor.
 
-    >>> from ray_streamer.report.verdict.model import Copy, NodeModel, RankModel, Read
-    >>> own = Copy(0, 0.0)
+    >>> from ray_streamer.report.verdict.model import CopyModel, NodeModel, RankModel, Read
+    >>> own = CopyModel(0, 0.0)
     >>> reads = tuple(Read(0, at, at + 100, 0, True, 0.0, 1.0, 100.0, own) for at in range(0, 600, 100))
     >>> rank = RankModel(rank=0, begin_seconds=0.0, ready_seconds=0.0, num_readers=2, num_slots=2, num_copiers=1, reads=reads)
     >>> replay_seconds(NodeModel(ranks=(rank,), stream_rate=100.0, node_rate=math.inf, block_bytes=100))
