@@ -187,13 +187,15 @@ def test_a_tp_that_cuts_heads_is_refused_by_the_ranks_which_keep_their_model(
     assert model.generate(PROMPT, **GREEDY).tolist() == expected(own, **GREEDY)
 
 
-def test_reload_makes_the_model_of_other_weights(model: Any, own: Any, tmp_path: Path) -> None:
+def test_reload_makes_the_model_of_other_weights(model: Any, own: Any, folder: Path, tmp_path: Path) -> None:
     changed = transformers.LlamaForCausalLM(own.config)
     torch.nn.init.normal_(changed.lm_head.weight)
     changed.save_pretrained(tmp_path)
     report = model.reload(tmp_path)
     assert report.uri == str(tmp_path)
     assert model.generate(PROMPT, **GREEDY).tolist() == expected(changed, **GREEDY)
+    model.reload(folder)
+    assert model.generate(PROMPT, **GREEDY).tolist() == expected(own, **GREEDY)
 
 
 # Refused before anything is read, or started
