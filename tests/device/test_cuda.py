@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from contextlib import suppress
 from random import Random
 
 import numpy as np
@@ -228,6 +229,8 @@ def test_an_error_of_any_call_is_said_once_with_its_name_and_text(name, status):
     assert f"cuda{name} on cuda:0 failed: {library.error_text(status)} (error {status})" in str(error)
     # Taken out, or torch would find it later and blame something else.
     assert library.count("GetLastError") >= 1
+    with suppress(DeviceError):
+        device.close()
 
 
 def test_a_failed_start_is_the_error_of_everything_that_needs_the_device():

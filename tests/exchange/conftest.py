@@ -147,15 +147,18 @@ def script(session: str) -> Iterator[Callable[..., RankScript]]:
 
 @pytest.fixture(autouse=True)
 def nothing_left(session: str) -> Iterator[None]:
-    """Every thread, descriptor, mapping and name is gone when a test is over."""
-    before, mapped_before = _descriptors(), _mappings()
+    """Every thread, descriptor, mapping and name of a test is gone when it is over; what tests of other modules left is theirs."""
+    before, threads_before, mapped_before = _descriptors(), _threads(), _mappings()
     yield
     left = [name for name in _descriptors() if name not in before]
     assert not left, "descriptors are left"
-    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("ray_streamer")]
+    assert not _threads() - threads_before, "threads are left"
     assert session not in Path("/proc/net/unix").read_text(), "a socket is left"
-    # An error that another module's test caught may keep a view of its arena.
     assert not _mappings() - mapped_before, "memory is left mapped"
+
+
+def _threads() -> set[threading.Thread]:
+    return {thread for thread in threading.enumerate() if thread.name.startswith("ray_streamer")}
 
 
 def _mappings() -> set[str]:
