@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import mmap
 import os
 import random
@@ -292,3 +293,6 @@ def test_a_rank_that_leaves_the_stream_ends_it_for_all(node, tensors):
     assert isinstance(first, RankFailedError)
     assert first.rank == 1
     assert "the loader failed" in str(first)
+    # The frames of both errors hold tensors, and may be part of a cycle.
+    del first, second
+    gc.collect()
