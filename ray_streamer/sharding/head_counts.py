@@ -9,8 +9,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
+
 from ray_streamer.errors import CheckpointError
 from ray_streamer.sharding.companion import Companion
+from ray_streamer.sharding.name_kinds import kinds_of_tensors
 from ray_streamer.sharding.placement import Split
 from ray_streamer.units import counted
 from ray_streamer.wording import shown
@@ -63,9 +66,10 @@ def refuse_other_heads(index: CheckpointIndex, grouped: TensorGroups, tp: int) -
     Raises:
         CheckpointError: They would; names the tensors and both numbers of heads.
     """
-    for tensor, name in enumerate(index.names):
-        if not name.endswith(_VALUES):
-            continue
+    names = kinds_of_tensors(index)
+    is_values = names.of_kinds([text.endswith(_VALUES) for text in names.texts], dtype=bool)
+    for tensor in np.flatnonzero(is_values).tolist():
+        name = index.names[tensor]
         module = name.removesuffix(_VALUES)
         output = next((found for suffix in _OUTPUTS if (found := index.find(module + suffix)) is not None), None)
         values, outputs = _heads_of(grouped, tensor), None if output is None else _heads_of(grouped, output)
