@@ -9,7 +9,6 @@ import itertools
 import os
 import signal
 import sys
-import threading
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from ray.util.placement_group import placement_group, placement_group_table, rem
 import ray_streamer
 from ray_streamer.errors import ClusterError, ObjectChangedError, RankFailedError
 from ray_streamer.testing.faults import Fault, FaultProxy
+from ray_streamer.testing.possessions import package_threads
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -194,7 +194,7 @@ def test_a_rank_is_killed_in_the_middle_of_a_load(
     assert states
     assert standing == ({} if group is None else {group.id.hex(): "CREATED"})
     assert not [name for name in os.listdir("/dev/shm") if "ray_streamer" in name]
-    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("ray_streamer")]
+    assert not package_threads()
     bench.expect_a_good_load(group)
 
 

@@ -16,6 +16,7 @@ from ray_streamer.report.load_report import LoadReport
 from ray_streamer.report.tables import print_load
 from ray_streamer.storage import lateness
 from ray_streamer.testing.faults import Fault, FaultProxy
+from ray_streamer.testing.possessions import package_threads
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -60,7 +61,7 @@ def spread(fault: Fault) -> list[Fault]:
 
 
 def assert_nothing_is_left(proxy: FaultProxy) -> None:
-    assert [thread for thread in threading.enumerate() if thread.name.startswith("ray_streamer")] == []
+    assert package_threads() == []
     port = int(proxy.url.rpartition(":")[2])
     connections = psutil.Process().net_connections("tcp")
     assert [

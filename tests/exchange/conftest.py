@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import secrets
 import subprocess
 import sys
@@ -16,6 +15,7 @@ import pytest
 from ray_streamer.exchange.liveness import Timeouts
 from ray_streamer.exchange.place import Place
 from ray_streamer.exchange.session import NodeSession
+from ray_streamer.testing.possessions import descriptors, mappings_of, package_threads
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -148,28 +148,14 @@ def script(session: str) -> Iterator[Callable[..., RankScript]]:
 @pytest.fixture(autouse=True)
 def nothing_left(session: str) -> Iterator[None]:
     """Every thread, descriptor, mapping and name of a test is gone when it is over; what tests of other modules left is theirs."""
-    before, threads_before, mapped_before = _descriptors(), _threads(), _mappings()
+    before, threads_before, mapped_before = _descriptors(), package_threads(), mappings_of("ray_streamer-")
     yield
     left = [name for name in _descriptors() if name not in before]
     assert not left, "descriptors are left"
-    assert not _threads() - threads_before, "threads are left"
+    assert not set(package_threads()) - set(threads_before), "threads are left"
     assert session not in Path("/proc/net/unix").read_text(), "a socket is left"
-    assert not _mappings() - mapped_before, "memory is left mapped"
-
-
-def _threads() -> set[threading.Thread]:
-    return {thread for thread in threading.enumerate() if thread.name.startswith("ray_streamer")}
-
-
-def _mappings() -> set[str]:
-    return {line for line in Path("/proc/self/maps").read_text().splitlines() if "ray_streamer-" in line}
+    assert not set(mappings_of("ray_streamer-")) - set(mapped_before), "memory is left mapped"
 
 
 def _descriptors() -> list[str]:
-    found = []
-    for fd in os.listdir("/proc/self/fd"):
-        try:
-            found.append(os.readlink(f"/proc/self/fd/{fd}"))
-        except FileNotFoundError:
-            continue
-    return [name for name in found if name.startswith(("socket:", "/memfd:", "anon_inode:"))]
+    return [name for name in descriptors() if name.startswith(("socket:", "/memfd:", "anon_inode:"))]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import json
-import os
 import secrets
 import threading
 from collections import Counter
@@ -28,6 +27,7 @@ from ray_streamer.settings import Settings
 from ray_streamer.slices import RankSlices
 from ray_streamer.storage import open_storage
 from ray_streamer.testing.parts import TensorPart, even_parts, slices_of_parts
+from ray_streamer.testing.possessions import descriptors, mappings_of, package_threads
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Sequence
@@ -230,15 +230,8 @@ def _prepare(
 
 def _possessions() -> tuple[Counter[str], list[str], list[str]]:
     """What a load could leave behind: descriptors by what they lead to, threads, mappings of arenas."""
-    descriptors: Counter[str] = Counter()
-    for fd in os.listdir("/proc/self/fd"):
-        try:
-            descriptors[os.readlink(f"/proc/self/fd/{fd}")] += 1
-        except FileNotFoundError:
-            continue  # the listing's own
-    threads = sorted(thread.name for thread in threading.enumerate() if thread.name.startswith("ray_streamer"))
-    mappings = [line for line in Path("/proc/self/maps").read_text().splitlines() if "ray_streamer-arena" in line]
-    return descriptors, threads, mappings
+    threads = sorted(thread.name for thread in package_threads())
+    return Counter(descriptors()), threads, mappings_of("ray_streamer-arena")
 
 
 @contextmanager

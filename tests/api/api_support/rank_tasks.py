@@ -5,8 +5,6 @@ from __future__ import annotations
 import ctypes
 import gc
 import os
-import threading
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +12,7 @@ import torch
 import ray_streamer
 from api_support import oracle
 from ray_streamer.errors import DeviceError
+from ray_streamer.testing.possessions import descriptors, mappings_of, package_threads
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -241,16 +240,11 @@ def load_with_wrong_out(uri: str, **arguments: Any) -> tuple[str, list[str]]:
 def possessions() -> list[str]:
     """Threads of the package, its arenas and sockets, and the shard files that are open, in this process."""
     gc.collect()
-    threads = [thread.name for thread in threading.enumerate() if thread.name.startswith("ray_streamer")]
-    maps = [
-        line.split()[5] for line in Path("/proc/self/maps").read_text().splitlines() if "ray_streamer-arena" in line
+    threads = [thread.name for thread in package_threads()]
+    maps = [line.split()[5] for line in mappings_of("ray_streamer-arena")]
+    files = [
+        target
+        for target in descriptors()
+        if target.startswith(("socket:", "/memfd:ray_streamer")) or target.endswith(".safetensors")
     ]
-    files = []
-    for fd in os.listdir("/proc/self/fd"):
-        try:
-            target = os.readlink(f"/proc/self/fd/{fd}")
-        except FileNotFoundError:
-            continue
-        if target.startswith(("socket:", "/memfd:ray_streamer")) or target.endswith(".safetensors"):
-            files.append(target)
     return sorted([*threads, *maps, *files])
