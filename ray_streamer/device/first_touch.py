@@ -2,6 +2,8 @@
 
 Result tensors are written once, so first touch is most of what a copy costs: into fresh memory, copies run 1.25 times as fast with
 their pages brought in before by `MADV_POPULATE_WRITE` (Linux 5.14; older kernels refuse it, and the copy faults as it goes).
+Memory that was written to before, as a caller's own tensors often were, needs none of it: going through its pages again would add a
+quarter to the copy.
 """
 
 from __future__ import annotations
@@ -19,17 +21,26 @@ _MADV_POPULATE_WRITE = 23  # not among mmap's constants yet
 _spent = threading.local()
 _madvise = ctypes.CDLL(None).madvise
 _madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+_mincore = ctypes.CDLL(None).mincore
+_mincore.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p)
 
 
 def fault_in(address: int, num_bytes: int) -> None:
-    """Brings in the whole pages of writable memory; content that is there stays."""
+    """Brings in the whole pages of writable memory, unless the first one is there; content that is there stays."""
     if num_bytes < LEAST_BYTES:
         return
     start = -(-address // PAGE_BYTES) * PAGE_BYTES
     stop = (address + num_bytes) // PAGE_BYTES * PAGE_BYTES
     began = time.perf_counter()
-    _madvise(start, stop - start, _MADV_POPULATE_WRITE)
+    if not _is_there(start):
+        _madvise(start, stop - start, _MADV_POPULATE_WRITE)
     _spent.seconds = getattr(_spent, "seconds", 0.0) + time.perf_counter() - began
+
+
+def _is_there(page: int) -> bool:
+    """Whether a page of private memory was touched before."""
+    answer = ctypes.c_ubyte()
+    return _mincore(page, PAGE_BYTES, ctypes.byref(answer)) == 0 and bool(answer.value & 1)
 
 
 def take_spent_seconds() -> float:

@@ -43,3 +43,10 @@ def test_content_stays():
     before = content.copy()
     fault_in(address_of(content) + 123, content.nbytes - 200)
     assert np.array_equal(content, before)
+
+
+def test_memory_that_was_touched_before_is_not_gone_through_again():
+    memory = mmap.mmap(-1, 64 * PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory[PAGE_BYTES] = 1
+    fault_in(address_of(np.frombuffer(memory, np.uint8)) + 1, 64 * PAGE_BYTES - 1)
+    assert resident_pages(memory) == 1
