@@ -1,14 +1,13 @@
 """How does one HTTP/1.1 exchange go over one connection, so that a body lands in the caller's memory without a copy?
 
-h11 writes the request and reads the answer's head, which is all that needs a parser. A body of known length is received
-straight into the caller's memory, with the interpreter lock released, over TLS too. Any other body (chunked, or as long as
-the connection lives) goes through h11. Nothing is retried here. What the server sent is never part of an error's words.
+`http_head` writes the head of the request and reads that of the answer, which is all that needs a parser. A body of known length is
+received straight into the caller's memory, with the interpreter lock released, over TLS too. Any other body (chunked, or as long as
+the connection lives) goes through h11. Nothing is retried here.
 """
 
 from __future__ import annotations
 
 import errno
-import re
 import socket
 import time
 from contextlib import contextmanager, suppress
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import h11
 
+from ray_streamer.storage.http_head import HeadReader, next_event, request_head
 from ray_streamer.storage.lateness import SEGMENT_BYTES
 from ray_streamer.storage.redaction import NO_SECRETS, Secrets
 from ray_streamer.storage.tls import TlsStream
@@ -24,16 +24,14 @@ if TYPE_CHECKING:
     import ssl
     from collections.abc import Iterator, Mapping
 
+    from ray_streamer.storage.http_head import Head
     from ray_streamer.storage.http_route import Route
     from ray_streamer.storage.lateness import SegmentClock
 
 # Heads are smaller; what comes with one of the body has to be copied.
 _HEAD_BYTES = 4096
 _CHUNK_BYTES = 64 << 10
-_MAX_INTERIM_ANSWERS = 16
 _USER_AGENT = "ray_streamer"
-# Of a header's value: no control characters, and no space at its ends (RFC 9110, section 5.5).
-_SENDABLE = re.compile(r"(?:[!-~\x80-\xff](?:[\t -~\x80-\xff]*[!-~\x80-\xff])?)?")
 
 
 class HttpConnection:
@@ -52,8 +50,7 @@ class HttpConnection:
         self.stream: socket.socket | TlsStream = connected
         self._is_aborted = False
         self.timeout_seconds = timeout_seconds
-        self._protocol = h11.Connection(h11.CLIENT)
-        self._num_interim_answers = 0
+        self._head_reader = HeadReader("GET")
         self._secrets = NO_SECRETS
 
     def tunnel(self) -> None:
@@ -66,15 +63,14 @@ class HttpConnection:
         headers = [("Host", self.route.server_address)]
         if self.route.authorization:
             headers.append(("Proxy-Authorization", self.route.authorization))
-        self._send(h11.Request(method="CONNECT", target=self.route.server_address, headers=headers))
+        self._send("CONNECT", self.route.server_address, headers)
         deadline = time.monotonic() + self.timeout_seconds
         with self._timeout_explained("answer of the proxy"):
-            while not isinstance(event := next_event(self._protocol), h11.Response):
+            while (head := self._head_reader.feed(self._receive_some_head())) is None:
                 # Never 0, which would be no timeout but no wait.
                 self.stream.settimeout(max(deadline - time.monotonic(), 1e-3))
-                self._feed(event)
-        if not 200 <= event.status_code < 300:
-            raise ConnectionRefusedError(errno.ECONNREFUSED, f"the proxy answered {event.status_code} to CONNECT")
+        if not 200 <= head.status < 300:
+            raise ConnectionRefusedError(errno.ECONNREFUSED, f"the proxy answered {head.status} to CONNECT")
 
     def secure(self, context: ssl.SSLContext) -> None:
         """Speak TLS from now on; see `TlsStream`."""
@@ -97,8 +93,6 @@ class HttpConnection:
             OSError: The connection is gone.
             h11.LocalProtocolError: A header cannot be sent; does not show what is in it.
         """
-        self._protocol = h11.Connection(h11.CLIENT)
-        self._num_interim_answers = 0
         lines = [("Host", self.route.netloc), ("User-Agent", _USER_AGENT), ("Accept-Encoding", "identity")]
         if self.route.is_proxied and not self.route.is_tunnelled:
             target = f"{self.route.scheme}://{self.route.netloc}{target}"
@@ -106,7 +100,7 @@ class HttpConnection:
                 lines.append(("Proxy-Authorization", self.route.authorization))
         lines += headers.items()
         self._secrets = Secrets(target, dict(lines))
-        self._send(_get_request(target, lines))
+        self._send("GET", target, lines)
 
     def receive_head(self) -> HttpAnswer | None:
         """The answer, without its body, if all of its head has come; never waits.
@@ -116,12 +110,12 @@ class HttpConnection:
             h11.RemoteProtocolError: The server does not speak HTTP.
         """
         self.stream.settimeout(0)
-        while not isinstance(event := next_event(self._protocol), h11.Response):
-            try:
-                self._feed(event)
-            except BlockingIOError:
-                return None
-        return HttpAnswer(self, self._protocol, event, self._secrets)
+        try:
+            while (head := self._head_reader.feed(self._receive_some_head())) is None:
+                pass
+        except BlockingIOError:
+            return None
+        return HttpAnswer(self, head, self._head_reader, self._secrets)
 
     def is_alive(self) -> bool:
         """Whether an idle connection can be used again: nothing may have come meanwhile, not even its end."""
@@ -144,10 +138,11 @@ class HttpConnection:
         """Give the connection back; may be called twice."""
         self.stream.close()
 
-    def _send(self, request: h11.Request) -> None:
-        head, end = self._protocol.send(request), self._protocol.send(h11.EndOfMessage())
+    def _send(self, method: str, target: str, lines: list[tuple[str, str]]) -> None:
+        head = request_head(method, target, lines)
+        self._head_reader = HeadReader(method)
         self.stream.settimeout(self.timeout_seconds)
-        self.stream.sendall((head or b"") + (end or b""))
+        self.stream.sendall(head)
 
     @contextmanager
     def _timeout_explained(self, what: str) -> Iterator[None]:
@@ -157,17 +152,11 @@ class HttpConnection:
             message = f"no {what} in {self.timeout_seconds:g} s (connect_timeout_seconds)"
             raise TimeoutError(errno.ETIMEDOUT, message) from None
 
-    def _feed(self, event: object) -> None:
-        """Give h11 what it asks for; other events before a head are of no interest, but they must end."""
-        if event is not h11.NEED_DATA:
-            self._num_interim_answers += 1
-            if self._num_interim_answers > _MAX_INTERIM_ANSWERS:
-                raise ConnectionAbortedError(errno.EPROTO, f"more than {_MAX_INTERIM_ANSWERS} interim answers (1xx)")
-            return
+    def _receive_some_head(self) -> bytes:
         data = self.stream.recv(_HEAD_BYTES)
         if not data:
             raise ConnectionResetError(errno.ECONNRESET, "the connection ended without an answer")
-        self._protocol.receive_data(data)
+        return data
 
 
 class HttpAnswer:
@@ -182,31 +171,26 @@ class HttpAnswer:
         num_received: Bytes of the body that have landed in the buffer, from its beginning on; exact after an error, too.
     """
 
-    def __init__(
-        self, connection: HttpConnection, protocol: h11.Connection, head: h11.Response, secrets: Secrets
-    ) -> None:
+    def __init__(self, connection: HttpConnection, head: Head, reader: HeadReader, secrets: Secrets) -> None:
         self.connection = connection
-        self._protocol = protocol
-        self._headers: dict[str, str] = {}
-        for name, value in head.headers:
-            self._headers.setdefault(name.decode(), "")
-            self._headers[name.decode()] += f", {value.decode('latin-1')}"
+        self._headers = head.headers
+        self._came_with_head, self._protocol = reader.rest, reader.protocol
         self.secrets = secrets
-        self.status = head.status_code
+        self.status = head.status
         is_chunked = bool(self.header("transfer-encoding"))
         self.length = None if is_chunked or not self.header("content-length") else int(self.header("content-length"))
         self._keeps_alive = (
-            head.http_version == b"1.1"
+            head.is_of_1_1
             and "close" not in self.header("connection").lower()
             and (is_chunked or self.length is not None)
         )
         self.num_received = 0
-        self.is_too_long = self.length is not None and len(protocol.trailing_data[0]) > self.length
+        self.is_too_long = self.length is not None and len(self._came_with_head) > self.length
         self._has_ended = False
 
     def header(self, name: str) -> str:
         """A header by its lower-case name, several of one name joined by commas; empty when it is not there."""
-        return self._headers.get(name, "").removeprefix(", ")
+        return self._headers.get(name, "")
 
     @property
     def is_reusable(self) -> bool:
@@ -227,7 +211,7 @@ class HttpAnswer:
             yield from self._receive_events(buffer, clock)
             return
         view = buffer[: self.length]
-        came_with_head = self._protocol.trailing_data[0][: len(view)]
+        came_with_head = self._came_with_head[: len(view)]
         view[: len(came_with_head)] = came_with_head
         self.num_received = len(came_with_head)
         has_more = True
@@ -260,6 +244,7 @@ class HttpAnswer:
 
     def _receive_events(self, buffer: memoryview, clock: SegmentClock) -> Iterator[int]:
         """A body that h11 has to take apart: every byte is copied."""
+        assert self._protocol is not None
         scratch = memoryview(bytearray(_CHUNK_BYTES))
         self.connection.stream.settimeout(clock.begin())
         began_at = 0
@@ -295,39 +280,9 @@ class HttpAnswer:
                 connected.settimeout(clock.extend())
 
 
-def _get_request(target: str, lines: list[tuple[str, str]]) -> h11.Request:
-    """A GET with these header lines.
-
-    Raises:
-        h11.LocalProtocolError: One cannot be sent. Says which: h11 would say what is in it, which may be a token.
-    """
-    for name, value in lines:
-        if not _SENDABLE.fullmatch(value):
-            raise h11.LocalProtocolError(
-                f"the header {name} (not shown) has characters that cannot be sent, such as the end of a line; look at where its value "
-                "comes from"
-            )
-    encoded = [(name.encode("ascii"), value.encode("latin-1")) for name, value in lines]
-    return h11.Request(method="GET", target=target, headers=encoded)
-
-
 def _address_of(connected: socket.socket) -> str:
     try:
         name = connected.getpeername()
     except OSError:
         return ""
     return str(name[0]) if isinstance(name, tuple) else ""
-
-
-def next_event(protocol: h11.Connection) -> object:
-    """What h11 makes of the bytes so far.
-
-    Raises:
-        h11.RemoteProtocolError: They are not HTTP; says what is wrong, without the bytes.
-    """
-    try:
-        return protocol.next_event()
-    except h11.RemoteProtocolError as error:
-        reason = str(error).partition(":")[0]
-    # Not from the error, whose words repeat what the server sent.
-    raise h11.RemoteProtocolError(reason)
