@@ -56,9 +56,12 @@ class ContentRange:
         ContentRange(extent=Extent(start=8, stop=24), size_bytes=100)
         """
         match = _CONTENT_RANGE.fullmatch(header or "")
-        if match is None or not int(match[1]) <= int(match[2]) < int(match[3]) <= _MAX_OBJECT_BYTES:
+        if match is None:
             return None
-        return cls(Extent(int(match[1]), int(match[2]) + 1), int(match[3]))
+        first, last, size_bytes = map(int, match.groups())
+        if not first <= last < size_bytes <= _MAX_OBJECT_BYTES:
+            return None
+        return cls(Extent(first, last + 1), size_bytes)
 
 
 def content_range_of(answer: HttpAnswer, *, asked: Extent, what: str) -> ContentRange:
@@ -76,13 +79,7 @@ def content_range_of(answer: HttpAnswer, *, asked: Extent, what: str) -> Content
         raise ShortReadError(f"{what}: the object is empty")
     if answer.status == 206 and answer.length == 0 and _NOTHING.fullmatch(answer.header("content-range")):
         raise ShortReadError(f"{what}: the object ends before the extent begins")
-    given = ContentRange.parse(answer.header("content-range"))
-    gives_ranges = answer.header("accept-ranges").lower() == "bytes"
-    size_bytes = answer.length
-    if answer.status == 200 and gives_ranges and not asked.start and size_bytes and size_bytes <= asked.stop:
-        given = ContentRange(Extent(0, size_bytes), size_bytes)
-    elif answer.status != 206:
-        given = None
+    given = ContentRange.parse(answer.header("content-range")) if answer.status == 206 else _whole_object(answer, asked)
     if given is None:
         shown = answer.secrets.clean(answer.header("content-range"), max_chars=100)
         raise StorageError(
@@ -91,6 +88,14 @@ def content_range_of(answer: HttpAnswer, *, asked: Extent, what: str) -> Content
         )
     refuse_encoded(answer, what=what)
     return given
+
+
+def _whole_object(answer: HttpAnswer, asked: Extent) -> ContentRange | None:
+    gives_ranges = answer.header("accept-ranges").lower() == "bytes"
+    size_bytes = answer.length
+    if answer.status == 200 and gives_ranges and not asked.start and size_bytes and size_bytes <= asked.stop:
+        return ContentRange(Extent(0, size_bytes), size_bytes)
+    return None
 
 
 def refuse_encoded(answer: HttpAnswer, *, what: str) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import re
 import time
 from dataclasses import dataclass
-from email.utils import formatdate
 from typing import TYPE_CHECKING, Any, ClassVar
 from urllib.parse import quote, unquote, urlencode, urlsplit
 
@@ -21,6 +20,7 @@ from ray_streamer.storage.azure_listing import parse_page
 from ray_streamer.storage.bounded_call import OneAtATime, find_credentials
 from ray_streamer.storage.expiry import ended_signature
 from ray_streamer.storage.extras import missing_extra
+from ray_streamer.storage.http_date import http_date_now
 from ray_streamer.storage.object_store import ObjectStore, Request, if_match
 from ray_streamer.storage.refusal import Refusal, skew_of, xml_element
 from ray_streamer.storage.signed import Signature
@@ -210,7 +210,7 @@ class AzureStore(ObjectStore):
         self, url: str, query: Mapping[str, str], headers: Mapping[str, str], *, is_conditional: bool = False
     ) -> Request:
         account, text = self._account, urlencode(query, quote_via=quote)
-        lines = {**headers, "x-ms-version": _VERSION, "x-ms-date": formatdate(usegmt=True)}
+        lines = {**headers, "x-ms-version": _VERSION, "x-ms-date": http_date_now()}
         if account.key:
             lines["Authorization"] = account.key.sign(urlsplit(url).path, query, lines)
         elif self._tokens:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-import hashlib
 import hmac
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -66,5 +65,5 @@ class AccountKey:
         own = [f"{name}:{' '.join(by_name[name].split())}" for name in sorted(by_name) if name.startswith("x-ms-")]
         resource = [f"/{self.account}{path}", *(f"{name.lower()}:{query[name]}" for name in sorted(query))]
         text = "\n".join(["GET", *standard, *own, *resource])
-        signature = hmac.new(self._key, text.encode(), hashlib.sha256).digest()
+        signature = hmac.digest(self._key, text.encode(), "sha256")
         return f"SharedKey {self.account}:{base64.b64encode(signature).decode()}"

@@ -111,7 +111,7 @@ class ObjectStorage(RemoteStorage):
         check_buffer(extent, buffer)
         identity = Identity.parse(etag)
         if identity.is_exact:
-            identity = replace(identity, size_bytes=self._sizes.get((path, etag)))
+            identity = Identity(identity.etag, self._sizes.get((path, etag)), identity.modified)
         read = PartialRead(path, extent, buffer.cast("B"), identity, on_first_byte=on_first_byte)
         self._run(
             lambda: self._land(read),

@@ -23,6 +23,7 @@ from ray_streamer.testing.loopback import Listener, LoopbackServer
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
     from io import BufferedReader
+    from pathlib import Path
 
 _COPY_BYTES = 256 << 10
 
@@ -59,6 +60,7 @@ class FaultProxy(LoopbackServer):
         server_url: Of the server.
         faults: What the first requests with a range meet.
         bytes_per_second: Pass all bodies together on no faster than that, as a storage that many clients share; None is as fast as it goes.
+        tls_file: Chain and key: clients are spoken to over TLS, and the server is not.
 
     Attributes:
         url: Where it listens; use it in place of the server's.
@@ -68,7 +70,14 @@ class FaultProxy(LoopbackServer):
         num_body_bytes: Bytes of bodies that it passed on, or was about to.
     """
 
-    def __init__(self, server_url: str, faults: Iterable[Fault] = (), *, bytes_per_second: float | None = None) -> None:
+    def __init__(
+        self,
+        server_url: str,
+        faults: Iterable[Fault] = (),
+        *,
+        bytes_per_second: float | None = None,
+        tls_file: Path | None = None,
+    ) -> None:
         parts = urlsplit(server_url)
         self.server_address = (parts.hostname or "127.0.0.1", parts.port or 80)
         self.ranges: list[str] = []
@@ -81,8 +90,8 @@ class FaultProxy(LoopbackServer):
         self._num_stalled = 0
         self._is_over = threading.Event()
         self._bandwidth = Bandwidth(bytes_per_second, self._is_over)
-        super().__init__(_Connection)
-        self.url = f"http://{self.address}"
+        super().__init__(_Connection, tls_file=tls_file)
+        self.url = f"{'https' if tls_file else 'http'}://{self.address}"
 
     def fail_next(self, *faults: Fault) -> None:
         """Give these faults to the next ranged requests."""

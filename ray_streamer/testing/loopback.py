@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import socketserver
+import ssl
 import threading
-from typing import Self
+from typing import TYPE_CHECKING, Any, Self
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 class LoopbackServer:
@@ -12,13 +16,14 @@ class LoopbackServer:
 
     Args:
         handler: Serves one connection; finds this object as `server.owner`.
+        tls_file: Chain and key, see `certificates`: TLS is spoken then.
 
     Attributes:
         address: Host and port.
     """
 
-    def __init__(self, handler: type[socketserver.BaseRequestHandler]) -> None:
-        self._listener = Listener(self, handler)
+    def __init__(self, handler: type[socketserver.BaseRequestHandler], *, tls_file: Path | None = None) -> None:
+        self._listener = Listener(self, handler, tls_file)
         self.address = "{}:{}".format(*self._listener.server_address)
         self._thread = threading.Thread(
             target=self._listener.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True
@@ -41,6 +46,19 @@ class Listener(socketserver.ThreadingTCPServer):
     block_on_close = False
     request_queue_size = 128
 
-    def __init__(self, owner: LoopbackServer, handler: type[socketserver.BaseRequestHandler]) -> None:
+    def __init__(
+        self, owner: LoopbackServer, handler: type[socketserver.BaseRequestHandler], tls_file: Path | None
+    ) -> None:
         self.owner = owner
+        self._tls: ssl.SSLContext | None = None
+        if tls_file is not None:
+            self._tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            self._tls.load_cert_chain(tls_file)
         super().__init__(("127.0.0.1", 0), handler)
+
+    def get_request(self) -> tuple[Any, Any]:
+        """The next connection; hands are shaken by whoever reads first, not here, where all others would wait."""
+        connection, address = super().get_request()
+        if self._tls is not None:
+            connection = self._tls.wrap_socket(connection, server_side=True, do_handshake_on_connect=False)
+        return connection, address

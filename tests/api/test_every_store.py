@@ -21,6 +21,7 @@ from ray_streamer.checkpoint.open import HEAD_BYTES
 from ray_streamer.settings import Settings
 from ray_streamer.testing.azure_identity import MachineIdentity
 from ray_streamer.testing.azurite import ACCOUNT, KEY, azurite, azurite_program
+from ray_streamer.testing.certificates import make_certificates
 from ray_streamer.testing.faults import FaultProxy
 from ray_streamer.testing.file_server import FileServer, file_bytes
 from ray_streamer.testing.google_tokens import TokenServer
@@ -98,23 +99,23 @@ def load(quartet: RankProcesses, place: Place, folder: Path) -> list[RankStatist
 
 
 @contextmanager
-def google(files: dict[str, bytes]) -> Iterator[Place]:
+def google(files: dict[str, bytes], tls_file: Path | None = None) -> Iterator[Place]:
     command = [sys.executable, str(GOOGLE_SERVER)]
     pipe, quiet = subprocess.PIPE, subprocess.DEVNULL
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=quiet, text=True) as server:
         address = server.stdout.readline().strip()
         write(fs.GcsFileSystem(anonymous=True, scheme="http", endpoint_override=address), files)
-        with FaultProxy(f"http://{address}") as proxy:
+        with FaultProxy(f"http://{address}", tls_file=tls_file) as proxy:
             yield Place("gs://models/llama", [proxy], {"STORAGE_EMULATOR_HOST": proxy.url})
         server.stdin.close()
 
 
 @contextmanager
-def azure(files: dict[str, bytes]) -> Iterator[Place]:
+def azure(files: dict[str, bytes], tls_file: Path | None = None) -> Iterator[Place]:
     program = azurite_program()
     if program is None:
         pytest.skip("no Azurite here: make azurite")
-    with azurite(program) as url, FaultProxy(url) as proxy:
+    with azurite(program) as url, FaultProxy(url, tls_file=tls_file) as proxy:
         places = {f"{kind}_storage_authority": url.removeprefix("http://") for kind in ("blob", "dfs")}
         schemes = {"blob_storage_scheme": "http", "dfs_storage_scheme": "http"}
         filesystem = fs.AzureFileSystem(ACCOUNT, account_key=KEY, **places, **schemes)
@@ -124,10 +125,10 @@ def azure(files: dict[str, bytes]) -> Iterator[Place]:
 
 
 @contextmanager
-def web(files: dict[str, bytes]) -> Iterator[Place]:
+def web(files: dict[str, bytes], tls_file: Path | None = None) -> Iterator[Place]:
     with (
         FileServer({f"llama/{name}": content for name, content in files.items()}) as server,
-        FaultProxy(server.url) as proxy,
+        FaultProxy(server.url, tls_file=tls_file) as proxy,
     ):
         yield Place(f"{proxy.url}/llama", [proxy])
 
@@ -177,6 +178,18 @@ def test_each_byte_is_sent_once(quartet: RankProcesses, checkpoint: Any, store: 
             num_addresses = sum(asked.key.endswith(".safetensors") for asked in place.hub.requests)
             assert num_addresses <= (TP + 1) * num_shards
         assert place.num_requests == num_read + len(files) + num_addresses
+
+
+@pytest.mark.parametrize("store", [google, azure, web], ids=["gs", "az", "https"])
+def test_each_byte_is_sent_once_over_tls(
+    quartet: RankProcesses, checkpoint: Any, store: Callable[..., Any], tmp_path: Path
+) -> None:
+    files = {path.name: path.read_bytes() for path in checkpoint.folder.iterdir()}
+    certificates = make_certificates(tmp_path)
+    with store(files, certificates.server_file) as place:
+        place.environment["REQUESTS_CA_BUNDLE"] = str(certificates.ca_file)
+        load(quartet, place, checkpoint.folder)
+        assert place.bytes_sent == all_bytes(checkpoint, files)
 
 
 class TokenStore(HostileStore):
