@@ -110,7 +110,7 @@ def memory_bio(port: int, ca_file: Path | None) -> Read:
 
 
 def this_project(port: int, ca_file: Path | None) -> Read:
-    """The client of the S3 backend: h11 for heads, `recv_into` for bodies, clocks included."""
+    """The client of the object stores: heads as `http_head` reads them, `recv_into` for bodies, clocks included."""
     client = HttpClient(Settings(hedge_percent=0), ca_file=str(ca_file or ""), counters=Counters())
     url = f"{'https' if ca_file else 'http'}://127.0.0.1:{port}/"
 

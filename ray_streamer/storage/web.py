@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 from http import HTTPStatus
 from typing import TYPE_CHECKING
 from urllib.parse import quote, urlsplit
@@ -39,6 +40,8 @@ _QUERY = re.compile(r"[!$-;=?-Z_a-z~]+")
 _BELOW = re.compile(rf"[^?\x00-\x1f\x7f]+(?:\?{_QUERY.pattern})?")
 # What an address that was good for a while answers when that is over, besides 401 and 403.
 _ENDED = frozenset({400, 404, 410})
+# Each request for a file asks for that of the same address several times.
+_MAX_KNOWN_ORIGINS = 1024
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -205,6 +208,7 @@ class WebStore(ObjectStore):
         return f"{self._root}/{below}{'' if '?' in below else self._query}"
 
 
+@lru_cache(_MAX_KNOWN_ORIGINS)
 def origin_of(url: str) -> tuple[str, str, int]:
     """Scheme, host and port of a url: to whom credentials belong (RFC 6454)."""
     parts = urlsplit(url)
