@@ -79,8 +79,8 @@ def without_tied_names(out: Mapping[str, torch.Tensor], held: Iterable[str], *, 
     """
     held = set(held)
     known = {name: tensor for name, tensor in out.items() if name in held}
-    memories = {_memory(tensor) for tensor in known.values()}
-    unknown = sorted(name for name, tensor in out.items() if name not in held and _memory(tensor) not in memories)
+    memories = {memory_of(tensor) for tensor in known.values()}
+    unknown = sorted(name for name, tensor in out.items() if name not in held and memory_of(tensor) not in memories)
     if unknown:
         raise DeviceError(f"out names tensors that rank {rank} does not hold: {', '.join(unknown[:5])}")
     return known
@@ -143,5 +143,6 @@ def _dims(tensor: torch.Tensor) -> list[tuple[int, int]]:
     return [(size, stride) for size, stride in zip(tensor.size(), tensor.stride(), strict=True) if size > 1]
 
 
-def _memory(tensor: torch.Tensor) -> tuple[object, ...]:
+def memory_of(tensor: torch.Tensor) -> tuple[object, ...]:
+    """Equal for two tensors that are the same elements of the same memory, such as two names of a tied weight."""
     return str(tensor.device), tensor.data_ptr(), tensor.dtype, tuple(tensor.size()), tensor.stride()

@@ -27,27 +27,24 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.planner import LoadItemType
 from torch.distributed.checkpoint.storage import StorageReader as TorchStorageReader
 from torch.futures import Future
 
 from ray_streamer.api.process_group import this_machine
 from ray_streamer.api.rank import load_rank
-from ray_streamer.capture.results import NAMES_OF_DTYPES
 from ray_streamer.checkpoint.named import open_index
-from ray_streamer.errors import CheckpointError, PlanError, SettingsError
+from ray_streamer.errors import CheckpointError, SettingsError
+from ray_streamer.integrations.dcp_plan import PlannedSlices
 from ray_streamer.named_checkpoint import NamedCheckpoint
 from ray_streamer.settings import Settings
-from ray_streamer.slices import Move, RankSlices, ResultSpec
 from ray_streamer.storage import split_signature
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
 
-    from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
+    from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
 
     from ray_streamer.checkpoint import CheckpointIndex
-    from ray_streamer.dtypes import DType
     from ray_streamer.rank.statistics import RankStatistics
     from ray_streamer.storage import UrisLike
 
@@ -161,19 +158,19 @@ class StorageReader(TorchStorageReader):
         """
         seat = plan.storage_data
         assert isinstance(seat, _Seat)
-        targets = _targets(plan.items, planner)
+        wanted = PlannedSlices.of(plan.items, planner, self._index)
         load_rank(
             self._located().uri,
-            slices=_PlannedSlices(plan.items, {name: target.dtype for name, (_, target) in targets.items()}),
+            slices=wanted,
             rank=seat.number,
             world_size=seat.num_ranks,
             session=seat.session,
-            device=_device_of([target for _, target in targets.values()]),
+            device=wanted.device,
             settings=self._located().settings,
-            out={name: target for name, (_, target) in targets.items()},
+            out=wanted.out,
             on_statistics=self._on_statistics,
         )
-        for item, target in targets.values():
+        for item, target in wanted.targets:
             planner.commit_tensor(item, target)
         done: Future[None] = Future()
         done.set_result(None)
@@ -191,40 +188,6 @@ class StorageReader(TorchStorageReader):
         return self._index
 
 
-class _PlannedSlices:
-    """What a load plan wants, as a slice source: one result for each of its items.
-
-    Args:
-        items: Of the plan.
-        dtypes: Of the memory that each one goes to, by name of the result.
-    """
-
-    def __init__(self, items: Sequence[ReadItem], dtypes: dict[str, torch.dtype]) -> None:
-        self._items, self._dtypes = items, dtypes
-
-    def __call__(self, index: CheckpointIndex, rank: int) -> RankSlices:
-        """The slices of this process; no other rank is asked for."""
-        results: list[ResultSpec] = []
-        rows: list[tuple[str, str, tuple[Move, ...]]] = []
-        for number, item in enumerate(self._items):
-            name, tensor_name = _result_name(number, item), item.storage_index.fqn
-            position = index.find(tensor_name)
-            if position is None:
-                raise PlanError(f"the load plan names tensor {tensor_name!r}, which {index.uri} does not have any more")
-            stored, shape = index.dtype_of(position), index.shape_of(position)
-            starts, sizes = _logical_box(item, stored, shape)
-            results.append(ResultSpec(name=name, dtype=_dtype_name(self._dtypes[name], stored), shape=sizes))
-            move = Move.box(
-                sizes,
-                source_shape=shape,
-                source_starts=starts,
-                target_shape=sizes,
-                target_starts=(0,) * len(sizes),
-            )
-            rows.append((tensor_name, name, (move,)))
-        return RankSlices.from_rows(index, results, rows)
-
-
 def _metadata(index: CheckpointIndex, position: int) -> TensorStorageMetadata:
     """A tensor as torch knows it: one chunk, whole in one file."""
     stored = index.dtype_of(position)
@@ -234,63 +197,3 @@ def _metadata(index: CheckpointIndex, position: int) -> TensorStorageMetadata:
         size=shape,
         chunks=[ChunkStorageMetadata(offsets=torch.Size([0] * len(shape)), sizes=shape)],
     )
-
-
-def _result_name(number: int, item: ReadItem) -> str:
-    """Boxes of one tensor are several results."""
-    return f"{item.storage_index.fqn}[{number}]"
-
-
-def _targets(items: Sequence[ReadItem], planner: LoadPlanner) -> dict[str, tuple[ReadItem, torch.Tensor]]:
-    """Each item of the plan, and the memory of the state dict that it goes to.
-
-    Raises:
-        PlanError: An item is no tensor, or its memory has another shape.
-    """
-    found: dict[str, tuple[ReadItem, torch.Tensor]] = {}
-    for number, item in enumerate(items):
-        if item.type != LoadItemType.TENSOR:
-            raise PlanError(f"{item.storage_index.fqn!r} is no tensor, and safetensors holds tensors only")
-        target = planner.resolve_tensor(item).detach()
-        if target.size() != item.lengths:
-            raise PlanError(
-                f"{item.storage_index.fqn!r}: the plan reads a box of {tuple(item.lengths)} into memory of {tuple(target.size())}"
-            )
-        found[_result_name(number, item)] = item, target
-    return found
-
-
-def _device_of(targets: Sequence[torch.Tensor]) -> str:
-    """Where all of them are.
-
-    Raises:
-        SettingsError: They are on several devices.
-    """
-    devices = sorted({str(target.device) for target in targets})
-    if len(devices) > 1:
-        raise SettingsError(
-            f"tensors of one load are on one device, got {', '.join(devices)}; load the parts of the state dict one after the other"
-        )
-    return devices[0] if devices else "cpu"
-
-
-def _logical_box(item: ReadItem, stored: DType, shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """First index and size of an item's box, in elements as the header counts them.
-
-    Raises:
-        PlanError: It cuts the last dimension of a dtype that packs several elements into one.
-    """
-    starts, sizes = tuple(item.storage_offsets), tuple(item.lengths)
-    if not stored.is_packed or not shape:
-        return starts, sizes
-    if starts[-1] or sizes[-1] != stored.torch_shape(shape)[-1]:
-        raise PlanError(
-            f"{item.storage_index.fqn!r} is {stored.name}, whose last dimension is packed and cannot be cut; shard another dimension"
-        )
-    return starts, (*sizes[:-1], shape[-1])
-
-
-def _dtype_name(dtype: torch.dtype, stored: DType) -> str:
-    """What a header calls the dtype of the memory; the stored one where torch has the same for both."""
-    torch_name = str(dtype).removeprefix("torch.")
-    return stored.name if torch_name == stored.torch_name else NAMES_OF_DTYPES.get(dtype, torch_name)

@@ -6,15 +6,20 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from api_support import dcp_tasks
 from api_support.processes import RankProcesses
 from safetensors.torch import save_file
+from torch.distributed.checkpoint import CheckpointException, DefaultLoadPlanner
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
 from ray_streamer.integrations.dcp import StorageReader
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
 
 @pytest.fixture(scope="module")
@@ -63,11 +68,58 @@ def test_what_cannot_be_loaded_is_named_on_every_rank(quartet: RankProcesses, fo
     arguments = {"folder": str(folder), "shards": str(shards), "store": str(tmp_path / "store")}
     told = quartet.run(dcp_tasks.load_wrongly, [{"rank": rank, "world_size": 4, **arguments} for rank in range(4)])
     for words in told:
-        assert len(words) == 4
+        assert len(words) == 5
         assert "not there" in words[0]
         assert "nothing.safetensors" in words[1]
         assert "checkpoint_id" in words[2]
         assert "enable_consolidation" in words[3]
+        # Of one rank alone: the others wait for it no longer than it takes to say so.
+        assert "'whole': the plan reads a box of (33,) into memory of (32,)" in words[4]
+        assert "StartupTimeoutError" not in words[4]
+
+
+def load_alone(folder: Path, state_dict: dict[str, torch.Tensor], reader: Any = None, planner: Any = None) -> None:
+    dcp.load(state_dict, storage_reader=reader or StorageReader(folder), planner=planner, no_dist=True)
+
+
+def test_one_memory_under_two_names_holds_what_torchs_reader_leaves_there(tmp_path: Path) -> None:
+    save_file({"embed": torch.ones(4, 3), "head": torch.full((4, 3), 2.0)}, tmp_path / "model.safetensors")
+    for names in (("embed", "head"), ("head", "embed")):
+        found = []
+        for reader in (HuggingFaceStorageReader(str(tmp_path)), StorageReader(tmp_path)):
+            tied = torch.zeros(4, 3)
+            load_alone(tmp_path, dict.fromkeys(names, tied), reader)
+            found.append(tied)
+        assert torch.equal(*found)
+
+
+def test_memory_that_two_tensors_share_in_part_is_refused(tmp_path: Path) -> None:
+    save_file({"one": torch.ones(4, 3), "other": torch.ones(4, 3)}, tmp_path / "model.safetensors")
+    memory = torch.zeros(5, 3)
+    with pytest.raises(CheckpointException, match="share memory"):
+        load_alone(tmp_path, {"one": memory[:4], "other": memory[1:]})
+    assert not memory.any()
+
+
+def test_a_checkpoint_of_other_shapes_than_were_planned_is_refused(tmp_path: Path) -> None:
+    class Late(DefaultLoadPlanner):
+        def finish_plan(self, new_plan: Any) -> Any:
+            save_file({"w": torch.ones(6, 3)}, tmp_path / "model.safetensors")
+            return new_plan
+
+    save_file({"w": torch.ones(4, 3)}, tmp_path / "model.safetensors")
+    target = torch.zeros(4, 3)
+    with pytest.raises(
+        CheckpointException, match=r"had shape \(4, 3\) when the load was planned, and has \(6, 3\) now"
+    ):
+        load_alone(tmp_path, {"w": target}, planner=Late())
+    assert not target.any()
+
+
+def test_a_dtype_that_safetensors_lacks_is_named(tmp_path: Path) -> None:
+    save_file({"w": torch.ones(4)}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointException, match="'w' is float32, and cannot be loaded as complex128"):
+        load_alone(tmp_path, {"w": torch.zeros(4, dtype=torch.complex128)})
 
 
 def test_what_may_be_a_checkpoint_id() -> None:

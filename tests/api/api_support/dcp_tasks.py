@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import DefaultLoadPlanner
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
@@ -89,19 +90,28 @@ def _are_same(found: Any, expected: Any) -> bool:
     return pair[0].dtype == pair[1].dtype and torch.equal(*pair) and bool(pair[0].numel() == 0 or pair[0].any())
 
 
+class ShortMemory(DefaultLoadPlanner):
+    """A planner of somebody's own, which gives the memory of fewer rows than the plan reads."""
+
+    def resolve_tensor(self, read_item: Any) -> torch.Tensor:
+        """All rows but the last."""
+        return super().resolve_tensor(read_item)[:-1]
+
+
 def load_wrongly(folder: str, shards: str, *, store: str, rank: int, world_size: int) -> list[str]:
     """What is said where a load cannot be."""
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
     told: list[str] = []
     try:
-        for state_dict, reader in (
-            ({"not there": torch.zeros(2)}, StorageReader(folder)),
-            ({"whole": torch.zeros(33)}, StorageReader(f"{folder}/nothing.safetensors")),
-            ({"whole": torch.zeros(33)}, StorageReader()),
-            ({"whole": torch.zeros(33)}, StorageReader(shards)),
+        for state_dict, reader, planner in (
+            ({"not there": torch.zeros(2)}, StorageReader(folder), None),
+            ({"whole": torch.zeros(33)}, StorageReader(f"{folder}/nothing.safetensors"), None),
+            ({"whole": torch.zeros(33)}, StorageReader(), None),
+            ({"whole": torch.zeros(33)}, StorageReader(shards), None),
+            ({"whole": torch.zeros(33)}, StorageReader(folder), ShortMemory() if rank == 1 else None),
         ):
             try:
-                dcp.load(state_dict, storage_reader=reader)
+                dcp.load(state_dict, storage_reader=reader, planner=planner)
             except BaseException as error:
                 told.append(f"{type(error).__name__}: {error}")
     finally:
