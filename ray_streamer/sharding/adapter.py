@@ -58,13 +58,20 @@ def adapter_rules(index: CheckpointIndex, config: Mapping[str, Any], base: Shard
     parts = [(name, found) for name in index.names if (found := _PART.fullmatch(name))]
     weights = NameKinds.of(tuple(_base_name(found) for _, found in parts))
     matched = base.first_matches(weights).tolist()
+    embeddings = {found["module"] for _, found in parts if "embedding" in found["part"]}
     inputs_first = [
         f"{glob}.weight"
         for glob, meaning in family.modules.items()
         if isinstance(meaning, Weight) and meaning.outputs > meaning.inputs
     ]
     placed = {
-        name: _placed(base.rules[rule].placement, found["part"], found["kind"], is_transposed=is_transposed)
+        name: _placed(
+            base.rules[rule].placement,
+            found["part"],
+            found["kind"],
+            # An embedding takes the vocabulary's index: what PEFT calls its inputs is the weight's first dimension.
+            is_inputs_first=is_transposed or found["module"] in embeddings,
+        )
         for (name, found), rule, is_transposed in zip(
             parts, matched, matches_any(inputs_first, weights.names), strict=True
         )
@@ -77,20 +84,18 @@ def _base_name(found: re.Match[str]) -> str:
     return found["module"] + (found["kind"] if found["part"] == "base_layer" else ".weight")
 
 
-def _placed(placement: Placement, part: str, kind: str, *, is_transposed: bool) -> Placement:
+def _placed(placement: Placement, part: str, kind: str, *, is_inputs_first: bool) -> Placement:
     """How one tensor of an adapter lies, on a weight that lies so.
 
     Args:
         placement: Of the weight.
         part: Which one of the adapter's tensors.
         kind: ".weight", ".bias" or "".
-        is_transposed: Whether the weight is stored with its inputs first, as Conv1D of GPT-2 has it.
+        is_inputs_first: Whether the weight is stored with its inputs first, as Conv1D of GPT-2 and embeddings are.
     """
     if part == "base_layer" or not isinstance(placement, Split | SplitGroups | SplitVocabulary):
         return placement
-    is_embedding = "embedding" in part
-    # An embedding takes the vocabulary's index: what PEFT calls its inputs is the weight's first dimension.
-    cut = _OUTPUTS if placement.dim % 2 == (1 if is_transposed or is_embedding else 0) else _INPUTS
+    cut = _OUTPUTS if placement.dim % 2 == (1 if is_inputs_first else 0) else _INPUTS
     has = _INPUTS if part.endswith("A") else _OUTPUTS
     if cut != has or (kind == ".bias" and part.endswith("A")):
         return Replicate()

@@ -158,6 +158,17 @@ def test_bias_magnitude_and_whole_weights_lie_as_the_weight_does(adapter: Path) 
     assert shapes["model.layers.0.self_attn.q_proj.lora_A.weight"] == (4, 64)
 
 
+def test_the_magnitude_of_an_embedding_is_that_of_its_columns(tmp_path: Path) -> None:
+    """PEFT's DoraEmbeddingLayer has one for each of the hidden dimensions, which a divided vocabulary leaves whole."""
+    embedding = f"{PREFIX}model.embed_tokens"
+    factors = factors_of({"model.layers.0.self_attn.q_proj": (64, 64)})
+    factors |= {f"{embedding}.lora_embedding_A": random(RANK, 161), f"{embedding}.lora_embedding_B": random(64, RANK)}
+    adapter, _ = saved(tmp_path, LLAMA, factors | {f"{embedding}.lora_magnitude_vector": random(64)})
+    shapes = shapes_of(adapter)
+    assert shapes["model.embed_tokens.lora_magnitude_vector"] == (64,)
+    assert shapes["model.embed_tokens.lora_embedding_A"] == (4, 81)
+
+
 def test_stages_hold_the_factors_of_their_layers(adapter: Path) -> None:
     first, second = (shapes_of(adapter, rank, tp=1, pp=2) for rank in range(2))
     assert {name.split(".")[2] for name in first if ".layers." in name} == {"0"}

@@ -84,6 +84,14 @@ def test_tokens_stream_one_by_one(model: Any, own: Any) -> None:
     assert list(stream) == []
 
 
+def test_tokens_that_are_taken_while_the_next_generation_runs_are_all_there(model: Any, own: Any) -> None:
+    new = expected(own, **GREEDY)[0][len(PROMPT[0]) :]
+    late, later = model.stream(PROMPT, **GREEDY), model.stream(PROMPT, **GREEDY)
+    # It has its turn once the ranks have ended the generations before.
+    model.generate([PROMPT[0][::-1]], **GREEDY)
+    assert (list(late), list(later)) == (new, new)
+
+
 def test_a_streamer_of_transformers_hears_prompt_tokens_and_end(model: Any, own: Any) -> None:
     mine, theirs = Listener(), Listener()
     assert model.generate(PROMPT, streamer=mine, **GREEDY).tolist() == expected(own, streamer=theirs, **GREEDY)

@@ -121,6 +121,25 @@ def test_arguments_reach_transformers(folders):
     assert model.config._attn_implementation == "eager"
 
 
+def test_what_the_caller_says_of_the_config_is_in_it(folders):
+    model = from_pretrained("auto", folders["llama"], use_cache=False, torch_dtype="float32", settings=small())
+    assert model.config.use_cache is False
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
+def test_a_generation_config_is_the_callers_else_that_of_config_json(folders, tmp_path):
+    given = transformers.GenerationConfig(num_beams=3)
+    model = from_pretrained("auto", folders["llama"], generation_config=given, settings=small())
+    assert (model.generation_config.num_beams, model.generation_config.repetition_penalty) == (3, None)
+    # As checkpoints have it that are older than generation_config.json.
+    changed(folders["llama"], tmp_path, num_beams=4, no_repeat_ngram_size=3)
+    (tmp_path / "model.safetensors").symlink_to(folders["llama"] / "model.safetensors")
+    model = from_pretrained("auto", tmp_path, settings=small())
+    own = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert model.generation_config.num_beams == 4
+    assert model.generation_config.to_dict() == own.generation_config.to_dict()
+
+
 # Quantized
 
 
@@ -265,6 +284,9 @@ def test_what_transformers_cannot_cut_is_refused(config, tp, said):
         pytest.param("auto", {"tp": 2}, "tp=2, and this job has 1 rank", id="tp-without-ranks"),
         pytest.param("auto", {"device_map": "auto"}, "device_map", id="argument-of-ours"),
         pytest.param("auto", {"state_dict": {}, "tp_plan": "auto"}, "state_dict, tp_plan", id="arguments-of-ours"),
+        pytest.param(
+            "auto", {"revision": "v2", "variant": "fp16"}, "revision, variant .* uri says", id="what-a-uri-says"
+        ),
         pytest.param("llama", {}, "'llama'", id="no-class"),
         pytest.param(transformers.AutoModelForSeq2SeqLM, {}, "AutoModelForSeq2SeqLM", id="auto-class-of-others"),
     ],

@@ -135,13 +135,13 @@ class ModelBuild:
         tp = _ranks_of(tp)
         self.device = _device_of(device, tp)
         self._folder = cached(self.uri, settings=self.settings)
-        self._config = read_config(self._folder)
+        self._config, rest = read_config(self._folder, model_arguments)
         refuse_quantized(getattr(self._config, "quantization_config", None), self.uri)
         refuse_packed(self._config, self.device, self.uri)
         refuse_uncuttable(self._config, tp, self.uri)
         self._model_class = class_of(model_class, self._config, self.uri)
         said = {} if dtype is None else {"dtype": dtype}
-        self._arguments = {**model_arguments, **said, **_placement(tp, self.device)}
+        self._arguments = {**rest, **said, **_placement(tp, self.device)}
         self._memories: dict[str, torch.Tensor] = {}
         # It imports torch, which whoever is refused above need not wait for.
         from ray_streamer.integrations.captured_slices import CapturedSlices
@@ -160,7 +160,9 @@ class ModelBuild:
     def finished(self) -> PreTrainedModel:
         """The model, whose memory has been filled."""
         model = self.captured.loaded
-        _restore_generation_config(model, self._folder)
+        # A generation config of the caller's is the model's already.
+        if self._arguments.get("generation_config") is None:
+            _restore_generation_config(model, self._folder)
         model.config.name_or_path = self.uri
         return model
 
@@ -261,8 +263,15 @@ def _placement(tp: int, device: str) -> dict[str, Any]:
 
 
 def _restore_generation_config(model: PreTrainedModel, folder: Path) -> None:
-    """What transformers takes from generation_config.json itself when it loads from a folder."""
-    if model.can_generate() and (folder / "generation_config.json").is_file():
-        from transformers import GenerationConfig
+    """What transformers does itself when it loads from a folder: the words of old checkpoints stand in config.json."""
+    if not model.can_generate():
+        return
+    from transformers import GenerationConfig
 
-        model.generation_config = GenerationConfig.from_pretrained(str(folder), local_files_only=True)
+    try:
+        found = GenerationConfig.from_pretrained(str(folder), local_files_only=True)
+    except OSError:
+        found = GenerationConfig.from_pretrained(
+            str(folder), config_file_name="config.json", local_files_only=True, _from_model_config=True
+        )
+    model.generation_config = found

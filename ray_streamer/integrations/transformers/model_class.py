@@ -9,6 +9,7 @@ from ray_streamer.errors import CheckpointError, SettingsError
 from ray_streamer.wording import printable
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
     from transformers import PretrainedConfig, PreTrainedModel
@@ -17,19 +18,25 @@ ModelClass = Any
 """A model class, an Auto class, or "auto": pyright knows no common type of Auto classes and models."""
 
 
-def read_config(folder: Path) -> PretrainedConfig:
-    """The config of the model in `folder`.
+def read_config(folder: Path, said: Mapping[str, Any]) -> tuple[PretrainedConfig, dict[str, Any]]:
+    """The config of the model in `folder`, with what the caller says of it; and what else the caller says.
+
+    Args:
+        folder: Has config.json.
+        said: Arguments for transformers' `from_pretrained`. Those that the config has take its values' place, as there.
 
     Raises:
-        CheckpointError: There is none, or transformers does not know its type.
+        CheckpointError: There is no config, or transformers does not know its type.
     """
     from transformers import AutoConfig
 
+    arguments = {**said, "trust_remote_code": False, "local_files_only": True}
     try:
-        return AutoConfig.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+        return AutoConfig.from_pretrained(str(folder), return_unused_kwargs=True, **arguments)
     except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
+        of = f" and {', '.join(said)}" if said else ""
         raise CheckpointError(
-            f"{folder}: transformers {_version()} makes no config of its config.json: {printable(str(error))}"
+            f"{folder}: transformers {_version()} makes no config of its config.json{of}: {printable(str(error))}"
         ) from error
 
 

@@ -29,6 +29,9 @@ OWN_ARGUMENTS = (
 )
 """Arguments of transformers' `from_pretrained` that this package gives itself, or that change where weights come from."""
 
+ARGUMENTS_OF_THE_HUB = ("adapter_kwargs", "code_revision", "revision", "subfolder", "variant")
+"""Arguments of transformers' `from_pretrained` that choose among the weights of a repository; here the uri does."""
+
 LOADABLE_METHODS = ("fp8", "mxfp4")
 """Methods of quantization whose weights transformers keeps in parameters, or dequantizes while it loads."""
 
@@ -59,6 +62,12 @@ def refuse_arguments(given: Mapping[str, Any]) -> None:
         raise SettingsError(
             f"{', '.join(refused)} cannot be given to ray_streamer's from_pretrained, which sets them itself; say tp, device "
             "and dtype instead"
+        )
+    chosen = sorted(name for name in ARGUMENTS_OF_THE_HUB if given.get(name))
+    if chosen:
+        raise SettingsError(
+            f"{', '.join(chosen)} cannot be given to ray_streamer's from_pretrained, whose uri says which weights are loaded: a "
+            "folder, or hf://OWNER/NAME@REVISION/FOLDER"
         )
 
 

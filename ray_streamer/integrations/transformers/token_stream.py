@@ -1,7 +1,9 @@
 """How do tokens reach the driver while all ranks generate? The first rank is asked again and again, beside the call that runs.
 
-a thread here      group.call("generate")             on all ranks, for as long as it takes
+a thread here      group.call("generate")             on all ranks, for as long as it takes; its answer has all tokens
 the caller         group.control("take_tokens")       on the first rank's other lane; answers when there is a token
+
+A rank keeps the tokens of one generation. Who takes them late, when the next generation has begun, gets them from the answer.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future
 from concurrent.futures import wait as wait_for_futures
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ray_streamer.errors import ClusterError
 
@@ -27,6 +29,18 @@ if TYPE_CHECKING:
 _WAIT_SECONDS = 0.25
 # A rank's second lane answers at once, on however busy a node.
 _ANSWER_SECONDS = 30.0
+
+
+class Generated(NamedTuple):
+    """What a generation ended with, on the first rank.
+
+    Attributes:
+        tokens: As transformers' `generate` gives them: prompt and answer, of shape (num_sequences, length).
+        streamed: The new token ids, in order; none where nobody asked for them.
+    """
+
+    tokens: torch.Tensor
+    streamed: list[int]
 
 
 class Generation:
@@ -53,7 +67,7 @@ class Generation:
     ) -> None:
         self._group = group
         self._ticket = ticket
-        self._ended: Future[torch.Tensor] = Future()
+        self._ended: Future[Generated] = Future()
         args = (group, (arguments, ticket, seed, streams), self._ended, on_end)
         # The thread does not know this object, so that one that nobody holds can stop the ranks.
         threading.Thread(target=_run, args=args, name="ray_streamer-generate", daemon=True).start()
@@ -64,7 +78,7 @@ class Generation:
         Raises:
             RankFailedError: A rank failed.
         """
-        return self._ended.result()
+        return self._ended.result().tokens
 
     @property
     def is_over(self) -> bool:
@@ -73,6 +87,8 @@ class Generation:
 
     def take(self, seen: int) -> list[int]:
         """Tokens after the first `seen`; waits a moment for one."""
+        if self.is_over and self._ended.exception() is None:
+            return self._ended.result().streamed[seen:]
         try:
             return self._group.control(
                 "take_tokens", self._ticket, seen, _WAIT_SECONDS, ranks=[0], timeout_seconds=_ANSWER_SECONDS
@@ -123,15 +139,15 @@ class TokenStream(Iterator[int]):
         self.close()
 
 
-def _run(group: WorkerGroup, args: tuple[Any, ...], ended: Future[torch.Tensor], on_end: Callable[..., None]) -> None:
+def _run(group: WorkerGroup, args: tuple[Any, ...], ended: Future[Generated], on_end: Callable[..., None]) -> None:
     try:
-        tokens = group.call("generate", *args, keep_on_failure=True)[0]
+        generated = group.call("generate", *args, keep_on_failure=True)[0]
     except BaseException as error:
         on_end(is_in_step=_are_idle(group))
         ended.set_exception(error)
     else:
         on_end(is_in_step=True)
-        ended.set_result(tokens)
+        ended.set_result(generated)
 
 
 def _are_idle(group: WorkerGroup) -> bool:

@@ -20,6 +20,7 @@ from ray_streamer.device import is_cuda
 from ray_streamer.errors import StartupTimeoutError
 from ray_streamer.integrations.transformers.bootstrap import ModelSlices
 from ray_streamer.integrations.transformers.loader import ModelBuild
+from ray_streamer.integrations.transformers.token_stream import Generated
 from ray_streamer.wording import first_line
 
 if TYPE_CHECKING:
@@ -133,8 +134,8 @@ class ModelWorker(LoadWorker):
         assert self._build is not None
         return self._build.captured.out
 
-    def generate(self, arguments: dict[str, Any], ticket: int, seed: int, streams: bool) -> torch.Tensor | None:
-        """What transformers' `generate` gives, on the first rank; every rank calls it.
+    def generate(self, arguments: dict[str, Any], ticket: int, seed: int, streams: bool) -> Generated | None:
+        """What transformers' `generate` gives, and the tokens that were streamed, on the first rank; every rank calls it.
 
         Args:
             arguments: Of transformers' `generate`, equal on all ranks.
@@ -163,7 +164,7 @@ class ModelWorker(LoadWorker):
         finally:
             feed.end()
             self.forget_abort()
-        return tokens.cpu() if self._rank == 0 else None
+        return Generated(tokens.cpu(), feed.take(ticket, 0, 0.0)) if self._rank == 0 else None
 
     def take_tokens(self, ticket: int, seen: int, wait_seconds: float) -> list[int]:
         """Tokens after the first `seen` of a generation that streams; waits for one."""
