@@ -27,7 +27,7 @@ from ray_streamer.compat.runai import (
     list_safetensors,
     pull_files,
 )
-from ray_streamer.errors import RayStreamerError, StorageError
+from ray_streamer.errors import RayStreamerError, SettingsError, StorageError
 
 LARGEST_BYTES = 40_000
 LIMIT = "RUNAI_STREAMER_MEMORY_LIMIT"
@@ -221,6 +221,34 @@ def test_arguments_that_cannot_be_used(folder, paths, monkeypatch):
             streamed(paths)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        pytest.param({"device": 3.5}, "unusable device 3.5", id="device"),
+        pytest.param({"s3_credentials": "key"}, "S3Credentials, got str", id="credentials"),
+        pytest.param({"tensor_names": 3}, "tensor_names is a list of str, got int", id="names"),
+        pytest.param({"tensor_names": ["bf16", 3]}, "tensor_names is a list of str, got int in it", id="a-name"),
+        pytest.param({"tensor_names": [["bf16"]]}, "got list in it", id="names-of-names"),
+    ],
+)
+def test_arguments_of_another_kind_are_named(paths, arguments, said):
+    with pytest.raises(SettingsError, match=said):
+        streamed(paths, **arguments)
+    with pytest.raises(SettingsError, match="paths is a list of paths, got NoneType"):
+        streamed(None)
+
+
+@pytest.mark.parametrize("wrong", [0.5, "0", None, True, [0]])
+def test_numbers_of_bytes_are_whole(paths, wrong):
+    for offsets, sizes in (([wrong], [8]), ([0], [wrong])):
+        with pytest.raises(SettingsError, match="whole number"):
+            FileChunks(0, paths[0], offsets, sizes)
+    if wrong is not None:
+        with pytest.raises(SettingsError, match="memory_limit is a whole number"):
+            chunks([FileChunks(0, paths[0], [0], [8])], memory_limit=wrong)
+    assert FileChunks(0, paths[0], torch.arange(2).numpy(), [8, 9]).offsets == [0, 1]
+
+
 def test_one_stream_after_the_other(paths):
     with SafetensorsStreamer() as streamer:
         assert list(streamer.get_tensors()) == []
@@ -277,6 +305,9 @@ def test_raw_ranges_that_cannot_be(folder, paths):
         chunks([FileChunks(0, str(folder / "nothing.bin"), [0], [8])])
     with pytest.raises(ValueError, match="2 offsets and 1 sizes"):
         FileChunks(0, paths[0], [0, 8], [8])
+    for wrong in (None, [paths[0]]):
+        with pytest.raises(ValueError, match="file_stream_requests is a list of FileChunks"):
+            chunks(wrong)
     with pytest.raises(ValueError, match="nothing"), FileStreamer() as streamer:
         streamer.list_files(str(folder / "nothing"))
 
@@ -286,6 +317,7 @@ def test_local_folders(folder, tmp_path):
     expected = [str(folder / f"{name}.safetensors") for name in names]
     assert list_safetensors(str(folder)) == expected
     assert list_safetensors(f"{folder}/") == expected
+    assert list_safetensors(f"file://{folder}") == expected
     assert list_safetensors(str(folder / "nothing")) == []
     with FileStreamer() as streamer:
         found = streamer.list_files(str(folder), allow_patterns=["*.json"])

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Self
 import numpy as np
 
 from ray_streamer.checkpoint import CheckpointIndex, ShardFile
+from ray_streamer.compat.runai.arguments import items_of, whole_number
 from ray_streamer.compat.runai.errors import FileAccessError
 from ray_streamer.dtypes import DTYPE_CODES
 from ray_streamer.errors import SettingsError
@@ -32,7 +33,7 @@ class FileChunks:
         sizes: Bytes of each range.
 
     Raises:
-        SettingsError: `offsets` and `sizes` differ in length.
+        SettingsError: `offsets` and `sizes` differ in length, or are no whole numbers.
     """
 
     id: int
@@ -41,6 +42,10 @@ class FileChunks:
     sizes: list[int]
 
     def __post_init__(self) -> None:
+        for name in ("offsets", "sizes"):
+            numbers = items_of(f"{self.path}: {name}", object, getattr(self, name))
+            whole = [whole_number(f"{self.path}: each of {name}", number) for number in numbers]
+            object.__setattr__(self, name, whole)
         if len(self.offsets) != len(self.sizes):
             raise SettingsError(
                 f"{self.path}: a range needs an offset and a size, got {len(self.offsets)} offsets and {len(self.sizes)} sizes"

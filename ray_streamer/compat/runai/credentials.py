@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass, field
 
 from ray_streamer.compat.runai.errors import RunaiStreamerMemoryLimitException
+from ray_streamer.errors import SettingsError
 from ray_streamer.settings import Settings
 
 _MEMORY_LIMIT = "RUNAI_STREAMER_MEMORY_LIMIT"
@@ -42,6 +43,8 @@ def settings_for(credentials: S3Credentials | None) -> Settings:
         raise RunaiStreamerMemoryLimitException(
             f"environment variable {_MEMORY_LIMIT}={limit}: give bytes, 0 for one tensor at a time, or -1 for no limit"
         )
+    if credentials is not None and not isinstance(credentials, S3Credentials):
+        raise SettingsError(f"credentials are S3Credentials, got {type(credentials).__name__}")
     said = credentials or S3Credentials()
     return Settings.resolve(
         s3_access_key_id=said.access_key_id,

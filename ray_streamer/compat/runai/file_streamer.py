@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ray_streamer.compat.runai.arguments import items_of
 from ray_streamer.compat.runai.chunks import FileChunks, index_of_chunks
 from ray_streamer.compat.runai.credentials import settings_for
 from ray_streamer.compat.runai.errors import translated
@@ -53,7 +54,7 @@ class ChunkStreamer(Streamer):
         memory_limit: int | None,
         owned: bool,
     ) -> None:
-        wanted = list(requests)
+        wanted: list[FileChunks] = items_of("file_stream_requests", FileChunks, requests)
 
         def make_index(storage: Storage, store: StorePaths, settings: Settings) -> CheckpointIndex:
             some = wanted[store.first : store.first + len(store.paths)]

@@ -13,7 +13,7 @@ from ray_streamer.compat.runai.errors import translated
 from ray_streamer.errors import ObjectMissingError, SettingsError
 from ray_streamer.files.locks import locked
 from ray_streamer.files.pull import disk_errors_translated
-from ray_streamer.storage import open_storage, scheme_of
+from ray_streamer.storage import absolute_uri, open_storage, scheme_of
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -34,6 +34,8 @@ def list_safetensors(path: str, s3_credentials: S3Credentials | None = None) -> 
     Raises:
         FileAccessError: The bucket does not exist, or may not be listed.
     """
+    if path.lower().startswith("file:"):
+        path = absolute_uri(path)
     if scheme_of(path) == "file" and not os.path.isdir(path):
         return []
     with translated():

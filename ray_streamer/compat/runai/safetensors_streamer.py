@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from ray_streamer.checkpoint import CheckpointIndex, read_headers
+from ray_streamer.compat.runai.arguments import names_of
 from ray_streamer.compat.runai.streamer import Streamer
 from ray_streamer.errors import SettingsError
 from ray_streamer.wording import listed, shown
@@ -104,9 +106,11 @@ class SafetensorsStreamer(Streamer):
         """
         if isinstance(paths, str):
             raise SettingsError(f"paths is a list, not one text: give [{paths!r}], or call stream_file")
-        wanted = _checked_names(tensor_names)
+        if not isinstance(paths, Iterable):
+            raise SettingsError(f"paths is a list of paths, got {type(paths).__name__}")
+        paths, wanted = list(paths), names_of(tensor_names)
         stream = self._begin(
-            list(paths),
+            paths,
             _index_of_files,
             lambda indices: _chosen(indices, wanted),
             credentials=s3_credentials,
@@ -132,16 +136,6 @@ class SafetensorsStreamer(Streamer):
         """
         for name, tensor in self._take():
             yield name.partition(":")[2], tensor
-
-
-def _checked_names(tensor_names: Collection[str] | None) -> frozenset[str] | None:
-    if tensor_names is None:
-        return None
-    if isinstance(tensor_names, str):
-        raise SettingsError(f"tensor_names is a collection of names, not one text: give [{tensor_names!r}]")
-    if not tensor_names:
-        raise SettingsError("tensor_names is empty: name tensors, or give None for all of them")
-    return frozenset(tensor_names)
 
 
 def _index_of_files(storage: Storage, store: StorePaths, settings: Settings) -> CheckpointIndex:

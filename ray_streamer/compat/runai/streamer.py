@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import ExitStack, closing
 from typing import TYPE_CHECKING, Self
 
+from ray_streamer.compat.runai.arguments import whole_number
 from ray_streamer.compat.runai.credentials import settings_for
 from ray_streamer.compat.runai.errors import translated
 from ray_streamer.compat.runai.node import NodeRanks, are_several_ranks
@@ -80,6 +81,8 @@ class Streamer:
             CorruptedFileError: A header is malformed.
         """
         self._refuse_unready()
+        if memory_limit is not None:
+            memory_limit = whole_number("memory_limit", memory_limit)
         settings, on_device, stores = settings_for(credentials), usable_device(device), stores_of(paths)
         with translated(), ExitStack() as owned:
             ranks = None

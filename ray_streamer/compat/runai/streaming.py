@@ -20,6 +20,7 @@ from ray_streamer.machine import measure_available_memory
 from ray_streamer.planning.limits import AS_MUCH_AS_USEFUL, rank_memory_limit
 from ray_streamer.rank.tensor_stream import StreamLimits, stream_tensors
 from ray_streamer.units import exact_bytes
+from ray_streamer.wording import first_line
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -134,8 +135,8 @@ def usable_device(name: str | None) -> torch.device:
     """
     try:
         device = torch.device(name or "cpu")
-    except RuntimeError as error:
-        raise RunaiStreamerInvalidInputException(f"unusable device {name!r}: {error}") from error
+    except (RuntimeError, TypeError) as error:
+        raise RunaiStreamerInvalidInputException(f"unusable device {name!r}: {first_line(error)}") from error
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
