@@ -85,7 +85,7 @@ class RayJob:
 
         try:
             asyncio.run(self._tail(count))
-        except (OSError, RuntimeError) as error:
+        except Exception as error:  # also aiohttp's, as where a proxy before the dashboard lets no WebSocket through
             logger.warning("the log of %s comes at its end only: %s", self.job_id, error)
         with _job_errors_translated(self.address, "follow the job"):
             while not (info := self._client.get_job_info(self.job_id)).status.is_terminal():

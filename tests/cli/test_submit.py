@@ -5,12 +5,13 @@ from __future__ import annotations
 import importlib.util
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from ray_streamer.cli.job_log import JobLog
 from ray_streamer.cli.submit import load_command
-from ray_streamer.cluster.jobs import find_dashboard, submit_job
+from ray_streamer.cluster.jobs import RayJob, find_dashboard, submit_job
 from ray_streamer.errors import ClusterError, SettingsError
 from ray_streamer.testing.s3_server import free_port
 
@@ -121,3 +122,31 @@ def test_an_address_at_which_nobody_answers_is_named(variable, monkeypatch):
 def test_an_environment_without_jobs_is_told_what_to_install():
     with pytest.raises(SettingsError, match=r'pip install "ray\[default\]"'):
         submit_job(["true"], address="http://127.0.0.1:1", variables={}, connect_timeout_seconds=1.0)
+
+
+class HandshakeError(Exception):
+    """As aiohttp's, which is neither a RuntimeError nor an OSError."""
+
+
+class ProxiedClient:
+    """A client of Ray's dashboard behind a proxy that answers what opens a WebSocket with an error of its own."""
+
+    def get_address(self):
+        return "http://head:8265"
+
+    async def tail_job_logs(self, _job_id):
+        yield "first line\n"
+        raise HandshakeError("400, message='Invalid response status'")
+
+    def get_job_info(self, _job_id):
+        status = SimpleNamespace(is_terminal=lambda: True)
+        return SimpleNamespace(status=status, driver_exit_code=3, message="")
+
+    def get_job_logs(self, _job_id):
+        return "first line\nlast line\n"
+
+
+def test_a_log_that_cannot_be_followed_is_told_at_the_jobs_end():
+    told = []
+    end = RayJob(ProxiedClient(), "raysubmit_1").follow(told.append)
+    assert (end.exit_code, "".join(told)) == (3, "first line\nlast line\n")
