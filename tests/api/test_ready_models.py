@@ -157,6 +157,13 @@ def test_arguments_without_a_meaning_here_are_refused(model: Any, name: str) -> 
         model.generate(PROMPT, **{name: True})
 
 
+@pytest.mark.parametrize("wrong", ["Once upon a time", [[1, 2], [3]], {"input_ids": [[1]]}])
+def test_a_prompt_that_is_no_token_ids_is_refused(model: Any, wrong: Any) -> None:
+    for call in (model.generate, model.stream):
+        with pytest.raises(SettingsError, match="inputs is a tensor of token ids"):
+            call(wrong, max_new_tokens=1)
+
+
 @pytest.mark.slow
 def test_a_killed_rank_is_named_and_restart_makes_the_model_anew(model: Any, own: Any) -> None:
     pids = model.run(lambda context: os.getpid())

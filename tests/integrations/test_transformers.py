@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -40,6 +43,7 @@ CONFIGS = {
     "gemma3_text": lambda: transformers.Gemma3TextConfig(**SIZES, sliding_window=8),
 }
 SETTINGS = {"memory_limit": 4 << 20, "block_bytes": 1 << 16, "page_cache": "off", "max_gap_bytes": 0}
+SWITCH = "HF_DEACTIVATE_ASYNC_LOAD"
 PROMPT = [[5, 17, 42, 99, 7, 128, 3, 64]]
 
 
@@ -138,6 +142,35 @@ def test_a_generation_config_is_the_callers_else_that_of_config_json(folders, tm
     own = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     assert model.generation_config.num_beams == 4
     assert model.generation_config.to_dict() == own.generation_config.to_dict()
+
+
+def test_loads_in_several_threads_share_the_switch_of_transformers(folders):
+    begun, ended, seen = threading.Event(), threading.Event(), []
+    other = ThreadPoolExecutor(1)
+
+    class Second(transformers.LlamaForCausalLM):
+        @classmethod
+        def from_pretrained(cls, *args, **arguments):
+            begun.set()
+            assert ended.wait(TIMEOUT_SECONDS)
+            seen.append(os.environ.get(SWITCH))
+            return super().from_pretrained(*args, **arguments)
+
+    class First(transformers.LlamaForCausalLM):
+        @classmethod
+        def from_pretrained(cls, *args, **arguments):
+            loads.append(other.submit(from_pretrained, Second, folders["llama"], settings=small()))
+            assert begun.wait(TIMEOUT_SECONDS)
+            return super().from_pretrained(*args, **arguments)
+
+    loads = []
+    before = os.environ.get(SWITCH)
+    with other:
+        first = from_pretrained(First, folders["llama"], settings=small())
+        ended.set()
+        second = loads[0].result()
+    assert (seen, os.environ.get(SWITCH)) == (["1"], before)
+    assert torch.equal(first.lm_head.weight, second.lm_head.weight)
 
 
 # Quantized

@@ -12,6 +12,7 @@ together.
 from __future__ import annotations
 
 import os
+import threading
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +42,11 @@ if TYPE_CHECKING:
     from ray_streamer.integrations.transformers.model_class import ModelClass
     from ray_streamer.rank.statistics import RankStatistics
     from ray_streamer.storage import UrisLike
+
+_SWITCH = "HF_DEACTIVATE_ASYNC_LOAD"
+_switching = threading.Lock()
+_switch_before: list[str | None] = []
+"""What the switch was when each of the loads under way began; the first is what it was without any."""
 
 _FAILURES = (AssertionError, AttributeError, LookupError, NotImplementedError, RuntimeError, TypeError, ValueError)
 
@@ -202,17 +208,22 @@ def _built(
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Transformers loads in this thread, as its own switch for that says: capture follows one thread."""
-    name = "HF_DEACTIVATE_ASYNC_LOAD"
-    before = os.environ.get(name)
-    os.environ[name] = "1"
+    """Transformers loads in this thread, as its own switch for that says: capture follows one thread.
+
+    The switch is the process's, and stays until the last of several loads in threads of the caller has ended.
+    """
+    with _switching:
+        _switch_before.append(os.environ.get(_SWITCH))
+        os.environ[_SWITCH] = "1"
     try:
         yield
     finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
+        with _switching:
+            before = _switch_before.pop()
+            if not _switch_before and before is not None:
+                os.environ[_SWITCH] = before
+            elif not _switch_before:
+                del os.environ[_SWITCH]
 
 
 def _ranks_of(tp: int | None) -> int:

@@ -16,6 +16,7 @@ from ray_streamer.cluster.phases import Phases
 from ray_streamer.errors import ClusterError, SettingsError
 from ray_streamer.integrations.transformers.token_stream import Generation, TokenStream
 from ray_streamer.integrations.transformers.worker import ModelWorker
+from ray_streamer.wording import brief, first_line
 
 if TYPE_CHECKING:
     import torch
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from ray_streamer.cluster.worker import LoadWorker
     from ray_streamer.rank.statistics import RankStatistics
 
+_IDS = ("inputs", "input_ids", "attention_mask", "token_type_ids", "decoder_input_ids")
 _OWN_ARGUMENTS = ("synced_gpus", "return_dict_in_generate")
 # Seeds that torch takes.
 _NUM_SEEDS = 1 << 63
@@ -158,10 +160,22 @@ def _prepared(inputs: Any, arguments: dict[str, Any]) -> dict[str, Any]:
     refused = sorted(arguments.keys() & set(_OWN_ARGUMENTS))
     if refused:
         raise SettingsError(f"{', '.join(refused)} cannot be given to a model over several ranks; it gives token ids")
+    given = arguments if inputs is None else {"inputs": inputs, **arguments}
+    return {name: _as_ids(name, value) if name in _IDS else value for name, value in given.items()}
+
+
+def _as_ids(name: str, value: Any) -> torch.Tensor:
+    """Token ids, or a mask of them, as a tensor.
+
+    Raises:
+        SettingsError: They are none, such as a text, or lists of several lengths.
+    """
     import torch
 
-    given = arguments if inputs is None else {"inputs": inputs, **arguments}
-    return {
-        name: torch.as_tensor(value) if name in ("inputs", "input_ids", "attention_mask") else value
-        for name, value in given.items()
-    }
+    try:
+        return torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise SettingsError(
+            f"{name} is a tensor of token ids, or one list of them for each sequence, all of one length, got {brief(value)}; "
+            f"a tokenizer makes them of text: {first_line(error)}"
+        ) from error
