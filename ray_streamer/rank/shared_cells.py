@@ -1,7 +1,7 @@
 """Which bytes of a checkpoint's files are in memory that the ranks of a node share, who uses them, and what goes first?
 
 The memory is an image of all files, one after the other, of which most is never there: a sparse memory file. It is cut into equal
-cells. A table at its beginning says of each cell whether it was read, how many ranks use it, and when somebody asked for it last.
+cells. A table at its beginning says of each cell whether it was read, how many tensors use it, and when somebody asked for it last.
 Cells that nobody uses stay for ranks that come later, until the memory that the node may use is needed for others.
 """
 
@@ -35,7 +35,7 @@ _LOOK_SECONDS = 0.002
 """How often a rank looks whether another one has read a cell: file locks wake nobody."""
 _SPARE = 8
 """When room is needed, one of so many parts of the memory is freed at once, so that not every read has to look for room."""
-_HEAD_BYTES, _CELL_BYTES = 16, 8 + 2 + 1
+_HEAD_BYTES, _CELL_BYTES = 16, 8 + 4 + 1
 """Bytes of the table: its head, and each cell's entry."""
 _ABSENT, _EXPECTED, _READ = 0, 1, 2
 
@@ -117,8 +117,9 @@ class SharedCells:
         # How many cells are there, and a clock that counts reads.
         self._numbers: NDArray[np.int64] = np.frombuffer(self._table, np.int64, 2)
         self._used_at: NDArray[np.int64] = np.frombuffer(self._table, np.int64, count, _HEAD_BYTES)
-        self._num_users: NDArray[np.uint16] = np.frombuffer(self._table, np.uint16, count, _HEAD_BYTES + 8 * count)
-        self._state: NDArray[np.uint8] = np.frombuffer(self._table, np.uint8, count, _HEAD_BYTES + 10 * count)
+        # One for each tensor of each rank: a cell of a large checkpoint may hold a quarter of a million scales.
+        self._num_users: NDArray[np.uint32] = np.frombuffer(self._table, np.uint32, count, _HEAD_BYTES + 8 * count)
+        self._state: NDArray[np.uint8] = np.frombuffer(self._table, np.uint8, count, _HEAD_BYTES + 12 * count)
 
     @staticmethod
     def make_memory(layout: CellLayout) -> int:

@@ -21,8 +21,10 @@ from ray_streamer.errors import ObjectChangedError, RankFailedError
 from ray_streamer.exchange.liveness import Timeouts
 from ray_streamer.exchange.place import Place
 from ray_streamer.exchange.session import NodeSession
+from ray_streamer.rank.shared_cells import CellLayout, SharedCells
 from ray_streamer.rank.shared_tensors import SharedTensors
 from ray_streamer.settings import Settings
+from ray_streamer.staging.stop import StopSignal
 from ray_streamer.storage import open_storage
 
 HANG_SECONDS = 60.0
@@ -296,3 +298,16 @@ def test_a_rank_that_leaves_the_stream_ends_it_for_all(node, tensors):
     # The frames of both errors hold tensors, and may be part of a cycle.
     del first, second
     gc.collect()
+
+
+def test_a_cell_that_very_many_tensors_use_is_not_given_back():
+    """As the scales of all experts in one cell, each of which every rank of a node holds."""
+    layout = CellLayout(cell_bytes=PAGE, num_cells=2, image_start=PAGE, first_cells=(0,))
+    with SharedCells(SharedCells.make_memory(layout), layout, budget_bytes=PAGE, stop=StopSignal()) as cells:
+        cells.hold([range(1)] * (1 << 16))
+        cells.set_read(range(1))
+        cells.hold([range(1, 2)])
+        assert cells.missing(range(1), 1) == []
+        cells.let_go([range(1)] * (1 << 16))
+        cells.hold([range(1, 2)])
+        assert cells.missing(range(1), 1) == [range(1)]
