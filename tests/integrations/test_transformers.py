@@ -329,6 +329,17 @@ def test_arguments_that_mean_nothing_are_refused(folders, model_class, arguments
         from_pretrained(model_class, folders["llama"], **arguments)
 
 
+def test_a_job_that_does_not_say_its_number_of_ranks_is_refused(folders, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "many")
+    with pytest.raises(SettingsError, match=r"WORLD_SIZE .*'many'"):
+        from_pretrained("auto", folders["llama"])
+
+
+def test_a_device_may_be_torchs(folders):
+    model = from_pretrained("auto", folders["llama"], device=torch.device("cpu"), settings=small())
+    assert model.device == torch.device("cpu")
+
+
 def test_missing_weights_are_an_error_and_not_random(folders):
     with pytest.raises(CheckpointError, match=r"lacks weights of LlamaForSequenceClassification: score\.weight"):
         from_pretrained(transformers.LlamaForSequenceClassification, folders["llama"], settings=small())

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig, PreTrainedModel
 
+    from ray_streamer.api.arguments import DeviceLike
     from ray_streamer.integrations.transformers.model_class import ModelClass
     from ray_streamer.rank.statistics import RankStatistics
     from ray_streamer.storage import UrisLike
@@ -57,7 +58,7 @@ def from_pretrained(
     *,
     tp: int | None = None,
     dtype: torch.dtype | str | None = None,
-    device: str | None = None,
+    device: DeviceLike | None = None,
     settings: Settings | None = None,
     on_statistics: Callable[[RankStatistics], None] | None = None,
     **model_arguments: Any,
@@ -130,7 +131,7 @@ class ModelBuild:
         *,
         tp: int | None,
         dtype: torch.dtype | str | None,
-        device: str | None,
+        device: DeviceLike | None,
         settings: Settings,
         model_arguments: Mapping[str, Any],
     ) -> None:
@@ -230,12 +231,15 @@ def _ranks_of(tp: int | None) -> int:
     """The tp that `tp` means in this job.
 
     Raises:
-        SettingsError: The job has another number of ranks.
+        SettingsError: The job has another number of ranks, or does not say it.
     """
     import torch.distributed as dist
 
     is_initialized = dist.is_available() and dist.is_initialized()
-    num_ranks = dist.get_world_size() if is_initialized else int(os.environ.get("WORLD_SIZE", "1"))
+    said = os.environ.get("WORLD_SIZE", "1")
+    if not is_initialized and not said.isdecimal():
+        raise SettingsError(f"environment variable WORLD_SIZE is the job's number of ranks, got {said!r}")
+    num_ranks = dist.get_world_size() if is_initialized else int(said)
     if tp is None or tp == num_ranks:
         return num_ranks
     if tp != 1:
@@ -246,7 +250,7 @@ def _ranks_of(tp: int | None) -> int:
     return tp
 
 
-def _device_of(device: str | None, tp: int) -> str:
+def _device_of(device: DeviceLike | None, tp: int) -> str:
     """The device that transformers puts this rank's parameters on.
 
     Raises:
@@ -255,14 +259,15 @@ def _device_of(device: str | None, tp: int) -> str:
     import torch
 
     own = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
-    if device is None or device == own:
+    asked = own if device is None else str(device)
+    if asked == own or (tp > 1 and asked == own.partition(":")[0]):
         return own
     if tp > 1:
         raise SettingsError(
-            f"device={device!r} with tp={tp}: transformers puts each rank on the GPU that LOCAL_RANK names, else on the CPU, "
+            f"device={asked!r} with tp={tp}: transformers puts each rank on the GPU that LOCAL_RANK names, else on the CPU, "
             f"which is {own!r} here; leave device out"
         )
-    return device
+    return asked
 
 
 def _placement(tp: int, device: str) -> dict[str, Any]:
