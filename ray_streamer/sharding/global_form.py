@@ -143,7 +143,8 @@ def _form_of(index: CheckpointIndex, held: Sequence[_Held], own: int, result: in
         (one.said.patterns[one.pattern_ids[result]], one.said.results.forms[one.form_ids[result]].shape) for one in held
     ]
     if all(int(one.tensor_ids[result]) == tensor and not one.offsets[result] for one in held):
-        if all(part == parts[0] for part in parts):
+        # Parts of nothing are equal whatever they are parts of.
+        if form.shape == shape and all(part == parts[0] for part in parts):
             return GlobalForm(stored.torch_shape(form.shape))
         for dim in range(len(shape)):
             for size in {shape[dim], len(held) * form.shape[dim]}:

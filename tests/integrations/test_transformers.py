@@ -125,6 +125,20 @@ def test_arguments_reach_transformers(folders):
     assert model.config._attn_implementation == "eager"
 
 
+@pytest.mark.parametrize("first", [torch.bfloat16, torch.float32])
+def test_without_a_dtype_in_the_config_the_first_tensor_decides_as_in_transformers(folders, tmp_path, first):
+    """The first by name, where the bytes of wider dtypes come first in a file."""
+    changed(folders["llama"], tmp_path, dtype=None)
+    other = torch.float32 if first is torch.bfloat16 else torch.bfloat16
+    tensors = load_file(folders["llama"] / "model.safetensors")
+    tensors = {name: tensor.to(first if name == min(tensors) else other) for name, tensor in tensors.items()}
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    model = from_pretrained("auto", tmp_path, settings=small())
+    own = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert {parameter.dtype for parameter in model.parameters()} == {first}
+    assert torch.equal(model.lm_head.weight, own.lm_head.weight)
+
+
 def test_what_the_caller_says_of_the_config_is_in_it(folders):
     model = from_pretrained("auto", folders["llama"], use_cache=False, torch_dtype="float32", settings=small())
     assert model.config.use_cache is False
@@ -320,6 +334,8 @@ def test_what_transformers_cannot_cut_is_refused(config, tp, said):
         pytest.param(
             "auto", {"revision": "v2", "variant": "fp16"}, "revision, variant .* uri says", id="what-a-uri-says"
         ),
+        pytest.param("auto", {"frobnicate": 1}, "LlamaForCausalLM takes no argument frobnicate", id="unknown-argument"),
+        pytest.param("auto", {"dtype": "bf16"}, "such as .bfloat16.; got 'bf16'", id="no-dtype"),
         pytest.param("llama", {}, "'llama'", id="no-class"),
         pytest.param(transformers.AutoModelForSeq2SeqLM, {}, "AutoModelForSeq2SeqLM", id="auto-class-of-others"),
     ],

@@ -59,6 +59,14 @@ def test_what_all_hold_is_replicated_whatever_its_shape(opened):
     }
 
 
+@pytest.mark.parametrize("dim", [0, 1])
+def test_a_tensor_without_elements_keeps_its_whole_shape(opened, dim):
+    index = opened({"w": (0, 8)})
+    for own in range(4):
+        form = forms_of(index, 4, {"w": Split(dim)}, own=own)["w"]
+        assert form == GlobalForm((0, 8), 1 if dim else None)
+
+
 @pytest.mark.parametrize(("tp", "rows"), [(2, 128), (4, 128)])
 def test_a_padded_vocabulary_is_a_chunk_of_the_padded_one(opened, tp, rows):
     index = opened({"embed": (101, 4)})

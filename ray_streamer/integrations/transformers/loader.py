@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from ray_streamer.api.files import cached
 from ray_streamer.api.rank import load_rank
 from ray_streamer.errors import CheckpointError, RayStreamerError, SettingsError
+from ray_streamer.integrations.transformers.job import device_of, placement, ranks_of
 from ray_streamer.integrations.transformers.model_class import class_of, read_config
 from ray_streamer.integrations.transformers.support import (
     refuse_arguments,
@@ -29,7 +30,6 @@ from ray_streamer.integrations.transformers.support import (
 )
 from ray_streamer.named_checkpoint import NamedCheckpoint
 from ray_streamer.settings import Settings
-from ray_streamer.units import counted
 from ray_streamer.wording import listed
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
     from ray_streamer.api.arguments import DeviceLike
+    from ray_streamer.checkpoint import CheckpointIndex
     from ray_streamer.integrations.transformers.model_class import ModelClass
     from ray_streamer.rank.statistics import RankStatistics
     from ray_streamer.storage import UrisLike
@@ -139,8 +140,9 @@ class ModelBuild:
         refuse_arguments(model_arguments)
         named = NamedCheckpoint.of(uri, settings)
         self.uri, self.settings = named.uri, named.settings
-        tp = _ranks_of(tp)
-        self.device = _device_of(device, tp)
+        _check_dtype(dtype)
+        tp = ranks_of(tp)
+        self.device = device_of(device, tp)
         self._folder = cached(self.uri, settings=self.settings)
         self._config, rest = read_config(self._folder, model_arguments)
         refuse_quantized(getattr(self._config, "quantization_config", None), self.uri)
@@ -148,7 +150,7 @@ class ModelBuild:
         refuse_uncuttable(self._config, tp, self.uri)
         self._model_class = class_of(model_class, self._config, self.uri)
         said = {} if dtype is None else {"dtype": dtype}
-        self._arguments = {**rest, **said, **_placement(tp, self.device)}
+        self._arguments = {**rest, **said, **placement(tp, self.device)}
         self._memories: dict[str, torch.Tensor] = {}
         # It imports torch, which whoever is refused above need not wait for.
         from ray_streamer.integrations.captured_slices import CapturedSlices
@@ -160,7 +162,9 @@ class ModelBuild:
     def _make(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> PreTrainedModel:
         from ray_streamer.integrations.transformers.filling import give_memory
 
-        model = _built(self._model_class, self._config, self.uri, dict(tensors), self._arguments)
+        assert self.captured.index is not None
+        named = _by_file(self.captured.index, dict(tensors))
+        model = _built(self._model_class, self._config, self.uri, named, self._arguments)
         self._memories.update(give_memory(model))
         return model
 
@@ -174,6 +178,15 @@ class ModelBuild:
         return model
 
 
+def _by_file(index: CheckpointIndex, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors as transformers comes across them: where config.json says no dtype, that of the first one decides."""
+
+    def place(name: str) -> tuple[str, str]:
+        return index.files[index.file_ids[index.position(name)]].path, name
+
+    return {name: tensors[name] for name in sorted(tensors, key=place)}
+
+
 def _built(
     model_class: type[PreTrainedModel],
     config: PretrainedConfig,
@@ -185,6 +198,7 @@ def _built(
 
     Raises:
         CheckpointError: It cannot, or weights would be left without values.
+        SettingsError: One of the arguments is unknown to it.
     """
     model_class_any: Any = model_class
     try:
@@ -195,6 +209,11 @@ def _built(
     except RayStreamerError:
         raise
     except _FAILURES as error:
+        unknown = [name for name in model_arguments if isinstance(error, TypeError) and f"'{name}'" in str(error)]
+        if unknown:
+            raise SettingsError(
+                f"transformers' {model_class.__name__} takes no argument {unknown[0]}: {error}"
+            ) from error
         raise CheckpointError(
             f"{uri}: transformers' {model_class.__name__} could not be made of its weights: {type(error).__name__}: {error}"
         ) from error
@@ -227,55 +246,16 @@ def _one_thread() -> Iterator[None]:
                 del os.environ[_SWITCH]
 
 
-def _ranks_of(tp: int | None) -> int:
-    """The tp that `tp` means in this job.
+def _check_dtype(dtype: Any) -> None:
+    """Refuses a text that names no dtype of torch.
 
     Raises:
-        SettingsError: The job has another number of ranks, or does not say it.
-    """
-    import torch.distributed as dist
-
-    is_initialized = dist.is_available() and dist.is_initialized()
-    said = os.environ.get("WORLD_SIZE", "1")
-    if not is_initialized and not said.isdecimal():
-        raise SettingsError(f"environment variable WORLD_SIZE is the job's number of ranks, got {said!r}")
-    num_ranks = dist.get_world_size() if is_initialized else int(said)
-    if tp is None or tp == num_ranks:
-        return num_ranks
-    if tp != 1:
-        raise SettingsError(
-            f"tp={tp}, and this job has {counted(num_ranks, 'rank')}: start {tp}, as with torchrun "
-            f"--nproc-per-node {tp}, or leave tp out"
-        )
-    return tp
-
-
-def _device_of(device: DeviceLike | None, tp: int) -> str:
-    """The device that transformers puts this rank's parameters on.
-
-    Raises:
-        SettingsError: It is another one than `device`.
+        SettingsError: It does not.
     """
     import torch
 
-    own = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
-    asked = own if device is None else str(device)
-    if asked == own or (tp > 1 and asked == own.partition(":")[0]):
-        return own
-    if tp > 1:
-        raise SettingsError(
-            f"device={asked!r} with tp={tp}: transformers puts each rank on the GPU that LOCAL_RANK names, else on the CPU, "
-            f"which is {own!r} here; leave device out"
-        )
-    return asked
-
-
-def _placement(tp: int, device: str) -> dict[str, Any]:
-    if tp > 1:
-        from transformers.distributed.configuration_utils import DistributedConfig
-
-        return {"distributed_config": DistributedConfig(tp_size=tp, tp_plan="auto")}
-    return {} if device == "cpu" else {"device_map": {"": device}}
+    if isinstance(dtype, str) and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise SettingsError(f'dtype is "auto", a dtype of torch or its name, such as "bfloat16"; got {dtype!r}')
 
 
 def _restore_generation_config(model: PreTrainedModel, folder: Path) -> None:

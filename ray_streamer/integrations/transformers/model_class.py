@@ -32,12 +32,14 @@ def read_config(folder: Path, said: Mapping[str, Any]) -> tuple[PretrainedConfig
 
     arguments = {**said, "trust_remote_code": False, "local_files_only": True}
     try:
-        return AutoConfig.from_pretrained(str(folder), return_unused_kwargs=True, **arguments)
+        found: Any = AutoConfig.from_pretrained(str(folder), return_unused_kwargs=True, **arguments)
     except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
         of = f" and {', '.join(said)}" if said else ""
         raise CheckpointError(
             f"{folder}: transformers {_version()} makes no config of its config.json{of}: {printable(str(error))}"
         ) from error
+    config, rest = found
+    return config, rest
 
 
 def class_of(asked: ModelClass, config: PretrainedConfig, uri: str) -> type[PreTrainedModel]:
