@@ -25,7 +25,7 @@ BENCH_ARGS ?=
 PYTEST_ARGS ?=
 
 # Without Ray, S3 servers and processes of their own.
-QUICK_TESTS := $(addprefix tests/,capture checkpoint planning sharding slices stream test_architecture.py test_errors.py \
+QUICK_TESTS := $(addprefix tests/,capture checkpoint planning sharding slices staging test_architecture.py test_errors.py \
 	test_settings.py)
 
 BIN := $(VENV)/bin
