@@ -65,7 +65,7 @@ def plan(
         rename: Results' names.
         dtype: Results' dtypes.
         num_nodes: Nodes over which the ranks are packed in order.
-        concurrency: Reads in flight per rank.
+        concurrency: Reads in flight per rank; see `Settings`.
         memory_limit: Staging bytes per rank. When unset, a node with enough memory is assumed.
         node_memory_limit: Upper bound of staging bytes over all ranks of a node.
         settings: Every other knob; from the environment when unset. The three above win over it.

@@ -88,7 +88,7 @@ def load_rank(
         group: The torch.distributed process group whose ranks load, instead of `rank` and `world_size`; its default group when
             unset. Ranks are those of the group.
         device: "cpu"; "cuda", torch's current device; or "cuda:N"; as text or as a torch.device.
-        concurrency: Reads in flight per rank.
+        concurrency: Reads in flight per rank; see `Settings`.
         memory_limit: Staging bytes per rank.
         node_memory_limit: Upper bound of staging bytes over all ranks of a node.
         settings: Every other knob, equal on all ranks; from the environment when unset. The three above win over it.
@@ -205,7 +205,7 @@ def stream_rank(
         group: The torch.distributed process group whose ranks load, instead of `rank` and `world_size`; its default group when
             unset. Ranks are those of the group.
         device: "cpu"; "cuda", torch's current device; or "cuda:N"; as text or as a torch.device.
-        concurrency: Reads in flight per rank.
+        concurrency: Reads in flight per rank; see `Settings`.
         memory_limit: Staging bytes per rank.
         node_memory_limit: Upper bound of staging bytes over all ranks of a node.
         settings: Every other knob, equal on all ranks; from the environment when unset. The three above win over it.

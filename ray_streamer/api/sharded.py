@@ -94,7 +94,7 @@ def load_sharded(
         bootstrap: "transformers" = each rank holds its part of a ready model, and the handle has `generate` and `stream` too;
             a `TransformersBootstrap` says the class. Goes with tp, dtype and device only. See docs/transformers.md.
         device: Where the tensors go: "cpu", or "cuda", the GPU that Ray assigns to each rank; see `PlacementOptions`.
-        concurrency: Reads in flight per rank.
+        concurrency: Reads in flight per rank; see `Settings`.
         memory_limit: Staging bytes per rank: N or text such as "512MiB" = at most N; 0 = the least that works; -1 = as much
             as the plan can use; unset = the smaller of 1 GiB and a quarter of the node's available memory over its ranks.
         node_memory_limit: Upper bound of staging bytes over all ranks of a node.

@@ -27,6 +27,7 @@ from ray_streamer.exchange.liveness import Timeouts
 from ray_streamer.exchange.place import Place
 from ray_streamer.exchange.session import NodeSession
 from ray_streamer.rank.agreement import agree
+from ray_streamer.rank.conditions import reads_in_flight
 from ray_streamer.rank.context import RankContext
 from ray_streamer.rank.load import RankLoad
 from ray_streamer.rank.options import RankOptions
@@ -178,7 +179,7 @@ class LoadWorker:
         session = self._session
         storage = self._request.open_storage(num_sharers=len(mine.ranks))
         with contextlib.closing(storage), self._ended_on_failure(session):
-            concurrency = self._request.settings.concurrency
+            concurrency = reads_in_flight(self._request.settings, storage, num_local_ranks=len(mine.ranks))
             options = RankOptions.at(session.place, concurrency=concurrency, memory_limit=self._memory_limit)
             out = self._tensors_to_fill(earlier, mine)
             del earlier

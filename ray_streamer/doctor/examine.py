@@ -16,6 +16,7 @@ from ray_streamer.doctor.storage_checks import check_clock, check_filesystem, ch
 from ray_streamer.doctor.storage_speed import measure_storage
 from ray_streamer.errors import RayStreamerError
 from ray_streamer.machine import count_cpus, measure_available_memory
+from ray_streamer.rank.conditions import reads_in_flight
 from ray_streamer.slices import ReadingSource
 
 if TYPE_CHECKING:
@@ -164,8 +165,15 @@ def _measured(
     findings += [*check_throttling(storage), *unread]
     prediction = None
     if view.plan is not None and not unread:
-        node = Node(measured, examination.memory, view.memory_limit, count_cpus(), is_cached=is_cached)
-        prediction = predict(view.plan, node, settings, fleet=fleet)
+        node = Node(
+            measured,
+            examination.memory,
+            view.memory_limit,
+            num_cpus=count_cpus(),
+            concurrency=reads_in_flight(settings, storage, num_local_ranks=num_ranks),
+            is_cached=is_cached,
+        )
+        prediction = predict(view.plan, node, fleet=fleet)
     return replace(examination, findings=tuple(findings), storage=tuple(measured), prediction=prediction)
 
 

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from ray_streamer.doctor.storage_speed import Measured
     from ray_streamer.planning.read_plan import ReadPlan
     from ray_streamer.report.verdict.model import NodeModel
-    from ray_streamer.settings import Settings
 
 _CONCURRENCIES = (4, 8, 16, 32, 64)
 _AS_GOOD = 1.05
@@ -102,6 +101,7 @@ class Node(NamedTuple):
         memory: What memory does.
         memory_limit: Staging bytes of each rank.
         num_cpus: CPUs; ranks that share them copy in turn.
+        concurrency: Reads in flight of each rank.
         is_cached: Whether the page cache holds the files, and nothing is read.
     """
 
@@ -109,19 +109,19 @@ class Node(NamedTuple):
     memory: MemorySpeed
     memory_limit: int
     num_cpus: int
+    concurrency: int
     is_cached: bool = False
 
 
-def predict(plan: ReadPlan, node: Node, settings: Settings, *, fleet: Fleet | None = None) -> Prediction:
+def predict(plan: ReadPlan, node: Node, *, fleet: Fleet | None = None) -> Prediction:
     """Replays the plan of the first node.
 
     Args:
         plan: Of the load.
-        node: What was measured.
-        settings: In force.
+        node: What was measured, and the settings in force.
         fleet: Nodes that load with it.
     """
-    model = _model(plan, node, settings)
+    model = _model(plan, node)
     seconds = replay_seconds(model)
     tried = {number: replay_seconds(_with_readers(model, number, node.memory_limit)) for number in _CONCURRENCIES}
     best = next(number for number in _CONCURRENCIES if tried[number] <= _AS_GOOD * min(tried.values()))
@@ -154,7 +154,7 @@ def _with_readers(model: NodeModel, num_readers: int, memory_limit: int) -> Node
     return under_settings(model, num_readers=num_readers, num_slots=num_slots, block_bytes=model.block_bytes)
 
 
-def _model(plan: ReadPlan, node: Node, settings: Settings) -> NodeModel:
+def _model(plan: ReadPlan, node: Node) -> NodeModel:
     """The first node's plan, each read and copy at the rates that were measured."""
     node_plan = plan.node_plans[plan.node_plan_ids[0]]
     ranks = plan.topology.nodes[0]
@@ -168,11 +168,11 @@ def _model(plan: ReadPlan, node: Node, settings: Settings) -> NodeModel:
         copy_rate=node.memory.copy_bytes_per_second / share,
         touch_rate=node.memory.touch_bytes_per_second / share,
         exchange_seconds=node.memory.exchange_seconds,
-        num_readers=settings.concurrency,
+        num_readers=node.concurrency,
         num_slots=useful_slots(
             memory_limit=node.memory_limit,
             block_bytes=node_plan.limits.block_bytes,
-            concurrency=settings.concurrency,
+            concurrency=node.concurrency,
         ),
         num_copiers=max_copiers(len(ranks)),
     )

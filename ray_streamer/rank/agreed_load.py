@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ray_streamer.rank.agreement import agree
+from ray_streamer.rank.conditions import reads_in_flight
 from ray_streamer.rank.load import RankLoad
 from ray_streamer.rank.options import RankOptions
 
@@ -49,7 +50,6 @@ def agreed_load(
     """
     session.wait_met()
     agreement = agree(session, request, storage, index_bytes=index_bytes)
-    options = RankOptions.at(
-        session.place, concurrency=request.settings.concurrency, memory_limit=agreement.memory_limit
-    )
+    concurrency = reads_in_flight(request.settings, storage, num_local_ranks=len(session.place.ranks))
+    options = RankOptions.at(session.place, concurrency=concurrency, memory_limit=agreement.memory_limit)
     return RankLoad(agreement.plan, storage, device, options, session=session, out=out, on_complete=on_complete)

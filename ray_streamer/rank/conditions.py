@@ -9,9 +9,13 @@ from ray_streamer.machine import count_cpus
 
 if TYPE_CHECKING:
     from ray_streamer.rank.options import RankOptions
+    from ray_streamer.settings import Settings
     from ray_streamer.staging.arena import Arena
+    from ray_streamer.storage.base import Storage
 
 MAX_COPIERS = 4
+LEAST_READS_OF_A_DISK = 4
+"""Reads in flight of one rank, at least, however many ranks share a disk; fewer leave it idle while blocks are copied."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +46,17 @@ class RankConditions:
             num_copiers=max_copiers(num_local_ranks),
             num_cpus=count_cpus(),
         )
+
+
+def reads_in_flight(settings: Settings, storage: Storage, *, num_local_ranks: int) -> int:
+    """How many reads one rank keeps in flight: `concurrency`.
+
+    Where the caller gave none, the ranks of a machine share the default for its disk. It is one disk for all of them, and each
+    read in flight costs the first touch of a slot, and on GPUs its page lock.
+    """
+    if "concurrency" in settings.model_fields_set or not storage.is_disk:
+        return settings.concurrency
+    return max(LEAST_READS_OF_A_DISK, settings.concurrency // num_local_ranks)
 
 
 def max_copiers(num_local_ranks: int) -> int:

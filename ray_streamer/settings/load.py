@@ -32,7 +32,12 @@ class LoadSettings(BaseSettings):
         env_prefix=ENV_PREFIX, frozen=True, extra="forbid", env_ignore_empty=True, hide_input_in_errors=True
     )
 
-    concurrency: int = Field(default=16, ge=1, le=1024, description="Reads in flight per rank.")
+    concurrency: int = Field(
+        default=16,
+        ge=1,
+        le=1024,
+        description="Reads in flight per rank. Unset = 16; from a local disk, 16 over the ranks of the node, at least 4 each.",
+    )
     memory_limit: Annotated[int, BeforeValidator(_parse_memory_limit)] | None = Field(
         default=None,
         description="Staging bytes per rank: N = at most N; 0 = the least that works; -1 = as much as the plan can use; "

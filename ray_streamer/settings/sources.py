@@ -80,8 +80,11 @@ class Settings(StoreSettings):
             SettingsError: A value cannot be used.
         """
         given = {name: value for name, value in explicit.items() if value is not None}
-        # Frozen, and checked when they were made.
-        return type(self).resolve(**self.model_dump() | given) if given else self
+        if not given:
+            return self
+        replaced = type(self).resolve(**self.model_dump() | given)
+        # What neither call gave stays not given.
+        return type(self).model_construct(_fields_set=self.model_fields_set | given.keys(), **dict(replaced))
 
 
 SECRET_SETTINGS = frozenset(

@@ -127,10 +127,12 @@ class Storage(Protocol):
     Attributes:
         uri: The folder or prefix; an absolute path for a local one, else as given.
         is_remote: Whether each request costs a round trip to an object store.
+        is_disk: Whether the files lie on disks of this machine, which all of its ranks read.
     """
 
     uri: str
     is_remote: bool
+    is_disk: bool
 
     def size_and_etag(self, path: str) -> ObjectInfo:
         """Size and identity of a file, without reading it."""
@@ -227,6 +229,7 @@ class RemoteStorage:
 
     uri: str
     is_remote = True
+    is_disk = False
 
     def is_resident(self, path: str) -> bool:
         """See `Storage`; never here."""

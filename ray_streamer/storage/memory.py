@@ -37,6 +37,7 @@ class MemoryStorage:
     """
 
     is_remote = False
+    is_disk = False
 
     def __init__(self, uri: str, settings: StorageSettings) -> None:
         self.uri = uri

@@ -40,6 +40,7 @@ class PosixStorage:
         self.uri = self._folder = absolute_uri(uri)
         self._settings = settings
         self._mounts = read_mount_table()
+        self.is_disk = mount_of(os.path.realpath(self._folder), self._mounts).is_disk
         self._open_files = OpenFiles(num_places(settings.concurrency))
         self._lock = threading.Lock()
         # Every version that was read, the newest last: others may be reading an older one, or hold its mapping.

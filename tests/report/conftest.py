@@ -174,7 +174,7 @@ def report_on() -> Callable[..., LoadReport]:
             plan_hash="0123456789abcdef",
             nodes=("here",) * len(traces),
             ranks=tuple(_statistics(trace, **counted) for trace in traces),
-            evidence=Evidence(traces, RequestedSettings(16, MIB)),
+            evidence=Evidence(traces, RequestedSettings(MIB)),
         )
 
     return made

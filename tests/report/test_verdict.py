@@ -33,7 +33,7 @@ def verdict_on(statistics_of):
 
     def judged(*loads, traces=None, phases=None, max_bandwidth=None, **counted):
         traces = [load.trace() for load in loads] if traces is None else traces
-        asked = RequestedSettings(loads[0].concurrency, loads[0].block_bytes, max_bandwidth)
+        asked = RequestedSettings(loads[0].block_bytes, max_bandwidth)
         return judge(traces, [statistics_of(trace, **counted) for trace in traces], asked, phases)
 
     return judged
@@ -317,7 +317,7 @@ def test_a_long_load_is_replayed_in_part(constructed):
 
 def test_a_verdict_is_found_once_and_its_evidence_let_go_then(constructed, statistics_of):
     trace = constructed(first_byte_seconds=0.2).trace()
-    evidence = Evidence([trace], RequestedSettings(16, 1 << 20))
+    evidence = Evidence([trace], RequestedSettings(1 << 20))
     traces = weakref.ref(trace.spans.times)
     ranks = [statistics_of(trace), replace(statistics_of(trace), rank=1)]
     del trace

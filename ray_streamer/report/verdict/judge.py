@@ -76,6 +76,7 @@ def judge(
         return None
     replayed, measured = replay_seconds(observed.model), observed.measured_seconds
     counts = NodeCounts.of(traces, statistics, asked)
+    concurrency = min(trace.conditions.concurrency for trace in traces)
     found = find_costs(observed, counts, replayed)
     bound = find_bound(found, replayed)
     is_trusted = abs(replayed - measured) <= _TRUSTED_DIFFERENCE * measured
@@ -83,7 +84,7 @@ def judge(
     if is_trusted and (bound is None or bound.kind not in MADE_WORSE) and not _is_throttled(found):
         advice = find_advice(
             observed.model,
-            _knobs(observed, statistics, asked),
+            _knobs(observed, statistics, asked, concurrency=concurrency),
             measured_seconds=measured,
             replayed_seconds=replayed,
             cpu_seconds=counts.least_seconds,
@@ -96,7 +97,7 @@ def judge(
         rates=observed.rates,
         first_byte_seconds=float(np.median(observed.first_byte_seconds)) if len(observed.first_byte_seconds) else 0.0,
         num_slots=min(trace.conditions.num_slots for trace in traces),
-        concurrency=asked.concurrency,
+        concurrency=concurrency,
         max_bandwidth=asked.max_bandwidth,
         storage=[rank.storage for rank in statistics],
         node=traces[0].node,
@@ -110,10 +111,12 @@ def _is_throttled(found: Sequence[Cost]) -> bool:
     return any(cost.kind == "throttling" for cost in found)
 
 
-def _knobs(observed: Observed, statistics: Sequence[RankStatistics], asked: RequestedSettings) -> Knobs:
+def _knobs(
+    observed: Observed, statistics: Sequence[RankStatistics], asked: RequestedSettings, *, concurrency: int
+) -> Knobs:
     """The settings in force, with blocks as large as they were."""
     return Knobs(
-        concurrency=asked.concurrency,
+        concurrency=concurrency,
         memory_limit=min(rank.memory_limit for rank in statistics),
         block_bytes=asked.block_bytes,
     ).of_blocks(observed.model.block_bytes)

@@ -17,19 +17,17 @@ class RequestedSettings(NamedTuple):
     """The settings that shape a load, as the user gave them.
 
     Attributes:
-        concurrency: Reads in flight on each rank.
         block_bytes: Largest request.
         max_bandwidth: Bytes per second of a node; None for no bound.
     """
 
-    concurrency: int
     block_bytes: int
     max_bandwidth: int | None = None
 
     @classmethod
     def of(cls, settings: Settings) -> Self:
         """Those of all settings, without what is secret."""
-        return cls(settings.concurrency, settings.block_bytes, settings.max_bandwidth)
+        return cls(settings.block_bytes, settings.max_bandwidth)
 
 
 class CopyModel(NamedTuple):
