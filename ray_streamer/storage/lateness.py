@@ -12,6 +12,7 @@ from __future__ import annotations
 import errno
 import threading
 import time
+from bisect import bisect_left, insort
 from collections import deque
 
 SEGMENT_BYTES = 1 << 20
@@ -37,16 +38,20 @@ class Latencies:
 
     def __init__(self, *, not_before_seconds: float) -> None:
         self._not_before_seconds = not_before_seconds
-        self._recent: deque[float] = deque(maxlen=_NUM_REMEMBERED)
+        self._recent: deque[float] = deque()
+        self._in_order: list[float] = []
         self._lock = threading.Lock()
         self._late_after_seconds = _UNTIL_KNOWN_SECONDS
 
     def observe(self, seconds: float) -> None:
         """One more request took so long, or longer."""
         with self._lock:
+            if len(self._recent) == _NUM_REMEMBERED:
+                del self._in_order[bisect_left(self._in_order, self._recent.popleft())]
             self._recent.append(seconds)
-            if len(self._recent) >= _NUM_ENOUGH:
-                usual = sorted(self._recent)[int(_QUANTILE * len(self._recent))]
+            insort(self._in_order, seconds)
+            if len(self._in_order) >= _NUM_ENOUGH:
+                usual = self._in_order[int(_QUANTILE * len(self._in_order))]
                 self._late_after_seconds = max(self._not_before_seconds, _TIMES_QUANTILE * usual)
 
     @property

@@ -12,7 +12,7 @@ from ray_streamer.storage.request_limit import RequestLimit
 from ray_streamer.storage.retry import PassingFault
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
     from contextlib import AbstractContextManager
 
     from ray_streamer.storage.counters import Counters
@@ -89,8 +89,7 @@ class ObjectRequests:
             RayStreamerError: Asking again does not help.
         """
         for _ in range(_MAX_REDIRECTS + 1):
-            with self._all_faults_translated(what):
-                request = self._store.object_request(path, headers, pinned)
+            request = self._made(what, lambda: self._store.object_request(path, headers, pinned))
             try:
                 with self._asked(what, request, path=path, offset=offset) as answer:
                     yield request, answer
@@ -114,8 +113,7 @@ class ObjectRequests:
             PassingFault: Asking again may help.
             RayStreamerError: Asking again does not help.
         """
-        with self._all_faults_translated(what):
-            request = self._store.listing_request(prefix, token, recursive=recursive)
+        request = self._made(what, lambda: self._store.listing_request(prefix, token, recursive=recursive))
         with self._asked(what, request, path=None) as answer:
             yield answer
 
@@ -163,9 +161,12 @@ class ObjectRequests:
             has_answered=self._has_answered,
         )
 
-    @contextmanager
-    def _all_faults_translated(self, what: str) -> Iterator[None]:
-        """The same for what asks for credentials, by the store's own library."""
-        here = self._faults_translated(what, endpoint=self._store.endpoint)
-        with here, self._store.faults_translated(what, has_answered=self._has_answered):
-            yield
+    def _made(self, what: str, make: Callable[[], Request]) -> Request:
+        """A request, for which the store's own library may ask for credentials: its faults are translated, too."""
+        try:
+            return make()
+        except Exception:
+            # Only now: to translate what may be raised costs more than to make most requests.
+            here = self._faults_translated(what, endpoint=self._store.endpoint)
+            with here, self._store.faults_translated(what, has_answered=self._has_answered):
+                raise

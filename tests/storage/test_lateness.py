@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from types import SimpleNamespace
 
 import pytest
@@ -31,6 +32,17 @@ def test_lateness_is_learned():
     for _ in range(128):
         latencies.observe(5.0)
     assert latencies.late_after_seconds == 10.0, "when all are slow, none is late"
+
+
+def test_only_the_last_requests_count():
+    latencies, generator, taken = Latencies(not_before_seconds=0.1), random.Random(5), []
+    for _ in range(600):
+        # Many are equal, as on a coarse clock.
+        taken.append(round(generator.expovariate(1.0), 1))
+        latencies.observe(taken[-1])
+        recent = sorted(taken[-128:])
+        if len(recent) >= 16:
+            assert latencies.late_after_seconds == max(0.1, 2 * recent[int(0.95 * len(recent))])
 
 
 def test_extra_requests_are_a_share_of_all():
