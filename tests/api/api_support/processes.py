@@ -22,30 +22,43 @@ START_SECONDS = 300.0
 class RankProcesses:
     """Processes that run importable functions on order; use as a context manager.
 
+    A process that owes a test its answer, because it hangs or because the test failed first, is another one for the next test.
+
     Args:
         num_processes: How many.
         are_forked: Whether torch is imported once for all of them, by a process from which they are forked.
-
-    Attributes:
-        pids: Their process ids, in rank order.
     """
 
     def __init__(self, num_processes: int, *, are_forked: bool = False) -> None:
         context = multiprocessing.get_context("forkserver" if are_forked else "spawn")
         if are_forked:
             context.set_forkserver_preload(["torch", "ray_streamer.api.rank"])
-        self._pipes: list[Connection] = []
-        self._processes: list[Any] = []
-        for _ in range(num_processes):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs,), daemon=True)
-            process.start()
-            theirs.close()
-            self._pipes.append(ours)
-            self._processes.append(process)
-        self.pids = [process.pid for process in self._processes]
+        self._context = context
+        started = [self._start() for _ in range(num_processes)]
+        self._pipes: list[Connection] = [pipe for pipe, _ in started]
+        self._processes: list[Any] = [process for _, process in started]
+        self._owing = [True] * num_processes
         for number in range(num_processes):
             assert self.answer(number, START_SECONDS) == "ready"
+
+    @property
+    def pids(self) -> list[int]:
+        """Their process ids, in rank order."""
+        return [process.pid for process in self._processes]
+
+    def _start(self) -> tuple[Connection, Any]:
+        ours, theirs = self._context.Pipe()
+        process = self._context.Process(target=_serve, args=(theirs,), daemon=True)
+        process.start()
+        theirs.close()
+        return ours, process
+
+    def _replace(self, number: int) -> None:
+        self._pipes[number].close()
+        self._processes[number].kill()
+        self._processes[number].join()
+        self._pipes[number], self._processes[number] = self._start()
+        assert self.answer(number, START_SECONDS) == "ready"
 
     def __enter__(self) -> Self:
         return self
@@ -61,6 +74,9 @@ class RankProcesses:
         self, process: int, function: Callable[..., Any], /, *, environment: dict[str, str] | None = None, **kwargs: Any
     ) -> None:
         """Let one process call a function with these variables in its environment; `answer` waits for the result."""
+        if self._owing[process]:
+            self._replace(process)
+        self._owing[process] = True
         self._pipes[process].send((function, kwargs, environment or {}))
 
     def answer(self, process: int, seconds: float = HANG_SECONDS) -> Any:
@@ -69,7 +85,9 @@ class RankProcesses:
             show_stacks(self.pids[process])
             self._processes[process].kill()
             raise AssertionError(f"process {process} does not answer")
-        return self._pipes[process].recv()
+        answer = self._pipes[process].recv()
+        self._owing[process] = False
+        return answer
 
     def run(self, function: Callable[..., Any], per_rank: Sequence[dict[str, Any]]) -> list[Any]:
         """What the function returned, or raised, in each process, each called with keywords of its own."""

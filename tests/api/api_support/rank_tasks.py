@@ -69,7 +69,11 @@ def load_without_the_other(uri: str, *, store: str, rank: int, is_alive: bool) -
     import torch.distributed as dist
 
     meeting = dist.FileStore(store, 2)
-    dist.init_process_group("gloo", store=meeting, rank=rank, world_size=2, timeout=timedelta(seconds=2))
+    dist.init_process_group("gloo", store=meeting, rank=rank, world_size=2)
+    # Short for what the load asks; to connect takes as long as it takes on a machine with other work.
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=2), dist.group.WORLD)
+    meeting.set(f"connected-{rank}", "")
+    meeting.wait(["connected-0"], timedelta(seconds=60))
     try:
         if rank == 0:
             ray_streamer.load_rank(uri)
