@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import psutil
-
 from ray_streamer.process_limits import limits_explained
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+PROC = Path("/proc")
+CGROUP = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,17 +46,28 @@ def count_cpus() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def measure_available_memory() -> int:
+def measure_available_memory(proc: Path = PROC, cgroup: Path = CGROUP) -> int:
     """Bytes that this process could still take: what the machine has, within the limits of its control groups.
+
+    Args:
+        proc: Where procfs is mounted.
+        cgroup: Where control groups are mounted.
 
     Raises:
         BudgetError: The process has no descriptor left to ask with.
     """
     with limits_explained("measure the memory of this machine"):
-        return min([psutil.virtual_memory().available, *group_headrooms()])
+        return min([_available_on_machine(proc), *group_headrooms(proc, cgroup)])
 
 
-def group_headrooms(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")) -> Iterator[int]:
+def _available_on_machine(proc: Path) -> int:
+    """What the kernel expects to have for new programs without swapping. Source: `MemAvailable` of proc_meminfo(5), Linux 3.14."""
+    sizes = dict(line.split(":", 1) for line in (proc / "meminfo").read_text().splitlines())
+    number, _ = sizes["MemAvailable"].split()
+    return int(number) << 10
+
+
+def group_headrooms(proc: Path = PROC, cgroup: Path = CGROUP) -> Iterator[int]:
     """Bytes left in the memory group of this process and in every group around it, version 2 and version 1.
 
     Args:

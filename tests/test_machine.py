@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
-import psutil
 import pytest
 
 from ray_streamer.machine import count_cpus, group_headrooms, measure_available_memory
@@ -37,6 +36,9 @@ class Groups:
 
     def headrooms(self) -> list[int]:
         return list(group_headrooms(self.proc, self.cgroup))
+
+    def available(self) -> int:
+        return measure_available_memory(self.proc, self.cgroup)
 
 
 @pytest.fixture
@@ -91,12 +93,15 @@ def test_a_group_over_its_limit_has_nothing(groups: Groups) -> None:
     assert groups.headrooms() == [0]
 
 
-@pytest.mark.parametrize(("headrooms", "share"), [([], 1), ([1 << 60], 1), ([1000], 0)])
-def test_the_tightest_of_machine_and_groups_decides(monkeypatch, headrooms, share) -> None:
-    machine = psutil.virtual_memory()
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: machine)
-    monkeypatch.setattr("ray_streamer.machine.group_headrooms", lambda: iter(headrooms))
-    assert measure_available_memory() == (machine.available if share else min(headrooms))
+@pytest.mark.parametrize(("limit", "available"), [("max", 4096), ("1000000", 4096), ("1000", 300)])
+def test_the_tightest_of_machine_and_groups_decides(groups: Groups, limit: str, available: int) -> None:
+    (groups.proc / "meminfo").write_text(
+        "MemTotal:  9 kB\nMemFree:   1 kB\nMemAvailable:    4 kB\nHugePages_Total:   0\n"
+    )
+    assert groups.available() == 4096
+    groups.join("0::/job\n")
+    groups.limit("job", limit, 700)
+    assert groups.available() == available
 
 
 def test_this_machine() -> None:

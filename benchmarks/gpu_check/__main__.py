@@ -3,7 +3,7 @@
     make gpu-check
     make gpu-check GPU_CHECK_ARGS="--megabytes 8000 --cold-folder /mnt/nvme/check --json gpu.json"
 
-Needs the repository, torch, numpy, psutil, pyarrow and safetensors; neither Ray nor an installation. Without a GPU, or with `--fake`,
+Needs the repository, torch, numpy, pyarrow and safetensors; neither Ray nor an installation. Without a GPU, or with `--fake`,
 everything runs on a CUDA runtime that has none: that proves the script, and its figures mean nothing.
 """
 
@@ -18,7 +18,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-NEEDED = ("torch", "numpy", "psutil", "pyarrow", "safetensors")
+NEEDED = ("torch", "numpy", "pyarrow", "safetensors")
 SHARED_MEMORY = Path("/dev/shm")
 
 

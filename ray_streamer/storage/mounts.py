@@ -6,9 +6,10 @@ anywhere; a page fault or an O_DIRECT read on a network file system may cost a r
 
 from __future__ import annotations
 
+import os
+import re
 from dataclasses import dataclass
-
-import psutil
+from pathlib import Path
 
 _ON_DISK = frozenset(
     {"bcachefs", "btrfs", "erofs", "exfat", "ext2", "ext3", "ext4", "f2fs", "jfs", "nilfs2", "ntfs3", "overlay"}
@@ -61,9 +62,19 @@ def mount_of(path: str, mounts: tuple[Mount, ...]) -> Mount:
     return max(reversed(holding), key=lambda mount: len(mount.point), default=Mount("/", "unknown"))
 
 
-def read_mount_table() -> tuple[Mount, ...]:
-    """The mounts that this process sees now; empty where the kernel tells nothing."""
+def read_mount_table(path: Path = Path("/proc/self/mounts")) -> tuple[Mount, ...]:
+    """The mounts that this process sees now, as proc_pid_mounts(5) has them; empty where the kernel tells nothing."""
     try:
-        return tuple(Mount(part.mountpoint, part.fstype) for part in psutil.disk_partitions(all=True))
+        lines = os.fsdecode(path.read_bytes()).split("\n")
     except OSError:
         return ()
+    return tuple(Mount(_unescaped(fields[1]), fields[2]) for line in lines if len(fields := line.split(" ")) > 2)
+
+
+def _unescaped(point: str) -> str:
+    r"""The kernel writes spaces, tabs, line feeds and backslashes as three octal digits.
+
+    >>> _unescaped(r"/a\040b\134")
+    '/a b\\'
+    """
+    return re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), point)

@@ -16,8 +16,8 @@ SCRIPT = REPOSITORY / "benchmarks" / "gpu_check"
 
 BLOCKED = (
     "ray",
+    "psutil",
     "pydantic",
-    "pydantic_settings",
     "boto3",
     "botocore",
     "click",

@@ -445,6 +445,16 @@ def test_the_mounts_of_this_machine(tmp_path):
     assert len(mounts) == len(lines)
 
 
+def test_a_mount_point_may_hold_what_separates_fields(tmp_path: Path) -> None:
+    table = tmp_path / "mounts"
+    table.write_bytes(
+        b"/dev/a / ext4 rw 0 0\nfs:/x /mnt/two\\040words\\134 nfs4 rw,vers=4 0 0\nnone /mnt/\xe9\xff tmpfs rw 0 0\n"
+    )
+    spaced, odd = Mount("/mnt/two words\\", "nfs4"), Mount(os.fsdecode(b"/mnt/\xe9\xff"), "tmpfs")
+    assert read_mount_table(table) == (Mount("/", "ext4"), spaced, odd)
+    assert read_mount_table(tmp_path / "absent") == ()
+
+
 @pytest.mark.parametrize(
     ("kind", "is_disk", "is_memory"),
     [
