@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, ByteSize, Field, TypeAdapter
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, TypeAdapter
 
 MIB = 1 << 20
 ENV_PREFIX = "RAY_STREAMER_"
@@ -17,20 +17,22 @@ LONGEST_SECONDS = 7 * 24 * 3600
 Seconds = Annotated[float, Field(gt=0, le=LONGEST_SECONDS, allow_inf_nan=False)]
 """How long something may take."""
 
-_BYTE_SIZE: TypeAdapter[ByteSize] = TypeAdapter(ByteSize)
+
+@cache
+def _byte_size() -> TypeAdapter[ByteSize]:
+    return TypeAdapter(ByteSize)
 
 
 def _parse_memory_limit(value: Any) -> int:
     """Bytes, with text such as "512MiB" allowed, or -1."""
-    return -1 if str(value).strip() == "-1" else int(_BYTE_SIZE.validate_python(value))
+    return -1 if str(value).strip() == "-1" else int(_byte_size().validate_python(value))
 
 
-class LoadSettings(BaseSettings):
+class LoadSettings(BaseModel):
     """The knobs of every load."""
 
-    model_config = SettingsConfigDict(
-        env_prefix=ENV_PREFIX, frozen=True, extra="forbid", env_ignore_empty=True, hide_input_in_errors=True
-    )
+    # Nobody makes this class, or the next one: the validators of the last one are those that count.
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True, defer_build=True)
 
     concurrency: int = Field(
         default=16,

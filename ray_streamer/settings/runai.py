@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
-
-from pydantic_settings import PydanticBaseSettingsSource
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -69,15 +67,11 @@ ALIASES = (
 """The one table of foreign names; `docs/settings.md` repeats it."""
 
 
-class AliasSource(PydanticBaseSettingsSource):
-    """Values of `ALIASES`, for pydantic-settings."""
-
-    def get_field_value(self, field: Any, field_name: str) -> tuple[Any, str, bool]:
-        """The value of one setting, None when no variable gives it."""
-        found = [alias.value() for alias in ALIASES if alias.setting == field_name]
-        return next((value for value in found if value is not None), None), field_name, False
-
-    def __call__(self) -> dict[str, Any]:
-        """The values of all settings that variables give."""
-        values = {alias.setting: self.get_field_value(None, alias.setting)[0] for alias in ALIASES}
-        return {name: value for name, value in values.items() if value is not None}
+def alias_values() -> dict[str, str]:
+    """What variables of `ALIASES` say, by setting; of several for one setting, the first."""
+    values: dict[str, str] = {}
+    for alias in ALIASES:
+        value = alias.value()
+        if value is not None:
+            values.setdefault(alias.setting, value)
+    return values

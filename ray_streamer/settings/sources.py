@@ -10,17 +10,15 @@ from __future__ import annotations
 import difflib
 import logging
 import os
-from typing import TYPE_CHECKING, Any, Self, get_args
+from typing import Any, Self, get_args
 
-from pydantic import SecretStr, TypeAdapter, ValidationError
+from pydantic import ConfigDict, SecretStr, TypeAdapter, ValidationError
+from pydantic import model_validator as validates_model
 
 from ray_streamer.errors import SettingsError
 from ray_streamer.settings.load import ENV_PREFIX
-from ray_streamer.settings.runai import ALIASES, AliasSource
+from ray_streamer.settings.runai import ALIASES, alias_values
 from ray_streamer.settings.stores import StoreSettings
-
-if TYPE_CHECKING:
-    from pydantic_settings import BaseSettings, PydanticBaseSettingsSource
 
 REPLACE_RUNAI = f"{ENV_PREFIX}REPLACE_RUNAI"
 """Variable that makes the vLLM plugin answer for load format `runai_streamer`; no setting of a load."""
@@ -34,17 +32,13 @@ class Settings(StoreSettings):
     Attributes are documented by their `description`; `ray-streamer load --help` and `docs/settings.md` repeat them.
     """
 
+    model_config = ConfigDict(defer_build=False)
+
+    @validates_model(mode="before")
     @classmethod
-    def settings_customise_sources(
-        cls,
-        settings_cls: type[BaseSettings],
-        init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,
-        file_secret_settings: PydanticBaseSettingsSource,
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Where values come from, the first before the others; called by pydantic-settings."""
-        return init_settings, env_settings, AliasSource(settings_cls)
+    def _from_environment(cls, given: Any) -> Any:
+        """Adds what the environment says of settings that are not given."""
+        return {**alias_values(), **_own_variables(), **given} if isinstance(given, dict) else given
 
     @classmethod
     def resolve(cls, **explicit: Any) -> Self:
@@ -104,6 +98,13 @@ def replaces_runai() -> bool:
         return TypeAdapter(bool).validate_python(text or False)
     except ValidationError:
         raise SettingsError(f"environment variable {REPLACE_RUNAI}={text!r}: give 1, or leave it out") from None
+
+
+def _own_variables() -> dict[str, str]:
+    """What `RAY_STREAMER_<NAME>` says, by setting; case does not matter, and an empty variable says nothing."""
+    named = {variable.upper(): text for variable, text in os.environ.items() if text}
+    variables = {name: ENV_PREFIX + name.upper() for name in Settings.model_fields}
+    return {name: named[variable] for name, variable in variables.items() if variable in named}
 
 
 _told: set[str] = set()
