@@ -11,14 +11,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from ray_streamer.api.dtensors import DTensorSlices
-from ray_streamer.api.node_trace import NodeTrace
-from ray_streamer.cluster.meters import published
 from ray_streamer.errors import ClusterError, LoadAbortedError, SettingsError
 from ray_streamer.exchange.session import NodeSession
 from ray_streamer.rank.agreed_load import agreed_load
 from ray_streamer.rank.background import BackgroundLoad
-from ray_streamer.rank.given_memory import into_given
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -27,7 +23,9 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
     from ray_streamer.api.arguments import DeviceLike, Sharding
+    from ray_streamer.api.dtensors import DTensorSlices
     from ray_streamer.api.membership import Membership
+    from ray_streamer.api.node_trace import NodeTrace
     from ray_streamer.rank.background import Items
     from ray_streamer.rank.load import RankLoad
     from ray_streamer.rank.request import LoadRequest
@@ -148,10 +146,15 @@ def _request_of(call: RankCall, membership: Membership) -> tuple[LoadRequest, DT
     request = call.sharding.request(
         call.uri, settings=call.settings, device=call.device, num_ranks=membership.topology.num_ranks
     )
-    placed = None if call.as_dtensor is None else DTensorSlices(request.slices, call.as_dtensor, device=request.device)
-    if placed is not None:
+    placed = None
+    if call.as_dtensor is not None:
+        from ray_streamer.api.dtensors import DTensorSlices
+
+        placed = DTensorSlices(request.slices, call.as_dtensor, device=request.device)
         request = replace(request, slices=placed)
     if call.out is not None:
+        from ray_streamer.rank.given_memory import into_given
+
         request = replace(request, slices=into_given(request.slices, call.out))
     return request, placed
 
@@ -166,7 +169,7 @@ def _begin(call: RankCall) -> tuple[DTensorSlices | None, RankLoad, BackgroundLo
         follow = _display(owned, request.uri, is_shown=call.progress and membership.rank == 0)
         # The others are looked for while device and storage are opened; what fails there is told to them.
         session = owned.enter_context(NodeSession(membership.place(request.settings)))
-        trace = None if call.trace is None else NodeTrace.of(call.trace, membership)
+        trace = _trace_of(call, membership)
         device = request.start_device(request.device)
         storage = request.open_storage(num_sharers=len(membership.local_ranks))
         owned.callback(storage.close)
@@ -176,8 +179,7 @@ def _begin(call: RankCall) -> tuple[DTensorSlices | None, RankLoad, BackgroundLo
         follow(load)
 
         def run() -> None:
-            wanted = request.settings.metrics
-            with published(load, is_wanted=wanted, uri=request.uri, node=session.place.node, rank=membership.rank):
+            with _published(load, request, node=session.place.node, rank=membership.rank):
                 load.run()
             if trace is not None:
                 trace.write(session, load, uri=request.uri)
@@ -196,6 +198,26 @@ def _begin(call: RankCall) -> tuple[DTensorSlices | None, RankLoad, BackgroundLo
         except BaseException as error:
             close(error)
             raise
+
+
+def _trace_of(call: RankCall, membership: Membership) -> NodeTrace | None:
+    """The trace that was asked for."""
+    if call.trace is None:
+        return None
+    from ray_streamer.api.node_trace import NodeTrace
+
+    return NodeTrace.of(call.trace, membership)
+
+
+def _published(
+    load: RankLoad, request: LoadRequest, *, node: str, rank: int
+) -> contextlib.AbstractContextManager[None]:
+    """For the length of the block, which runs the load, its metrics are published where the settings want them."""
+    if not request.settings.metrics:
+        return contextlib.nullcontext()
+    from ray_streamer.cluster.meters import published
+
+    return published(load, is_wanted=True, uri=request.uri, node=node, rank=rank)
 
 
 def _display(owned: contextlib.ExitStack, uri: str, *, is_shown: bool) -> Callable[[RankLoad], object]:

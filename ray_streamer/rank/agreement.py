@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ray_streamer.checkpoint.index_bytes import index_from_bytes, index_to_bytes
 from ray_streamer.errors import ClusterError, RankFailedError, RayStreamerError
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from ray_streamer.rank.shared_tensors import SharedTensors
     from ray_streamer.slices import RankSlices
     from ray_streamer.storage.base import Storage
+
+_Made = TypeVar("_Made")
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,9 +143,13 @@ def agree_on_index(
         smallest, limits, reads_values = _gather_terms(session, request, memory_limit, reads_values=reads_values)
     session.activity.phase = "reading the headers"
     if index_bytes is None:
-        index_bytes = made_by_first(session, lambda: index_to_bytes(request.read_index(storage)))
+        index = made_by_first(
+            session, lambda: request.read_index(storage), to_bytes=index_to_bytes, from_bytes=index_from_bytes
+        )
+    else:
+        index = index_from_bytes(index_bytes)
     return Met(
-        index=index_from_bytes(index_bytes),
+        index=index,
         memory_limit=memory_limit,
         smallest_limit=smallest,
         limits=limits,
@@ -208,30 +214,44 @@ def _say(session: NodeSession, request: LoadRequest, storage: Storage, met: Met)
 
 def _share_plan(session: NodeSession, index: CheckpointIndex, said: RankSlices, limits: ReadLimits) -> NodePlan:
     """The node's plan, made by its first rank of what all of them read."""
-    told = session.gather(RankSources.of(said).to_bytes())
+    mine = RankSources.of(said)
+    told = session.gather(mine.to_bytes()) if len(session.place.ranks) > 1 else ()
 
-    def make() -> bytes:
+    def make() -> NodePlan:
         # Ranks that read the same share one object, which is planned once.
         words_of_ranks = [bytes(words) for words in told]
         sources = {words: RankSources.from_bytes(words) for words in dict.fromkeys(words_of_ranks)}
-        return plan_node(index, [sources[words] for words in words_of_ranks], limits).to_bytes()
+        return plan_node(index, [sources[words] for words in words_of_ranks] or [mine], limits)
 
-    return NodePlan.from_bytes(made_by_first(session, make))
+    return made_by_first(session, make, to_bytes=NodePlan.to_bytes, from_bytes=NodePlan.from_bytes)
 
 
-def made_by_first(session: NodeSession, make: Callable[[], bytes]) -> memoryview:
-    """What `make` returned on the first rank of the node, where alone it is called.
+def made_by_first(
+    session: NodeSession,
+    make: Callable[[], _Made],
+    *,
+    to_bytes: Callable[[_Made], bytes],
+    from_bytes: Callable[[memoryview], _Made],
+) -> _Made:
+    """What `make` returned on the first rank of the node, where alone it is called and which keeps it; the others get it as bytes.
 
     Raises:
         RayStreamerError: What `make` raised, on all ranks.
         RankFailedError: Another rank failed, or the first one in another way.
     """
+    kept: list[_Made] = []
+
+    def give() -> bytes:
+        kept.append(make())
+        return to_bytes(kept[0]) if len(session.place.ranks) > 1 else b""
+
     try:
         # Until all are here, the end of the first rank could be told to one that still waits for something else.
         session.gather(b"")
-        return session.share(make)
+        words = session.share(give)
     except RankFailedError as error:
         # What is wrong with a checkpoint is nobody's fault in particular, and every rank's error.
         if error.rank == session.place.ranks[0] and isinstance(error.cause, RayStreamerError):
             raise error.cause from error
         raise
+    return kept[0] if kept else from_bytes(words)

@@ -31,7 +31,6 @@ from ray_streamer.rank.neighbourhood import Neighbourhood
 from ray_streamer.rank.recorder import Recorder
 from ray_streamer.rank.results import Results
 from ray_streamer.rank.statistics import RankStatistics
-from ray_streamer.rank.trace import RankTrace
 from ray_streamer.staging.arena import Arena
 from ray_streamer.staging.countdown import Countdown
 from ray_streamer.staging.error_frames import clear_frames
@@ -51,6 +50,7 @@ if TYPE_CHECKING:
     from ray_streamer.rank.options import RankOptions
     from ray_streamer.rank.recorder import Spans
     from ray_streamer.rank.results import OnComplete
+    from ray_streamer.rank.trace import RankTrace
     from ray_streamer.storage.base import Storage
 
 logger = logging.getLogger(__name__)
@@ -178,6 +178,8 @@ class RankLoad:
 
     def trace(self) -> RankTrace:
         """The same, with what the blocks are, for whoever draws all ranks."""
+        from ray_streamer.rank.trace import RankTrace
+
         conditions = RankConditions.of(self._options, self._arena, len(self._mine.ranks))
         return RankTrace.of(
             self._mine,

@@ -51,7 +51,7 @@ class Mappings:
 
     def have(self, numbers: NDArray[np.int64]) -> NDArray[np.bool_]:
         """Which blocks of `numbers` lie in mapped files."""
-        return np.isin(self._mine.files_of(numbers), list(self._views))
+        return np.isin(self._mine.files_of(numbers), np.array([*self._views], dtype=np.int64))
 
     def borrow(self, block: Block) -> Loan | None:
         """See `BlockSource.borrow`."""

@@ -18,7 +18,6 @@ from ray_streamer.planning.limits import (
     ReadLimits,
     fit_block_bytes,
 )
-from ray_streamer.planning.read_plan import plan_reads
 from ray_streamer.rank.device_start import DeviceStart
 from ray_streamer.sharding.completeness import refuse_incomplete
 from ray_streamer.slices import checked_slices
@@ -154,6 +153,9 @@ class LoadRequest:
             StorageError: Headers could not be read.
             BudgetError: A limit cannot hold one block.
         """
+        # A rank plans its node's reads alone.
+        from ray_streamer.planning.read_plan import plan_reads
+
         limits = self.read_limits(memory_limits)
         index = self.open_index() if index is None else index
         said = [checked_slices(self.slices(index, rank), rank) for rank in range(topology.num_ranks)]

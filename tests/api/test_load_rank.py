@@ -233,6 +233,24 @@ def test_a_world_of_one(checkpoint: Any) -> None:
     assert oracle.faults(streamed, checkpoint.uri) == []
 
 
+@pytest.mark.parametrize(
+    "writer",
+    [
+        "rank.agreement.index_to_bytes",
+        "planning.node_plan.columns_to_bytes",
+        "slices.rank_sources.columns_to_bytes",
+    ],
+)
+def test_a_world_of_one_writes_nothing_for_other_ranks(
+    checkpoint: Any, monkeypatch: pytest.MonkeyPatch, writer: str
+) -> None:
+    def refuse(*_: Any) -> bytes:
+        raise AssertionError("nobody reads it")
+
+    monkeypatch.setattr(f"ray_streamer.{writer}", refuse)
+    assert oracle.faults(ray_streamer.load_rank(checkpoint.uri), checkpoint.uri) == []
+
+
 def test_tensors_land_in_memory_of_the_caller(
     pair: RankProcesses, checkpoint: Any, settings: ray_streamer.Settings, numbered: list[dict[str, Any]]
 ) -> None:

@@ -338,6 +338,13 @@ def test_the_program_starts_quickly_and_without_ray_or_torch(tmp_path):
     assert found.stderr.strip() == "[]"
 
 
+def test_a_plan_needs_nothing_that_only_several_ranks_or_other_stores_do(checkpoint):
+    code = "import sys, ray_streamer; ray_streamer.plan(sys.argv[1], tp=2)"
+    code += "; print(sorted({'ray', 'torch', 'pyarrow', 'boto3', 'numpy.ma', 'psutil'} & set(sys.modules)))"
+    found = subprocess.run([sys.executable, "-c", code, checkpoint], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
+
+
 def test_the_version_is_the_packages(invoke):
     code = "from ray_streamer.cli import main; main()"
     result = subprocess.run([sys.executable, "-c", code, "--version"], capture_output=True, text=True)

@@ -66,7 +66,7 @@ class NodeRanks:
         Raises:
             RayStreamerError: What it raised, on all ranks.
         """
-        return index_from_bytes(made_by_first(self.session, lambda: index_to_bytes(make())))
+        return made_by_first(self.session, make, to_bytes=index_to_bytes, from_bytes=index_from_bytes)
 
     def stream(
         self, index: CheckpointIndex, storage: Storage, names: Sequence[str], *, memory_limit: int, settings: Settings

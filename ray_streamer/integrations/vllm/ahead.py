@@ -24,10 +24,10 @@ LATE_MODULES = (
     "ray_streamer.device.caller_memory",
     "ray_streamer.device.cpu",
     "ray_streamer.exchange.claims",
+    "ray_streamer.exchange.hub",
+    "ray_streamer.rank.given_memory",
     "ray_streamer.rank.request",
     "ray_streamer.rank.shared_tensors",
-    # The first `numpy.unique` imports it.
-    "numpy.ma",
     "pyarrow.ipc",
 )
 """What a load imports when it first needs it, whatever it loads; vLLM's other load formats do without."""
