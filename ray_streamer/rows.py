@@ -1,8 +1,8 @@
-"""Which rows of a table are equal? Asked of columns of 92,000 rows, so by one number for each row rather than row by row."""
+"""Which values of a column, or rows of a table, are equal? Asked of columns of 92,000 rows, so by one number for each row rather than row by row."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
@@ -11,9 +11,21 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+_Number = TypeVar("_Number", bound="np.number")
+
 MOST_KEYS = 1 << 20
 
 _MIX = np.uint64(0x9E3779B97F4A7C15)
+
+
+def distinct(values: NDArray[_Number]) -> NDArray[_Number]:
+    """The distinct values, sorted. `numpy.unique` imports `numpy.ma` to find them, 15 to 30 ms in every new process.
+
+    >>> distinct(np.array([7, 3, 7])).tolist()
+    [3, 7]
+    """
+    ordered = np.sort(values, axis=None)
+    return ordered[np.append(True, ordered[1:] != ordered[:-1])[: len(ordered)]]
 
 
 def group_rows(columns: Sequence[NDArray[np.generic]]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -53,8 +53,10 @@ def reconcile(weight_map: Mapping[str, str], paths: Sequence[str], headers: Sequ
     A tensor that is in several files, none of which the index names for it, is taken from the last one, as in
     transformers 5.23.
     """
-    found = {name: path for path, header in zip(paths, headers, strict=True) for name in header.names}
-    if found == weight_map and len(found) == sum(len(header.names) for header in headers):
+    if len(weight_map) == sum(len(header.names) for header in headers) and all(
+        set(map(weight_map.get, header.names)) <= {path} for path, header in zip(paths, headers, strict=True)
+    ):
+        # A name has one file in the index json, and so is in no other one either.
         return Reconciled(headers=tuple(headers))
     where = _files_of_tensors(headers)
     numbers = {path: number for number, path in enumerate(paths)}

@@ -157,15 +157,19 @@ def _to_columns(entries: dict[str, Any], metadata: dict[str, str], *, data_start
             _check_entry(name, entry, file)
         columns = _columns_of({name: {key: entry[key] for key in _FIELDS} for name, entry in entries.items()})
         assert columns is not None, "every entry was accepted"
-    order = np.lexsort((columns.offsets[:, 1], columns.offsets[:, 0]))
     names = tuple(entries)
+    starts, stops = columns.offsets.T
+    if not (starts[1:] > starts[:-1]).all():
+        order = np.lexsort((stops, starts))
+        names = tuple([names[position] for position in order.tolist()])
+        columns = columns.rows(order)
     return FileHeader(
-        names=tuple([names[position] for position in order.tolist()]),
-        dtype_codes=columns.dtype_codes[order],
-        shapes=columns.shapes[order],
-        num_dims=columns.num_dims[order],
-        starts=columns.offsets[order, 0] + data_start,
-        stops=columns.offsets[order, 1] + data_start,
+        names=names,
+        dtype_codes=columns.dtype_codes,
+        shapes=columns.shapes,
+        num_dims=columns.num_dims,
+        starts=columns.offsets[:, 0] + data_start,
+        stops=columns.offsets[:, 1] + data_start,
         metadata=metadata,
     )
 
@@ -177,6 +181,10 @@ class _Columns(NamedTuple):
     shapes: NDArray[np.int64]
     num_dims: NDArray[np.uint8]
     offsets: NDArray[np.int64]
+
+    def rows(self, order: NDArray[np.int64]) -> _Columns:
+        """The rows in another order."""
+        return _Columns(self.dtype_codes[order], self.shapes[order], self.num_dims[order], self.offsets[order])
 
 
 def _columns_of(entries: dict[str, Any]) -> _Columns | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass, field, fields, replace
+from itertools import accumulate, chain
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
@@ -90,7 +91,7 @@ class CheckpointIndex:
             raise ValueError(f"an index of {len(self.names)} names needs columns of that length, got {lengths}")
         for name in _COLUMNS:
             getattr(self, name).flags.writeable = False
-        object.__setattr__(self, "_positions", {name: position for position, name in enumerate(self.names)})
+        object.__setattr__(self, "_positions", dict(zip(self.names, range(len(self.names)), strict=True)))
         if len(self._positions) != len(self.names):
             raise CheckpointError(f"{self.uri}: {self._describe_duplicates()}")
 
@@ -117,14 +118,15 @@ class CheckpointIndex:
             CheckpointError: A tensor is in two files; names both.
         """
         counts = [len(header.names) for header in headers]
-        width = max((header.shapes.shape[1] for header in headers), default=1)
-        shapes = [np.pad(h.shapes, ((0, 0), (0, width - h.shapes.shape[1])), constant_values=1) for h in headers]
+        shapes = np.ones((sum(counts), max((header.shapes.shape[1] for header in headers), default=1)), dtype=np.int64)
+        for header, stop in zip(headers, accumulate(counts), strict=True):
+            shapes[stop - len(header.names) : stop, : header.shapes.shape[1]] = header.shapes
         return cls(
             uri=uri,
             files=tuple(files),
-            names=tuple(name for header in headers for name in header.names),
+            names=tuple(chain.from_iterable(header.names for header in headers)),
             dtype_codes=_joined([header.dtype_codes for header in headers], np.uint8),
-            shapes=np.concatenate([np.ones((0, width), np.int64), *shapes]),
+            shapes=shapes,
             num_dims=_joined([header.num_dims for header in headers], np.uint8),
             file_ids=np.repeat(np.arange(len(headers), dtype=np.int32), counts),
             starts=_joined([header.starts for header in headers], np.int64),

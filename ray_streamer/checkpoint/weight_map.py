@@ -61,11 +61,11 @@ def parse_weight_map(data: bytes, *, file: str) -> WeightMap:
         )
     if not weight_map:
         raise CheckpointError(f"{file}: 'weight_map' names no tensor")
-    for tensor, name in weight_map.items():
-        if not isinstance(name, str):
-            raise CheckpointError(
-                f"{file}: 'weight_map' must give a file name for {shown(tensor)}, got {type(name).__name__}"
-            )
+    if set(map(type, weight_map.values())) != {str}:
+        tensor, name = next((tensor, name) for tensor, name in weight_map.items() if not isinstance(name, str))
+        raise CheckpointError(
+            f"{file}: 'weight_map' must give a file name for {shown(tensor)}, got {type(name).__name__}"
+        )
     names = sorted(set(weight_map.values()))
     plain = {name: _without_dots(name) for name in names}
     for name in names:

@@ -23,16 +23,19 @@ def assign_readers(wants: NDArray[np.bool_], num_bytes: NDArray[np.int64]) -> ND
         wants: Whether a rank takes pieces of a block, shape (num_blocks, num_local_ranks); every block has a consumer.
         num_bytes: Length of each block.
     """
-    readers = wants.argmax(axis=1).astype(np.int16)
-    num_consumers = wants.sum(axis=1)
-    is_own = num_consumers == 1
+    if not len(wants):
+        return np.zeros(0, dtype=np.int16)
+    group_ids, examples = group_rows(list(np.packbits(wants, axis=1).T))
+    members = [np.flatnonzero(row) for row in wants[examples]]
+    readers = np.array([ranks[0] for ranks in members], dtype=np.int16)[group_ids]
+    is_own = np.array([len(ranks) == 1 for ranks in members], dtype=bool)[group_ids]
     loads = np.bincount(readers[is_own], weights=num_bytes[is_own], minlength=wants.shape[1]).astype(np.int64)
-    shared = np.flatnonzero(~is_own)
-    group_ids, examples = group_rows(list(wants[shared].T))
-    members = [np.flatnonzero(row) for row in wants[shared[examples]]]
-    for group in sorted(range(len(members)), key=lambda group: (len(members[group]), members[group].tolist())):
-        blocks = shared[group_ids == group]
-        readers[blocks] = _share_out(num_bytes[blocks], members[group], loads)
+    blocks_of = np.split(np.argsort(group_ids, kind="stable"), np.cumsum(np.bincount(group_ids))[:-1])
+    for ranks, blocks in sorted(
+        zip(members, blocks_of, strict=True), key=lambda pair: (len(pair[0]), pair[0].tolist())
+    ):
+        if len(ranks) > 1:
+            readers[blocks] = _share_out(num_bytes[blocks], ranks, loads)
     return readers
 
 

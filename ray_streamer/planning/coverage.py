@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from ray_streamer.planning.views import Dim, NestedView, boxes_between
+from ray_streamer.rows import distinct
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -122,7 +123,7 @@ def _cover_cells(scales: list[int], whole: Sequence[NestedView], views: Sequence
     """Coverage on the grid of all boxes' edges; None when that has too many cells."""
     known: Boxes = [box for view in whole for box in _digit_boxes(view, scales)]
     boxes = [box for view in views for box in _digit_boxes(view, scales)]
-    edges = [np.unique(np.array([box[at] for box in (*known, *boxes)])) for at in range(len(scales))]
+    edges = [distinct(np.array([box[at] for box in (*known, *boxes)])) for at in range(len(scales))]
     shape = tuple(len(values) - 1 for values in edges)
     if np.prod(shape, dtype=np.float64) > MAX_CELLS:
         return None

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from ray_streamer.checkpoint.index import CheckpointIndex
     from ray_streamer.planning.views import NestedView
     from ray_streamer.slices.rank_slices import RankSlices
-    from ray_streamer.slices.result import ResultForm, ResultSpec
+    from ray_streamer.slices.result import ResultForm
 
     Column = NDArray[np.int64]
 
@@ -47,34 +47,60 @@ Covers = dict[tuple["ResultForm", tuple["NestedView", ...]], Coverage]
 """What is known of results of a form that get these views."""
 
 
-def check_fills(index: CheckpointIndex, slices: RankSlices, covers: Covers | None = None) -> list[OpenResults]:
+@dataclass(frozen=True, slots=True, eq=False)
+class KnownFills:
+    """What was found for other ranks, whose results often are filled alike; `check_fills` adds to it."""
+
+    covers: Covers = field(default_factory=dict)
+    _rows: dict[tuple[int, ...], tuple[tuple[NDArray[Any], ...], _RowsByResult]] = field(default_factory=dict)
+
+    def rows_of(self, slices: RankSlices) -> _RowsByResult:
+        """The rows of slices by result, worked out once for ranks that share their columns."""
+        columns = (slices.result_ids, slices.pattern_ids, slices.target_offsets, slices.results.form_ids)
+        key = tuple(map(id, columns))
+        if key not in self._rows:
+            # With the columns, so that no others can come to have their ids.
+            self._rows[key] = (columns, _RowsByResult.of(slices))
+        return self._rows[key][1]
+
+
+def check_fills(index: CheckpointIndex, slices: RankSlices, known: KnownFills | None = None) -> list[OpenResults]:
     """What is to be zeroed in the results of one rank.
 
     Args:
         index: The checkpoint's tensors.
         slices: What the rank says.
-        covers: What was found for other ranks, whose results often are filled alike; added to.
+        known: What was found for other ranks.
 
     Raises:
         PlanError: Two moves write one element, a move leaves its result, or a result overlaps itself; names tensors, result
             and index.
     """
-    rows = _RowsByResult.of(slices)
-    combinations, examples = rows.combinations(slices)
+    known = KnownFills() if known is None else known
+    rows = known.rows_of(slices)
     found: list[OpenResults] = []
-    for number, example in enumerate(examples.tolist()):
-        holes = _check_result(index, slices, example, rows.rows_of(example), {} if covers is None else covers)
+    for number, example in enumerate(rows.examples.tolist()):
+        holes = _check_result(index, slices, example, rows.rows_of(example), known.covers)
         if holes and slices.results.form_of(example).zeroes_holes:
-            found.append(OpenResults(np.flatnonzero(combinations == number), holes))
+            found.append(OpenResults(np.flatnonzero(rows.combinations == number), holes))
     return found
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _RowsByResult:
-    """Rows of slices sorted by result, and in each by pattern and place."""
+    """Rows of slices sorted by result, and in each by pattern and place.
+
+    Attributes:
+        order: The rows.
+        firsts: For each result its first row in `order`; one more than there are results.
+        combinations: For each result the number of its combination of moves and form.
+        examples: For each combination a result that has it.
+    """
 
     order: Column
     firsts: Column
+    combinations: Column
+    examples: Column
 
     @classmethod
     def of(cls, slices: RankSlices) -> _RowsByResult:
@@ -82,50 +108,46 @@ class _RowsByResult:
         if not (slices.result_ids[1:] > slices.result_ids[:-1]).all():
             order = np.lexsort((slices.target_offsets, slices.pattern_ids, slices.result_ids))
         firsts = np.searchsorted(slices.result_ids[order], np.arange(len(slices.results) + 1))
-        return cls(order, firsts)
+        kinds, _ = group_rows([slices.pattern_ids[order], slices.target_offsets[order]])
+        combinations, examples = group_sequences(firsts, kinds, [slices.results.form_ids])
+        return cls(order, firsts, combinations, examples)
 
     def rows_of(self, result: int) -> list[int]:
         return self.order[self.firsts[result] : self.firsts[result + 1]].tolist()
 
-    def combinations(self, slices: RankSlices) -> tuple[Column, Column]:
-        """The distinct combinations of moves and form: for each result the number of its own, and for each combination a result that has it."""
-        kinds, _ = group_rows([slices.pattern_ids[self.order], slices.target_offsets[self.order]])
-        return group_sequences(self.firsts, kinds, [slices.results.form_ids])
-
 
 @lru_cache(maxsize=256)
-def _own_views(form: ResultForm) -> tuple[NestedView, ...]:
-    return tuple(unit_views(form.shape, 0, form.memory_strides, form.stored.num_bits))
+def _own_views(form: ResultForm) -> tuple[NestedView, ...] | None:
+    """All elements of a result of this form; None where it overlaps itself."""
+    steps = zip(form.shape, form.memory_strides, strict=True)
+    if 0 not in form.shape and any(size > 1 and not stride for size, stride in steps):
+        return None
+    views = tuple(unit_views(form.shape, 0, form.memory_strides, form.stored.num_bits))
+    return None if sum(view.num_elements for view in views) > num_covered(views) else views
 
 
 def _check_result(
     index: CheckpointIndex, slices: RankSlices, result: int, rows: Sequence[int], covers: Covers
 ) -> tuple[Hole, ...]:
     """What no row fills of a result."""
-    whole = _whole_views(slices.results[result])
-    written = _views_of_rows(slices, rows, slices.results.form_of(result).stored.num_bits)
+    form = slices.results.form_of(result)
+    whole = _own_views(form)
+    if whole is None:
+        name, shape, strides = slices.results.names[result], form.shape, form.memory_strides
+        raise PlanError(f"result {name!r} of shape {shape} overlaps itself: strides {strides}")
+    written = _views_of_rows(slices, rows, form.stored.num_bits)
     views = tuple([view for view, _ in written])
     end = max((view.offset + view.max_offset for view in whole), default=-1)
     stray = next((view for view in views if view.offset < 0 or view.offset + view.max_offset > end), None)
     if stray is not None:
         at = stray.offset if stray.offset < 0 else stray.offset + stray.max_offset
         raise PlanError(_describe(index, slices, result, written, at))
-    key = slices.results.form_of(result), views
+    key = form, views
     coverage = covers.get(key) or covers.setdefault(key, cover(whole, views))
     wrong = coverage.outside if coverage.twice is None else coverage.twice
     if wrong is not None:
         raise PlanError(_describe(index, slices, result, written, wrong, is_twice=coverage.twice is not None))
     return coverage.holes
-
-
-def _whole_views(spec: ResultSpec) -> tuple[NestedView, ...]:
-    """All elements of a result."""
-    steps = zip(spec.shape, spec.memory_strides, strict=True)
-    is_repeated = 0 not in spec.shape and any(size > 1 and not stride for size, stride in steps)
-    whole = () if is_repeated else _own_views(spec.form)
-    if is_repeated or sum(view.num_elements for view in whole) > num_covered(whole):
-        raise PlanError(f"result {spec.name!r} of shape {spec.shape} overlaps itself: strides {spec.memory_strides}")
-    return whole
 
 
 def _views_of_rows(slices: RankSlices, rows: Sequence[int], num_bits: int) -> list[tuple[NestedView, int]]:

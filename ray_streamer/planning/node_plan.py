@@ -16,8 +16,9 @@ from ray_streamer.collector import collector_paused
 from ray_streamer.column_bytes import columns_from_bytes, columns_to_bytes, refused
 from ray_streamer.errors import PlanError
 from ray_streamer.planning.assign import assign_readers
+from ray_streamer.planning.consumers import find_consumers
 from ray_streamer.planning.limits import ReadLimits
-from ray_streamer.planning.reads import BlockColumns, bytes_by_block, cover_node, cut_blocks, kinds_of
+from ray_streamer.planning.reads import BlockColumns, cover_node, cut_blocks, kinds_of
 from ray_streamer.units import counted, human_bytes
 
 if TYPE_CHECKING:
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from ray_streamer.checkpoint.index import CheckpointIndex
-    from ray_streamer.planning.reads import TensorKinds
     from ray_streamer.slices.rank_sources import RankSources
 
 PLAN_VERSION = 2
@@ -117,12 +117,13 @@ def plan_node(index: CheckpointIndex, sources: Sequence[RankSources], limits: Re
     Raises:
         PlanError: A rank reads what the checkpoint does not have, or inside a byte.
     """
+    num_elements = index.shapes.prod(axis=1)
     for local_rank, rank_sources in enumerate(sources):
-        check_sources(index, rank_sources, local_rank)
+        _check_sources(index, num_elements, rank_sources, local_rank)
     kinds = kinds_of(index, sources)
     cover = cover_node(kinds, limits)
     blocks = cut_blocks(index, kinds, cover, limits)
-    consumers = _consumers(index, kinds, blocks, sources)
+    consumers = find_consumers(index, kinds, cover, blocks, sources)
     # Blocks that hold nothing but a gap are not read.
     is_wanted = consumers.any(axis=1)
     blocks = BlockColumns(*(column[is_wanted] for column in (blocks.file_ids, blocks.starts, blocks.stops)))
@@ -136,8 +137,10 @@ def plan_node(index: CheckpointIndex, sources: Sequence[RankSources], limits: Re
     return NodePlan(limits, blocks, readers, consumers, needed_bytes, digest.hexdigest())
 
 
-def check_sources(index: CheckpointIndex, sources: RankSources, local_rank: int) -> None:
-    """Refuses views that leave their tensors.
+def _check_sources(
+    index: CheckpointIndex, num_elements: NDArray[np.int64], sources: RankSources, local_rank: int
+) -> None:
+    """Refuses views that leave their tensors, which have so many elements.
 
     Raises:
         PlanError: Names the rank and the tensor.
@@ -150,7 +153,7 @@ def check_sources(index: CheckpointIndex, sources: RankSources, local_rank: int)
     # More than a column holds is more than any tensor has.
     column = np.array([min(span, np.iinfo(np.int64).max) for span in spans], dtype=np.int64)
     needed = column[sources.pattern_ids] if spans else column
-    beyond = np.flatnonzero(needed > index.shapes.prod(axis=1)[sources.tensor_ids])
+    beyond = np.flatnonzero(needed > num_elements[sources.tensor_ids])
     if len(beyond):
         row = int(beyond[0])
         tensor = int(sources.tensor_ids[row])
@@ -158,17 +161,3 @@ def check_sources(index: CheckpointIndex, sources: RankSources, local_rank: int)
             f"local rank {local_rank} reads {counted(int(needed[row]), 'element')} of {index.names[tensor]!r}, which has the shape "
             f"{index.shape_of(tensor)}"
         )
-
-
-def _consumers(
-    index: CheckpointIndex, kinds: TensorKinds, blocks: BlockColumns, sources: Sequence[RankSources]
-) -> NDArray[np.bool_]:
-    consumers = np.zeros((len(blocks), len(sources)), dtype=bool)
-    first_alike: dict[int, int] = {}
-    for local_rank, rank_sources in enumerate(sources):
-        alike = first_alike.setdefault(id(rank_sources), local_rank)
-        if alike == local_rank:
-            consumers[:, local_rank] = bytes_by_block(index, kinds, blocks, local_rank) > 0
-        else:
-            consumers[:, local_rank] = consumers[:, alike]
-    return consumers

@@ -14,7 +14,7 @@ from ray_streamer.errors import PlanError
 from ray_streamer.extent import Extent
 from ray_streamer.planning.fills import check_fills
 from ray_streamer.planning.pieces import PIECE_COLUMNS, RowCopies, cut_pieces, cut_strided
-from ray_streamer.rows import group_rows
+from ray_streamer.rows import distinct, group_rows
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -213,7 +213,7 @@ class RankPlan:
 
     def wanted_files(self) -> list[int]:
         """Files that the node reads."""
-        return np.unique(self.node_plan.blocks.file_ids).tolist()
+        return distinct(self.node_plan.blocks.file_ids).tolist()
 
     def files_of(self, numbers: NDArray[np.int64]) -> NDArray[np.integer]:
         """File of each block in `numbers`."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from ray_streamer.errors import PlanError
-from ray_streamer.planning.fills import Covers, check_fills
+from ray_streamer.planning.fills import KnownFills, check_fills
 from ray_streamer.planning.node_plan import plan_node
 from ray_streamer.planning.rank_plan import RankPlan
 from ray_streamer.planning.summary import PlanSummary, summarize
@@ -108,10 +108,10 @@ def plan_reads(
     if len(slices) != topology.num_ranks:
         raise PlanError(f"slices are for {counted(len(slices), 'rank')}, the topology has {topology.num_ranks}")
     sources: dict[int, RankSources] = {}
-    covers: Covers = {}
+    known = KnownFills()
     for said in slices:
         if id(said) not in sources:
-            check_fills(index, said, covers)
+            check_fills(index, said, known)
             sources[id(said)] = RankSources.of(said)
     node_plans: dict[tuple[int, ...], NodePlan] = {}
     held = [tuple(id(slices[rank]) for rank in ranks) for ranks in topology.nodes]

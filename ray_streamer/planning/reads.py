@@ -9,7 +9,6 @@ per kind (tens of them) and the work per tensor is done on columns.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -35,8 +34,6 @@ FILE_SHIFT = 44
 """A byte of a checkpoint is one integer, file << 44 | offset, so that one sort order and one search serve all files."""
 
 _OFFSET_MASK = (1 << FILE_SHIFT) - 1
-_NOTHING = 0
-
 Want = tuple["SourceView", ...]
 """Distinct views of one tensor that a rank reads."""
 
@@ -128,38 +125,64 @@ class BlockColumns:
 
 def kinds_of(index: CheckpointIndex, sources: Sequence[RankSources]) -> TensorKinds:
     """Groups the tensors of `index` by what every local rank wants of them, and by element width."""
-    ids: dict[Want, int] = {(): _NOTHING}
-    columns: dict[int, Column] = {}
+    rows: list[_RowsOfRanks] = []
+    of_ranks: dict[int, _RowsOfRanks] = {}
     for rank_sources in sources:
-        if id(rank_sources) not in columns:
-            columns[id(rank_sources)] = _want_ids(rank_sources, len(index), ids)
+        if id(rank_sources) not in of_ranks:
+            known = next((one for one in rows if one.are_of(rank_sources)), None)
+            if known is None:
+                rows.append(known := _RowsOfRanks.of(rank_sources, len(index)))
+            of_ranks[id(rank_sources)] = known
     bits = np.array([dtype.num_bits for dtype in DTYPES], dtype=np.int64)[index.dtype_codes]
-    kind_ids, examples = group_rows([bits, *columns.values()])
-    by_rank = [columns[id(rank_sources)][examples].tolist() for rank_sources in sources]
-    listed = list(ids)
-    wants = [tuple(listed[number] for number in numbers) for numbers in zip(*by_rank, strict=True)]
-    return TensorKinds(tuple(wants), tuple(bits[examples].tolist()), tuple(examples.tolist()), kind_ids)
+    kind_ids, examples = group_rows([bits, *(one.list_ids for one in rows)])
+    by_rank = [of_ranks[id(rank_sources)].wants_at(examples, rank_sources) for rank_sources in sources]
+    wants = tuple(zip(*by_rank, strict=True))
+    return TensorKinds(wants, tuple(bits[examples].tolist()), tuple(examples.tolist()), kind_ids)
 
 
-def _want_ids(sources: RankSources, num_tensors: int, ids: dict[Want, int]) -> Column:
-    """For each tensor the number in `ids`, which is added to, of what the rank wants of it."""
-    column = np.full(num_tensors, _NOTHING, dtype=np.int64)
-    of_pattern = [ids.setdefault(_distinct(pattern), len(ids)) for pattern in sources.patterns]
-    column[sources.tensor_ids] = np.array(of_pattern, dtype=np.int64)[sources.pattern_ids]
-    is_repeated = np.bincount(sources.tensor_ids, minlength=num_tensors)[sources.tensor_ids] > 1
-    parts: dict[int, set[int]] = {}
-    rows = zip(sources.tensor_ids[is_repeated].tolist(), sources.pattern_ids[is_repeated].tolist(), strict=True)
-    for tensor, pattern in rows:
-        parts.setdefault(tensor, set()).add(pattern)
+@dataclass(frozen=True, slots=True, eq=False)
+class _RowsOfRanks:
+    """The rows of ranks that read the same tensors by patterns of the same numbers, as tensor-parallel ranks do.
 
-    @cache
-    def joined(patterns: frozenset[int]) -> int:
-        views = _distinct(view for pattern in sorted(patterns) for view in sources.patterns[pattern])
-        return ids.setdefault(views, len(ids))
+    Attributes:
+        tensor_ids: As in `RankSources`.
+        pattern_ids: As in `RankSources`.
+        list_ids: For each tensor of the index the position in `lists`.
+        lists: Distinct lists of patterns, by their positions; the first is empty.
+    """
 
-    for tensor, patterns in parts.items():
-        column[tensor] = joined(frozenset(patterns))
-    return column
+    tensor_ids: NDArray[np.int32]
+    pattern_ids: NDArray[np.int32]
+    list_ids: Column
+    lists: tuple[tuple[int, ...], ...]
+
+    @classmethod
+    def of(cls, sources: RankSources, num_tensors: int) -> _RowsOfRanks:
+        """The rows of one rank."""
+        tensor_ids, pattern_ids = sources.tensor_ids, sources.pattern_ids
+        lists = {(): 0, **{(pattern,): pattern + 1 for pattern in range(len(sources.patterns))}}
+        list_ids = np.zeros(num_tensors, dtype=np.int64)
+        list_ids[tensor_ids] = pattern_ids + 1
+        is_repeated = np.bincount(tensor_ids, minlength=num_tensors)[tensor_ids] > 1
+        parts: dict[int, set[int]] = {}
+        for tensor, pattern in zip(tensor_ids[is_repeated].tolist(), pattern_ids[is_repeated].tolist(), strict=True):
+            parts.setdefault(tensor, set()).add(pattern)
+        for tensor, patterns in parts.items():
+            list_ids[tensor] = lists.setdefault(tuple(sorted(patterns)), len(lists))
+        return cls(tensor_ids, pattern_ids, list_ids, tuple(lists))
+
+    def are_of(self, sources: RankSources) -> bool:
+        """Whether another rank has the same rows; its patterns may be others."""
+        columns = ((self.tensor_ids, sources.tensor_ids), (self.pattern_ids, sources.pattern_ids))
+        return all(mine is other or np.array_equal(mine, other) for mine, other in columns)
+
+    def wants_at(self, tensors: Column, sources: RankSources) -> list[Want]:
+        """What a rank with these rows wants of some tensors."""
+        wants = {
+            number: _distinct(view for pattern in self.lists[number] for view in sources.patterns[pattern])
+            for number in set(self.list_ids[tensors].tolist())
+        }
+        return [wants[number] for number in self.list_ids[tensors].tolist()]
 
 
 def _distinct(views: Any) -> Want:
@@ -252,16 +275,21 @@ class Overlaps:
     base: Column
 
     def num_bytes(self, run_bytes: Column, strides: Column) -> Column:
-        """Bytes of the span's runs that a pair shares, 0 between two runs; both columns have one row for each pair."""
-        shared = self.high - self.low
-        (gapped,) = np.nonzero(run_bytes != strides)
-        run_bytes, strides = run_bytes[gapped], strides[gapped]
-        before = [
-            runs * run_bytes + np.minimum(rest, run_bytes)
-            for runs, rest in (np.divmod(at[gapped], strides) for at in (self.low, self.high))
-        ]
-        shared[gapped] = before[1] - before[0]
-        return shared
+        """Bytes of the span's runs that a pair shares; both columns have one row for each pair."""
+        return bytes_of_runs(self.low, self.high, run_bytes, strides)
+
+
+def bytes_of_runs(low: Column, high: Column, run_bytes: Column, strides: Column) -> Column:
+    """Bytes of runs between `low` and `high`, counted from the first run's first byte; 0 between two runs. One row for each span."""
+    shared = high - low
+    (gapped,) = np.nonzero(run_bytes != strides)
+    run_bytes, strides = run_bytes[gapped], strides[gapped]
+    before = [
+        runs * run_bytes + np.minimum(rest, run_bytes)
+        for runs, rest in (np.divmod(at[gapped], strides) for at in (low, high))
+    ]
+    shared[gapped] = before[1] - before[0]
+    return shared
 
 
 def overlaps_of(blocks: BlockColumns, starts: Column, lengths: Column) -> Overlaps:

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ray_streamer.errors import CheckpointError, IndexMismatchError
+from ray_streamer.rows import distinct
 from ray_streamer.sharding.families import family_of
 from ray_streamer.sharding.globs import matches_any
 from ray_streamer.sharding.model_structure import ModelStructure
@@ -159,13 +160,14 @@ class _Held:
         pairs = (located.layers * len(ids) + names.of_kinds(of_kinds))[is_own]
         experts = located.experts[is_own]
         is_expert = (experts >= 0) & (experts < structure.num_experts)
-        single = np.unique(pairs[is_expert] * max(1, structure.num_experts) + experts[is_expert])
+        single = distinct(pairs[is_expert] * max(1, structure.num_experts) + experts[is_expert])
         expert_pairs, counts = np.unique(single // max(1, structure.num_experts), return_counts=True)
-        return cls(np.unique(located.layers[is_own]), tuple(ids), np.unique(pairs), expert_pairs, counts)
+        pairs = distinct(pairs)
+        return cls(distinct(pairs // len(ids)), tuple(ids), pairs, expert_pairs, counts)
 
     def layers_of(self, modules: Sequence[int]) -> NDArray[np.int64]:
         """The layers that have any of these modules; sorted."""
-        return np.unique(self.pairs[np.isin(self.pairs % len(self.modules), modules)] // len(self.modules))
+        return distinct(self.pairs[np.isin(self.pairs % len(self.modules), modules)] // len(self.modules))
 
 
 def _weights_of(names: NameKinds) -> list[str]:
@@ -180,7 +182,8 @@ def _module_in_layer(name: str, in_layer: re.Pattern[str]) -> str:
 
 def _missing_layers(held: _Held, structure: ModelStructure) -> Iterator[str]:
     if num_missing := structure.num_layers - len(held.layers):
-        first = np.setdiff1d(np.arange(structure.num_layers), held.layers)[0]
+        # The first number that is not where it would be if none were missing.
+        first = int(np.argmax(np.append(held.layers, -1) != np.arange(len(held.layers) + 1)))
         yield f"{num_missing} of the {counted(structure.num_layers, 'layer')} of config.json {verb(num_missing, 'is', 'are')} missing, such as layer {first}"
 
 
@@ -189,14 +192,14 @@ def _missing_modules(held: _Held, structure: ModelStructure) -> Iterator[str]:
     known = matches_any(structure.family.modules, [f".{module}" for module in held.modules])
     varying = matches_any(structure.family.varying, [f".{module}." for module in held.modules])
     # Not those of towers, which have layers of their own.
-    here = np.unique(held.pairs % len(held.modules)).tolist()
+    here = distinct(held.pairs % len(held.modules)).tolist()
     wanted = [number for number in here if known[number] or _NORM.search(held.modules[number])]
     alike = [[number] for number in wanted if not varying[number]]
     either = [number for number in wanted if varying[number]]
     for modules in [*alike, either] if either else alike:
         layers = held.layers_of(modules)
         if num_missing := len(held.layers) - len(layers):
-            first = np.setdiff1d(held.layers, layers)[0]
+            first = held.layers[~np.isin(held.layers, layers)][0]
             more = f" and {num_missing - 1} more" if num_missing > 1 else ""
             yield f"layer {first}{more} has no {' or '.join(shown(held.modules[number]) for number in modules[:4])}"
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from ray_streamer.errors import ShardingError
+from ray_streamer.rows import distinct
 from ray_streamer.sharding.distinct_rows import distinct_rows
 from ray_streamer.sharding.fusion import Fusion
 from ray_streamer.sharding.name_kinds import NameKinds, number_of
@@ -117,7 +118,7 @@ def _by_tensor(
     alone.fusion_ids[tensors] = fusion_ids[rows]
     alone.places[tensors] = places
     alone.leaders[tensors] = leaders
-    names = {leader: found.name_of(leader) for leader in np.unique(leaders).tolist()}
+    names = {leader: found.name_of(leader) for leader in distinct(leaders).tolist()}
     return FusedTensors(fusions, alone.fusion_ids, alone.places, alone.leaders, names)
 
 

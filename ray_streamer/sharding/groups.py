@@ -14,6 +14,7 @@ import numpy as np
 
 from ray_streamer.dtypes import DTYPES, DType
 from ray_streamer.errors import SettingsError, ShardingError
+from ray_streamer.rows import distinct
 from ray_streamer.sharding.distinct_rows import distinct_rows
 from ray_streamer.sharding.placement import Placement, Replicate, Skip
 from ray_streamer.sharding.quantization import find_quantized
@@ -154,7 +155,7 @@ def _check_rules(index: CheckpointIndex, rules: ShardRules, rule_ids: NDArray[np
     if unmatched not in get_args(Unmatched):
         raise SettingsError(f"unmatched is one of {', '.join(get_args(Unmatched))}, not {unmatched!r}")
     faults: list[str] = []
-    used = set(np.unique(rule_ids).tolist())
+    used = set(distinct(rule_ids).tolist())
     unused = [repr(rule.glob) for position, rule in enumerate(rules) if not rule.optional and position not in used]
     if unused:
         faults.append(

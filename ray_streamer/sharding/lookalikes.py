@@ -8,9 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from ray_streamer.errors import ShardingError
+from ray_streamer.rows import distinct
 from ray_streamer.sharding.families import FAMILIES
 from ray_streamer.sharding.mesh import Mesh
 from ray_streamer.sharding.name_kinds import NameKinds, kinds_of_tensors
@@ -57,7 +56,7 @@ def _placed(index: CheckpointIndex, names: NameKinds, rules: ShardRules) -> tupl
     if (is_weight & (index.num_dims >= 2) & (matched < 0)).any():
         return None
     checked_groups(index, names, rules, Mesh())
-    placed = [(rules.rules[number].glob, rules.rules[number].placement) for number in np.unique(matched[matched >= 0])]
+    placed = [(rules.rules[number].glob, rules.rules[number].placement) for number in distinct(matched[matched >= 0])]
     is_cut = any(not isinstance(placement, Replicate | Skip) for _, placement in placed)
     return tuple(placed) if is_cut else None
 

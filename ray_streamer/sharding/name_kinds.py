@@ -15,8 +15,10 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 
+from ray_streamer.sharding.name_numbers import MOST_DIGITS, Components, components_of, find_numbers
+
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     from numpy.typing import NDArray
 
@@ -27,11 +29,8 @@ if TYPE_CHECKING:
 MOST_NUMBERS = 6
 """Numbers of a name that are taken apart; what follows stays text."""
 
-_MOST_DIGITS = 9
-_NO_HEAD = "\0"
-
-Components = tuple[str | None, ...]
-"""What stands between the dots of a name; None for a number that was taken apart."""
+_NAMES_AT_ONCE = 1 << 12
+"""Names of which the text is looked at in one go: their columns fit a processor's cache."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -57,34 +56,16 @@ class NameKinds:
     @classmethod
     def of(cls, names: Sequence[str]) -> Self:
         """The kinds of `names`."""
+        names = tuple(names)
         kinds: dict[Components, int] = {}
-        known: dict[Components, dict[str, int]] = {}
-        rows: list[tuple[int, ...]] = []
-        firsts: list[int] = []
-        kind_ids: list[int] = []
-        # Neighbours mostly agree up to their last number, or in all but that: then what stands behind it tells the kind.
-        head, numbers, behind, length = _NO_HEAD, (), {}, 0
-        for name in names:
-            kind = behind.get(name[length:]) if name.startswith(head) else None
-            if kind is None:
-                if (next_one := _with_next_number(name, head, behind)) is not None:
-                    head, numbers = next_one[0], (*numbers[:-1], next_one[1])
-                    kind = behind[name[len(head) :]]
-                else:
-                    components, numbers, rest = take_apart(name)
-                    kind = kinds.setdefault(components, len(kinds))
-                    # A name that ends with a number says nothing of longer numbers.
-                    head = name[: len(name) - len(rest)] if rest else _NO_HEAD
-                    behind = known.setdefault(components[: len(components) - rest.count(".") - 1], {}) if rest else {}
-                    behind |= {rest: kind} if rest else {}
-                length = len(head)
-                rows.append(numbers)
-                firsts.append(len(kind_ids))
-            kind_ids.append(kind)
-        counts = np.diff([*firsts, len(kind_ids)])
-        return cls(
-            tuple(names), tuple(kinds), np.array(kind_ids, dtype=np.int32), np.repeat(_padded(rows), counts, axis=0)
-        )
+        kind_ids = np.empty(len(names), dtype=np.int32)
+        numbers = np.full((len(names), MOST_NUMBERS), -1, dtype=np.int32)
+        for first in range(0, len(names), _NAMES_AT_ONCE):
+            some = slice(first, first + _NAMES_AT_ONCE)
+            kind_ids[some], found = _taken_apart(names[some], kinds)
+            numbers[some, : found.shape[1]] = found
+        width = int((numbers >= 0).any(axis=0).sum())
+        return cls(names, tuple(kinds), kind_ids, np.ascontiguousarray(numbers[:, :width]))
 
     @classmethod
     def each_its_own(cls, names: Sequence[str]) -> Self:
@@ -126,6 +107,18 @@ class NameKinds:
         return np.array([*values], dtype=dtype)[self.kind_ids] if len(self) else np.empty(0, dtype=dtype)
 
 
+def _taken_apart(names: tuple[str, ...], kinds: dict[Components, int]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """For each name the number of its kind, and its numbers; kinds that are new are added."""
+    found = find_numbers(names, most=MOST_NUMBERS)
+    if found is not None:
+        ids = {text: kinds.setdefault(components_of(text), len(kinds)) for text in dict.fromkeys(found.texts)}
+        return np.fromiter(map(ids.__getitem__, found.texts), np.int32, len(names)), found.numbers
+    # Names with characters that mark something in the text of all.
+    apart = [take_apart(name) for name in names]
+    kind_ids = [kinds.setdefault(kind, len(kinds)) for kind, _ in apart]
+    return np.array(kind_ids, dtype=np.int32), _padded([numbers for _, numbers in apart])
+
+
 _kinds_by_index: WeakKeyDictionary[CheckpointIndex, NameKinds] = WeakKeyDictionary()
 
 
@@ -137,39 +130,25 @@ def kinds_of_tensors(index: CheckpointIndex) -> NameKinds:
     return kinds
 
 
-def _with_next_number(name: str, head: str, behind: Mapping[str, int]) -> tuple[str, int] | None:
-    """The head and the last number of a name that differs in that number only from one with `head`; None for other names."""
-    stem = head.rfind(".", 0, -1) + 1
-    if not stem or not name.startswith(head[:stem]):
-        return None
-    stop = name.find(".", stem)
-    if stop < 0 or name[stop + 1 :] not in behind or (number := number_of(name[stem:stop])) is None:
-        return None
-    return name[: stop + 1], number
-
-
-def take_apart(name: str) -> tuple[Components, tuple[int, ...], str]:
-    """A name's components, its numbers, and the text behind the last of them.
+def take_apart(name: str) -> tuple[Components, tuple[int, ...]]:
+    """A name's components and its numbers.
 
     >>> take_apart("layers.3.up.weight")
-    (('layers', None, 'up', 'weight'), (3,), 'up.weight')
+    (('layers', None, 'up', 'weight'), (3,))
     """
-    texts = name.split(".")
-    components: list[str | None] = [*texts]
+    components: list[str | None] = [*name.split(".")]
     numbers: list[int] = []
-    behind = 0
-    for at, text in enumerate(texts):
+    for at, text in enumerate(name.split(".")):
         if len(numbers) < MOST_NUMBERS and (number := number_of(text)) is not None:
             numbers.append(number)
             components[at] = None
-            behind = at + 1
-    return tuple(components), tuple(numbers), ".".join(texts[behind:])
+    return tuple(components), tuple(numbers)
 
 
 @lru_cache(maxsize=1024)
 def number_of(component: str) -> int | None:
     """The number that a component of a name is; None for text."""
-    if not (component.isdecimal() and component.isascii() and len(component) <= _MOST_DIGITS):
+    if not (component.isdecimal() and component.isascii() and len(component) <= MOST_DIGITS):
         return None
     return int(component) if component[0] != "0" or component == "0" else None
 
@@ -187,7 +166,7 @@ def _number_after(component: list[str], kind: Components) -> tuple[int, int]:
             continue
         if number is None:
             return kind[:at].count(None), -1
-        if number.isdecimal() and number.isascii() and len(number) <= _MOST_DIGITS:
+        if number.isdecimal() and number.isascii() and len(number) <= MOST_DIGITS:
             return -1, int(number)
     return -1, -1
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Self
 import numpy as np
 
 from ray_streamer.errors import ShardingError
+from ray_streamer.rows import distinct
 from ray_streamer.units import counted, verb
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ class Pipeline:
         """
         has_head = bool((located.is_after_layers & (index.num_dims >= 2)).any())
         pipeline = cls(structure.num_layers, tuple(layers or divide_layers(structure.num_layers, pp)), not has_head)
-        found = np.unique(located.layers)
+        found = distinct(located.layers)
         found = found[(found >= 0) & (found < structure.num_layers)]
         if num_absent := structure.num_layers - len(found):
             # The first number that is not where it would be if none were absent.

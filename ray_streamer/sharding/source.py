@@ -15,14 +15,12 @@ import numpy as np
 from ray_streamer.checkpoint.base_model import adapter_config_of
 from ray_streamer.collector import collector_paused
 from ray_streamer.errors import SettingsError, ShardingError
-from ray_streamer.sharding.adapter import adapter_rules
 from ray_streamer.sharding.cast import DTypeLike, checked_dtypes
 from ray_streamer.sharding.completeness import refuse_absent
 from ray_streamer.sharding.destinations import find_destinations
 from ray_streamer.sharding.families import family_of
 from ray_streamer.sharding.fuse import FuseLike, checked_fusions
 from ray_streamer.sharding.groups import DEFAULT_UNMATCHED, Unmatched
-from ray_streamer.sharding.lookalikes import advice
 from ray_streamer.sharding.mesh import Mesh
 from ray_streamer.sharding.name_kinds import kinds_of_tensors
 from ray_streamer.sharding.presets import DEFAULT_LAYOUT, Layout
@@ -157,8 +155,13 @@ class RuleSlices:
         try:
             return ShardRules.for_config(index.config, first=self.rules, layout=self.layout, mtp=self.mtp)
         except ShardingError as error:
-            hint = advice(index, layout=self.layout) if family is None else ""
+            hint = self._advice(index) if family is None else ""
             raise ShardingError(f"{index.uri}: {error}{hint}") from error
+
+    def _advice(self, index: CheckpointIndex) -> str:
+        from ray_streamer.sharding.lookalikes import advice
+
+        return advice(index, layout=self.layout)
 
     def _adapter_rules(self, index: CheckpointIndex, adapter: Mapping[str, Any], family: Family | None) -> ShardRules:
         """Those of an adapter; none where only the caller's can place it."""
@@ -173,6 +176,8 @@ class RuleSlices:
                 f"{index.uri}: an adapter of {brief(adapter.get('base_model_name_or_path'))}, of whose config no known model type "
                 "could be read: put the base model's config.json beside adapter_config.json, or give rules"
             )
+        from ray_streamer.sharding.adapter import adapter_rules
+
         base = ShardRules.for_config(index.config, layout=self.layout, mtp=self.mtp)
         return adapter_rules(index, adapter, base, family=family)
 

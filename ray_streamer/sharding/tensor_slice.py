@@ -15,7 +15,7 @@ from ray_streamer.errors import ShardingError
 from ray_streamer.slices.move import Move
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Sequence
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +38,7 @@ class TensorSlice:
     shape: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "indices", tuple(tuple(_joined(ranges)) for ranges in self.indices))
+        object.__setattr__(self, "indices", tuple(map(_joined, self.indices)))
         if len(self.indices) != len(self.shape) or any(
             held > size for held, size in zip(self.lengths, self.shape, strict=True)
         ):
@@ -61,7 +61,9 @@ class TensorSlice:
             ranges: Its indices, in the order of the result.
             size: Of that dimension in the result; as many indices as there are when unset.
         """
-        return cls.whole(shape).with_indices(dim, ranges, size=size)
+        indices, ranges = [(range(whole),) for whole in shape], tuple(ranges)
+        size = sum(map(len, ranges)) if size is None else size
+        return cls((*indices[:dim], ranges, *indices[dim + 1 :]), (*shape[:dim], size, *shape[dim + 1 :]))
 
     def with_indices(self, dim: int, ranges: Iterable[range], *, size: int | None = None) -> TensorSlice:
         """The same with other indices of dimension `dim`; arguments as in `along`."""
@@ -113,23 +115,20 @@ def runs_of(indices: Iterable[int]) -> tuple[range, ...]:
     >>> runs_of((0, 2, 3))
     (range(0, 1), range(2, 4))
     """
-    return tuple(_joined(range(index, index + 1) for index in indices))
+    return _joined(tuple(range(index, index + 1) for index in indices))
 
 
-def _joined(ranges: Iterable[range]) -> Iterator[range]:
+def _joined(ranges: tuple[range, ...]) -> tuple[range, ...]:
     """The ranges, those that continue each other as one, and without the empty ones."""
-    last = range(0)
-    for indices in ranges:
-        if not indices:
-            continue
-        if last and last.stop == indices.start:
-            last = range(last.start, indices.stop)
-            continue
-        if last:
-            yield last
-        last = indices
-    if last:
-        yield last
+    if len(ranges) == 1 and ranges[0]:
+        return ranges
+    joined: list[range] = []
+    for indices in filter(None, ranges):
+        if joined and joined[-1].stop == indices.start:
+            joined[-1] = range(joined[-1].start, indices.stop)
+        else:
+            joined.append(indices)
+    return tuple(joined)
 
 
 def _placed(ranges: Sequence[range]) -> list[tuple[range, int]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
 from typing import TYPE_CHECKING
 
@@ -150,6 +151,7 @@ def row_major(shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(reversed(strides))
 
 
+@lru_cache(maxsize=1024)
 def _box_side(shape: tuple[int, ...], whole: tuple[int, ...], starts: tuple[int, ...]) -> Side:
     if not len(shape) == len(whole) == len(starts) or any(
         start < 0 or start + size > room for size, room, start in zip(shape, whole, starts, strict=True)

@@ -111,9 +111,14 @@ class PosixFile:
 
     def read_head(self, max_bytes: int) -> bytes:
         """The first bytes, as many as there are up to `max_bytes`."""
-        head = bytearray(min(max_bytes, self.identity.size_bytes))
-        self.read_into(Extent(0, len(head)), memoryview(head))
-        return bytes(head)
+        extent = Extent(0, min(max_bytes, self.identity.size_bytes))
+        head = b""
+        with self._opened() as opened:
+            while len(head) < extent.stop and (more := os.pread(opened.buffered, extent.stop - len(head), len(head))):
+                head = head + more if head else more
+            self._refuse_other(opened.buffered)
+        self._check_length(extent, len(head))
+        return head
 
     def read_into(self, extent: Extent, buffer: memoryview) -> None:
         """Fill `buffer` with the bytes of `extent`; see `Storage.read_into`."""
@@ -123,7 +128,10 @@ class PosixFile:
             rest = (Extent(extent.start, aligned.start), Extent(aligned.start + num_direct, extent.stop))
             num_buffered = sum(_fill(opened.buffered, _part(buffer, extent, part), part.start) for part in rest)
             self._refuse_other(opened.buffered)
-        if num_direct + num_buffered < extent.num_bytes:
+        self._check_length(extent, num_direct + num_buffered)
+
+    def _check_length(self, extent: Extent, num_bytes: int) -> None:
+        if num_bytes < extent.num_bytes:
             raise ShortReadError(f"{self.path} ends at {self.identity.size_bytes}, before extent {extent} does")
 
     @property

@@ -29,6 +29,8 @@ def _neighbours(names: list[str]) -> list[str]:
 @example(["a.3.a.b", "a.b", "a.5", "a.5.a.b"])
 @example(["3.w", "4.w", ".3.w", "w"])
 @example(["", "\0"])
+@example(["a\nb.3", "a.3", "a.4"])
+@example(["a.b"] * 2)
 @example(["a.3", "\0", "\0w", "a.3.w"])
 @example(["1.2.3.4.5.6.7.8", "1.2.3.4.5.6.7.9", "1.2.3.4.5.7.7.8"])
 def test_a_name_is_its_kind_and_its_numbers(names: list[str]) -> None:
@@ -41,6 +43,14 @@ def test_a_name_is_its_kind_and_its_numbers(names: list[str]) -> None:
         assert all(number == -1 for number in rest)
         texts = [text for text in name.split(".") if re.fullmatch("0|[1-9][0-9]{0,8}", text)]
         assert kind.count(None) == min(len(texts), MOST_NUMBERS)
+
+
+@given(st.lists(NAMES, max_size=6).map(_neighbours))
+def test_names_are_taken_apart_alike_beside_one_that_holds_a_mark(names: list[str]) -> None:
+    alone, beside = NameKinds.of(names), NameKinds.of([*names, "\n"])
+    assert alone.kinds == beside.kinds[:-1]
+    assert alone.kind_ids.tolist() == beside.kind_ids[:-1].tolist()
+    assert alone.numbers.tolist() == beside.numbers[:-1].tolist()
 
 
 @given(st.lists(NAMES, min_size=1, max_size=20), st.sampled_from(["layers", "a", "layers.a"]))

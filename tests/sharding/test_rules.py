@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from ray_streamer.errors import ShardingError
 from ray_streamer.sharding import Replicate, Rule, ShardRules, Skip, Split
+from ray_streamer.sharding.globs import matches_any
 from ray_streamer.sharding.name_kinds import NameKinds
 
 LLAMA = {"model_type": "llama", "num_attention_heads": 8, "num_key_value_heads": 2}
@@ -53,6 +54,14 @@ def test_matches_are_those_of_fnmatch(case: tuple[list[str], list[str]]) -> None
     expected = [next((at for at, glob in enumerate(globs) if fnmatch.fnmatchcase(name, glob)), -1) for name in names]
     rules = ShardRules([(glob, Split(0)) for glob in globs])
     assert rules.first_matches(NameKinds.of(names)).tolist() == expected
+
+
+@given(st.text("ab*", min_size=1, max_size=7), st.lists(st.text("ab\n", max_size=7), max_size=8))
+@example("ab*ba", ["aba", "abba", "abbba"])
+@example("*ab*ab*", ["ab", "aab", "abab", "ab\nab"])
+@example("a**b", ["ab", "a", "acb"])
+def test_pieces_of_globs_neither_overlap_nor_change_places(glob: str, names: list[str]) -> None:
+    assert matches_any([glob], names) == [fnmatch.fnmatchcase(name, glob) for name in names]
 
 
 def test_sums_keep_the_order_and_what_is_optional() -> None:
