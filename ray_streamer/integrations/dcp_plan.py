@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Self
 
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.planner import LoadItemType
 
 from ray_streamer.capture.results import NAMES_OF_DTYPES
@@ -53,8 +54,9 @@ class PlannedSlices:
         try:
             targets = [(item, _target(item, planner)) for item in items]
             device = _device_of(target for _, target in targets)
-            # Where torch copies item after item into one memory, the last one stays.
-            last = {memory_of(to) if to.numel() else number: number for number, (_, to) in enumerate(targets)}
+            # Where torch copies item after item into one memory, the last one stays, unless each is carried on from there.
+            is_kept = type(planner).commit_tensor is DefaultLoadPlanner.commit_tensor
+            last = {memory_of(to) if is_kept and to.numel() else at: at for at, (_, to) in enumerate(targets)}
         except Exception as error:  # also the planner's own, which may be anybody's
             return cls(refused=error)
         # Boxes of one tensor are several results.

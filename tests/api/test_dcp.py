@@ -101,6 +101,24 @@ def test_memory_that_two_tensors_share_in_part_is_refused(tmp_path: Path) -> Non
     assert not memory.any()
 
 
+def test_memory_that_a_planner_carries_each_tensor_on_from_is_refused(tmp_path: Path) -> None:
+    class Staged(DefaultLoadPlanner):
+        memory = torch.zeros(4, 3)
+
+        def resolve_tensor(self, read_item: Any) -> torch.Tensor:
+            return self.memory
+
+        def commit_tensor(self, read_item: Any, tensor: torch.Tensor) -> None:
+            super().resolve_tensor(read_item).copy_(tensor)
+
+    save_file({"one": torch.ones(4, 3), "other": torch.full((4, 3), 2.0)}, tmp_path / "model.safetensors")
+    one, other = torch.zeros(4, 3), torch.zeros(4, 3)
+    with pytest.raises(CheckpointException, match="share memory"):
+        load_alone(tmp_path, {"one": one, "other": other}, planner=Staged())
+    load_alone(tmp_path, {"other": other}, planner=Staged())
+    assert other.unique().tolist() == [2.0]
+
+
 def test_a_checkpoint_of_other_shapes_than_were_planned_is_refused(tmp_path: Path) -> None:
     class Late(DefaultLoadPlanner):
         def finish_plan(self, new_plan: Any) -> Any:

@@ -311,6 +311,12 @@ def test_a_config_without_a_class_is_refused(folders, tmp_path, config, said):
         from_pretrained("auto", changed(folders["llama"], tmp_path, **config))
 
 
+def test_an_adapter_is_no_model(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="is an adapter; give the uri of the model"):
+        from_pretrained("auto", tmp_path)
+
+
 @pytest.mark.parametrize(
     ("config", "tp", "said"),
     [

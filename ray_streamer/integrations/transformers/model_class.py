@@ -26,7 +26,7 @@ def read_config(folder: Path, said: Mapping[str, Any]) -> tuple[PretrainedConfig
         said: Arguments for transformers' `from_pretrained`. Those that the config has take its values' place, as there.
 
     Raises:
-        CheckpointError: There is no config, or transformers does not know its type.
+        CheckpointError: There is no config, as of an adapter, or transformers does not know its type.
     """
     from transformers import AutoConfig
 
@@ -34,6 +34,10 @@ def read_config(folder: Path, said: Mapping[str, Any]) -> tuple[PretrainedConfig
     try:
         found: Any = AutoConfig.from_pretrained(str(folder), return_unused_kwargs=True, **arguments)
     except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
+        if not (folder / "config.json").is_file() and (folder / "adapter_config.json").is_file():
+            raise CheckpointError(
+                f"{folder} is an adapter; give the uri of the model that it belongs to, and load the adapter into it"
+            ) from error
         of = f" and {', '.join(said)}" if said else ""
         raise CheckpointError(
             f"{folder}: transformers {_version()} makes no config of its config.json{of}: {printable(str(error))}"
