@@ -11,7 +11,7 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from dataclasses import dataclass, field
 from itertools import count
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from ray_streamer.capture.memory import view_of
 from ray_streamer.capture.strided import Strided, may_meet
@@ -57,10 +57,19 @@ class RecordedCopy:
         return Strided(tuple(loop.size for loop in loops), tuple(loop.step for loop in loops), self.piece.offset)
 
 
+class _Entry(NamedTuple):
+    """A copy in the order of its first byte; `stop` is one past its last."""
+
+    start: int
+    number: int
+    stop: int
+    copy: RecordedCopy
+
+
 @dataclass(slots=True)
 class _Storage:
     longest: int = 0
-    copies: list[tuple[int, int, RecordedCopy]] = field(default_factory=list)
+    entries: list[_Entry] = field(default_factory=list)
 
 
 class Pending:
@@ -72,8 +81,8 @@ class Pending:
 
     def __iter__(self) -> Iterator[RecordedCopy]:
         """All copies, in the order in which they were recorded."""
-        entries = [entry for storage in self._by_storage.values() for entry in storage.copies]
-        return (copy for _, _, copy in sorted(entries, key=lambda entry: entry[1]))
+        entries = [entry for storage in self._by_storage.values() for entry in storage.entries]
+        return (entry.copy for entry in sorted(entries, key=lambda entry: entry.number))
 
     def __bool__(self) -> bool:
         """Whether there is any copy."""
@@ -82,18 +91,19 @@ class Pending:
     def add(self, copy: RecordedCopy) -> None:
         """Keeps `copy` until it is removed."""
         storage = self._by_storage.setdefault(copy.storage._cdata, _Storage())
-        insort(storage.copies, (copy.extent.start, next(self._numbers), copy))
-        storage.longest = max(storage.longest, copy.extent.stop - copy.extent.start)
+        entry = _Entry(copy.extent.start, next(self._numbers), copy.extent.stop, copy)
+        insort(storage.entries, entry)
+        storage.longest = max(storage.longest, entry.stop - entry.start)
 
     def remove(self, copy: RecordedCopy) -> None:
         """Forgets `copy`, which was added before."""
         key = copy.storage._cdata
-        copies = self._by_storage[key].copies
-        at = bisect_left(copies, (copy.extent.start, -1))
-        while copies[at][2] is not copy:
+        entries = self._by_storage[key].entries
+        at = bisect_left(entries, (copy.extent.start, -1))
+        while entries[at].copy is not copy:
             at += 1
-        del copies[at]
-        if not copies:
+        del entries[at]
+        if not entries:
             del self._by_storage[key]
 
     def knows(self, tensor: torch.Tensor) -> bool:
@@ -111,11 +121,13 @@ class Pending:
         found = self._by_storage.get(storage._cdata)
         if found is None:
             return []
-        first = bisect_left(found.copies, (extent.start - found.longest, -1))
-        stop = bisect_left(found.copies, (extent.stop, -1))
-        return [copy for _, _, copy in found.copies[first:stop] if may_meet(copy.extent, extent)]
+        start = extent.start
+        first = bisect_left(found.entries, (start - found.longest, -1))
+        stop = bisect_left(found.entries, (extent.stop, -1))
+        near = (entry for entry in found.entries[first:stop] if entry.stop > start)
+        return [entry.copy for entry in near if may_meet(entry.copy.extent, extent)]
 
     def in_storage(self, tensor: torch.Tensor) -> list[RecordedCopy]:
         """All copies into the storage of `tensor`."""
         found = self._by_storage.get(tensor.untyped_storage()._cdata)
-        return [copy for _, _, copy in found.copies] if found else []
+        return [entry.copy for entry in found.entries] if found else []

@@ -111,9 +111,10 @@ class OperationRecorder:
         pieces = memory.pieces(view_of(shadow), whole.strides)
         if pieces is None or whole.repeats:
             return False
-        self._make_room(target, whole.in_bytes(target.element_size()))
-        for piece in pieces:
-            self.pending.add(_copy_of(piece, target))
+        copies = [_copy_of(piece, target) for piece in pieces]
+        self._make_room(target, copies[0].extent if len(copies) == 1 else whole.in_bytes(target.element_size()))
+        for copy in copies:
+            self.pending.add(copy)
         return True
 
     def _make_room(self, target: torch.Tensor, extent: Strided) -> None:

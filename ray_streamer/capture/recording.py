@@ -8,6 +8,7 @@ slices, out = recording.slices(dict(model.named_parameters()))
 
 from __future__ import annotations
 
+from math import prod
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
@@ -101,7 +102,7 @@ class Capture:
         for copy in self._recorder.pending:
             place = copy.piece.place
             taken = cast if place.dtype != copy.dtype else planned
-            num_bytes = _num_elements(copy.source.shape, copy.source.strides) * place.dtype.itemsize
+            num_bytes = prod(loop.size for loop in copy.piece.loops if loop.step) * place.dtype.itemsize
             taken[place.tensor] = taken.get(place.tensor, 0) + num_bytes
         early = {name: self._whole.num_bytes.get(name, 0) for name in self._recorder.early}
         whole = {name: self._whole.num_bytes.get(name, 0) for name in self._recorder.reasons}
@@ -168,13 +169,6 @@ class _RawAccess(TorchFunctionMode):
         made = torch.empty_like(lazy)
         made.copy_(lazy)
         return made
-
-
-def _num_elements(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
-    count = 1
-    for size, step in zip(shape, strides, strict=True):
-        count *= size if step else 1
-    return count
 
 
 def _group(taken: dict[str, int]) -> Group:

@@ -42,11 +42,15 @@ def refuse_other_head(
     index, report = captured.index, captured.report
     assert index is not None
     assert report is not None
-    is_tied = getattr(model_config.hf_text_config, "tie_word_embeddings", False)
-    unused = {name for name in report.unused.names if name.endswith(_HEAD)} if is_tied else set()
+    if not getattr(model_config.hf_text_config, "tie_word_embeddings", False):
+        # Every rank has the same configuration, so none of them asks the others.
+        return
+    unused = {name for name in report.unused.names if name.endswith(_HEAD)}
     heads = set.intersection(*gather(unused, group))
+    if not heads:
+        return
     message: str | None = None
-    if heads and is_first(group):
+    if is_first(group):
         message = _difference(index, sorted(heads)[0], uri, settings)
     message = gather(message, group)[0]
     if message is not None:
