@@ -15,7 +15,16 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ray_streamer.capture.strided import CopiedPart, Loop, Strided, digits_of, merged_loops, seen_through, split_loops
+from ray_streamer.capture.strided import (
+    CopiedPart,
+    Loop,
+    Strided,
+    digits_of,
+    may_meet,
+    merged_loops,
+    seen_through,
+    split_loops,
+)
 from ray_streamer.slices.move import row_major
 
 if TYPE_CHECKING:
@@ -56,6 +65,21 @@ class TensorLoops:
     other_offset: int
 
 
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """A view of a memory that became the memory of a tensor of the loader's, as by `tensor.data = lazy`.
+
+    Attributes:
+        view: In elements of the memory.
+        target: The loader's tensor.
+        made: The memory that was made for it, until somebody else needs the same elements.
+    """
+
+    view: Strided
+    target: torch.Tensor
+    made: torch.Tensor
+
+
 class Memory:
     """Contiguous elements of one dtype: parts next to each other along one dimension.
 
@@ -86,6 +110,7 @@ class Memory:
         # The memory is the checkpoint's tensor itself, as is most often the case.
         self._is_tensor = len(places) == 1 and places[0].view == Strided(shape, row_major(shape), 0)
         self.value: torch.Tensor | None = None
+        self.taken: list[Taken] = []
         self._is_own = False
 
     @property
@@ -120,13 +145,17 @@ class Memory:
             other_strides: Of the copy's target, whose shape is the view's.
         """
         loops = [Loop(*loop) for loop in zip(view.shape, view.strides, other_strides, strict=True)]
-        if not self.is_plannable or self.value is not None or not self.places:
+        if not self.is_plannable or self.value is not None or not self.places or self.is_taken(view):
             return None
         if self._is_tensor:
             return [TensorLoops(self.places[0], tuple(merged_loops(loops)), view.offset, 0)]
         if len(self.places) == 1:
             return self._through(0, loops, view.offset, 0)
         return self._out_of_parts(loops, view.offset)
+
+    def is_taken(self, view: Strided) -> bool:
+        """Whether a tensor of the loader's may have an element of that view, and so may have changed it."""
+        return any(may_meet(view, taken.view) for taken in self.taken)
 
     def _read(self, whole: WholeTensors) -> torch.Tensor:
         values = whole.read(self.tensors)

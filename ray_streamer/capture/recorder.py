@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ray_streamer.capture.lazy import LazyTensor, tensors_among, with_each
-from ray_streamer.capture.memory import Memory, TensorElements, seen, view_of
+from ray_streamer.capture.memory import Memory, Taken, TensorElements, seen, view_of
 from ray_streamer.capture.operations import OperationKind, operation_kind, written_arguments
 from ray_streamer.capture.pending import Pending, RecordedCopy
 from ray_streamer.capture.strided import Loop, Strided, holds
@@ -81,8 +81,31 @@ class OperationRecorder:
         if memory.value is None:
             for name in memory.tensors:
                 self.reasons.setdefault(name, reason)
-        value = memory.own(self._whole) if is_written else memory.read(self._whole)
+        value = memory.own(self._whole) if is_written or memory.taken else memory.read(self._whole)
+        self._share_taken(memory, value)
         return seen(value, view_of(lazy._lazy_shadow))
+
+    def take(self, target: torch.Tensor, lazy: LazyTensor) -> torch.Tensor:
+        """Memory for `target` whose elements are those of `lazy`, as `target.data = lazy` wants it; filled later if it can be.
+
+        Both are one memory for the loader. Whoever needs the elements of `lazy` again gets what `target` made of them.
+        """
+        memory, view = lazy._lazy_memory, view_of(lazy._lazy_shadow)
+        made = torch.empty_strided(lazy.shape, row_major(tuple(lazy.shape)), dtype=lazy.dtype, device=lazy.device)
+        if isinstance(target, LazyTensor) or view.repeats or not self.record(made, lazy):
+            return self.real(lazy, is_written=True)
+        memory.taken.append(Taken(view, target, made))
+        return made
+
+    def _share_taken(self, memory: Memory, value: torch.Tensor) -> None:
+        """Tensors that took views of `memory` move into `value` with what they hold, so that they are one memory in fact."""
+        while memory.taken:
+            taken = memory.taken.pop()
+            self.make_early(self.pending.in_storage(taken.made))
+            shared = seen(value, taken.view)
+            shared.copy_(taken.made)
+            if taken.target.untyped_storage()._cdata == taken.made.untyped_storage()._cdata:
+                taken.target.data = shared
 
     def make_early(self, copies: Sequence[RecordedCopy]) -> None:
         """Makes copies now that were only written down."""

@@ -159,16 +159,10 @@ class _RawAccess(TorchFunctionMode):
         if func in self._RAW:
             pending = self._recorder.pending
             if func == self._SET_DATA:
-                args = (args[0], self._landed(args[1])) if isinstance(args[1], LazyTensor) else args
+                args = (args[0], self._recorder.take(*args)) if isinstance(args[1], LazyTensor) else args
             elif is_plain(args[0]) and pending.knows(args[0]):
                 self._recorder.make_early(pending.in_storage(args[0]))
         return func(*args, **kwargs) if kwargs else func(*args)
-
-    def _landed(self, lazy: LazyTensor) -> torch.Tensor:
-        """Memory of its own, into which `lazy` is copied."""
-        made = torch.empty_like(lazy)
-        made.copy_(lazy)
-        return made
 
 
 def _group(taken: dict[str, int]) -> Group:

@@ -406,6 +406,41 @@ def test_trap_6_parameters_given_the_tensor_as_data():
     assert_same({"w": numbered(4, 6)}, {"p": torch.nn.Parameter(torch.zeros(4, 3), requires_grad=False)}, load)
 
 
+@pytest.mark.parametrize(
+    "after",
+    [
+        pytest.param(lambda w, p: w.mul_(2), id="the-tensor-is-changed"),
+        pytest.param(lambda w, p: p.data.mul_(2), id="the-parameter-is-changed"),
+        pytest.param(lambda w, p: w[1].zero_(), id="a-part-is-changed"),
+        pytest.param(lambda w, p: (p.data.add_(1), w.t()[0].fill_(9)), id="both-are-changed"),
+        pytest.param(lambda w, p: w.view(torch.int32).zero_(), id="another-dtype"),
+        pytest.param(lambda w, p: setattr(p, "data", torch.zeros(4, 3)), id="the-parameter-moves-on"),
+        pytest.param(lambda w, p: None, id="nothing"),
+    ],
+)
+@pytest.mark.parametrize("part", [slice(0, 3), slice(3, 6)])
+def test_trap_6_a_parameter_given_the_tensor_as_data_is_one_memory_with_it(after, part):
+    def load(weights, params):
+        for _, tensor in weights:
+            params["p"].data = tensor[:, 1:4]
+            after(tensor, params["p"])
+            params["later"].copy_(tensor[:, part])
+            params["twin"].data = tensor[:, 1:4]
+            params["twin"].data[0] += 5
+
+    targets = {name: torch.nn.Parameter(torch.zeros(4, 3), requires_grad=False) for name in ("p", "later", "twin")}
+    assert_same({"w": numbered(4, 6)}, targets, load)
+
+
+def test_trap_6_parts_that_parameters_are_given_are_planned():
+    def load(weights, params):
+        for _, tensor in weights:
+            params["left"].data, params["right"].data = tensor[:, :3], tensor[:, 3:]
+
+    targets = {name: torch.nn.Parameter(torch.zeros(4, 3), requires_grad=False) for name in ("left", "right")}
+    assert not assert_same({"w": numbered(4, 6)}, targets, load).reads
+
+
 def test_trap_6_a_parameter_made_of_the_tensor_itself_is_refused_by_name():
     source = numbered(4, 6)
     recording = Capture(index_of({"w": source}), Reads({"w": source}))
