@@ -91,7 +91,7 @@ class OperationRecorder:
         Both are one memory for the loader. Whoever needs the elements of `lazy` again gets what `target` made of them.
         """
         memory, view = lazy._lazy_memory, view_of(lazy._lazy_shadow)
-        made = torch.empty_strided(lazy.shape, row_major(tuple(lazy.shape)), dtype=lazy.dtype, device=lazy.device)
+        made = torch.empty_like(lazy)
         if isinstance(target, LazyTensor) or view.repeats or not self.record(made, lazy):
             return self.real(lazy, is_written=True)
         memory.taken.append(Taken(view, target, made))

@@ -441,6 +441,16 @@ def test_trap_6_parts_that_parameters_are_given_are_planned():
     assert not assert_same({"w": numbered(4, 6)}, targets, load).reads
 
 
+def test_trap_6_a_parameter_given_a_transposed_tensor_has_its_strides():
+    def load(weights, params):
+        for _, tensor in weights:
+            params["p"].data = tensor.t()
+            assert params["p"].stride() == (1, 6)
+
+    targets = {"p": torch.nn.Parameter(torch.zeros(6, 4), requires_grad=False)}
+    assert not assert_same({"w": numbered(4, 6)}, targets, load).reads
+
+
 def test_trap_6_a_parameter_made_of_the_tensor_itself_is_refused_by_name():
     source = numbered(4, 6)
     recording = Capture(index_of({"w": source}), Reads({"w": source}))
