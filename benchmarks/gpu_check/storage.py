@@ -126,6 +126,8 @@ def _read(pipe: Connection, port: int, num_streams: int, seconds: float) -> None
             received[stream] += answer.num_received
 
     def receive_until(stream: int, end: float) -> None:
+        # One body at least, however late the thread starts.
+        receive(stream)
         while time.perf_counter() < end:
             receive(stream)
 
