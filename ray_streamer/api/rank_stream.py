@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from ray_streamer.errors import ClusterError, LoadAbortedError, SettingsError
 from ray_streamer.exchange.session import NodeSession
+from ray_streamer.process_limits import limits_explained
 from ray_streamer.rank.agreed_load import agreed_load
 from ray_streamer.rank.background import BackgroundLoad
 
@@ -159,6 +160,8 @@ def _request_of(call: RankCall, membership: Membership) -> tuple[LoadRequest, DT
     return request, placed
 
 
+# Modules that only some loads need are imported in it, which takes a descriptor.
+@limits_explained("begin a load")
 def _begin(call: RankCall) -> tuple[DTensorSlices | None, RankLoad, BackgroundLoad]:
     """Meets the other ranks, agrees with them and starts the load."""
     membership = call.find_membership()

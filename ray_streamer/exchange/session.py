@@ -20,6 +20,7 @@ import os
 from typing import TYPE_CHECKING, NamedTuple, Self
 
 from ray_streamer.errors import StartupTimeoutError
+from ray_streamer.exchange.hub import Hub
 from ray_streamer.exchange.liveness import Activity
 from ray_streamer.exchange.mailbox import Mailbox, Received
 from ray_streamer.exchange.memory import map_value, write_sealed
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
     from types import TracebackType
 
-    from ray_streamer.exchange.hub import Hub, LoadListener
+    from ray_streamer.exchange.hub import LoadListener
     from ray_streamer.exchange.place import Place
 
 logger = logging.getLogger(__name__)
@@ -79,9 +80,6 @@ class NodeSession:
         self._mailbox = Mailbox(place, self.activity, self.stop)
         self._hub: Hub | None = None
         if len(place.ranks) > 1:
-            # A rank without neighbours, such as one process on a laptop, starts sooner without what connects them.
-            from ray_streamer.exchange.hub import Hub
-
             with limits_explained("connect the ranks of this node"):
                 self._hub = Hub(place, self._mailbox, activity=self.activity, stop=self.stop)
 

@@ -24,7 +24,6 @@ LATE_MODULES = (
     "ray_streamer.device.caller_memory",
     "ray_streamer.device.cpu",
     "ray_streamer.exchange.claims",
-    "ray_streamer.exchange.hub",
     "ray_streamer.rank.given_memory",
     "ray_streamer.rank.request",
     "ray_streamer.rank.shared_tensors",
