@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from functools import partial
+from operator import itemgetter
 from typing import TYPE_CHECKING
 
 from ray_streamer.api.arguments import SHARDING, Sharding
@@ -102,7 +103,8 @@ def load_rank(
             What cannot be said so is refused before it is read: fused tensors, interleaved parts, heads that ranks share.
 
     Returns:
-        Every tensor that this rank holds, by the name of its result, complete.
+        Every tensor that this rank holds, by the name of its result, complete; in order of names, so that ranks which go through
+        theirs and call collectives, as `DTensor.full_tensor` does, meet in each.
 
     Raises:
         SettingsError: The arguments or the environment do not say which rank this is.
@@ -142,7 +144,7 @@ def load_rank(
         as_dtensor=as_dtensor,
     )
     with contextlib.closing(stream):
-        return dict(stream)
+        return dict(sorted(stream, key=itemgetter(0)))
 
 
 def stream_rank(
@@ -218,7 +220,8 @@ def stream_rank(
         as_dtensor: Device mesh of the ranks whose DTensors results are.
 
     Returns:
-        An iterator of (name of the result, tensor), each tensor once, in no particular order.
+        An iterator of (name of the result, tensor), each tensor once, in no particular order, and in another one on each rank: no
+        collectives, such as `DTensor.full_tensor`, before the stream has ended.
 
     Raises:
         RayStreamerError: As `load_rank`, while tensors are taken; those that were given before are complete.

@@ -36,6 +36,7 @@ def test_whole_tensors_are_those_of_the_files(
     answers = both(pair, tmp_path, dtensor_tasks.load, checkpoint.uri, layout=layout, out=True)
     assert answers[0] == answers[1]
     seen = answers[0]
+    assert list(seen) == sorted(seen), "ranks that go through theirs meet in the collectives of each"
     assert seen.keys() == checkpoint.names
     assert [name for name, (_, _, is_same) in seen.items() if not is_same] == []
     for name, (placement, shape, _) in seen.items():

@@ -12,7 +12,7 @@ import tempfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -170,11 +170,24 @@ def guarded_ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str,
     (home / ".ray" / "auth_token").write_text("0123456789abcdef0123456789abcdef")
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")}
     environment |= {"HOME": str(home), "RAY_TMPDIR": str(folder), "PYTHONPATH": os.pathsep.join(sys.path)}
+    try:
+        for attempt in range(3):
+            with started_head(folder / f"log-{attempt}", environment) as address:
+                if address is not None:
+                    yield address, environment
+                    return
+        pytest.fail((folder / "log-2").read_text())
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def started_head(log: Path, environment: dict[str, str]) -> Iterator[str | None]:
+    """The address of a Ray for the length of the block; None when it gave up, as Ray does on a machine with much other work."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = ["start", "--head", f"--port={port}", "--num-cpus=1", "--include-dashboard=false", "--block"]
-    log = folder / "log"
     with log.open("w") as output:
         head = subprocess.Popen(
             [sys.executable, "-m", "ray.scripts.scripts", *command],
@@ -184,17 +197,17 @@ def guarded_ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str,
             start_new_session=True,
         )
     try:
-        while "runtime started" not in log.read_text():
-            assert head.poll() is None, log.read_text()
+        while head.poll() is None and "runtime started" not in log.read_text():
             time.sleep(0.1)
-        yield f"127.0.0.1:{port}", environment
+        yield f"127.0.0.1:{port}" if head.poll() is None else None
     finally:
-        os.killpg(head.pid, signal.SIGTERM)
+        with suppress(ProcessLookupError):
+            os.killpg(head.pid, signal.SIGTERM)
         with suppress(subprocess.TimeoutExpired):
             head.wait(5)
-        os.killpg(head.pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):
+            os.killpg(head.pid, signal.SIGKILL)
         head.wait(30)
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 CONNECT_AND_SAY = """

@@ -211,7 +211,7 @@ def _check_devices(libraries: list[FakeCuda]) -> None:
         assert not library.num_pending
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
 @given(case=cases())
 def test_every_rank_holds_what_safetensors_gives(case, ranks):
     with tempfile.TemporaryDirectory() as temporary:

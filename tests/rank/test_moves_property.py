@@ -228,7 +228,7 @@ def raw(tensor: torch.Tensor, *, is_cast: bool) -> bytes:
 
 
 @given(case=cases())
-@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
 def test_results_are_what_torch_copies(ranks, case):
     note(case)
     out = [
