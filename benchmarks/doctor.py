@@ -1,6 +1,6 @@
 """What are the doctor's predictions worth? It examines a load, the load is made at once, and both are compared.
 
-    python benchmarks/doctor.py [--rounds 5] [--megabytes 1024] [--tp 2] [--json FILE]
+    python benchmarks/doctor.py [--rounds 5] [--places s3 disk-cold] [--megabytes 1024] [--tp 2] [--json FILE]
 
 Each round and place has a fresh process for the doctor (the command as people type it) and fresh processes for the ranks of the load. Places: files
 in the page cache; files of a disk, dropped from the page cache before the doctor and before the load; a local S3 server over HTTP. What is
@@ -42,6 +42,8 @@ RULES = {"*.down_proj.weight": Split(1), "*": Split(0)}
 GOAL = 0.15
 DOCTOR_SECONDS = 300
 NUM_FILES = 4
+TITLES = {"page-cache": "page cache", "disk-cold": "disk, cold", "s3": "S3"}
+"""Every place, by the name that the command line takes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,11 +54,13 @@ class Compared:
         predicted: Seconds, by the doctor.
         measured: Seconds of the load.
         predicted_bound: What would bound it, by the doctor.
+        rehearsed: Seconds by each of its rehearsals, the shortest first.
     """
 
     predicted: float
     measured: float
     predicted_bound: str
+    rehearsed: tuple[float, ...]
 
     @property
     def error(self) -> float:
@@ -136,14 +140,20 @@ def bring_into_page_cache(files: Iterable[Path]) -> None:
 
 def compare(place: str, uri: str, files: list[Path], num_ranks: int) -> Compared:
     """One prediction and one load."""
-    prepare = {"disk, cold": drop_from_page_cache, "page cache": bring_into_page_cache}.get(place)
+    prepare = {"disk-cold": drop_from_page_cache, "page-cache": bring_into_page_cache}.get(place)
     if prepare is not None:
         prepare(files)
-    prediction = examine(uri, num_ranks)["prediction"]
+    found = examine(uri, num_ranks)
     if prepare is not None:
         prepare(files)
     measured = load(uri, num_ranks)
-    return Compared(predicted=prediction["seconds"], measured=measured, predicted_bound=prediction["bound"])
+    prediction = found["prediction"]
+    return Compared(
+        predicted=prediction["seconds"],
+        measured=measured,
+        predicted_bound=prediction["bound"],
+        rehearsed=tuple(found["rehearsed_seconds"]),
+    )
 
 
 def show(compared: dict[str, list[Compared]]) -> None:
@@ -154,7 +164,7 @@ def show(compared: dict[str, list[Compared]]) -> None:
     for place, found in compared.items():
         errors = [each.error for each in found]
         table.add_row(
-            place,
+            TITLES[place],
             ", ".join(sorted({each.predicted_bound for each in found})),
             f"{median(each.predicted for each in found):.2f} s",
             f"{median(each.measured for each in found):.2f} s",
@@ -171,6 +181,7 @@ def main() -> None:
     """Compares and prints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--places", nargs="+", choices=list(TITLES), default=list(TITLES))
     parser.add_argument("--megabytes", type=int, default=1024, help="size of the checkpoint")
     parser.add_argument("--tp", type=int, default=2)
     parser.add_argument("--folder", type=Path, help="on the disk to measure; else where temporary files lie")
@@ -182,15 +193,15 @@ def main() -> None:
         for layer in layers
         for name in ("up_proj", "down_proj")
     ]
-    compared: dict[str, list[Compared]] = {"page cache": [], "disk, cold": [], "S3": []}
+    compared: dict[str, list[Compared]] = {place: [] for place in arguments.places}
     with tempfile.TemporaryDirectory(prefix="doctor-", dir=arguments.folder) as root, start_s3_server() as server:
         os.environ |= server.environment()
         folder = write_checkpoint(Path(root), tensors, num_files=NUM_FILES)
         files = sorted(folder.glob("*.safetensors"))
-        uris = dict.fromkeys(compared, str(folder)) | {"S3": server.upload_folder(folder, "doctor", "model")}
+        in_s3 = server.upload_folder(folder, "doctor", "model")
         for _ in range(arguments.rounds):
-            for place, uri in uris.items():
-                compared[place].append(compare(place, uri, files, arguments.tp))
+            for place, found in compared.items():
+                found.append(compare(place, in_s3 if place == "s3" else str(folder), files, arguments.tp))
     show(compared)
     if arguments.json is not None:
         said = {place: [asdict(each) for each in found] for place, found in compared.items()}

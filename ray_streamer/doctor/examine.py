@@ -46,7 +46,9 @@ class Examination:
         memory: What memory does.
         storage: What the storage does; empty without a checkpoint that can be read.
         prediction: What a load should take, after the start of Ray and of the ranks; None where it cannot be planned.
-        rehearsal: The part of the load that was made; None where none was, and the prediction is from the rest alone.
+        rehearsal: The part of the load that was made; None where none was, and the prediction is from the rest alone. Of several tries the
+            one in the middle.
+        rehearsed_seconds: What the load should take by each try, the shortest first; empty where there was none.
         nodes: What the nodes of the cluster answered; empty where none was asked.
     """
 
@@ -57,6 +59,7 @@ class Examination:
     storage: tuple[Measured, ...] = ()
     prediction: Prediction | None = None
     rehearsal: Rehearsal | None = None
+    rehearsed_seconds: tuple[float, ...] = ()
     nodes: tuple[NodeReply[tuple[Finding, ...]], ...] = ()
 
     @property
@@ -198,11 +201,18 @@ def _rehearsed(examination: Examination, request: LoadRequest, view: CheckpointV
     rate = max((each.bytes_per_second for each in examination.storage), default=0.0)
     try:
         max_bytes = sample_bytes(rate, available_bytes=measure_available_memory())
-        rehearsal = rehearse(request, max_bytes=max_bytes)
+        tries = rehearse(request, max_bytes=max_bytes)
     except RayStreamerError as error:
         return replace(examination, findings=(*examination.findings, failed("rehearsal", error)))
-    if rehearsal is None:
+    if not tries:
         return examination
-    seconds = rehearsal.seconds_for(sum(view.rank_bytes))
-    prediction = examination.prediction.as_rehearsed(seconds, rehearsal.bound)
-    return replace(examination, rehearsal=rehearsal, prediction=prediction)
+    whole_bytes = sum(view.rank_bytes)
+    tries = sorted(tries, key=lambda rehearsal: rehearsal.seconds_for(whole_bytes))
+    seconds = tuple(rehearsal.seconds_for(whole_bytes) for rehearsal in tries)
+    middle = len(tries) // 2
+    return replace(
+        examination,
+        rehearsal=tries[middle],
+        rehearsed_seconds=seconds,
+        prediction=examination.prediction.as_rehearsed(seconds[middle], tries[middle].bound),
+    )

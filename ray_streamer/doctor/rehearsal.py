@@ -2,15 +2,19 @@
 
 Nothing else tells what a load takes: the same blocks by the same reader, from the disk around the page cache or out of it, by as many
 processes, with the copies of each rank and the CPUs that all of them share. What the part took is then scaled to the whole.
+
+One try says what one load took. Two loads of the same bytes differ, so there are several tries, and the one in the middle is believed.
 """
 
 from __future__ import annotations
 
+import os
 import pickle
 import secrets
+import signal
 import subprocess
 import sys
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -31,8 +35,11 @@ _LEAST_BYTES, _MOST_BYTES = 64 << 20, 2 << 30
 _MEMORY_SHARE = 0.125
 """Share of the available memory that the part may fill."""
 
+_PLACES = (0.5, 1 / 6, 5 / 6)
+"""Where in each file a try takes its part, one try after the other: elsewhere than the others, which may have left theirs in a cache."""
+
 _WAIT_SECONDS = 300.0
-"""For all ranks of a rehearsal, torch's import included."""
+"""For all tries of all ranks, torch's import included."""
 
 
 class RehearsedRank(NamedTuple):
@@ -97,59 +104,54 @@ def sample_bytes(bytes_per_second: float, *, available_bytes: int) -> int:
     return int(min(wanted, _MEMORY_SHARE * available_bytes))
 
 
-def rehearse(request: LoadRequest, *, max_bytes: int) -> Rehearsal | None:
-    """Loads about `max_bytes` of the checkpoint into all ranks of this node, each a process; None where nothing can be taken out of it.
+def rehearse(request: LoadRequest, *, max_bytes: int) -> tuple[Rehearsal, ...]:
+    """Loads a part of the checkpoint into all ranks of this node, each a process; several tries, or none where nothing can be taken out of it.
 
     Args:
         request: A load whose ranks are all on this node, in host memory.
-        max_bytes: Of the checkpoint.
+        max_bytes: Of the checkpoint, about, in each try.
 
     Raises:
         RayStreamerError: What a rank met.
         ClusterError: A rank ended without a word, or not in time.
     """
-    part = replace(request, slices=SampledSlices(request.slices, max_bytes))
-    words = pickle.dumps((part, secrets.token_hex(8)))
-    with ExitStack() as owned:
-        ranks = [_start(owned, rank, words) for rank in range(request.mesh.num_ranks)]
-        told = [_told_by(process, rank) for rank, process in enumerate(ranks)]
-    return Rehearsal.of(told, RequestedSettings.of(request.settings))
+    parts = [replace(request, slices=SampledSlices(request.slices, max_bytes, place)) for place in _PLACES]
+    asked = RequestedSettings.of(request.settings)
+    tries = (Rehearsal.of(ranks, asked) for ranks in _told_of(parts))
+    return tuple(told for told in tries if told is not None)
 
 
-def _start(owned: ExitStack, rank: int, words: bytes) -> subprocess.Popen[bytes]:
+def _told_of(parts: list[LoadRequest]) -> list[list[RehearsedRank]]:
+    """What the ranks told of each part."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "ray_streamer.doctor.rehearsed_rank", str(rank)],
+        [sys.executable, "-m", "ray_streamer.doctor.rehearsed_ranks"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
+        # Its ranks are processes of this group.
+        process_group=0,
     )
-    owned.callback(_end, process)
-    assert process.stdin is not None
-    # A process that has ended already says why by its exit code.
-    with suppress(BrokenPipeError):
-        process.stdin.write(words)
-    with suppress(BrokenPipeError):
-        process.stdin.close()
-    process.stdin = None
-    return process
-
-
-def _told_by(process: subprocess.Popen[bytes], rank: int) -> RehearsedRank:
     try:
-        answer, _ = process.communicate(timeout=_WAIT_SECONDS)
+        answer, _ = process.communicate(pickle.dumps((parts, secrets.token_hex(8))), timeout=_WAIT_SECONDS)
     except subprocess.TimeoutExpired as error:
-        raise ClusterError(f"rank {rank} of a rehearsed load was not done within {_WAIT_SECONDS:g} s") from error
+        raise ClusterError(f"the ranks of a rehearsed load were not done within {_WAIT_SECONDS:g} s") from error
+    finally:
+        if process.returncode != 0:
+            _end(process)
     if process.returncode or not answer:
         raise ClusterError(
-            f"rank {rank} of a rehearsed load ended with exit code {process.returncode} before it was done; what it said is above"
+            f"the ranks of a rehearsed load ended with exit code {process.returncode} before they were done; what they said is above"
         )
-    told: RehearsedRank | RayStreamerError = pickle.loads(answer)
+    told: list[list[RehearsedRank]] | RayStreamerError = pickle.loads(answer)
     if isinstance(told, RayStreamerError):
         raise told
     return told
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    process.kill()
+    """Ends it with its ranks."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    if process.stdout is not None:
-        process.stdout.close()
+    for pipe in (process.stdin, process.stdout):
+        if pipe is not None:
+            pipe.close()

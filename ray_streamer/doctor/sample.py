@@ -1,6 +1,6 @@
-"""Which part of a checkpoint stands for all of it? From each file a stretch of whole tensors that lie side by side, in its middle.
+"""Which part of a checkpoint stands for all of it? From each file a stretch of whole tensors that lie side by side.
 
-So a rehearsal reads every file, in blocks like those of the load. The first tensors of a checkpoint are often embeddings, unlike the others.
+So a rehearsal reads every file, in blocks like those of the load.
 """
 
 from __future__ import annotations
@@ -27,15 +27,17 @@ class SampledSlices:
     Attributes:
         slices: What each rank holds of the whole.
         max_bytes: Of the checkpoint, about.
+        place: Where the middle of each file's stretch is, as a share of the file.
     """
 
     slices: SliceSource
     max_bytes: int
+    place: float = 0.5
 
     def __call__(self, index: CheckpointIndex, rank: int) -> RankSlices:
         """The results that come out of sampled tensors alone."""
         said = self.slices(index, rank)
-        is_sampled = sample_tensors(index, self.max_bytes)[said.tensor_ids]
+        is_sampled = sample_tensors(index, self.max_bytes, self.place)[said.tensor_ids]
         is_kept = np.zeros(len(said.results), dtype=np.bool_)
         is_kept[said.result_ids] = True
         is_kept[said.result_ids[~is_sampled]] = False
@@ -51,7 +53,7 @@ class SampledSlices:
         )
 
 
-def sample_tensors(index: CheckpointIndex, max_bytes: int) -> NDArray[np.bool_]:
+def sample_tensors(index: CheckpointIndex, max_bytes: int, place: float = 0.5) -> NDArray[np.bool_]:
     """For each tensor of the index whether it belongs to the sample: about `max_bytes`, at least one of each file that has any."""
     is_sampled = np.zeros(len(index), dtype=np.bool_)
     sizes = index.stops - index.starts
@@ -62,7 +64,7 @@ def sample_tensors(index: CheckpointIndex, max_bytes: int) -> NDArray[np.bool_]:
         if not len(rows):
             continue
         wanted, total = share * float(ends[-1]), float(ends[-1])
-        first = (total - wanted) / 2
+        first = min(max(0.0, place * total - wanted / 2), total - wanted)
         # The tensor that holds the first wanted byte, and all that begin before the last one.
         is_sampled[rows[(ends > first) & (ends - sizes[rows] < first + max(wanted, 1.0))]] = True
     return is_sampled

@@ -68,7 +68,7 @@ def _expected(examination: Examination) -> list[str]:
     ranks = counted(examination.num_ranks, "rank")
     told = [
         f"Expected: {human_bytes(prediction.read_bytes)} into {ranks} on this node in {prediction.seconds:.2f} s, once the ranks "
-        f"have started; bound by: {prediction.bound}."
+        f"have started{_spread(examination)}; bound by: {prediction.bound}."
     ]
     if prediction.best_settings:
         settings = ", ".join(f"{name}={value}" for name, value in prediction.best_settings.items())
@@ -79,3 +79,11 @@ def _expected(examination: Examination) -> list[str]:
             f"{human_bytes(int(fleet.storage_rate))}/s to all: {human_bytes(fleet.read_bytes)} in {fleet.seconds:.2f} s."
         )
     return told
+
+
+def _spread(examination: Examination) -> str:
+    """How far the rehearsals were apart: loads will be, too."""
+    if len(examination.rehearsed_seconds) < 2:
+        return ""
+    shortest, *_, longest = examination.rehearsed_seconds
+    return f" ({shortest:.2f} to {longest:.2f} s in {counted(len(examination.rehearsed_seconds), 'try', 'tries')})"

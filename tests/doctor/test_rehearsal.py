@@ -18,11 +18,12 @@ from ray_streamer.api.arguments import Sharding
 from ray_streamer.cli import main
 from ray_streamer.doctor.examine import examine
 from ray_streamer.doctor.rehearsal import Rehearsal, rehearse, sample_bytes
-from ray_streamer.doctor.rehearsed_rank import load_part
+from ray_streamer.doctor.rehearsed_ranks import load_all_parts, load_part
 from ray_streamer.doctor.sample import SampledSlices, sample_tensors
 from ray_streamer.doctor.storage_speed import measure_storage
 from ray_streamer.errors import ClusterError
 from ray_streamer.rank.request import LoadRequest
+from ray_streamer.rank.trace import RankTrace
 from ray_streamer.report.verdict.model import RequestedSettings
 from ray_streamer.settings import Settings
 from ray_streamer.sharding import Mesh, RuleSlices, ShardRules, Split
@@ -64,6 +65,18 @@ def test_a_sample_takes_a_stretch_of_each_file(checkpoint, max_bytes, num_tensor
             np.flatnonzero(index.file_ids == file)[-1] - rows[-1],
         )
         assert abs(before - after) <= 1, "in the middle"
+
+
+@pytest.mark.parametrize(
+    ("place", "rows"), [(0.0, [0, 1]), (1 / 6, [0, 1, 2]), (0.5, [3, 4]), (5 / 6, [5, 6, 7]), (1.0, [6, 7])]
+)
+def test_a_stretch_lies_where_it_is_wanted(checkpoint, place, rows):
+    """So that several of them are apart, where the file has room for that; none leaves its file."""
+    index = request_of(checkpoint).open_index()
+    is_sampled = sample_tensors(index, 4 * MIB, place)
+    for file in range(len(index.files)):
+        assert np.flatnonzero(is_sampled[index.file_ids == file]).tolist() == rows
+    assert sample_tensors(index, 1 << 40, place).all()
 
 
 def test_a_sample_of_a_checkpoint_without_tensors_is_empty(tmp_path):
@@ -158,14 +171,49 @@ def test_no_byte_is_read_twice_and_memory_lies_as_disks_want_it(tmp_path, block_
 
 def test_a_rehearsal_that_takes_too_long_is_ended(checkpoint, monkeypatch):
     monkeypatch.setattr("ray_streamer.doctor.rehearsal._WAIT_SECONDS", 0.001)
-    with pytest.raises(ClusterError, match=r"rank 0 of a rehearsed load was not done within 0\.001 s"):
+    with pytest.raises(ClusterError, match=r"the ranks of a rehearsed load were not done within 0\.001 s"):
+        rehearse(request_of(checkpoint, tp=2), max_bytes=MIB)
+
+
+def test_ranks_that_never_began_are_an_error(checkpoint, monkeypatch):
+    monkeypatch.setattr("sys.executable", "/bin/false")
+    with pytest.raises(
+        ClusterError, match=r"the ranks of a rehearsed load ended with exit code 1 before they were done"
+    ):
         rehearse(request_of(checkpoint, tp=2), max_bytes=MIB)
 
 
 def test_a_rank_that_ends_without_a_word_is_named(checkpoint, monkeypatch):
-    monkeypatch.setattr("sys.executable", "/bin/false")
-    with pytest.raises(ClusterError, match=r"rank 0 of a rehearsed load ended with exit code 1 before it was done"):
-        rehearse(request_of(checkpoint, tp=2), max_bytes=MIB)
+    def end(request, session_name, rank):
+        os._exit(7 if rank else 0)
+
+    monkeypatch.setattr("ray_streamer.doctor.rehearsed_ranks.load_part", end)
+    with pytest.raises(ClusterError, match=r"rank 0 of a rehearsed load ended with exit code 0 before it was done"):
+        load_all_parts(request_of(checkpoint, tp=2), "ends")
+
+
+def test_every_rank_of_a_try_is_a_process_of_its_own(checkpoint):
+    request = request_of(checkpoint, tp=2)
+    part = replace(request, slices=SampledSlices(request.slices, 4 * MIB))
+    told = load_all_parts(part, f"apart-{os.getpid()}")
+    traces = [RankTrace.from_bytes(rank.trace) for rank in told]
+    assert [trace.rank for trace in traces] == [0, 1]
+    assert 4 * MIB <= sum(rank.statistics.bytes_delivered for rank in told) <= 6 * MIB
+
+
+def test_the_try_in_the_middle_is_believed(checkpoint, monkeypatch):
+    def tries(request, *, max_bytes):
+        seconds = (3.0, 9.0, 4.0)
+        return tuple(
+            Rehearsal(delivered_bytes=16 * MIB, seconds=each, start_seconds=1.0, bound=f"{each:g}", cpu_seconds=0.0)
+            for each in seconds
+        )
+
+    monkeypatch.setattr("ray_streamer.doctor.examine.rehearse", tries)
+    examination = examine(request_of(checkpoint), devices=Path("/nowhere"))
+    assert examination.rehearsed_seconds == (4.0, 5.0, 10.0)
+    assert (examination.prediction.seconds, examination.prediction.bound) == (5.0, "4")
+    assert examination.rehearsal.seconds == 4.0
 
 
 @pytest.mark.slow
@@ -180,6 +228,8 @@ def test_all_ranks_rehearse_side_by_side(checkpoint):
     )
     assert rehearsal["delivered_bytes"] == whole, "less than two seconds"
     assert prediction["seconds"] == pytest.approx(rehearsal["start_seconds"] + rehearsal["seconds"])
+    assert len(found["rehearsed_seconds"]) == 3
+    assert prediction["seconds"] == sorted(found["rehearsed_seconds"])[1]
     assert prediction["bound"] == rehearsal["bound"]
 
 
