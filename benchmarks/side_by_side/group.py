@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
     from side_by_side.task import Task
 
-_HIDDEN = ("RAY_STREAMER_", "RUNAI_STREAMER_", "AWS_", "SSL_CERT_", "REQUESTS_CA_", "CURL_CA_", "OMP_", "HF_")
-"""Beginnings of variables of this machine that would reach a loader."""
+_HIDDEN = ("RAY_STREAMER_", "RUNAI_STREAMER_", "AWS_", "SSL_CERT_", "REQUESTS_CA_", "CURL_CA_", "OMP_", "HF_", "PYTHON")
+"""Beginnings of variables of this machine that would reach a loader, or would make every process compile what it imports."""
 
 BENCHMARKS = Path(__file__).parents[1]
 
@@ -62,6 +62,8 @@ class Group:
             started = time.monotonic()
             ranks = [stack.enter_context(_Rank(task, self._variables(), log)) for task in self.tasks]
             is_late = stack.enter_context(_Watchdog(ranks, self.limit_seconds)).has_bitten
+            # All at once, before one after the other is waited for: each has much memory to give back.
+            stack.callback(_kill_all, ranks)
             ask = _Asker(ranks, is_late, self.limit_seconds).ask
             ask([task.to_json() for task in self.tasks])
             pids = [rank.pid for rank in ranks]
@@ -142,6 +144,11 @@ class _Rank:
         self.answers.close()
 
 
+def _kill_all(ranks: Sequence[_Rank]) -> None:
+    for rank in ranks:
+        rank.kill()
+
+
 class _Watchdog:
     """Ends all ranks when time is up."""
 
@@ -153,8 +160,7 @@ class _Watchdog:
 
     def _bite(self) -> None:
         self.has_bitten.set()
-        for rank in self._ranks:
-            rank.kill()
+        _kill_all(self._ranks)
 
     def __enter__(self) -> _Watchdog:
         self._timer.start()

@@ -21,11 +21,13 @@ class PageCacheError(RuntimeError):
 
 
 def warm_page_cache(folder: Path) -> None:
-    """Reads a folder's files, so that the next run finds them in memory.
+    """Reads a folder's files, unless they are in memory already, so that the next run finds them there.
 
     Raises:
         PageCacheError: The kernel does not keep them.
     """
+    if cached_share(folder) == 1:
+        return
     for path in _files(folder):
         with path.open("rb", buffering=0) as stream:
             while stream.read(8 << 20):

@@ -107,10 +107,12 @@ _METHOD = """- Each run is a fresh process for each rank, {tp} ranks for everybo
 - **Whole call**: from the start of the first process until every rank has its tensors, with Python's start and all imports. **Load**: from the
   first rank that begins to load until the last one is done. Everybody has imported torch and its own modules by then.
 - A load is done when one byte of every page of every tensor was read. So who leaves tensors mapped to a file reads the file, too.
-- **All end with the same tensors**: the rank's parts, by name, dtype, shape and bytes, compared with what safetensors reads, after each run.
+- **All end with the same tensors**: the rank's parts, by name, dtype, shape and bytes, compared by checksums with what safetensors reads, after
+  each run.
 - In each round every contender runs once in every place. The order is shuffled anew for each round.
-- Before a cold run the files are dropped from the page cache, and the kernel is asked whether it has forgotten them. Before a warm run they
-  are read, and it is asked whether it has them all. The web server's files are in the page cache, the S3 server's objects in its memory.
+- Before a cold run the files are dropped from the page cache, and the kernel is asked whether it has forgotten them. Before a warm run
+  it is asked whether it has them all, and they are read if it has not. The web server's files are in the page cache, the S3 server's
+  objects in its memory.
 - **Peak memory** is that of all ranks together beyond what they had before the load: anonymous and shared memory, results included. Pages of
   the page cache do not count, mapped or not.
 - `ratio` is a contender's load divided by that of ray_streamer with as many ranks: above 1, ray_streamer is faster. Bold is the least of
