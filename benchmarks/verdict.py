@@ -4,7 +4,9 @@
 
 Two ranks in processes of their own load one checkpoint, from a local S3 server through a proxy that makes something slow, or from files in
 the page cache. The verdict on that load names what bounded it, and predicts a load with its advice, or without that cost. Then that load
-is made. Every case is run once in every round; prints medians. Linux, CPU only; a machine that is busy with other work makes all of it vary.
+is made. Every case is run once in every round; prints medians, of the seconds and of the gain alone: what the first load took, less what
+the second one took. Where the gain is a small part of a load, the checkpoint is larger, so that it can be told from the difference of any
+two loads. Linux, CPU only; a machine that is busy with other work makes all of it vary.
 """
 
 from __future__ import annotations
@@ -18,14 +20,15 @@ import secrets
 import signal
 import tempfile
 import threading
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from met_ranks import meet
 from rich.console import Console
 from rich.table import Table
+from slow_loads import CASES, MIB, Case, Size
 
 from ray_streamer.cluster.worker import LoadWorker
 from ray_streamer.rank.request import LoadRequest
@@ -44,69 +47,12 @@ if TYPE_CHECKING:
     from multiprocessing.connection import Connection
 
     from ray_streamer.report.verdict.judge import Verdict
+    from ray_streamer.testing.s3_server import S3Server
 
-MIB = 1 << 20
 NUM_RANKS = 2
 NUM_FAULTS_PLANNED = 20_000
 GOAL = 0.25
 RUNS_SECONDS = 0.005
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Case:
-    """One load that is slow on purpose.
-
-    Attributes:
-        name: What makes it slow.
-        bounds: What the verdict may name.
-        then: What is loaded next: as the verdict advises; without what makes it slow; or into the same tensors.
-        faults: What requests meet, in turn, again and again.
-        settings: Of the load.
-        is_local: Whether files of the page cache are loaded.
-        slow_rank: Whether rank 1 runs a fifth of the time.
-    """
-
-    name: str
-    bounds: tuple[str, ...]
-    then: Literal["advice", "without", "again"]
-    faults: tuple[Fault, ...] = (Fault(),)
-    settings: dict[str, Any] = field(default_factory=dict)
-    is_local: bool = False
-    slow_rank: bool = False
-
-
-CASES = (
-    Case(
-        name="storage throttled: 5 MB/s for each stream",
-        bounds=("stream rate", "bandwidth"),
-        then="advice",
-        faults=(Fault(bytes_per_second=5e6),),
-    ),
-    Case(name="first byte of 200 ms", bounds=("first byte",), then="advice", faults=(Fault(delay_seconds=0.2),)),
-    Case(
-        name="one slow rank: has a fifth of its CPU",
-        bounds=("straggler",),
-        then="without",
-        faults=(Fault(delay_seconds=0.02),),
-        slow_rank=True,
-    ),
-    Case(
-        name="memory for one slot, first byte of 20 ms",
-        bounds=("slots",),
-        then="advice",
-        faults=(Fault(delay_seconds=0.02),),
-        settings={"memory_limit": 0},
-    ),
-    Case(
-        name="503 on 5% of requests, 256 KiB each",
-        bounds=("throttling",),
-        then="without",
-        # Enough requests that the waits after 503s are more than chance.
-        settings={"block_bytes": MIB // 4},
-        faults=(*(Fault(),) * 10, Fault(status=503), *(Fault(),) * 9),
-    ),
-    Case(name="everything in the page cache", bounds=("first touch", "copies"), then="again", is_local=True),
-)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,6 +79,16 @@ class Outcome:
     def error(self) -> float | None:
         """Of the prediction, over what came."""
         return None if self.predicted is None else self.predicted / self.then_measured - 1
+
+    @property
+    def predicted_gain(self) -> float | None:
+        """Seconds that the change was to save."""
+        return None if self.predicted is None else self.measured - self.predicted
+
+    @property
+    def measured_gain(self) -> float:
+        """Seconds that it saved."""
+        return self.measured - self.then_measured
 
 
 def rank_main(rank: int, pipe: Connection) -> None:
@@ -199,9 +155,9 @@ class Ranks:
             process.join(30)
 
 
-def run_case(case: Case, ranks: Ranks, proxy: FaultProcess, uris: dict[str, str]) -> Outcome:
+def run_case(case: Case, ranks: Ranks, proxy: FaultProcess, uris: dict[Size, str]) -> Outcome:
     """The load, its verdict, and the load that it predicts."""
-    uri = uris["local" if case.is_local else "s3"]
+    uri = uris[case.size]
     said = {"s3_endpoint_url": proxy.url, "block_bytes": MIB, "concurrency": 4, "hedge_percent": 0.0} | case.settings
     # What is slow at the first load of these processes is slow by that.
     first = slow_load(case, ranks, proxy, uri, said)
@@ -230,11 +186,10 @@ def run_case(case: Case, ranks: Ranks, proxy: FaultProcess, uris: dict[str, str]
 
 def slow_load(case: Case, ranks: Ranks, proxy: FaultProcess, uri: str, said: dict[str, Any]) -> Verdict:
     """A load under what makes it slow."""
-    again = case.then == "again"
     if not case.slow_rank:
-        return ranks.load(uri, said, proxy, case.faults, again=again)
+        return ranks.load(uri, said, proxy, case.faults, again=False)
     with held_up(ranks.processes[1].pid):
-        return ranks.load(uri, said, proxy, case.faults, again=again)
+        return ranks.load(uri, said, proxy, case.faults, again=False)
 
 
 @contextlib.contextmanager
@@ -260,53 +215,84 @@ def held_up(pid: int) -> Iterator[None]:
 
 def show(outcomes: dict[str, list[Outcome]]) -> None:
     """The table."""
-    table = Table(title="Verdicts, and what came")
-    for column in ("case", "verdict", "measured", "replayed", "change", "predicted", "then measured", "error", "goal"):
+    table = Table(title="Verdicts, and what came: medians; errors of the predicted seconds, and of the gain alone")
+    headings = (
+        "case",
+        "verdict",
+        "measured",
+        "replayed",
+        "change",
+        "predicted",
+        "then measured",
+        "error",
+        "gain",
+        "error of it",
+    )
+    for column in (*headings, f"within {GOAL:.0%}"):
         table.add_column(column, overflow="fold")
     for name, found in outcomes.items():
-        errors = [outcome.error for outcome in found if outcome.error is not None]
-        predicted = [outcome.predicted for outcome in found if outcome.predicted is not None]
         case = next(case for case in CASES if case.name == name)
         is_right = sum(outcome.bound in case.bounds for outcome in found)
-        is_met = bool(errors) and abs(median(errors)) <= GOAL
         table.add_row(
             name,
             f"{', '.join(sorted({outcome.bound for outcome in found}))} ({is_right} of {len(found)} right)",
             f"{median(outcome.measured for outcome in found):.2f} s",
             f"{median(outcome.replayed for outcome in found):.2f} s",
             "; ".join(sorted({outcome.change for outcome in found})),
-            f"{median(predicted):.2f} s" if predicted else "nothing",
-            f"{median(outcome.then_measured for outcome in found):.2f} s",
-            f"{median(errors):+.0%}" if errors else "",
-            "met" if is_met else "missed",
+            *told_of_predictions(found),
         )
     console = Console()
     console.width = max(console.width, 160)
     console.print(table)
 
 
+def told_of_predictions(found: list[Outcome]) -> list[str]:
+    """The columns from `predicted` on."""
+    then = f"{median(outcome.then_measured for outcome in found):.2f} s"
+    errors = [outcome.error for outcome in found if outcome.error is not None]
+    gains = [outcome.predicted_gain for outcome in found if outcome.predicted_gain is not None]
+    if not errors:
+        return ["nothing", then, "", "", "", "missed"]
+    error = median(errors)
+    gain = median(outcome.measured_gain for outcome in found)
+    # Of medians: the gain of one round may be close to nothing.
+    gain_error = median(gains) / gain - 1
+    is_met = max(abs(error), abs(gain_error)) <= GOAL
+    predicted = median(outcome.predicted for outcome in found if outcome.predicted is not None)
+    return [
+        f"{predicted:.2f} s",
+        then,
+        f"{error:+.0%}",
+        f"{gain:.2f} s",
+        f"{gain_error:+.0%}",
+        "both" if is_met else "seconds" if abs(error) <= GOAL else "missed",
+    ]
+
+
+def make_checkpoint(root: Path, size: Size, *, megabytes: int, server: S3Server) -> str:
+    """The uri of its one file, since proxies of this kind pass no listings on."""
+    name = f"{'local' if size.is_local else 's3'}-{size.times}"
+    folder = write_checkpoint(root / name, [TensorSpec("up_proj.weight", "F32", (size.times * megabytes * 64, 4096))])
+    (file,) = folder.glob("*.safetensors")
+    place = str(folder) if size.is_local else server.upload_folder(folder, f"verdicts-{size.times}", "model")
+    return f"{place}/{file.name}"
+
+
 def main() -> None:
     """Runs all cases."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument(
-        "--megabytes", type=int, default=64, help="size of the checkpoint; of the local one, four times that"
-    )
+    parser.add_argument("--megabytes", type=int, default=64, help="size of the checkpoint; two cases have a larger one")
     parser.add_argument("--json", type=Path, help="every outcome goes there")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="verdict-") as root, start_s3_server() as server:
         os.environ |= server.environment()
-        uris = {}
-        for name, size in (("s3", arguments.megabytes), ("local", 4 * arguments.megabytes)):
-            folder = write_checkpoint(Path(root, name), [TensorSpec("up_proj.weight", "F32", (size * 64, 4096))])
-            (file,) = folder.glob("*.safetensors")
-            place = str(folder) if name == "local" else server.upload_folder(folder, "verdicts", "model")
-            # A file, since proxies of this kind pass no listings on.
-            uris[name] = f"{place}/{file.name}"
+        sizes = {case.size for case in CASES}
+        uris = {size: make_checkpoint(Path(root), size, megabytes=arguments.megabytes, server=server) for size in sizes}
         ranks = Ranks()
         outcomes: dict[str, list[Outcome]] = {case.name: [] for case in CASES}
         with FaultProcess(server.endpoint_url) as proxy:
-            ranks.load(uris["s3"], {"s3_endpoint_url": proxy.url}, proxy, (Fault(),), again=False)
+            ranks.load(uris[Size(1, False)], {"s3_endpoint_url": proxy.url}, proxy, (Fault(),), again=False)
             for _ in range(arguments.rounds):
                 for case in CASES:
                     outcomes[case.name].append(run_case(case, ranks, proxy, uris))
