@@ -183,6 +183,11 @@ def test_ranks_that_never_began_are_an_error(checkpoint, monkeypatch):
         rehearse(request_of(checkpoint, tp=2), max_bytes=MIB)
 
 
+# From Python 3.12 on; the process that the doctor starts has no threads but those that libraries know to leave behind.
+forks = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+
+
+@forks
 def test_a_rank_that_ends_without_a_word_is_named(checkpoint, monkeypatch):
     def end(request, session_name, rank):
         os._exit(7 if rank else 0)
@@ -192,6 +197,7 @@ def test_a_rank_that_ends_without_a_word_is_named(checkpoint, monkeypatch):
         load_all_parts(request_of(checkpoint, tp=2), "ends")
 
 
+@forks
 def test_every_rank_of_a_try_is_a_process_of_its_own(checkpoint):
     request = request_of(checkpoint, tp=2)
     part = replace(request, slices=SampledSlices(request.slices, 4 * MIB))
