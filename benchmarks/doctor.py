@@ -202,6 +202,7 @@ def main() -> None:
         for _ in range(arguments.rounds):
             for place, found in compared.items():
                 found.append(compare(place, in_s3 if place == "s3" else str(folder), files, arguments.tp))
+                print(f"{TITLES[place]}: {found[-1]}", file=sys.stderr, flush=True)
     show(compared)
     if arguments.json is not None:
         said = {place: [asdict(each) for each in found] for place, found in compared.items()}
