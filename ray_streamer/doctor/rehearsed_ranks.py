@@ -15,7 +15,7 @@ import multiprocessing
 import os
 import pickle
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from ray_streamer.doctor.rehearsal import RehearsedRank
 from ray_streamer.errors import ClusterError, RayStreamerError
@@ -26,6 +26,7 @@ from ray_streamer.rank.agreed_load import agreed_load
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
+    from multiprocessing.context import ForkProcess
 
     from ray_streamer.rank.request import LoadRequest
 
@@ -68,9 +69,9 @@ def load_all_parts(request: LoadRequest, session_name: str) -> list[RehearsedRan
         ClusterError: A rank ended without a word.
     """
     fork = multiprocessing.get_context("fork")
-    ranks: list[tuple[Connection, multiprocessing.process.BaseProcess]] = []
+    ranks: list[tuple[Connection, ForkProcess]] = []
     for rank in range(request.mesh.num_ranks):
-        ours, theirs = fork.Pipe(duplex=False)
+        ours, theirs = cast("tuple[Connection, Connection]", fork.Pipe(duplex=False))
         process = fork.Process(target=_tell, args=(theirs, request, session_name, rank))
         process.start()
         # The rank's end alone keeps it open, so that the end of the rank is heard.
@@ -92,9 +93,7 @@ def _tell(pipe: Connection, request: LoadRequest, session_name: str, rank: int) 
     pipe.send(told)
 
 
-def _told_by(
-    pipe: Connection, process: multiprocessing.process.BaseProcess, rank: int
-) -> RehearsedRank | RayStreamerError:
+def _told_by(pipe: Connection, process: ForkProcess, rank: int) -> RehearsedRank | RayStreamerError:
     with contextlib.closing(pipe):
         try:
             told: RehearsedRank | RayStreamerError = pipe.recv()
