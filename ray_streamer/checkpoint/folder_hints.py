@@ -26,18 +26,23 @@ INDEX_NAME = "model.safetensors.index.json"
 _WANTED = f"looked for {INDEX_NAME}, {SINGLE_NAME} and *{SUFFIX}"
 _CHECK_PLACE = "check the path, or the bucket and prefix"
 _CONVERT = "convert the checkpoint to safetensors first, or fetch a revision of it that has safetensors files"
-_OTHER_FORMATS = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".ggml", ".h5", ".msgpack", ".onnx", ".npz", ".distcp")
+OTHER_FORMATS = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".ggml", ".h5", ".msgpack", ".onnx", ".npz", ".distcp")
+"""How names of files end that hold weights in another format."""
 _REVISION = re.compile(r"[0-9A-Za-z][0-9A-Za-z._-]*")
 _NUM_ENTRIES = 1000
 _HEAD_BYTES = 64
 
 
 def missing_folder(storage: Storage, error: ObjectMissingError) -> CheckpointError | ObjectMissingError:
-    """The error to raise where there is no such folder."""
+    """The error to raise where there is no such folder.
+
+    Raises:
+        AccessError: It is a file that may not be read.
+    """
     path = _local_folder(storage)
     if path is not None and os.path.isfile(path):
-        with open(path, "rb") as stream:
-            what = foreign_format(stream.read(_HEAD_BYTES))
+        head, _ = storage.read_head("", _HEAD_BYTES)
+        what = foreign_format(head)
         return CheckpointError(
             f"{path} is a file whose name does not end in {SUFFIX}; "
             f"{f'it {what}' if what else 'give a folder, or rename it if it is a safetensors file'}"
@@ -52,6 +57,11 @@ def missing_selection(storage: Storage, name: str, error: StorageError) -> Stora
         return StorageError(f"{path} is a folder, though its name ends like a file's; give it with a / at its end")
     if not isinstance(error, ObjectMissingError):
         return None
+    if path is not None and os.path.islink(path):
+        return ObjectMissingError(
+            f"{path} is a link to {os.readlink(path)}, which does not exist, as links of a cache that was copied without its blobs; "
+            "fetch the file again"
+        )
     others = f"; there are {listed(others)}" if (others := _safetensors_names(storage)) else ""
     return ObjectMissingError(f"{storage.uri.rstrip('/')}/{name}: no such file{others}; check the path")
 
@@ -70,7 +80,7 @@ def _found(names: Sequence[str]) -> str:
     """What there is, and what to do about it."""
     consolidated = [name for name in names if name.startswith(OTHER_LAYOUT) and name.endswith(SUFFIX)]
     adapters = list(filter(is_of_adapter, names))
-    others = [name for name in names if name.endswith(_OTHER_FORMATS)]
+    others = [name for name in names if name.endswith(OTHER_FORMATS)]
     if consolidated:
         return f"{_listed(consolidated)}, whose tensors have Mistral's own names, so rules= must place them; {_joined(consolidated, names)}"
     if adapters:

@@ -30,6 +30,7 @@ from ray_streamer.checkpoint.location import locate
 from ray_streamer.checkpoint.pipeline import PIPELINE_NAME, component_files
 from ray_streamer.checkpoint.shard_files import (
     ADAPTER_CONFIG_NAME,
+    ADAPTER_NAME,
     DIFFUSERS_NAME,
     SINGLE_NAME,
     adapter_files_of,
@@ -198,7 +199,9 @@ def _files_without_index(storage: Storage) -> _Files:
         return _files_of(storage, index_name)
     if found := shard_files_of(names, uri=storage.uri):
         return _Files(found, "folder")
-    if found := adapter_files_of(names):
+    if ADAPTER_CONFIG_NAME in names and (index_name := f"{ADAPTER_NAME}.index.json") in names:
+        return _files_of(storage, index_name)
+    if found := adapter_files_of(names, uri=storage.uri):
         # It has what it was made for, and need not have a part of every layer.
         return _Files(found, "name")
     if PIPELINE_NAME in names:

@@ -19,7 +19,7 @@ from ray_streamer.units import counted
 from ray_streamer.wording import NUM_LISTED, listed, shown
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
 SINGLE_NAME = "model.safetensors"
 DIFFUSERS_NAME = "diffusion_pytorch_model.safetensors"
@@ -28,10 +28,14 @@ SUFFIX = ".safetensors"
 
 OTHER_LAYOUT = "consolidated"
 ADAPTER = "adapter_model"
+ADAPTER_NAME = f"{ADAPTER}{SUFFIX}"
+"""As `SINGLE_NAME`, of an adapter."""
 ADAPTER_CONFIG_NAME = "adapter_config.json"
 
 # number-of-total, as in model-00002-of-00003, model_2_of_3, model.fp16-00002-of-00003 or model-00002-of-00003.fp16.
 _COUNTED = re.compile(r"(.*?)([0-9]{1,9})([-_. ]?of[-_. ]?)([0-9]{1,9})(?![0-9])(.*)", re.IGNORECASE | re.DOTALL)
+# One file, or one of several that are counted, as diffusers or as transformers calls it; not a variant.
+_USUAL = re.compile(r"(?:diffusion_pytorch_model|model)(?:-[0-9]+-of-[0-9]+)?\.safetensors")
 # A number without a total, as in rank3, part-0 or shard_01: only those between the lowest and the highest must be there.
 _NUMBERED = re.compile(r"(.*(?:rank|part|shard)[-_.]?)([0-9]{1,9})(?![0-9])(.*)", re.IGNORECASE | re.DOTALL)
 # torch.distributed.checkpoint: shard-00001-model-00002-of-00003, where each writer has files of its own.
@@ -57,24 +61,56 @@ def shard_files_of(names: Sequence[str], *, uri: str) -> list[str]:
     >>> shard_files_of(["model-1-of-2.safetensors", "model-2-of-2.safetensors", "notes.txt"], uri="s3://b/m")
     ['model-1-of-2.safetensors', 'model-2-of-2.safetensors']
     """
-    alone = next((name for name in (SINGLE_NAME, DIFFUSERS_NAME) if name in names), None)
-    found = [alone] if alone else sorted(filter(_is_of_model, names))
-    gaps = [*_gaps_of_counted(found), *_gaps_of_numbered(found)]
-    unfinished = sorted(_unfinished(names, found))
-    if gaps or unfinished:
-        raise ObjectMissingError(f"{uri} is incomplete: {_told(found, gaps, unfinished)}")
-    return found
+    return _complete_files_of(names, (SINGLE_NAME, DIFFUSERS_NAME), is_meant=_is_of_model, uri=uri)
 
 
-def adapter_files_of(names: Sequence[str]) -> list[str]:
+def adapter_files_of(names: Sequence[str], *, uri: str) -> list[str]:
     """The files of an adapter (LoRA) that is all there is in a folder, sorted; empty where there is none.
 
-    >>> adapter_files_of(["README.md", "adapter_config.json", "adapter_model.safetensors"])
+    Args:
+        names: As in `shard_files_of`.
+        uri: The folder, for messages.
+
+    Raises:
+        ObjectMissingError: As `shard_files_of`.
+
+    >>> adapter_files_of(["README.md", "adapter_config.json", "adapter_model.safetensors"], uri="s3://b/m")
     ['adapter_model.safetensors']
     """
     if ADAPTER_CONFIG_NAME not in names:
         return []
-    return sorted(filter(is_of_adapter, names))
+    return _complete_files_of(names, (ADAPTER_NAME,), is_meant=is_of_adapter, uri=uri)
+
+
+def component_files_of(names: Sequence[str], *, uri: str) -> list[str]:
+    """The files of a pipeline's component without an index json, sorted; empty where none has the usual name.
+
+    Variants, such as `model.fp16.safetensors`, are left alone.
+
+    Args:
+        names: As in `shard_files_of`.
+        uri: The component's folder, for messages.
+
+    Raises:
+        ObjectMissingError: As `shard_files_of`.
+
+    >>> component_files_of(["model.fp16.safetensors", "model.safetensors"], uri="s3://b/m/vae")
+    ['model.safetensors']
+    """
+    return _complete_files_of(names, (DIFFUSERS_NAME, SINGLE_NAME), is_meant=_is_of_component, uri=uri)
+
+
+def _complete_files_of(
+    names: Sequence[str], alone: Sequence[str], *, is_meant: Callable[[str], bool], uri: str
+) -> list[str]:
+    """The first of `alone` that is there, else all files that are meant; refused where names tell of more."""
+    single = next((name for name in alone if name in names), None)
+    found = [single] if single else sorted(filter(is_meant, names))
+    gaps = [*_gaps_of_counted(found), *_gaps_of_numbered(found)]
+    unfinished = sorted(_unfinished(names, found, alone=alone, is_meant=is_meant))
+    if gaps or unfinished:
+        raise ObjectMissingError(f"{uri} is incomplete: {_told(found, gaps, unfinished)}")
+    return found
 
 
 def is_of_adapter(name: str) -> bool:
@@ -86,11 +122,18 @@ def _is_of_model(name: str) -> bool:
     return name.endswith(SUFFIX) and not name.startswith((OTHER_LAYOUT, ADAPTER, "."))
 
 
-def _unfinished(names: Sequence[str], found: Sequence[str]) -> set[str]:
+def _is_of_component(name: str) -> bool:
+    """Whether a file has one of the usual names, or a number in it."""
+    return _is_of_model(name) and _USUAL.match(name) is not None
+
+
+def _unfinished(
+    names: Sequence[str], found: Sequence[str], *, alone: Sequence[str], is_meant: Callable[[str], bool]
+) -> set[str]:
     """What a tool is writing, or was when it was stopped; what is left beside the whole file does no harm."""
     written = {matched[1] for name in names for pattern in _UNFINISHED if (matched := pattern.fullmatch(name))}
-    of_model = {name for name in written if _is_of_model(name)} - set(found)
-    return (of_model if SINGLE_NAME not in found else set()) | {name for name in found if name + _JOURNAL in names}
+    awaited = set(filter(is_meant, written)) - set(found)
+    return (awaited if not set(alone) & set(found) else set()) | {name for name in found if name + _JOURNAL in names}
 
 
 @dataclass(frozen=True, slots=True)

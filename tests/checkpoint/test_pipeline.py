@@ -53,6 +53,7 @@ def pipeline(tmp_path):
     index = tmp_path / "transformer/diffusion_pytorch_model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": weight_map}))
     (tmp_path / "scheduler").mkdir()
+    (tmp_path / "scheduler/scheduler_config.json").write_text("{}")
     (tmp_path / "model_index.json").write_text(json.dumps(INDEX))
     return tmp_path, tensors
 
@@ -87,6 +88,45 @@ def test_a_file_that_a_component_lacks_is_named(pipeline):
     (folder / "text_encoder_2/model-00002-of-00002.safetensors").unlink()
     with pytest.raises(ObjectMissingError, match="text_encoder_2/model-00002-of-00002"):
         ray_streamer.load_rank(folder)
+
+
+@pytest.mark.parametrize(
+    ("gone", "left", "said"),
+    [
+        pytest.param(
+            ["vae/diffusion_pytorch_model.safetensors"], [], "names vae, .*only 'diffusion.*fp16", id="variant"
+        ),
+        pytest.param(["text_encoder/model.safetensors"], [], "names text_encoder, which has no files", id="empty"),
+        pytest.param(["text_encoder/model.safetensors"], ["text_encoder/config.json"], "has no diff", id="config-only"),
+        pytest.param(["text_encoder/model.safetensors"], ["text_encoder/model.bin"], "only 'model.bin'", id="pickles"),
+        pytest.param(
+            ["text_encoder_2/model.safetensors.index.json", "text_encoder_2/model-00002-of-00002.safetensors"],
+            [],
+            "text_encoder_2 is incomplete: .*model-00002-of-00002",
+            id="counted",
+        ),
+        pytest.param(
+            ["text_encoder/model.safetensors"],
+            ["text_encoder/model.safetensors.incomplete"],
+            "not completely written",
+            id="under-way",
+        ),
+    ],
+)
+def test_weights_that_a_component_lacks_are_told(pipeline, gone, left, said):
+    folder, _ = pipeline
+    for path in gone:
+        (folder / path).unlink()
+    for path in left:
+        (folder / path).write_text("{}")
+    with pytest.raises(ObjectMissingError, match=said):
+        ray_streamer.load_rank(folder)
+
+
+def test_counted_files_of_a_component_need_no_index_json(pipeline):
+    folder, tensors = pipeline
+    (folder / "text_encoder_2/model.safetensors.index.json").unlink()
+    assert ray_streamer.load_rank(folder).keys() == tensors.keys()
 
 
 @pytest.mark.parametrize(

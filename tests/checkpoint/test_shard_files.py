@@ -8,7 +8,7 @@ import re
 import pytest
 
 from ray_streamer.checkpoint import locate, open_checkpoint
-from ray_streamer.checkpoint.shard_files import shard_files_of
+from ray_streamer.checkpoint.shard_files import adapter_files_of, component_files_of, shard_files_of
 from ray_streamer.errors import ObjectMissingError, StorageError
 from ray_streamer.testing.checkpoints import TensorSpec, serialize_header
 
@@ -181,3 +181,54 @@ def test_an_upload_under_way(tmp_path, s3_credentials, opened):
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     s3_credentials.upload_folder(tmp_path, "upload-under-way", "model")
     assert opened(uri).found_by == "index"
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (["adapter_model-00001-of-00002.safetensors"], "'adapter_model-00002-of-00002.safetensors'"),
+        (["adapter_model.safetensors", "adapter_model.safetensors.aria2"], "not completely written"),
+        (["adapter_model.safetensors.incomplete"], "'adapter_model.safetensors' is not completely written"),
+    ],
+)
+def test_an_adapter_lacks_what_its_names_tell_of(names: list[str], said: str) -> None:
+    with pytest.raises(ObjectMissingError, match=f"m is incomplete: .*{said}"):
+        adapter_files_of([*names, "adapter_config.json"], uri="m")
+
+
+def test_an_adapter_in_several_files_is_opened_by_its_own_index_json(place, opened):
+    names = [f"adapter_model-0000{number}-of-00002.safetensors" for number in (1, 2)]
+    weight_map = {"a": names[0], "b": names[1]}
+    files = {
+        names[0]: shard("a"),
+        names[1]: shard("b"),
+        "adapter_config.json": b'{"peft_type": "LORA"}',
+        "adapter_model.safetensors.index.json": json.dumps({"weight_map": weight_map}).encode(),
+    }
+    assert opened(place(files)).names == ("a", "b")
+
+
+def test_an_index_json_tells_what_an_adapter_lacks(place, opened):
+    names = [f"adapter_model-0000{number}-of-00002.safetensors" for number in (1, 2)]
+    index = json.dumps({"weight_map": {"a": names[0], "b": names[1]}}).encode()
+    files = {names[0]: shard("a"), "adapter_config.json": b"{}", "adapter_model.safetensors.index.json": index}
+    with pytest.raises(ObjectMissingError, match=names[1]):
+        opened(place(files))
+
+
+def test_a_component_has_its_usual_files_and_no_variants() -> None:
+    names = [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
+    variants = ["model.fp16.safetensors", "model.fp16-00001-of-00003.safetensors", "other.safetensors"]
+    assert component_files_of([*names, *variants], uri="m/vae") == names
+    assert component_files_of(["diffusion_pytorch_model.safetensors", *names], uri="m/vae") == [
+        "diffusion_pytorch_model.safetensors"
+    ]
+    assert component_files_of(variants, uri="m/vae") == []
+    with pytest.raises(ObjectMissingError, match=r"m/vae is incomplete: .*model-00002-of-00002"):
+        component_files_of([names[0], *variants], uri="m/vae")
+
+
+def test_a_link_that_leads_nowhere_is_told(tmp_path, opened):
+    (tmp_path / "model.safetensors").symlink_to("../../blobs/gone")
+    with pytest.raises(ObjectMissingError, match=r"is a link to \.\./\.\./blobs/gone, which does not exist"):
+        opened(str(tmp_path / "model.safetensors"))
