@@ -12,7 +12,7 @@ from ray_streamer.errors import CheckpointError, ObjectMissingError, StorageErro
 from ray_streamer.files import ENGINE_FILES, Selection, cached_files, listed_or_known, pull_files
 from ray_streamer.named_checkpoint import NamedCheckpoint
 from ray_streamer.settings import Settings
-from ray_streamer.storage import absolute_uri, open_storage
+from ray_streamer.storage import absolute_folder, open_storage
 
 if TYPE_CHECKING:
     import os
@@ -41,8 +41,10 @@ def ls(uri: UrisLike, *, settings: Settings | None = None) -> list[str]:
         SettingsError: The uri cannot mean anything.
         StorageError: There is nothing, or it may not be listed and has no file of a name that was asked for.
     """
-    settings = settings or Settings.resolve()
+    settings = Settings.of_call(settings)
     with _opened(uri, settings) as (storage, paths):
+        for path in paths:
+            storage.size_and_etag(path)
         return paths or _everything(storage, concurrency=settings.concurrency)
 
 
@@ -73,13 +75,13 @@ def pull(
         CheckpointError: A name in the store could lead out of `dst`; nothing was copied then.
         StorageError: A file could not be read or written; files that were complete stay.
     """
-    selection = Selection.from_globs(allow, ignore)
-    settings = settings or Settings.resolve()
+    selection, folder = Selection.from_globs(allow, ignore), Path(absolute_folder(dst))
+    settings = Settings.of_call(settings)
     with _opened(uri, settings) as (storage, paths):
         chosen = selection.of(paths or _everything(storage, concurrency=settings.concurrency, names=selection.allow))
         if not chosen:
             raise ObjectMissingError(f"{storage.uri}: no file matches allow={allow!r} and ignore={ignore!r}")
-        return pull_files(storage, chosen, Path(absolute_uri(dst)), concurrency=settings.concurrency)
+        return pull_files(storage, chosen, folder, concurrency=settings.concurrency)
 
 
 def cached(uri: UrisLike, *, selection: Selection = ENGINE_FILES, settings: Settings | None = None) -> Path:
@@ -96,13 +98,13 @@ def cached(uri: UrisLike, *, selection: Selection = ENGINE_FILES, settings: Sett
         SettingsError: The uri cannot mean anything.
         StorageError: A file could not be read or written.
     """
-    settings = settings or Settings.resolve()
+    settings = Settings.of_call(settings)
     with _opened(uri, settings) as (storage, _):
         if not storage.is_remote:
             return Path(storage.uri)
         return cached_files(
             storage,
-            cache=Path(absolute_uri(settings.cache_dir)),
+            cache=Path(absolute_folder(settings.cache_dir)),
             timeout_seconds=settings.startup_timeout_seconds,
             selection=selection,
             concurrency=settings.concurrency,

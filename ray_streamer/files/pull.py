@@ -64,7 +64,8 @@ def of_each(paths: Sequence[str], work: Callable[[str], _Outcome], *, concurrenc
 
 def _pull_file(storage: Storage, path: str, folder: Path) -> Path:
     target = folder / path
-    temporary = target.with_name(f".{target.name[:100]}.{os.getpid()}-{secrets.token_hex(4)}.part")
+    # Not made of the file's own name, which may be as long as names can be.
+    temporary = target.with_name(f".{os.getpid()}-{secrets.token_hex(8)}.part")
     with disk_errors_translated(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         try:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import fnmatch
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ray_streamer.errors import CheckpointError, SettingsError
 from ray_streamer.wording import has_controls, shown
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Sequence
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +34,7 @@ class Selection:
 
     def __post_init__(self) -> None:
         for name, globs in (("allow", self.allow), ("ignore", self.ignore)):
-            if isinstance(globs, str) or not all(isinstance(glob, str) and glob for glob in globs):
+            if not isinstance(globs, tuple) or not all(isinstance(glob, str) and glob for glob in globs):
                 raise SettingsError(f'{name} is a list of globs such as ["*.json", "tokenizer*"], got {globs!r}')
 
     @classmethod
@@ -78,7 +79,8 @@ def check_path(path: str, *, uri: str) -> None:
         )
 
 
-def _as_globs(globs: str | Sequence[str] | None) -> tuple[str, ...]:
+def _as_globs(globs: str | Sequence[str] | None) -> Any:
+    """Globs as a tuple; what is no series of any kind as it is, to be refused by name."""
     if globs is None:
         return ()
-    return (globs,) if isinstance(globs, str) else tuple(globs)
+    return (globs,) if isinstance(globs, str) else tuple(globs) if isinstance(globs, Iterable) else globs

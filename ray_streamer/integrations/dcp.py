@@ -84,7 +84,7 @@ class StorageReader(TorchStorageReader):
         on_statistics: Callable[[RankStatistics], None] | None = None,
     ) -> None:
         super().__init__()
-        self._settings = settings or Settings.resolve()
+        self._settings = Settings.of_call(settings)
         self._named = None if uri is None else NamedCheckpoint.of(uri, self._settings)
         self._on_statistics = on_statistics
         self._index: CheckpointIndex | None = None

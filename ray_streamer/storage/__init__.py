@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from ray_streamer.storage.base import ObjectInfo, Storage, StorageSettings, is_there
 from ray_streamer.storage.signed import UrisLike, split_signature
 from ray_streamer.storage.stores import num_root_folders, store_kind
-from ray_streamer.storage.uri import UriLike, absolute_uri, scheme_of
+from ray_streamer.storage.uri import UriLike, absolute_folder, absolute_uri, scheme_of
 
 if TYPE_CHECKING:
     from ray_streamer.storage.object_store import ObjectStore
@@ -19,6 +19,7 @@ __all__ = [
     "StorageSettings",
     "UriLike",
     "UrisLike",
+    "absolute_folder",
     "absolute_uri",
     "is_there",
     "num_root_folders",

@@ -115,6 +115,20 @@ def absolute_uri(uri: UriLike) -> str:
     return "/" + "/".join(parts) + ("/" if is_named_like_a_file else "")
 
 
+def absolute_folder(path: UriLike) -> str:
+    """The local folder that files are to be written to, absolute as in `absolute_uri`.
+
+    Raises:
+        SettingsError: It is no path, or the uri of a store, which is read and never written to.
+    """
+    folder = absolute_uri(path)
+    if scheme_of(folder) != "file":
+        raise SettingsError(
+            f"{folder} is no local folder, and files are copied into a local folder only; give its path"
+        )
+    return folder
+
+
 def _path_of(uri: str) -> str:
     """The path that a plain path or `file:` uri (RFC 8089) means, with home folders expanded."""
     if not uri.lower().startswith(("file:/", "file://")):

@@ -115,6 +115,45 @@ def test_globs_are_text():
         Selection(ignore="*.bin")
 
 
+@pytest.mark.parametrize("globs", [5, b"*", object()])
+def test_what_are_no_globs_is_said(tmp_path, globs):
+    for name in ("allow", "ignore"):
+        with pytest.raises(SettingsError, match=f"{name} is a list of globs"):
+            ray_streamer.pull(tmp_path, tmp_path / "copy", **{name: globs})
+
+
+def test_settings_of_another_kind_are_named(tmp_path):
+    for call in (ray_streamer.ls, lambda uri, **said: ray_streamer.pull(uri, tmp_path, **said), cached):
+        for wrong in (5, {}, {"concurrency": 2}):
+            with pytest.raises(SettingsError, match=r"settings is a ray_streamer\.Settings"):
+                call(str(tmp_path), settings=wrong)
+
+
+@pytest.mark.parametrize("folder", ["s3://bucket/copy", "hf://org/model", "memory://copy", "gs://bucket/copy"])
+def test_files_are_copied_into_local_folders_only(tmp_path, folder, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(SettingsError, match=f"{folder} is no local folder"):
+        ray_streamer.pull(tmp_path, folder)
+    assert os.listdir(tmp_path) == ["config.json"]
+
+
+def test_names_may_be_as_long_as_names_can_be(tmp_path):
+    names = ["\u540d" * 83 + ".json", "x" * 250 + ".json"]
+    assert [len(os.fsencode(name)) for name in names] == [254, 255]
+    for name in names:
+        (tmp_path / name).write_text("{}")
+    pulled = ray_streamer.pull(tmp_path, tmp_path / "copy")
+    assert sorted(path.name for path in pulled) == sorted(names)
+    assert sorted(os.listdir(tmp_path / "copy")) == sorted(names)
+
+
+def test_one_file_that_is_not_there_is_not_listed(uri, tmp_path):
+    assert ray_streamer.ls(f"{uri}/config.json") == ["config.json"]
+    with pytest.raises(ObjectMissingError, match=r"none\.json"):
+        ray_streamer.ls(f"{uri}/none.json")
+
+
 def test_nothing_is_told(uri, tmp_path):
     with pytest.raises(ObjectMissingError):
         ray_streamer.ls(f"{uri}/nothing-here")

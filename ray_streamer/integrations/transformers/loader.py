@@ -87,7 +87,7 @@ def from_pretrained(
         CheckpointError: Weights are missing, of other shapes, or not what the class expects.
         RayStreamerError: As `load_rank`.
     """
-    settings = settings or Settings.resolve()
+    settings = Settings.of_call(settings)
     build = ModelBuild(
         model_class, uri, tp=tp, dtype=dtype, device=device, settings=settings, model_arguments=model_arguments
     )
