@@ -28,6 +28,7 @@ from ray_streamer.compat.runai import (
     pull_files,
 )
 from ray_streamer.errors import RayStreamerError, SettingsError, StorageError
+from ray_streamer.testing.possessions import descriptors
 
 LARGEST_BYTES = 40_000
 LIMIT = "RUNAI_STREAMER_MEMORY_LIMIT"
@@ -249,6 +250,21 @@ def test_numbers_of_bytes_are_whole(paths, wrong):
     assert FileChunks(0, paths[0], torch.arange(2).numpy(), [8, 9]).offsets == [0, 1]
 
 
+@pytest.mark.parametrize("wrong", [None, 8, "8", [0.5], [True]])
+def test_sizes_of_ranges_in_a_row_are_whole_numbers(paths, wrong):
+    with pytest.raises(SettingsError, match="sizes"):
+        FileChunks.contiguous(0, paths[0], 0, wrong)
+    with pytest.raises(SettingsError, match="offset is a whole number"):
+        FileChunks.contiguous(0, paths[0], "0", [8])
+
+
+def test_a_limit_that_is_refused_leaves_no_file_open(folder, paths, monkeypatch):
+    monkeypatch.setenv(LIMIT, "1")
+    with pytest.raises(RunaiStreamerMemoryLimitException, match="a memory limit of 1 byte cannot hold"):
+        streamed(paths)
+    assert not [place for place in descriptors() if place.startswith(str(folder))]
+
+
 def test_one_stream_after_the_other(paths):
     with SafetensorsStreamer() as streamer:
         assert list(streamer.get_tensors()) == []
@@ -328,6 +344,36 @@ def test_local_folders(folder, tmp_path):
         pull_files(str(folder), str(tmp_path))
     with pytest.raises(ValueError, match="object store"):
         ObjectStorageModel(str(folder), str(tmp_path))
+
+
+def test_paths_may_be_path_objects_and_begin_at_home(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(folder.parent))
+    expected = list_safetensors(str(folder))
+    for path in (folder, f"~/{folder.name}"):
+        assert list_safetensors(path) == expected
+        with FileStreamer() as streamer:
+            assert streamer.list_files(path, allow_patterns="*.json") == [(str(folder / "config.json"), 2)]
+        with pytest.raises(NotImplementedError, match="is a local folder"):
+            pull_files(path, str(tmp_path))
+        with pytest.raises(SettingsError, match="in no object store"):
+            ObjectStorageModel(path, str(tmp_path))
+    with ObjectStorageModel("s3://bucket/model", "~/copy") as model:
+        assert model.dir == str(folder.parent / "copy")
+
+
+@pytest.mark.parametrize("wrong", [None, 5, b"s3://bucket/model", ["s3://bucket/model"], ""])
+def test_what_is_no_path_is_said(tmp_path, wrong):
+    for call in (
+        list_safetensors,
+        FileStreamer().list_files,
+        lambda path: pull_files(path, str(tmp_path)),
+        lambda path: ObjectStorageModel(path, str(tmp_path)),
+        lambda path: ObjectStorageModel("s3://bucket/model", path),
+    ):
+        with pytest.raises(SettingsError, match=r"a uri is text or a path|an empty path"):
+            call(wrong)
+    with pytest.raises(SettingsError, match="s3://bucket/copy is no local folder"):
+        ObjectStorageModel("s3://bucket/model", "s3://bucket/copy")
 
 
 @pytest.fixture(scope="module")

@@ -43,9 +43,7 @@ class FileChunks:
 
     def __post_init__(self) -> None:
         for name in ("offsets", "sizes"):
-            numbers = items_of(f"{self.path}: {name}", object, getattr(self, name))
-            whole = [whole_number(f"{self.path}: each of {name}", number) for number in numbers]
-            object.__setattr__(self, name, whole)
+            object.__setattr__(self, name, _whole_numbers(self.path, name, getattr(self, name)))
         if len(self.offsets) != len(self.sizes):
             raise SettingsError(
                 f"{self.path}: a range needs an offset and a size, got {len(self.offsets)} offsets and {len(self.sizes)} sizes"
@@ -58,8 +56,9 @@ class FileChunks:
         >>> FileChunks.contiguous(0, "model.bin", 5, [1, 2, 3]).offsets
         [5, 6, 8]
         """
-        starts = list(accumulate(sizes, initial=offset))
-        return cls(id, path, starts[:-1], list(sizes))
+        whole = _whole_numbers(path, "sizes", sizes)
+        starts = list(accumulate(whole, initial=whole_number(f"{path}: offset", offset)))
+        return cls(id, path, starts[:-1], whole)
 
     def total_size(self) -> int:
         """Bytes of all ranges."""
@@ -72,6 +71,16 @@ class FileChunks:
             ValueError: There is none.
         """
         return max(self.sizes)
+
+
+def _whole_numbers(path: str, name: str, given: object) -> list[int]:
+    """Numbers of bytes, as a list.
+
+    Raises:
+        SettingsError: They are none, or not all of them.
+    """
+    numbers = items_of(f"{path}: {name}", object, given)
+    return [whole_number(f"{path}: each of {name}", number) for number in numbers]
 
 
 def index_of_chunks(

@@ -13,7 +13,7 @@ from ray_streamer.compat.runai.errors import translated
 from ray_streamer.compat.runai.streamer import Streamer
 from ray_streamer.files import Selection
 from ray_streamer.files.pull import identities
-from ray_streamer.storage import open_storage
+from ray_streamer.storage import absolute_uri, open_storage
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -101,7 +101,7 @@ class FileStreamer(ChunkStreamer):
             FileAccessError: The folder does not exist, or may not be listed.
         """
         selection = Selection.from_globs(allow_patterns, ignore_patterns)
-        settings = settings_for(None)
+        settings, prefix = settings_for(None), absolute_uri(prefix)
         with translated():
             storage = open_storage(prefix, settings)
             try:
@@ -109,7 +109,7 @@ class FileStreamer(ChunkStreamer):
                 sizes = identities(storage, paths, concurrency=settings.concurrency)
             finally:
                 storage.close()
-        folder = str(prefix).rstrip("/")
+        folder = prefix.rstrip("/")
         return [(f"{folder}/{path}", info.size_bytes) for path, info in zip(paths, sizes, strict=True)]
 
     def stream_files(

@@ -13,7 +13,7 @@ from ray_streamer.compat.runai.errors import translated
 from ray_streamer.errors import ObjectMissingError, SettingsError
 from ray_streamer.files.locks import locked
 from ray_streamer.files.pull import disk_errors_translated
-from ray_streamer.storage import absolute_uri, open_storage, scheme_of
+from ray_streamer.storage import absolute_folder, absolute_uri, open_storage, scheme_of
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -32,10 +32,10 @@ def list_safetensors(path: str, s3_credentials: S3Credentials | None = None) -> 
         s3_credentials: For object stores; as boto3 finds them when unset.
 
     Raises:
+        SettingsError: It is no path or uri.
         FileAccessError: The bucket does not exist, or may not be listed.
     """
-    if path.lower().startswith("file:"):
-        path = absolute_uri(path)
+    path = absolute_uri(path)
     if scheme_of(path) == "file" and not os.path.isdir(path):
         return []
     with translated():
@@ -69,7 +69,7 @@ def pull_files(
         FileAccessError: A file could not be read or written.
         CorruptedFileError: A name in the store could lead out of `dst`.
     """
-    if scheme_of(model_path) == "file":
+    if scheme_of(absolute_uri(model_path)) == "file":
         raise NotImplementedError(
             f"{model_path} is a local folder, from which pull_files copies nothing; use the folder itself, or ray_streamer.pull"
         )
@@ -99,18 +99,18 @@ class ObjectStorageModel:
         s3_credentials: As boto3 finds them when unset.
 
     Attributes:
-        dir: The local folder.
+        dir: The local folder, absolute.
 
     Raises:
-        SettingsError: `model_path` is in no object store.
+        SettingsError: `model_path` is in no object store, or `dst` no local folder.
     """
 
     def __init__(self, model_path: str, dst: str, s3_credentials: S3Credentials | None = None) -> None:
-        if scheme_of(model_path) == "file":
+        if scheme_of(absolute_uri(model_path)) == "file":
             raise SettingsError(
                 f"{model_path} is in no object store: give a uri such as s3://bucket/model, or use the folder itself"
             )
-        self.dir = dst
+        self.dir = absolute_folder(dst)
         self._model_path, self._credentials = model_path, s3_credentials
         self._is_complete = False
         self._owned = ExitStack()
@@ -124,7 +124,7 @@ class ObjectStorageModel:
         settings, folder = settings_for(self._credentials), Path(self.dir)
         with translated(), disk_errors_translated(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            lock = folder.with_name(f"{folder.name}.lock")
+            lock = folder.parent / f"{folder.name}.lock"
             self._owned.enter_context(locked(lock, what=folder, timeout_seconds=settings.startup_timeout_seconds))
         self._is_complete = (folder / _COMPLETE).exists()
         return self

@@ -97,16 +97,18 @@ class Streamer:
                 else:
                     indices.append(ranks.index(lambda at=storage, of=store: make_index(at, of, settings)))
             chosen = choose(indices)
-            self._stream = RangeStream(
+            # It refuses a limit: until then the stores and the other ranks are let go of here.
+            stream = RangeStream(
                 parts=[StorePart(*part) for part in zip(storages, indices, chosen, strict=True)],
                 settings=settings,
                 memory_limit=settings.memory_limit if memory_limit is None else memory_limit,
                 device=on_device,
                 is_owned=is_owned,
                 ranks=ranks,
-                owned=owned.pop_all(),
             )
-        return self._stream
+            stream.owned.push(owned.pop_all())
+        self._stream = stream
+        return stream
 
     def _take(self) -> Iterator[tuple[str, torch.Tensor]]:
         """The tensors of the stream; nothing where there is none, or no more."""

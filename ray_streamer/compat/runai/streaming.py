@@ -97,7 +97,7 @@ class RangeStream:
             return max(largest, share * num_ranks)
         if limit < 0 or 0 < limit < largest:
             raise RunaiStreamerMemoryLimitException(
-                f"a memory limit of {limit} bytes cannot hold the largest range or tensor, which has {exact_bytes(largest)}: "
+                f"a memory limit of {exact_bytes(limit)} cannot hold the largest range or tensor, which has {exact_bytes(largest)}: "
                 "give memory_limit or RUNAI_STREAMER_MEMORY_LIMIT at least that much, 0 for one at a time, or -1 for no limit"
             )
         return limit or largest
