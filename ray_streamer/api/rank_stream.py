@@ -52,7 +52,7 @@ class RankCall:
         as_dtensor: Over which ranks results are DTensors; None where they are plain tensors.
 
     Raises:
-        SettingsError: `out` is no mapping, or `on_statistics` no function.
+        SettingsError: `out` is no mapping of names, or `on_statistics` no function.
     """
 
     uri: UrisLike
@@ -69,6 +69,9 @@ class RankCall:
     def __post_init__(self) -> None:
         if self.out is not None and not isinstance(self.out, Mapping):
             raise SettingsError(f"out is a mapping of name to tensor, got {type(self.out).__name__}")
+        for name in self.out or ():
+            if not isinstance(name, str):
+                raise SettingsError(f"out is a mapping of name to tensor, got a name that is {type(name).__name__}")
         if self.on_statistics is not None and not callable(self.on_statistics):
             raise SettingsError(f"on_statistics is a function, got {type(self.on_statistics).__name__}")
 

@@ -59,6 +59,9 @@ def refuse_unwritable(name: str, tensor: torch.Tensor) -> None:
     if tensor.layout is not torch.strided or tensor.is_quantized:
         kind = "quantized" if tensor.is_quantized else str(tensor.layout).removeprefix("torch.")
         raise DeviceError(f"out[{name!r}] is {kind}; give a dense tensor")
+    if tensor.is_nested or not _has_storage(tensor):
+        kind = "nested" if tensor.is_nested else "a tensor of torch.func without memory of its own"
+        raise DeviceError(f"out[{name!r}] is {kind}; give the plain tensor that holds its memory")
     if tensor.is_conj() or tensor.is_neg():
         raise DeviceError(f"out[{name!r}] is a conjugated or negated view; give the tensor that it is a view of")
     last = sum((size - 1) * stride for size, stride in zip(tensor.size(), tensor.stride(), strict=True))
@@ -67,6 +70,15 @@ def refuse_unwritable(name: str, tensor: torch.Tensor) -> None:
         raise DeviceError(
             f"out[{name!r}] has no memory: its storage was freed, as FSDP does; gather the parameter first"
         )
+
+
+def _has_storage(tensor: torch.Tensor) -> bool:
+    """Whether a tensor has memory that can be asked for; those that torch.func and vmap make have not."""
+    try:
+        tensor.untyped_storage().data_ptr()
+    except (RuntimeError, NotImplementedError):
+        return False
+    return True
 
 
 def without_tied_names(out: Mapping[str, torch.Tensor], held: Iterable[str], *, rank: int) -> dict[str, torch.Tensor]:

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import ray_streamer
 from ray_streamer.device.caller_memory import refuse_overlaps, refuse_unwritable, writable_alias
-from ray_streamer.errors import DeviceError
+from ray_streamer.errors import DeviceError, SettingsError
 
 RULES = {"*": ray_streamer.Replicate()}
 CONFIG = {
@@ -269,6 +269,7 @@ REFUSED = {
     "conjugated": (lambda: torch.zeros(64, dtype=torch.complex64).conj(), "is a conjugated or negated view"),
     "negated": (lambda: torch.zeros(64, dtype=torch.complex64).conj().imag, "is a conjugated or negated view"),
     "freed": (_freed, "has no memory: its storage was freed"),
+    "nested": (lambda: torch.nested.as_nested_tensor(torch.zeros(2, 64)), "is nested; give the plain tensor"),
     "array": (lambda: torch.zeros(64).numpy(), "must be a torch.Tensor, got ndarray"),
     "nothing": (lambda: None, "must be a torch.Tensor, got NoneType"),
 }
@@ -279,6 +280,22 @@ def test_what_is_no_plain_memory_is_refused_by_name(folder, make, message):
     uri, _ = folder
     with pytest.raises(DeviceError, match=r"out\['norm.weight'\] " + message):
         ray_streamer.load_rank(uri, rules=RULES, out={"norm.weight": make()})
+
+
+@pytest.mark.parametrize("transform", [torch.vmap, torch.func.functionalize], ids=["vmap", "functionalize"])
+def test_tensors_that_torch_func_makes_are_refused(transform):
+    def refused(tensor):
+        with pytest.raises(DeviceError, match=r"torch.func without memory of its own"):
+            refuse_unwritable("norm.weight", tensor)
+        return tensor
+
+    transform(refused)(torch.zeros(2, 64))
+
+
+def test_names_of_given_tensors_are_text(folder):
+    uri, _ = folder
+    with pytest.raises(SettingsError, match="a name that is int"):
+        ray_streamer.load_rank(uri, rules=RULES, out={5: torch.zeros(64)})
 
 
 def test_an_empty_tensor_needs_no_memory():
