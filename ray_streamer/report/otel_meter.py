@@ -32,7 +32,9 @@ class OpenTelemetryMeter:
         make = {"counter": meter.create_counter, "gauge": meter.create_gauge, "histogram": meter.create_histogram}
         self._instruments: dict[str, Any] = {}
         for metric in METRICS:
-            more = {"explicit_bucket_boundaries_advisory": metric.boundaries} if metric.boundaries else {}
+            more: dict[str, Any] = (
+                {"explicit_bucket_boundaries_advisory": metric.boundaries} if metric.boundaries else {}
+            )
             name, said = f"ray_{metric.name}", {"unit": metric.unit, "description": metric.says}
             self._instruments[metric.name] = make[metric.kind](name, **said, **more)
 
