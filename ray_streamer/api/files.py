@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ray_streamer.checkpoint import locate, shard_paths
+from ray_streamer.checkpoint.folder_hints import refuse_missing_folder
 from ray_streamer.errors import CheckpointError, ObjectMissingError, StorageError
 from ray_streamer.files import ENGINE_FILES, Selection, cached_files, listed_or_known, pull_files
 from ray_streamer.named_checkpoint import NamedCheckpoint
@@ -96,11 +97,13 @@ def cached(uri: UrisLike, *, selection: Selection = ENGINE_FILES, settings: Sett
 
     Raises:
         SettingsError: The uri cannot mean anything.
+        ObjectMissingError: There is no such folder.
         StorageError: A file could not be read or written.
     """
     settings = Settings.of_call(settings)
     with _opened(uri, settings) as (storage, _):
         if not storage.is_remote:
+            refuse_missing_folder(storage)
             return Path(storage.uri)
         return cached_files(
             storage,

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from ray_streamer.checkpoint.foreign import foreign_format
 from ray_streamer.checkpoint.location import may_be_hub_id
 from ray_streamer.checkpoint.shard_files import ADAPTER_CONFIG_NAME, OTHER_LAYOUT, SINGLE_NAME, SUFFIX, is_of_adapter
-from ray_streamer.errors import CheckpointError, ObjectMissingError, StorageError
+from ray_streamer.errors import AccessError, CheckpointError, ObjectMissingError, StorageError
 from ray_streamer.wording import listed, shown
 
 if TYPE_CHECKING:
@@ -48,6 +48,22 @@ def missing_folder(storage: Storage, error: ObjectMissingError) -> CheckpointErr
             f"{f'it {what}' if what else 'give a folder, or rename it if it is a safetensors file'}"
         )
     return ObjectMissingError(f"{error}{_if_hub_id(storage)}; {_CHECK_PLACE}")
+
+
+def refuse_missing_folder(storage: Storage) -> None:
+    """Refuses a folder that does not exist, in the words of `missing_folder`.
+
+    Raises:
+        ObjectMissingError: There is none.
+        CheckpointError: It is a file.
+    """
+    try:
+        storage.list()
+    except ObjectMissingError as error:
+        raise missing_folder(storage, error) from error
+    except AccessError:
+        # It is there, and its files may be read all the same.
+        return
 
 
 def missing_selection(storage: Storage, name: str, error: StorageError) -> StorageError | None:

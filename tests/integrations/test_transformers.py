@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from transformers.distributed import DistributedConfig
 
 from ray_streamer.checkpoint.open import HEAD_BYTES
-from ray_streamer.errors import CheckpointError, SettingsError, ShardingError
+from ray_streamer.errors import CheckpointError, ObjectMissingError, SettingsError, ShardingError
 from ray_streamer.integrations.transformers import from_pretrained
 from ray_streamer.integrations.transformers.support import refuse_packed, refuse_uncuttable
 from ray_streamer.settings import Settings
@@ -303,12 +303,52 @@ def test_quantized_weights_are_refused_before_they_are_looked_for(folders, tmp_p
     [
         pytest.param({"architectures": ["NobodyKnowsThis"]}, "NobodyKnowsThis", id="unknown-class"),
         pytest.param({"architectures": None}, "names no architectures", id="no-class"),
+        pytest.param({"architectures": [5]}, "names class 5, no model", id="class-of-another-kind"),
+        pytest.param({"architectures": ["AutoConfig"]}, "names class 'AutoConfig', no model", id="no-model"),
+        pytest.param({"architectures": ["__version__"]}, "names class '__version__', no model", id="no-class-at-all"),
         pytest.param({"model_type": "nobody_knows_this"}, "nobody_knows_this", id="unknown-type"),
+        pytest.param({"hidden_size": "64"}, "expected int, got str", id="text"),
+        pytest.param({"num_attention_heads": 0}, "ZeroDivisionError", id="no-heads"),
+        pytest.param({"num_attention_heads": 5, "head_dim": None}, "is not a multiple", id="heads-that-do-not-divide"),
+        pytest.param({"rope_parameters": "x" * 10**6}, r"rope_parameters.{,700}$", id="text-without-end"),
+        pytest.param({"num_labels": 10**9}, "'num_labels' is 1000000000; a model has at most", id="labels-without-end"),
+        pytest.param(
+            {"text_config": [{"num_mtp_layers": 2**70}]},
+            "'num_mtp_layers' is an integer of 71 bits",
+            id="layers-without-end",
+        ),
     ],
 )
 def test_a_config_without_a_class_is_refused(folders, tmp_path, config, said):
     with pytest.raises(CheckpointError, match=said):
         from_pretrained("auto", changed(folders["llama"], tmp_path, **config))
+
+
+def test_a_config_that_lies_in_itself_without_end_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text('{"a":' * 5000 + "1" + "}" * 5000)
+    with pytest.raises(CheckpointError, match=r"config\.json is (not valid JSON|nested deeper)"):
+        from_pretrained("auto", tmp_path)
+
+
+@pytest.mark.parametrize(
+    "said", [[], {"cache_implementation": "bogus"}, {"watermarking_config": 5}], ids=["list", "word", "number"]
+)
+def test_a_generation_config_that_transformers_refuses_is_told_before_weights_are_read(folders, tmp_path, said):
+    folder = changed(folders["llama"], tmp_path)
+    (folder / "model.safetensors").symlink_to(folders["llama"] / "model.safetensors")
+    (folder / "generation_config.json").write_text(json.dumps(said))
+    statistics = []
+    with pytest.raises(CheckpointError, match=r"no generation config from its generation_config\.json"):
+        from_pretrained("auto", folder, settings=small(), on_statistics=statistics.append)
+    assert statistics == []
+
+
+def test_a_folder_that_is_not_there_is_told(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ObjectMissingError, match=f"no such file or folder: {tmp_path}/nothing"):
+        from_pretrained("auto", tmp_path / "nothing")
+    with pytest.raises(ObjectMissingError, match="did you mean hf://org/model"):
+        from_pretrained("auto", "org/model")
 
 
 def test_an_adapter_is_no_model(tmp_path):
@@ -341,6 +381,10 @@ def test_what_transformers_cannot_cut_is_refused(config, tp, said):
             "auto", {"revision": "v2", "variant": "fp16"}, "revision, variant .* uri says", id="what-a-uri-says"
         ),
         pytest.param("auto", {"frobnicate": 1}, "LlamaForCausalLM takes no argument frobnicate", id="unknown-argument"),
+        pytest.param("auto", {"tp": 0}, "tp is a whole number of ranks, got 0", id="no-ranks"),
+        pytest.param("auto", {"tp": "1"}, "tp is a whole number of ranks, got '1'", id="tp-as-text"),
+        pytest.param("auto", {"settings": {"concurrency": 2}}, "settings is a ray_streamer", id="settings"),
+        pytest.param("auto", {"dtype": 5}, "a dtype of torch or its name.*got 5", id="dtype-of-another-kind"),
         pytest.param("auto", {"dtype": "bf16"}, "such as .bfloat16.; got 'bf16'", id="no-dtype"),
         pytest.param("llama", {}, "'llama'", id="no-class"),
         pytest.param(transformers.AutoModelForSeq2SeqLM, {}, "AutoModelForSeq2SeqLM", id="auto-class-of-others"),

@@ -25,6 +25,8 @@ def ranks_of(tp: int | None) -> int:
     if not is_initialized and not said.isdecimal():
         raise SettingsError(f"environment variable WORLD_SIZE is the job's number of ranks, got {said!r}")
     num_ranks = dist.get_world_size() if is_initialized else int(said)
+    if tp is not None and (type(tp) is not int or tp < 1):
+        raise SettingsError(f"tp is a whole number of ranks, got {tp!r}")
     if tp is None or tp == num_ranks:
         return num_ranks
     if tp != 1:

@@ -27,6 +27,7 @@ from ray_streamer.integrations.transformers.support import (
     refuse_quantized,
     refuse_uncuttable,
     require_transformers,
+    told_by_transformers,
 )
 from ray_streamer.named_checkpoint import NamedCheckpoint
 from ray_streamer.settings import Settings
@@ -49,8 +50,6 @@ _SWITCH = "HF_DEACTIVATE_ASYNC_LOAD"
 _switching = threading.Lock()
 _switch_before: list[str | None] = []
 """What the switch was when each of the loads under way began; the first is what it was without any."""
-
-_FAILURES = (AssertionError, AttributeError, LookupError, NotImplementedError, RuntimeError, TypeError, ValueError)
 
 
 def from_pretrained(
@@ -144,7 +143,7 @@ class ModelBuild:
         tp = ranks_of(tp)
         self.device = device_of(device, tp)
         self._folder = cached(self.uri, settings=self.settings)
-        self._config, rest = read_config(self._folder, model_arguments)
+        self._config, rest = read_config(self._folder, model_arguments, self.settings)
         refuse_quantized(getattr(self._config, "quantization_config", None), self.uri)
         refuse_packed(self._config, self.device, self.uri)
         refuse_uncuttable(self._config, tp, self.uri)
@@ -165,15 +164,15 @@ class ModelBuild:
         assert self.captured.index is not None
         named = _by_file(self.captured.index, dict(tensors))
         model = _built(self._model_class, self._config, self.uri, named, self._arguments)
+        # A generation config of the caller's is the model's already.
+        if self._arguments.get("generation_config") is None:
+            _restore_generation_config(model, self._folder)
         self._memories.update(give_memory(model))
         return model
 
     def finished(self) -> PreTrainedModel:
         """The model, whose memory has been filled."""
         model = self.captured.loaded
-        # A generation config of the caller's is the model's already.
-        if self._arguments.get("generation_config") is None:
-            _restore_generation_config(model, self._folder)
         model.config.name_or_path = self.uri
         return model
 
@@ -208,14 +207,14 @@ def _built(
             )
     except RayStreamerError:
         raise
-    except _FAILURES as error:
+    except Exception as error:  # also of the model's own class, which may raise any
         unknown = [name for name in model_arguments if isinstance(error, TypeError) and f"'{name}'" in str(error)]
         if unknown:
             raise SettingsError(
                 f"transformers' {model_class.__name__} takes no argument {unknown[0]}: {error}"
             ) from error
         raise CheckpointError(
-            f"{uri}: transformers' {model_class.__name__} could not be made of its weights: {type(error).__name__}: {error}"
+            f"{uri}: transformers' {model_class.__name__} could not be made of its weights: {told_by_transformers(error)}"
         ) from error
     missing = sorted(info["missing_keys"])
     if missing:
@@ -247,27 +246,35 @@ def _one_thread() -> Iterator[None]:
 
 
 def _check_dtype(dtype: Any) -> None:
-    """Refuses a text that names no dtype of torch.
+    """Refuses what is no dtype of torch, and names none.
 
     Raises:
-        SettingsError: It does not.
+        SettingsError: It is not.
     """
     import torch
 
-    if isinstance(dtype, str) and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+    named = getattr(torch, dtype, None) if isinstance(dtype, str) and dtype != "auto" else dtype
+    if dtype not in (None, "auto") and not isinstance(named, torch.dtype | dict):
         raise SettingsError(f'dtype is "auto", a dtype of torch or its name, such as "bfloat16"; got {dtype!r}')
 
 
 def _restore_generation_config(model: PreTrainedModel, folder: Path) -> None:
-    """What transformers does itself when it loads from a folder: the words of old checkpoints stand in config.json."""
+    """What transformers does itself when it loads from a folder: the words of old checkpoints stand in config.json.
+
+    Raises:
+        CheckpointError: generation_config.json says what transformers refuses.
+    """
     if not model.can_generate():
         return
     from transformers import GenerationConfig
 
     try:
-        found = GenerationConfig.from_pretrained(str(folder), local_files_only=True)
+        model.generation_config = GenerationConfig.from_pretrained(str(folder), local_files_only=True)
     except OSError:
-        found = GenerationConfig.from_pretrained(
+        model.generation_config = GenerationConfig.from_pretrained(
             str(folder), config_file_name="config.json", local_files_only=True, _from_model_config=True
         )
-    model.generation_config = found
+    except Exception as error:  # also of its values, which may raise any
+        raise CheckpointError(
+            f"{folder}: transformers takes no generation config from its generation_config.json: {told_by_transformers(error)}"
+        ) from error

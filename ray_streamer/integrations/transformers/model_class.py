@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from ray_streamer.checkpoint.json_files import read_config as read_stored_config
 from ray_streamer.errors import CheckpointError, SettingsError
-from ray_streamer.wording import printable
+from ray_streamer.integrations.transformers.support import refuse_endless, told_by_transformers
+from ray_streamer.storage import open_storage
+from ray_streamer.wording import brief
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -14,33 +18,39 @@ if TYPE_CHECKING:
 
     from transformers import PretrainedConfig, PreTrainedModel
 
+    from ray_streamer.settings import Settings
+
 ModelClass = Any
 """A model class, an Auto class, or "auto": pyright knows no common type of Auto classes and models."""
 
 
-def read_config(folder: Path, said: Mapping[str, Any]) -> tuple[PretrainedConfig, dict[str, Any]]:
+def read_config(folder: Path, said: Mapping[str, Any], settings: Settings) -> tuple[PretrainedConfig, dict[str, Any]]:
     """The config of the model in `folder`, with what the caller says of it; and what else the caller says.
 
     Args:
         folder: Has config.json.
         said: Arguments for transformers' `from_pretrained`. Those that the config has take its values' place, as there.
+        settings: How files are read.
 
     Raises:
-        CheckpointError: There is no config, as of an adapter, or transformers does not know its type.
+        CheckpointError: There is no config, as of an adapter, or transformers does not know its type, or refuses its values.
     """
     from transformers import AutoConfig
 
+    with contextlib.closing(open_storage(folder, settings)) as storage:
+        stored = read_stored_config(storage) or {}
+    refuse_endless({**stored, **said}, str(folder))
     arguments = {**said, "trust_remote_code": False, "local_files_only": True}
     try:
         found: Any = AutoConfig.from_pretrained(str(folder), return_unused_kwargs=True, **arguments)
-    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
+    except Exception as error:  # also of the config's own class, which may raise any
         if not (folder / "config.json").is_file() and (folder / "adapter_config.json").is_file():
             raise CheckpointError(
                 f"{folder} is an adapter; give the uri of the model that it belongs to, and load the adapter into it"
             ) from error
         of = f" and {', '.join(said)}" if said else ""
         raise CheckpointError(
-            f"{folder}: transformers {_version()} makes no config of its config.json{of}: {printable(str(error))}"
+            f"{folder}: transformers {_version()} makes no config of its config.json{of}: {told_by_transformers(error)}"
         ) from error
     config, rest = found
     return config, rest
@@ -72,10 +82,15 @@ def class_of(asked: ModelClass, config: PretrainedConfig, uri: str) -> type[PreT
 
 def _class_that_wrote(config: PretrainedConfig, uri: str) -> type[PreTrainedModel]:
     """The first of config.json's architectures."""
-    names = config.architectures or []
-    found: Any = getattr(importlib.import_module("transformers"), names[0], None) if names else None
-    if found is None:
-        said = f"names class {names[0]}, which transformers {_version()} lacks" if names else "names no architectures"
+    from transformers import PreTrainedModel
+
+    names: Any = config.architectures or []
+    name = names[0] if isinstance(names, list) and names else names
+    found: Any = getattr(importlib.import_module("transformers"), name, None) if isinstance(name, str) else None
+    if not isinstance(found, type) or not issubclass(found, PreTrainedModel):
+        said = (
+            f"names class {brief(name)}, no model of transformers {_version()}" if names else "names no architectures"
+        )
         raise CheckpointError(f'{uri}: config.json {said}; give the class instead of "auto"')
     return found
 

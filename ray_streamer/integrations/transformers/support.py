@@ -8,7 +8,8 @@ from __future__ import annotations
 import importlib.util
 from typing import TYPE_CHECKING, Any
 
-from ray_streamer.errors import SettingsError, ShardingError
+from ray_streamer.errors import CheckpointError, SettingsError, ShardingError
+from ray_streamer.wording import brief, shown
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -36,6 +37,10 @@ LOADABLE_METHODS = ("fp8", "mxfp4")
 """Methods of quantization whose weights transformers keeps in parameters, or dequantizes while it loads."""
 
 _HEADS = ("num_attention_heads", "num_key_value_heads")
+_LISTED = ("layer", "layers", "blocks", "labels")
+"""How names of values in a config end of which transformers makes lists."""
+_MOST_LISTED = 1 << 20
+_LONGEST = 600
 
 
 def require_transformers() -> None:
@@ -69,6 +74,34 @@ def refuse_arguments(given: Mapping[str, Any]) -> None:
             f"{', '.join(chosen)} cannot be given to ray_streamer's from_pretrained, whose uri says which weights are loaded: a "
             "folder, or hf://OWNER/NAME@REVISION/FOLDER"
         )
+
+
+def refuse_endless(config: Mapping[str, Any], uri: str) -> None:
+    """Refuses numbers of layers and labels that no model has: transformers makes lists that long of them.
+
+    Args:
+        config: A parsed config.json, with what the caller says instead of its values.
+        uri: The checkpoint.
+
+    Raises:
+        CheckpointError: Names the value.
+    """
+    level: list[Any] = [config]
+    while level:
+        pairs = [pair for value in level if isinstance(value, dict) for pair in value.items()]
+        for name, value in pairs:
+            if str(name).endswith(_LISTED) and isinstance(value, int) and value > _MOST_LISTED:
+                raise CheckpointError(
+                    f"{uri}: config.json says {shown(str(name))} is {brief(value)}; a model has at most {_MOST_LISTED}"
+                )
+        items = [value for outer in level if isinstance(outer, list) for value in outer]
+        level = [value for value in [*(value for _, value in pairs), *items] if isinstance(value, dict | list)]
+
+
+def told_by_transformers(error: BaseException) -> str:
+    """What an error of transformers is, on one line: without the C++ frames that torch puts behind it, and of bounded length."""
+    said = " ".join(str(error).partition("\nException raised from")[0].split())
+    return f"{type(error).__name__}: {said if len(said) <= _LONGEST else said[:_LONGEST] + '...'}"
 
 
 def refuse_quantized(said: Any, uri: str) -> None:
