@@ -6,6 +6,8 @@ import os
 import shutil
 import signal
 import tempfile
+import time
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import hypothesis
@@ -29,16 +31,18 @@ for profile, derandomize in (("repeatable", True), ("random", False)):
     )
 hypothesis.settings.load_profile("repeatable")
 
+# Read when Ray is imported: without it Ray listens on all addresses and all nodes get the same one.
 os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+RAY_NODE_IPS = ("127.0.0.2", "127.0.0.3")
 os.environ["AWS_EC2_METADATA_DISABLED"] = "true"
 
 
-# What starts Ray stays together, in as many processes as there are.
+# What needs Ray stays together, in as many processes as there are, and shares the Rays that were started there.
 RAY_TESTS = {
-    "ray, groups": ("cluster/", "api/test_kills.py"),
+    "ray, groups": ("cluster/", "api/test_two_nodes.py"),
     "ray, commands and failures": ("cli/", "api/test_failures.py", "api/test_ready_models.py"),
     "ray, loads": tuple(
-        f"api/test_{name}.py" for name in ("bad_input", "load_sharded", "memory", "meshes", "secrets", "two_nodes")
+        f"api/test_{name}.py" for name in ("bad_input", "kills", "load_sharded", "memory", "meshes", "secrets")
     ),
 }
 
@@ -104,6 +108,83 @@ def own_ray_folder() -> Iterator[None]:
         patch.setenv("RAY_TMPDIR", folder)
         yield
     shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _running_ray(*nodes: dict[str, Any]) -> Iterator[str]:
+    """A Ray of these nodes on this machine, to which nobody is connected and that nobody finds by itself; its address."""
+    from ray._common.utils import reset_ray_address
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster()
+    try:
+        for node in nodes:
+            cluster.add_node(**node)
+        reset_ray_address()
+        yield cluster.address
+    finally:
+        cluster.shutdown()
+
+
+# To start a Ray takes as much of the CPUs as many tests do, so it stays for those of other modules that run in this process.
+@pytest.fixture(scope="session")
+def ray_of_one_node(own_ray_folder: None) -> Iterator[str]:
+    """A Ray with room for four ranks, to which nobody is connected; its address."""
+    with _running_ray({"num_cpus": 4, "node_ip_address": "127.0.0.1", "include_dashboard": False}) as address:
+        yield address
+
+
+@pytest.fixture(scope="session")
+def ray_of_two_nodes(own_ray_folder: None) -> Iterator[str]:
+    """A Ray of two nodes with 2 CPUs each, to which nobody is connected; its address."""
+    head = {"num_cpus": 2, "node_ip_address": RAY_NODE_IPS[0], "include_dashboard": False}
+    other = {"num_cpus": 2, "node_ip_address": RAY_NODE_IPS[1], "labels": {"zone": "far"}}
+    with _running_ray(head, other) as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def local_ray(ray_of_one_node: str) -> Iterator[None]:
+    """This process is connected to a Ray with room for four ranks, all of it free."""
+    from ray_streamer.cluster.connection import connect
+
+    connection = connect(ray_of_one_node)
+    try:
+        _wait_until_free()
+        yield
+    finally:
+        connection.close()
+
+
+@pytest.fixture(scope="module")
+def ray_cluster(ray_of_two_nodes: str) -> Iterator[str]:
+    """This process is connected to the first of two nodes with 2 CPUs each; the cluster's address."""
+    import ray
+
+    ray.init(address=ray_of_two_nodes, _node_ip_address=RAY_NODE_IPS[0], log_to_driver=False, logging_level="ERROR")
+    try:
+        _wait_until_free()
+        yield ray_of_two_nodes
+    finally:
+        ray.shutdown()
+
+
+@pytest.fixture
+def idle_cluster(ray_cluster: str) -> Iterator[str]:
+    """The same cluster, all of it free again after the test: where Ray puts the next group depends on it."""
+    yield ray_cluster
+    _wait_until_free()
+
+
+def _wait_until_free() -> None:
+    """Waits for actors and groups of other tests to be gone."""
+    import ray
+
+    # No measure of anything: a busy machine takes long.
+    deadline = time.monotonic() + 120
+    while ray.available_resources().get("CPU") != ray.cluster_resources()["CPU"]:
+        assert time.monotonic() < deadline, f"not free within 120 s: {ray.available_resources()}"
+        time.sleep(0.02)
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from dataclasses import dataclass
@@ -23,10 +22,6 @@ from api_support.processes import RankProcesses
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
-# Read when Ray is imported: without it Ray listens on all addresses and both nodes get the same one.
-os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
-
-NODE_IPS = ("127.0.0.2", "127.0.0.3")
 # No measure of anything: a busy machine takes long.
 HANG_SECONDS = 120.0
 
@@ -76,34 +71,22 @@ def single_file(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 
 
 @pytest.fixture(scope="module")
-def local_ray() -> Iterator[None]:
-    """A Ray of this module alone, as `load_sharded` itself would start it, with room for four ranks."""
-    import ray
-
-    from ray_streamer.cluster.connection import connect
-
-    ray.cloudpickle.register_pickle_by_value(oracle)
-    session = connect("local", num_local_cpus=4)
-    yield
-    session.close()
+def local_ray(local_ray: None) -> None:
+    """See the fixture of that name; actors get the oracle, which they cannot import, by value."""
+    _give_oracle_by_value()
 
 
 @pytest.fixture(scope="module")
-def two_nodes() -> Iterator[None]:
-    """A Ray cluster of two nodes with 2 CPUs each, this process connected to the first."""
+def ray_cluster(ray_cluster: str) -> str:
+    """See the fixture of that name; actors get the oracle by value, too."""
+    _give_oracle_by_value()
+    return ray_cluster
+
+
+def _give_oracle_by_value() -> None:
     import ray
-    from ray.cluster_utils import Cluster
 
     ray.cloudpickle.register_pickle_by_value(oracle)
-    cluster = Cluster()
-    cluster.add_node(num_cpus=2, node_ip_address=NODE_IPS[0], include_dashboard=False)
-    cluster.add_node(num_cpus=2, node_ip_address=NODE_IPS[1])
-    try:
-        ray.init(address=cluster.address, _node_ip_address=NODE_IPS[0], log_to_driver=False, logging_level="ERROR")
-        yield
-    finally:
-        ray.shutdown()
-        cluster.shutdown()
 
 
 @pytest.fixture(scope="session")

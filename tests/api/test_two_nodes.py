@@ -14,7 +14,7 @@ import ray_streamer
 if TYPE_CHECKING:
     from ray_streamer import RankContext
 
-pytestmark = pytest.mark.usefixtures("two_nodes")
+pytestmark = pytest.mark.usefixtures("ray_cluster")
 
 # The actors cannot import a test module; they get its functions by value.
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])

@@ -71,7 +71,7 @@ def test_two_stages_of_two_ranks_compute_what_one_process_does(blocks: MlpBlocks
     assert answers[2] == answers[3] == pytest.approx(blocks.answer, rel=1e-4)
 
 
-@pytest.mark.usefixtures("two_nodes")
+@pytest.mark.usefixtures("ray_cluster")
 def test_two_ray_nodes_hold_a_stage_each_and_answer_twice(blocks: MlpBlocks, monkeypatch: pytest.MonkeyPatch) -> None:
     example = example_tasks.loaded_example("two_nodes")
     # As a job's own script, which the actors cannot import.

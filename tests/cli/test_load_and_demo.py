@@ -8,7 +8,6 @@ import pytest
 import torch
 
 import ray_streamer
-from ray_streamer.cluster.connection import connect
 from ray_streamer.demo.checkpoint import demo_layout, make_checkpoint
 from ray_streamer.demo.proof import Proof, prove
 from ray_streamer.demo.run import Demo, DemoLoad
@@ -17,13 +16,6 @@ from ray_streamer.report.load_report import LoadReport
 from ray_streamer.report.progress import LoadProgress
 from ray_streamer.report.tables import print_load
 from ray_streamer.testing.checkpoints import ModelLayout
-
-
-@pytest.fixture(scope="module")
-def local_ray():
-    session = connect("local", num_local_cpus=4)
-    yield session
-    session.close()
 
 
 def test_load_reports_every_rank_and_draws_it(invoke, checkpoint, tmp_path, local_ray):
