@@ -33,6 +33,8 @@ hypothesis.settings.load_profile("repeatable")
 
 # Read when Ray is imported: without it Ray listens on all addresses and all nodes get the same one.
 os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+# Several processes share few CPUs: threads of torch would mostly wait for each other, and burn a CPU while they do.
+os.environ["OMP_NUM_THREADS"] = "1"
 RAY_NODE_IPS = ("127.0.0.2", "127.0.0.3")
 os.environ["AWS_EC2_METADATA_DISABLED"] = "true"
 

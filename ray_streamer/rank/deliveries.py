@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ray_streamer.collector import collector_paused
 from ray_streamer.device.first_touch import take_spent_seconds
 from ray_streamer.device.strided import StridedCopies
 from ray_streamer.rank.recorder import Step
@@ -54,8 +55,10 @@ class Deliveries:
         Raises:
             BaseException: A copy failed at once, or what is called for a complete result did.
         """
-        pieces = self._mine.pieces(number)
-        delivered = [(piece.result, piece.num_bytes) for piece in pieces.plain]
+        with collector_paused():  # a block may hold thousands of tensors
+            pieces = self._mine.pieces(number)
+            delivered = [(piece.result, piece.num_bytes) for piece in pieces.plain]
+            copies = self._results.copies(pieces.plain)
         # `done` must not close over the block: an error keeps the closure, and with it the arena's memory.
         way, data, give_back = loan
         self._recorder.came(way, number)
@@ -85,7 +88,7 @@ class Deliveries:
             for piece in pieces.strided
         ]
         if pieces.plain:
-            self._device.deliver(data, self._results.copies(pieces.plain), done)
+            self._device.deliver(data, copies, done)
         else:
             done(None)
 

@@ -154,7 +154,9 @@ class Results:
 
     def _complete(self, numbers: list[int]) -> None:
         if self._on_complete is not None and numbers:
-            self._on_complete([(self._specs.names[number], self._results[number].tensor) for number in numbers])
+            with collector_paused():
+                completed = [(self._specs.names[number], self._results[number].tensor) for number in numbers]
+            self._on_complete(completed)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """All results by name, in the order of the plan; call it when nothing is missing."""
