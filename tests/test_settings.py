@@ -3,6 +3,7 @@ on where it came from, and secrets are shown nowhere."""
 
 from __future__ import annotations
 
+import copy
 import pickle
 from pathlib import Path
 
@@ -44,14 +45,24 @@ def test_memory_limits_are_sizes_or_minus_one(monkeypatch, text, num_bytes):
     ],
 )
 def test_a_bad_argument_is_named(name, value):
-    with pytest.raises(SettingsError, match=rf"^{name}="):
-        Settings.resolve(**{name: value})
+    for make in (Settings.resolve, Settings):
+        with pytest.raises(SettingsError, match=rf"^{name}="):
+            make(**{name: value})
 
 
 def test_a_bad_variable_is_named_even_when_its_argument_was_left_out(monkeypatch):
     monkeypatch.setenv("RAY_STREAMER_CONCURRENCY", "many")
     with pytest.raises(SettingsError, match=r"environment variable RAY_STREAMER_CONCURRENCY='many'"):
         Settings.resolve(concurrency=None)
+    with pytest.raises(SettingsError, match=r"environment variable RAY_STREAMER_CONCURRENCY='many'"):
+        Settings(block_bytes=MIB)
+
+
+def test_settings_are_copied_and_pickled_whole():
+    settings = Settings(concurrency=3, s3_access_key_id="key", s3_secret_access_key="secret")
+    for copied in (pickle.loads(pickle.dumps(settings)), copy.deepcopy(settings), settings.model_copy()):
+        assert copied == settings
+        assert copied.s3_secret_access_key.get_secret_value() == "secret"
 
 
 def test_override_keeps_what_is_not_given(monkeypatch):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import logging
 import os
-from typing import Any, Self, get_args
+from typing import TYPE_CHECKING, Any, Self, get_args
 
 from pydantic import ConfigDict, SecretStr, TypeAdapter, ValidationError
 from pydantic import model_validator as validates_model
@@ -30,9 +30,21 @@ class Settings(StoreSettings):
     """Every knob of a load. Byte sizes also accept text such as "512MiB".
 
     Attributes are documented by their `description`; `ray-streamer load --help` and `docs/settings.md` repeat them.
+
+    Raises:
+        SettingsError: A value, given or from the environment, cannot be used; names each one.
     """
 
     model_config = ConfigDict(defer_build=False)
+
+    if not TYPE_CHECKING:
+        # Type checkers know the signature that pydantic makes of the fields.
+        def __init__(self, **given: Any) -> None:
+            _tell_misspelt_variables()
+            try:
+                super().__init__(**given)
+            except ValidationError as error:
+                raise SettingsError(_explain(error, set(given))) from None
 
     @validates_model(mode="before")
     @classmethod
@@ -48,11 +60,7 @@ class Settings(StoreSettings):
             SettingsError: A value, given or from the environment, cannot be used; names each one.
         """
         given = {name: value for name, value in explicit.items() if value is not None}
-        _tell_misspelt_variables()
-        try:
-            return cls(**given)
-        except ValidationError as error:
-            raise SettingsError(_explain(error, set(given))) from None
+        return cls(**given)
 
     @classmethod
     def of_call(cls, settings: Self | None, **explicit: Any) -> Self:
