@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import mmap
+import os
 import resource
 import threading
 from contextlib import contextmanager
@@ -26,7 +27,7 @@ _STACK_BYTES = 2 << 20
 _SPARE_BYTES = 8 << 20
 """What a thread may take while it begins."""
 _THREAD_REFUSED = "can't start new thread"
-_MEMORY_REFUSED = ("can't allocate memory", "not enough memory", "Cannot allocate memory")
+_MEMORY_REFUSED = ("can't allocate memory", "not enough memory", "Cannot allocate memory", "failed to map segment")
 
 
 @contextmanager
@@ -43,7 +44,7 @@ def limits_explained(doing: str) -> Iterator[None]:
         yield
     except RayStreamerError:
         raise
-    except (OSError, MemoryError, RuntimeError) as error:
+    except (OSError, MemoryError, RuntimeError, ImportError) as error:
         reason = limit_met(error)
         if reason is None:
             raise
@@ -91,8 +92,10 @@ def limit_met(error: BaseException) -> str | None:
         return f"no thread can be started: {_threads()}; raise it, or lower concurrency"
     if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
         return f"no memory is left: {_memory()}"
-    if isinstance(error, RuntimeError) and any(text in str(error) for text in _MEMORY_REFUSED):
+    if isinstance(error, RuntimeError | ImportError) and any(text in str(error) for text in _MEMORY_REFUSED):
         return f"no memory is left: {_memory()}"
+    if isinstance(error, ImportError) and os.strerror(errno.EMFILE) in str(error):
+        return _files(errno.EMFILE)
     return None
 
 

@@ -170,8 +170,10 @@ def test_files_limited_in_size_limit_staging(load):
         (MemoryError(), "no memory is left"),
         (RuntimeError("can't start new thread"), "no thread can be started: .*lower concurrency"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "no memory is left"),
+        (ImportError("libtorch_cpu.so: failed to map segment from shared object"), "no memory is left"),
+        (ImportError("libx.so: cannot open shared object file: Too many open files"), r"`ulimit -n` allows, \d+"),
     ],
-    ids=["files", "machine", "under-way", "memory", "python", "threads", "torch"],
+    ids=["files", "machine", "under-way", "memory", "python", "threads", "torch", "library", "library-files"],
 )
 def test_limits_are_explained_and_keep_their_cause(error, words):
     with pytest.raises(BudgetError, match=f"^cannot try: .*{words}") as caught, limits_explained("try"):
@@ -180,7 +182,14 @@ def test_limits_are_explained_and_keep_their_cause(error, words):
 
 
 @pytest.mark.parametrize(
-    "error", [OSError(errno.EIO, "Input/output error"), RuntimeError("other"), SettingsError("own"), KeyError("k")]
+    "error",
+    [
+        OSError(errno.EIO, "Input/output error"),
+        RuntimeError("other"),
+        SettingsError("own"),
+        ImportError("no such"),
+        KeyError("k"),
+    ],
 )
 def test_other_errors_pass(error):
     assert limit_met(error) is None

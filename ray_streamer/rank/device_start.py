@@ -9,7 +9,7 @@ from concurrent.futures import Future
 from typing import TYPE_CHECKING, Self
 
 from ray_streamer.errors import StartupTimeoutError
-from ray_streamer.process_limits import start_thread
+from ray_streamer.process_limits import limits_explained, start_thread
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -64,7 +64,9 @@ class DeviceStart:
 
     def _open(self) -> None:
         try:
-            self._opened.set_result(self._open_device())
+            with limits_explained("import torch and open the device"):
+                device = self._open_device()
+            self._opened.set_result(device)
         except BaseException as error:
             self._opened.set_exception(error)
 
