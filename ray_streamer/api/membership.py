@@ -168,6 +168,11 @@ def _from_arguments(rank: int, world_size: int, local_world_size: int | None, se
 def _from_environment(local_world_size: int | None, session: str | None) -> Membership:
     environment = os.environ
     if "RANK" not in environment and "WORLD_SIZE" not in environment:
+        if local_world_size not in (None, 1):
+            raise SettingsError(
+                f"local_world_size={local_world_size}, and nothing says that this process is one of several ranks: start them with "
+                "torchrun, or give rank and world_size"
+            )
         return Membership(rank=0, topology=Topology.even(1), session=secrets.token_hex(16))
     try:
         rank, world_size = int(environment["RANK"]), int(environment["WORLD_SIZE"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from ray_streamer.api.launchers import find_layout
+from ray_streamer.api.membership import find_membership
 from ray_streamer.errors import SettingsError
 
 TORCHRUN = {"LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": "1"}
@@ -120,3 +121,12 @@ def test_a_size_that_does_not_divide(size):
 )
 def test_what_was_concluded_from_what_is_said(environment, words):
     assert words in find_layout(5, 8, {"RANK": "5", "WORLD_SIZE": "8"} | environment).explanation
+
+
+@pytest.mark.parametrize("local_world_size", [2, 0, -1])
+def test_several_ranks_on_this_machine_of_a_job_that_nobody_started_are_refused(monkeypatch, local_world_size):
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(SettingsError, match=f"local_world_size={local_world_size}, and nothing says"):
+        find_membership(None, None, local_world_size, None)
+    assert find_membership(None, None, 1, None).topology.num_ranks == 1
