@@ -21,7 +21,7 @@ from ray._private import services
 from ray._raylet import GcsClient  # pyright: ignore[reportAttributeAccessIssue]  # compiled, without stubs
 from ray.exceptions import RayError
 
-from ray_streamer.errors import ClusterError
+from ray_streamer.errors import ClusterError, SettingsError
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +35,21 @@ _MODE_VARIABLE = "RAY_AUTH_MODE"
 _AuthenticationError: type[RayError] | tuple[()] = getattr(ray.exceptions, "AuthenticationError", ())
 
 
+def check_address(address: str | None) -> None:
+    """Refuses what is no address, and one with a user in it, which would be shown in errors.
+
+    Raises:
+        SettingsError: It cannot be used; repeats no user.
+    """
+    if address is not None and not isinstance(address, str):
+        raise SettingsError(f"address is the text host:port, auto or local, got {type(address).__name__}")
+    if address and "@" in address:
+        raise SettingsError(
+            "the address of a Ray cluster has a user in it, and addresses appear in errors and logs; leave the user out, and set "
+            "RAY_AUTH_MODE=token if the cluster asks for a token"
+        )
+
+
 def find_cluster(address: str | None, connect_timeout_seconds: float) -> str | None:
     """`host:port` of the cluster that answers and lets this process in; None when a local Ray is to be started.
 
@@ -43,9 +58,11 @@ def find_cluster(address: str | None, connect_timeout_seconds: float) -> str | N
         connect_timeout_seconds: How long the address may take to answer.
 
     Raises:
+        SettingsError: It is no address.
         ClusterError: Nobody answers there, or without a token that this process does not have.
     """
     named = os.environ.get("RAY_ADDRESS") if address in (None, "auto") else address
+    check_address(named)
     if named and named.startswith("ray://"):
         raise ClusterError(NO_CLIENT)
     try:

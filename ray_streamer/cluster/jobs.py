@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 
 from ray.exceptions import RayError
 
-from ray_streamer.cluster.address import find_cluster, is_refusal, no_entry
+from ray_streamer.cluster.address import check_address, find_cluster, is_refusal, no_entry
 from ray_streamer.errors import ClusterError, SettingsError
 
 if TYPE_CHECKING:
@@ -147,6 +147,7 @@ def find_dashboard(address: str | None, connect_timeout_seconds: float) -> str:
         ClusterError: No cluster, or none with a dashboard, answers there.
     """
     named = address or next((value for name in _ADDRESS_VARIABLES if (value := os.environ.get(name))), None)
+    check_address(named)
     if named and named.startswith(("http://", "https://")):
         dashboard = named
     else:

@@ -14,14 +14,15 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import ray
 
 from ray_streamer.cluster.connection import RayConnection, connect, has_same_variables
 from ray_streamer.cluster.group import WorkerGroup
-from ray_streamer.errors import ClusterError
+from ray_streamer.cluster.jobs import find_dashboard
+from ray_streamer.errors import ClusterError, SettingsError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -71,6 +72,24 @@ def test_the_environments_address_is_named_when_it_does_not_answer(
 def test_an_address_that_cannot_be_used_is_a_cluster_error(address: str) -> None:
     with pytest.raises(ClusterError, match=r"address=|Ray Client"):
         connect(address)
+
+
+def test_a_user_in_an_address_is_refused_and_not_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    for address in ("me:hunter2@127.0.0.1:6379", "http://me:hunter2@127.0.0.1:8265"):
+        for ask in (connect, lambda address: find_dashboard(address, 1.0)):
+            with pytest.raises(SettingsError, match="has a user in it") as caught:
+                ask(address)
+            assert "hunter2" not in str(caught.value)
+    monkeypatch.setenv("RAY_ADDRESS", "me:hunter2@127.0.0.1:6379")
+    with pytest.raises(SettingsError, match="has a user in it"):
+        connect()
+
+
+def test_an_address_of_another_kind_is_named() -> None:
+    wrong: Any = 6379
+    for ask in (connect, lambda address: find_dashboard(address, 1.0)):
+        with pytest.raises(SettingsError, match="address is the text host:port, auto or local, got int"):
+            ask(wrong)
 
 
 def test_ray_client_in_the_environment_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
