@@ -7,14 +7,17 @@ node.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal, Self
+from numbers import Real
+from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
 from ray_streamer.errors import ClusterError, SettingsError
 from ray_streamer.units import counted
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     from ray.util.placement_group import PlacementGroup
 
@@ -53,10 +56,16 @@ class PlacementOptions:
     wait_for_nodes: bool = False
 
     def __post_init__(self) -> None:
+        if self.strategy not in get_args(Strategy):
+            raise SettingsError(f"strategy is one of {', '.join(get_args(Strategy))}, not {self.strategy!r}")
+        if not isinstance(self.resources, Mapping):
+            raise SettingsError(f"resources are a mapping of name to amount, got {type(self.resources).__name__}")
         reserved = sorted({"CPU", "GPU", "memory", "object_store_memory"} & set(self.resources))
         if reserved:
             raise SettingsError(f"resources={dict(self.resources)!r} may not name {reserved}: Ray counts these itself")
         for name, amount in self._amounts().items():
+            if isinstance(amount, bool) or not isinstance(amount, Real) or not math.isfinite(amount):
+                raise SettingsError(f"{name}={amount!r} per rank: need a number")
             if amount != 0 and amount < 1 / _UNITS:
                 raise SettingsError(f"{name}={amount!r} per rank: need 0 or at least {1 / _UNITS}")
         num_gpus = self.num_gpus_per_rank or 0

@@ -107,6 +107,12 @@ def test_group_by_node_keeps_every_rank_with_its_node(node_ids: list[str]) -> No
     ("options", "message"),
     [
         pytest.param({"num_cpus_per_rank": -1}, "CPU=-1 per rank", id="negative"),
+        pytest.param({"num_cpus_per_rank": float("nan")}, "CPU=nan per rank: need a number", id="nan"),
+        pytest.param({"num_gpus_per_rank": float("inf")}, "GPU=inf per rank: need a number", id="infinite"),
+        pytest.param({"num_cpus_per_rank": "1"}, "CPU='1' per rank: need a number", id="text"),
+        pytest.param({"resources": {"nic": None}}, "nic=None per rank: need a number", id="nothing"),
+        pytest.param({"resources": ["nic"]}, "resources are a mapping .*, got list", id="list-of-resources"),
+        pytest.param({"strategy": "pack"}, "strategy is one of auto, .*, not 'pack'", id="unknown-strategy"),
         pytest.param({"num_cpus_per_rank": 1e-5}, "at least 0.0001", id="finer-than-ray-counts"),
         pytest.param({"num_gpus_per_rank": 1.5}, "whole number", id="one-and-a-half-gpus"),
         pytest.param({"resources": {"GPU": 1}}, "may not name", id="gpu-as-custom-resource"),
