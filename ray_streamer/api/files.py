@@ -14,6 +14,7 @@ from ray_streamer.files import ENGINE_FILES, Selection, cached_files, listed_or_
 from ray_streamer.named_checkpoint import NamedCheckpoint
 from ray_streamer.settings import Settings
 from ray_streamer.storage import absolute_folder, open_storage
+from ray_streamer.wording import listed, shown
 
 if TYPE_CHECKING:
     import os
@@ -81,7 +82,9 @@ def pull(
     with _opened(uri, settings) as (storage, paths):
         chosen = selection.of(paths or _everything(storage, concurrency=settings.concurrency, names=selection.allow))
         if not chosen:
-            raise ObjectMissingError(f"{storage.uri}: no file matches allow={allow!r} and ignore={ignore!r}")
+            left_out = f", less {listed(list(map(shown, selection.ignore)))}" if selection.ignore else ""
+            meant = listed(list(map(shown, selection.allow))) or "'*'"
+            raise ObjectMissingError(f"{storage.uri}: no file matches {meant}{left_out}")
         return pull_files(storage, chosen, folder, concurrency=settings.concurrency)
 
 

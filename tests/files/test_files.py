@@ -122,6 +122,14 @@ def test_what_are_no_globs_is_said(tmp_path, globs):
             ray_streamer.pull(tmp_path, tmp_path / "copy", **{name: globs})
 
 
+def test_globs_that_match_nothing_are_repeated(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ObjectMissingError, match=r"no file matches '\*\.txt', less 'a\*', 'b\*'$"):
+        ray_streamer.pull(tmp_path, tmp_path / "copy", allow="*.txt", ignore=["a*", "b*"])
+    with pytest.raises(ObjectMissingError, match=r"no file matches '\*', less '\*'$"):
+        ray_streamer.pull(tmp_path, tmp_path / "copy", ignore="*")
+
+
 def test_settings_of_another_kind_are_named(tmp_path):
     for call in (ray_streamer.ls, lambda uri, **said: ray_streamer.pull(uri, tmp_path, **said), cached):
         for wrong in (5, {}, {"concurrency": 2}):
