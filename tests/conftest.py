@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import signal
 import tempfile
 import time
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import hypothesis
@@ -17,6 +18,7 @@ from ray_streamer.testing.s3_server import S3Server, S3ServerUnavailableError, s
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from contextlib import AbstractContextManager
     from pathlib import Path
 
 # No test asserts on time, and a first example may wait for a machine that is busy. The same sources get the same examples;
@@ -113,44 +115,84 @@ def own_ray_folder() -> Iterator[None]:
 
 
 @contextmanager
-def _running_ray(*nodes: dict[str, Any]) -> Iterator[str]:
-    """A Ray of these nodes on this machine, to which nobody is connected and that nobody finds by itself; its address."""
-    from ray._common.utils import reset_ray_address
-    from ray.cluster_utils import Cluster
-
-    cluster = Cluster()
-    try:
-        for node in nodes:
-            cluster.add_node(**node)
-        reset_ray_address()
-        yield cluster.address
-    finally:
-        cluster.shutdown()
-
-
-# To start a Ray takes as much of the CPUs as many tests do, so it stays for those of other modules that run in this process.
-@pytest.fixture(scope="session")
-def ray_of_one_node(own_ray_folder: None) -> Iterator[str]:
-    """A Ray with room for four ranks, to which nobody is connected; its address."""
-    with _running_ray({"num_cpus": 4, "node_ip_address": "127.0.0.1", "include_dashboard": False}) as address:
-        yield address
+def ray_starts_alone() -> Iterator[None]:
+    """One Ray starts at a time, whatever process starts it: Ray gives a start up after 30 s, which several at once may take."""
+    with open(os.path.join(tempfile.gettempdir(), f"ray-starts-{os.getuid()}.lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 @pytest.fixture(scope="session")
-def ray_of_two_nodes(own_ray_folder: None) -> Iterator[str]:
-    """A Ray of two nodes with 2 CPUs each, to which nobody is connected; its address."""
+def starts_alone() -> Callable[[], AbstractContextManager[None]]:
+    """See `ray_starts_alone`."""
+    return ray_starts_alone
+
+
+class SharedRay:
+    """A Ray on this machine that starts with the first test which needs it, and anew after one that ended a node of it.
+
+    A start takes as much of the CPUs as many tests do. Nobody finds it by itself.
+
+    Args:
+        nodes: Arguments of Ray's `Cluster.add_node` for each.
+    """
+
+    def __init__(self, *nodes: dict[str, Any]) -> None:
+        self._nodes = nodes
+        self._num_starts = 0
+        self._cluster: Any = None
+
+    def address(self) -> str:
+        if self._cluster is not None and any(node.dead_processes() for node in self._cluster.list_all_nodes()):
+            self.close()
+        while self._cluster is None:
+            self._num_starts += 1
+            try:
+                self._start()
+            except Exception as error:  # Ray has no class for it
+                self.close()
+                if "timed out" not in str(error) or self._num_starts % 3 == 0:
+                    raise
+        return self._cluster.address
+
+    def _start(self) -> None:
+        from ray._common.utils import reset_ray_address
+        from ray.cluster_utils import Cluster
+
+        with ray_starts_alone():
+            self._cluster = Cluster()
+            for node in self._nodes:
+                self._cluster.add_node(**node)
+            reset_ray_address()
+
+    def close(self) -> None:
+        cluster, self._cluster = self._cluster, None
+        if cluster is not None:
+            cluster.shutdown()
+
+
+@pytest.fixture(scope="session")
+def ray_of_one_node(own_ray_folder: None) -> Iterator[SharedRay]:
+    """With room for four ranks."""
+    with closing(SharedRay({"num_cpus": 4, "node_ip_address": "127.0.0.1", "include_dashboard": False})) as shared:
+        yield shared
+
+
+@pytest.fixture(scope="session")
+def ray_of_two_nodes(own_ray_folder: None) -> Iterator[SharedRay]:
+    """With 2 CPUs on each."""
     head = {"num_cpus": 2, "node_ip_address": RAY_NODE_IPS[0], "include_dashboard": False}
     other = {"num_cpus": 2, "node_ip_address": RAY_NODE_IPS[1], "labels": {"zone": "far"}}
-    with _running_ray(head, other) as address:
-        yield address
+    with closing(SharedRay(head, other)) as shared:
+        yield shared
 
 
 @pytest.fixture(scope="module")
-def local_ray(ray_of_one_node: str) -> Iterator[None]:
+def local_ray(ray_of_one_node: SharedRay) -> Iterator[None]:
     """This process is connected to a Ray with room for four ranks, all of it free."""
     from ray_streamer.cluster.connection import connect
 
-    connection = connect(ray_of_one_node)
+    connection = connect(ray_of_one_node.address())
     try:
         _wait_until_free()
         yield
@@ -159,14 +201,15 @@ def local_ray(ray_of_one_node: str) -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def ray_cluster(ray_of_two_nodes: str) -> Iterator[str]:
+def ray_cluster(ray_of_two_nodes: SharedRay) -> Iterator[str]:
     """This process is connected to the first of two nodes with 2 CPUs each; the cluster's address."""
     import ray
 
-    ray.init(address=ray_of_two_nodes, _node_ip_address=RAY_NODE_IPS[0], log_to_driver=False, logging_level="ERROR")
+    address = ray_of_two_nodes.address()
+    ray.init(address=address, _node_ip_address=RAY_NODE_IPS[0], log_to_driver=False, logging_level="ERROR")
     try:
         _wait_until_free()
-        yield ray_of_two_nodes
+        yield address
     finally:
         ray.shutdown()
 

@@ -25,7 +25,8 @@ from ray_streamer.cluster.jobs import find_dashboard
 from ray_streamer.errors import ClusterError, SettingsError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
+    from contextlib import AbstractContextManager
 
 
 @pytest.fixture
@@ -181,7 +182,9 @@ def test_what_tasks_print_reaches_the_driver(short_folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def guarded_ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, dict[str, str]]]:
+def guarded_ray(
+    tmp_path_factory: pytest.TempPathFactory, starts_alone: Callable[[], AbstractContextManager[None]]
+) -> Iterator[tuple[str, dict[str, str]]]:
     """A Ray that asks for a token: its address, and the environment of the user whom it lets in."""
     folder = Path(tempfile.mkdtemp(prefix="rs-", dir="/tmp"))
     home = tmp_path_factory.mktemp("home")
@@ -191,7 +194,7 @@ def guarded_ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str,
     environment |= {"HOME": str(home), "RAY_TMPDIR": str(folder), "PYTHONPATH": os.pathsep.join(sys.path)}
     try:
         for attempt in range(3):
-            with started_head(folder / f"log-{attempt}", environment) as address:
+            with started_head(folder / f"log-{attempt}", environment, starts_alone) as address:
                 if address is not None:
                     yield address, environment
                     return
@@ -201,13 +204,15 @@ def guarded_ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str,
 
 
 @contextmanager
-def started_head(log: Path, environment: dict[str, str]) -> Iterator[str | None]:
+def started_head(
+    log: Path, environment: dict[str, str], starts_alone: Callable[[], AbstractContextManager[None]]
+) -> Iterator[str | None]:
     """The address of a Ray for the length of the block; None when it gave up, as Ray does on a machine with much other work."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = ["start", "--head", f"--port={port}", "--num-cpus=1", "--include-dashboard=false", "--block"]
-    with log.open("w") as output:
+    with log.open("w") as output, starts_alone():
         head = subprocess.Popen(
             [sys.executable, "-m", "ray.scripts.scripts", *command],
             env=environment,
@@ -215,9 +220,9 @@ def started_head(log: Path, environment: dict[str, str]) -> Iterator[str | None]
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-    try:
         while head.poll() is None and "runtime started" not in log.read_text():
             time.sleep(0.1)
+    try:
         yield f"127.0.0.1:{port}" if head.poll() is None else None
     finally:
         with suppress(ProcessLookupError):

@@ -14,7 +14,8 @@ from ray_streamer.errors import DeviceError, RankFailedError
 from ray_streamer.testing.checkpoints import TensorSpec, write_checkpoint
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
+    from contextlib import AbstractContextManager
     from pathlib import Path
 
 NOSET = "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES"
@@ -67,13 +68,14 @@ def look() -> tuple[str, str | None, list[str]]:
 
 
 @pytest.fixture(scope="module")
-def gpu_node() -> Iterator[None]:
+def gpu_node(starts_alone: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
     """A node of a real Ray that says that it has two GPUs."""
     import ray
     from ray.cluster_utils import Cluster
 
     cluster = Cluster()
-    cluster.add_node(num_cpus=4, num_gpus=2, node_ip_address="127.0.0.2", include_dashboard=False)
+    with starts_alone():
+        cluster.add_node(num_cpus=4, num_gpus=2, node_ip_address="127.0.0.2", include_dashboard=False)
     try:
         ray.init(address=cluster.address, _node_ip_address="127.0.0.2", log_to_driver=False, logging_level="ERROR")
         yield
