@@ -43,6 +43,8 @@ os.environ["AWS_EC2_METADATA_DISABLED"] = "true"
 
 # What needs Ray stays together, in as many processes as there are, and shares the Rays that were started there.
 RAY_TESTS = {
+    # They start Rays of their own in their process. Actors may not start in a Ray to which a process returns after another one.
+    "ray, connections": ("cluster/test_connection.py", "cluster/test_gpus.py"),
     "ray, groups": ("cluster/", "api/test_two_nodes.py"),
     "ray, commands and failures": ("cli/", "api/test_failures.py", "api/test_ready_models.py"),
     "ray, loads": tuple(

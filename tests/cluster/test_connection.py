@@ -120,11 +120,11 @@ def test_a_local_ray_is_started_when_the_remembered_cluster_is_gone(
     connection.close()
 
 
-def test_a_cluster_is_joined_by_its_address(ray_cluster: str) -> None:
-    ray.shutdown()
-    connection = connect(ray_cluster)
-    assert (connection.address, connection.is_opened_here) == (ray_cluster, True)
-    assert len(ray.nodes()) == 2
+def test_a_cluster_is_joined_by_its_address(ray_of_one_node: Any) -> None:
+    address = ray_of_one_node.address()
+    connection = connect(address)
+    assert (connection.address, connection.is_opened_here) == (address, True)
+    assert len(ray.nodes()) == 1
     connection.close()
     assert not ray.is_initialized()
 
