@@ -45,20 +45,20 @@ os.environ["AWS_EC2_METADATA_DISABLED"] = "true"
 RAY_TESTS = {
     # They start Rays of their own in their process. Actors may not start in a Ray to which a process returns after another one.
     "ray, connections": ("cluster/test_connection.py", "cluster/test_gpus.py"),
-    "ray, groups": ("cluster/", "api/test_two_nodes.py"),
-    "ray, commands and failures": ("cli/", "api/test_failures.py", "api/test_ready_models.py"),
     "ray, loads": tuple(
         f"api/test_{name}.py" for name in ("bad_input", "kills", "load_sharded", "memory", "meshes", "secrets")
     ),
+    "ray, groups": ("cluster/", "api/test_two_nodes.py"),
+    "ray, commands and failures": ("cli/", "api/test_failures.py", "api/test_ready_models.py"),
 }
-
 
 WAITING_TESTS = ("tests/storage/test_waits.py", "tests/exchange/test_failures.py", "tests/test_process_limits.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What takes longest begins first, then what waits most."""
-    groups = [*RAY_TESTS, *WAITING_TESTS]
+    """What takes longest begins first, beside what waits most: where all processes work on Rays, these take long to start."""
+    first, second, *others = RAY_TESTS
+    groups = [first, second, *WAITING_TESTS, *others]
     items.sort(key=lambda item: groups.index(group) if (group := group_of(item.nodeid)) in groups else len(groups))
 
 
@@ -164,7 +164,8 @@ class SharedRay:
         with ray_starts_alone():
             self._cluster = Cluster()
             for node in self._nodes:
-                self._cluster.add_node(**node)
+                # It reads the logs of all actors over and over.
+                self._cluster.add_node(**node, include_log_monitor=False)
             reset_ray_address()
 
     def close(self) -> None:

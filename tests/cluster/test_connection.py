@@ -211,7 +211,9 @@ def started_head(
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = ["start", "--head", f"--port={port}", "--num-cpus=1", "--include-dashboard=false", "--block"]
+    command = ["start", "--head", f"--port={port}", "--num-cpus=1", "--block"]
+    # What this needs not: each of them is a process that takes seconds of CPU to start.
+    command += ["--include-dashboard=false", "--include-log-monitor=false", "--no-monitor"]
     with log.open("w") as output, starts_alone():
         head = subprocess.Popen(
             [sys.executable, "-m", "ray.scripts.scripts", *command],
