@@ -72,7 +72,9 @@ def main() -> None:
         "--only", nargs="+", choices=list(CONTENDERS), default=list(CONTENDERS), help="these contenders"
     )
     parser.add_argument("--tp", type=int, default=2, help="ranks of every contender")
-    parser.add_argument("--our-tp", type=int, nargs="*", default=[1, 2, 4], help="ranks of this project besides")
+    parser.add_argument(
+        "--our-tp", type=int, nargs="*", default=[1, 2, 4], help="ranks of this project besides, but for web servers"
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--minutes", type=float, default=23, help="no round is begun that would end later")
     parser.add_argument("--layers", type=int, default=2, help="about 98 MB each, and 262 MB of embeddings")
