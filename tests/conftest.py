@@ -9,6 +9,7 @@ import signal
 import tempfile
 import time
 from contextlib import closing, contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import hypothesis
@@ -17,9 +18,8 @@ import pytest
 from ray_streamer.testing.s3_server import S3Server, S3ServerUnavailableError, start_s3_server
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
     from contextlib import AbstractContextManager
-    from pathlib import Path
 
 # No test asserts on time, and a first example may wait for a machine that is busy. The same sources get the same examples;
 # `--hypothesis-profile random` looks for others.
@@ -37,9 +37,11 @@ hypothesis.settings.load_profile("repeatable")
 os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
 # Several processes share few CPUs: threads of torch would mostly wait for each other, and burn a CPU while they do.
 os.environ["OMP_NUM_THREADS"] = "1"
-RAY_NODE_IPS = ("127.0.0.2", "127.0.0.3")
 os.environ["AWS_EC2_METADATA_DISABLED"] = "true"
 
+RAY_NODE_IPS = ("127.0.0.2", "127.0.0.3")
+# No measure of anything: a busy machine takes long.
+HANG_SECONDS = 120.0
 
 # What needs Ray stays together, in as many processes as there are, and shares the Rays that were started there.
 RAY_TESTS = {
@@ -141,21 +143,26 @@ class SharedRay:
 
     def __init__(self, *nodes: dict[str, Any]) -> None:
         self._nodes = nodes
-        self._num_starts = 0
         self._cluster: Any = None
 
     def address(self) -> str:
         if self._cluster is not None and any(node.dead_processes() for node in self._cluster.list_all_nodes()):
             self.close()
-        while self._cluster is None:
-            self._num_starts += 1
+        if self._cluster is None:
+            self._start_patiently()
+        return self._cluster.address
+
+    def _start_patiently(self) -> None:
+        """Starts it again where Ray gave up, as it does on a busy machine."""
+        for is_last in (False, False, True):
             try:
                 self._start()
             except Exception as error:  # Ray has no class for it
                 self.close()
-                if "timed out" not in str(error) or self._num_starts % 3 == 0:
+                if is_last or "timed out" not in str(error):
                     raise
-        return self._cluster.address
+            else:
+                return
 
     def _start(self) -> None:
         from ray._common.utils import reset_ray_address
@@ -191,48 +198,77 @@ def ray_of_two_nodes(own_ray_folder: None) -> Iterator[SharedRay]:
 
 
 @pytest.fixture(scope="module")
-def local_ray(ray_of_one_node: SharedRay) -> Iterator[None]:
+def local_ray(ray_of_one_node: SharedRay, wait_until: Callable[..., None]) -> Iterator[None]:
     """This process is connected to a Ray with room for four ranks, all of it free."""
     from ray_streamer.cluster.connection import connect
 
     connection = connect(ray_of_one_node.address())
     try:
-        _wait_until_free()
+        _wait_until_free(wait_until)
         yield
     finally:
         connection.close()
 
 
 @pytest.fixture(scope="module")
-def ray_cluster(ray_of_two_nodes: SharedRay) -> Iterator[str]:
+def ray_cluster(ray_of_two_nodes: SharedRay, wait_until: Callable[..., None]) -> Iterator[str]:
     """This process is connected to the first of two nodes with 2 CPUs each; the cluster's address."""
     import ray
 
     address = ray_of_two_nodes.address()
     ray.init(address=address, _node_ip_address=RAY_NODE_IPS[0], log_to_driver=False, logging_level="ERROR")
     try:
-        _wait_until_free()
+        _wait_until_free(wait_until)
         yield address
     finally:
         ray.shutdown()
 
 
 @pytest.fixture
-def idle_cluster(ray_cluster: str) -> Iterator[str]:
+def idle_cluster(ray_cluster: str, wait_until: Callable[..., None]) -> Iterator[str]:
     """The same cluster, all of it free again after the test: where Ray puts the next group depends on it."""
     yield ray_cluster
-    _wait_until_free()
+    _wait_until_free(wait_until)
 
 
-def _wait_until_free() -> None:
+def _wait_until_free(wait_until: Callable[..., None]) -> None:
     """Waits for actors and groups of other tests to be gone."""
     import ray
 
-    # No measure of anything: a busy machine takes long.
-    deadline = time.monotonic() + 120
-    while ray.available_resources().get("CPU") != ray.cluster_resources()["CPU"]:
-        assert time.monotonic() < deadline, f"not free within 120 s: {ray.available_resources()}"
-        time.sleep(0.02)
+    wait_until(lambda: ray.available_resources().get("CPU") == ray.cluster_resources()["CPU"])
+
+
+@pytest.fixture(scope="session")
+def wait_until() -> Callable[[Callable[[], Any]], None]:
+    """Poll a condition until it holds."""
+
+    def wait(holds: Callable[[], Any]) -> None:
+        deadline = time.monotonic() + HANG_SECONDS
+        while not holds():
+            assert time.monotonic() < deadline, f"not so within {HANG_SECONDS} s"
+            time.sleep(0.02)
+
+    return wait
+
+
+@pytest.fixture(scope="session")
+def assert_gone(wait_until: Callable[..., None]) -> Callable[[Iterable[int]], None]:
+    """Every one of these processes ends."""
+
+    def check(pids: Iterable[int]) -> None:
+        alive = list(pids)
+        assert alive
+        wait_until(lambda: not any(_is_running(pid) for pid in alive))
+
+    return check
+
+
+def _is_running(pid: int) -> bool:
+    """Whether the process exists and is not a zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 @pytest.fixture(scope="session")

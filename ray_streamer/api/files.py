@@ -11,6 +11,7 @@ from ray_streamer.checkpoint import locate, shard_paths
 from ray_streamer.checkpoint.folder_hints import refuse_missing_folder
 from ray_streamer.errors import CheckpointError, ObjectMissingError, StorageError
 from ray_streamer.files import ENGINE_FILES, Selection, cached_files, listed_or_known, pull_files
+from ray_streamer.files.pull import identities
 from ray_streamer.named_checkpoint import NamedCheckpoint
 from ray_streamer.settings import Settings
 from ray_streamer.storage import absolute_folder, open_storage
@@ -45,8 +46,7 @@ def ls(uri: UrisLike, *, settings: Settings | None = None) -> list[str]:
     """
     settings = Settings.of_call(settings)
     with _opened(uri, settings) as (storage, paths):
-        for path in paths:
-            storage.size_and_etag(path)
+        identities(storage, paths, concurrency=settings.concurrency)
         return paths or _everything(storage, concurrency=settings.concurrency)
 
 

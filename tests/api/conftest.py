@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -20,10 +19,7 @@ from api_support import oracle
 from api_support.processes import RankProcesses
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
-
-# No measure of anything: a busy machine takes long.
-HANG_SECONDS = 120.0
+    from collections.abc import Iterator
 
 LAYOUT = llama_layout(hidden=256, layers=2, heads=8, kv_heads=2, intermediate=512, vocab=1001)
 TENSORS = [
@@ -94,36 +90,3 @@ def pair() -> Iterator[RankProcesses]:
     """Two processes that can be ranks."""
     with RankProcesses(2) as processes:
         yield processes
-
-
-@pytest.fixture(scope="session")
-def wait_until() -> Callable[[Callable[[], Any]], None]:
-    """Poll a condition until it holds."""
-
-    def wait(holds: Callable[[], Any]) -> None:
-        deadline = time.monotonic() + HANG_SECONDS
-        while not holds():
-            assert time.monotonic() < deadline, f"not so within {HANG_SECONDS} s"
-            time.sleep(0.02)
-
-    return wait
-
-
-@pytest.fixture(scope="session")
-def assert_gone(wait_until: Callable[..., None]) -> Callable[[Iterable[int]], None]:
-    """Every one of these processes ends."""
-
-    def check(pids: Iterable[int]) -> None:
-        alive = list(pids)
-        assert alive
-        wait_until(lambda: not any(is_running(pid) for pid in alive))
-
-    return check
-
-
-def is_running(pid: int) -> bool:
-    """Whether the process exists and is not a zombie."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
