@@ -76,7 +76,7 @@ def main() -> None:
         "--our-tp", type=int, nargs="*", default=[1, 2, 4], help="ranks of this project besides, but for web servers"
     )
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--minutes", type=float, default=23, help="no round is begun that would end later")
+    parser.add_argument("--minutes", type=float, default=24, help="no round is begun that would end later")
     parser.add_argument("--layers", type=int, default=2, help="about 98 MB each, and 262 MB of embeddings")
     parser.add_argument("--hidden", type=int, default=2048, help="width of the model")
     parser.add_argument(
