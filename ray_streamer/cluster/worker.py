@@ -179,7 +179,7 @@ class LoadWorker:
         session = self._session
         storage = self._request.open_storage(num_sharers=len(mine.ranks))
         with contextlib.closing(storage), self._ended_on_failure(session):
-            concurrency = reads_in_flight(self._request.settings, storage, num_local_ranks=len(mine.ranks))
+            concurrency = reads_in_flight(self._request.settings, storage)
             options = RankOptions.at(session.place, concurrency=concurrency, memory_limit=self._memory_limit)
             out = self._tensors_to_fill(earlier, mine)
             del earlier

@@ -173,7 +173,7 @@ def _measured(
             examination.memory,
             view.memory_limit,
             num_cpus=count_cpus(),
-            concurrency=reads_in_flight(settings, storage, num_local_ranks=num_ranks),
+            concurrency=reads_in_flight(settings, storage),
             is_cached=is_cached,
         )
         prediction = predict(view.plan, node, fleet=fleet)

@@ -50,6 +50,6 @@ def agreed_load(
     """
     session.wait_met()
     agreement = agree(session, request, storage, index_bytes=index_bytes)
-    concurrency = reads_in_flight(request.settings, storage, num_local_ranks=len(session.place.ranks))
+    concurrency = reads_in_flight(request.settings, storage)
     options = RankOptions.at(session.place, concurrency=concurrency, memory_limit=agreement.memory_limit)
     return RankLoad(agreement.plan, storage, device, options, session=session, out=out, on_complete=on_complete)

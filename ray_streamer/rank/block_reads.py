@@ -106,8 +106,6 @@ class DirectReads:
         return True
 
     def _read_into_tensor(self, block: Block, piece: Piece) -> bool:
-        if self._storage.prefers_aligned(self._mine.files[block.file].path):
-            return False
         result = self._results.result(piece.result)
         memory = self._device.landing(result, piece.target_start, piece.target_start + piece.run_bytes)
         if memory is None:

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from ray_streamer.storage.base import Storage
 
 MAX_COPIERS = 4
-LEAST_READS_OF_A_DISK = 4
-"""Reads in flight of one rank, at least, however many ranks share a disk; fewer leave it idle while blocks are copied."""
+READS_OF_A_DISK = 4
+"""Reads in flight of one rank: as many as there are buffers for O_DIRECT. Fewer leave the disk idle while blocks are copied."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,15 +48,15 @@ class RankConditions:
         )
 
 
-def reads_in_flight(settings: Settings, storage: Storage, *, num_local_ranks: int) -> int:
+def reads_in_flight(settings: Settings, storage: Storage) -> int:
     """How many reads one rank keeps in flight: `concurrency`.
 
-    Where the caller gave none, the ranks of a machine share the default for its disk. It is one disk for all of them, and each
-    read in flight costs the first touch of a slot, and on GPUs its page lock.
+    Where the caller gave none, a local disk gets fewer. It is busy with few, and each read in flight costs the first touch of a slot,
+    and on GPUs its page lock.
     """
     if "concurrency" in settings.model_fields_set or not storage.is_disk:
         return settings.concurrency
-    return max(LEAST_READS_OF_A_DISK, settings.concurrency // num_local_ranks)
+    return min(READS_OF_A_DISK, settings.concurrency)
 
 
 def max_copiers(num_local_ranks: int) -> int:

@@ -18,7 +18,7 @@ import logging
 from typing import TYPE_CHECKING, NamedTuple
 
 from ray_streamer.errors import BudgetError
-from ray_streamer.planning.limits import slots_within, useful_slots
+from ray_streamer.planning.limits import AS_MUCH_AS_USEFUL, slots_within, useful_slots
 from ray_streamer.process_limits import limits_explained
 from ray_streamer.rank.block_reads import BlockReads, DirectReads, StagedReads
 from ray_streamer.rank.conditions import RankConditions, max_copiers
@@ -106,6 +106,7 @@ class RankLoad:
         self._out, self._on_complete = out, on_complete
         self._stop = StopSignal()
         self._inbox = Inbox(self._stop)
+        self._slots_limit = self._limit_scratch()
         self._arena = Arena(self._num_slots(), plan.node_plan.limits.block_bytes, self._stop)
         self._recorder = Recorder(len(plan.node_plan.blocks))
         self._neighbours = Neighbourhood(
@@ -159,11 +160,12 @@ class RankLoad:
 
     def statistics(self) -> RankStatistics:
         """What this rank has done so far."""
+        storage = self._storage.statistics()
         return RankStatistics.of(
             self._recorder,
             self._mine,
-            self._storage.statistics(),
-            peak_staging_bytes=self._arena.peak_slots * self._arena.slot_bytes,
+            storage,
+            peak_staging_bytes=self._arena.peak_slots * self._arena.slot_bytes + storage.scratch_bytes,
             memory_limit=max(self._options.memory_limit, self._arena.num_slots * self._arena.slot_bytes),
         )
 
@@ -189,22 +191,29 @@ class RankLoad:
             incidents=self._storage.incidents(),
         )
 
-    def _num_slots(self) -> int:
-        """Slots within the limit, and no more than there are blocks that could need one: all of them while torch is imported."""
-        num_reads = len(self._mine.reads)
+    def _limit_scratch(self) -> int:
+        """What the memory limit leaves to the slots: a quarter, at most, is the storage's, and one slot is there in any case."""
         memory_limit, slot_bytes = self._options.memory_limit, self._mine.node_plan.limits.block_bytes
+        if memory_limit == AS_MUCH_AS_USEFUL:
+            return memory_limit
         if 0 < memory_limit < slot_bytes:
             raise BudgetError(
                 f"memory_limit of {exact_bytes(memory_limit)} of rank {self._mine.rank} cannot hold one block of "
                 f"{exact_bytes(slot_bytes)}; plan with smaller blocks, or give that much"
             )
+        return memory_limit - self._storage.limit_scratch(max(0, min(memory_limit // 4, memory_limit - slot_bytes)))
+
+    def _num_slots(self) -> int:
+        """Slots within the limit, and no more than there are blocks that could need one: all of them while torch is imported."""
+        num_reads = len(self._mine.reads)
         if self._device_start.opened is not None:
             return min(num_reads, self._num_useful_slots())
-        return slots_within(memory_limit, block_bytes=slot_bytes, most=num_reads)
+        slot_bytes = self._mine.node_plan.limits.block_bytes
+        return slots_within(self._slots_limit, block_bytes=slot_bytes, most=num_reads)
 
     def _num_useful_slots(self) -> int:
         return useful_slots(
-            memory_limit=self._options.memory_limit,
+            memory_limit=self._slots_limit,
             block_bytes=self._mine.node_plan.limits.block_bytes,
             concurrency=self._options.concurrency,
         )

@@ -38,7 +38,7 @@ class LoadSettings(BaseModel):
         default=16,
         ge=1,
         le=1024,
-        description="Reads in flight per rank. Unset = 16; from a local disk, 16 over the ranks of the node, at least 4 each.",
+        description="Reads in flight per rank. Unset = 16; from a local disk, 4.",
     )
     memory_limit: Annotated[int, BeforeValidator(_parse_memory_limit)] | None = Field(
         default=None,

@@ -1,8 +1,7 @@
 """How much memory does staging take? Exactly one mapping, cut into equal slots, allocated once.
 
-A slot holds one block at the position that the block has in its grid cell, so memory and file offsets agree modulo the page
-size and direct I/O needs no second buffer. Slots are handed out last in, first out: memory that was touched is used again
-before fresh memory is, so a load touches only as many slots as it truly had in flight.
+A slot holds one block at the position that the block has in its grid cell. Slots are handed out last in, first out: memory that
+was touched is used again before fresh memory is, so a load touches only as many slots as it truly had in flight.
 
 The mapping is a memfd: neighbours map it by its descriptor, it has no name, and it is gone when the last process that maps it
 is. Slots are counted: a slot is free when its reader and every neighbour that takes pieces from it have let go.

@@ -41,7 +41,7 @@ class ObjectInfo:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StorageStatistics:
-    """What it took to get the bytes so far; zero where there is no network.
+    """What it took to get the bytes so far; all but the last are zero where there is no network.
 
     Attributes:
         num_connections: Connections that were opened.
@@ -50,6 +50,7 @@ class StorageStatistics:
         num_hedges: Second requests that were sent because an answer was late.
         num_cuts: Bodies that were late, and went on over another connection at the byte that they had reached.
         wasted_bytes: Bytes that came and were thrown away.
+        scratch_bytes: Memory that reads used besides the buffers that they filled.
     """
 
     num_connections: int = 0
@@ -58,6 +59,7 @@ class StorageStatistics:
     num_hedges: int = 0
     num_cuts: int = 0
     wasted_bytes: int = 0
+    scratch_bytes: int = 0
 
 
 class Incident(NamedTuple):
@@ -187,11 +189,8 @@ class Storage(Protocol):
         """
         ...
 
-    def prefers_aligned(self, path: str) -> bool:
-        """Whether reads run faster into memory whose address equals the file offset modulo 4096.
-
-        A preference only: every buffer works.
-        """
+    def limit_scratch(self, num_bytes: int) -> int:
+        """Lets reads use so much memory at most besides the buffers that they fill; how much they will use. Called before they begin."""
         ...
 
     def local_path(self, path: str) -> str | None:
@@ -243,9 +242,9 @@ class RemoteStorage:
         """See `Storage`; nobody else reads a remote file."""
         raise StorageError(f"{self.uri.rstrip('/')}/{path} is in a remote store, which nobody reads past this storage")
 
-    def prefers_aligned(self, path: str) -> bool:
-        """See `Storage`; never here."""
-        return False
+    def limit_scratch(self, num_bytes: int) -> int:
+        """See `Storage`; none."""
+        return 0
 
     def local_path(self, path: str) -> str | None:
         """See `Storage`; remote files are nowhere here."""

@@ -93,10 +93,9 @@ class MemoryStorage:
         """See `Storage`."""
         self._find(path, etag=etag)
 
-    def prefers_aligned(self, path: str) -> bool:
-        """See `Storage`."""
-        self._find(path)
-        return False
+    def limit_scratch(self, num_bytes: int) -> int:
+        """See `Storage`; none."""
+        return 0
 
     def local_path(self, path: str) -> str | None:
         """See `Storage`; there is no file."""

@@ -2,8 +2,7 @@
 
 Three ways, chosen per file:
 - in the page cache already, and local: `view` lends a mapping, and nobody reads at all;
-- on a local disk, not in the page cache: the 4096-aligned inside of an extent by O_DIRECT, straight into the caller's
-  buffer when its address allows that, and the ends of fewer than 4096 bytes through the page cache;
+- on a local disk, not in the page cache: by O_DIRECT, see `DirectBuffers`;
 - anything else: `preadv` through the page cache. Nothing is dropped from it afterwards: the kernel evicts clean pages
   first, and until then they serve the next rank or the next load.
 """
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from ray_streamer.errors import ObjectChangedError
 from ray_streamer.storage.base import ObjectInfo, StorageStatistics, check_buffer, ignore
+from ray_streamer.storage.direct_buffers import DirectBuffers
 from ray_streamer.storage.file_identity import FileIdentity
 from ray_streamer.storage.mounts import mount_of, read_mount_table
 from ray_streamer.storage.open_files import OpenFiles, num_places
@@ -42,6 +42,7 @@ class PosixStorage:
         self._mounts = read_mount_table()
         self.is_disk = mount_of(os.path.realpath(self._folder), self._mounts).is_disk
         self._open_files = OpenFiles(num_places(settings.concurrency))
+        self._buffers = DirectBuffers(settings.concurrency)
         self._lock = threading.Lock()
         # Every version that was read, the newest last: others may be reading an older one, or hold its mapping.
         self._versions: dict[str, list[PosixFile]] = {}
@@ -79,9 +80,9 @@ class PosixStorage:
         """See `Storage`."""
         self._file(path, etag=etag).check_unchanged()
 
-    def prefers_aligned(self, path: str) -> bool:
-        """See `Storage`; true for files that are read by O_DIRECT."""
-        return self._newest(path).prefers_direct
+    def limit_scratch(self, num_bytes: int) -> int:
+        """See `Storage`; O_DIRECT needs some, and without it reads go through the page cache."""
+        return self._buffers.limit(num_bytes) if self.is_disk and self._settings.direct_io != "off" else 0
 
     def local_path(self, path: str) -> str:
         """See `Storage`."""
@@ -99,8 +100,8 @@ class PosixStorage:
             return sorted(folder + slash + name for name in found if name.startswith(start))
 
     def statistics(self) -> StorageStatistics:
-        """See `Storage`; nothing to tell."""
-        return StorageStatistics()
+        """See `Storage`."""
+        return StorageStatistics(scratch_bytes=self._buffers.made_bytes)
 
     def incidents(self) -> tuple[Incident, ...]:
         """See `Storage`; none."""
@@ -109,6 +110,7 @@ class PosixStorage:
     def close(self) -> None:
         """See `Storage`; reads in flight finish."""
         self._open_files.close()
+        self._buffers.close()
         with self._lock:
             files = [file for versions in self._versions.values() for file in versions]
             self._versions.clear()
@@ -179,7 +181,9 @@ class PosixStorage:
         full_path = self._full_path(path)
         with os_errors_translated(full_path):
             mount = mount_of(os.path.realpath(full_path), self._mounts)
-        opened = PosixFile(full_path, mount=mount, settings=self._settings, open_files=self._open_files)
+        opened = PosixFile(
+            full_path, mount=mount, settings=self._settings, open_files=self._open_files, buffers=self._buffers
+        )
         with self._lock:
             versions = self._versions.setdefault(path, [])
             if versions and not _contradiction(opened, versions[-1].identity):

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from ray_streamer.storage.base import ObjectInfo, StorageSettings
+    from ray_streamer.storage.direct_buffers import DirectBuffers
     from ray_streamer.storage.mounts import Mount
     from ray_streamer.storage.open_files import OpenFile, OpenFiles
 
@@ -42,17 +43,21 @@ class PosixFile:
         mount: What holds it.
         settings: How it is read.
         open_files: Opens and closes it.
+        buffers: Memory for O_DIRECT.
 
     Attributes:
         path: Absolute path.
         mount: What holds it.
     """
 
-    def __init__(self, path: str, *, mount: Mount, settings: StorageSettings, open_files: OpenFiles) -> None:
+    def __init__(
+        self, path: str, *, mount: Mount, settings: StorageSettings, open_files: OpenFiles, buffers: DirectBuffers
+    ) -> None:
         self.path = path
         self.mount = mount
         self._settings = settings
         self._open_files = open_files
+        self._buffers = buffers
         self._lock = threading.Lock()
         self._mapping: memoryview | None = None
         self._refuses_direct = False
@@ -123,10 +128,8 @@ class PosixFile:
     def read_into(self, extent: Extent, buffer: memoryview) -> None:
         """Fill `buffer` with the bytes of `extent`; see `Storage.read_into`."""
         with self._opened() as opened:
-            aligned = self._aligned_part(extent, buffer)
-            num_direct = self._fill_direct(aligned, _part(buffer, extent, aligned), opened)
-            rest = (Extent(extent.start, aligned.start), Extent(aligned.start + num_direct, extent.stop))
-            num_buffered = sum(_fill(opened.buffered, _part(buffer, extent, part), part.start) for part in rest)
+            num_direct = self._fill_direct(extent, buffer, opened)
+            num_buffered = _fill(opened.buffered, buffer[num_direct:], extent.start + num_direct)
             self._refuse_other(opened.buffered)
         self._check_length(extent, num_direct + num_buffered)
 
@@ -143,7 +146,7 @@ class PosixFile:
         return wanted == "on" or (wanted == "auto" and not is_limited and self._is_in_memory)
 
     @property
-    def prefers_direct(self) -> bool:
+    def _prefers_direct(self) -> bool:
         """Whether big reads go around the page cache; found out once, and again when the file system refuses one."""
         if self._wants_direct is None:
             self._wants_direct = self._find_direct()
@@ -213,38 +216,42 @@ class PosixFile:
                 opened.direct = os.open(f"/proc/self/fd/{opened.buffered}", os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
         return opened.direct
 
-    def _aligned_part(self, extent: Extent, buffer: memoryview) -> Extent:
-        """The part of `extent` that O_DIRECT can bring into its place in `buffer`; empty when there is none."""
-        start = -(-extent.start // PAGE_BYTES) * PAGE_BYTES
-        stop = extent.stop // PAGE_BYTES * PAGE_BYTES
-        is_long = stop - start >= _LEAST_DIRECT_BYTES
-        if is_long and (_address_of(buffer) - extent.start) % PAGE_BYTES == 0 and self.prefers_direct:
-            return Extent(start, stop)
-        return Extent(extent.start, extent.start)
-
-    def _fill_direct(self, aligned: Extent, view: memoryview, opened: OpenFile) -> int:
+    def _fill_direct(self, extent: Extent, view: memoryview, opened: OpenFile) -> int:
         """Read as much as O_DIRECT gives; what is missing is then read through the page cache."""
-        direct = self._direct_descriptor(opened) if aligned.num_bytes else None
+        if extent.num_bytes < _LEAST_DIRECT_BYTES or not self._prefers_direct:
+            return 0
+        direct = self._direct_descriptor(opened)
         if direct is None:
             return 0
-        try:
-            return _fill(direct, view, aligned.start)
-        except OSError as error:
-            if error.errno != errno.EINVAL:
-                raise
-            # Some disks want more than 4096, and some file systems refuse only now.
-            self._refuses_direct = True
-            return 0
+        with self._buffers.borrow() as buffer:
+            if buffer is None:
+                return 0
+            try:
+                return _fill_through(buffer, direct, view, extent)
+            except OSError as error:
+                if error.errno != errno.EINVAL:
+                    raise
+                # Some disks want more than 4096, and some file systems refuse only now.
+                self._refuses_direct = True
+                return 0
 
 
-def _address_of(buffer: memoryview) -> int:
-    """Where in memory a buffer of at least one byte begins."""
-    return int(np.frombuffer(buffer, dtype=np.uint8).__array_interface__["data"][0])
-
-
-def _part(buffer: memoryview, whole: Extent, part: Extent) -> memoryview:
-    """The place of `part` in a buffer for `whole`."""
-    return buffer[part.start - whole.start : part.stop - whole.start]
+def _fill_through(buffer: memoryview, descriptor: int, view: memoryview, extent: Extent) -> int:
+    """Read the whole pages around an extent into `buffer`, piece by piece, and copy what belongs to it to `view`; the bytes that came."""
+    source, target = np.frombuffer(buffer, dtype=np.uint8), np.frombuffer(view, dtype=np.uint8)
+    stop = -(-extent.stop // PAGE_BYTES) * PAGE_BYTES
+    num_bytes = 0
+    while num_bytes < extent.num_bytes:
+        position = extent.start + num_bytes
+        page = position // PAGE_BYTES * PAGE_BYTES
+        count = os.preadv(descriptor, [buffer[: min(len(buffer), stop - page)]], page)
+        num_new = min(page + count, extent.stop) - position
+        if num_new <= 0:
+            break
+        # Lets other threads run, as an assignment of memoryviews does not.
+        np.copyto(target[num_bytes : num_bytes + num_new], source[position - page : position - page + num_new])
+        num_bytes += num_new
+    return num_bytes
 
 
 def _fill(descriptor: int, view: memoryview, offset: int) -> int:

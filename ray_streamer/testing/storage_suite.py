@@ -235,8 +235,12 @@ class StorageContract:
         assert view.readonly
         assert view == CONTENT
 
-    def test_prefers_aligned_is_only_a_preference(self, storage: Storage) -> None:
-        assert storage.prefers_aligned("model.safetensors") in (True, False)
+    @pytest.mark.parametrize("num_bytes", [0, 1, 3 << 20, 1 << 40])
+    def test_reads_need_no_scratch(self, storage: Storage, num_bytes: int) -> None:
+        assert 0 <= storage.limit_scratch(num_bytes) <= num_bytes
+        etag = storage.size_and_etag("model.safetensors").etag
+        assert read(storage, "model.safetensors", Extent(1, len(CONTENT)), etag) == CONTENT[1:]
+        assert storage.statistics().scratch_bytes <= num_bytes
 
     def test_a_local_path_leads_to_the_file(self, storage: Storage) -> None:
         path = storage.local_path("model.safetensors")

@@ -58,13 +58,10 @@ class RecordingStorage:
         inner: Storage,
         before_read: Callable[[str, Extent, int], None] | None,
         resident_paths: Collection[str],
-        *,
-        prefers_aligned: bool,
     ) -> None:
         self._inner = inner
         self._before_read = before_read
         self._resident_paths = resident_paths
-        self._prefers_aligned = prefers_aligned
         self._lock = threading.Lock()
         self.reads: list[tuple[str, Extent]] = []
 
@@ -73,9 +70,6 @@ class RecordingStorage:
 
     def is_resident(self, path: str) -> bool:
         return path in self._resident_paths
-
-    def prefers_aligned(self, path: str) -> bool:
-        return self._prefers_aligned
 
     def read_into(self, path: str, extent: Extent, buffer: memoryview, **keywords: Any) -> None:
         with self._lock:
@@ -191,7 +185,7 @@ def _prepare(
     before_read: dict[int, Callable[[str, Extent, int], None]] | None = None,
     devices: dict[int, Any] | None = None,
     resident_paths: Collection[str] = (),
-    prefers_aligned: bool = False,
+    is_staged: bool = False,
     out_by_rank: Sequence[dict[str, torch.Tensor]] | None = None,
     **load_arguments: Any,
 ) -> Running:
@@ -203,7 +197,6 @@ def _prepare(
             open_storage(plan.index.uri, NO_PAGE_CACHE),
             (before_read or {}).get(rank),
             resident_paths,
-            prefers_aligned=prefers_aligned,
         )
         for rank in ranks
     ]
@@ -222,6 +215,8 @@ def _prepare(
             ),
         )
         device = (devices or {}).get(rank) or open_device("cpu")
+        if is_staged:
+            device.landing = lambda *_: None  # as of memory that storage cannot read into
         if out_by_rank is not None:
             load_arguments["out"] = out_by_rank[rank]
         loads.append(RankLoad(plan.rank_plan(rank), storage, device, options, **load_arguments))

@@ -1,4 +1,4 @@
-"""Reads in flight: what the caller says, and from a disk that ranks share, the default for all of them together."""
+"""Reads in flight: what the caller says, and from a disk, fewer than from elsewhere."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ray_streamer.rank.conditions import LEAST_READS_OF_A_DISK, reads_in_flight
+from ray_streamer.rank.conditions import READS_OF_A_DISK, reads_in_flight
 from ray_streamer.settings import Settings
 from ray_streamer.storage import open_storage
 from ray_streamer.storage.memory import MemoryStorage
@@ -22,34 +22,32 @@ def on_disk(tmp_path):
     return storage
 
 
-@pytest.mark.parametrize(("num_local_ranks", "expected"), [(1, 16), (2, 8), (3, 5), (4, 4), (8, 4), (64, 4)])
-def test_ranks_share_the_default_for_a_disk(on_disk, num_local_ranks, expected):
-    assert expected >= LEAST_READS_OF_A_DISK
-    assert reads_in_flight(Settings.resolve(), on_disk, num_local_ranks=num_local_ranks) == expected
+def test_a_disk_is_busy_with_few(on_disk):
+    assert reads_in_flight(Settings.resolve(), on_disk) == READS_OF_A_DISK < Settings.resolve().concurrency
 
 
 @pytest.mark.parametrize("concurrency", [1, 16, 64])
-def test_what_the_caller_gives_is_each_ranks(on_disk, concurrency):
-    assert reads_in_flight(Settings.resolve(concurrency=concurrency), on_disk, num_local_ranks=8) == concurrency
+def test_what_the_caller_gives_is_kept(on_disk, concurrency):
+    assert reads_in_flight(Settings.resolve(concurrency=concurrency), on_disk) == concurrency
 
 
 def test_overriding_another_setting_gives_no_concurrency(on_disk):
     settings = Settings.resolve(block_bytes="4MiB").override(memory_limit="64MiB")
-    assert reads_in_flight(settings, on_disk, num_local_ranks=8) == 4
-    assert reads_in_flight(settings.override(concurrency=16), on_disk, num_local_ranks=8) == 16
+    assert reads_in_flight(settings, on_disk) == READS_OF_A_DISK
+    assert reads_in_flight(settings.override(concurrency=16), on_disk) == 16
 
 
-def test_what_the_environment_gives_is_each_ranks(on_disk, monkeypatch):
+def test_what_the_environment_gives_is_kept(on_disk, monkeypatch):
     monkeypatch.setenv("RAY_STREAMER_CONCURRENCY", "16")
     settings = Settings.resolve().model_copy(update={"max_bandwidth": 1})
-    assert reads_in_flight(settings, on_disk, num_local_ranks=8) == 16
+    assert reads_in_flight(settings, on_disk) == 16
 
 
-def test_other_storages_are_read_by_each_rank_as_before():
+def test_other_storages_get_what_they_got():
     MemoryStorage.put("memory://conditions", {"a": b"1"})
     try:
         storage = open_storage("memory://conditions", Settings.resolve())
-        assert reads_in_flight(Settings.resolve(), storage, num_local_ranks=8) == 16
+        assert reads_in_flight(Settings.resolve(), storage) == 16
     finally:
         MemoryStorage.remove("memory://conditions")
 

@@ -116,7 +116,7 @@ def test_errors_that_are_dropped_keep_no_memory(ranks, shared_plan):
     try:
         with ranks.nothing_left():
             running = ranks.prepare(
-                plan, memory_limit=2 * 4096, concurrency=2, prefers_aligned=True, before_read={0: fail_together}
+                plan, memory_limit=2 * 4096, concurrency=2, is_staged=True, before_read={0: fail_together}
             )
             (outcome,) = running.start().join()
     finally:
@@ -147,7 +147,7 @@ def test_a_copy_error_of_the_cpu_device(ranks, shared_plan):
         def empty(self, dtype, shape):
             return super().empty(dtype, tuple(size // 2 for size in shape))
 
-    running = ranks.prepare(plan, devices={0: ShortDevice()}, prefers_aligned=True).start()
+    running = ranks.prepare(plan, devices={0: ShortDevice()}, is_staged=True).start()
     (outcome,) = running.join()
     assert isinstance(outcome, ValueError)
 
@@ -191,7 +191,7 @@ def test_an_error_in_on_complete_is_not_lost_when_a_device_thread_delivers(ranks
             raise LookupError("large")
 
     device = ThreadedDevice()
-    running = ranks.prepare(plan, devices={0: device}, prefers_aligned=True, on_complete=on_complete).start()
+    running = ranks.prepare(plan, devices={0: device}, is_staged=True, on_complete=on_complete).start()
     (outcome,) = running.join()
     assert isinstance(outcome, LookupError)
     assert not device.errors
@@ -415,7 +415,7 @@ def test_a_file_that_changes_while_it_is_copied(ranks, tmp_path, monkeypatch, ch
 
     devices = {0: WritingDevice()}
     resident_paths = [path.name] if is_mapped else []
-    options = {"devices": devices, "resident_paths": resident_paths, "prefers_aligned": True, "concurrency": 1}
+    options = {"devices": devices, "resident_paths": resident_paths, "is_staged": True, "concurrency": 1}
     (outcome,) = ranks.prepare(plan, **options).start().join()
     assert isinstance(outcome, ObjectChangedError)
     assert "00000.safetensors on host" in str(outcome)

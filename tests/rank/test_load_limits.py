@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from pathlib import Path
 
@@ -11,10 +12,13 @@ from ray_streamer.device.cpu import CpuDevice
 from ray_streamer.errors import BudgetError
 from ray_streamer.planning.limits import AS_MUCH_AS_USEFUL
 from ray_streamer.planning.topology import Topology
+from ray_streamer.settings import Settings
+from ray_streamer.storage import open_storage
 from ray_streamer.testing.oracle import bytes_of, expected_results
 from ray_streamer.testing.parts import TensorPart
 
 GATE_SECONDS = 30.0
+MIB = 1 << 20
 
 
 def _expect_slices(plan, tensors_by_rank) -> None:
@@ -122,6 +126,32 @@ def test_concurrent_reads_hold_slots_at_the_same_time(ranks, tmp_path):
     running = ranks.prepare(plan, memory_limit=4 * 4096, concurrency=4, before_read={0: meet_the_others})
     running.start().tensors()
     assert running.loads[0].statistics().peak_staging_bytes == 4 * 4096
+
+
+@pytest.mark.parametrize("is_staged", [True, False], ids=["staged", "direct"])
+@pytest.mark.parametrize(
+    ("limit_mib", "block_mib", "scratch_mib"),
+    [(AS_MUCH_AS_USEFUL, 1, 8), (64, 1, 8), (16, 1, 4), (8, 1, 2), (4, 1, 0), (9, 8, 0), (10, 8, 2)],
+)
+def test_the_limit_holds_buffers_of_direct_reads_too(ranks, tmp_path, limit_mib, block_mib, scratch_mib, is_staged):
+    if not open_storage(str(tmp_path), Settings.resolve()).is_disk:
+        pytest.skip("needs a disk")
+    num_bytes = 24 * MIB
+    folder = ranks.write(tmp_path, [[("large", "U8", (num_bytes,))]])
+    descriptor = os.open(folder / "00000.safetensors", os.O_RDWR)
+    os.fsync(descriptor)
+    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    os.close(descriptor)
+    slices = {"large": (TensorPart.whole((num_bytes,)),)}
+    plan = ranks.plan(str(folder), slices, topology=Topology.even(1), block_bytes=block_mib * MIB)
+    limit = limit_mib * MIB if limit_mib > 0 else limit_mib
+    running = ranks.prepare(plan, memory_limit=limit, concurrency=4, is_staged=is_staged)
+    _expect_slices(plan, running.start().tensors())
+    statistics = running.loads[0].statistics()
+    assert statistics.storage.scratch_bytes <= scratch_mib * MIB
+    assert (statistics.storage.scratch_bytes > 0) == (scratch_mib > 0)
+    if limit > 0:
+        assert statistics.peak_staging_bytes <= limit
 
 
 def test_no_more_reads_than_concurrency_at_once(ranks, tmp_path):

@@ -46,12 +46,12 @@ def _equal(left: torch.Tensor, right: torch.Tensor) -> bool:
     return torch.equal(left.reshape(-1).view(torch.uint8), right.reshape(-1).view(torch.uint8))
 
 
-@pytest.mark.parametrize("prefers_aligned", [False, True], ids=["direct", "staged"])
-def test_given_tensors_are_filled_in_place(ranks, alone_plan, prefers_aligned):
+@pytest.mark.parametrize("is_staged", [False, True], ids=["direct", "staged"])
+def test_given_tensors_are_filled_in_place(ranks, alone_plan, is_staged):
     expected = ranks.prepare(alone_plan).start().tensors()[0]
     out = {"rows": torch.zeros(64, 48), "scalar": torch.zeros((), dtype=torch.float64)}
     addresses = {name: tensor.data_ptr() for name, tensor in out.items()}
-    (tensors,) = ranks.prepare(alone_plan, out=out, prefers_aligned=prefers_aligned).start().tensors()
+    (tensors,) = ranks.prepare(alone_plan, out=out, is_staged=is_staged).start().tensors()
     for name, given in out.items():
         assert tensors[name] is given
         assert given.data_ptr() == addresses[name]
@@ -61,13 +61,13 @@ def test_given_tensors_are_filled_in_place(ranks, alone_plan, prefers_aligned):
     assert _equal(tensors["columns"], expected["columns"])
 
 
-@pytest.mark.parametrize("prefers_aligned", [False, True], ids=["direct", "staged"])
-def test_views_into_a_bigger_buffer_are_filled_and_their_surroundings_left(ranks, alone_plan, prefers_aligned):
+@pytest.mark.parametrize("is_staged", [False, True], ids=["direct", "staged"])
+def test_views_into_a_bigger_buffer_are_filled_and_their_surroundings_left(ranks, alone_plan, is_staged):
     expected = ranks.prepare(alone_plan).start().tensors()[0]
     buffer = torch.full((3, 64, 48), 7.0)
     pool = torch.full((96 * 200 + 10,), 7.0, dtype=torch.bfloat16)
     out = {"rows": buffer[1], "columns": pool[5:-5].view(96, 200)}
-    ranks.prepare(alone_plan, out=out, prefers_aligned=prefers_aligned).start().tensors()
+    ranks.prepare(alone_plan, out=out, is_staged=is_staged).start().tensors()
     assert _equal(buffer[1], expected["rows"])
     assert _equal(pool[5:-5].view(96, 200), expected["columns"])
     assert (buffer[[0, 2]] == 7).all()
@@ -143,7 +143,7 @@ def test_no_tensor_is_complete_before_its_last_piece(ranks, alone_plan):
         alone_plan,
         concurrency=1,
         devices={0: WatchedDevice()},
-        prefers_aligned=True,
+        is_staged=True,
         out=out,
         on_complete=lambda items: reported.extend(name for name, _ in items),
     )

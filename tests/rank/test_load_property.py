@@ -46,7 +46,7 @@ class Case:
     padding: int
     is_in_memory: bool
     resident_files: set[int]
-    prefers_aligned: bool
+    is_staged: bool
     cuda_ranks: set[int]
     short_run_bytes: int
     device_scratch_bytes: int
@@ -121,7 +121,7 @@ def cases(draw) -> Case:
         padding=draw(st.integers(0, 9)),
         is_in_memory=draw(st.booleans()),
         resident_files=draw(st.sets(st.integers(0, 2), max_size=1)),
-        prefers_aligned=draw(st.booleans()),
+        is_staged=draw(st.booleans()),
         cuda_ranks=draw(st.sets(st.sampled_from(range(num_ranks)))) if draw(st.booleans()) else set(),
         short_run_bytes=draw(st.sampled_from([0, 64, 1 << 20])),
         device_scratch_bytes=draw(st.sampled_from([0, 0, 300, 1 << 14])),
@@ -238,7 +238,7 @@ def test_every_rank_holds_what_safetensors_gives(case, ranks):
                 memory_limit=memory_limit,
                 concurrency=case.concurrency,
                 resident_paths={file.path for n, file in enumerate(plan.index.files) if n in case.resident_files},
-                prefers_aligned=case.prefers_aligned,
+                is_staged=case.is_staged,
             )
             tensors = running.start().tensors()
         _check_tensors(plan, folder, tensors)

@@ -111,7 +111,7 @@ def test_a_read_that_fails_was_asked_and_never_came(ranks, tmp_path):
         if count == 3:
             raise ShortReadError("too short")
 
-    running = ranks.prepare(plan, concurrency=1, prefers_aligned=True, before_read={0: fail}).start()
+    running = ranks.prepare(plan, concurrency=1, is_staged=True, before_read={0: fail}).start()
     (outcome,) = running.join()
     assert isinstance(outcome, ShortReadError)
     spans, statistics = running.loads[0].spans(), running.loads[0].statistics()

@@ -6,6 +6,7 @@ import errno
 import mmap
 import os
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from ray_streamer.errors import AccessError, ObjectChangedError, ObjectMissingEr
 from ray_streamer.extent import Extent
 from ray_streamer.settings import Settings
 from ray_streamer.storage import open_storage, residency
+from ray_streamer.storage.direct_buffers import BUFFER_BYTES
 from ray_streamer.storage.mounts import Mount, mount_of, read_mount_table
 from ray_streamer.storage.residency import count_cached_pages, is_page_cached, seems_page_cached
 from ray_streamer.testing.storage_suite import CONTENT, StorageContract
@@ -92,6 +94,11 @@ def is_cached(path: Path) -> bool:
         os.close(descriptor)
 
 
+def num_cached(path: Path) -> int | None:
+    with path.open("rb") as file:
+        return count_cached_pages(file.fileno())
+
+
 @pytest.fixture
 def big(tmp_path):
     """A file of several MiB that is on disk and not in the page cache."""
@@ -141,26 +148,44 @@ def read_at(storage, extent: Extent, *, skew: int = 0) -> bytes:
         pytest.param(Extent(0, len(BIG)), id="everything"),
     ],
 )
-def test_direct_reads_leave_the_page_cache_alone(big, open_folder, extent):
+@pytest.mark.parametrize("skew", [0, 8], ids=["aligned-memory", "any-memory"])
+def test_direct_reads_leave_the_page_cache_alone(big, open_folder, extent, skew):
     storage = open_folder()
-    assert storage.prefers_aligned("big")
-    assert read_at(storage, extent) == BIG[extent.start : extent.stop]
-    assert not is_cached(big)
-
-
-def test_memory_that_is_not_congruent_is_read_through_the_page_cache(big, open_folder):
-    storage = open_folder()
-    assert storage.prefers_aligned("big")
-    assert read_at(storage, Extent(0, len(BIG)), skew=8) == BIG
-    assert is_cached(big)
-    assert storage.prefers_aligned("big"), "the file system was asked, and refused"
+    assert read_at(storage, extent, skew=skew) == BIG[extent.start : extent.stop]
+    assert num_cached(big) == 0
+    assert storage.statistics().scratch_bytes == BUFFER_BYTES
 
 
 def test_direct_io_off_reads_through_the_page_cache(big, open_folder):
     storage = open_folder(direct_io="off")
-    assert not storage.prefers_aligned("big")
+    assert storage.limit_scratch(1 << 40) == 0
     assert read_at(storage, Extent(0, len(BIG))) == BIG
     assert is_cached(big)
+    assert storage.statistics().scratch_bytes == 0
+
+
+def test_reads_without_scratch_go_through_the_page_cache(big, open_folder):
+    storage = open_folder()
+    assert storage.limit_scratch(BUFFER_BYTES - 1) == 0
+    assert read_at(storage, Extent(0, len(BIG))) == BIG
+    assert is_cached(big)
+
+
+def test_many_readers_share_the_buffers(big, open_folder):
+    storage = open_folder(concurrency=32)
+    assert storage.limit_scratch(2 * BUFFER_BYTES + 1) == 2 * BUFFER_BYTES
+    etag = storage.size_and_etag("big").etag
+
+    def read(start: int) -> bytes:
+        memory = bytearray(len(BIG) - start)
+        storage.read_into("big", Extent(start, len(BIG)), memoryview(memory), etag=etag)
+        return bytes(memory)
+
+    with ThreadPoolExecutor(16) as threads:
+        starts = range(0, 16 * 777, 777)
+        assert list(threads.map(read, starts)) == [BIG[start:] for start in starts]
+    assert num_cached(big) == 0
+    assert 0 < storage.statistics().scratch_bytes <= 2 * BUFFER_BYTES
 
 
 def test_residency_decides_between_mapping_and_direct(big, open_folder):
@@ -171,7 +196,6 @@ def test_residency_decides_between_mapping_and_direct(big, open_folder):
     big.read_bytes()
     warm = open_folder()
     assert warm.is_resident("big")
-    assert not warm.prefers_aligned("big")
     view = warm.view("big", etag=etag)
     assert view == BIG
     assert warm.view("big", etag=etag) is view
@@ -186,7 +210,9 @@ def test_settings_overrule_residency(big, open_folder):
     assert open_folder(page_cache="on").is_resident("big")
     big.read_bytes()
     assert not open_folder(page_cache="off").is_resident("big")
-    assert open_folder(direct_io="on").prefers_aligned("big")
+    storage = open_folder(direct_io="on", page_cache="off")
+    assert read_at(storage, Extent(0, len(BIG))) == BIG
+    assert storage.statistics().scratch_bytes
 
 
 def test_asking_for_residency_does_not_make_a_file_resident(big, open_folder):
@@ -230,7 +256,7 @@ def test_files_in_memory_are_mapped_and_never_read_directly(open_folder):
         (folder / "a").write_bytes(CONTENT)
         storage = open_storage(str(folder), Settings.resolve(direct_io="on"))
         assert storage.is_resident("a")
-        assert not storage.prefers_aligned("a")
+        assert storage.limit_scratch(1 << 40) == 0
         storage.close()
     finally:
         (folder / "a").unlink()
@@ -239,17 +265,20 @@ def test_files_in_memory_are_mapped_and_never_read_directly(open_folder):
 
 def test_a_file_system_that_refuses_direct_reads_is_read_through_the_page_cache(big, open_folder, monkeypatch):
     storage = open_folder()
-    assert storage.prefers_aligned("big")
     preadv = os.preadv
+    num_refused = 0
 
     def refusing(descriptor, buffers, offset, *flags):
         if os.readlink(f"/proc/self/fd/{descriptor}") == str(big) and _flags_of(descriptor) & os.O_DIRECT:
+            nonlocal num_refused
+            num_refused += 1
             raise OSError(errno.EINVAL, "Invalid argument")
         return preadv(descriptor, buffers, offset, *flags)
 
     monkeypatch.setattr(os, "preadv", refusing)
-    assert read_at(storage, Extent(0, len(BIG))) == BIG
-    assert not storage.prefers_aligned("big")
+    for _ in range(2):
+        assert read_at(storage, Extent(0, len(BIG))) == BIG
+    assert num_refused == 1, "it was asked again"
 
 
 def _flags_of(descriptor: int) -> int:
@@ -404,7 +433,6 @@ def test_close_waits_for_no_read_and_breaks_none(big, open_folder, monkeypatch):
         assert may_go_on.wait(30)
         return preadv(*args)
 
-    assert storage.prefers_aligned("big")
     monkeypatch.setattr(os, "preadv", slow)
     reader = threading.Thread(target=lambda: result.append(read_at(storage, Extent(10, len(BIG) - 10))))
     reader.start()
@@ -480,7 +508,7 @@ def test_remote_file_systems_are_read_in_blocks(big, tmp_path, monkeypatch, kind
     monkeypatch.setattr("ray_streamer.storage.posix.read_mount_table", lambda: (Mount("/", kind),))
     storage = open_storage(str(tmp_path), Settings.resolve(direct_io="on"))
     assert not storage.is_resident("big")
-    assert not storage.prefers_aligned("big")
+    assert storage.limit_scratch(1 << 40) == 0
     assert read_at(storage, Extent(0, len(BIG))) == BIG
     storage.close()
 
