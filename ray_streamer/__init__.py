@@ -15,6 +15,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from ray_streamer import errors
+from ray_streamer.collector import collector_paused
 
 if TYPE_CHECKING:
     from ray_streamer.api.files import ls, pull
@@ -173,7 +174,8 @@ def __getattr__(name: str) -> Any:
     """Imports a public name when it is first used."""
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    with collector_paused():
+        value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
     # Over a submodule of the same name, such as `plan`, which the import has just bound.
     globals()[name] = value
     return value

@@ -1,7 +1,8 @@
 """May the cyclic garbage collector wait a moment? While many objects are made that all stay, its passes find nothing.
 
 A process that has imported torch, or runs an engine, has a heap that each full pass walks for a tenth of a second: a third of the time in
-which a large checkpoint's headers are parsed and planned. It waits only while something is computed, never while anything is waited for.
+which a large checkpoint's headers are parsed and planned, and of what it takes to import this package. It waits only while something is
+computed, never while anything is waited for.
 """
 
 from __future__ import annotations
@@ -38,6 +39,14 @@ def collector_paused() -> Iterator[None]:
             _num_pausing = max(0, _num_pausing - 1)
             if not _num_pausing and _was_enabled:
                 gc.enable()
+
+
+@contextmanager
+def imports_kept() -> Iterator[None]:
+    """For imports that stay, in a process of this package's own: no passes meanwhile, and later ones leave out all that is there by now."""
+    with collector_paused():
+        yield
+        gc.freeze()
 
 
 def _go_on_in_child() -> None:

@@ -30,6 +30,7 @@ ORDER = (
         "rows",
         "column_bytes",
         "collector",
+        "arguments",
     ),
     ("storage",),
     ("files", "named_checkpoint"),

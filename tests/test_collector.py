@@ -95,3 +95,30 @@ print(set(ends), gc.isenabled())
 def test_a_forked_process_has_it_on_whatever_other_threads_do():
     command = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", FORKED]
     assert subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout == "{0} True\n"
+
+
+KEPT = """
+import gc, sys
+from ray_streamer.exchange.liveness import Activity
+from ray_streamer.staging.stop import StopSignal
+from ray_streamer.rank.device_start import DeviceStart
+
+def open_device():
+    import torch
+    return torch
+
+assert "torch" not in sys.modules
+owns_process = sys.argv[1] == "own"
+start = DeviceStart(open_device, wants_staging=False, timeout_seconds=120, owns_process=owns_process)
+start.wait(StopSignal(), Activity())
+assert gc.isenabled()
+print(gc.get_freeze_count())
+"""
+
+
+@pytest.mark.parametrize("kind", ["own", "callers"])
+def test_only_in_processes_of_its_own_torch_is_left_out_for_good(kind):
+    done = subprocess.run([sys.executable, "-c", KEPT, kind], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    num_kept = int(done.stdout)
+    assert num_kept > 50_000 if kind == "own" else num_kept == 0

@@ -35,12 +35,12 @@ class RayStreamer:
     def __init__(self, task: Task) -> None:
         import torch  # noqa: F401
 
-        import ray_streamer.api.rank
+        import ray_streamer
 
         if task.uri.startswith("s3://"):
             import boto3  # noqa: F401
         self.task = task
-        self.load_rank = ray_streamer.api.rank.load_rank
+        self.load_rank = ray_streamer.load_rank
 
     def load(self) -> Tensors:
         return self.load_rank(

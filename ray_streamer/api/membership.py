@@ -9,15 +9,15 @@ nothing                         a load of one rank
 
 from __future__ import annotations
 
-import operator
 import os
 import secrets
 import socket
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ray_streamer.api.launchers import find_layout
+from ray_streamer.api.launchers import find_layout, number_said
 from ray_streamer.api.process_group import ProcessGroup
+from ray_streamer.arguments import whole_number
 from ray_streamer.checkpoint.index_bytes import index_to_bytes
 from ray_streamer.errors import SettingsError
 from ray_streamer.exchange.liveness import Timeouts
@@ -118,24 +118,17 @@ def find_membership(
         raise SettingsError(f"give rank and world_size, or neither: rank={rank} world_size={world_size}")
     if session is not None and not session:
         raise SettingsError("session is empty: give a name that the ranks of this load share and no other load uses")
-    local_world_size = None if local_world_size is None else _whole_number("local_world_size", local_world_size)
+    local_world_size = None if local_world_size is None else whole_number("local_world_size", local_world_size)
     if rank is not None and world_size is not None:
         if group is not None:
             raise SettingsError("give group, or rank and world_size, not both: a group's ranks know who they are")
-        rank, world_size = _whole_number("rank", rank), _whole_number("world_size", world_size)
+        rank, world_size = whole_number("rank", rank), whole_number("world_size", world_size)
         return _from_arguments(rank, world_size, local_world_size, session)
     asked = ProcessGroup(group) if group is not None else ProcessGroup.default()
     if asked is not None:
         _check_local_size(local_world_size, asked.topology)
         return Membership(rank=asked.rank, topology=asked.topology, session=asked.session, group=asked)
     return _from_environment(local_world_size, session)
-
-
-def _whole_number(name: str, value: object) -> int:
-    try:
-        return operator.index(value)  # pyright: ignore[reportArgumentType]  # what is none is told
-    except TypeError:
-        raise SettingsError(f"{name} is a whole number, got {value!r}") from None
 
 
 def _check_local_size(said: int | None, found: Topology) -> None:
@@ -174,13 +167,11 @@ def _from_environment(local_world_size: int | None, session: str | None) -> Memb
                 "torchrun, or give rank and world_size"
             )
         return Membership(rank=0, topology=Topology.even(1), session=secrets.token_hex(16))
-    try:
-        rank, world_size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
-        int(environment.get("LOCAL_WORLD_SIZE", world_size))
-    except (KeyError, ValueError) as error:
-        raise SettingsError(
-            f"RANK, WORLD_SIZE and LOCAL_WORLD_SIZE must be whole numbers, all or none: {error}"
-        ) from None
+    rank, world_size = number_said("RANK", environment), number_said("WORLD_SIZE", environment)
+    is_whole = "LOCAL_WORLD_SIZE" not in environment or number_said("LOCAL_WORLD_SIZE", environment) is not None
+    if rank is None or world_size is None or not is_whole:
+        said = " ".join(f"{name}={environment.get(name)!r}" for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+        raise SettingsError(f"RANK, WORLD_SIZE and LOCAL_WORLD_SIZE must be whole numbers, all or none: {said}")
     if not 0 <= rank < world_size <= MAX_RANKS:
         raise SettingsError(f"need 0 <= RANK < WORLD_SIZE <= {MAX_RANKS}, got RANK={rank} WORLD_SIZE={world_size}")
     layout = find_layout(rank, world_size, environment, local_world_size=local_world_size)

@@ -65,6 +65,8 @@ def find_cluster(address: str | None, connect_timeout_seconds: float) -> str | N
     check_address(named)
     if named and named.startswith("ray://"):
         raise ClusterError(NO_CLIENT)
+    if named and "://" in named:
+        raise SettingsError(f"the address of a Ray cluster is the text host:port, auto or local, got {named!r}")
     try:
         # Private, but there is no public way to learn the address without using it.
         known = services.canonicalize_bootstrap_address(address)  # pyright: ignore[reportArgumentType]
@@ -77,8 +79,9 @@ def find_cluster(address: str | None, connect_timeout_seconds: float) -> str | N
             logger.info("the cluster that Ray remembers is gone (%s); starting a local one", error)
             return None
         origin = "RAY_ADDRESS" if named and named != address else "address"
+        reason = "it is no host:port" if isinstance(error, ValueError) else error
         raise ClusterError(
-            f"no Ray cluster answers at {origin}={named or address!r}: {error}. Give the host:port of its head node, "
+            f"no Ray cluster answers at {origin}={named or address!r}: {reason}. Give the host:port of its head node, "
             "unset it to start a local Ray, or start one with `ray start --head`"
         ) from error
     _enter(known, connect_timeout_seconds)

@@ -94,7 +94,7 @@ class LoadWorker:
         self._rank = rank
         self._request = request
         self._device_name = assigned_device(request.device)
-        self._device = request.start_device(self._device_name)
+        self._device = request.start_device(self._device_name, owns_process=True)
         self._lock = threading.Lock()
         self._session: NodeSession | None = None
         self._is_loading = False

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from ray_streamer.device.base import Result, address_of, check_out, span_bytes
-from ray_streamer.device.first_touch import fault_in
+from ray_streamer.device.first_touch import fault_in, may_write
 from ray_streamer.errors import DeviceError
 from ray_streamer.process_limits import limits_explained
 
@@ -65,6 +65,11 @@ class CpuDevice:
     def check_target(self, name: str, tensor: torch.Tensor) -> None:
         """See `Device.check_target`."""
         check_out(name, tensor, is_here=tensor.device.type == "cpu", device_name=self.name)
+        # The last page: whether the first was touched tells `fault_in` of the rest.
+        if tensor.numel() and not may_write(tensor.data_ptr() + span_bytes(tensor) - 1):
+            raise DeviceError(
+                f"out[{name!r}] lies in memory that is read-only, as a file mapped so; give {name}.clone()"
+            )
 
     def wait_for_caller_stream(self) -> None:
         """See `Device.wait_for_caller_stream`; host memory is the caller's own to order."""

@@ -9,8 +9,11 @@ quarter to the copy.
 from __future__ import annotations
 
 import ctypes
+import mmap
 import threading
 import time
+from contextlib import suppress
+from functools import cache
 
 from ray_streamer.extent import PAGE_BYTES
 
@@ -35,6 +38,36 @@ def fault_in(address: int, num_bytes: int) -> None:
     if not _is_there(start):
         _madvise(start, stop - start, _MADV_POPULATE_WRITE)
     _spent.seconds = getattr(_spent, "seconds", 0.0) + time.perf_counter() - began
+
+
+def may_write(address: int) -> bool:
+    """Whether the memory at `address` may be written, as that of a file mapped read-only may not; touches its page.
+
+    True where the kernel does not say (before Linux 5.14).
+    """
+    page = address // PAGE_BYTES * PAGE_BYTES
+    return _populates(page) or not _kernel_populates() or _permits_writing(page)
+
+
+def _populates(page: int) -> bool:
+    return _madvise(page, PAGE_BYTES, _MADV_POPULATE_WRITE) == 0
+
+
+@cache
+def _kernel_populates() -> bool:
+    with mmap.mmap(-1, PAGE_BYTES) as own:
+        return _populates(ctypes.addressof(ctypes.c_char.from_buffer(own)))
+
+
+def _permits_writing(page: int) -> bool:
+    """What the mapping that holds a page permits; memory of devices is not populated, and may be written. True where nothing is said."""
+    with suppress(OSError), open("/proc/self/maps", encoding="ascii", errors="replace") as maps:
+        for line in maps:
+            span, permissions, _ = line.split(" ", 2)
+            start, stop = (int(end, 16) for end in span.split("-"))
+            if start <= page < stop:
+                return "w" in permissions
+    return True
 
 
 def _is_there(page: int) -> bool:

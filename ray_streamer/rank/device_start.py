@@ -8,6 +8,7 @@ import time
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Self
 
+from ray_streamer.collector import imports_kept
 from ray_streamer.errors import StartupTimeoutError
 from ray_streamer.process_limits import limits_explained, start_thread
 
@@ -29,6 +30,7 @@ class DeviceStart:
         open_device: Opens it.
         wants_staging: Whether it will be one of those that do; see `Device`.
         timeout_seconds: How long it may take, from now on.
+        owns_process: Whether the process runs nothing else, so that the garbage collector may leave out torch for good.
 
     Raises:
         DeviceError: Where torch is imported already, and there is no such device.
@@ -37,8 +39,16 @@ class DeviceStart:
         wants_staging: As given.
     """
 
-    def __init__(self, open_device: Callable[[], Device], *, wants_staging: bool, timeout_seconds: float) -> None:
+    def __init__(
+        self,
+        open_device: Callable[[], Device],
+        *,
+        wants_staging: bool,
+        timeout_seconds: float,
+        owns_process: bool = False,
+    ) -> None:
         self.wants_staging = wants_staging
+        self._owns_process = owns_process
         self._open_device = open_device
         self._timeout_seconds = timeout_seconds
         self._began = time.monotonic()
@@ -65,6 +75,9 @@ class DeviceStart:
     def _open(self) -> None:
         try:
             with limits_explained("import torch and open the device"):
+                if self._owns_process:
+                    with imports_kept():
+                        import torch as torch
                 device = self._open_device()
             self._opened.set_result(device)
         except BaseException as error:

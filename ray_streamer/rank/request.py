@@ -88,8 +88,8 @@ class LoadRequest:
             gpu_direct_storage=self.settings.gpu_direct_storage == "on",
         )
 
-    def start_device(self, name: str) -> DeviceStart:
-        """The device called `name`, which begins to come up.
+    def start_device(self, name: str, *, owns_process: bool = False) -> DeviceStart:
+        """The device called `name`, which begins to come up; see `DeviceStart`.
 
         Raises:
             DeviceError: Where torch is imported already, and there is no such device.
@@ -98,6 +98,7 @@ class LoadRequest:
             lambda: self.open_device(name),
             wants_staging=is_cuda(name),
             timeout_seconds=self.settings.startup_timeout_seconds,
+            owns_process=owns_process,
         )
 
     def open_index(self) -> CheckpointIndex:

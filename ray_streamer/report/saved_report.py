@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -47,11 +48,14 @@ def read_report(path: Path) -> LoadReport:
     """The report that `ray-streamer load --report FILE` wrote.
 
     Raises:
-        OSError: The file cannot be read.
-        SettingsError: It is no such report, or one of another version; says what is wrong with it.
+        SettingsError: It cannot be read, is no such report, or one of another version; says what is wrong with it.
     """
     try:
         said = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SettingsError(
+            f"{path} cannot be read: {os.strerror(error.errno or 0)}; ray-streamer load --report FILE writes one"
+        ) from None
     except (ValueError, RecursionError) as error:
         raise SettingsError(f"{path} is no JSON file: {error}; ray-streamer load --report FILE writes one") from None
     return report_of(said, origin=str(path))

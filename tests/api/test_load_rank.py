@@ -421,6 +421,8 @@ def test_a_place_that_cannot_be(checkpoint: Any, arguments: dict[str, Any], mess
         pytest.param({"RANK": "0"}, id="no-world-size"),
         pytest.param({"WORLD_SIZE": "2"}, id="no-rank"),
         pytest.param({"RANK": "zero", "WORLD_SIZE": "2"}, id="no-number"),
+        pytest.param({"RANK": "0", "WORLD_SIZE": "1_0"}, id="digits-of-python"),
+        pytest.param({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "two"}, id="no-local-number"),
     ],
 )
 def test_an_environment_that_says_half(

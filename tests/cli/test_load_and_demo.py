@@ -76,7 +76,9 @@ def test_a_report_is_shown_again(invoke, sound_load, tmp_path):
     assert "peak staging / limit" in result.stdout
     assert "No word on what bounded the load" in result.stdout
     missing = invoke("report", tmp_path / "none.json", "--json")
-    assert (missing.exit_code, json.loads(missing.stdout)["error"]["type"]) == (1, "FileNotFoundError")
+    error = json.loads(missing.stdout)["error"]
+    assert (missing.exit_code, error["type"]) == (1, "SettingsError")
+    assert "none.json cannot be read: No such file or directory" in error["message"]
 
 
 def test_load_shows_a_table(invoke, checkpoint, local_ray, monkeypatch):

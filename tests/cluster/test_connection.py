@@ -71,8 +71,9 @@ def test_the_environments_address_is_named_when_it_does_not_answer(
 
 @pytest.mark.parametrize("address", ["nonsense", "host:port", "ray://127.0.0.1:10001"])
 def test_an_address_that_cannot_be_used_is_a_cluster_error(address: str) -> None:
-    with pytest.raises(ClusterError, match=r"address=|Ray Client"):
+    with pytest.raises(ClusterError, match=r"address=|Ray Client") as caught:
         connect(address)
+    assert "invalid literal" not in str(caught.value)
 
 
 def test_a_user_in_an_address_is_refused_and_not_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,6 +92,8 @@ def test_an_address_of_another_kind_is_named() -> None:
     for ask in (connect, lambda address: find_dashboard(address, 1.0)):
         with pytest.raises(SettingsError, match="address is the text host:port, auto or local, got int"):
             ask(wrong)
+    with pytest.raises(SettingsError, match="is the text host:port, auto or local, got 'bogus://x'"):
+        connect("bogus://x")
 
 
 def test_ray_client_in_the_environment_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

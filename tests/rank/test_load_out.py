@@ -6,6 +6,7 @@ import threading
 from collections import Counter
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pytest
 import torch
 
@@ -73,6 +74,19 @@ def test_views_into_a_bigger_buffer_are_filled_and_their_surroundings_left(ranks
     assert (buffer[[0, 2]] == 7).all()
     assert (pool[:5] == 7).all()
     assert (pool[-5:] == 7).all()
+
+
+@pytest.mark.filterwarnings("ignore:The given NumPy array is not writable")
+def test_memory_that_may_not_be_written_is_refused(ranks, alone_plan, tmp_path):
+    """A write would end the process."""
+    (tmp_path / "mapped").write_bytes(bytes(64 * 48 * 4))
+    read_only = torch.from_numpy(np.memmap(tmp_path / "mapped", dtype=np.float32, mode="r", shape=(64, 48)))
+    with pytest.raises(DeviceError, match=r"out\['rows'\] lies in memory that is read-only"):
+        ranks.prepare(alone_plan, out={"rows": read_only})
+    own_copy = torch.from_numpy(np.memmap(tmp_path / "mapped", dtype=np.float32, mode="c", shape=(64, 48)))
+    (tensors,) = ranks.prepare(alone_plan, out={"rows": own_copy}).start().tensors()
+    assert tensors["rows"] is own_copy
+    assert not any((tmp_path / "mapped").read_bytes())
 
 
 def test_parameters_may_be_given(ranks, alone_plan):

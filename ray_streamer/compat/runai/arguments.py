@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -10,22 +9,6 @@ from ray_streamer.errors import SettingsError
 
 if TYPE_CHECKING:
     from collections.abc import Collection
-
-
-def whole_number(what: str, value: Any) -> int:
-    """A number of bytes, or the like.
-
-    >>> whole_number("an offset", True)
-    Traceback (most recent call last):
-    ...
-    ray_streamer.errors.SettingsError: an offset is a whole number, got True
-
-    Raises:
-        SettingsError: It is none.
-    """
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise SettingsError(f"{what} is a whole number, got {value!r}")
-    return operator.index(value)
 
 
 def items_of(what: str, kind: type[Any], given: Any) -> list[Any]:

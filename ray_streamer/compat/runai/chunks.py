@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Self
 
 import numpy as np
 
+from ray_streamer.arguments import whole_number
 from ray_streamer.checkpoint import CheckpointIndex, ShardFile
-from ray_streamer.compat.runai.arguments import items_of, whole_number
+from ray_streamer.compat.runai.arguments import items_of
 from ray_streamer.compat.runai.errors import FileAccessError
 from ray_streamer.dtypes import DTYPE_CODES
 from ray_streamer.errors import SettingsError

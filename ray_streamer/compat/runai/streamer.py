@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import ExitStack, closing
 from typing import TYPE_CHECKING, Self
 
-from ray_streamer.compat.runai.arguments import whole_number
+from ray_streamer.arguments import whole_number
 from ray_streamer.compat.runai.credentials import settings_for
 from ray_streamer.compat.runai.errors import translated
 from ray_streamer.compat.runai.node import NodeRanks, are_several_ranks

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
+from ray_streamer.arguments import whole_number
 from ray_streamer.errors import SettingsError
 from ray_streamer.units import counted
 
@@ -25,9 +26,7 @@ def ranks_of(tp: int | None) -> int:
     if not is_initialized and not said.isdecimal():
         raise SettingsError(f"environment variable WORLD_SIZE is the job's number of ranks, got {said!r}")
     num_ranks = dist.get_world_size() if is_initialized else int(said)
-    if tp is not None and (type(tp) is not int or tp < 1):
-        raise SettingsError(f"tp is a whole number of ranks, got {tp!r}")
-    if tp is None or tp == num_ranks:
+    if tp is None or whole_number("tp", tp) == num_ranks:
         return num_ranks
     if tp != 1:
         raise SettingsError(
