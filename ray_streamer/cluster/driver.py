@@ -85,7 +85,8 @@ def _connect(
     phases.begin("check")
     patience = request.settings.connect_timeout_seconds
     if starts_local_ray(address, connect_timeout_seconds=patience):
-        preflight.check(is_one_machine=True, is_own_environment=has_same_variables(placement.runtime_env))
+        is_own_environment = has_same_variables(placement.runtime_env)
+        preflight.check(is_one_machine=True, is_own_environment=is_own_environment, is_own_ray=True)
     phases.end("check")
     phases.begin("ray")
     num_cpus = math.ceil(request.mesh.num_ranks * placement.num_cpus_per_rank)

@@ -5,7 +5,9 @@ The driver reads the headers and plans, as `plan` does, in a thread of its own. 
     no rule, a tp that does not divide, too little memory   the request's fault: told at once
     no such path, a malformed file                          told at once where the ranks see what the driver sees:
                                                             on one machine, and in an object store; else a warning
-    no access, no answer                                    nothing: the ranks may have what the driver lacks
+    no access                                               told at once where this process starts Ray, and so the ranks;
+                                                            else nothing: the ranks may have what the driver lacks
+    no answer                                               nothing: the ranks try for longer
 
 A store that is slow to answer does not hold up the start: after a few seconds Ray starts beside it.
 """
@@ -20,7 +22,7 @@ from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from ray_streamer.errors import CheckpointError, ObjectMissingError, RayStreamerError, StorageError
+from ray_streamer.errors import AccessError, CheckpointError, ObjectMissingError, RayStreamerError, StorageError
 from ray_streamer.planning.limits import DEFAULT_MEMORY_LIMIT, share_memory
 from ray_streamer.planning.topology import Topology
 
@@ -55,12 +57,15 @@ class Preflight:
         if error is not None and not isinstance(error, StorageError | CheckpointError):
             raise error
 
-    def check(self, *, is_one_machine: bool, is_own_environment: bool) -> CheckpointIndex | None:
+    def check(
+        self, *, is_one_machine: bool, is_own_environment: bool, is_own_ray: bool = False
+    ) -> CheckpointIndex | None:
         """Raise what is wrong with the checkpoint, as far as it is known by now and the ranks would see the same.
 
         Args:
             is_one_machine: Whether all ranks will be on the machine of this process.
             is_own_environment: Whether ranks have the environment of this process, and so its object stores.
+            is_own_ray: Whether this process is about to start Ray, whose processes have its user and its variables.
 
         Returns:
             What the headers say, where the ranks would read the same; None where it is not known.
@@ -71,7 +76,8 @@ class Preflight:
         if error is None:
             return self._found.result(0) if is_seen_alike and self._found.done() else None
         is_about_the_checkpoint = isinstance(error, ObjectMissingError | CheckpointError)
-        if is_seen_alike and (is_about_the_checkpoint or not self._request.is_remote):
+        is_final = is_about_the_checkpoint or (is_own_ray and isinstance(error, AccessError))
+        if is_seen_alike and (is_final or not self._request.is_remote):
             raise error
         level = logging.WARNING if is_about_the_checkpoint else logging.INFO
         logger.log(level, "seen from %s: %s; the ranks look for themselves", os.uname().nodename, error)

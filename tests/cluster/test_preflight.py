@@ -13,6 +13,7 @@ from ray_streamer.api.arguments import Sharding
 from ray_streamer.cluster import preflight
 from ray_streamer.cluster.preflight import Preflight
 from ray_streamer.errors import (
+    AccessError,
     BudgetError,
     HeaderError,
     ObjectMissingError,
@@ -113,6 +114,9 @@ def test_a_driver_without_credentials_knows_nothing(s3_server: Any, folder: Path
     uri = s3_server.upload_folder(folder, "preflight-closed", "llama")
     seen = look(uri, settings={"s3_endpoint_url": s3_server.endpoint_url})
     assert seen.check(is_one_machine=True, is_own_environment=True) is None
+    assert seen.check(is_one_machine=True, is_own_environment=False, is_own_ray=True) is None
+    with pytest.raises(AccessError, match="no AWS credentials"):
+        seen.check(is_one_machine=True, is_own_environment=True, is_own_ray=True)
 
 
 def test_slices_of_the_callers_own_that_need_the_ranks_are_left_to_them(folder: Path) -> None:
