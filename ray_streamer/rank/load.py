@@ -106,7 +106,7 @@ class RankLoad:
         self._out, self._on_complete = out, on_complete
         self._stop = StopSignal()
         self._inbox = Inbox(self._stop)
-        self._slots_limit = self._limit_scratch()
+        self._slots_limit = self._share_memory()
         self._arena = Arena(self._num_slots(), plan.node_plan.limits.block_bytes, self._stop)
         self._recorder = Recorder(len(plan.node_plan.blocks))
         self._neighbours = Neighbourhood(
@@ -191,8 +191,8 @@ class RankLoad:
             incidents=self._storage.incidents(),
         )
 
-    def _limit_scratch(self) -> int:
-        """What the memory limit leaves to the slots: a quarter, at most, is the storage's, and one slot is there in any case."""
+    def _share_memory(self) -> int:
+        """What of the memory limit is the slots': at most a quarter of it is the storage's, which leaves one slot in any case."""
         memory_limit, slot_bytes = self._options.memory_limit, self._mine.node_plan.limits.block_bytes
         if memory_limit == AS_MUCH_AS_USEFUL:
             return memory_limit

@@ -60,7 +60,8 @@ class DirectBuffers:
         finally:
             if buffer is not None:
                 with self._changed:
-                    self._free.append(buffer)
+                    if self._most:
+                        self._free.append(buffer)
                     self._changed.notify()
 
     def close(self) -> None:

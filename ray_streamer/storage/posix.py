@@ -82,7 +82,7 @@ class PosixStorage:
 
     def limit_scratch(self, num_bytes: int) -> int:
         """See `Storage`; O_DIRECT needs some, and without it reads go through the page cache."""
-        return self._buffers.limit(num_bytes) if self.is_disk and self._settings.direct_io != "off" else 0
+        return self._buffers.limit(num_bytes if self.is_disk and self._settings.direct_io != "off" else 0)
 
     def local_path(self, path: str) -> str:
         """See `Storage`."""

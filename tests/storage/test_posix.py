@@ -171,6 +171,22 @@ def test_reads_without_scratch_go_through_the_page_cache(big, open_folder):
     assert is_cached(big)
 
 
+def test_links_from_elsewhere_to_a_disk_take_no_scratch(big):
+    """The folder says what a load's memory is for; a file of it may lie on another file system."""
+    folder = Path("/dev/shm") / f"ray-streamer-test-links-{os.getpid()}"
+    folder.mkdir()
+    try:
+        (folder / "big").symlink_to(big)
+        storage = open_storage(str(folder), Settings.resolve())
+        assert storage.limit_scratch(1 << 40) == 0
+        assert read_at(storage, Extent(0, len(BIG))) == BIG
+        assert storage.statistics().scratch_bytes == 0
+        storage.close()
+    finally:
+        (folder / "big").unlink()
+        folder.rmdir()
+
+
 def test_many_readers_share_the_buffers(big, open_folder):
     storage = open_folder(concurrency=32)
     assert storage.limit_scratch(2 * BUFFER_BYTES + 1) == 2 * BUFFER_BYTES
@@ -510,6 +526,7 @@ def test_remote_file_systems_are_read_in_blocks(big, tmp_path, monkeypatch, kind
     assert not storage.is_resident("big")
     assert storage.limit_scratch(1 << 40) == 0
     assert read_at(storage, Extent(0, len(BIG))) == BIG
+    assert storage.statistics().scratch_bytes == 0
     storage.close()
 
 
