@@ -77,7 +77,7 @@ class DeviceStart:
             with limits_explained("import torch and open the device"):
                 if self._owns_process:
                     with imports_kept():
-                        import torch  # noqa: F401
+                        import torch as torch
                 device = self._open_device()
             self._opened.set_result(device)
         except BaseException as error:
