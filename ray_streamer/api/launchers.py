@@ -53,7 +53,7 @@ _LAUNCHERS = (
 _NODE_COUNTS = ("PET_NNODES", "GROUP_WORLD_SIZE", "NNODES", "CROSS_SIZE")
 _SLURM_TASKS = ("SLURM_STEP_TASKS_PER_NODE", "SLURM_TASKS_PER_NODE")
 # No larger numbers: no cluster has as many ranks, and Python does not read any number of digits.
-_NUMBER = re.compile(r"[0-9]{1,18}")
+_NUMBER = re.compile(r"[0-9]{1,9}")
 _SLURM_RUN = re.compile(r"([0-9]{1,9})(?:\(x([0-9]{1,9})\))?")
 
 
@@ -100,7 +100,7 @@ def find_layout(
         return layout
     for launcher in _LAUNCHERS:
         if _speaks_of(launcher.rank, launcher.size, rank, world_size, environment):
-            local_size = number_said(launcher.local_size, environment)
+            local_size = _number(launcher.local_size, environment)
             if local_size is not None:
                 layout = _in_rows(rank, world_size, local_size, launcher.local_size)
                 _check_local_rank(layout, rank, launcher.local_rank, environment)
@@ -111,7 +111,7 @@ def find_layout(
         _check_local_rank(layout, rank, "SLURM_LOCALID", environment)
         return layout
     for name in _NODE_COUNTS:
-        num_nodes = number_said(name, environment)
+        num_nodes = _number(name, environment)
         if num_nodes is not None and num_nodes >= 1 and world_size % num_nodes == 0:
             return _in_rows(rank, world_size, world_size // num_nodes, name)
     _refute_one_machine(world_size, environment)
@@ -134,20 +134,19 @@ def _packed(sizes: list[int]) -> Topology:
 
 def _speaks_of(rank_name: str, size_name: str, rank: int, world_size: int, environment: Mapping[str, str]) -> bool:
     """Whether a launcher's variables are about the job of RANK and WORLD_SIZE."""
-    if number_said(rank_name, environment) != rank:
+    if _number(rank_name, environment) != rank:
         return False
-    return not size_name or number_said(size_name, environment) == world_size
+    return not size_name or _number(size_name, environment) == world_size
 
 
-def number_said(name: str, environment: Mapping[str, str]) -> int | None:
-    """What a variable says, if it is a plain number."""
+def _number(name: str, environment: Mapping[str, str]) -> int | None:
     text = environment.get(name, "").strip()
     return int(text) if _NUMBER.fullmatch(text) else None
 
 
 def _check_local_rank(layout: RankLayout, rank: int, name: str, environment: Mapping[str, str]) -> None:
     """Refuses ranks that are dealt out over the nodes in turn: here the ranks of a node are numbered in a row."""
-    said = number_said(name, environment)
+    said = _number(name, environment)
     here = layout.topology.nodes[layout.topology.node_of(rank)]
     if said is not None and (said >= len(here) or here[said] != rank):
         raise SettingsError(
@@ -173,7 +172,7 @@ def _slurm_sizes(rank: int, world_size: int, environment: Mapping[str, str]) -> 
 
 def _refute_one_machine(world_size: int, environment: Mapping[str, str]) -> None:
     """Raises when the variables say that other ranks are elsewhere, without saying how many."""
-    local_rank, rank = number_said("LOCAL_RANK", environment), number_said("RANK", environment)
+    local_rank, rank = _number("LOCAL_RANK", environment), _number("RANK", environment)
     is_elsewhere = local_rank is not None and local_rank != rank
     address = environment.get("MASTER_ADDR", "")
     if is_elsewhere or (address and _is_another_machine(address)):

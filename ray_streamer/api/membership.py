@@ -15,7 +15,7 @@ import socket
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ray_streamer.api.launchers import find_layout, number_said
+from ray_streamer.api.launchers import find_layout
 from ray_streamer.api.process_group import ProcessGroup
 from ray_streamer.arguments import whole_number
 from ray_streamer.checkpoint.index_bytes import index_to_bytes
@@ -158,6 +158,13 @@ def _from_arguments(rank: int, world_size: int, local_world_size: int | None, se
     return Membership(rank=rank, topology=topology, session=session or secrets.token_hex(16), assumption=assumed)
 
 
+def _number(text: str) -> int:
+    """As `int` reads it, but for digits that only Python groups, such as 1_0."""
+    if "_" in text:
+        raise ValueError(f"{text!r} is no number")
+    return int(text)
+
+
 def _from_environment(local_world_size: int | None, session: str | None) -> Membership:
     environment = os.environ
     if "RANK" not in environment and "WORLD_SIZE" not in environment:
@@ -167,11 +174,13 @@ def _from_environment(local_world_size: int | None, session: str | None) -> Memb
                 "torchrun, or give rank and world_size"
             )
         return Membership(rank=0, topology=Topology.even(1), session=secrets.token_hex(16))
-    rank, world_size = number_said("RANK", environment), number_said("WORLD_SIZE", environment)
-    is_whole = "LOCAL_WORLD_SIZE" not in environment or number_said("LOCAL_WORLD_SIZE", environment) is not None
-    if rank is None or world_size is None or not is_whole:
-        said = " ".join(f"{name}={environment.get(name)!r}" for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"))
-        raise SettingsError(f"RANK, WORLD_SIZE and LOCAL_WORLD_SIZE must be whole numbers, all or none: {said}")
+    try:
+        rank, world_size = _number(environment["RANK"]), _number(environment["WORLD_SIZE"])
+        _number(environment.get("LOCAL_WORLD_SIZE", str(world_size)))
+    except (KeyError, ValueError) as error:
+        raise SettingsError(
+            f"RANK, WORLD_SIZE and LOCAL_WORLD_SIZE must be whole numbers, all or none: {error}"
+        ) from None
     if not 0 <= rank < world_size <= MAX_RANKS:
         raise SettingsError(f"need 0 <= RANK < WORLD_SIZE <= {MAX_RANKS}, got RANK={rank} WORLD_SIZE={world_size}")
     layout = find_layout(rank, world_size, environment, local_world_size=local_world_size)

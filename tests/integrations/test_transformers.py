@@ -381,7 +381,7 @@ def test_what_transformers_cannot_cut_is_refused(config, tp, said):
             "auto", {"revision": "v2", "variant": "fp16"}, "revision, variant .* uri says", id="what-a-uri-says"
         ),
         pytest.param("auto", {"frobnicate": 1}, "LlamaForCausalLM takes no argument frobnicate", id="unknown-argument"),
-        pytest.param("auto", {"tp": 0}, "tp=0, and this job has 1 rank", id="no-ranks"),
+        pytest.param("auto", {"tp": 0}, "tp is a whole number of ranks, got 0", id="no-ranks"),
         pytest.param("auto", {"tp": "1"}, "tp is a whole number, got '1'", id="tp-as-text"),
         pytest.param("auto", {"settings": {"concurrency": 2}}, "settings is a ray_streamer", id="settings"),
         pytest.param("auto", {"dtype": 5}, "a dtype of torch or its name.*got 5", id="dtype-of-another-kind"),

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from pathlib import Path
 
 import pytest
 
+from ray_streamer.demo.checkpoint import drop_page_cache
 from ray_streamer.device.cpu import CpuDevice
 from ray_streamer.errors import BudgetError
 from ray_streamer.planning.limits import AS_MUCH_AS_USEFUL
@@ -138,10 +138,7 @@ def test_the_limit_holds_buffers_of_direct_reads_too(ranks, tmp_path, limit_mib,
         pytest.skip("needs a disk")
     num_bytes = 24 * MIB
     folder = ranks.write(tmp_path, [[("large", "U8", (num_bytes,))]])
-    descriptor = os.open(folder / "00000.safetensors", os.O_RDWR)
-    os.fsync(descriptor)
-    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-    os.close(descriptor)
+    drop_page_cache(folder)
     slices = {"large": (TensorPart.whole((num_bytes,)),)}
     plan = ranks.plan(str(folder), slices, topology=Topology.even(1), block_bytes=block_mib * MIB)
     limit = limit_mib * MIB if limit_mib > 0 else limit_mib

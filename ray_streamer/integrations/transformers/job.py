@@ -26,7 +26,9 @@ def ranks_of(tp: int | None) -> int:
     if not is_initialized and not said.isdecimal():
         raise SettingsError(f"environment variable WORLD_SIZE is the job's number of ranks, got {said!r}")
     num_ranks = dist.get_world_size() if is_initialized else int(said)
-    if tp is None or whole_number("tp", tp) == num_ranks:
+    if tp is not None and whole_number("tp", tp) < 1:
+        raise SettingsError(f"tp is a whole number of ranks, got {tp}")
+    if tp is None or tp == num_ranks:
         return num_ranks
     if tp != 1:
         raise SettingsError(
