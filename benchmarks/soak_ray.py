@@ -29,7 +29,7 @@ from soak_ranks import main_with_arguments, say_table, write_checkpoint
 
 import ray_streamer
 from ray_streamer import Settings, Split
-from ray_streamer.errors import RayStreamerError
+from ray_streamer.errors import RankFailedError, RayStreamerError
 
 NUM_RANKS = 4
 ACTIONS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}
@@ -106,7 +106,12 @@ def play(folder: str, action: str | None, victim: int, after_seconds: float) -> 
             end = "loaded"
     except RayStreamerError as error:
         end = type(error).__name__
-        named = {int(number) for number in re.findall(r"\brank (\d+)\b", str(error))}
+        # The text of a failed rank may also say who waited for it.
+        named = (
+            {error.rank}
+            if isinstance(error, RankFailedError)
+            else {int(number) for number in re.findall(r"\brank (\d+)\b", str(error))}
+        )
         if named != {victim}:
             wrong.append(f"named {sorted(named)}: {error}")
     ended = time.monotonic()

@@ -13,6 +13,7 @@
     │   ├── ShortReadError       storage ended before the extent did
     │   ├── ObjectChangedError   the object is not the one the index saw
     │   ├── AccessError          credentials or permissions                       (also PermissionError)
+    │   │   └── CredentialsError no credentials were found, so the store was not asked
     │   └── ThrottledError       the store asked us to slow down, for too long
     ├── BudgetError              a limit of memory, threads or open files cannot work
     ├── DeviceError              the destination cannot be used
@@ -27,7 +28,12 @@ with its attributes, since errors cross process borders.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from ray_streamer.wording import printable
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 
 class RayStreamerError(Exception):
@@ -85,6 +91,10 @@ class AccessError(StorageError, PermissionError):
     """Credentials are missing, wrong or not allowed to read."""
 
 
+class CredentialsError(AccessError):
+    """No credentials were found, or none in time, so the store was not asked."""
+
+
 class ThrottledError(StorageError):
     """The store kept asking us to slow down until the deadline passed."""
 
@@ -102,7 +112,15 @@ class ClusterError(RayStreamerError):
 
 
 class StartupTimeoutError(ClusterError, TimeoutError):
-    """Ranks did not start in time; names the silent ranks and the setting."""
+    """Ranks did not start in time; names the silent ranks and the setting.
+
+    Attributes:
+        ranks: Global ranks that the others waited for; empty where it was no rank that did not come.
+    """
+
+    def __init__(self, message: str, ranks: Sequence[int] = ()) -> None:
+        super().__init__(message)
+        self.ranks = tuple(ranks)
 
 
 class LoadAbortedError(ClusterError):

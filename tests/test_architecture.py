@@ -151,6 +151,7 @@ PUBLIC = [
     "CheckpointError",
     "CheckpointIndex",
     "ClusterError",
+    "CredentialsError",
     "DeviceError",
     "HeaderError",
     "IndexMismatchError",

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ray_streamer.checkpoint.foreign import foreign_format
 from ray_streamer.checkpoint.header import MAX_HEADER_BYTES
 from ray_streamer.checkpoint.strict_json import MalformedJsonError, parse_lenient
-from ray_streamer.errors import AccessError, CheckpointError, ObjectMissingError
+from ray_streamer.errors import AccessError, CheckpointError, CredentialsError, ObjectMissingError
 from ray_streamer.extent import Extent
 from ray_streamer.units import exact_bytes
 from ray_streamer.wording import printable
@@ -86,9 +86,16 @@ def full_name(storage: Storage, path: str) -> str:
 
 
 def may_list(storage: Storage) -> bool:
-    """Whether the folder may be listed; where it may, a store says of each file whether it exists."""
+    """Whether the folder may be listed; where it may, a store says of each file whether it exists.
+
+    Raises:
+        CredentialsError: There are no credentials to ask with.
+        StorageError: Storage failed.
+    """
     try:
         storage.list()
+    except CredentialsError:
+        raise
     except AccessError:
         return False
     return True

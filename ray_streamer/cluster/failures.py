@@ -1,7 +1,7 @@
 """Which of several errors is the cause, and how is it told without a bare Ray error?
 
-One rank's fault shows up as many errors: its own, its neighbours' ("rank 3 went away", "aborted"), and Ray's when the
-process died. Only the first that is nobody's echo is the cause.
+One rank's fault shows up as many errors: its own, its neighbours' ("rank 3 went away", "rank 3 did not come", "aborted"), and
+Ray's when the process died. Only the first that is nobody's echo is the cause.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ray.exceptions import (
     WorkerCrashedError,
 )
 
-from ray_streamer.errors import ClusterError, LoadAbortedError, RankFailedError
+from ray_streamer.errors import ClusterError, LoadAbortedError, RankFailedError, StartupTimeoutError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -47,7 +47,17 @@ class FailedCall:
     @property
     def is_echo(self) -> bool:
         """Another rank's failure, as seen from this one."""
-        return isinstance(self.cause, LoadAbortedError | RankFailedError)
+        return isinstance(self.cause, LoadAbortedError) or self.accused is not None
+
+    @property
+    def accused(self) -> tuple[int, BaseException | str] | None:
+        """The rank whose failure this one reports, and what is said of it."""
+        cause = self.cause
+        if isinstance(cause, RankFailedError):
+            return cause.rank, cause.cause
+        if isinstance(cause, StartupTimeoutError) and cause.ranks:
+            return cause.ranks[0], cause
+        return None
 
 
 def explain_failure(rank: int, error: RayError) -> FailedCall:
@@ -71,7 +81,7 @@ def choose_cause(failures: Sequence[FailedCall]) -> FailedCall:
         if not failure.is_echo:
             return failure
     for failure in failures:
-        if isinstance(failure.cause, RankFailedError):
+        if failure.accused:
             return failure
     return failures[0]
 
@@ -84,8 +94,8 @@ def tell_failure(failure: FailedCall, nodes: Sequence[str]) -> RankFailedError:
         nodes: Node of each rank, as messages name it.
     """
     rank, cause = failure.rank, failure.cause
-    if isinstance(cause, RankFailedError) and 0 <= cause.rank < len(nodes):
-        rank, cause = cause.rank, cause.cause
+    if failure.accused and 0 <= failure.accused[0] < len(nodes):
+        rank, cause = failure.accused
     error = RankFailedError(rank, nodes[rank], cause)
     error.__cause__ = failure.cause if isinstance(failure.cause, BaseException) else failure.origin
     return error

@@ -187,7 +187,8 @@ def wait_for_start(
             raise StartupTimeoutError(
                 f"{len(calls.pending)} of {counted(len(places), 'rank')} did not {doing} within "
                 f"startup_timeout_seconds={deadline.timeout_seconds:g}: {silent}. `ray list actors` shows what "
-                "they wait for; raise startup_timeout_seconds if it is only slow"
+                "they wait for; raise startup_timeout_seconds if it is only slow",
+                sorted(calls.pending),
             )
         if news.is_due():
             logger.warning(

@@ -45,8 +45,8 @@ def say_farewell(
     message = encode_failure(Failure.of(error, rank=place.rank, node=place.node))
     told: set[int] = set()
     _tell(links, told, message)
-    if not isinstance(error, Exception) or isinstance(error, LoadAbortedError | StartupTimeoutError):
-        # Ordered from outside, or known to whoever waits for the same ranks.
+    is_known = isinstance(error, StartupTimeoutError) and error.ranks  # to whoever waits for the same ranks
+    if not isinstance(error, Exception) or isinstance(error, LoadAbortedError) or is_known:
         return
     failed = (
         {place.ranks.index(error.rank)} if isinstance(error, RankFailedError) and error.rank in place.ranks else set()

@@ -21,7 +21,6 @@ import weakref
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
-from ray_streamer.errors import StartupTimeoutError
 from ray_streamer.exchange.farewell import say_farewell
 from ray_streamer.exchange.mailbox import receive_value
 from ray_streamer.exchange.messages import (
@@ -301,9 +300,7 @@ class Hub:
             if failure.rank == self._place.rank and self.meeting.missing:
                 self._part(link)
                 return
-            # Whoever gave up waiting for a third rank names it as well as this rank would.
-            is_absence = failure.kind == StartupTimeoutError.__name__
-            self._stop.set(StartupTimeoutError(failure.text) if is_absence else failure.as_error())
+            self._stop.set(failure.as_error())
         elif kind is MessageKind.BYE:
             self._lose(link, _LEFT)
 

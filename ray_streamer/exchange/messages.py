@@ -21,10 +21,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ray_streamer import errors
-from ray_streamer.errors import ClusterError, RankFailedError, RayStreamerError
+from ray_streamer.errors import ClusterError, RankFailedError, RayStreamerError, StartupTimeoutError
 from ray_streamer.units import counted
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 
 MAX_MESSAGE_BYTES = 128 << 10
 MAX_NUMBERS = 1024
@@ -118,12 +118,14 @@ class Failure:
         node: Its node.
         kind: Class of its error; empty when nobody raised one, as at the death of a process.
         text: What the error says.
+        absent: Global ranks that the sender gave up waiting for, where that is its error.
     """
 
     rank: int
     node: str
     kind: str
     text: str
+    absent: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, error: BaseException | None, *, rank: int, node: str) -> Failure:
@@ -133,10 +135,16 @@ class Failure:
             if not isinstance(error.cause, BaseException):
                 return cls(rank=rank, node=node, kind="", text=str(error.cause))
             error = error.cause
-        return cls(rank=rank, node=node, kind=type(error).__name__, text=str(error))
+        absent = error.ranks if isinstance(error, StartupTimeoutError) else ()
+        return cls(rank=rank, node=node, kind=type(error).__name__, text=str(error), absent=absent)
 
-    def as_error(self) -> RankFailedError:
-        """The error of everybody else; its cause has the class of the failed rank's, where that is one of this package."""
+    def as_error(self) -> RankFailedError | StartupTimeoutError:
+        """The error of everybody else; its cause has the class of the failed rank's, where that is one of this package.
+
+        A rank that gave up waiting for a third one did not fail itself: its error is everybody's.
+        """
+        if self.absent:
+            return StartupTimeoutError(self.text, self.absent)
         known = getattr(errors, self.kind, None) if self.kind else None
         if isinstance(known, type) and issubclass(known, RayStreamerError) and known is not RankFailedError:
             return RankFailedError(self.rank, self.node, known(self.text))
@@ -201,7 +209,11 @@ def decode_failure(payload: bytes) -> Failure:
     """The content of a FAILED message, without its first byte."""
     fields = json.loads(payload)
     return Failure(
-        rank=int(fields["rank"]), node=str(fields["node"]), kind=str(fields["kind"]), text=str(fields["text"])
+        rank=int(fields["rank"]),
+        node=str(fields["node"]),
+        kind=str(fields["kind"]),
+        text=str(fields["text"]),
+        absent=tuple(map(int, fields["absent"])),
     )
 
 

@@ -135,7 +135,8 @@ class NodeSession:
             raise StartupTimeoutError(
                 f"ranks {names} of node {place.node} did not connect to rank {place.rank} within "
                 f"startup_timeout_seconds={place.timeouts.startup_seconds}; look for their errors, or raise the setting"
-                f"{told}{assumed}"
+                f"{told}{assumed}",
+                names,
             )
 
     def _tell_of_absent(self, absent: set[int]) -> None:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, TypeVar
 
-from ray_streamer.errors import AccessError, RayStreamerError
+from ray_streamer.errors import CredentialsError, RayStreamerError
 from ray_streamer.process_limits import start_thread
 
 if TYPE_CHECKING:
@@ -86,14 +86,14 @@ def find_credentials(
         advice: How to tell it who asks.
 
     Raises:
-        AccessError: It found none, or none in time.
+        CredentialsError: It found none, or none in time.
     """
     try:
         return call_within(seconds, find, what="credentials")
     except TimeoutError:
-        raise AccessError(
+        raise CredentialsError(
             f"{library} found no credentials in {seconds:g} s (credentials_timeout_seconds); {advice}"
         ) from None
     except (*refusals, OSError, ValueError, KeyError, TypeError) as error:
         # Not from the error, which may quote answers with tokens in them.
-        raise AccessError(f"{library} has no credentials ({type(error).__name__}): {advice}") from None
+        raise CredentialsError(f"{library} has no credentials ({type(error).__name__}): {advice}") from None

@@ -26,7 +26,7 @@ from botocore.handlers import validate_bucket_name
 from botocore.httpsession import get_cert_path
 from botocore.loaders import create_loader
 
-from ray_streamer.errors import AccessError, RayStreamerError, SettingsError, StorageError
+from ray_streamer.errors import AccessError, CredentialsError, RayStreamerError, SettingsError, StorageError
 from ray_streamer.storage.bounded_call import call_within
 from ray_streamer.storage.object_store import Request
 from ray_streamer.storage.redaction import NO_SECRETS
@@ -134,23 +134,25 @@ def _with_credentials_within(seconds: float, call: Callable[[], _Result]) -> _Re
     """What boto3 does that may need credentials, which it may look for without end: in a program that hangs, say.
 
     Raises:
-        AccessError: It found none, or none in time; or programs, files or servers that it asked failed in a way of their own.
+        CredentialsError: It found none, or none in time; or programs, files or servers that it asked failed in a way of their own.
     """
     try:
         return call_within(seconds, call, what="credentials")
     except CredentialRetrievalError as error:
         # Its words are what a program said, of which nobody knows what it is.
-        raise AccessError(f"boto3 found no credentials: {error.kwargs.get('provider')} failed; {_LOOK_AT}") from None
+        raise CredentialsError(
+            f"boto3 found no credentials: {error.kwargs.get('provider')} failed; {_LOOK_AT}"
+        ) from None
     except (BotoCoreError, ClientError, RayStreamerError, ValueError):
         raise
     except TimeoutError:
-        raise AccessError(
+        raise CredentialsError(
             f"boto3 found no credentials in {seconds:g} s (credentials_timeout_seconds); {_LOOK_AT}; "
             "AWS_EC2_METADATA_DISABLED=true turns that off"
         ) from None
     except Exception as error:
         # A token file that is not there, a program whose answer has another form, credentials that have ended when they come.
-        raise AccessError(
+        raise CredentialsError(
             f"boto3 found no credentials: {_said_by(error)}; {_LOOK_AT}, and at this machine's clock"
         ) from None
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from botocore import exceptions as aws
 
-from ray_streamer.errors import AccessError, StorageError
+from ray_streamer.errors import CredentialsError, StorageError
 from ray_streamer.storage.answer import reason_of
 from ray_streamer.storage.redaction import NO_SECRETS
 from ray_streamer.storage.retry import PassingFault
@@ -54,6 +54,6 @@ def sdk_faults_translated(what: str, *, endpoint: str, has_answered: bool) -> It
             raise StorageError(f"{message}; is s3_endpoint_url right, and the proxy if there is one?") from error
         raise PassingFault(message) from error
     except _CREDENTIALS_ERRORS as error:
-        raise AccessError(f"no AWS credentials for {what} ({reason_of(error)}): {_NO_CREDENTIALS}") from error
+        raise CredentialsError(f"no AWS credentials for {what} ({reason_of(error)}): {_NO_CREDENTIALS}") from error
     except aws.BotoCoreError as error:
         raise StorageError(f"boto3 cannot ask for {what}: {NO_SECRETS.clean(str(error))}") from None

@@ -135,11 +135,14 @@ def test_what_only_object_stores_can_know_is_told_before_ray_starts(invoke, chec
     assert not starts
 
 
-def test_a_driver_that_may_not_read_starts_ray_all_the_same(invoke, checkpoint, s3_server, starts):
+def test_a_driver_that_may_not_read_is_told_before_it_starts_ray(invoke, checkpoint, s3_server, starts, caplog):
     uri = s3_server.upload_folder(checkpoint, "not-for-the-driver")
     result = invoke("load", uri, "--tp", 2, "--address", "local", "--s3-endpoint-url", s3_server.endpoint_url)
-    assert len(starts) == 1
-    assert "not in this test" in result.stderr
+    assert result.exit_code == 1
+    assert "no AWS credentials" in result.stderr
+    assert not starts
+    # The store was not asked, so nothing can be said of what it allows.
+    assert "not allowed" not in caplog.text
 
 
 IMPORTS_NEITHER = """

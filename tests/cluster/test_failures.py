@@ -19,7 +19,7 @@ from ray_streamer.cluster.failures import (
     ray_errors_translated,
     tell_failure,
 )
-from ray_streamer.errors import ClusterError, LoadAbortedError, RankFailedError, ShortReadError
+from ray_streamer.errors import ClusterError, LoadAbortedError, RankFailedError, ShortReadError, StartupTimeoutError
 
 NODES = ("node-a", "node-b", "node-c")
 
@@ -37,6 +37,7 @@ ABORTED = failure(0, LoadAbortedError("rank 2 failed"))
 BLAMES = failure(1, RankFailedError(2, "somewhere", "socket closed"))
 REAL = failure(2, ShortReadError("truncated"))
 DEATH = failure(2, "actor died: killed")
+WAITED = failure(1, StartupTimeoutError("ranks [2] did not connect to rank 1", [2]))
 
 
 @pytest.mark.parametrize(
@@ -46,6 +47,8 @@ DEATH = failure(2, "actor died: killed")
         pytest.param([ABORTED, BLAMES, DEATH], DEATH, id="a-death-beats-echoes"),
         pytest.param([REAL, DEATH], REAL, id="the-first-of-two-causes"),
         pytest.param([ABORTED, BLAMES], BLAMES, id="blame-beats-abort"),
+        pytest.param([WAITED, DEATH], DEATH, id="a-death-beats-a-wait-for-it"),
+        pytest.param([ABORTED, WAITED], WAITED, id="a-wait-beats-abort"),
         pytest.param([ABORTED], ABORTED, id="nothing-better"),
     ],
 )
@@ -88,6 +91,15 @@ def test_other_ray_errors_become_cluster_errors() -> None:
 def test_blame_is_told_of_the_blamed_rank_on_the_node_that_we_know() -> None:
     error = tell_failure(BLAMES, NODES)
     assert (error.rank, error.node, error.cause) == (2, "node-c", "socket closed")
+
+
+def test_the_rank_that_was_waited_for_is_told_and_not_the_one_that_waited() -> None:
+    error = tell_failure(explain_failure(1, raised(WAITED.cause)), NODES)
+    assert (error.rank, error.node) == (2, "node-c")
+    assert type(error.cause) is StartupTimeoutError
+    assert str(error).startswith(
+        "rank 2 on node node-c failed: StartupTimeoutError: ranks [2] did not connect to rank 1"
+    )
 
 
 def test_blame_of_an_unknown_rank_stays_with_the_reporter() -> None:

@@ -77,6 +77,11 @@ class Worker:
     def blame(self, guilty: int) -> None:
         raise RankFailedError(guilty, "somewhere", "its socket closed")
 
+    def wait_in_vain(self, absent: int) -> None:
+        if self.rank == absent:
+            self.ignore_abort()
+        raise StartupTimeoutError(f"ranks [{absent}] did not connect to rank {self.rank}", [absent])
+
     def fail_or_ignore_abort(self, failing: int) -> None:
         if self.rank == failing:
             raise ValueError("mine")
@@ -292,6 +297,16 @@ def test_a_neighbours_report_is_told_when_nothing_better_comes() -> None:
     with start(2) as group, pytest.raises(RankFailedError) as caught:
         group.call("blame", 1, ranks=[0])
     assert (caught.value.rank, caught.value.cause) == (1, "its socket closed")
+
+
+def test_of_ranks_that_waited_for_another_the_one_that_did_not_come_is_the_failed_one(assert_gone: Check) -> None:
+    group = start(3)
+    pids = pids_of(group)
+    with pytest.raises(RankFailedError) as caught:
+        group.call("wait_in_vain", 1)
+    assert caught.value.rank == 1
+    assert isinstance(caught.value.cause, StartupTimeoutError)
+    assert_gone(pids)
 
 
 def test_ranks_that_ignore_the_abort_are_torn_down_too(assert_gone: Check) -> None:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ray_streamer import errors
-from ray_streamer.errors import ObjectMissingError, RankFailedError, RayStreamerError
+from ray_streamer.errors import ObjectMissingError, RankFailedError, RayStreamerError, StartupTimeoutError
 from ray_streamer.exchange.messages import (
     MAX_INLINE_BYTES,
     MAX_MESSAGE_BYTES,
@@ -60,14 +60,14 @@ def test_hello(local_rank, more):
                 b"\xff",
                 b"null",
                 b"[" * 100_000,
-                b'{"version": 1, "local_rank": 0, "num_local_ranks": 2}',
-                b'{"version": 2, "local_rank": 2, "num_local_ranks": 2}',
-                b'{"version": 2, "local_rank": -1, "num_local_ranks": 2}',
-                b'{"version": 2, "local_rank": true, "num_local_ranks": 2}',
-                b'{"version": 2, "local_rank": 1.0, "num_local_ranks": 2}',
-                b'{"version": 2, "local_rank": "1", "num_local_ranks": 2}',
-                b'{"version": 2, "local_rank": 0, "num_local_ranks": 99999999999}',
-                b'{"version": 2, "local_rank": 0, "num_local_ranks": 2, "more": 1}',
+                b'{"version": 2, "local_rank": 0, "num_local_ranks": 2}',
+                b'{"version": 3, "local_rank": 2, "num_local_ranks": 2}',
+                b'{"version": 3, "local_rank": -1, "num_local_ranks": 2}',
+                b'{"version": 3, "local_rank": true, "num_local_ranks": 2}',
+                b'{"version": 3, "local_rank": 1.0, "num_local_ranks": 2}',
+                b'{"version": 3, "local_rank": "1", "num_local_ranks": 2}',
+                b'{"version": 3, "local_rank": 0, "num_local_ranks": 99999999999}',
+                b'{"version": 3, "local_rank": 0, "num_local_ranks": 2, "more": 1}',
             )
         ),
     ],
@@ -111,6 +111,7 @@ def test_pulse(pulse):
         node=st.text(max_size=100),
         kind=st.text(max_size=100),
         text=st.text(max_size=300),
+        absent=st.lists(st.integers(0, 1 << 20), max_size=8).map(tuple),
     )
 )
 def test_failure(failure):
@@ -154,6 +155,16 @@ def test_a_failure_that_was_told_is_told_on_under_its_own_name():
     first = RankFailedError(7, "other", ObjectMissingError("gone"))
     told = Failure.of(first, rank=3, node="n").as_error()
     assert (told.rank, told.node, type(told.cause)) == (7, "other", ObjectMissingError)
+
+
+def test_whom_a_rank_gave_up_waiting_for_is_told_on_and_the_rank_itself_did_not_fail():
+    told = Failure.of(StartupTimeoutError("did not come", [5, 6]), rank=3, node="n").as_error()
+    assert (type(told), told.ranks, str(told)) == (StartupTimeoutError, (5, 6), "did not come")
+
+
+def test_a_start_that_took_too_long_on_the_rank_itself_is_its_own_failure():
+    told = Failure.of(StartupTimeoutError("torch was not imported"), rank=3, node="n").as_error()
+    assert (told.rank, type(told.cause)) == (3, StartupTimeoutError)
 
 
 @pytest.mark.parametrize("name", ["RankFailedError", "annotations", "__builtins__", "nothing", ""])

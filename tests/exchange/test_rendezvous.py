@@ -63,6 +63,7 @@ def test_the_absent_rank_is_named_by_all_and_nobody_else_is(start):
     for rank in ranks:
         error = rank.join()
         assert isinstance(error, StartupTimeoutError), error
+        assert error.ranks == (21,)
         assert "ranks [21] of node n did not connect" in str(error)
         assert "startup_timeout_seconds=0.5" in str(error)
         assert "all ranks were taken to be here" in str(error)
