@@ -4,9 +4,9 @@
 
 In each round a local Ray starts four ranks that load one checkpoint, and the process of one of them is killed (SIGKILL) or stopped
 (SIGSTOP) at a random moment between its start and a little after a load's usual end. The caller must then have the model, or read an error
-that names this rank. A rank that is stopped before it met anybody is named after the startup timeout, here 30 s. Then all actors
-are dead, their processes gone, their placement group removed and no shared memory is left. `soak_ranks.py` does the same without Ray,
-with forks and failures besides. Linux, CPU only; prints one line per round and a table.
+that names this rank: after the startup timeout, here 30 s, where it met nobody before, else within 15 s. Then all actors are dead, their
+processes gone, their placement group removed and no shared memory is left. `soak_ranks.py` does the same without Ray, with forks and
+failures besides. Linux, CPU only; prints one line per round and a table.
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ from ray_streamer.errors import RankFailedError, RayStreamerError
 NUM_RANKS = 4
 ACTIONS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}
 STARTUP_SECONDS = 30.0
+# For Ray to start a process that looks at a silent one, and for ranks that are told to stop.
+GRACE_SECONDS = 15.0
 GIVEN_UP_SECONDS = 120.0
 
 
@@ -118,6 +120,8 @@ def play(folder: str, action: str | None, victim: int, after_seconds: float) -> 
     marksman.is_over.set()
     marksman.join()
     seconds = ended - (marksman.acted or marksman.appeared)
+    if seconds > STARTUP_SECONDS + GRACE_SECONDS:
+        wrong.append("too late")
     return end, seconds, wrong + [f"left {name}" for name in left(marksman)]
 
 

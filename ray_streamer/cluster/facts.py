@@ -14,6 +14,7 @@ class RankFacts:
         node_ip: Address of the node.
         hostname: Name of the machine.
         pid: Process id of the actor on that machine.
+        process_start: When that process started, as its kernel counts; tells it from others of that number.
         num_cpus: CPUs that the process may run on.
         available_memory_bytes: Memory that the process could still take.
     """
@@ -22,6 +23,7 @@ class RankFacts:
     node_ip: str
     hostname: str
     pid: int
+    process_start: str
     num_cpus: int
     available_memory_bytes: int
 

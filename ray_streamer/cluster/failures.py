@@ -37,12 +37,12 @@ class FailedCall:
     Attributes:
         rank: The rank whose call it was.
         cause: The error that the worker raised, or a sentence about the actor's death.
-        origin: The error that Ray raised here.
+        origin: The error that Ray raised here; None where Ray noticed nothing.
     """
 
     rank: int
     cause: BaseException | str
-    origin: RayError
+    origin: RayError | None = None
 
     @property
     def is_echo(self) -> bool:

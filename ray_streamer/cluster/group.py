@@ -30,6 +30,7 @@ from ray_streamer.cluster.names import GroupName
 from ray_streamer.cluster.placement import PlacementOptions, group_by_node
 from ray_streamer.cluster.rank_actor import RemoteRank
 from ray_streamer.cluster.seats import Seat, take_seats
+from ray_streamer.cluster.silence import SilenceWatch
 from ray_streamer.cluster.waiting import Deadline, wait_for_start
 from ray_streamer.errors import ClusterError, RankFailedError
 from ray_streamer.units import counted
@@ -66,6 +67,7 @@ class WorkerGroup:
         holding: str = "workers",
         is_called_off: Callable[[], bool] = bool,
         startup_timeout_seconds: float,
+        neighbour_timeout_seconds: float,
     ) -> None:
         """Start the actors and their workers, or leave nothing behind.
 
@@ -77,6 +79,7 @@ class WorkerGroup:
             holding: What the ranks hold, in a word: part of the names of actors and placement group.
             is_called_off: Asked while the start lasts; when it says so, everything is torn down.
             startup_timeout_seconds: How long reservation, actors and constructors may take together.
+            neighbour_timeout_seconds: How long the process of a rank that is called may be silent and idle.
 
         Raises:
             ClusterError: There is no room, Ray cannot start the actors, or the start was called off.
@@ -89,6 +92,7 @@ class WorkerGroup:
         self._name = GroupName(holding, num_ranks)
         self._num_restarts = 0
         self._startup_timeout_seconds = startup_timeout_seconds
+        self._neighbour_timeout_seconds = neighbour_timeout_seconds
         self._seats: list[Seat] = []
         self._actors: list[Any] = []
         self._facts: list[RankFacts] = []
@@ -293,8 +297,12 @@ class WorkerGroup:
     def _watch(self, calls: Calls, ranks: Sequence[int], on_progress: Callable[[list[Any]], None] | None) -> None:
         poll = ProgressPoll({rank: self._actors[rank] for rank in ranks})
         next_poll = 0.0
+        silence = SilenceWatch(self._actors, self._facts, self._neighbour_timeout_seconds, self._placement.runtime_env)
         while calls.pending and not calls.failures:
             calls.collect(_POLL_SECONDS)
+            silent = silence.check(calls.pending)
+            if silent is not None:
+                calls.failures.append(silent)
             if on_progress is not None and time.monotonic() >= next_poll:
                 on_progress(poll.latest())
                 next_poll = time.monotonic() + _POLL_SECONDS

@@ -265,6 +265,7 @@ class ShardedModel:
             holding=model_of(request.uri),
             is_called_off=lambda: self._is_shut_down,
             startup_timeout_seconds=request.settings.startup_timeout_seconds,
+            neighbour_timeout_seconds=request.settings.neighbour_timeout_seconds,
         )
         if self._is_shut_down:
             raise ClusterError(_SHUT_DOWN)

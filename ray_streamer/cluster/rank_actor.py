@@ -18,6 +18,7 @@ from ray import cloudpickle
 
 from ray_streamer.cluster.facts import RankFacts
 from ray_streamer.errors import ClusterError
+from ray_streamer.exchange.peer import own_start
 from ray_streamer.machine import count_cpus, measure_available_memory
 
 # One for the driver's progress polls, one so that an abort never queues behind them.
@@ -62,6 +63,11 @@ class RankActor:
         """Run a method of the worker beside whatever the main thread does; it must be thread-safe and short."""
         return getattr(self._worker, method)(*args)
 
+    @ray.method(concurrency_group="pulse")
+    def is_running(self) -> bool:
+        """Answers as long as this process runs and something else than one call gets Python's lock."""
+        return True
+
     @ray.method(concurrency_group="control")
     def facts(self) -> RankFacts:
         """Where this actor runs."""
@@ -70,6 +76,7 @@ class RankActor:
             node_ip=ray.util.get_node_ip_address(),
             hostname=socket.gethostname(),
             pid=os.getpid(),
+            process_start=own_start(),
             num_cpus=count_cpus(),
             available_memory_bytes=measure_available_memory(),
         )
@@ -86,4 +93,4 @@ def _can_travel(error: Exception) -> bool:
 
 
 _as_actor: Any = ray.remote  # its type hints leave out concurrency_groups
-RemoteRank = _as_actor(concurrency_groups={"control": _CONTROL_THREADS})(RankActor)
+RemoteRank = _as_actor(concurrency_groups={"control": _CONTROL_THREADS, "pulse": 1})(RankActor)

@@ -54,6 +54,7 @@ class PeerProcess:
     Attributes:
         pid: In this process's namespace; 0 when it lives in another one and cannot be watched.
         fd: A pidfd, readable once the process ended; -1 where the kernel gives none, and for this process itself.
+        start: When it started, as the kernel counts; None where that cannot be seen, and for this process itself.
     """
 
     def __init__(self, pid: int) -> None:
@@ -62,7 +63,7 @@ class PeerProcess:
         self._folder = Path(f"/proc/{pid}")
         self._is_watched = pid not in (0, os.getpid())
         # Before the pidfd: a process that takes the number over later has another start.
-        self._start = stat.start if self._is_watched and (stat := _read_stat(self._folder)) else None
+        self.start = stat.start if self._is_watched and (stat := _read_stat(self._folder)) else None
         if self._is_watched:
             # Refused by old kernels and some sandboxes; then /proc is asked from time to time.
             with contextlib.suppress(OSError):
@@ -82,7 +83,7 @@ class PeerProcess:
         if not self._is_watched or not Path("/proc/self/stat").exists():
             return False
         stat = _read_stat(self._folder)
-        return stat is None or stat.start != self._start or stat.state in _ENDED_STATES
+        return stat is None or stat.start != self.start or stat.state in _ENDED_STATES
 
     def work(self) -> tuple[str, ...] | None:
         """Counters that change while the process computes or touches memory; None where they cannot be seen."""
@@ -109,6 +110,12 @@ class PeerProcess:
         fd, self.fd = self.fd, -1
         if fd >= 0:
             os.close(fd)
+
+
+def own_start() -> str:
+    """When this process started, as `PeerProcess.start` says it; empty where there is no /proc."""
+    stat = _read_stat(Path("/proc/self"))
+    return stat.start if stat else ""
 
 
 def peer_credentials(connection: socket.socket) -> tuple[int, int]:

@@ -295,7 +295,7 @@ def test_a_group_whose_ray_was_shut_down_says_so_and_starts_no_other(
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setenv("RAY_TMPDIR", str(short_folder))
     connection = connect("local", num_local_cpus=1)
-    group = WorkerGroup(int, 1, startup_timeout_seconds=60)
+    group = WorkerGroup(int, 1, startup_timeout_seconds=60, neighbour_timeout_seconds=8)
     connection.close()
     with pytest.raises(ClusterError, match="Ray was shut down"):
         group.call("anything")

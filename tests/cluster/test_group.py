@@ -82,6 +82,14 @@ class Worker:
             self.ignore_abort()
         raise StartupTimeoutError(f"ranks [{absent}] did not connect to rank {self.rank}", [absent])
 
+    def stop_or_answer(self, stopped: int) -> None:
+        if self.rank == stopped:
+            os.kill(os.getpid(), signal.SIGSTOP)
+
+    def hold_the_lock(self) -> int:
+        # Of Python, for some seconds in which the process computes: none of its other threads gets a turn.
+        return sum(range(200_000_000))
+
     def fail_or_ignore_abort(self, failing: int) -> None:
         if self.rank == failing:
             raise ValueError("mine")
@@ -137,6 +145,7 @@ def start(
     worker_class: type[Any] = Worker,
     *,
     timeout: float = 60,
+    patience: float = 8,
     args: tuple[Any, ...] = (),
     holding: str = "workers",
     **options: Any,
@@ -148,6 +157,7 @@ def start(
         holding=holding,
         placement=PlacementOptions(**options),
         startup_timeout_seconds=timeout,
+        neighbour_timeout_seconds=patience,
     )
 
 
@@ -309,6 +319,22 @@ def test_of_ranks_that_waited_for_another_the_one_that_did_not_come_is_the_faile
     assert_gone(pids)
 
 
+def test_a_rank_that_is_stopped_while_only_the_driver_waits_for_it_is_named(assert_gone: Check) -> None:
+    group = start(2, patience=1.0)
+    pids = pids_of(group)
+    with pytest.raises(
+        RankFailedError, match=r"stopped by a signal, longer than neighbour_timeout_seconds=1;"
+    ) as caught:
+        group.call("stop_or_answer", 1)
+    assert caught.value.rank == 1
+    assert_gone(pids)
+
+
+def test_a_rank_that_is_silent_and_busy_is_waited_for() -> None:
+    with start(1, patience=0.5) as group:
+        assert group.call("hold_the_lock") == [19_999_999_900_000_000]
+
+
 def test_ranks_that_ignore_the_abort_are_torn_down_too(assert_gone: Check) -> None:
     group = start(2)
     pids = pids_of(group)
@@ -418,7 +444,7 @@ def test_what_the_start_depends_on_is_asked_for_within_its_timeout(monkeypatch: 
 
 @pytest.mark.slow  # a fork beside gRPC's threads is what Ray itself does not promise to survive
 def test_a_forked_process_ends_nothing_and_calls_nothing() -> None:
-    with WorkerGroup(Worker, 1, startup_timeout_seconds=60) as group:
+    with WorkerGroup(Worker, 1, startup_timeout_seconds=60, neighbour_timeout_seconds=8) as group:
         with warnings.catch_warnings():
             # Python 3.12 and later warn of threads, which is what this is about.
             warnings.simplefilter("ignore", DeprecationWarning)
@@ -434,7 +460,7 @@ def test_a_forked_process_ends_nothing_and_calls_nothing() -> None:
 
 
 def test_what_cannot_be_pickled_is_told_in_a_line() -> None:
-    with WorkerGroup(Worker, 1, startup_timeout_seconds=60) as group:
+    with WorkerGroup(Worker, 1, startup_timeout_seconds=60, neighbour_timeout_seconds=8) as group:
         with pytest.raises(ClusterError, match="cannot be pickled: Could not serialize") as caught:
             group.call("greet", threading.Lock(), keep_on_failure=True)
         assert "\n" not in str(caught.value)

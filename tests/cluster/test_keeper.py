@@ -36,7 +36,9 @@ class Worker:
 
 def start_ranks(num_cpus_per_rank: float) -> WorkerGroup:
     placement = PlacementOptions(num_cpus_per_rank=num_cpus_per_rank, strategy="SPREAD")
-    return WorkerGroup(Worker, 2, placement=placement, holding="llama", startup_timeout_seconds=60)
+    return WorkerGroup(
+        Worker, 2, placement=placement, holding="llama", startup_timeout_seconds=60, neighbour_timeout_seconds=8
+    )
 
 
 @ray.remote

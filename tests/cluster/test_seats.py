@@ -49,7 +49,9 @@ class Caller:
         return True
 
     def start(self, num_ranks: int, options: PlacementOptions) -> tuple[list[str | None], tuple[Any, ...]]:
-        with WorkerGroup(Worker, num_ranks, placement=options, startup_timeout_seconds=60) as group:
+        with WorkerGroup(
+            Worker, num_ranks, placement=options, startup_timeout_seconds=60, neighbour_timeout_seconds=8
+        ) as group:
             return group.call("seat"), group.nodes
 
 
@@ -70,7 +72,14 @@ def make_group() -> Iterator[MakeGroup]:
 
 def start(num_ranks: int, *, timeout: float = 60, holding: str = "workers", **options: Any) -> WorkerGroup:
     placement = PlacementOptions(**options)
-    return WorkerGroup(Worker, num_ranks, placement=placement, holding=holding, startup_timeout_seconds=timeout)
+    return WorkerGroup(
+        Worker,
+        num_ranks,
+        placement=placement,
+        holding=holding,
+        startup_timeout_seconds=timeout,
+        neighbour_timeout_seconds=8,
+    )
 
 
 def test_the_callers_group_is_used_and_left_standing(make_group: MakeGroup, assert_gone: Callable[..., None]) -> None:
@@ -275,7 +284,7 @@ def test_a_start_that_is_called_off_while_it_waits_for_room_leaves_nothing(make_
     logging.getLogger("ray_streamer.cluster.waiting").addHandler(handler)
     try:
         with pytest.raises(ClusterError, match="called off") as caught:
-            WorkerGroup(Worker, 2, is_called_off=is_off.is_set, startup_timeout_seconds=60)
+            WorkerGroup(Worker, 2, is_called_off=is_off.is_set, startup_timeout_seconds=60, neighbour_timeout_seconds=8)
     finally:
         logging.getLogger("ray_streamer.cluster.waiting").removeHandler(handler)
     assert len(seen) == 1
