@@ -88,8 +88,10 @@ def rows(model: Model) -> list[str]:
 
 def _row(name: str, mesh: Mesh, num_nodes: int, plan: ReadPlan) -> str:
     summary = summarize(plan)
-    index, table = plan.index, plan.slices
-    is_held = np.array([any(part is not None for part in pattern) for pattern in table.patterns])[table.pattern_ids]
+    index = plan.index
+    is_held = np.zeros(len(index), bool)
+    for said in plan.slices:
+        is_held[said.tensor_ids] = True
     held = int((index.stops - index.starts)[is_held].sum())
     gigabytes = ", ".join(dict.fromkeys(f"{node.needed_bytes / 1e9:.1f}" for node in summary.nodes))
     sizes = {"tp": mesh.tp, "pp": mesh.pp, "replicas": mesh.dp, "ep": mesh.ep}
