@@ -5,10 +5,11 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-REPOSITORY = Path(__file__).parents[2]
-sys.path.insert(0, str(REPOSITORY / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import plan_layouts
+
+REPOSITORY = Path(__file__).parents[2]
 
 
 def test_the_rows_of_the_smallest_model_stand_in_the_page():
