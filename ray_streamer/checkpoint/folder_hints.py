@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from ray_streamer.checkpoint.foreign import foreign_format
 from ray_streamer.checkpoint.location import may_be_hub_id
 from ray_streamer.checkpoint.shard_files import ADAPTER_CONFIG_NAME, OTHER_LAYOUT, SINGLE_NAME, SUFFIX, is_of_adapter
-from ray_streamer.errors import AccessError, CheckpointError, ObjectMissingError, StorageError
+from ray_streamer.errors import AccessError, CheckpointError, CredentialsError, ObjectMissingError, StorageError
 from ray_streamer.wording import listed, shown
 
 if TYPE_CHECKING:
@@ -61,6 +61,8 @@ def refuse_missing_folder(storage: Storage) -> None:
         storage.list()
     except ObjectMissingError as error:
         raise missing_folder(storage, error) from error
+    except CredentialsError:
+        raise
     except AccessError:
         # It is there, and its files may be read all the same.
         return

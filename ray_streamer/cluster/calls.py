@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -18,11 +19,13 @@ class Calls:
     """One call to each of several actors, by number (a rank, or a seat before ranks are known).
 
     Attributes:
+        is_callers: Whether they run the caller's own function.
         results: What has come back so far, by number.
         failures: What has failed so far, in order of arrival.
     """
 
-    def __init__(self, refs: Mapping[int, ray.ObjectRef[Any]]) -> None:
+    def __init__(self, refs: Mapping[int, ray.ObjectRef[Any]], *, is_callers: bool = False) -> None:
+        self.is_callers = is_callers
         self._numbers = {ref: number for number, ref in refs.items()}
         self.results: dict[int, Any] = {}
         self.failures: list[FailedCall] = []
@@ -31,6 +34,11 @@ class Calls:
     def pending(self) -> tuple[int, ...]:
         """Numbers that have not answered."""
         return tuple(sorted(self._numbers.values()))
+
+    def fail(self, failure: FailedCall) -> None:
+        """Counts a call as failed, which is not waited for any more."""
+        self.failures.append(failure)
+        self._numbers = {ref: number for ref, number in self._numbers.items() if number != failure.rank}
 
     def collect(self, timeout_seconds: float) -> None:
         """Wait until at least one more call has ended, or for `timeout_seconds`, and take in all that have."""
@@ -41,7 +49,7 @@ class Calls:
             try:
                 self.results[number] = ray.get(ref)
             except RayError as error:
-                self.failures.append(explain_failure(number, error))
+                self.failures.append(replace(explain_failure(number, error), is_callers=self.is_callers))
 
 
 class ProgressPoll:

@@ -25,7 +25,7 @@ from ray.exceptions import (
 from ray_streamer.errors import ClusterError, LoadAbortedError, RankFailedError, StartupTimeoutError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Container, Iterator, Sequence
 
 _DEATHS = (RayActorError, ActorUnschedulableError, NodeDiedError, OutOfMemoryError, WorkerCrashedError)
 
@@ -38,26 +38,27 @@ class FailedCall:
         rank: The rank whose call it was.
         cause: The error that the worker raised, or a sentence about the actor's death.
         origin: The error that Ray raised here; None where Ray noticed nothing.
+        is_callers: Whether the caller's own function ran: what it says of ranks is about other ranks than these.
     """
 
     rank: int
     cause: BaseException | str
     origin: RayError | None = None
+    is_callers: bool = False
 
     @property
     def is_echo(self) -> bool:
         """Another rank's failure, as seen from this one."""
-        return isinstance(self.cause, LoadAbortedError) or self.accused is not None
+        return not self.is_callers and (isinstance(self.cause, LoadAbortedError) or bool(self.accused))
 
     @property
-    def accused(self) -> tuple[int, BaseException | str] | None:
-        """The rank whose failure this one reports, and what is said of it."""
-        cause = self.cause
-        if isinstance(cause, RankFailedError):
-            return cause.rank, cause.cause
-        if isinstance(cause, StartupTimeoutError) and cause.ranks:
-            return cause.ranks[0], cause
-        return None
+    def accused(self) -> tuple[int, ...]:
+        """The ranks whose failure this one reports."""
+        if self.is_callers:
+            return ()
+        if isinstance(self.cause, RankFailedError):
+            return (self.cause.rank,)
+        return self.cause.ranks if isinstance(self.cause, StartupTimeoutError) else ()
 
 
 def explain_failure(rank: int, error: RayError) -> FailedCall:
@@ -86,16 +87,19 @@ def choose_cause(failures: Sequence[FailedCall]) -> FailedCall:
     return failures[0]
 
 
-def tell_failure(failure: FailedCall, nodes: Sequence[str]) -> RankFailedError:
+def tell_failure(failure: FailedCall, nodes: Sequence[str], *, alive: Container[int] = ()) -> RankFailedError:
     """The error for the caller, with its cause chained.
 
     Args:
         failure: The chosen one. When it is an echo, the rank that it speaks of is the one reported.
         nodes: Node of each rank, as messages name it.
+        alive: Ranks that have answered: of several that did not come, another one is reported.
     """
     rank, cause = failure.rank, failure.cause
-    if failure.accused and 0 <= failure.accused[0] < len(nodes):
-        rank, cause = failure.accused
+    accused = [number for number in failure.accused if 0 <= number < len(nodes)]
+    if accused:
+        rank = next((number for number in accused if number not in alive), accused[0])
+        cause = cause.cause if isinstance(cause, RankFailedError) else cause
     error = RankFailedError(rank, nodes[rank], cause)
     error.__cause__ = failure.cause if isinstance(failure.cause, BaseException) else failure.origin
     return error

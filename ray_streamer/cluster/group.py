@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from ray_streamer.cluster.facts import RankFacts
+    from ray_streamer.exchange.liveness import Timeouts
 
 logger = logging.getLogger(__name__)
 
@@ -66,8 +67,7 @@ class WorkerGroup:
         placement: PlacementOptions | None = None,
         holding: str = "workers",
         is_called_off: Callable[[], bool] = bool,
-        startup_timeout_seconds: float,
-        neighbour_timeout_seconds: float,
+        timeouts: Timeouts,
     ) -> None:
         """Start the actors and their workers, or leave nothing behind.
 
@@ -78,8 +78,7 @@ class WorkerGroup:
             placement: What each rank reserves, and where.
             holding: What the ranks hold, in a word: part of the names of actors and placement group.
             is_called_off: Asked while the start lasts; when it says so, everything is torn down.
-            startup_timeout_seconds: How long reservation, actors and constructors may take together.
-            neighbour_timeout_seconds: How long the process of a rank that is called may be silent and idle.
+            timeouts: How long reservation, actors and constructors may take together, and ranks that are called may be silent.
 
         Raises:
             ClusterError: There is no room, Ray cannot start the actors, or the start was called off.
@@ -91,8 +90,7 @@ class WorkerGroup:
         self._placement = placement or PlacementOptions()
         self._name = GroupName(holding, num_ranks)
         self._num_restarts = 0
-        self._startup_timeout_seconds = startup_timeout_seconds
-        self._neighbour_timeout_seconds = neighbour_timeout_seconds
+        self._timeouts = timeouts
         self._seats: list[Seat] = []
         self._actors: list[Any] = []
         self._facts: list[RankFacts] = []
@@ -102,7 +100,7 @@ class WorkerGroup:
         self._release = weakref.finalize(self, _close_in, self._process, resources)
         try:
             with ray_errors_translated(f"starting {counted(num_ranks, 'rank')}"):
-                self._start(resources, Deadline(startup_timeout_seconds, is_called_off=is_called_off))
+                self._start(resources, Deadline(timeouts.startup_seconds, is_called_off=is_called_off))
         except BaseException:
             self.shutdown()
             raise
@@ -139,6 +137,7 @@ class WorkerGroup:
         per_rank_args: Sequence[Sequence[Any]] | None = None,
         on_progress: Callable[[list[Any]], None] | None = None,
         keep_on_failure: bool = False,
+        is_callers: bool = False,
     ) -> list[Any]:
         """Run a method of the workers, on all ranks at once, and wait for all; the first failure wins.
 
@@ -152,12 +151,14 @@ class WorkerGroup:
             per_rank_args: For each of `ranks`, what follows `args`.
             on_progress: Called about four times a second with what `progress()` of each of `ranks` said last, or None.
             keep_on_failure: Do not shut down: live ranks keep what they hold, and the failed one may be restarted.
+            is_callers: The method runs the caller's own function, which may keep Python's lock for as long as it likes, and whose
+                errors, whatever they say of ranks, are its own.
 
         Returns:
             The result of each of `ranks`, in that order.
 
         Raises:
-            RankFailedError: A rank raised or died; its cause is chained, with its type.
+            RankFailedError: A rank raised, died or was stopped; its cause is chained, with its type.
             ClusterError: The group is shut down, belongs to the process that this one was forked from, or Ray itself failed.
         """
         self._check_usable(method)
@@ -170,7 +171,8 @@ class WorkerGroup:
                     {
                         rank: _sent(self._actors[rank].call, method, *args, *more)
                         for rank, more in zip(chosen, extra, strict=True)
-                    }
+                    },
+                    is_callers=is_callers,
                 )
                 self._watch(calls, chosen, on_progress)
         except BaseException as error:
@@ -200,7 +202,7 @@ class WorkerGroup:
         """
         with ray_errors_translated(f"asking rank {rank} to {method}"):
             calls = Calls({rank: self._actors[rank].call.remote(method, *args)})
-            self._await_start(calls, Deadline(self._startup_timeout_seconds), doing=method)
+            self._await_start(calls, Deadline(self._timeouts.startup_seconds), doing=method)
         if calls.failures:
             raise self._failure(calls)
         return calls.results[rank]
@@ -213,7 +215,7 @@ class WorkerGroup:
             StartupTimeoutError: One did not answer within the group's startup timeout.
             RankFailedError: A worker's constructor raised.
         """
-        deadline = Deadline(self._startup_timeout_seconds)
+        deadline = Deadline(self._timeouts.startup_seconds)
         with ray_errors_translated(f"restarting rank {listed([*map(str, ranks)])}"):
             _kill([self._actors[rank] for rank in ranks])
             self._num_restarts += 1
@@ -297,12 +299,14 @@ class WorkerGroup:
     def _watch(self, calls: Calls, ranks: Sequence[int], on_progress: Callable[[list[Any]], None] | None) -> None:
         poll = ProgressPoll({rank: self._actors[rank] for rank in ranks})
         next_poll = 0.0
-        silence = SilenceWatch(self._actors, self._facts, self._neighbour_timeout_seconds, self._placement.runtime_env)
+        silence = SilenceWatch(
+            self._actors, self._facts, self._timeouts, self._placement.runtime_env, waits_for_busy=calls.is_callers
+        )
         while calls.pending and not calls.failures:
             calls.collect(_POLL_SECONDS)
             silent = silence.check(calls.pending)
             if silent is not None:
-                calls.failures.append(silent)
+                calls.fail(silent)
             if on_progress is not None and time.monotonic() >= next_poll:
                 on_progress(poll.latest())
                 next_poll = time.monotonic() + _POLL_SECONDS
@@ -315,7 +319,8 @@ class WorkerGroup:
         raise self._failure(calls)
 
     def _failure(self, calls: Calls) -> RankFailedError:
-        return tell_failure(choose_cause(calls.failures), [facts.node for facts in self._facts])
+        alive = {failure.rank for failure in calls.failures} | calls.results.keys()
+        return tell_failure(choose_cause(calls.failures), [facts.node for facts in self._facts], alive=alive)
 
     def _abort(self, calls: Calls, error: BaseException) -> None:
         for rank in calls.pending:

@@ -17,6 +17,7 @@ from ray_streamer.cluster.phases import Phases
 from ray_streamer.cluster.tracing import collect_trace
 from ray_streamer.cluster.worker import LoadWorker
 from ray_streamer.errors import ClusterError
+from ray_streamer.exchange.liveness import Timeouts
 from ray_streamer.named_checkpoint import NamedCheckpoint
 
 if TYPE_CHECKING:
@@ -146,9 +147,10 @@ class ShardedModel:
             The result of each rank, in rank order. Return small things: results travel through the object store.
 
         Raises:
-            RankFailedError: The function raised on a rank, or the rank died; tensors of the live ranks stay.
+            RankFailedError: The function raised on a rank, or the rank died or was stopped by a signal; tensors of the live ranks
+                stay.
         """
-        return self._ready().call("run", function, args, keep_on_failure=True)
+        return self._ready().call("run", function, args, keep_on_failure=True, is_callers=True)
 
     def gather(self, name: str) -> torch.Tensor:
         """One whole tensor, put together on this process from the ranks' results; for looking at, not for serving.
@@ -264,8 +266,7 @@ class ShardedModel:
             placement=self._placement,
             holding=model_of(request.uri),
             is_called_off=lambda: self._is_shut_down,
-            startup_timeout_seconds=request.settings.startup_timeout_seconds,
-            neighbour_timeout_seconds=request.settings.neighbour_timeout_seconds,
+            timeouts=Timeouts.of(request.settings),
         )
         if self._is_shut_down:
             raise ClusterError(_SHUT_DOWN)

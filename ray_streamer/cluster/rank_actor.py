@@ -2,7 +2,7 @@
 
 `call` runs on the actor's only main thread, one call at a time, for as long as it takes. `facts` and `control` run in a
 concurrency group of their own, and so answer while a call is running: this is how a load is watched and
-aborted. The worker is built by a call, not by the actor's constructor: an error in a call keeps its type, where one in a
+aborted. `is_running` has another one, in which nothing else is ever waited for. The worker is built by a call, not by the actor's constructor: an error in a call keeps its type, where one in a
 constructor becomes the text of a dead actor.
 """
 
@@ -63,7 +63,7 @@ class RankActor:
         """Run a method of the worker beside whatever the main thread does; it must be thread-safe and short."""
         return getattr(self._worker, method)(*args)
 
-    @ray.method(concurrency_group="pulse")
+    @ray.method(concurrency_group="pulse", enable_task_events=False)
     def is_running(self) -> bool:
         """Answers as long as this process runs and something else than one call gets Python's lock."""
         return True

@@ -1,16 +1,17 @@
 """Does a rank that the driver waits for still run? Its actor answers while it works; one that does not is looked at on its node.
 
-A process that is stopped or hangs fails no call: Ray's own watchdog tells of it after seven minutes. Ranks that wait for it name it
-themselves. Where all others are done, or there are none on its node, only the driver waits for it, and asks here.
+A process that is stopped fails no call: Ray's own watchdog tells of it after seven minutes. Ranks that wait for it name it themselves.
+Where all others are done, or there are none on its node, only the driver waits for it, and asks here.
 
-A process that is silent because something keeps Python's lock is not idle, and is waited for.
+silent and stopped    given up after `neighbour_seconds`
+silent                given up after `progress_seconds`: something keeps Python's lock. The caller's own functions may do that for as
+                      long as they like
 """
 
 from __future__ import annotations
 
-import contextlib
-import threading
 import time
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -25,9 +26,12 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
     from ray_streamer.cluster.facts import RankFacts
+    from ray_streamer.exchange.liveness import Timeouts
 
-# As a part of the timeout: how often a rank that answers is asked again, and how long a process is looked at.
+# Between two questions to a rank that answers, as a part of the shortest silence that counts.
 _PAUSE = 0.25
+# The most that counts of the time between two checks: in the rest this process did not run itself.
+_MOST_SECONDS = 1.0
 
 
 @dataclass(slots=True)
@@ -38,11 +42,13 @@ class _Silence:
         question: Not answered yet; None between two questions.
         seconds: Since it was asked, or since it answered.
         look: At its process, under way.
+        look_again: After how many seconds of silence.
     """
 
     question: ray.ObjectRef[bool] | None = None
     seconds: float = 0.0
-    look: ray.ObjectRef[str | None] | None = None
+    look: ray.ObjectRef[bool] | None = None
+    look_again: float = 0.0
 
 
 @dataclass
@@ -52,84 +58,78 @@ class SilenceWatch:
     Attributes:
         actors: Of all ranks.
         facts: Of all ranks.
-        neighbour_timeout_seconds: How long a process may be silent and idle.
+        timeouts: How long a rank may be silent.
         runtime_env: Of the actors.
+        waits_for_busy: Whether a rank that is not stopped may be silent without end.
     """
 
     actors: Sequence[Any]
     facts: Sequence[RankFacts]
-    neighbour_timeout_seconds: float
+    timeouts: Timeouts
     runtime_env: Mapping[str, Any] | None
+    waits_for_busy: bool
     _ranks: dict[int, _Silence] = field(default_factory=dict)
     _checked: float = field(default_factory=time.monotonic)
 
     def check(self, awaited: Iterable[int]) -> FailedCall | None:
-        """The first of the awaited ranks that is silent and idle for too long; called often."""
+        """The first of the awaited ranks that was silent for too long; called several times a second."""
         now = time.monotonic()
-        # In the rest of a long time this process did not run itself.
-        elapsed, self._checked = min(now - self._checked, self._pause_seconds), now
+        elapsed, self._checked = min(now - self._checked, _MOST_SECONDS), now
         silences = {rank: self._ranks.setdefault(rank, _Silence()) for rank in awaited}
         refs = [ref for silence in silences.values() for ref in (silence.question, silence.look) if ref is not None]
         done = set(ray.wait(refs, num_returns=len(refs), timeout=0)[0]) if refs else set()
         for rank, silence in silences.items():
             silence.seconds += elapsed
-            state = self._listen(rank, silence, done)
-            if state is not None:
-                return FailedCall(
-                    rank,
-                    f"its process {self.facts[rank].pid} has answered nothing for {silence.seconds:.1f} s and is {state}, longer "
-                    f"than neighbour_timeout_seconds={self.neighbour_timeout_seconds:g}; look at it with py-spy or gdb, or raise "
-                    "the setting",
-                )
+            # What Ray cannot do now, it may be able to do later; what is wrong with a rank, the call that is awaited tells.
+            with suppress(RayError):
+                reason = self._listen(rank, silence, done)
+                if reason is not None:
+                    return FailedCall(rank, reason)
         return None
-
-    @property
-    def _pause_seconds(self) -> float:
-        return _PAUSE * self.neighbour_timeout_seconds
 
     def _listen(self, rank: int, silence: _Silence, done: set[ray.ObjectRef[Any]]) -> str | None:
-        """What a rank's process is that is silent for too long, and idle."""
+        """Why a rank is given up."""
+        timeouts, pid = self.timeouts, self.facts[rank].pid
         if silence.question is None:
-            if silence.seconds >= self._pause_seconds:
+            if silence.seconds >= _PAUSE * timeouts.neighbour_seconds:
                 silence.question, silence.seconds = self.actors[rank].is_running.remote(), 0.0
         elif silence.question in done:
-            # Dead or alive: of a dead one, the call that is awaited tells.
             self._ranks[rank] = _Silence()
-        elif silence.look is None:
-            if silence.seconds >= self.neighbour_timeout_seconds:
-                silence.look = self._look(rank)
-        elif silence.look in done:
-            look, silence.look = silence.look, None
-            # A node that cannot start the task is Ray's to judge.
-            with contextlib.suppress(RayError):
-                return ray.get(look)
+        elif silence.look is not None and silence.look in done and ray.get(silence.look):
+            return (
+                f"its process {pid} has answered nothing for {silence.seconds:.1f} s and is stopped by a signal, longer than "
+                f"neighbour_timeout_seconds={timeouts.neighbour_seconds:g}; let it go on with `kill -CONT {pid}`, or raise the setting"
+            )
+        elif silence.seconds >= timeouts.progress_seconds and not self.waits_for_busy:
+            return (
+                f"its process {pid} has answered nothing for progress_timeout_seconds={timeouts.progress_seconds:g}; look for a call "
+                "that keeps Python's lock, with py-spy or gdb, or raise the setting"
+            )
+        elif silence.seconds >= max(timeouts.neighbour_seconds, silence.look_again):
+            # A node that is slow to start the task gets no second one meanwhile.
+            silence.look_again = 2 * silence.seconds
+            silence.look = self._look(rank)
         return None
 
-    def _look(self, rank: int) -> ray.ObjectRef[str | None]:
+    def _look(self, rank: int) -> ray.ObjectRef[bool]:
         facts = self.facts[rank]
-        task: Any = ray.remote(idle_process)
-        return task.options(
-            name=f"is rank {rank} idle",
-            num_cpus=0,
-            max_retries=0,
+        return _looks.options(
+            name=f"is rank {rank} stopped",
             runtime_env=self.runtime_env,
             scheduling_strategy=NodeAffinitySchedulingStrategy(facts.node_id, soft=False),
-        ).remote(facts.pid, facts.process_start, self._pause_seconds)
+        ).remote(facts.pid, facts.process_start)
 
 
-def idle_process(pid: int, start: str, seconds: float) -> str | None:
-    """What a process of this machine is that neither computes nor touches memory for `seconds`; None where it does, or is not seen.
+def is_stopped(pid: int, start: str) -> bool:
+    """Whether a process of this machine is stopped by a signal; a debugger does not count.
 
     Args:
         pid: Its number, as its own node shows it.
         start: Its start, see `PeerProcess`: another PID namespace has another process of that number.
-        seconds: How long to look.
     """
-    process = PeerProcess(pid)
-    with contextlib.closing(process):
-        if process.start != start:
-            return None
-        before = process.work()
-        threading.Event().wait(seconds)
-        is_idle = before is not None and process.work() == before and not process.is_runnable()
-        return process.describe() if is_idle else None
+    with closing(PeerProcess(pid)) as process:
+        return process.start == start and process.is_stopped()
+
+
+_remote: Any = ray.remote  # its type hints leave out enable_task_events
+_looks = _remote(num_cpus=0, max_retries=0, enable_task_events=False)(is_stopped)

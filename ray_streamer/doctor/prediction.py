@@ -186,5 +186,5 @@ def _rates(node: Node) -> tuple[float, float, float]:
     alone = node.storage[0]
     usual = [each for each in node.storage if each.block_bytes == alone.block_bytes]
     first_byte = median(each.first_byte_seconds for each in usual)
-    node_rate = max(each.bytes_per_second for each in node.storage)
+    node_rate = max(each.served_per_second for each in node.storage)
     return first_byte, alone.block_bytes / max(alone.receive_seconds, 1e-9), node_rate

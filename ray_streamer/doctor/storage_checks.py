@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ray_streamer.doctor.finding import Finding, failed
-from ray_streamer.errors import AccessError, ObjectMissingError, RayStreamerError
+from ray_streamer.errors import AccessError, CredentialsError, ObjectMissingError, RayStreamerError
 from ray_streamer.storage.mounts import mount_of, read_mount_table
 from ray_streamer.storage.object_storage import ObjectStorage
 from ray_streamer.storage.server_clock import clock_skew_seconds
@@ -69,6 +69,9 @@ def checkpoint_refused(error: RayStreamerError) -> Finding:
     """What the error of a read, or of opening the storage, means for this node."""
     if isinstance(error, ObjectMissingError):
         why, advice = "There is nothing to load.", "Check the uri, and that this node has the mount that holds it."
+    elif isinstance(error, CredentialsError):
+        why = "This node has no credentials, so the store was not asked."
+        advice = "The message says what was looked for; see docs/stores.md for where credentials come from."
     elif isinstance(error, AccessError):
         why = "The store refuses this node's credentials, region or clock."
         advice = "The message says which; see docs/s3.md for where credentials and region come from."

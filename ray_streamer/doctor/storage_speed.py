@@ -10,10 +10,12 @@ import mmap
 import threading
 import time
 from dataclasses import dataclass
-from statistics import median
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
+
 from ray_streamer.extent import Extent
+from ray_streamer.report.verdict.rates import Receipts
 from ray_streamer.settings import MIB
 from ray_streamer.staging.stop import StopSignal
 from ray_streamer.staging.threads import TaskThreads
@@ -29,8 +31,8 @@ NUM_STREAMS = (1, 2, 4, 8, 16, 32, 64)
 _BLOCKS_OF_A_STREAM = 2
 _ENOUGH_SECONDS = 2.0
 _FRESH_AND_TOUCHED = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE
-_NO_TIME_BETWEEN = 1e-4
-"""Seconds. Storage that brings a block in one call tells of the first byte when all is there."""
+_NO_STREAM = 20e9
+"""Bytes per second that nothing brings: a storage that brings a block in one call tells of the first byte when all is there."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +45,7 @@ class Measured:
         bytes_per_second: Of all together, waits for first bytes included.
         first_byte_seconds: Median; 0 where the storage tells of none.
         receive_seconds: Median, from the first byte to the last.
+        served_per_second: Bytes that all together could have received without such waits; see `Rates.node`.
     """
 
     num_streams: int
@@ -50,6 +53,7 @@ class Measured:
     bytes_per_second: float
     first_byte_seconds: float
     receive_seconds: float
+    served_per_second: float
 
 
 class _Place(NamedTuple):
@@ -57,9 +61,10 @@ class _Place(NamedTuple):
     extent: Extent
 
 
-class _Lengths(NamedTuple):
-    first_byte_seconds: float
-    receive_seconds: float
+class _Read(NamedTuple):
+    began: float
+    first_byte: float
+    ended: float
 
 
 def measure_storage(
@@ -109,7 +114,7 @@ def _places(index: CheckpointIndex, block_bytes: int, *, read_until: int = 0) ->
 
 def _measure(storage: Storage, places: Sequence[_Place], num_streams: int, block_bytes: int) -> Measured:
     buffers = threading.local()
-    lengths: list[_Lengths] = []
+    reads: list[_Read] = []
 
     def read(place: _Place) -> None:
         if not hasattr(buffers, "memory"):
@@ -125,8 +130,8 @@ def _measure(storage: Storage, places: Sequence[_Place], num_streams: int, block
             on_first_byte=lambda: first.append(time.perf_counter()),
         )
         ended = time.perf_counter()
-        at = first[0] if first and ended - first[0] > _NO_TIME_BETWEEN else began
-        lengths.append(_Lengths(at - began, ended - at))
+        at = first[0] if first and (ended - first[0]) * _NO_STREAM > place.extent.num_bytes else began
+        reads.append(_Read(began, at, ended))
 
     stop = StopSignal()
     began = time.perf_counter()
@@ -134,12 +139,14 @@ def _measure(storage: Storage, places: Sequence[_Place], num_streams: int, block
         pass
     stop.check()
     seconds = time.perf_counter() - began
+    times = np.array(reads)
     return Measured(
         num_streams=num_streams,
         block_bytes=block_bytes,
-        bytes_per_second=len(lengths) * block_bytes / seconds,
-        first_byte_seconds=median(each.first_byte_seconds for each in lengths),
-        receive_seconds=median(each.receive_seconds for each in lengths),
+        bytes_per_second=len(reads) * block_bytes / seconds,
+        first_byte_seconds=float(np.median(times[:, 1] - times[:, 0])),
+        receive_seconds=float(np.median(times[:, 2] - times[:, 1])),
+        served_per_second=Receipts(times[:, 1], times[:, 2], np.full(len(reads), block_bytes)).rates().node,
     )
 
 

@@ -20,7 +20,8 @@ _WHOLE_ID_SPACE = (1 << 32) - 1
 # Positions after the command's name in /proc/PID/stat; see proc_pid_stat(5).
 _STATE, _MINOR_FAULTS, _MAJOR_FAULTS, _USER_TICKS, _SYSTEM_TICKS, _START = 0, 7, 9, 11, 12, 19
 
-_STOPPED_STATES = {"T": "stopped by a signal", "t": "stopped by a debugger", "D": "waiting inside the kernel"}
+_STOPPED = "T"
+_STOPPED_STATES = {_STOPPED: "stopped by a signal", "t": "stopped by a debugger", "D": "waiting inside the kernel"}
 _ENDED_STATES = "ZX"
 
 
@@ -99,6 +100,11 @@ class PeerProcess:
             return False
         stats = [_read_stat(tasks / number) for number in numbers]
         return any(stat is not None and stat.state == "R" for stat in stats)
+
+    def is_stopped(self) -> bool:
+        """Whether a signal stopped it; a debugger does not count."""
+        stat = _read_stat(self._folder)
+        return stat is not None and stat.state == _STOPPED
 
     def describe(self) -> str:
         """What the process does, as /proc shows it."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
-from ray_streamer.errors import AccessError
+from ray_streamer.errors import AccessError, CredentialsError
 from ray_streamer.files.pull import of_each
 from ray_streamer.storage import is_there
 from ray_streamer.wording import printable
@@ -48,6 +48,8 @@ def listed_or_known(storage: Storage, *, concurrency: int, others: Callable[[], 
     """
     try:
         return storage.list(recursive=True)
+    except CredentialsError:
+        raise
     except AccessError:
         names = sorted({*USUAL_NAMES, *others()})
         found = of_each(names, lambda name: _is_shown(storage, name), concurrency=concurrency)

@@ -78,11 +78,13 @@ class LoadSettings(BaseModel):
     )
     neighbour_timeout_seconds: Seconds = Field(
         default=8.0,
-        description="Limit for a rank of the same node that is stopped or hangs (no message, no CPU time) while others wait for it.",
+        description="Limit for a rank that is stopped or hangs (no message, no CPU time) while ranks of its node wait for it, and for "
+        "one that is stopped by a signal while the driver waits for it.",
     )
     progress_timeout_seconds: Seconds = Field(
         default=300.0,
-        description="Limit for one step of a rank of the same node that others wait for: headers, a plan, a block.",
+        description="Limit for one step of a rank of the same node that others wait for: headers, a plan, a block; and for a rank that "
+        "does not answer the driver, unless it runs a function of the caller's.",
     )
     connect_timeout_seconds: Seconds = Field(default=10.0, description="Limit for opening a connection.")
     first_byte_timeout_seconds: Seconds = Field(

@@ -23,6 +23,7 @@ from ray_streamer.cluster.connection import RayConnection, connect, has_same_var
 from ray_streamer.cluster.group import WorkerGroup
 from ray_streamer.cluster.jobs import find_dashboard
 from ray_streamer.errors import ClusterError, SettingsError
+from ray_streamer.exchange.liveness import Timeouts
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -295,7 +296,7 @@ def test_a_group_whose_ray_was_shut_down_says_so_and_starts_no_other(
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setenv("RAY_TMPDIR", str(short_folder))
     connection = connect("local", num_local_cpus=1)
-    group = WorkerGroup(int, 1, startup_timeout_seconds=60, neighbour_timeout_seconds=8)
+    group = WorkerGroup(int, 1, timeouts=Timeouts(startup_seconds=60, neighbour_seconds=8, progress_seconds=300))
     connection.close()
     with pytest.raises(ClusterError, match="Ray was shut down"):
         group.call("anything")

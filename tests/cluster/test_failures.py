@@ -102,6 +102,17 @@ def test_the_rank_that_was_waited_for_is_told_and_not_the_one_that_waited() -> N
     )
 
 
+def test_of_several_ranks_that_did_not_come_one_is_told_that_has_not_answered() -> None:
+    waited = failure(0, StartupTimeoutError("ranks [1, 2] did not connect to rank 0", [1, 2]))
+    assert tell_failure(waited, NODES, alive={0, 1}).rank == 2
+
+
+def test_what_a_callers_function_says_of_ranks_is_about_other_ranks() -> None:
+    nested = FailedCall(0, StartupTimeoutError("ranks [1] did not come", [1]), ActorDiedError(), is_callers=True)
+    assert choose_cause([nested, REAL]) is nested
+    assert tell_failure(nested, NODES).rank == 0
+
+
 def test_blame_of_an_unknown_rank_stays_with_the_reporter() -> None:
     error = tell_failure(failure(1, RankFailedError(-1, "?", "somebody left")), NODES)
     assert error.rank == 1

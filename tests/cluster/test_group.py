@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import os
 import signal
@@ -23,6 +24,7 @@ from ray_streamer.errors import (
     RankFailedError,
     StartupTimeoutError,
 )
+from ray_streamer.exchange.liveness import Timeouts
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -86,9 +88,13 @@ class Worker:
         if self.rank == stopped:
             os.kill(os.getpid(), signal.SIGSTOP)
 
-    def hold_the_lock(self) -> int:
-        # Of Python, for some seconds in which the process computes: none of its other threads gets a turn.
-        return sum(range(200_000_000))
+    def hold_the_lock(self, seconds: int) -> int:
+        # Of Python: no other thread of the process gets a turn.
+        return ctypes.PyDLL(None).sleep(seconds)
+
+    def report_ranks_of_its_own(self) -> None:
+        if self.rank == 0:
+            raise StartupTimeoutError("ranks of a load inside of the function", [1])
 
     def fail_or_ignore_abort(self, failing: int) -> None:
         if self.rank == failing:
@@ -146,6 +152,7 @@ def start(
     *,
     timeout: float = 60,
     patience: float = 8,
+    step: float = 300,
     args: tuple[Any, ...] = (),
     holding: str = "workers",
     **options: Any,
@@ -156,8 +163,7 @@ def start(
         args=args,
         holding=holding,
         placement=PlacementOptions(**options),
-        startup_timeout_seconds=timeout,
-        neighbour_timeout_seconds=patience,
+        timeouts=Timeouts(startup_seconds=timeout, neighbour_seconds=patience, progress_seconds=step),
     )
 
 
@@ -330,9 +336,23 @@ def test_a_rank_that_is_stopped_while_only_the_driver_waits_for_it_is_named(asse
     assert_gone(pids)
 
 
-def test_a_rank_that_is_silent_and_busy_is_waited_for() -> None:
-    with start(1, patience=0.5) as group:
-        assert group.call("hold_the_lock") == [19_999_999_900_000_000]
+def test_a_rank_that_is_silent_without_being_stopped_has_as_long_as_one_step(assert_gone: Check) -> None:
+    group = start(1, patience=0.5, step=2.0)
+    pids = pids_of(group)
+    with pytest.raises(RankFailedError, match=r"answered nothing for progress_timeout_seconds=2;"):
+        group.call("hold_the_lock", 60)
+    assert_gone(pids)
+
+
+def test_the_callers_own_function_may_be_silent_for_as_long_as_it_likes() -> None:
+    with start(1, patience=0.5, step=1.0) as group:
+        assert group.call("hold_the_lock", 4, is_callers=True) == [0]
+
+
+def test_what_the_callers_own_function_says_of_ranks_is_not_about_these() -> None:
+    with start(2) as group, pytest.raises(RankFailedError) as caught:
+        group.call("report_ranks_of_its_own", is_callers=True)
+    assert caught.value.rank == 0
 
 
 def test_ranks_that_ignore_the_abort_are_torn_down_too(assert_gone: Check) -> None:
@@ -437,14 +457,18 @@ def test_what_the_start_depends_on_is_asked_for_within_its_timeout(monkeypatch: 
         with pytest.raises(RankFailedError, match=r"rank 0 .*AttributeError"):
             group.ask("no_such_method")
         # Short only now: on a busy machine an actor takes long to start.
-        monkeypatch.setattr(group, "_startup_timeout_seconds", 0.5)
+        monkeypatch.setattr(
+            group, "_timeouts", Timeouts(startup_seconds=0.5, neighbour_seconds=8, progress_seconds=300)
+        )
         with pytest.raises(StartupTimeoutError, match=r"1 of 2 ranks did not ignore_abort within .*=0\.5: rank 0 in "):
             group.ask("ignore_abort")
 
 
 @pytest.mark.slow  # a fork beside gRPC's threads is what Ray itself does not promise to survive
 def test_a_forked_process_ends_nothing_and_calls_nothing() -> None:
-    with WorkerGroup(Worker, 1, startup_timeout_seconds=60, neighbour_timeout_seconds=8) as group:
+    with WorkerGroup(
+        Worker, 1, timeouts=Timeouts(startup_seconds=60, neighbour_seconds=8, progress_seconds=300)
+    ) as group:
         with warnings.catch_warnings():
             # Python 3.12 and later warn of threads, which is what this is about.
             warnings.simplefilter("ignore", DeprecationWarning)
@@ -460,7 +484,9 @@ def test_a_forked_process_ends_nothing_and_calls_nothing() -> None:
 
 
 def test_what_cannot_be_pickled_is_told_in_a_line() -> None:
-    with WorkerGroup(Worker, 1, startup_timeout_seconds=60, neighbour_timeout_seconds=8) as group:
+    with WorkerGroup(
+        Worker, 1, timeouts=Timeouts(startup_seconds=60, neighbour_seconds=8, progress_seconds=300)
+    ) as group:
         with pytest.raises(ClusterError, match="cannot be pickled: Could not serialize") as caught:
             group.call("greet", threading.Lock(), keep_on_failure=True)
         assert "\n" not in str(caught.value)

@@ -16,6 +16,7 @@ from ray.util.placement_group import placement_group_table
 
 from ray_streamer.cluster.group import WorkerGroup
 from ray_streamer.cluster.placement import PlacementOptions
+from ray_streamer.exchange.liveness import Timeouts
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -37,7 +38,11 @@ class Worker:
 def start_ranks(num_cpus_per_rank: float) -> WorkerGroup:
     placement = PlacementOptions(num_cpus_per_rank=num_cpus_per_rank, strategy="SPREAD")
     return WorkerGroup(
-        Worker, 2, placement=placement, holding="llama", startup_timeout_seconds=60, neighbour_timeout_seconds=8
+        Worker,
+        2,
+        placement=placement,
+        holding="llama",
+        timeouts=Timeouts(startup_seconds=60, neighbour_seconds=8, progress_seconds=300),
     )
 
 

@@ -15,6 +15,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from ray_streamer.cluster.group import WorkerGroup
 from ray_streamer.cluster.placement import PlacementOptions
 from ray_streamer.errors import ClusterError, StartupTimeoutError
+from ray_streamer.exchange.liveness import Timeouts
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -50,7 +51,10 @@ class Caller:
 
     def start(self, num_ranks: int, options: PlacementOptions) -> tuple[list[str | None], tuple[Any, ...]]:
         with WorkerGroup(
-            Worker, num_ranks, placement=options, startup_timeout_seconds=60, neighbour_timeout_seconds=8
+            Worker,
+            num_ranks,
+            placement=options,
+            timeouts=Timeouts(startup_seconds=60, neighbour_seconds=8, progress_seconds=300),
         ) as group:
             return group.call("seat"), group.nodes
 
@@ -77,8 +81,7 @@ def start(num_ranks: int, *, timeout: float = 60, holding: str = "workers", **op
         num_ranks,
         placement=placement,
         holding=holding,
-        startup_timeout_seconds=timeout,
-        neighbour_timeout_seconds=8,
+        timeouts=Timeouts(startup_seconds=timeout, neighbour_seconds=8, progress_seconds=300),
     )
 
 
@@ -284,7 +287,12 @@ def test_a_start_that_is_called_off_while_it_waits_for_room_leaves_nothing(make_
     logging.getLogger("ray_streamer.cluster.waiting").addHandler(handler)
     try:
         with pytest.raises(ClusterError, match="called off") as caught:
-            WorkerGroup(Worker, 2, is_called_off=is_off.is_set, startup_timeout_seconds=60, neighbour_timeout_seconds=8)
+            WorkerGroup(
+                Worker,
+                2,
+                is_called_off=is_off.is_set,
+                timeouts=Timeouts(startup_seconds=60, neighbour_seconds=8, progress_seconds=300),
+            )
     finally:
         logging.getLogger("ray_streamer.cluster.waiting").removeHandler(handler)
     assert len(seen) == 1

@@ -110,7 +110,12 @@ def test_a_fleet_waits_for_its_storage_when_that_is_what_is_short(tmp_path, num_
     request = request_of(tmp_path, block_bytes=256 << 10)
     plan = request.plan(Topology.even(1), memory_limits=(1 << 30,))
     alone = Measured(
-        num_streams=1, block_bytes=256 << 10, bytes_per_second=2e6, first_byte_seconds=0.01, receive_seconds=0.1
+        num_streams=1,
+        block_bytes=256 << 10,
+        bytes_per_second=2e6,
+        first_byte_seconds=0.01,
+        receive_seconds=0.1,
+        served_per_second=2e6,
     )
     predicted = predict(plan, Node((alone,), IDEAL, 1 << 30, 4, concurrency=16), fleet=Fleet(num_nodes, storage_rate))
     by_storage = num_nodes * predicted.read_bytes / storage_rate
@@ -174,12 +179,13 @@ def test_an_endpoint_that_is_slow_to_answer(s3_server, s3_credentials, tmp_path)
     uri = f"{s3_server.upload_folder(tmp_path, 'doctor-slow', 'model')}/{file.name}"
     with FaultProxy(s3_credentials.endpoint_url) as proxy:
         request = request_of(uri, s3_endpoint_url=proxy.url, block_bytes=256 << 10, concurrency=2)
-        proxy.fail_next(*[Fault(delay_seconds=0.25)] * 100)
+        proxy.fail_next(*[Fault(delay_seconds=0.25)] * 1000)
         examination = examine(request, devices=NO_DEVICES, is_quick=True)
     assert examination.prediction.bound == "first byte"
     assert min(each.first_byte_seconds for each in examination.storage) >= 0.24
     assert examination.prediction.best_settings["concurrency"] > 2
-    assert examination.prediction.best_seconds < examination.prediction.seconds
+    # Eight blocks at once and not two at a time: the waits are not counted as a slow network besides.
+    assert examination.prediction.best_seconds < examination.prediction.seconds / 2
 
 
 @pytest.fixture
@@ -360,7 +366,14 @@ def test_a_prediction_is_the_arithmetic_of_its_rounds(tmp_path, concurrency, num
     write_checkpoint(tmp_path, [TensorSpec("up_proj.weight", "F32", (4096, 1024))])
     request = request_of(tmp_path, block_bytes=MIB, concurrency=concurrency)
     plan = request.plan(ray_streamer.plan(str(tmp_path), rules={"*": Split(0)}).topology, memory_limits=(1 << 30,))
-    alone = Measured(num_streams=1, block_bytes=MIB, bytes_per_second=1e12, first_byte_seconds=0.2, receive_seconds=0.1)
+    alone = Measured(
+        num_streams=1,
+        block_bytes=MIB,
+        bytes_per_second=MIB / 0.3,
+        first_byte_seconds=0.2,
+        receive_seconds=0.1,
+        served_per_second=1e12,
+    )
     node = Node((alone,), IDEAL, 1 << 30, 4, concurrency=concurrency)
     predicted = predict(plan, node)
     # The header moves blocks on their grid: the first and the last one are parts.

@@ -16,7 +16,7 @@ from concurrent.futures import wait as wait_for_futures
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ray_streamer.errors import ClusterError
+from ray_streamer.errors import ClusterError, RankFailedError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -143,7 +143,9 @@ def _run(group: WorkerGroup, args: tuple[Any, ...], ended: Future[Generated], on
     try:
         generated = group.call("generate", *args, keep_on_failure=True)[0]
     except BaseException as error:
-        on_end(is_in_step=_are_idle(group))
+        # A process that died or was stopped answers nothing.
+        has_answered = not (isinstance(error, RankFailedError) and isinstance(error.cause, str))
+        on_end(is_in_step=has_answered and _are_idle(group))
         ended.set_exception(error)
     else:
         on_end(is_in_step=True)
