@@ -40,7 +40,7 @@ of an object store: blocks of 8 MiB, runs of at least 256 KiB are read exactly, 
 
 `read / needed` is what all nodes read, over what their ranks need, each node for itself. `read / model` is the same over what is
 needed of the checkpoint at all: with replicas, or where nodes share a tensor, a byte may be needed on several nodes. On one node both
-are 1.00: every byte is read once. The runs named are those of the largest tensor of that name. DeepSeek-V3 is loaded without its layer for multi-token prediction, which is not read.
+are 1.00: every byte is read once. The runs named are those of the largest tensor of that name. DeepSeek-V3 is loaded without its MTP layer, which is not read.
 
 | model | mesh | nodes | needed GB per node | requests | read / needed | read / model | why not 1.00 |
 |---|---|---|---|---|---|---|---|"""

@@ -56,7 +56,7 @@ This page is made by `make docs`; a test checks that it is current.
 
 The bias of a row-parallel layer is replicated. The engine must add it on one rank only, or after the all-reduce.
 vLLM goes on from there: it joins q, k, v and gate, up of separate tensors, and turns Llama 4's queries and keys for its rotary
-embedding; neither is done here. Layers for multi-token prediction are not read unless `mtp=True`.
+embedding; neither is done here. MTP layers (multi-token prediction) are not read unless `mtp=True`.
 
 ## Adapters
 
@@ -145,7 +145,7 @@ def _family_cells(family: Family) -> list[str]:
             cells[4].append(f"{name}: {_described(weight)}")
     cells[4] += [f"{glob}: not read" for glob in family.skipped]
     if family.num_mtp_layers or family.mtp:
-        cells[4].append("multi-token prediction: not read unless asked")
+        cells[4].append("MTP layers: not read unless asked")
     if family.towers:
         cells[4].append("other modalities: whole")
     if family.transformers is None:
