@@ -188,7 +188,18 @@ def digest(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
 def table(runs: dict[str, list[Run]]) -> Table:
     """Medians, and ratios to the fault-free case of the same round."""
     shown = Table(title="one rank through a proxy")
-    columns = ("fault", "outcome", "seconds", "ratio", "requests", "faults", "retries", "hedged", "resumed", "thrown away")
+    columns = (
+        "fault",
+        "outcome",
+        "seconds",
+        "ratio",
+        "requests",
+        "faults",
+        "retries",
+        "hedged",
+        "resumed",
+        "thrown away",
+    )
     for heading in columns:
         shown.add_column(heading, justify="left" if heading in ("fault", "outcome") else "right")
     fault_free = runs["none"]
