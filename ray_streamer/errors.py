@@ -133,7 +133,7 @@ class RankFailedError(ClusterError):
     Attributes:
         rank: Global rank, or -1 when it is not known.
         node: Node id or host name of that rank.
-        cause: The error that the rank met, or a sentence about its death.
+        cause: The error that the rank met, or a sentence about its process, which died or does not answer.
     """
 
     def __init__(self, rank: int, node: str, cause: BaseException | str) -> None:
