@@ -15,6 +15,7 @@ from ray_streamer.errors import (
     BudgetError,
     CheckpointError,
     ClusterError,
+    CredentialsError,
     DeviceError,
     HeaderError,
     IndexMismatchError,
@@ -319,7 +320,7 @@ class TestS3:
     def test_no_credentials(self, uri: str, s3_server: Any) -> None:
         with pytest.raises(AccessError) as caught:
             ray_streamer.plan(uri, settings=Settings(s3_endpoint_url=s3_server.endpoint_url))
-        expect(caught.value, AccessError, ["AWS_ACCESS_KEY_ID", "s3_unsigned"])
+        expect(caught.value, CredentialsError, ["AWS_ACCESS_KEY_ID", "s3_unsigned"])
 
     @pytest.mark.parametrize("name", ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"])
     def test_wrong_credentials(self, uri: str, s3_credentials: Any, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
@@ -383,7 +384,7 @@ class TestOnRay:
         environment = {"AWS_ENDPOINT_URL": s3_server.endpoint_url}
         with pytest.raises(RayStreamerError) as caught:
             ray_streamer.load_sharded(uri, placement=PlacementOptions(runtime_env={"env_vars": environment}))
-        expect(caught.value, AccessError, ["AWS_ACCESS_KEY_ID"])
+        expect(caught.value, CredentialsError, ["AWS_ACCESS_KEY_ID"])
 
     def test_a_node_memory_limit_that_is_too_small(self, checkpoint: Any, nothing_left: None) -> None:
         with pytest.raises(BudgetError, match="smallest that works is 256 KiB per rank"):
