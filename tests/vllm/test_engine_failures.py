@@ -47,7 +47,7 @@ def test_no_credentials(end_of, model, s3_credentials, monkeypatch):
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"):
         monkeypatch.delenv(name, raising=False)
     log = end_of({"uri": uri})
-    assert "AccessError" in log
+    assert "CredentialsError" in log
     assert uri in log
 
 
