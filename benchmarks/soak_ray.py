@@ -107,7 +107,8 @@ def play(folder: str, action: str | None, victim: int, after_seconds: float) -> 
         with ray_streamer.load_sharded(folder, tp=NUM_RANKS, rules={"*": Split(1)}, settings=settings):
             end = said = "loaded"
     except RayStreamerError as error:
-        end, said = type(error).__name__, str(error)
+        end = type(error).__name__
+        said = f"{end}: {error}"
         # The text of a failed rank may also say who waited for it.
         named = (
             {error.rank}
@@ -120,7 +121,7 @@ def play(folder: str, action: str | None, victim: int, after_seconds: float) -> 
     marksman.is_over.set()
     marksman.join()
     seconds = ended - (marksman.acted or marksman.appeared)
-    has_met = end != "StartupTimeoutError" and "StartupTimeoutError" not in said
+    has_met = "StartupTimeoutError" not in said
     if seconds > GRACE_SECONDS + (0 if has_met else STARTUP_SECONDS):
         wrong.append(f"too late: {said}")
     return end, seconds, wrong + [f"left {name}" for name in left(marksman)]

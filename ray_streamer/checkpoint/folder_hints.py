@@ -12,9 +12,10 @@ from itertools import islice
 from typing import TYPE_CHECKING
 
 from ray_streamer.checkpoint.foreign import foreign_format
+from ray_streamer.checkpoint.json_files import may_list
 from ray_streamer.checkpoint.location import may_be_hub_id
 from ray_streamer.checkpoint.shard_files import ADAPTER_CONFIG_NAME, OTHER_LAYOUT, SINGLE_NAME, SUFFIX, is_of_adapter
-from ray_streamer.errors import AccessError, CheckpointError, CredentialsError, ObjectMissingError, StorageError
+from ray_streamer.errors import CheckpointError, ObjectMissingError, StorageError
 from ray_streamer.wording import listed, shown
 
 if TYPE_CHECKING:
@@ -58,14 +59,10 @@ def refuse_missing_folder(storage: Storage) -> None:
         CheckpointError: It is a file.
     """
     try:
-        storage.list()
+        # One that may not be listed is there, and its files may be read all the same.
+        may_list(storage)
     except ObjectMissingError as error:
         raise missing_folder(storage, error) from error
-    except CredentialsError:
-        raise
-    except AccessError:
-        # It is there, and its files may be read all the same.
-        return
 
 
 def missing_selection(storage: Storage, name: str, error: StorageError) -> StorageError | None:

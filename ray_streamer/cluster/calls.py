@@ -10,9 +10,25 @@ import ray
 from ray.exceptions import RayActorError, RayError
 
 from ray_streamer.cluster.failures import FailedCall, explain_failure
+from ray_streamer.errors import ClusterError
+from ray_streamer.wording import first_line
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+
+def send(method: Any, *args: Any) -> ray.ObjectRef[Any]:
+    """Calls a method of an actor.
+
+    Raises:
+        ClusterError: An argument cannot be pickled.
+    """
+    try:
+        return method.remote(*args)
+    except TypeError as error:  # Ray's, for what it cannot pickle
+        raise ClusterError(
+            f"what a rank is given cannot be pickled: {first_line(error)}; give functions that can be imported, and plain values"
+        ) from error
 
 
 class Calls:

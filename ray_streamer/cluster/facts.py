@@ -14,7 +14,8 @@ class RankFacts:
         node_ip: Address of the node.
         hostname: Name of the machine.
         pid: Process id of the actor on that machine.
-        process_start: When that process started, as its kernel counts; tells it from others of that number.
+        process_start: When that process started, as its kernel counts; tells it from others of that number. None where there is no
+            /proc.
         num_cpus: CPUs that the process may run on.
         available_memory_bytes: Memory that the process could still take.
     """
@@ -23,7 +24,7 @@ class RankFacts:
     node_ip: str
     hostname: str
     pid: int
-    process_start: str
+    process_start: str | None
     num_cpus: int
     available_memory_bytes: int
 

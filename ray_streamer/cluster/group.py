@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Self
 import ray
 from ray.exceptions import RayError
 
-from ray_streamer.cluster.calls import Calls, ProgressPoll
+from ray_streamer.cluster.calls import Calls, ProgressPoll, send
 from ray_streamer.cluster.failures import choose_cause, ray_errors_translated, tell_failure
 from ray_streamer.cluster.names import GroupName
 from ray_streamer.cluster.placement import PlacementOptions, group_by_node
@@ -34,7 +34,7 @@ from ray_streamer.cluster.silence import SilenceWatch
 from ray_streamer.cluster.waiting import Deadline, wait_for_start
 from ray_streamer.errors import ClusterError, RankFailedError
 from ray_streamer.units import counted
-from ray_streamer.wording import first_line, listed
+from ray_streamer.wording import listed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -169,7 +169,7 @@ class WorkerGroup:
             with ray_errors_translated(f"calling {method} on {counted(len(chosen), 'rank')}"):
                 calls = Calls(
                     {
-                        rank: _sent(self._actors[rank].call, method, *args, *more)
+                        rank: send(self._actors[rank].call, method, *args, *more)
                         for rank, more in zip(chosen, extra, strict=True)
                     },
                     is_callers=is_callers,
@@ -285,7 +285,7 @@ class WorkerGroup:
         return [calls.results[number] for number in numbers]
 
     def _begin_workers(self, ranks: Sequence[int]) -> Calls:
-        return Calls({rank: _sent(self._actors[rank].build, self._worker_class, self._args) for rank in ranks})
+        return Calls({rank: send(self._actors[rank].build, self._worker_class, self._args) for rank in ranks})
 
     def _await_workers(self, building: Calls, deadline: Deadline) -> None:
         self._await_start(building, deadline)
@@ -332,15 +332,6 @@ def _close_in(process: int, resources: ExitStack) -> None:
     """What a fork copied is not the child's to end, nor could it: Ray's threads are the parent's."""
     if os.getpid() == process:
         resources.close()
-
-
-def _sent(method: Any, *args: Any) -> ray.ObjectRef[Any]:
-    try:
-        return method.remote(*args)
-    except TypeError as error:  # Ray's, for what it cannot pickle
-        raise ClusterError(
-            f"what a rank is given cannot be pickled: {first_line(error)}; give functions that can be imported, and plain values"
-        ) from error
 
 
 def _kill(actors: Sequence[Any]) -> None:

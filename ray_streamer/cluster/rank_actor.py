@@ -18,7 +18,7 @@ from ray import cloudpickle
 
 from ray_streamer.cluster.facts import RankFacts
 from ray_streamer.errors import ClusterError
-from ray_streamer.exchange.peer import own_start
+from ray_streamer.exchange.peer import PeerProcess
 from ray_streamer.machine import count_cpus, measure_available_memory
 
 # One for the driver's progress polls, one so that an abort never queues behind them.
@@ -76,7 +76,7 @@ class RankActor:
             node_ip=ray.util.get_node_ip_address(),
             hostname=socket.gethostname(),
             pid=os.getpid(),
-            process_start=own_start(),
+            process_start=PeerProcess(os.getpid()).start,
             num_cpus=count_cpus(),
             available_memory_bytes=measure_available_memory(),
         )

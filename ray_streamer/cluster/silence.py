@@ -120,7 +120,7 @@ class SilenceWatch:
         ).remote(facts.pid, facts.process_start)
 
 
-def is_stopped(pid: int, start: str) -> bool:
+def is_stopped(pid: int, start: str | None) -> bool:
     """Whether a process of this machine is stopped by a signal; a debugger does not count.
 
     Args:

@@ -139,14 +139,14 @@ def _measure(storage: Storage, places: Sequence[_Place], num_streams: int, block
         pass
     stop.check()
     seconds = time.perf_counter() - began
-    times = np.array(reads)
+    starts, first_bytes, ends = np.array(reads).T
     return Measured(
         num_streams=num_streams,
         block_bytes=block_bytes,
         bytes_per_second=len(reads) * block_bytes / seconds,
-        first_byte_seconds=float(np.median(times[:, 1] - times[:, 0])),
-        receive_seconds=float(np.median(times[:, 2] - times[:, 1])),
-        served_per_second=Receipts(times[:, 1], times[:, 2], np.full(len(reads), block_bytes)).rates().node,
+        first_byte_seconds=float(np.median(first_bytes - starts)),
+        receive_seconds=float(np.median(ends - first_bytes)),
+        served_per_second=Receipts(first_bytes, ends, np.full(len(reads), block_bytes)).rates().node,
     )
 
 

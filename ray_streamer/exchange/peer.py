@@ -55,7 +55,7 @@ class PeerProcess:
     Attributes:
         pid: In this process's namespace; 0 when it lives in another one and cannot be watched.
         fd: A pidfd, readable once the process ended; -1 where the kernel gives none, and for this process itself.
-        start: When it started, as the kernel counts; None where that cannot be seen, and for this process itself.
+        start: When it started, as the kernel counts; None where that cannot be seen.
     """
 
     def __init__(self, pid: int) -> None:
@@ -64,7 +64,8 @@ class PeerProcess:
         self._folder = Path(f"/proc/{pid}")
         self._is_watched = pid not in (0, os.getpid())
         # Before the pidfd: a process that takes the number over later has another start.
-        self.start = stat.start if self._is_watched and (stat := _read_stat(self._folder)) else None
+        stat = _read_stat(self._folder)
+        self.start = stat.start if stat else None
         if self._is_watched:
             # Refused by old kernels and some sandboxes; then /proc is asked from time to time.
             with contextlib.suppress(OSError):
@@ -116,12 +117,6 @@ class PeerProcess:
         fd, self.fd = self.fd, -1
         if fd >= 0:
             os.close(fd)
-
-
-def own_start() -> str:
-    """When this process started, as `PeerProcess.start` says it; empty where there is no /proc."""
-    stat = _read_stat(Path("/proc/self"))
-    return stat.start if stat else ""
 
 
 def peer_credentials(connection: socket.socket) -> tuple[int, int]:

@@ -24,6 +24,7 @@ from ray_streamer.cluster.group import WorkerGroup
 from ray_streamer.cluster.jobs import find_dashboard
 from ray_streamer.errors import ClusterError, SettingsError
 from ray_streamer.exchange.liveness import Timeouts
+from ray_streamer.settings import Settings
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -296,7 +297,7 @@ def test_a_group_whose_ray_was_shut_down_says_so_and_starts_no_other(
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setenv("RAY_TMPDIR", str(short_folder))
     connection = connect("local", num_local_cpus=1)
-    group = WorkerGroup(int, 1, timeouts=Timeouts(startup_seconds=60, neighbour_seconds=8, progress_seconds=300))
+    group = WorkerGroup(int, 1, timeouts=Timeouts.of(Settings(startup_timeout_seconds=60)))
     connection.close()
     with pytest.raises(ClusterError, match="Ray was shut down"):
         group.call("anything")

@@ -25,6 +25,7 @@ from ray_streamer.errors import (
     StartupTimeoutError,
 )
 from ray_streamer.exchange.liveness import Timeouts
+from ray_streamer.settings import Settings
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -457,18 +458,14 @@ def test_what_the_start_depends_on_is_asked_for_within_its_timeout(monkeypatch: 
         with pytest.raises(RankFailedError, match=r"rank 0 .*AttributeError"):
             group.ask("no_such_method")
         # Short only now: on a busy machine an actor takes long to start.
-        monkeypatch.setattr(
-            group, "_timeouts", Timeouts(startup_seconds=0.5, neighbour_seconds=8, progress_seconds=300)
-        )
+        monkeypatch.setattr(group, "_timeouts", Timeouts.of(Settings(startup_timeout_seconds=0.5)))
         with pytest.raises(StartupTimeoutError, match=r"1 of 2 ranks did not ignore_abort within .*=0\.5: rank 0 in "):
             group.ask("ignore_abort")
 
 
 @pytest.mark.slow  # a fork beside gRPC's threads is what Ray itself does not promise to survive
 def test_a_forked_process_ends_nothing_and_calls_nothing() -> None:
-    with WorkerGroup(
-        Worker, 1, timeouts=Timeouts(startup_seconds=60, neighbour_seconds=8, progress_seconds=300)
-    ) as group:
+    with WorkerGroup(Worker, 1, timeouts=Timeouts.of(Settings(startup_timeout_seconds=60))) as group:
         with warnings.catch_warnings():
             # Python 3.12 and later warn of threads, which is what this is about.
             warnings.simplefilter("ignore", DeprecationWarning)
@@ -484,9 +481,7 @@ def test_a_forked_process_ends_nothing_and_calls_nothing() -> None:
 
 
 def test_what_cannot_be_pickled_is_told_in_a_line() -> None:
-    with WorkerGroup(
-        Worker, 1, timeouts=Timeouts(startup_seconds=60, neighbour_seconds=8, progress_seconds=300)
-    ) as group:
+    with WorkerGroup(Worker, 1, timeouts=Timeouts.of(Settings(startup_timeout_seconds=60))) as group:
         with pytest.raises(ClusterError, match="cannot be pickled: Could not serialize") as caught:
             group.call("greet", threading.Lock(), keep_on_failure=True)
         assert "\n" not in str(caught.value)

@@ -17,6 +17,7 @@ from ray.util.placement_group import placement_group_table
 from ray_streamer.cluster.group import WorkerGroup
 from ray_streamer.cluster.placement import PlacementOptions
 from ray_streamer.exchange.liveness import Timeouts
+from ray_streamer.settings import Settings
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -42,7 +43,7 @@ def start_ranks(num_cpus_per_rank: float) -> WorkerGroup:
         2,
         placement=placement,
         holding="llama",
-        timeouts=Timeouts(startup_seconds=60, neighbour_seconds=8, progress_seconds=300),
+        timeouts=Timeouts.of(Settings(startup_timeout_seconds=60)),
     )
 
 

@@ -16,6 +16,7 @@ from ray_streamer.cluster.group import WorkerGroup
 from ray_streamer.cluster.placement import PlacementOptions
 from ray_streamer.errors import ClusterError, StartupTimeoutError
 from ray_streamer.exchange.liveness import Timeouts
+from ray_streamer.settings import Settings
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -54,7 +55,7 @@ class Caller:
             Worker,
             num_ranks,
             placement=options,
-            timeouts=Timeouts(startup_seconds=60, neighbour_seconds=8, progress_seconds=300),
+            timeouts=Timeouts.of(Settings(startup_timeout_seconds=60)),
         ) as group:
             return group.call("seat"), group.nodes
 
@@ -81,7 +82,7 @@ def start(num_ranks: int, *, timeout: float = 60, holding: str = "workers", **op
         num_ranks,
         placement=placement,
         holding=holding,
-        timeouts=Timeouts(startup_seconds=timeout, neighbour_seconds=8, progress_seconds=300),
+        timeouts=Timeouts.of(Settings(startup_timeout_seconds=timeout)),
     )
 
 
@@ -291,7 +292,7 @@ def test_a_start_that_is_called_off_while_it_waits_for_room_leaves_nothing(make_
                 Worker,
                 2,
                 is_called_off=is_off.is_set,
-                timeouts=Timeouts(startup_seconds=60, neighbour_seconds=8, progress_seconds=300),
+                timeouts=Timeouts.of(Settings(startup_timeout_seconds=60)),
             )
     finally:
         logging.getLogger("ray_streamer.cluster.waiting").removeHandler(handler)
