@@ -30,6 +30,10 @@ if TYPE_CHECKING:
     from ray_streamer.slices.result import ResultSpecs
 
 
+_FEW_RUNS = 16
+"""Of more runs one block has short ones, which are copied in less time than a system call takes."""
+
+
 class Block(NamedTuple):
     """One storage request.
 
@@ -210,6 +214,14 @@ class RankPlan:
     def exclusive_piece(self, number: int) -> Piece | None:
         """The one contiguous piece that is all of block `number`, when this rank alone takes it; else None."""
         return self.pieces(number).plain[0] if self._is_exclusive[number] else None
+
+    def few_runs(self, number: int) -> list[Piece]:
+        """What this rank takes from block `number`, when that is a few contiguous runs; else nothing."""
+        pieces, strided = (table.firsts[number + 1] - table.firsts[number] for table in (self._pieces, self._strided))
+        if strided or pieces > _FEW_RUNS:
+            return []
+        plain = self.pieces(number).plain
+        return plain if all(piece.num_runs == 1 for piece in plain) else []
 
     def wanted_files(self) -> list[int]:
         """Files that the node reads."""

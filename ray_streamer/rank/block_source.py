@@ -1,6 +1,7 @@
 """Where may a block come from? Any place that can lend a block's bytes until they are copied out.
 
-    `Mappings`        the page cache holds the file: a part of its mapping
+    `CachedReads`     the page cache holds the file: a read of this rank's part, straight into its tensors
+    `Mappings`        the same, where the part is many short runs: a part of the file's mapping
     `Neighbourhood`   another rank of the node reads the block: the slot of that rank's arena
     `DirectReads`     storage, straight into the only tensor that wants the block
     `StagedReads`     storage, into a slot of this rank's arena; what neighbours want of it is offered to them

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from ray_streamer.errors import BudgetError
 from ray_streamer.planning.limits import AS_MUCH_AS_USEFUL, slots_within, useful_slots
 from ray_streamer.process_limits import limits_explained
-from ray_streamer.rank.block_reads import BlockReads, DirectReads, StagedReads
+from ray_streamer.rank.block_reads import BlockReads, CachedReads, DirectReads, StagedReads
 from ray_streamer.rank.conditions import RankConditions, max_copiers
 from ray_streamer.rank.deliveries import Deliveries
 from ray_streamer.rank.device_start import DeviceStart
@@ -222,6 +222,15 @@ class RankLoad:
         """Makes the tensors."""
         results = Results(self._mine, device, out=self._out, on_complete=self._on_complete)
         direct = DirectReads(self._mine, self._storage, device, results, self._reads)
+        cached = CachedReads(
+            self._mine,
+            self._storage,
+            device,
+            results,
+            self._mappings,
+            activity=self._activity,
+            recorder=self._recorder,
+        )
         deliveries = Deliveries(
             self._mine,
             device,
@@ -231,7 +240,7 @@ class RankLoad:
             blocks_left=self._blocks_left,
             stop=self._stop,
         )
-        sources = (self._early, self._mappings, self._neighbours, direct, self._staged)
+        sources = (self._early, cached, self._mappings, self._neighbours, direct, self._staged)
         return _Landing(device, results, sources, deliveries)
 
     @property

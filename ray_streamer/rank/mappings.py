@@ -1,4 +1,4 @@
-"""Which blocks need no read? Those of files that the page cache holds: every rank copies them out of its own mapping.
+"""Which blocks does no rank read for the others? Those of files that the page cache holds: every rank copies its own part of them.
 
 Which files these are is decided once per node, by its first rank, so that all ranks agree who reads what.
 """
@@ -52,6 +52,10 @@ class Mappings:
     def have(self, numbers: NDArray[np.int64]) -> NDArray[np.bool_]:
         """Which blocks of `numbers` lie in mapped files."""
         return np.isin(self._mine.files_of(numbers), np.array([*self._views], dtype=np.int64))
+
+    def __contains__(self, file: int) -> bool:
+        """Whether file number `file` is mapped."""
+        return file in self._views
 
     def borrow(self, block: Block) -> Loan | None:
         """See `BlockSource.borrow`."""

@@ -61,7 +61,7 @@ class LoadSettings(BaseModel):
         default="auto", description="O_DIRECT on local filesystems: auto = when a file is not in the page cache."
     )
     page_cache: Literal["auto", "on", "off"] = Field(
-        default="auto", description="Copy from an mmap of a local file: auto = when it is in the page cache."
+        default="auto", description="Every rank copies local files from the page cache: auto = when a file is in it."
     )
     device_scratch_bytes: ByteSize = Field(
         default=ByteSize(0),

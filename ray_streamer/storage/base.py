@@ -166,7 +166,7 @@ class Storage(Protocol):
         ...
 
     def is_resident(self, path: str) -> bool:
-        """Whether copying from a `view` of the file beats reading it now; cheap, so it may be asked for every file."""
+        """Whether every rank had better take its own part, from a `view` or by reads; cheap, so it may be asked for every file."""
         ...
 
     def view(self, path: str, *, etag: str) -> memoryview:

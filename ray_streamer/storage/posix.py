@@ -1,7 +1,7 @@
 """How are files of a local disk or a mounted file system read?
 
 Three ways, chosen per file:
-- in the page cache already, and local: `view` lends a mapping, and nobody reads at all;
+- in the page cache already, and local: every rank reads its own part, or copies it from the mapping that `view` lends;
 - on a local disk, not in the page cache: by O_DIRECT, see `DirectBuffers`;
 - anything else: `preadv` through the page cache. Nothing is dropped from it afterwards: the kernel evicts clean pages
   first, and until then they serve the next rank or the next load.

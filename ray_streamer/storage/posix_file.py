@@ -201,7 +201,12 @@ class PosixFile:
 
     def _find_direct(self) -> bool:
         wanted = self._settings.direct_io
-        if wanted == "off" or not self.mount.is_disk or self.identity.size_bytes < _LEAST_DIRECT_BYTES:
+        if (
+            self.is_resident
+            or wanted == "off"
+            or not self.mount.is_disk
+            or self.identity.size_bytes < _LEAST_DIRECT_BYTES
+        ):
             return False
         if wanted == "auto" and self._is_in_memory:
             return False

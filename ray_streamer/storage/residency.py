@@ -16,7 +16,12 @@ import os
 import random
 from contextlib import suppress
 
-from ray_streamer.extent import PAGE_BYTES
+from ray_streamer.extent import PAGE_BYTES, Extent
+
+_COUNTED_WHOLE_BYTES = 64 << 20
+_WINDOW_BYTES = 1 << 20
+_STEP_BYTES = 8 << 20
+"""Of larger files one window in each step is counted: to count all their pages would take longer than to plan a load."""
 
 _NUM_SAMPLES = 64
 _ALLOWED_MISSES = _NUM_SAMPLES // 10
@@ -28,7 +33,7 @@ _syscall.restype = ctypes.c_long
 
 
 class _Range(ctypes.Structure):
-    """`struct cachestat_range`; a length of 0 reaches to the end of the file."""
+    """`struct cachestat_range`."""
 
     _fields_ = (("offset", ctypes.c_uint64), ("length", ctypes.c_uint64))
 
@@ -43,16 +48,27 @@ class _Counts(ctypes.Structure):
 
 def is_page_cached(descriptor: int, size_bytes: int) -> bool:
     """Whether at least nine tenths of an open file are in memory; False where the system does not say."""
-    num_cached = count_cached_pages(descriptor)
-    if num_cached is None:
-        return seems_page_cached(descriptor, size_bytes)
-    return 10 * num_cached >= 9 * _num_pages(size_bytes)
+    num_cached = num_counted = 0
+    for window in _counted_windows(size_bytes):
+        num_in_memory = count_cached_pages(descriptor, window)
+        if num_in_memory is None:
+            return seems_page_cached(descriptor, size_bytes)
+        num_cached += num_in_memory
+        num_counted += _num_pages(window.num_bytes)
+    return 10 * num_cached >= 9 * num_counted
 
 
-def count_cached_pages(descriptor: int) -> int | None:
-    """How many pages of an open file are in memory; None where the kernel does not tell this process."""
+def _counted_windows(size_bytes: int) -> list[Extent]:
+    if size_bytes <= _COUNTED_WHOLE_BYTES:
+        return [Extent(0, size_bytes)]
+    return [Extent(start, min(start + _WINDOW_BYTES, size_bytes)) for start in range(0, size_bytes, _STEP_BYTES)]
+
+
+def count_cached_pages(descriptor: int, window: Extent) -> int | None:
+    """How many pages of a part of an open file are in memory; None where the kernel does not tell this process."""
     counts = _Counts()
-    refused = _syscall(_SYS_CACHESTAT, descriptor, ctypes.byref(_Range(0, 0)), ctypes.byref(counts), 0)
+    asked = _Range(window.start, window.num_bytes)
+    refused = _syscall(_SYS_CACHESTAT, descriptor, ctypes.byref(asked), ctypes.byref(counts), 0)
     return None if refused else counts.cached
 
 

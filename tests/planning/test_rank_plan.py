@@ -152,3 +152,27 @@ def test_a_transposed_matrix_is_a_few_pieces(make_checkpoint):
     pieces = [mine.pieces(number) for number in mine.taken.tolist()]
     assert len(pieces) == 4
     assert all(not plain and len(strided) == 1 for plain, strided in pieces)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "dim", "num_runs"),
+    [([(64, 32)], 0, 1), ([(4, 32)] * 16, 0, 16), ([(4, 32)] * 17, 0, 0), ([(64, 32)], 1, 0)],
+    ids=["rows", "as-many-as-are-few", "many", "columns"],
+)
+def test_a_few_runs_of_a_block(make_checkpoint, tensors, dim, num_runs):
+    index = make_checkpoint([[(str(number), "U8", shape) for number, shape in enumerate(tensors)]]).index
+    parts = {str(number): even_parts(shape, 2, dim=dim) for number, shape in enumerate(tensors)}
+    limits = ReadLimits(block_bytes=4096, min_run_bytes=1 << 20, max_gap_bytes=1 << 20)
+    mine = plan_reads(index, slices_of_parts(index, parts), Topology.even(2), limits).rank_plan(1)
+    assert mine.taken.tolist() == [0]
+    runs = mine.few_runs(0)
+    assert runs == (mine.pieces(0).plain if num_runs else [])
+    assert len(runs) == num_runs
+
+
+def test_a_strided_move_is_not_a_run(make_checkpoint):
+    index = make_checkpoint([[("w", "BF16", (16, 16))]]).index
+    spec = ResultSpec(name="w", dtype="BF16", shape=(16, 16))
+    move = Move((16, 16), Side(0, (16, 1)), Side(0, (1, 16)))
+    plan = plan_reads(index, [RankSlices.from_rows(index, [spec], [("w", "w", [move])])], Topology.even(1), LIMITS)
+    assert plan.rank_plan(0).few_runs(0) == []

@@ -138,14 +138,17 @@ def test_neighbours_land_what_a_rank_without_a_device_has_read(ranks: Any, split
 
 
 def test_files_of_the_page_cache_are_not_read_early(ranks: Any, split: Any, tmp_path: Path) -> None:
-    """They are copied from a mapping, by every rank, as soon as there is something to copy to."""
+    """Every rank takes its own part of them, as soon as there is something to copy to."""
     plan = plan_of_two(ranks, split, tmp_path)
     late = LateDevice()
     paths = [file.path for file in plan.index.files]
     running = ranks.prepare(plan, devices={0: late.start}, resident_paths=paths).start()
+    assert running.storages[0].reads == []
     late.come()
     expect_slices(plan, running.tensors())
-    assert [storage.reads for storage in running.storages] == [[], []]
+    for load in running.loads:
+        statistics = load.statistics()
+        assert (statistics.bytes_read, statistics.page_cache_bytes) == (0, statistics.bytes_delivered)
 
 
 def test_a_device_that_does_not_come_ends_the_load_of_all(ranks: Any, split: Any, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from ray_streamer.errors import AccessError, ObjectChangedError, ObjectMissingError, StorageError
-from ray_streamer.extent import Extent
+from ray_streamer.extent import PAGE_BYTES, Extent
 from ray_streamer.settings import Settings
 from ray_streamer.storage import open_storage, residency
 from ray_streamer.storage.direct_buffers import BUFFER_BYTES
@@ -96,7 +96,7 @@ def is_cached(path: Path) -> bool:
 
 def num_cached(path: Path) -> int | None:
     with path.open("rb") as file:
-        return count_cached_pages(file.fileno())
+        return count_cached_pages(file.fileno(), Extent(0, path.stat().st_size))
 
 
 @pytest.fixture
@@ -109,7 +109,7 @@ def big(tmp_path):
     path.write_bytes(BIG)
     evict(path)
     with path.open("rb") as file:
-        if count_cached_pages(file.fileno()) is None:
+        if count_cached_pages(file.fileno(), Extent(0, len(BIG))) is None:
             pytest.skip("this kernel does not count cached pages, so that nothing certain can be said of them")
     return path
 
@@ -240,11 +240,11 @@ def test_sampling_brings_in_no_more_than_it_asks_for(big):
     """What it answers here depends on the disk: one that is faster than the question passes for memory."""
     with big.open("rb") as file:
         seems_page_cached(file.fileno(), len(BIG))
-        assert count_cached_pages(file.fileno()) <= 64
+    assert num_cached(big) <= 64
 
 
 def test_a_file_in_memory_seems_so_when_the_kernel_does_not_count(big, open_folder, monkeypatch):
-    monkeypatch.setattr(residency, "count_cached_pages", lambda _: None)
+    monkeypatch.setattr(residency, "count_cached_pages", lambda *_: None)
     big.read_bytes()
     assert open_folder().is_resident("big")
 
@@ -253,7 +253,7 @@ def test_sampling_finds_nothing_where_reads_are_refused(big, open_folder, monkey
     def refusing(*_):
         raise BlockingIOError
 
-    monkeypatch.setattr(residency, "count_cached_pages", lambda _: None)
+    monkeypatch.setattr(residency, "count_cached_pages", lambda *_: None)
     monkeypatch.setattr(os, "preadv", refusing)
     assert not open_folder().is_resident("big")
 
@@ -263,6 +263,31 @@ def test_half_a_file_is_not_resident(big, open_folder):
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
         file.read(len(BIG) // 2)
     assert not open_folder().is_resident("big")
+
+
+def test_of_a_large_file_parts_are_counted(big, open_folder):
+    """As many are in the page cache as of the whole file; a hole is read into it like anything else."""
+    num_bytes = 100 << 20
+    big.unlink()
+    with big.open("wb") as file:
+        file.truncate(num_bytes)
+    with big.open("rb") as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+        file.seek(num_bytes // 4)
+        file.read(num_bytes // 2)
+        assert not open_folder().is_resident("big")
+        file.seek(0)
+        while file.read(1 << 20):
+            pass
+    assert num_cached(big) == num_bytes // PAGE_BYTES
+    assert open_folder().is_resident("big")
+
+
+def test_a_file_that_is_to_be_cached_is_read_through_the_page_cache(big, open_folder):
+    storage = open_folder(page_cache="on")
+    assert read_at(storage, Extent(0, len(BIG))) == BIG
+    assert storage.statistics().scratch_bytes == 0
+    assert is_cached(big)
 
 
 def test_files_in_memory_are_mapped_and_never_read_directly(open_folder):
@@ -429,7 +454,7 @@ def test_close_gives_descriptors_and_mappings_back(big, tmp_path):
         links = [os.readlink(entry.path) for entry in os.scandir("/proc/self/fd") if os.path.islink(entry.path)]
         return maps + [link for link in links if str(tmp_path) in link]
 
-    storage = open_storage(str(tmp_path), Settings.resolve(direct_io="on", page_cache="on"))
+    storage = open_storage(str(tmp_path), Settings.resolve(direct_io="on", page_cache="off"))
     assert read_at(storage, Extent(0, len(BIG))) == BIG
     assert storage.view("big", etag=storage.size_and_etag("big").etag) == BIG
     assert len(open_ones()) >= 3
