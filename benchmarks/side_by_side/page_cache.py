@@ -6,7 +6,7 @@ import os
 from typing import TYPE_CHECKING
 
 from ray_streamer.demo.checkpoint import drop_page_cache
-from ray_streamer.extent import PAGE_BYTES
+from ray_streamer.extent import PAGE_BYTES, Extent
 from ray_streamer.storage.residency import count_cached_pages, seems_page_cached
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def cached_share(folder: Path) -> float:
         descriptor = os.open(path, os.O_RDONLY)
         try:
             size_bytes = os.fstat(descriptor).st_size
-            counted = count_cached_pages(descriptor)
+            counted = count_cached_pages(descriptor, Extent(0, size_bytes))
             total = -(-size_bytes // PAGE_BYTES)
             if counted is None:
                 counted = total if seems_page_cached(descriptor, size_bytes) else 0
