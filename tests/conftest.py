@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import secrets
 import shutil
 import signal
 import tempfile
@@ -35,6 +36,10 @@ hypothesis.settings.load_profile("repeatable")
 
 # Read when Ray is imported: without it Ray listens on all addresses and all nodes get the same one.
 os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+# Ray asks for tokens from the moment on when a process starts a Ray of its own. Such a process could use none of those that tests share
+# if these had no token, or another one.
+os.environ["RAY_AUTH_MODE"] = "token"
+os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 # Several processes share few CPUs: threads of torch would mostly wait for each other, and burn a CPU while they do.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["AWS_EC2_METADATA_DISABLED"] = "true"
@@ -45,7 +50,7 @@ HANG_SECONDS = 120.0
 
 # What needs Ray stays together, in as many processes as there are, and shares the Rays that were started there.
 RAY_TESTS = {
-    # They start Rays of their own in their process. Actors may not start in a Ray to which a process returns after another one.
+    # They start Rays of their own in their process.
     "ray, connections": ("cluster/test_connection.py", "cluster/test_gpus.py"),
     "ray, loads": tuple(
         f"api/test_{name}.py" for name in ("bad_input", "kills", "load_sharded", "memory", "meshes", "secrets")

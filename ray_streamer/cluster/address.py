@@ -4,7 +4,8 @@ Both are tried before Ray is given the address. Where nobody answers, Ray ends t
 a token is missing, it tries for 20 seconds and tells the reason three causes deep.
 
 Ray sends its token by itself only to a cluster that it found. The address of the same cluster, written out, gets it too;
-any other host does not get a token that nobody said was for it.
+any other host does not get a token that nobody said was for it. A cluster that asks for no token gets none: whoever sends one
+also asks for one, and refuses the calls by which the cluster asks after its actors.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from concurrent.futures import TimeoutError as FutureTimeoutError
 
 import ray.exceptions
 from ray._private import services
+from ray._private.authentication.authentication_utils import is_token_auth_enabled
 from ray._raylet import GcsClient  # pyright: ignore[reportAttributeAccessIssue]  # compiled, without stubs
 from ray.exceptions import RayError
 
@@ -157,6 +159,19 @@ def _take_token() -> bool:
 def is_refusal(error: BaseException) -> bool:
     """Whether Ray says by this error that a token is missing or wrong."""
     return isinstance(error, _AuthenticationError)
+
+
+def why_ended_at_once(death: object) -> str | None:
+    """Why Ray ended an actor before it ran, when it says that nobody holds the actor, and this process does; else None.
+
+    The cluster asks the process that holds an actor, and takes a refusal for its end.
+    """
+    if "references to the actor were removed" not in str(death) or not is_token_auth_enabled():
+        return None
+    return (
+        f"This process asks for a token in every call ({_MODE_VARIABLE}=token, which Ray also sets when it starts a Ray of its own), "
+        f"but the cluster seems to have none. Connect from a new process with {_MODE_VARIABLE}=disabled, or give the cluster a token"
+    )
 
 
 def no_entry(known: str, refusal: Exception) -> ClusterError:

@@ -76,7 +76,7 @@ def connect(
             return _existing()
         known = find_cluster(address, connect_timeout_seconds)
         try:
-            _initialise(address, known, num_local_cpus)
+            _initialise(known, num_local_cpus)
         except (AssertionError, ConnectionError, RuntimeError, ValueError, RayError) as error:
             if ray.is_initialized():  # by a thread that did not come through here
                 return _existing()
@@ -114,11 +114,11 @@ def _existing() -> RayConnection:
     return RayConnection(ray.get_runtime_context().gcs_address, is_opened_here=False)
 
 
-def _initialise(address: str | None, known: str | None, num_local_cpus: int | None) -> None:
+def _initialise(known: str | None, num_local_cpus: int | None) -> None:
     # Ray's own news of the connection are quiet; what tasks and actors print is the caller's.
     if known is not None:
-        # "auto" stays "auto": Ray reads its token by itself only for a cluster that it found itself.
-        ray.init(address=address or "auto", logging_level=logging.WARNING)
+        # Not "auto": with it Ray would use this user's token, also where the cluster has none, and then no actor starts.
+        ray.init(address=known, logging_level=logging.WARNING)
         return
 
     def start() -> None:

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, Self
 import ray
 from ray.exceptions import RayError
 
+from ray_streamer.cluster.address import why_ended_at_once
 from ray_streamer.cluster.calls import Calls, ProgressPoll, send
 from ray_streamer.cluster.failures import choose_cause, ray_errors_translated, tell_failure
 from ray_streamer.cluster.names import GroupName
@@ -278,9 +279,9 @@ class WorkerGroup:
         self._await_start(calls, deadline)
         if calls.failures:
             failure = calls.failures[0]
+            hint = why_ended_at_once(failure.cause) or "Is ray_streamer installed on every node, or in the runtime_env?"
             raise ClusterError(
-                f"rank {failure.rank} in {self._seats[failure.rank].name} did not start: {failure.cause}. Is "
-                "ray_streamer installed on every node, or in the runtime_env?"
+                f"rank {failure.rank} in {self._seats[failure.rank].name} did not start: {str(failure.cause).rstrip('.')}. {hint}"
             ) from failure.origin
         return [calls.results[number] for number in numbers]
 

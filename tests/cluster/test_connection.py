@@ -191,15 +191,33 @@ def guarded_ray(
     tmp_path_factory: pytest.TempPathFactory, starts_alone: Callable[[], AbstractContextManager[None]]
 ) -> Iterator[tuple[str, dict[str, str]]]:
     """A Ray that asks for a token: its address, and the environment of the user whom it lets in."""
+    with ray_of_another_process(tmp_path_factory.mktemp("home"), {}, starts_alone) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def open_ray(
+    tmp_path_factory: pytest.TempPathFactory, starts_alone: Callable[[], AbstractContextManager[None]]
+) -> Iterator[tuple[str, dict[str, str]]]:
+    """A Ray that asks for none: its address, and the environment of a user who has one."""
+    disabled = {"RAY_AUTH_MODE": "disabled"}
+    with ray_of_another_process(tmp_path_factory.mktemp("home"), disabled, starts_alone) as found:
+        yield found
+
+
+@contextmanager
+def ray_of_another_process(
+    home: Path, variables: dict[str, str], starts_alone: Callable[[], AbstractContextManager[None]]
+) -> Iterator[tuple[str, dict[str, str]]]:
+    """A Ray that was started with these variables: its address, and the environment without them of a user with a token."""
     folder = Path(tempfile.mkdtemp(prefix="rs-", dir="/tmp"))
-    home = tmp_path_factory.mktemp("home")
     (home / ".ray").mkdir()
     (home / ".ray" / "auth_token").write_text("0123456789abcdef0123456789abcdef")
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")}
     environment |= {"HOME": str(home), "RAY_TMPDIR": str(folder), "PYTHONPATH": os.pathsep.join(sys.path)}
     try:
         for attempt in range(3):
-            with started_head(folder / f"log-{attempt}", environment, starts_alone) as address:
+            with started_head(folder / f"log-{attempt}", environment | variables, starts_alone) as address:
                 if address is not None:
                     yield address, environment
                     return
@@ -289,6 +307,43 @@ def test_a_ray_with_another_token_is_refused_with_the_way_in(
     assert "lets nobody in without its token" in said
     assert "Set RAY_AUTH_MODE=token" in said
     assert "~/.ray/auth_token" in said
+
+
+START_AN_ACTOR = """
+import sys
+from ray_streamer.cluster.connection import connect
+from ray_streamer.cluster.group import WorkerGroup
+from ray_streamer.errors import ClusterError
+from ray_streamer.exchange.liveness import Timeouts
+from ray_streamer.settings import Settings
+connection = connect(sys.argv[1])
+try:
+    with WorkerGroup(int, 1, timeouts=Timeouts.of(Settings())):
+        print("started")
+except ClusterError as error:
+    print(error)
+connection.close()
+"""
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [({}, "started"), ({"RAY_AUTH_MODE": "token"}, "Connect from a new process with RAY_AUTH_MODE=disabled")],
+    ids=["unset", "token"],
+)
+def test_a_token_is_not_used_where_nobody_asks_for_it(
+    open_ray: tuple[str, dict[str, str]], variables: dict[str, str], said: str
+) -> None:
+    """Whoever sends one asks for one, and the Ray's calls to its drivers have none."""
+    _, environment = open_ray
+    ended = subprocess.run(
+        [sys.executable, "-c", START_AN_ACTOR, "auto"],
+        env=environment | variables,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert said in ended.stdout
 
 
 def test_a_group_whose_ray_was_shut_down_says_so_and_starts_no_other(
