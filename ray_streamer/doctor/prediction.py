@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from statistics import median
 from typing import TYPE_CHECKING, NamedTuple
 
 from ray_streamer.planning.limits import useful_slots
@@ -24,6 +23,9 @@ if TYPE_CHECKING:
     from ray_streamer.report.verdict.model import NodeModel
 
 _CONCURRENCIES = (4, 8, 16, 32, 64)
+_SHARED = 0.75
+"""Of what so many streams would bring each alone: where they bring less, they share the node's rate."""
+
 _AS_GOOD = 1.05
 """Times the best: the smallest number of reads in flight that is as good is advised."""
 
@@ -134,12 +136,13 @@ def predict(plan: ReadPlan, node: Node, *, fleet: Fleet | None = None) -> Predic
         best_settings={"concurrency": best} if is_better else {},
         best_seconds=tried[best] if is_better else seconds,
         read_bytes=read_bytes,
-        fleet=_predict_fleet(model, fleet, read_bytes) if fleet else None,
+        fleet=_predict_fleet(plan, node, fleet, read_bytes) if fleet else None,
     )
 
 
-def _predict_fleet(model: NodeModel, fleet: Fleet, read_bytes: int) -> FleetPrediction:
-    groups = (NodeGroup(model, fleet.num_nodes),)
+def _predict_fleet(plan: ReadPlan, node: Node, fleet: Fleet, read_bytes: int) -> FleetPrediction:
+    # What this node has in its page cache, the others may have to read.
+    groups = (NodeGroup(_model(plan, node._replace(is_cached=False)), fleet.num_nodes),)
     (seconds,) = replay_cluster(ClusterModel(groups=groups, storage_rate=fleet.storage_rate))
     return FleetPrediction(
         num_nodes=fleet.num_nodes,
@@ -184,7 +187,10 @@ def _rates(node: Node) -> tuple[float, float, float]:
     if not node.storage:
         return 0.0, math.inf, math.inf
     alone = node.storage[0]
-    usual = [each for each in node.storage if each.block_bytes == alone.block_bytes]
-    first_byte = median(each.first_byte_seconds for each in usual)
-    node_rate = max(each.served_per_second for each in node.storage)
-    return first_byte, alone.block_bytes / max(alone.receive_seconds, 1e-9), node_rate
+    # The least: more reads in flight wait for each other, which the rate of all tells.
+    first_byte = min(each.first_byte_seconds for each in node.storage if each.block_bytes == alone.block_bytes)
+    stream_rate = alone.block_bytes / max(alone.receive_seconds, 1e-9)
+    node_rate = max(each.bandwidth(first_byte) for each in node.storage)
+    most = max(each.num_streams for each in node.storage)
+    # As verdicts have it: a rate that was never met is twice the most that came.
+    return first_byte, stream_rate, node_rate if node_rate < _SHARED * most * stream_rate else 2 * node_rate

@@ -6,6 +6,7 @@ are short, the sweep ends early. Memory lies as a load's staging memory does, so
 
 from __future__ import annotations
 
+import math
 import mmap
 import threading
 import time
@@ -15,7 +16,6 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from ray_streamer.extent import Extent
-from ray_streamer.report.verdict.rates import Receipts
 from ray_streamer.settings import MIB
 from ray_streamer.staging.stop import StopSignal
 from ray_streamer.staging.threads import TaskThreads
@@ -41,19 +41,30 @@ class Measured:
 
     Attributes:
         num_streams: Reads in flight.
+        num_reads: Reads in all.
         block_bytes: Size of each.
         bytes_per_second: Of all together, waits for first bytes included.
         first_byte_seconds: Median; 0 where the storage tells of none.
         receive_seconds: Median, from the first byte to the last.
-        served_per_second: Bytes that all together could have received without such waits; see `Rates.node`.
     """
 
     num_streams: int
+    num_reads: int
     block_bytes: int
     bytes_per_second: float
     first_byte_seconds: float
     receive_seconds: float
-    served_per_second: float
+
+    def bandwidth(self, wait_seconds: float) -> float:
+        """Bytes per second of all together, had no answer been waited for.
+
+        Args:
+            wait_seconds: For the first byte of an answer when nothing else is under way. What answers wait beyond that, they wait for
+                each other.
+        """
+        num_bytes, num_turns = self.num_reads * self.block_bytes, math.ceil(self.num_reads / self.num_streams)
+        seconds = num_bytes / self.bytes_per_second - num_turns * wait_seconds
+        return num_bytes / max(seconds, num_turns * self.receive_seconds, 1e-9)
 
 
 class _Place(NamedTuple):
@@ -142,11 +153,11 @@ def _measure(storage: Storage, places: Sequence[_Place], num_streams: int, block
     starts, first_bytes, ends = np.array(reads).T
     return Measured(
         num_streams=num_streams,
+        num_reads=len(reads),
         block_bytes=block_bytes,
         bytes_per_second=len(reads) * block_bytes / seconds,
         first_byte_seconds=float(np.median(first_bytes - starts)),
         receive_seconds=float(np.median(ends - first_bytes)),
-        served_per_second=Receipts(first_bytes, ends, np.full(len(reads), block_bytes)).rates().node,
     )
 
 
