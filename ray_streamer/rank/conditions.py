@@ -28,6 +28,7 @@ class RankConditions:
         block_bytes: Size of a slot, and of the largest request.
         num_copiers: Threads, at most, that copy what neighbours offer and what lies in mapped files.
         num_cpus: CPUs that the process may run on; it shares them with the other ranks of its node.
+        is_disk: Whether it reads from a disk of its machine, which few reads in flight keep busy.
     """
 
     concurrency: int
@@ -35,9 +36,10 @@ class RankConditions:
     block_bytes: int
     num_copiers: int
     num_cpus: int
+    is_disk: bool
 
     @classmethod
-    def of(cls, options: RankOptions, arena: Arena, num_local_ranks: int) -> Self:
+    def of(cls, options: RankOptions, arena: Arena, storage: Storage, num_local_ranks: int) -> Self:
         """Those of a rank that shares its machine with so many, itself included."""
         return cls(
             concurrency=options.concurrency,
@@ -45,6 +47,7 @@ class RankConditions:
             block_bytes=arena.slot_bytes,
             num_copiers=max_copiers(num_local_ranks),
             num_cpus=count_cpus(),
+            is_disk=storage.is_disk,
         )
 
 

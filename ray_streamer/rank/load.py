@@ -182,7 +182,7 @@ class RankLoad:
         """The same, with what the blocks are, for whoever draws all ranks."""
         from ray_streamer.rank.trace import RankTrace
 
-        conditions = RankConditions.of(self._options, self._arena, len(self._mine.ranks))
+        conditions = RankConditions.of(self._options, self._arena, self._storage, len(self._mine.ranks))
         return RankTrace.of(
             self._mine,
             self.spans(),

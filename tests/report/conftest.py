@@ -44,6 +44,7 @@ class Constructed:
     node_rate: float = 1e12
     copy_seconds: float = 0.0001
     touch_seconds: float = 0.0
+    is_disk: bool = False
     first_bytes: dict[int, float] = field(default_factory=dict)
     """First bytes of some blocks, which then come in a round of their own length."""
     device_seconds: float = 0.0
@@ -114,6 +115,7 @@ class Constructed:
                 block_bytes=self.block_bytes,
                 num_copiers=1,
                 num_cpus=4,
+                is_disk=self.is_disk,
             ),
         )
 

@@ -61,6 +61,17 @@ def test_streams_that_are_slow_each(constructed, verdict_on):
     assert "the rate of each stream from the storage (5 MB/s)" in verdict.text
 
 
+@pytest.mark.parametrize(
+    ("concurrency", "bound", "advised"), [(4, "bandwidth", None), (8, "bandwidth", None), (2, "stream rate", 4)]
+)
+def test_a_disk_that_few_reads_keep_busy(constructed, verdict_on, concurrency, bound, advised):
+    """Each read gets less where more are in flight, but how many would be too many does not show in one load."""
+    load = constructed(concurrency=concurrency, stream_rate=25e6, first_byte_seconds=0.0, is_disk=True)
+    verdict = verdict_on(load)
+    assert verdict.bound == bound
+    assert (verdict.advice and verdict.advice.settings) == (advised and {"concurrency": advised})
+
+
 def test_a_bandwidth_that_all_streams_share(constructed, verdict_on):
     load = constructed(node_rate=40e6)
     verdict = verdict_on(load)

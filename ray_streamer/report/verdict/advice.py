@@ -84,7 +84,13 @@ class Advice:
 
 
 def find_advice(
-    model: NodeModel, knobs: Knobs, *, measured_seconds: float, replayed_seconds: float, cpu_seconds: float = 0.0
+    model: NodeModel,
+    knobs: Knobs,
+    *,
+    measured_seconds: float,
+    replayed_seconds: float,
+    cpu_seconds: float = 0.0,
+    max_concurrency: int | None = None,
 ) -> Advice | None:
     """The smallest change of settings that helps about as much as any; None when none helps.
 
@@ -94,10 +100,12 @@ def find_advice(
         measured_seconds: What it took.
         replayed_seconds: What its replay takes.
         cpu_seconds: What its ranks would take if all that held them were the node's CPUs.
+        max_concurrency: More reads in flight bring nothing; None where nobody knows.
     """
     if not _is_possible(knobs):
         return None
-    for candidates in (_single(knobs), _double(knobs)):
+    most = _MAX_CONCURRENCY if max_concurrency is None else max_concurrency
+    for candidates in (_single(knobs, most), _double(knobs, most)):
         # What the replay does not explain of this load will be there again.
         unexplained = measured_seconds - replayed_seconds
         found = [
@@ -136,25 +144,25 @@ def _is_possible(knobs: Knobs) -> bool:
         return False
 
 
-def _single(knobs: Knobs) -> Iterator[Knobs]:
+def _single(knobs: Knobs, max_concurrency: int) -> Iterator[Knobs]:
     """One setting changed, the smallest changes first."""
-    yield knobs._replace(concurrency=_doubled(knobs))
+    yield knobs._replace(concurrency=_doubled(knobs, max_concurrency))
     yield from (knobs._replace(memory_limit=limit) for limit in _larger_limits(knobs))
     for block_bytes in (knobs.block_bytes * 2, knobs.block_bytes // 2):
         if MIN_BLOCK_BYTES <= block_bytes <= MAX_BLOCK_BYTES and block_bytes % PAGE_BYTES == 0:
             yield knobs._replace(block_bytes=block_bytes)
 
 
-def _double(knobs: Knobs) -> Iterator[Knobs]:
+def _double(knobs: Knobs, max_concurrency: int) -> Iterator[Knobs]:
     """Two settings changed that need each other: more reads at once, and a slot for each."""
-    limit = _doubled(knobs) * knobs.used_block_bytes
-    if knobs.memory_limit < limit:
-        yield knobs._replace(concurrency=_doubled(knobs), memory_limit=limit)
+    doubled = _doubled(knobs, max_concurrency)
+    if knobs.memory_limit < doubled * knobs.used_block_bytes:
+        yield knobs._replace(concurrency=doubled, memory_limit=doubled * knobs.used_block_bytes)
 
 
-def _doubled(knobs: Knobs) -> int:
+def _doubled(knobs: Knobs, max_concurrency: int) -> int:
     # One doubling at a time: what the storage gives beyond that, nobody has seen.
-    return min(2 * knobs.concurrency, _MAX_CONCURRENCY)
+    return max(knobs.concurrency, min(2 * knobs.concurrency, max_concurrency))
 
 
 def _larger_limits(knobs: Knobs) -> list[int]:

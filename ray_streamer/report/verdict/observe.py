@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from ray_streamer.rank.block_source import Way
+from ray_streamer.rank.conditions import READS_OF_A_DISK
 from ray_streamer.rank.recorder import Step
 from ray_streamer.report.verdict.losses import losses_of
 from ray_streamer.report.verdict.model import CopyModel, NodeModel, RankModel, Read
@@ -58,7 +59,8 @@ def observe_node(traces: Sequence[RankTrace], *, max_bandwidth: float | None = N
         return None
     is_told = tells_first_byte(traces)
     receipts = Receipts(*_receipts(traces, tells_first_byte=is_told))
-    rates = receipts.rates(max_bandwidth=max_bandwidth)
+    is_busy = all(trace.conditions.is_disk and trace.conditions.concurrency >= READS_OF_A_DISK for trace in traces)
+    rates = receipts.rates(max_bandwidth=max_bandwidth, is_shared=is_busy)
     thinning = _thinning(traces)
     node = _Node(origin, _copies_by_block(traces, thinning), thinning, is_told)
     rows = [_own_reads(trace) for trace in traces]

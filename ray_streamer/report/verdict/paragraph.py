@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ray_streamer.units import counted, human_bytes
+from ray_streamer.units import counted, human_bytes, human_rate
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -91,10 +91,6 @@ def _seconds(seconds: float) -> str:
     return f"{seconds:.2f} s" if seconds < 10 else f"{seconds:.1f} s"
 
 
-def _rate(bytes_per_second: float) -> str:
-    return f"{bytes_per_second / 1e9:.2f} GB/s" if bytes_per_second >= 1e8 else f"{bytes_per_second / 1e6:.3g} MB/s"
-
-
 def _of_the_start(facts: Facts) -> list[str]:
     """What came before the first read, where it was long."""
     total = facts.phases.get("total", 0.0)
@@ -124,8 +120,8 @@ def _what(facts: Facts, bound: Cost) -> str:
         "throttling": counted(sum(each.num_throttled for each in facts.storage), "answer"),
         "failed requests": counted(sum(each.num_retries for each in facts.storage), "retry", "retries"),
     }
-    node_rate = "" if math.isinf(facts.rates.node) else f" ({_rate(facts.rates.node)})"
-    stream_rate = "" if math.isinf(facts.rates.stream) else f" ({_rate(facts.rates.stream)})"
+    node_rate = "" if math.isinf(facts.rates.node) else f" ({human_rate(facts.rates.node)})"
+    stream_rate = "" if math.isinf(facts.rates.stream) else f" ({human_rate(facts.rates.stream)})"
     limit = "" if facts.max_bandwidth is None else f" of {human_bytes(facts.max_bandwidth)} per second"
     return {
         "first byte": f"the wait for the storage's first byte (median {facts.first_byte_seconds * 1000:.0f} ms)",
@@ -160,6 +156,6 @@ def _remedy(facts: Facts, bound: Cost, *, has_advice: bool) -> str:
     if bound.kind in known or has_advice:
         return known.get(bound.kind, "")
     return {
-        "bandwidth": "No setting changes that: it takes a faster link, or a storage that is nearer.",
+        "bandwidth": "No setting changes that: it takes a faster link, or faster storage.",
         "cpu": "No setting changes that: it takes more CPUs for the ranks, or plain HTTP in place of TLS.",
     }.get(bound.kind, "")

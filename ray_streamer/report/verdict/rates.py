@@ -70,11 +70,12 @@ class Receipts:
         np.add.at(changes, places[1], -amounts)
         return np.cumsum(changes)[:-1]
 
-    def rates(self, *, max_bandwidth: float | None = None) -> Rates:
+    def rates(self, *, max_bandwidth: float | None = None, is_shared: bool = False) -> Rates:
         """The rates that explain best what came.
 
         Args:
             max_bandwidth: Bytes per second that receivers themselves held the node to.
+            is_shared: The streams are known to share what came, as reads of one disk do.
         """
         levels, seconds, came = self._by_level()
         if not len(levels):
@@ -85,6 +86,10 @@ class Receipts:
         share = seconds / seconds.sum()
         most = float(rate.max())
         stream = float((rate / levels).max())
+
+        if is_shared:
+            # What one of them gets alone does not show.
+            return Rates(most, most, is_shared=True)
 
         def error(stream_rate: float, node_rate: float) -> float:
             return float((share * np.log(np.minimum(stream_rate * levels, node_rate) / rate) ** 2).sum())
