@@ -1,4 +1,4 @@
-"""How are sizes and counts shown to people? Bytes with a binary unit, as the settings accept them; one file, two files."""
+"""How are sizes and counts shown to people? Bytes with a binary unit, as the settings accept them; rates in GB/s; one file, two files."""
 
 from __future__ import annotations
 
@@ -17,6 +17,19 @@ def human_bytes(num_bytes: float) -> str:
     digits = 2 if num_bytes < 10 else 1 if num_bytes < 100 else 0
     text = f"{num_bytes:.{digits}f}"
     return f"{text.rstrip('0').rstrip('.') if digits else text} {_UNITS[power]}"
+
+
+def human_rate(bytes_per_second: float) -> str:
+    """Bytes per second with three or so significant digits.
+
+    >>> [human_rate(rate) for rate in (1.234e9, 220e6, 4.2e6, 1500.0)]
+    ['1.23 GB/s', '0.22 GB/s', '4.2 MB/s', '1.5 kB/s']
+    """
+    if bytes_per_second >= 1e8:
+        return f"{bytes_per_second / 1e9:.2f} GB/s"
+    if bytes_per_second >= 1e5:
+        return f"{bytes_per_second / 1e6:.3g} MB/s"
+    return f"{bytes_per_second / 1e3:.3g} kB/s"
 
 
 def exact_bytes(num_bytes: int) -> str:

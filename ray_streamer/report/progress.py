@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple, Self
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from ray_streamer.units import counted, human_bytes
+from ray_streamer.units import counted, human_bytes, human_rate
 from ray_streamer.wording import printable
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ def progress_line(reached: ProgressSoFar, seconds: float) -> str:
     if reached.all_bytes:
         told = [f"{told[0]} of {human_bytes(reached.all_bytes)}"]
     if rate:
-        told.append(f"{rate / 1e9:.2f} GB/s")
+        told.append(human_rate(rate))
         if reached.all_bytes > reached.delivered_bytes:
             told.append(f"{(reached.all_bytes - reached.delivered_bytes) / rate:.0f} s left")
     return ", ".join([*told, reached.notes] if reached.notes else told)

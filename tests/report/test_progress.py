@@ -68,6 +68,12 @@ def test_a_finished_load_has_nothing_left(rank_at):
     assert progress_line(ProgressSoFar.of([rank_at(GIB, GIB)]), 1.0) == "1 GiB of 1 GiB, 1.07 GB/s"
 
 
+def test_a_slow_load_has_a_rate_that_is_not_zero(rank_at):
+    reached = ProgressSoFar.of([rank_at(20_000_000, 28_000_000)])
+    assert progress_line(reached, 10.0) == "19.1 MiB of 26.7 MiB, 2 MB/s, 4 s left"
+    assert ", 0.2 kB/s, " in progress_line(reached, 1e5)
+
+
 @pytest.mark.parametrize(
     ("phase", "words"),
     [("ray", "starting Ray, or connecting to it"), ("start", "starting the ranks' processes"), ("plan", "ranks meet")],
