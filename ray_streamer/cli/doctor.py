@@ -17,8 +17,10 @@ from ray_streamer.cli.uris import URI
 from ray_streamer.cli.words import flags_of, in_flags
 
 if TYPE_CHECKING:
+    from ray_streamer.api.arguments import Sharding
     from ray_streamer.doctor.examine import Examination
     from ray_streamer.doctor.prediction import Fleet
+    from ray_streamer.rank.request import LoadRequest
     from ray_streamer.settings import Settings
     from ray_streamer.storage import UrisLike
 
@@ -95,16 +97,29 @@ def command(
     fleet = _fleet(num_nodes, storage_bandwidth)
     if fleet is not None and uri is None:
         raise click.UsageError("--nodes needs the URI of a checkpoint: without one no load is predicted")
-    request = None if uri is None else Sharding(tp=tp, **sharding).request(uri, settings=settings, device=device)
-    if request is None:
+    if uri is None:
         examination = examine_node(settings, num_ranks=tp, devices=_DEVICES, device=device, address=address)
     else:
-        examination = examine(request, devices=_DEVICES, fleet=fleet, is_quick=quick, address=address)
+        request, refused_limit = _request(uri, Sharding(tp=tp, **sharding), settings, device)
+        examination = examine(
+            request, devices=_DEVICES, fleet=fleet, is_quick=quick, address=address, refused_limit=refused_limit
+        )
     _show(examination, as_json=as_json)
     if settings_file is not None:
         settings_file.write_text(settings_text(examination), encoding="utf-8")
     if not examination.is_healthy:
         click.get_current_context().exit(1)
+
+
+def _request(uri: UrisLike, sharding: Sharding, settings: Settings, device: str) -> tuple[LoadRequest, int | None]:
+    """The load, and its memory limit where that is refused: then the request has none, so that the rest can be examined."""
+    from ray_streamer.errors import BudgetError
+
+    try:
+        return sharding.request(uri, settings=settings, device=device), None
+    except BudgetError:
+        unlimited = settings.model_copy(update={"memory_limit": None})
+        return sharding.request(uri, settings=unlimited, device=device), settings.memory_limit
 
 
 def _fleet(num_nodes: int, storage_bandwidth: int | None) -> Fleet | None:

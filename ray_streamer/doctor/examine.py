@@ -6,6 +6,7 @@ import contextlib
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from ray_streamer.device import check_device_name
 from ray_streamer.doctor.checkpoint_view import CheckpointView
 from ray_streamer.doctor.finding import Finding, failed
 from ray_streamer.doctor.machine_checks import check_machine, find_gpus
@@ -86,12 +87,14 @@ def examine_node(
 
     Raises:
         ClusterError: No cluster answers at `address`.
+        DeviceError: There are no devices of that name.
     """
-    cluster = _ask_nodes(settings, address=address, num_ranks=num_ranks, device=device)
+    check_device_name(device)
+    cluster = _ask_nodes(settings, address=address, num_ranks=num_ranks, device=device, devices=devices)
     examination = Examination(
         uri=None,
         num_ranks=num_ranks,
-        findings=tuple(check_machine(settings, num_ranks=num_ranks, devices=devices)),
+        findings=tuple(check_machine(settings, num_ranks=num_ranks, devices=devices, device=device)),
         memory=_measure_memory(devices),
     )
     return examination if cluster is None else cluster.joined_to(examination)
@@ -104,6 +107,7 @@ def examine(
     fleet: Fleet | None = None,
     is_quick: bool = False,
     address: str | None = None,
+    refused_limit: int | None = None,
 ) -> Examination:
     """The machine, and a checkpoint on it, read by the load's own reader.
 
@@ -113,19 +117,26 @@ def examine(
         fleet: Nodes that load with it, for which a load is predicted, too.
         is_quick: Whether to load no part of it, which takes as long as processes need to start.
         address: Of a Ray cluster whose nodes are asked, too; see `examine_nodes`.
+        refused_limit: The load's memory limit, where it holds no block: no request can have it.
 
     Raises:
         ClusterError: No cluster answers at `address`.
         RayStreamerError: The storage cannot be opened with these settings.
     """
-    settings, num_ranks = request.settings, request.mesh.num_ranks
+    settings = request.settings.override(memory_limit=refused_limit)
     with contextlib.closing(request.open_storage()) as storage:
-        view = CheckpointView.of(request, storage)
+        view = CheckpointView.of(request, storage, settings)
         # Before anything is measured: Ray is left again before processes are started.
         cluster = _ask_nodes(
-            settings, address=address, num_ranks=num_ranks, device=request.device, request=request, view=view
+            settings,
+            address=address,
+            num_ranks=request.mesh.num_ranks,
+            device=request.device,
+            devices=devices,
+            request=request,
+            view=view,
         )
-        examination = _measured(request, view, storage, devices=devices, fleet=fleet)
+        examination = _measured(request, view, storage, settings, devices=devices, fleet=fleet)
     if not is_quick:
         examination = _rehearsed(examination, request, view)
     return examination if cluster is None else cluster.joined_to(examination)
@@ -137,6 +148,7 @@ def _ask_nodes(
     address: str | None,
     num_ranks: int,
     device: str,
+    devices: Path,
     request: LoadRequest | None = None,
     view: CheckpointView | None = None,
 ) -> ClusterFindings | None:
@@ -145,16 +157,31 @@ def _ask_nodes(
     # Ray takes seconds to import.
     from ray_streamer.doctor.nodes import examine_nodes
 
-    return examine_nodes(settings, address=address, num_ranks=num_ranks, device=device, request=request, view=view)
+    return examine_nodes(
+        settings, address=address, num_ranks=num_ranks, device=device, devices=devices, request=request, view=view
+    )
 
 
 def _measured(
-    request: LoadRequest, view: CheckpointView, storage: Storage, *, devices: Path, fleet: Fleet | None
+    request: LoadRequest,
+    view: CheckpointView,
+    storage: Storage,
+    settings: Settings,
+    *,
+    devices: Path,
+    fleet: Fleet | None,
 ) -> Examination:
     """All checks of this node, what its memory and the storage do, and what follows for the load."""
-    settings, num_ranks, index = request.settings, request.mesh.num_ranks, view.index
+    num_ranks, index = request.mesh.num_ranks, view.index
     held_bytes = sum(view.rank_bytes) if request.device == "cpu" else 0
-    machine = check_machine(settings, num_ranks=num_ranks, devices=devices, held_bytes=held_bytes)
+    machine = check_machine(
+        settings,
+        num_ranks=num_ranks,
+        devices=devices,
+        device=request.device,
+        held_bytes=held_bytes,
+        useful_bytes=view.useful_bytes,
+    )
     findings = [*view.findings, *check_clock(storage, timeout_seconds=settings.connect_timeout_seconds)]
     examination = Examination(
         uri=request.uri, num_ranks=num_ranks, findings=(*findings, *machine), memory=_measure_memory(devices)

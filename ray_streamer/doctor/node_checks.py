@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from ray_streamer.cluster.survey import PARCEL_BYTES
 from ray_streamer.doctor.finding import Finding
-from ray_streamer.doctor.machine_checks import check_limits
+from ray_streamer.doctor.machine_checks import check_gpus, check_limits
 from ray_streamer.doctor.storage_checks import (
     MOST_SKEW_SECONDS,
     check_checkpoint,
@@ -20,6 +20,8 @@ from ray_streamer.errors import RayStreamerError
 from ray_streamer.units import human_bytes
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from ray_streamer.checkpoint.index import ShardFile
     from ray_streamer.cluster.survey import LinkSpeed
     from ray_streamer.rank.request import LoadRequest
@@ -43,6 +45,9 @@ class NodeLook:
         files: Of the checkpoint, as the asking node sees them; empty where it does not see any.
         num_ranks: As many as may be placed on the node.
         held_bytes: Tensors that they will hold in its memory; 0 when that is not known.
+        useful_bytes: Staging memory that they can use; None when that is not known.
+        device: Where their tensors go.
+        devices: Where device files are.
     """
 
     settings: Settings
@@ -50,12 +55,19 @@ class NodeLook:
     files: tuple[ShardFile, ...]
     num_ranks: int
     held_bytes: int
+    useful_bytes: int | None
+    device: str
+    devices: Path
 
     def __call__(self) -> tuple[Finding, ...]:
         """What is so there; nothing where no rank will be."""
         if not self.num_ranks:
             return ()
-        found = check_limits(self.settings, num_ranks=self.num_ranks, held_bytes=self.held_bytes)
+        limits = check_limits(
+            self.settings, num_ranks=self.num_ranks, held_bytes=self.held_bytes, useful_bytes=self.useful_bytes
+        )
+        # Ray hides GPUs from a task that reserves none.
+        found = [*limits, check_gpus(self.devices, device=self.device, visible=None)]
         return tuple(found if self.request is None else [*self._check_storage(self.request), *found])
 
     def _check_storage(self, request: LoadRequest) -> list[Finding]:

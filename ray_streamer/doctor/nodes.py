@@ -18,6 +18,7 @@ from ray_streamer.units import counted
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+    from pathlib import Path
 
     from ray_streamer.cluster.survey import ClusterNode, NodeReply
     from ray_streamer.doctor.checkpoint_view import CheckpointView
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 ANSWER_SECONDS = 60.0
 """How long nodes may take to start a process and to look around; less with a smaller startup_timeout_seconds."""
 
-_OF_EACH_NODE = {"open files", "address space", "memory", "CPUs"}
+_OF_EACH_NODE = {"open files", "address space", "memory", "CPUs", "GPUs"}
 """What the nodes answer for themselves, for the ranks that they may hold instead of all."""
 
 _NUM_SHOWN = 4
@@ -78,6 +79,7 @@ def examine_nodes(
     address: str,
     num_ranks: int,
     device: str,
+    devices: Path,
     request: LoadRequest | None = None,
     view: CheckpointView | None = None,
 ) -> ClusterFindings:
@@ -88,6 +90,7 @@ def examine_nodes(
         address: Of the cluster: `host:port` or "auto".
         num_ranks: Ranks of the load.
         device: Where tensors go.
+        devices: Where device files are on each node.
         request: The load; None for the machines alone.
         view: What this node sees of its checkpoint.
 
@@ -102,8 +105,16 @@ def examine_nodes(
     def look(node: ClusterNode) -> NodeLook:
         num_here = ranks_on(node, bundle, num_ranks)
         files = () if index is None else index.files
-        held_bytes = num_here * rank_bytes
-        return NodeLook(settings=settings, request=request, files=files, num_ranks=num_here, held_bytes=held_bytes)
+        return NodeLook(
+            settings=settings,
+            request=request,
+            files=files,
+            num_ranks=num_here,
+            held_bytes=num_here * rank_bytes,
+            useful_bytes=None if view is None else view.useful_bytes,
+            device=device,
+            devices=devices,
+        )
 
     timeout_seconds = min(settings.startup_timeout_seconds, ANSWER_SECONDS)
     patience = settings.connect_timeout_seconds

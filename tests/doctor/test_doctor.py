@@ -6,8 +6,10 @@ import base64
 import http.server
 import json
 import math
+import re
 import threading
 from contextlib import ExitStack, closing
+from dataclasses import replace
 from email.utils import formatdate
 from pathlib import Path
 
@@ -16,8 +18,7 @@ from click.testing import CliRunner
 
 import ray_streamer
 from ray_streamer.cli import main
-from ray_streamer.cli.doctor import settings_text
-from ray_streamer.doctor.examine import Examination, examine
+from ray_streamer.doctor.examine import examine, examine_node
 from ray_streamer.doctor.machine_checks import (
     check_address_space,
     check_cpus,
@@ -26,7 +27,7 @@ from ray_streamer.doctor.machine_checks import (
     check_open_files,
 )
 from ray_streamer.doctor.memory_speed import MemorySpeed, measure_exchange
-from ray_streamer.doctor.prediction import Fleet, Node, Prediction, predict
+from ray_streamer.doctor.prediction import Fleet, Node, predict
 from ray_streamer.doctor.storage_checks import check_clock
 from ray_streamer.doctor.storage_speed import Measured
 from ray_streamer.planning.topology import Topology
@@ -36,8 +37,10 @@ from ray_streamer.sharding import Mesh, RuleSlices, ShardRules, Split
 from ray_streamer.storage.server_clock import clock_skew_seconds
 from ray_streamer.testing.checkpoints import TensorSpec, llama_layout, write_checkpoint
 from ray_streamer.testing.faults import Fault, FaultProxy
+from ray_streamer.units import human_bytes
 
 MIB = 1 << 20
+GPU_FILES = ("nvidia0", "nvidia1", "nvidiactl", "nvidia-uvm")
 NO_DEVICES = Path("/nowhere")
 IDEAL = MemorySpeed(
     copy_bytes_per_second=math.inf, touch_bytes_per_second=math.inf, exchange_seconds=0.0, gpu_bytes_per_second=None
@@ -87,7 +90,7 @@ def test_tables_say_what_why_and_what_to_do(invoke, checkpoint, monkeypatch):
     first, *_ = result.stdout.splitlines()
     assert first.startswith("error   open files: 40 descriptors for each process; a rank may need 97")
     assert "Each read in flight has a connection" in result.stdout
-    assert "or lower --concurrency 16." in result.stdout
+    assert "Raise the limit (`ulimit -n 4096`)." in result.stdout
     assert "Expected: " in result.stdout
 
 
@@ -111,15 +114,26 @@ def test_a_fleet_waits_for_its_storage_when_that_is_what_is_short(tmp_path, num_
     plan = request.plan(Topology.even(1), memory_limits=(1 << 30,))
     alone = Measured(
         num_streams=1,
+        num_reads=2,
         block_bytes=256 << 10,
         bytes_per_second=2e6,
         first_byte_seconds=0.01,
         receive_seconds=0.1,
-        served_per_second=2e6,
     )
     predicted = predict(plan, Node((alone,), IDEAL, 1 << 30, 4, concurrency=16), fleet=Fleet(num_nodes, storage_rate))
     by_storage = num_nodes * predicted.read_bytes / storage_rate
     assert predicted.fleet.seconds == pytest.approx(max(by_storage, predicted.seconds), rel=0.05)
+
+
+def test_other_nodes_read_what_this_one_has_in_its_page_cache(tmp_path):
+    write_checkpoint(tmp_path, [TensorSpec("up_proj.weight", "F32", (512, 1024))])
+    plan = request_of(tmp_path, block_bytes=256 << 10).plan(Topology.even(1), memory_limits=(1 << 30,))
+    node = Node((), IDEAL, 1 << 30, 4, concurrency=16, is_cached=True)
+    predicted = predict(plan, node, fleet=Fleet(64, 1e6))
+    by_storage = 64 * predicted.read_bytes / 1e6
+    assert predicted.seconds < 1
+    assert predicted.fleet.seconds == pytest.approx(by_storage, rel=0.05)
+    assert predicted.as_rehearsed(0.5, "copies").fleet.seconds == predicted.fleet.seconds
 
 
 @pytest.mark.parametrize(
@@ -137,12 +151,10 @@ def test_many_nodes_need_a_storage_and_a_checkpoint(invoke, checkpoint, options,
     assert needed in " ".join(result.output.replace("│", " ").split())
 
 
-def test_without_a_checkpoint_the_machine_is_examined(invoke, tmp_path):
-    file = tmp_path / "settings.env"
-    result = invoke("--write-settings", file, "--json")
+def test_without_a_checkpoint_the_machine_is_examined(invoke):
+    result = invoke("--json")
     assert result.exit_code == 0
     assert json.loads(result.stdout)["uri"] is None
-    assert file.read_text().startswith("#")
 
 
 def test_a_mount_that_is_not_there(invoke, tmp_path):
@@ -327,6 +339,30 @@ def test_limits_of_descriptors(limit, level):
 
 
 @pytest.mark.parametrize(
+    ("num_ranks", "limit", "advice"),
+    [
+        (4, 90, r"\(`ulimit -n (?P<limit>4096)`\), or use concurrency=(?P<concurrency>11)\."),
+        (
+            100_000,
+            20_000,
+            r"\(`ulimit -n (?P<limit>100096)`\), or use at most (?P<num_ranks>19904) ranks on this node\.",
+        ),
+        (4, 30, r"\(`ulimit -n (?P<limit>4096)`\)\."),
+    ],
+    ids=["fewer-reads", "fewer-ranks", "neither-helps"],
+)
+def test_each_advice_about_descriptors_is_enough(num_ranks, limit, advice):
+    said = {"num_ranks": num_ranks, "limit": limit, "concurrency": 16}
+    finding = check_open_files(Settings(concurrency=16), num_ranks=num_ranks, limit=limit)
+    found = re.fullmatch(f"Raise the limit {advice}", finding.advice)
+    assert found is not None, finding.advice
+    for name, value in found.groupdict().items():
+        mended = said | {name: int(value)}
+        settings = Settings(concurrency=mended.pop("concurrency"))
+        assert check_open_files(settings, **mended).level == "good"
+
+
+@pytest.mark.parametrize(
     ("available", "held", "level"),
     [(100 << 30, 10 << 30, "good"), (11 << 30, 10 << 30, "warning"), (9 << 30, 10 << 30, "error")],
     ids=["enough", "tight", "too-little"],
@@ -337,27 +373,138 @@ def test_memory_for_tensors_and_staging(available, held, level):
     assert "1 GiB for staging by 4 ranks" in finding.found
 
 
-def test_a_memory_limit_that_no_block_fits_in():
-    finding = check_memory(Settings(node_memory_limit="8KiB"), num_ranks=4, held_bytes=0, available=1 << 30)
+@pytest.mark.parametrize(
+    ("limit", "useful_bytes", "staged", "level"),
+    [
+        ("100GiB", 3 << 30, "3 GiB", "good"),
+        ("1GiB", 3 << 30, "2 GiB", "good"),
+        (-1, 3 << 30, "3 GiB", "good"),
+        ("100GiB", 30 << 30, "30 GiB", "warning"),
+        (-1, 30 << 30, "30 GiB", "warning"),
+        ("100GiB", None, "200 GiB", "warning"),
+    ],
+)
+def test_staging_counts_no_more_than_reads_can_use(limit, useful_bytes, staged, level):
+    settings = Settings(memory_limit=limit)
+    finding = check_memory(settings, num_ranks=2, held_bytes=0, available=20 << 30, useful_bytes=useful_bytes)
+    assert finding.level == level
+    assert f"{staged} for staging by 2 ranks" in finding.found
+
+
+def test_a_memory_limit_that_is_larger_than_the_checkpoint(tmp_path):
+    write_checkpoint(tmp_path, [TensorSpec("up_proj.weight", "F32", (4096, 1024))])
+    request = request_of(tmp_path, tp=2, block_bytes=MIB, memory_limit="100TiB")
+    plan = request.plan(Topology.even(2), memory_limits=(100 << 40,) * 2)
+    findings = examine(request, devices=NO_DEVICES, is_quick=True).findings
+    (memory,) = [finding for finding in findings if finding.subject == "memory"]
+    assert memory.level == "good"
+    assert f"{human_bytes(len(plan.node_plans[0].blocks) * MIB)} for staging by 2 ranks" in memory.found
+
+
+@pytest.mark.parametrize(
+    ("settings", "smallest"),
+    [
+        ({"node_memory_limit": "8KiB"}, "smallest that can work is 16 KiB"),
+        ({"node_memory_limit": "512KiB"}, "smallest that works is 256 KiB per rank"),
+        ({"memory_limit": "1KB"}, "smallest that works is 256 KiB per rank"),
+    ],
+)
+def test_a_memory_limit_that_no_block_fits_in(settings, smallest):
+    finding = check_memory(Settings(**settings), num_ranks=4, held_bytes=0, available=1 << 30)
     assert finding.level == "error"
-    assert "smallest that can work" in finding.found
+    assert smallest in finding.found
 
 
-def test_other_limits(tmp_path, monkeypatch):
+@pytest.mark.parametrize("option", ["--memory-limit", "--node-memory-limit"])
+def test_a_memory_limit_that_is_refused_is_one_finding_among_the_others(invoke, checkpoint, option):
+    result = invoke(checkpoint, "--tp", 2, option, "8KB", "--json")
+    assert result.exit_code == 1
+    found = json.loads(result.stdout)
+    (error,) = [finding for finding in found["findings"] if finding["level"] == "error"]
+    assert error["subject"] == "memory"
+    assert "the smallest that works is 256 KiB per rank" in error["found"] or option != "--memory-limit"
+    assert {finding["subject"] for finding in found["findings"]} >= {"checkpoint", "file system", "CPUs", "Ray"}
+    assert found["prediction"] is None
+
+
+def test_other_limits(tmp_path):
     assert check_address_space(1 << 30).level == "warning"
     assert check_cpus(8, 2).level == "warning"
     assert check_cpus(2, 2).level == "good"
-    assert check_gpus(tmp_path).found.startswith("none")
-    for name in ("nvidia0", "nvidia1", "nvidiactl", "nvidia-uvm"):
+    assert check_gpus(tmp_path, device="cpu", visible=None).found.startswith("none")
+    for name in GPU_FILES:
         (tmp_path / name).touch()
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert check_gpus(tmp_path).found == "2 GPUs"
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert check_gpus(tmp_path).level == "warning"
+    assert check_gpus(tmp_path, device="cpu", visible=None).found == "2 GPUs"
+    assert check_gpus(tmp_path, device="cpu", visible="").level == "warning"
+
+
+@pytest.mark.parametrize(
+    ("files", "device", "visible", "level"),
+    [
+        pytest.param((), "cuda", None, "error", id="none"),
+        pytest.param(GPU_FILES, "cuda", None, "good", id="there"),
+        pytest.param(GPU_FILES, "cuda:1", None, "good", id="the-last"),
+        pytest.param(GPU_FILES, "cuda:2", None, "error", id="one-too-many"),
+        pytest.param(GPU_FILES, "cuda", "", "error", id="all-hidden"),
+        pytest.param(GPU_FILES, "cuda:1", "1", "error", id="one-hidden"),
+        pytest.param(GPU_FILES, "cuda:1", "1,0", "good", id="none-hidden"),
+        pytest.param(("kfd",), "cuda:3", None, "good", id="of-AMD"),
+    ],
+)
+def test_a_device_that_is_asked_for(tmp_path, files, device, visible, level):
+    for name in files:
+        (tmp_path / name).touch()
+    found = check_gpus(tmp_path, device=device, visible=visible)
+    assert found.level == level
+    assert (f'device="{device}" is not there' in found.found) == (level == "error")
+
+
+@pytest.mark.parametrize("has_checkpoint", [True, False])
+def test_a_load_into_gpus_of_a_node_without_gpus(checkpoint, tmp_path, has_checkpoint):
+    if has_checkpoint:
+        request = replace(request_of(checkpoint), device="cuda")
+        examination = examine(request, devices=tmp_path, is_quick=True)
+    else:
+        examination = examine_node(Settings(), num_ranks=1, devices=tmp_path, device="cuda")
+    (error,) = [finding for finding in examination.findings if finding.level == "error"]
+    assert error.subject == "GPUs"
+
+
+def test_a_device_of_no_known_kind(invoke):
+    result = invoke("--device", "tpu")
+    assert result.exit_code == 1
+    assert "device 'tpu' is not supported" in result.stderr
 
 
 def test_words_between_processes_take_some_time():
     assert 0 < measure_exchange() < math.inf
+
+
+@pytest.mark.parametrize(
+    ("first_byte", "seconds", "rate"),
+    [(0.2, 0.3, 64 * MIB / 0.1), (0.19, 0.8, 64 * MIB / 0.78), (0.0, 0.8, 64 * MIB / 0.8)],
+    ids=["late-answers", "answers-wait-for-each-other", "first-bytes-are-not-told"],
+)
+def test_a_bandwidth_leaves_out_what_one_answer_alone_waits_for(tmp_path, first_byte, seconds, rate):
+    """64 reads at once; the second case has first bytes that are late since the storage serves others before."""
+    write_checkpoint(tmp_path, [TensorSpec("up_proj.weight", "F32", (64 << 10, 1024))])
+    request = request_of(tmp_path, block_bytes=MIB, concurrency=64)
+    plan = request.plan(Topology.even(1), memory_limits=(1 << 30,))
+    waits = (0.02 if first_byte == 0.19 else first_byte, first_byte)
+    measured = [
+        Measured(
+            num_streams=number,
+            num_reads=number,
+            block_bytes=MIB,
+            bytes_per_second=number * MIB / took,
+            first_byte_seconds=wait,
+            receive_seconds=took - wait if number == 1 else 0.1,
+        )
+        for number, wait, took in zip((1, 64), waits, (waits[0] + 0.01, seconds), strict=True)
+    ]
+    predicted = predict(plan, Node(measured, IDEAL, 1 << 30, 4, concurrency=64))
+    by_bandwidth = predicted.read_bytes / rate
+    assert predicted.seconds == pytest.approx(by_bandwidth + 4 * waits[0], rel=0.3)
 
 
 @pytest.mark.parametrize(("concurrency", "num_rounds"), [(4, 4), (16, 1)])
@@ -366,15 +513,18 @@ def test_a_prediction_is_the_arithmetic_of_its_rounds(tmp_path, concurrency, num
     write_checkpoint(tmp_path, [TensorSpec("up_proj.weight", "F32", (4096, 1024))])
     request = request_of(tmp_path, block_bytes=MIB, concurrency=concurrency)
     plan = request.plan(ray_streamer.plan(str(tmp_path), rules={"*": Split(0)}).topology, memory_limits=(1 << 30,))
-    alone = Measured(
-        num_streams=1,
-        block_bytes=MIB,
-        bytes_per_second=MIB / 0.3,
-        first_byte_seconds=0.2,
-        receive_seconds=0.1,
-        served_per_second=1e12,
-    )
-    node = Node((alone,), IDEAL, 1 << 30, 4, concurrency=concurrency)
+    measured = [
+        Measured(
+            num_streams=number,
+            num_reads=2 * number,
+            block_bytes=MIB,
+            bytes_per_second=number * MIB / 0.3,
+            first_byte_seconds=0.2,
+            receive_seconds=0.1,
+        )
+        for number in (1, 16)
+    ]
+    node = Node(measured, IDEAL, 1 << 30, 4, concurrency=concurrency)
     predicted = predict(plan, node)
     # The header moves blocks on their grid: the first and the last one are parts.
     num_blocks = len(plan.node_plans[0].blocks)
@@ -397,13 +547,3 @@ def test_a_prediction_is_the_arithmetic_of_its_rounds(tmp_path, concurrency, num
     )
     assert cached.bound == "copies"
     assert cached.seconds <= 1.1
-
-
-def test_settings_are_variables_that_settings_read(monkeypatch):
-    prediction = Prediction(
-        seconds=2.0, bound="first byte", best_settings={"concurrency": 32}, best_seconds=1.0, read_bytes=1
-    )
-    text = settings_text(Examination(uri="m", num_ranks=1, findings=(), memory=IDEAL, prediction=prediction))
-    name, _, value = text.strip().partition("=")
-    monkeypatch.setenv(name, value)
-    assert Settings().concurrency == 32

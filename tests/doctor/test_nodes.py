@@ -61,10 +61,21 @@ def request_of(uri: Path | str, **settings: object) -> LoadRequest:
     return LoadRequest(uri=str(uri), mesh=Mesh(tp=1), slices=slices, settings=Settings(**settings), device="cpu")
 
 
-def look_at(checkpoint: Path, *, num_ranks: int = 1, held_bytes: int = 0, knows_files: bool = True) -> NodeLook:
+def look_at(
+    checkpoint: Path, *, num_ranks: int = 1, held_bytes: int = 0, knows_files: bool = True, device: str = "cpu"
+) -> NodeLook:
     request = request_of(checkpoint)
     files = request.open_index().files if knows_files else ()
-    return NodeLook(settings=request.settings, request=request, files=files, num_ranks=num_ranks, held_bytes=held_bytes)
+    return NodeLook(
+        settings=request.settings,
+        request=request,
+        files=files,
+        num_ranks=num_ranks,
+        held_bytes=held_bytes,
+        useful_bytes=None,
+        device=device,
+        devices=checkpoint,
+    )
 
 
 def levels(findings: tuple[Finding, ...]) -> dict[str, str]:
@@ -74,8 +85,18 @@ def levels(findings: tuple[Finding, ...]) -> dict[str, str]:
 @pytest.mark.parametrize("knows_files", [True, False], ids=["files-told", "files-found"])
 def test_a_node_that_sees_all(checkpoint, knows_files):
     found = look_at(checkpoint, knows_files=knows_files)()
-    assert {finding.subject for finding in found} >= {"checkpoint", "open files", "address space", "memory", "CPUs"}
+    told = {"checkpoint", "open files", "address space", "memory", "CPUs", "GPUs"}
+    assert {finding.subject for finding in found} >= told
     assert levels(found)["checkpoint"] == "good"
+
+
+@pytest.mark.parametrize(("num_gpus", "level"), [(0, "error"), (1, "good")])
+def test_a_node_whose_gpus_are_not_there(checkpoint, monkeypatch, num_gpus, level):
+    """Ray hides them from a task that reserves none."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    for number in range(num_gpus):
+        (checkpoint / f"nvidia{number}").touch()
+    assert levels(look_at(checkpoint, device="cuda")())["GPUs"] == level
 
 
 def test_a_node_without_room_is_not_looked_at(checkpoint):
@@ -207,12 +228,13 @@ def test_a_node_that_does_not_answer(node, level):
 )
 def test_this_node_may_lack_the_mount_where_the_nodes_of_the_ranks_have_it(answers, is_healthy):
     replies = tuple(NodeReply(node=node, answer=(seen,)) for node, seen in zip((HERE, THERE), answers, strict=True))
-    local = (GONE, Finding(subject="memory", level="error", found="too little for all ranks"))
+    of_this_node = [Finding(subject=subject, level="error", found="too little") for subject in ("memory", "GPUs")]
+    local = (GONE, *of_this_node)
     alone = Examination(uri="/models/llama", num_ranks=2, findings=local, memory=MEMORY)
     joined = ClusterFindings(replies, tuple(node_findings(replies, ONE_CPU))).joined_to(alone)
     assert joined.is_healthy == is_healthy
     assert joined.nodes == replies
-    assert "memory" not in {finding.subject for finding in joined.findings}
+    assert {"memory", "GPUs"}.isdisjoint(finding.subject for finding in joined.findings)
 
 
 @pytest.mark.parametrize(
@@ -257,6 +279,8 @@ def test_headers_are_read_once_for_this_node_and_for_the_cluster(checkpoint, mon
     assert len(num_reads) == 1
     assert looks[0].files == request_of(checkpoint).open_index().files
     assert looks[0].held_bytes == 4 * 64 * 64 * 4
+    assert looks[0].useful_bytes == 2 * Settings().block_bytes
+    assert (looks[0].device, looks[0].devices) == ("cpu", checkpoint)
     assert examination.is_healthy
     assert examination.prediction is not None
     assert [reply.node for reply in examination.nodes] == [HERE]
