@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,16 +16,19 @@ from ray_streamer.cli.settings import with_settings
 from ray_streamer.cli.sharding import with_rules_and_results
 from ray_streamer.cli.uris import URI
 from ray_streamer.cli.words import flags_of, in_flags
+from ray_streamer.wording import printable
 
 if TYPE_CHECKING:
     from ray_streamer.api.arguments import Sharding
     from ray_streamer.doctor.examine import Examination
-    from ray_streamer.doctor.prediction import Fleet
+    from ray_streamer.doctor.prediction import Fleet, Prediction
     from ray_streamer.rank.request import LoadRequest
     from ray_streamer.settings import Settings
     from ray_streamer.storage import UrisLike
 
 _DEVICES = Path("/dev")
+_READ_ALIKE = re.compile(r"[\w@%+=:,./~\[\]-]+", re.ASCII)
+"""Values that a shell and docker take for the same: a shell removes quotes, docker keeps them."""
 
 
 def _parse_bandwidth(text: str) -> int:
@@ -58,7 +62,7 @@ def _parse_bandwidth(text: str) -> int:
     "--write-settings",
     "settings_file",
     type=OUTPUT_FILE,
-    help="Write the settings to use there, as environment variables.",
+    help="Write the settings to use there, as environment variables: those in force, and better ones. Never secrets.",
 )
 @click.option(
     "--quick",
@@ -106,7 +110,7 @@ def command(
         )
     _show(examination, as_json=as_json)
     if settings_file is not None:
-        settings_file.write_text(settings_text(examination), encoding="utf-8")
+        _write_settings(settings_file, examination.prediction, settings)
     if not examination.is_healthy:
         click.get_current_context().exit(1)
 
@@ -144,12 +148,29 @@ def _show(examination: Examination, *, as_json: bool) -> None:
     print_examination(examination, in_words=lambda text: in_flags(text, flags))
 
 
-def settings_text(examination: Examination) -> str:
-    """The settings that are best here, one variable a line, for a shell or `docker run --env-file`."""
-    from ray_streamer.settings import ENV_PREFIX
-
-    prediction = examination.prediction
+def _write_settings(path: Path, prediction: Prediction | None, settings: Settings) -> None:
     if prediction is None:
-        return "# ray-streamer doctor had no checkpoint to try\n"
-    lines = [f"{ENV_PREFIX}{name.upper()}={value}" for name, value in prediction.best_settings.items()]
-    return "".join(f"{line}\n" for line in lines or ["# the settings in force are as good as any that were tried"])
+        click.echo(printable(f"{path} is not written: no load was predicted"), err=True)
+    else:
+        path.write_text(settings_text(prediction, settings), encoding="utf-8")
+
+
+def settings_text(prediction: Prediction, settings: Settings) -> str:
+    """The settings that are given or better here, one variable a line, for a shell or `docker run --env-file`.
+
+    What cannot be written is a comment: a secret, and a value that a shell and docker read differently.
+    """
+    given = settings.model_dump(mode="json", include=settings.model_fields_set, exclude_none=True)
+    lines = [_settings_line(name, str(value)) for name, value in (given | prediction.best_settings).items()]
+    return "".join(f"{line}\n" for line in lines or ["# the defaults are as good as any that were tried"])
+
+
+def _settings_line(name: str, value: str) -> str:
+    from ray_streamer.settings import ENV_PREFIX, SECRET_SETTINGS
+
+    variable = f"{ENV_PREFIX}{name.upper()}"
+    if name in SECRET_SETTINGS:
+        return f"# {variable} is a secret: set it where the load runs"
+    if not _READ_ALIKE.fullmatch(value):
+        return f"# {variable} is not written: a shell and docker read its value differently"
+    return f"{variable}={value}"
