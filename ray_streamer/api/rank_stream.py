@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from ray_streamer.api.dtensors import DTensorSlices
     from ray_streamer.api.membership import Membership
     from ray_streamer.api.node_trace import NodeTrace
+    from ray_streamer.exchange.place import Place
     from ray_streamer.rank.background import Items
     from ray_streamer.rank.load import RankLoad
     from ray_streamer.rank.request import LoadRequest
@@ -169,12 +170,13 @@ def _begin(call: RankCall) -> tuple[DTensorSlices | None, RankLoad, BackgroundLo
     """Meets the other ranks, agrees with them and starts the load."""
     membership = call.find_membership()
     request, placed = _request_of(call, membership)
-    index_bytes = membership.read_index(request)
+    place = membership.place(request.settings)
     completed: queue.SimpleQueue[Items | BaseException | None] = queue.SimpleQueue()
-    with contextlib.ExitStack() as owned:
+    with _failures_published(request, place), contextlib.ExitStack() as owned:
+        index_bytes = membership.read_index(request)
         follow = _display(owned, request.uri, is_shown=call.progress and membership.rank == 0)
         # The others are looked for while device and storage are opened; what fails there is told to them.
-        session = owned.enter_context(NodeSession(membership.place(request.settings)))
+        session = owned.enter_context(NodeSession(place))
         trace = _trace_of(call, membership)
         device = request.start_device(request.device)
         storage = request.open_storage(num_sharers=len(membership.local_ranks))
@@ -185,7 +187,7 @@ def _begin(call: RankCall) -> tuple[DTensorSlices | None, RankLoad, BackgroundLo
         follow(load)
 
         def run() -> None:
-            with _published(load, request, node=session.place.node, rank=membership.rank):
+            with _failures_published(request, place), _published(load, request, place):
                 load.run()
             if trace is not None:
                 trace.write(session, load, uri=request.uri)
@@ -215,15 +217,22 @@ def _trace_of(call: RankCall, membership: Membership) -> NodeTrace | None:
     return NodeTrace.of(call.trace, membership)
 
 
-def _published(
-    load: RankLoad, request: LoadRequest, *, node: str, rank: int
-) -> contextlib.AbstractContextManager[None]:
+def _published(load: RankLoad, request: LoadRequest, place: Place) -> contextlib.AbstractContextManager[None]:
     """For the length of the block, which runs the load, its metrics are published where the settings want them."""
     if not request.settings.metrics:
         return contextlib.nullcontext()
     from ray_streamer.cluster.meters import published
 
-    return published(load, is_wanted=True, uri=request.uri, node=node, rank=rank)
+    return published(load, is_wanted=True, uri=request.uri, node=place.node, rank=place.rank)
+
+
+def _failures_published(request: LoadRequest, place: Place) -> contextlib.AbstractContextManager[None]:
+    """An error that leaves the block is counted where the settings want metrics."""
+    if not request.settings.metrics:
+        return contextlib.nullcontext()
+    from ray_streamer.cluster.meters import failures_published
+
+    return failures_published(is_wanted=True, uri=request.uri, node=place.node, rank=place.rank)
 
 
 def _display(owned: contextlib.ExitStack, uri: str, *, is_shown: bool) -> Callable[[RankLoad], object]:

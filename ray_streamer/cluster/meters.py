@@ -7,7 +7,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from ray_streamer.cluster.ray_meter import RayMeter, is_in_ray
-from ray_streamer.report.metering import metered
+from ray_streamer.report.metering import failures_metered, metered
 from ray_streamer.report.otel_meter import OpenTelemetryMeter
 
 if TYPE_CHECKING:
@@ -29,6 +29,18 @@ def published(load: MeteredLoad, *, is_wanted: bool, uri: str, node: str, rank: 
         rank: Global rank.
     """
     return metered(find_meter(is_wanted=is_wanted), load, uri=uri, node=node, rank=rank)
+
+
+def failures_published(*, is_wanted: bool, uri: str, node: str, rank: int) -> AbstractContextManager[None]:
+    """An error that leaves the block, which is a part of a load, is counted where there is a place for metrics.
+
+    Args:
+        is_wanted: The setting `metrics`.
+        uri: What is loaded.
+        node: Name of the rank's node.
+        rank: Global rank.
+    """
+    return failures_metered(find_meter(is_wanted=is_wanted), uri=uri, node=node, rank=rank)
 
 
 def find_meter(*, is_wanted: bool) -> Meter | None:

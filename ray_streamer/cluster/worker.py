@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from ray_streamer.checkpoint.index_bytes import index_to_bytes
 from ray_streamer.cluster.clocks import read_clock
 from ray_streamer.cluster.gpus import assigned_device
-from ray_streamer.cluster.meters import published
+from ray_streamer.cluster.meters import failures_published, published
 from ray_streamer.device import open_device
 from ray_streamer.errors import ClusterError, LoadAbortedError
 from ray_streamer.exchange.liveness import Timeouts
@@ -147,7 +147,7 @@ class LoadWorker:
             RayStreamerError: The checkpoint cannot be planned so; the same error on all ranks of the node.
         """
         session = self._join(seating)
-        with self._ended_on_failure(session):
+        with self._failures_published(session), self._ended_on_failure(session):
             session.wait_met()
             storage = request.open_storage(num_sharers=len(seating.ranks))
             with contextlib.closing(storage):
@@ -178,7 +178,7 @@ class LoadWorker:
         self._load = None
         session = self._session
         storage = self._request.open_storage(num_sharers=len(mine.ranks))
-        with contextlib.closing(storage), self._ended_on_failure(session):
+        with self._failures_published(session), contextlib.closing(storage), self._ended_on_failure(session):
             concurrency = reads_in_flight(self._request.settings, storage)
             options = RankOptions.at(session.place, concurrency=concurrency, memory_limit=self._memory_limit)
             out = self._tensors_to_fill(earlier, mine)
@@ -223,6 +223,10 @@ class LoadWorker:
             if self._abort_reason is not None:
                 session.fail(LoadAbortedError(self._abort_reason))
         return session
+
+    def _failures_published(self, session: NodeSession) -> contextlib.AbstractContextManager[None]:
+        wanted = self._request.settings.metrics
+        return failures_published(is_wanted=wanted, uri=self._request.uri, node=session.place.node, rank=self._rank)
 
     @contextlib.contextmanager
     def _ended_on_failure(self, session: NodeSession) -> Iterator[None]:

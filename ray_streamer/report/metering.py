@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
+from ray_streamer.errors import LoadAbortedError
 from ray_streamer.rank.recorder import Step
 from ray_streamer.report import metrics
 
@@ -85,16 +86,38 @@ def metered(meter: Meter | None, load: MeteredLoad, *, uri: str, node: str, rank
     if meter is None:
         yield
         return
-    publisher = _Publisher(meter, load, {"uri": uri, "node": node, "rank": str(rank)})
-    error: BaseException | None = None
+    publisher = _Publisher(meter, load, _tags(uri, node, rank))
+    is_whole = False
     try:
         with publisher:
             yield
-    except BaseException as raised:
-        error = raised
-        raise
+        is_whole = True
     finally:
-        publisher.end(error)
+        publisher.end(is_whole=is_whole)
+
+
+@contextmanager
+def failures_metered(meter: Meter | None, *, uri: str, node: str, rank: int) -> Iterator[None]:
+    """An error that leaves the block, which is a part of a load, is counted; a load that was told to end has not failed.
+
+    Args:
+        meter: Takes it, if there is one.
+        uri: What is loaded.
+        node: Name of the rank's node.
+        rank: Global rank.
+    """
+    try:
+        yield
+    except Exception as error:
+        if meter is not None and not isinstance(error, LoadAbortedError):
+            tags = {**_tags(uri, node, rank), "error": type(error).__name__}
+            with _faults_told():
+                meter.add(metrics.FAILURES, 1, tags)
+        raise
+
+
+def _tags(uri: str, node: str, rank: int) -> Tags:
+    return {"uri": uri, "node": node, "rank": str(rank)}
 
 
 class _Publisher:
@@ -115,10 +138,10 @@ class _Publisher:
         self._is_over.set()
         self._thread.join()
 
-    def end(self, error: BaseException | None) -> None:
-        """The load is over."""
+    def end(self, *, is_whole: bool) -> None:
+        """The load is over, with all its tensors or without."""
         self._publish()
-        self._try(lambda: self._publish_end(error))
+        self._try(lambda: self._publish_end(is_whole=is_whole))
 
     def _watch(self) -> None:
         while not self._is_over.wait(_SECONDS_BETWEEN_LOOKS):
@@ -129,13 +152,11 @@ class _Publisher:
 
     def _try(self, publish: Callable[[], None]) -> None:
         """A fault of a metric, or of the place that takes it, is none of the load."""
-        if self._is_broken:
-            return
-        try:
-            publish()
-        except Exception as fault:
-            self._is_broken = True
-            logger.warning("the load goes on, but its metrics are published no longer: %r", fault)
+        if not self._is_broken:
+            self._is_broken = True  # until it has worked
+            with _faults_told():
+                publish()
+                self._is_broken = False
 
     def _publish_counts(self) -> None:
         statistics = self._load.statistics()
@@ -169,14 +190,21 @@ class _Publisher:
             told = times[step] > 0
             self._meter.observe(metric, (times[step] - times[Step.ASKED])[told].tolist(), self._tags)
 
-    def _publish_end(self, error: BaseException | None) -> None:
+    def _publish_end(self, *, is_whole: bool) -> None:
         for phase in self._load.spans().phases:
             if phase.stop:
                 tags = {**self._tags, "phase": phase.name}
                 self._meter.observe(metrics.PHASE_SECONDS, [phase.stop - phase.start], tags)
                 self._meter.span(phase, self._tags)
         self._meter.put(metrics.STAGING_BYTES, 0, self._tags)
-        if error is None:
+        if is_whole:
             self._meter.add(metrics.LOADS, 1, self._tags)
-        else:
-            self._meter.add(metrics.FAILURES, 1, {**self._tags, "error": type(error).__name__})
+
+
+@contextmanager
+def _faults_told() -> Iterator[None]:
+    """What goes wrong inside ends the block, and is told."""
+    try:
+        yield
+    except Exception as fault:
+        logger.warning("the load goes on, but its metrics are published no longer: %r", fault)

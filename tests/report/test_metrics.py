@@ -5,10 +5,17 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
+import subprocess
 import sys
 import threading
+import time
+import urllib.request
 from collections import defaultdict
+from contextlib import suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 
@@ -18,6 +25,7 @@ from ray_streamer.report import metering, metrics
 from ray_streamer.report.metrics import METRICS
 from ray_streamer.sharding import RuleSlices, ShardRules
 from ray_streamer.testing.checkpoints import TensorSpec, write_checkpoint
+from ray_streamer.testing.s3_server import free_port
 
 DASHBOARD = Path(__file__).parents[2] / "docs" / "grafana.json"
 SETTINGS = {"metrics": True, "page_cache": "off", "block_bytes": 4096, "memory_limit": 4 * 4096, "concurrency": 2}
@@ -200,15 +208,115 @@ def test_open_telemetry_gets_metrics_and_a_span_for_each_phase(folder, monkeypat
 def test_each_query_of_the_dashboard_names_a_metric_that_exists():
     known = {series for metric in METRICS for series in metric.series}
     dashboard = json.loads(DASHBOARD.read_text())
-    queries = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
-    queries += [
-        variable["query"]["query"] for variable in dashboard["templating"]["list"] if variable["type"] == "query"
-    ]
-    named = {query: set(re.findall(r"ray_streamer_\w+", query)) for query in queries}
+    asked = queries()
+    asked += [variable["query"]["query"] for variable in dashboard["templating"]["list"] if variable["type"] == "query"]
+    named = {query: set(re.findall(r"ray_streamer_\w+", query)) for query in asked}
     assert all(names and names <= known for names in named.values()), named
     shown = set().union(*named.values())
     assert all(shown & set(metric.series) for metric in METRICS), "each metric is on the dashboard"
     page = (DASHBOARD.parent / "metrics.md").read_text()
     assert all(f"`ray_{metric.name}" in page for metric in METRICS)
     tags = {tag for metric in METRICS for tag in metric.tags}
-    assert {tag for query in queries for by in re.findall(r"by \((\w+)\)", query) for tag in [by]} <= tags | {"le"}
+    assert {tag for query in asked for by in re.findall(r"by \((\w+)\)", query) for tag in [by]} <= tags | {"le"}
+
+
+def test_a_load_that_fails_before_it_reads_is_counted_too(tmp_path, collected):
+    with pytest.raises(ray_streamer.StorageError):
+        load(str(tmp_path / "nowhere"))
+    assert collected.sums == {(metrics.FAILURES.name, "ObjectMissingError"): 1}
+
+
+def test_a_load_that_its_caller_ends_has_not_failed(folder, collected):
+    tensors = ray_streamer.stream_rank(folder, rank=0, world_size=1, settings=ray_streamer.Settings.resolve(**SETTINGS))
+    next(tensors)
+    tensors.close()
+    assert (metrics.FAILURES.name, "LoadAbortedError") not in collected.sums
+
+
+class Scraped:
+    """What a rank's process shows: nothing before it loads, and everything at once after a short load."""
+
+    TAGS = 'uri="s3://b/m",node="n",rank="0"'
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        shown = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                body = "".join(line + "\n" for line in shown.lines).encode()
+                self.send_response(200)
+                self.send_header("Content-Type", "text/plain; version=0.0.4")
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, *_: object) -> None:
+                """Says nothing."""
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    def show(self, values: dict[str, float]) -> None:
+        self.lines = [f"{name.format(tags=self.TAGS)} {value}" for name, value in values.items()]
+
+
+@pytest.mark.slow
+def test_the_dashboard_shows_a_load_that_was_over_before_it_was_looked_at(tmp_path):
+    """A rank's series begins with what its whole load came to, of which `rate` and `increase` of Prometheus tell nothing."""
+    program = shutil.which("prometheus") or pytest.skip("there is no Prometheus: apt-get install prometheus")
+    scraped, port = Scraped(), free_port()
+    job = {"job_name": "ray", "static_configs": [{"targets": [f"127.0.0.1:{scraped.server.server_port}"]}]}
+    (tmp_path / "prometheus.yml").write_text(
+        json.dumps({"global": {"scrape_interval": "500ms"}, "scrape_configs": [job]})
+    )
+    command = [program, f"--config.file={tmp_path}/prometheus.yml", f"--storage.tsdb.path={tmp_path}/data"]
+    with subprocess.Popen(
+        [*command, f"--web.listen-address=127.0.0.1:{port}"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as prometheus:
+        try:
+            asked = f"http://127.0.0.1:{port}/api/v1/query?query="
+            expected = {
+                "ray_streamer_read_bytes_total": 6e9 / 60,
+                "ray_streamer_loads_total": 1,
+                "ray_streamer_failures_total": 2,
+                "ray_streamer_block_seconds_bucket": pytest.approx(0.015, abs=0.005),
+                "ray_streamer_phase_seconds_sum": 1.5,
+            }
+            scraped.show(
+                {
+                    "ray_streamer_read_bytes_total{{{tags}}}": 6e9,
+                    "ray_streamer_loads_total{{{tags}}}": 1,
+                    'ray_streamer_failures_total{{{tags},error="AccessError"}}': 2,
+                    'ray_streamer_block_seconds_bucket{{{tags},le="0.01"}}': 0,
+                    'ray_streamer_block_seconds_bucket{{{tags},le="0.02"}}': 9,
+                    'ray_streamer_block_seconds_bucket{{{tags},le="+Inf"}}': 9,
+                    'ray_streamer_phase_seconds_sum{{{tags},phase="stream"}}': 3,
+                    'ray_streamer_phase_seconds_count{{{tags},phase="stream"}}': 2,
+                }
+            )
+            for series, value in expected.items():
+                query = next(query for query in queries() if series in query)
+                for name, said in {"$uri": ".*", "$__interval_ms": "60000", "$__interval": "1m"}.items():
+                    query = query.replace(name, said)
+                assert answer_of(asked + quote(query)) == value, query
+        finally:
+            prometheus.terminate()
+            scraped.server.shutdown()
+            scraped.server.server_close()
+
+
+def answer_of(url: str) -> float:
+    """The one value of a query, once there is one."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        with suppress(OSError), urllib.request.urlopen(url, timeout=10) as answer:
+            result = json.load(answer)["data"]["result"]
+            if result:
+                return float(result[0]["value"][1])
+        time.sleep(0.2)
+    pytest.fail(f"no answer: {url}")
+
+
+def queries() -> list[str]:
+    dashboard = json.loads(DASHBOARD.read_text())
+    return [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
