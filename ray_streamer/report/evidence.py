@@ -51,6 +51,8 @@ class Evidence:
         of_node = [rank for rank in ranks if any(rank.rank == trace.rank for trace in traces)]
         finder = Finder()
         verdict = finder.find("what bounded the load", lambda: judge(traces, of_node, self._asked, phases))
+        if verdict is None and not finder.untold:
+            finder.untold.append("Nothing was read or copied, so nothing bounded the load.")
         timeline = finder.find("what happened when", lambda: make_timeline(traces))
         plan = self._plan
         kinds = None if plan is None else finder.find("bytes by kind of tensor", lambda: tensor_kinds(plan()))

@@ -295,9 +295,12 @@ def test_what_came_before_the_first_read_is_told_first(constructed, verdict_on):
     assert quick.text.startswith("Reading and copying took")
 
 
-def test_a_load_of_which_nothing_is_known_has_no_verdict(constructed):
+def test_a_load_of_which_nothing_is_known_has_no_verdict(constructed, statistics_of):
     assert observe_node([]) is None
-    assert observe_node([constructed(num_blocks=0).trace()]) is None
+    trace = constructed(num_blocks=0).trace()
+    assert observe_node([trace]) is None
+    found = Evidence([trace], RequestedSettings(1 << 20)).findings([statistics_of(trace)], {})
+    assert (found.verdict, found.untold) == (None, ("Nothing was read or copied, so nothing bounded the load.",))
 
 
 @pytest.mark.parametrize("concurrency", [2, 16])
