@@ -27,9 +27,10 @@ if TYPE_CHECKING:
 
 Event = dict[str, Any]
 
-_PHASES = 0
-_READS = 1
-_COPIES = 10_001
+_READS = 100_001
+_COPIES = 200_001
+"""First lanes of reads and copies. Lanes are threads of the format: one with the number of its process is the main thread, shown first,
+as which viewers also take number 0."""
 
 _PARTS_OF_A_READ = (
     ("wait for a slot", Step.QUEUED, Step.ASKED),
@@ -49,9 +50,17 @@ class Process(NamedTuple):
     number: int
     epoch_seconds: float
 
-    def at(self, seconds: float) -> float:
-        """The place of a reading of its clock."""
-        return round((seconds + self.epoch_seconds) * 1e6, 3)
+    def at(self, seconds: float) -> int:
+        """The place of a reading of its clock.
+
+        A whole number: with fractions, dates have more digits than viewers keep, and what follows in a lane seems to overlap.
+        """
+        return round((seconds + self.epoch_seconds) * 1e6)
+
+    @property
+    def main_lane(self) -> int:
+        """The lane of its phases."""
+        return self.number
 
     def names(self, name: str, *, sort_index: int) -> Iterator[Event]:
         """Its name, and where it is shown."""
@@ -66,7 +75,7 @@ class Process(NamedTuple):
     def lasted(self, lane: int, name: str, start: float, stop: float, category: str, **more: Any) -> Event:
         """Something that lasted from one reading of the clock to another."""
         at = self.at(start)
-        duration = max(0.0, round(self.at(stop) - at, 3))
+        duration = max(0, self.at(stop) - at)
         return {
             "ph": "X",
             "pid": self.number,
@@ -79,14 +88,14 @@ class Process(NamedTuple):
 
     def mark(self, name: str, seconds: float) -> Event:
         """Something that lasted no time, in the lane of the phases."""
-        mark = {"ph": "i", "pid": self.number, "tid": _PHASES, "ts": self.at(seconds), "s": "t"}
+        mark = {"ph": "i", "pid": self.number, "tid": self.main_lane, "ts": self.at(seconds), "s": "t"}
         return mark | {"name": name, "cat": "incident"}
 
     def phases(self, phases: Sequence[tuple[str, float, float]]) -> Iterator[Event]:
         """A lane of phases, as names with two readings of the clock."""
-        yield from self.lane(_PHASES, "phases")
+        yield from self.lane(self.main_lane, "phases")
         for name, start, stop in phases:
-            yield self.lasted(_PHASES, name, start, stop, "phase")
+            yield self.lasted(self.main_lane, name, start, stop, "phase")
 
 
 class DrawnRank(NamedTuple):

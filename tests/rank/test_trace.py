@@ -102,6 +102,9 @@ def test_spans_of_a_lane_follow_each_other_or_lie_within(trace, tmp_path):
             lanes[event["pid"], event["tid"]].append((event["ts"], event["ts"] + event["dur"], event["name"]))
     named = {(event["pid"], event["tid"]) for event in events if event["name"] == "thread_name"}
     assert set(lanes) <= named
+    assert {lane for process, lane in lanes if lane in (0, process)} == {process for process, _ in lanes}, "phases"
+    dates = [event[key] for event in events for key in ("ts", "dur") if key in event]
+    assert all(isinstance(date, int) for date in dates), "a viewer that keeps fewer digits than these sees overlaps"
     for spans in lanes.values():
         outer = sorted(span for span in spans if span[2] not in PARTS)
         assert all(before[1] <= after[0] for before, after in pairwise(outer))
