@@ -51,7 +51,7 @@ def read_report(path: Path) -> LoadReport:
         SettingsError: It cannot be read, is no such report, or one of another version; says what is wrong with it.
     """
     try:
-        said = json.loads(path.read_text(encoding="utf-8"))
+        said = json.loads(path.read_text(encoding="utf-8"), parse_int=_whole_number)
     except OSError as error:
         raise SettingsError(
             f"{path} cannot be read: {os.strerror(error.errno or 0)}; ray-streamer load --report FILE writes one"
@@ -59,6 +59,12 @@ def read_report(path: Path) -> LoadReport:
     except (ValueError, RecursionError) as error:
         raise SettingsError(f"{path} is no JSON file: {error}; ray-streamer load --report FILE writes one") from None
     return report_of(said, origin=str(path))
+
+
+def _whole_number(digits: str) -> int | float:
+    """A float in place of a number of more than 64 bits, which is no count of anything."""
+    number = float(digits)
+    return int(digits) if abs(number) < 1 << 63 else number
 
 
 def report_of(said: Any, *, origin: str) -> LoadReport:

@@ -170,6 +170,15 @@ def test_a_file_without_json_is_refused(content, tmp_path):
         read_report(path)
 
 
+@pytest.mark.parametrize("number", ["9" * 20, "1" + "0" * 400, "-1" + "0" * 400, "9" * 5000], ids=len)
+@pytest.mark.parametrize("key", ["needed_bytes", "bytes_read"])
+def test_a_number_that_is_no_count_is_refused(report, key, number, tmp_path):
+    path = tmp_path / "load.json"
+    path.write_text(re.sub(rf'"{key}": \d+', f'"{key}": {number}', json.dumps(report.as_dict())))
+    with pytest.raises(SettingsError, match=f"is no report of this version of ray_streamer: .*{key}': "):
+        read_report(path)
+
+
 def browser() -> str:
     pytest.importorskip("plotly", reason="plotly draws the page: pip install 'ray_streamer[report]'")
     found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
