@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Self
 
 from ray_streamer.errors import SettingsError
 from ray_streamer.rank.trace import RankTrace
-from ray_streamer.report.output_file import check_file
+from ray_streamer.report.output_file import check_file, why_unwritten
 from ray_streamer.report.trace import ClockOffset, LoadTrace, epoch_of_this_clock
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def checked_output(trace: str | os.PathLike[str]) -> Path:
     try:
         check_file(path)
     except OSError as error:
-        raise SettingsError(f"trace={str(path)!r} cannot be written: {error.strerror}") from error
+        raise SettingsError(f"trace={str(path)!r} cannot be written: {why_unwritten(path, error)}") from error
     return path
 
 

@@ -131,7 +131,7 @@ class ShardedModel:
         """Writes every block's life on all ranks to a file that ui.perfetto.dev opens; see docs/trace.md.
 
         Raises:
-            OSError: The file cannot be written.
+            SettingsError: The file cannot be written.
             RankFailedError: A rank died.
         """
         collect_trace(self._ready(), self._request.uri, self._phases).write(Path(path))

@@ -75,8 +75,7 @@ class LoadReport:
         """Writes one page that any browser shows without a network: timeline, throughput, slots, bytes, plan and verdict.
 
         Raises:
-            SettingsError: plotly is not installed, which draws it.
-            OSError: The file cannot be written.
+            SettingsError: plotly is not installed, which draws it, or the file cannot be written.
         """
         from ray_streamer.report.page.document import write_page
 

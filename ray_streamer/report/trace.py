@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ray_streamer.report.output_file import open_output
 from ray_streamer.report.trace_events import DrawnRank, Process, node_events
 
 if TYPE_CHECKING:
@@ -78,9 +79,9 @@ class LoadTrace:
         """Writes the file, event by event.
 
         Raises:
-            OSError: It cannot be written.
+            SettingsError: It cannot be written.
         """
-        with path.open("w", encoding="utf-8") as stream:
+        with open_output(path) as stream:
             stream.write(f'{{"otherData": {json.dumps(self.about())}, "displayTimeUnit": "ms", "traceEvents": [')
             for number, event in enumerate(self.events()):
                 stream.write((",\n" if number else "\n") + json.dumps(event))

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from ray_streamer.errors import SettingsError
+from ray_streamer.report.output_file import open_output
 from ray_streamer.report.page.looks import SCRIPT, STYLE
 from ray_streamer.report.page.sections import figure_section, key_figures, links, plan_section, text, verdict_section
 from ray_streamer.report.page.sum_figures import costs_figure, kinds_figure, phases_figure
@@ -39,11 +40,11 @@ def write_page(report: LoadReport, path: Path) -> None:
     """Writes the page of a load; see docs/measuring.md.
 
     Raises:
-        SettingsError: plotly is not installed.
-        OSError: The file cannot be written.
+        SettingsError: plotly is not installed, or the file cannot be written.
     """
     page = render_page(report, plotly_js=find_plotly_js())
-    path.write_text(page, encoding="utf-8")
+    with open_output(path) as stream:
+        stream.write(page)
 
 
 def figures_of(report: LoadReport) -> list[Figure]:
