@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
 from ray_streamer.cli.command import Command, json_option, verbose_option
 from ray_streamer.cli.outputs import OUTPUT_FILE, OUTPUT_PAGE
-from ray_streamer.cli.report import show_report
+from ray_streamer.cli.report import finish_report
 from ray_streamer.cli.settings import with_settings
 from ray_streamer.cli.sharding import with_sharding
 from ray_streamer.cli.uris import URI
@@ -99,9 +98,4 @@ def command(
     )
     with model:
         report = model.stats()
-    show_report(report, as_json=as_json)
-    # Last: a disk that is full by now costs the files and not the figures.
-    if report_file is not None:
-        report_file.write_text(json.dumps(report.as_dict(), indent=2) + "\n", encoding="utf-8")
-    if html_file is not None:
-        report.write_html(html_file)
+    finish_report(report, report_file=report_file, html_file=html_file, as_json=as_json)

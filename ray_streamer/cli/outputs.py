@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,10 +9,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ray_streamer.errors import SettingsError
-from ray_streamer.report.output_file import check_file
+from ray_streamer.report.output_file import check_file, is_same_file, why_unwritten
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+_OUTPUTS = "ray_streamer.outputs"
 
 
 def check_folder(path: Path) -> None:
@@ -37,14 +38,23 @@ class _Output(click.ParamType):  # pyright: ignore[reportMissingTypeArgument]  #
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
         path = Path(value)
         try:
+            self._refuse_twice(path, param, ctx)
             self._check(path)
         except SettingsError as error:
             self.fail(str(error), param, ctx)
         except OSError as error:
-            folder = path.parent
-            missing = f"; the folder {folder} does not exist" if not folder.exists() else ""
-            self.fail(f"cannot write to {path}: {error.strerror or os.strerror(error.errno or 0)}{missing}", param, ctx)
+            self.fail(f"cannot write to {path}: {why_unwritten(path, error)}", param, ctx)
         return path
+
+    def _refuse_twice(self, path: Path, param: click.Parameter | None, ctx: click.Context | None) -> None:
+        """One file for two outputs of a command would keep one of them."""
+        if param is None or ctx is None:
+            return
+        outputs: dict[str, Path] = ctx.meta.setdefault(_OUTPUTS, {})
+        for option, other in outputs.items():
+            if option != param.opts[0] and is_same_file(path, other):
+                self.fail(f"{path} is the file of {option}, too; give each output a file of its own", param, ctx)
+        outputs[param.opts[0]] = path
 
 
 OUTPUT_FILE = _Output("file", check_file)

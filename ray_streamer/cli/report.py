@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,7 @@ import click
 from ray_streamer.cli.command import Command, json_option, print_json, verbose_option
 from ray_streamer.cli.outputs import OUTPUT_PAGE
 from ray_streamer.cli.words import flags_of, in_flags
+from ray_streamer.errors import SettingsError
 
 if TYPE_CHECKING:
     from ray_streamer.report.load_report import LoadReport
@@ -29,13 +31,44 @@ def command(report_file: Path, html_file: Path | None, as_json: bool) -> None:
     """Show the report of a load again, from the FILE that `ray-streamer load --report FILE` wrote."""
     from ray_streamer.report.saved_report import read_report
 
-    report = read_report(report_file)
-    show_report(report, as_json=as_json)
-    if html_file is not None:
-        report.write_html(html_file)
+    finish_report(read_report(report_file), html_file=html_file, as_json=as_json)
 
 
-def show_report(report: LoadReport, *, as_json: bool) -> None:
+def finish_report(
+    report: LoadReport, *, report_file: Path | None = None, html_file: Path | None = None, as_json: bool
+) -> None:
+    """Writes the files of a report, and then shows it on stdout, which may be closed by now.
+
+    A file that cannot be written costs neither the other one nor the tables.
+
+    Raises:
+        SettingsError: A file cannot be written. With `as_json` this is the one object on stdout.
+    """
+    failures: list[str] = []
+    for option, path, write in (("--report", report_file, _write_json), ("--html", html_file, _write_html)):
+        if path is not None:
+            try:
+                write(report, path)
+            except SettingsError as error:
+                failures.append(f"{option} {error}")
+    if not (failures and as_json):
+        _show(report, as_json=as_json)
+    if failures:
+        raise SettingsError(f"the load succeeded, but {'; '.join(failures)}")
+
+
+def _write_json(report: LoadReport, path: Path) -> None:
+    from ray_streamer.report.output_file import open_output
+
+    with open_output(path) as stream:
+        stream.write(json.dumps(report.as_dict(), indent=2) + "\n")
+
+
+def _write_html(report: LoadReport, path: Path) -> None:
+    report.write_html(path)
+
+
+def _show(report: LoadReport, *, as_json: bool) -> None:
     """A report on stdout, in the words of the command line."""
     if as_json:
         print_json(report.as_dict())
