@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import os
+import sys
 from typing import TYPE_CHECKING
 
 import click
@@ -54,3 +56,16 @@ def main() -> None:
 
     A URI is a path, or s3://, gs://, az://, hf:// or https://: a folder or prefix, one .safetensors file, or one index json.
     """
+    _open_missing("stdout", 1)
+    _open_missing("stderr", 2)
+
+
+def _open_missing(name: str, number: int) -> None:
+    """Opens the null device, also for child processes, in place of a stream that is closed from the start: Ray needs both."""
+    if getattr(sys, name) is None:
+        nothing = os.open(os.devnull, os.O_WRONLY)
+        if nothing != number:
+            os.dup2(nothing, number)
+            os.close(nothing)
+        os.set_inheritable(number, True)
+        setattr(sys, name, os.fdopen(number, "w", encoding="utf-8"))

@@ -112,3 +112,15 @@ def test_a_report_that_cannot_be_written_costs_no_other_file(invoke, checkpoint,
 def test_devices_take_all_outputs_of_a_load(invoke, checkpoint, local_ray):
     files = ("--report", "/dev/null", "--trace", "/dev/null")
     assert invoke("load", checkpoint, "--tp", 1, *files).exit_code == 0
+
+
+@pytest.mark.parametrize("closed", ["stdout", "stderr"])
+def test_a_process_without_stdout_or_stderr_loads(checkpoint, ray_of_one_node, tmp_path, closed):
+    file = tmp_path / "report.json"
+    command = [sys.executable, "-c", PROGRAM, "load", checkpoint, "--tp", "1", "--report", file]
+    command += ["--address", ray_of_one_node.address()]
+    shell = ["sh", "-c", f'exec "$@" {"1" if closed == "stdout" else "2"}>&-', "sh", *command]
+    ended = subprocess.run(shell, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, (ended.stdout, ended.stderr)
+    assert json.loads(file.read_text())["bytes_delivered"] > 0
+    assert ("peak staging / limit" in ended.stdout) == (closed == "stderr")
