@@ -16,6 +16,7 @@ from ray_streamer.cli.settings import with_settings
 from ray_streamer.cli.sharding import with_rules_and_results
 from ray_streamer.cli.uris import URI
 from ray_streamer.cli.words import flags_of, in_flags
+from ray_streamer.errors import SettingsError
 from ray_streamer.wording import printable
 
 if TYPE_CHECKING:
@@ -108,9 +109,16 @@ def command(
         examination = examine(
             request, devices=_DEVICES, fleet=fleet, is_quick=quick, address=address, refused_limit=refused_limit
         )
-    _show(examination, as_json=as_json)
+    failure: SettingsError | None = None
     if settings_file is not None:
-        _write_settings(settings_file, examination.prediction, settings)
+        try:
+            _write_settings(settings_file, examination.prediction, settings)
+        except SettingsError as error:
+            failure = error
+    if failure is None or not as_json:
+        _show(examination, as_json=as_json)
+    if failure is not None:
+        raise failure
     if not examination.is_healthy:
         click.get_current_context().exit(1)
 
@@ -149,10 +157,13 @@ def _show(examination: Examination, *, as_json: bool) -> None:
 
 
 def _write_settings(path: Path, prediction: Prediction | None, settings: Settings) -> None:
+    from ray_streamer.report.output_file import open_output
+
     if prediction is None:
         click.echo(printable(f"{path} is not written: no load was predicted"), err=True)
-    else:
-        path.write_text(settings_text(prediction, settings), encoding="utf-8")
+        return
+    with open_output(path) as stream:
+        stream.write(settings_text(prediction, settings))
 
 
 def settings_text(prediction: Prediction, settings: Settings) -> str:

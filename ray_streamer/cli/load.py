@@ -13,6 +13,7 @@ from ray_streamer.cli.settings import with_settings
 from ray_streamer.cli.sharding import with_sharding
 from ray_streamer.cli.uris import URI
 from ray_streamer.cluster.placement import PlacementOptions, Strategy
+from ray_streamer.errors import SettingsError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -98,4 +99,7 @@ def command(
     )
     with model:
         report = model.stats()
-    finish_report(report, report_file=report_file, html_file=html_file, as_json=as_json)
+    try:
+        finish_report(report, report_file=report_file, html_file=html_file, as_json=as_json)
+    except SettingsError as error:
+        raise SettingsError(f"the load succeeded, but {error}") from error

@@ -54,7 +54,7 @@ def finish_report(
     if not (failures and as_json):
         _show(report, as_json=as_json)
     if failures:
-        raise SettingsError(f"the load succeeded, but {'; '.join(failures)}")
+        raise SettingsError("; ".join(failures))
 
 
 def _write_json(report: LoadReport, path: Path) -> None:

@@ -90,7 +90,7 @@ def test_a_command_that_fails_keeps_a_link_that_leads_nowhere_yet(invoke, tmp_pa
 def test_a_file_that_cannot_be_written_in_the_end_is_named_with_its_option(invoke, saved, flags):
     pytest.importorskip("plotly", reason=NEEDS_PLOTLY)
     result = invoke("report", saved, "--html", "/dev/full", *flags)
-    message = "the load succeeded, but --html /dev/full cannot be written: No space left on device"
+    message = "--html /dev/full cannot be written: No space left on device"
     assert result.exit_code == 1
     if flags:
         assert json.loads(result.stdout) == {"error": {"type": "SettingsError", "message": message}}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 from typing import TYPE_CHECKING
@@ -122,3 +123,16 @@ def test_a_file_is_left_as_it_is_where_no_load_was_predicted(uri, tmp_path):
     result = CliRunner().invoke(main, ["doctor", *uri, "--write-settings", str(file), "--quick"])
     assert file.read_text() == "RAY_STREAMER_CONCURRENCY=32\n"
     assert "load.env is not written: no load was predicted" in result.stderr
+
+
+@pytest.mark.parametrize("flags", [(), ("--json",)], ids=["tables", "json"])
+def test_settings_that_cannot_be_written(checkpoint: Path, flags: tuple[str, ...]) -> None:
+    command = ["doctor", str(checkpoint), "--quick", "--write-settings", "/dev/full", *flags]
+    result = CliRunner().invoke(main, command)
+    assert result.exit_code == 1
+    said = "/dev/full cannot be written: No space left on device"
+    if flags:
+        assert json.loads(result.stdout)["error"]["message"] == said
+    else:
+        assert "Expected:" in result.stdout
+        assert said in result.stderr
