@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from ray_streamer.units import counted, human_bytes
+from ray_streamer.units import counted, human_bytes, human_rate
 from ray_streamer.wording import printable
 
 if TYPE_CHECKING:
@@ -134,7 +134,7 @@ def print_load(report: LoadReport, *, in_words: Callable[[str], str] = str) -> N
         sources += f" ({report.amplification:.3f}x)"
     console.print(
         f"{report.uri}: {human_bytes(report.needed_bytes)} in {report.reading_seconds:.2f} s "
-        f"({report.gigabytes_per_second:.2f} GB/s), {sources}; {seconds}",
+        f"({human_rate(1e9 * report.gigabytes_per_second)}), {sources}; {seconds}",
     )
     if hardships := _hardships(report.storage):
         console.print(f"On the way: {hardships}.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-from ray_streamer.units import counted, human_bytes
+from ray_streamer.units import counted, human_bytes, human_rate
 from ray_streamer.wording import printable
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def key_figures(report: LoadReport) -> str:
             "gigabytes_per_second",
             "throughput",
             report.gigabytes_per_second,
-            f"{report.gigabytes_per_second:.2f} GB/s",
+            human_rate(1e9 * report.gigabytes_per_second),
         ),
         ("bytes_read", "read from storage", report.bytes_read, human_bytes(report.bytes_read)),
         (
