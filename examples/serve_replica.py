@@ -38,7 +38,8 @@ class Model:
         return {"parameters": self._model.run(count_parameters)}
 
     def __del__(self) -> None:
-        self._model.shutdown()
+        if hasattr(self, "_model"):  # a load that failed leaves none
+            self._model.shutdown()
 
 
 def app(args: dict[str, str]) -> serve.Application:

@@ -101,7 +101,8 @@ def load_sharded(
         settings: Every other knob; from the environment when unset. The three above win over it.
         placement: What each rank reserves, and where; a placement group of the caller's is one of its fields.
         address: Ray cluster; unset = the one this process is connected to, else RAY_ADDRESS, else a running one, else a
-            local one, which stays until this process ends or calls `ray.shutdown()`.
+            local one, which stays until this process ends or calls `ray.shutdown()`. A process uses one Ray at a time: another
+            address than that of a local one is an error, than that of a cluster a warning.
         wait: Whether to return only when every rank has its tensors; else see `ShardedModel.wait`.
         on_progress: Called about four times a second while ranks load, with every rank's statistics.
         progress: Whether the load is shown on stderr: a bar in a terminal or notebook, else a line every five seconds.

@@ -67,8 +67,10 @@ def find_cluster(address: str | None, connect_timeout_seconds: float) -> str | N
     check_address(named)
     if named and named.startswith("ray://"):
         raise ClusterError(NO_CLIENT)
+    origin = "RAY_ADDRESS" if named and named != address else "address"
     if named and "://" in named:
-        raise SettingsError(f"the address of a Ray cluster is the text host:port, auto or local, got {named!r}")
+        hint = "; that of `ray job submit` is another one" if origin == "RAY_ADDRESS" else ""
+        raise SettingsError(f"{origin} of a Ray cluster is the text host:port, auto or local, got {named!r}{hint}")
     try:
         # Private, but there is no public way to learn the address without using it.
         known = services.canonicalize_bootstrap_address(address)  # pyright: ignore[reportArgumentType]
@@ -80,7 +82,6 @@ def find_cluster(address: str | None, connect_timeout_seconds: float) -> str | N
         if not named and address is None:
             logger.info("the cluster that Ray remembers is gone (%s); starting a local one", error)
             return None
-        origin = "RAY_ADDRESS" if named and named != address else "address"
         reason = "it is no host:port" if isinstance(error, ValueError) else error
         raise ClusterError(
             f"no Ray cluster answers at {origin}={named or address!r}: {reason}. Give the host:port of its head node, "
@@ -88,6 +89,14 @@ def find_cluster(address: str | None, connect_timeout_seconds: float) -> str | N
         ) from error
     _enter(known, connect_timeout_seconds)
     return known
+
+
+def resolved(address: str) -> str | None:
+    """`host:port` with the number of the host, as Ray writes it; None where that cannot be found out."""
+    try:
+        return services.canonicalize_bootstrap_address(address)
+    except (OSError, ValueError):
+        return None
 
 
 def _enter(known: str, timeout_seconds: float) -> None:

@@ -20,9 +20,10 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 import ray.util.client
+from ray._private import worker
 from ray.exceptions import RayError
 
-from ray_streamer.cluster.address import NO_CLIENT, find_cluster
+from ray_streamer.cluster.address import NO_CLIENT, check_address, find_cluster, resolved
 from ray_streamer.errors import ClusterError
 
 if TYPE_CHECKING:
@@ -63,23 +64,24 @@ def connect(
 
     Args:
         address: `host:port`, "auto", "local", or None to look for a cluster and start a local Ray when there is none.
-            Ignored when this process is connected already.
+            Not used when this process is connected already.
         num_local_cpus: CPUs that a Ray started here counts; it has no other users, so they may exceed the machine's.
         connect_timeout_seconds: How long the cluster's address may take to answer.
 
     Raises:
         ClusterError: The address cannot be understood or reached, asks for a token, or is not one of a Ray of this
-            version.
+            version; or this process has started a Ray, and the address is that of another one.
     """
+    check_address(address)
     with _connecting:
         if ray.is_initialized():
-            return _existing()
+            return _existing(address)
         known = find_cluster(address, connect_timeout_seconds)
         try:
             _initialise(known, num_local_cpus)
         except (AssertionError, ConnectionError, RuntimeError, ValueError, RayError) as error:
             if ray.is_initialized():  # by a thread that did not come through here
-                return _existing()
+                return _existing(address)
             raise ClusterError(f"cannot use Ray at {known or 'a local address'}: {error}") from error
         connection = RayConnection(ray.get_runtime_context().gcs_address, is_opened_here=True)
     logger.info("%s Ray at %s", "connected to" if known else "started", connection.address)
@@ -108,10 +110,30 @@ def has_same_variables(runtime_env: Mapping[str, Any] | None) -> bool:
     return all(os.environ.get(name) == value for name, value in variables.items())
 
 
-def _existing() -> RayConnection:
+def _existing(address: str | None) -> RayConnection:
     if ray.util.client.ray.is_connected():
         raise ClusterError(NO_CLIENT)
-    return RayConnection(ray.get_runtime_context().gcs_address, is_opened_here=False)
+    known = ray.get_runtime_context().gcs_address
+    if address not in (None, "auto", "local") and resolved(address) != known:
+        if _is_local_ray():
+            raise ClusterError(
+                f"this process has started a Ray of its own, at {known}, and address={address!r} is another one; call "
+                "ray.shutdown() first"
+            )
+        # One cluster may have several addresses, such as that of a Kubernetes service.
+        logger.warning(
+            "address=%r is not used: this process is connected to the Ray at %s already. If these are two clusters, call "
+            "ray.shutdown() first",
+            address,
+            known,
+        )
+    return RayConnection(known, is_opened_here=False)
+
+
+def _is_local_ray() -> bool:
+    """Whether this process has started the Ray that it is connected to."""
+    node = worker._global_node  # pyright: ignore[reportPrivateUsage]  # there is no public way
+    return node is not None and node.is_head()
 
 
 def _initialise(known: str | None, num_local_cpus: int | None) -> None:

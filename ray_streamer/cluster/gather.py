@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ray_streamer.device import open_device
-from ray_streamer.errors import ShardingError
+from ray_streamer.errors import SettingsError, ShardingError
 from ray_streamer.planning.views import Dim, whole_bytes
 from ray_streamer.units import exact_bytes
 
@@ -49,7 +49,7 @@ def find_parts(plan: ReadPlan, name: str) -> tuple[int, list[HeldParts]]:
         name: Of a result that holds one tensor; or of a tensor, where results hold several.
 
     Raises:
-        KeyError: There is neither, no rank holds any of it, or a result holds several tensors; names them.
+        SettingsError: There is neither, no rank holds any of it, or a result holds several tensors; names them.
     """
     tensor = _tensor_of(plan, name)
     holders: dict[tuple[Move, ...], HeldParts] = {}
@@ -59,7 +59,7 @@ def find_parts(plan: ReadPlan, name: str) -> tuple[int, list[HeldParts]]:
             moves = tuple(move.shifted(offset) for move in said.patterns[said.pattern_ids[row]])
             holders.setdefault(moves, HeldParts(rank, spec.name, spec.stored, moves))
     if not holders:
-        raise KeyError(f"no rank holds any of {name!r}")
+        raise SettingsError(f"no rank holds any of {name!r}")
     return tensor, list(holders.values())
 
 
@@ -70,8 +70,11 @@ def _tensor_of(plan: ReadPlan, name: str) -> int:
             tensors |= set(said.tensor_ids[said.result_ids == said.results.names.index(name)].tolist())
     if len(tensors) > 1:
         several = ", ".join(plan.index.names[tensor] for tensor in sorted(tensors))
-        raise KeyError(f"{name!r} holds several tensors, gather them by their own names: {several}")
-    return tensors.pop() if tensors else plan.index.position(name)
+        raise SettingsError(f"{name!r} holds several tensors, gather them by their own names: {several}")
+    tensor = tensors.pop() if tensors else plan.index.find(name)
+    if tensor is None:
+        raise SettingsError(f"there is no tensor {name!r}; model.plan.index.names has the names of all")
+    return tensor
 
 
 def assemble(dtype: DType, shape: tuple[int, ...], held: Sequence[HeldParts], parts: Sequence[bytes]) -> torch.Tensor:

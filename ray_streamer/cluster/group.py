@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, Self
 import ray
 from ray.exceptions import RayError
 
+from ray_streamer.arguments import whole_number
 from ray_streamer.cluster.address import why_ended_at_once
 from ray_streamer.cluster.calls import Calls, ProgressPoll, send
 from ray_streamer.cluster.failures import choose_cause, ray_errors_translated, tell_failure
@@ -33,7 +34,7 @@ from ray_streamer.cluster.rank_actor import RemoteRank
 from ray_streamer.cluster.seats import Seat, take_seats
 from ray_streamer.cluster.silence import SilenceWatch
 from ray_streamer.cluster.waiting import Deadline, wait_for_start
-from ray_streamer.errors import ClusterError, RankFailedError
+from ray_streamer.errors import ClusterError, RankFailedError, SettingsError
 from ray_streamer.units import counted
 from ray_streamer.wording import listed
 
@@ -207,6 +208,17 @@ class WorkerGroup:
         if calls.failures:
             raise self._failure(calls)
         return calls.results[rank]
+
+    def checked_rank(self, rank: int) -> int:
+        """The number of a rank, as a caller gives it.
+
+        Raises:
+            SettingsError: There is no such rank.
+        """
+        number = whole_number("a rank", rank)
+        if not 0 <= number < self.num_ranks:
+            raise SettingsError(f"there is no rank {number}: the ranks are 0 to {self.num_ranks - 1}")
+        return number
 
     def restart(self, *ranks: int) -> None:
         """Replace the actors and workers of `ranks` by new ones in the same seats; the other ranks go on untouched.

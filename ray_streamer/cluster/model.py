@@ -159,7 +159,7 @@ class ShardedModel:
             name: Of a result; of the checkpoint's tensor, where tensors are fused into results.
 
         Raises:
-            KeyError: There is no such result or tensor, or no rank holds any of it.
+            SettingsError: There is no such result or tensor, or no rank holds any of it.
             RankFailedError: A rank died, or a function that ran there took the tensor away.
         """
         tensor, held = find_parts(self.plan, name)
@@ -174,12 +174,14 @@ class ShardedModel:
         """Replaces one rank's actor, dead or alive, and loads its slices again; the other ranks keep theirs.
 
         Raises:
+            SettingsError: There is no such rank.
             ClusterError: The actor cannot be started.
             RankFailedError: The rank's load failed; an object that changed since the first load is such a failure.
         """
         group = self._ready()
         assert self._loads is not None
         assert self._terms is not None
+        rank = group.checked_rank(rank)
         group.restart(rank)
         return self._loads.load_alone(self._terms, rank)
 

@@ -16,7 +16,7 @@ import safetensors
 from api_support import example_tasks, oracle
 
 import ray_streamer
-from ray_streamer.errors import ClusterError, ObjectChangedError, ObjectMissingError, RankFailedError
+from ray_streamer.errors import ClusterError, ObjectChangedError, ObjectMissingError, RankFailedError, SettingsError
 from ray_streamer.testing.checkpoints import write_checkpoint
 from ray_streamer.testing.faults import Fault, FaultProxy
 
@@ -135,8 +135,15 @@ def test_gather_gives_the_tensor_of_the_file(model: ShardedModel, checkpoint: An
     assert oracle.is_equal(model.gather(name), file_tensor(checkpoint.folder, name))
 
 
+@pytest.mark.parametrize("rank", [-1, 2, "x", None, True, 1.0])
+def test_a_rank_that_is_not_there_is_not_restarted(model: ShardedModel, rank: Any) -> None:
+    with pytest.raises(SettingsError, match=r"a rank is a whole number|there is no rank .*: the ranks are 0 to 1"):
+        model.restart(rank)
+    assert model.run(lambda context: context.rank) == [0, 1]
+
+
 def test_gather_of_a_name_that_is_not_there(model: ShardedModel) -> None:
-    with pytest.raises(KeyError, match="no_such_tensor"):
+    with pytest.raises(SettingsError, match="there is no tensor 'no_such_tensor'"):
         model.gather("no_such_tensor")
 
 
@@ -357,7 +364,7 @@ def test_rules_of_the_caller_go_before_the_preset(local_ray: None, tmp_path: Pat
         ]
         for name in shapes[0]:
             assert oracle.is_equal(model.gather(name), file_tensor(folder, name))
-        with pytest.raises(KeyError, match=r"no rank holds any of 'model\.layers\.0\.mlp\.up_proj\.weight'"):
+        with pytest.raises(SettingsError, match=r"no rank holds any of 'model\.layers\.0\.mlp\.up_proj\.weight'"):
             model.gather("model.layers.0.mlp.up_proj.weight")
 
 

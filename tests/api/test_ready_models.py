@@ -164,6 +164,14 @@ def test_a_prompt_that_is_no_token_ids_is_refused(model: Any, wrong: Any) -> Non
             call(wrong, max_new_tokens=1)
 
 
+def test_a_rank_that_is_not_there_is_not_restarted(model: Any) -> None:
+    pids = model.run(lambda context: os.getpid())
+    for rank in (-1, 2):
+        with pytest.raises(SettingsError, match="there is no rank"):
+            model.restart(rank)
+    assert model.run(lambda context: os.getpid()) == pids
+
+
 @pytest.mark.slow
 def test_a_killed_rank_is_named_and_restart_makes_the_model_anew(model: Any, own: Any) -> None:
     pids = model.run(lambda context: os.getpid())

@@ -89,13 +89,16 @@ def test_a_user_in_an_address_is_refused_and_not_repeated(monkeypatch: pytest.Mo
         connect()
 
 
-def test_an_address_of_another_kind_is_named() -> None:
+def test_an_address_of_another_kind_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     wrong: Any = 6379
     for ask in (connect, lambda address: find_dashboard(address, 1.0)):
         with pytest.raises(SettingsError, match="address is the text host:port, auto or local, got int"):
             ask(wrong)
     with pytest.raises(SettingsError, match="is the text host:port, auto or local, got 'bogus://x'"):
         connect("bogus://x")
+    monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:8265")
+    with pytest.raises(SettingsError, match=r"RAY_ADDRESS of a Ray cluster is the text host:port.*`ray job submit`"):
+        connect()
 
 
 def test_ray_client_in_the_environment_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,17 +122,27 @@ def test_a_local_ray_is_started_when_the_remembered_cluster_is_gone(
         assert (second.address, second.is_opened_here) == (connection.address, False)
         second.close()
         assert ray.is_initialized()
+        assert connect(connection.address).address == connect("local").address == connection.address
+        for other in ("127.0.0.1:1", "nonsense"):
+            with pytest.raises(
+                ClusterError, match=rf"at {connection.address}, and address='{other}' is another one; .*shutdown"
+            ):
+                connect(other)
     finally:
         connection.close()
     assert not ray.is_initialized()
     connection.close()
 
 
-def test_a_cluster_is_joined_by_its_address(ray_of_one_node: Any) -> None:
+def test_a_cluster_is_joined_by_its_address(ray_of_one_node: Any, caplog: pytest.LogCaptureFixture) -> None:
     address = ray_of_one_node.address()
     connection = connect(address)
     assert (connection.address, connection.is_opened_here) == (address, True)
     assert len(ray.nodes()) == 1
+    assert connect(f"localhost:{address.rpartition(':')[2]}").address == address
+    assert not caplog.records
+    assert connect("10.0.0.9:6379").address == address, "another address of this cluster, for all that is known"
+    assert f"'10.0.0.9:6379' is not used: this process is connected to the Ray at {address}" in caplog.text
     connection.close()
     assert not ray.is_initialized()
 

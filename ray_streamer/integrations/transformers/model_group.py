@@ -101,10 +101,12 @@ class TransformersModel(ShardedModel):
             What this rank's load did; `stats` has all.
 
         Raises:
+            SettingsError: There is no such rank.
             ClusterError: The actors cannot be started.
             RankFailedError: A rank's load failed; an object that changed since the first load is such a failure.
         """
         group = self._ready()
+        rank = group.checked_rank(rank)
         assert self._loads is not None
         assert self._terms is not None
         phases = Phases()
