@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -45,10 +46,11 @@ def finish_report(
         SettingsError: A file cannot be written. With `as_json` this is the one object on stdout.
     """
     failures: list[str] = []
-    for option, path, write in (("--report", report_file, _write_json), ("--html", html_file, _write_html)):
+    write_json = partial(_write_json, report)
+    for option, path, write in (("--report", report_file, write_json), ("--html", html_file, report.write_html)):
         if path is not None:
             try:
-                write(report, path)
+                write(path)
             except SettingsError as error:
                 failures.append(f"{option} {error}")
     if not (failures and as_json):
@@ -62,10 +64,6 @@ def _write_json(report: LoadReport, path: Path) -> None:
 
     with open_output(path) as stream:
         stream.write(json.dumps(report.as_dict(), indent=2) + "\n")
-
-
-def _write_html(report: LoadReport, path: Path) -> None:
-    report.write_html(path)
 
 
 def _show(report: LoadReport, *, as_json: bool) -> None:

@@ -201,14 +201,9 @@ class PosixFile:
 
     def _find_direct(self) -> bool:
         wanted = self._settings.direct_io
-        if (
-            self.is_resident
-            or wanted == "off"
-            or not self.mount.is_disk
-            or self.identity.size_bytes < _LEAST_DIRECT_BYTES
-        ):
+        if wanted == "off" or not self.mount.is_disk or self.identity.size_bytes < _LEAST_DIRECT_BYTES:
             return False
-        if wanted == "auto" and self._is_in_memory:
+        if self.is_resident or (wanted == "auto" and self._is_in_memory):
             return False
         with self._opened() as opened:
             return self._direct_descriptor(opened) is not None

@@ -29,7 +29,8 @@ _LEAST_GAIN = 0.1
 _AS_GOOD = 0.05
 """Share of the load's time. A smaller change is preferred when a larger one gains no more than this beyond it."""
 
-_MAX_CONCURRENCY = 1024
+MAX_CONCURRENCY = 1024
+"""Of any storage."""
 
 
 class Knobs(NamedTuple):
@@ -90,7 +91,7 @@ def find_advice(
     measured_seconds: float,
     replayed_seconds: float,
     cpu_seconds: float = 0.0,
-    max_concurrency: int | None = None,
+    max_concurrency: int = MAX_CONCURRENCY,
 ) -> Advice | None:
     """The smallest change of settings that helps about as much as any; None when none helps.
 
@@ -100,12 +101,11 @@ def find_advice(
         measured_seconds: What it took.
         replayed_seconds: What its replay takes.
         cpu_seconds: What its ranks would take if all that held them were the node's CPUs.
-        max_concurrency: More reads in flight bring nothing; None where nobody knows.
+        max_concurrency: More reads in flight bring nothing.
     """
     if not _is_possible(knobs):
         return None
-    most = _MAX_CONCURRENCY if max_concurrency is None else max_concurrency
-    for candidates in (_single(knobs, most), _double(knobs, most)):
+    for candidates in (_single(knobs, max_concurrency), _double(knobs, max_concurrency)):
         # What the replay does not explain of this load will be there again.
         unexplained = measured_seconds - replayed_seconds
         found = [

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ray_streamer.rank.conditions import READS_OF_A_DISK
-from ray_streamer.report.verdict.advice import Advice, Knobs, find_advice
+from ray_streamer.report.verdict.advice import MAX_CONCURRENCY, Advice, Knobs, find_advice
 from ray_streamer.report.verdict.cost import LOSSES, MADE_WORSE, Cost, NodeCounts, find_bound, find_costs
 from ray_streamer.report.verdict.observe import observe_node
 from ray_streamer.report.verdict.paragraph import Facts, paragraph
@@ -89,7 +89,7 @@ def judge(
             measured_seconds=measured,
             replayed_seconds=replayed,
             cpu_seconds=counts.least_seconds,
-            max_concurrency=READS_OF_A_DISK if all(trace.conditions.is_disk for trace in traces) else None,
+            max_concurrency=READS_OF_A_DISK if all(trace.conditions.is_disk for trace in traces) else MAX_CONCURRENCY,
         )
     facts = Facts(
         phases=phases or {},
