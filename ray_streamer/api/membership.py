@@ -53,6 +53,7 @@ class Membership:
         session: Secret, or at least unique, name of this load.
         assumption: What was assumed about the other ranks, to be said when they do not come; empty when they are known.
         group: The process group whose ranks load, when there is one.
+        index_bytes: The checkpoint's index, where all ranks of the load have it already.
     """
 
     rank: int
@@ -60,6 +61,7 @@ class Membership:
     session: str
     assumption: str = ""
     group: ProcessGroup | None = None
+    index_bytes: bytes | None = None
 
     @property
     def node_number(self) -> int:
@@ -84,13 +86,15 @@ class Membership:
         )
 
     def read_index(self, request: LoadRequest) -> bytes | None:
-        """The index as the first rank of a process group on several nodes reads it; None where the ranks of a node ask each other.
+        """The index where all ranks have it, as the first rank of a process group on several nodes reads it for them.
+
+        None where the ranks of a node ask each other.
 
         Raises:
             RayStreamerError: The first rank could not read it; the same error on all ranks.
         """
         if self.group is None or len(self.topology.nodes) == 1:
-            return None
+            return self.index_bytes
         return self.group.share(lambda: index_to_bytes(request.open_index()))
 
 

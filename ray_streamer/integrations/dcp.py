@@ -7,7 +7,7 @@
     dcp.load(state_dict, storage_reader=StorageReader("s3://bucket/llama"))
 
 1. torch asks for the names, shapes and dtypes of the checkpoint, and says which box of which tensor each rank wants.
-2. The coordinator tells ranks of one machine that they read together.
+2. The coordinator tells ranks of one machine that they read together, and every rank what it has read of the checkpoint's headers.
 3. Each node reads every byte that one of its ranks wants once; boxes land in the memory of the state dict.
 
 Ranks of a load are known by their plans, so `process_group=` and `no_dist=True` of torch need no repetition here.
@@ -16,6 +16,8 @@ Ranks of a load are known by their plans, so `process_group=` and `no_dist=True`
 from __future__ import annotations
 
 import secrets
+from collections import deque
+from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -30,13 +32,18 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.storage import StorageReader as TorchStorageReader
 from torch.futures import Future
 
+from ray_streamer.api.arguments import Sharding
+from ray_streamer.api.membership import Membership
 from ray_streamer.api.process_group import this_machine
-from ray_streamer.api.rank import load_rank
+from ray_streamer.api.rank_stream import RankCall, RankStream
+from ray_streamer.checkpoint.index_bytes import index_to_bytes
 from ray_streamer.checkpoint.named import open_index
 from ray_streamer.errors import CheckpointError, SettingsError
 from ray_streamer.integrations.dcp_plan import PlannedSlices
 from ray_streamer.named_checkpoint import NamedCheckpoint
+from ray_streamer.planning.topology import Topology
 from ray_streamer.settings import Settings
+from ray_streamer.sharding.completeness import refuse_incomplete
 from ray_streamer.storage import split_signature
 
 if TYPE_CHECKING:
@@ -60,11 +67,18 @@ class _Seat:
         number: Of this rank among them.
         num_ranks: Of them.
         session: A secret that they share.
+        index_bytes: The checkpoint's index as the coordinator read it.
     """
 
     number: int
     num_ranks: int
     session: str
+    index_bytes: bytes
+
+    def membership(self) -> Membership:
+        """This rank's place in the load."""
+        topology = Topology.even(self.num_ranks)
+        return Membership(rank=self.number, topology=topology, session=self.session, index_bytes=self.index_bytes)
 
 
 class StorageReader(TorchStorageReader):
@@ -135,9 +149,10 @@ class StorageReader(TorchStorageReader):
         return replace(plan, storage_data=this_machine())
 
     def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
-        """Tells ranks of one machine that they read together; called by torch, on the coordinator."""
+        """Tells ranks of one machine that they read together, and what; called by torch, on the coordinator."""
         machines = [plan.storage_data for plan in plans]
         sessions = {machine: secrets.token_hex(16) for machine in machines}
+        index_bytes = index_to_bytes(self._opened())
         return [
             replace(
                 plan,
@@ -145,6 +160,7 @@ class StorageReader(TorchStorageReader):
                     number=machines[:at].count(plan.storage_data),
                     num_ranks=machines.count(plan.storage_data),
                     session=sessions[plan.storage_data],
+                    index_bytes=index_bytes,
                 ),
             )
             for at, plan in enumerate(plans)
@@ -159,17 +175,20 @@ class StorageReader(TorchStorageReader):
         seat = plan.storage_data
         assert isinstance(seat, _Seat)
         wanted = PlannedSlices.of(plan.items, planner, self._index)
-        load_rank(
-            self._located().uri,
-            slices=wanted,
-            rank=seat.number,
-            world_size=seat.num_ranks,
-            session=seat.session,
-            device=wanted.device,
+        call = RankCall(
+            uri=self._located().uri,
+            sharding=Sharding(slices=wanted, replicas=None),
+            find_membership=seat.membership,
             settings=self._located().settings,
+            device=wanted.device,
             out=wanted.out,
             on_statistics=self._on_statistics,
+            progress=False,
+            trace=None,
+            as_dtensor=None,
         )
+        with closing(RankStream(call)) as stream:
+            deque(stream, maxlen=0)
         for item, target in wanted.targets:
             planner.commit_tensor(item, target)
         done: Future[None] = Future()
@@ -185,6 +204,7 @@ class StorageReader(TorchStorageReader):
         if self._index is None:
             # torch asks for names, dtypes and shapes only.
             self._index = open_index(self._located(), wants_base_config=False)
+            refuse_incomplete(self._index)
         return self._index
 
 

@@ -37,7 +37,7 @@ class PlannedSlices:
         items: Those that are read, by name of the result; of items with the same memory, such as tied weights, the last one.
         out: The memory of each result.
         device: Where all of it is.
-        planned: The checkpoint as it was when torch made the plan; None when it was not opened for that.
+        planned: The checkpoint as this rank saw it when torch made the plan; None when it was not opened for that.
         refused: What is wrong with the plan; raised when the source is asked.
     """
 
@@ -75,7 +75,7 @@ class PlannedSlices:
         """The slices of this process; no other rank is asked for.
 
         Raises:
-            PlanError: The plan does not fit its memory, or the checkpoint has changed since it was made.
+            PlanError: The plan does not fit its memory, or the coordinator saw another checkpoint.
             SettingsError: Its memory is on several devices.
         """
         if self.refused is not None:
@@ -98,15 +98,17 @@ class PlannedSlices:
         return RankSlices.from_rows(index, results, rows)
 
     def _position(self, index: CheckpointIndex, name: str) -> int:
-        """Where the tensor of that name is in the checkpoint, which must still be as it was."""
+        """Where the tensor of that name is in the coordinator's checkpoint, which must be the one that this rank saw."""
         position = index.find(name)
         if position is None:
-            raise PlanError(f"the load plan names tensor {name!r}, which {index.uri} does not have any more")
+            raise PlanError(
+                f"the load plan names tensor {name!r}, which the coordinator did not find in {index.uri}; load again"
+            )
         if self.planned is not None:
-            before, now = self.planned.shape_of(self.planned.position(name)), index.shape_of(position)
-            if before != now:
+            here, there = self.planned.shape_of(self.planned.position(name)), index.shape_of(position)
+            if here != there:
                 raise PlanError(
-                    f"tensor {name!r} of {index.uri} had shape {before} when the load was planned, and has {now} now; load again"
+                    f"tensor {name!r} of {index.uri} has shape {here} for this rank, and {there} for the coordinator; load again"
                 )
         return position
 

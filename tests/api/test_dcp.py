@@ -13,11 +13,14 @@ from safetensors.torch import save_file
 from torch.distributed.checkpoint import CheckpointException, DefaultLoadPlanner
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
+from ray_streamer.api.rank import load_rank
 from ray_streamer.integrations.dcp import StorageReader
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
+
+    from torch.distributed.checkpoint.planner import LoadPlan
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
@@ -119,19 +122,48 @@ def test_memory_that_a_planner_carries_each_tensor_on_from_is_refused(tmp_path: 
     assert other.unique().tolist() == [2.0]
 
 
-def test_a_checkpoint_of_other_shapes_than_were_planned_is_refused(tmp_path: Path) -> None:
+def test_a_checkpoint_that_was_replaced_after_the_plan_is_refused(tmp_path: Path) -> None:
     class Late(DefaultLoadPlanner):
         def finish_plan(self, new_plan: Any) -> Any:
-            save_file({"w": torch.ones(6, 3)}, tmp_path / "model.safetensors")
+            save_file({"w": torch.full((4, 3), 2.0)}, tmp_path / "model.safetensors")
             return new_plan
 
     save_file({"w": torch.ones(4, 3)}, tmp_path / "model.safetensors")
     target = torch.zeros(4, 3)
-    with pytest.raises(
-        CheckpointException, match=r"had shape \(4, 3\) when the load was planned, and has \(6, 3\) now"
-    ):
+    with pytest.raises(CheckpointException, match="was replaced or written to"):
         load_alone(tmp_path, {"w": target}, planner=Late())
     assert not target.any()
+
+
+def test_a_rank_that_saw_other_shapes_than_the_coordinator_is_told(tmp_path: Path) -> None:
+    class Rank(StorageReader):
+        def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
+            save_file({"w": torch.ones(6, 3)}, tmp_path / "model.safetensors")
+            return StorageReader(tmp_path).prepare_global_plan(plans)
+
+    save_file({"w": torch.ones(4, 3)}, tmp_path / "model.safetensors")
+    target = torch.zeros(4, 3)
+    with pytest.raises(
+        CheckpointException, match=r"has shape \(4, 3\) for this rank, and \(6, 3\) for the coordinator"
+    ):
+        load_alone(tmp_path, {"w": target}, reader=Rank(tmp_path))
+    assert not target.any()
+
+
+def test_a_rank_that_reads_alone_asks_for_headers_once(tmp_path: Path, s3_credentials: Any) -> None:
+    if s3_credentials.kind != "rgw":
+        pytest.skip("only RADOS Gateway counts requests")
+    save_file({"w": torch.ones(4, 3)}, tmp_path / "model.safetensors")
+    uri = s3_credentials.upload_folder(tmp_path, "dcp-requests")
+    counts = []
+    for load in (
+        lambda: load_rank(uri, rank=0, world_size=1),
+        lambda: load_alone(tmp_path, {"w": torch.zeros(4, 3)}, StorageReader(uri)),
+    ):
+        before = s3_credentials.requests()
+        load()
+        counts.append(s3_credentials.requests() - before)
+    assert counts[0] == counts[1]
 
 
 def test_a_dtype_that_safetensors_lacks_is_named(tmp_path: Path) -> None:
