@@ -18,7 +18,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 from side_by_side.checkpoint import make_checkpoint
-from side_by_side.contenders import CONTENDERS
+from side_by_side.contenders import BY_DEFAULT, CONTENDERS
 from side_by_side.machine import facts
 from side_by_side.pages import write_pages
 from side_by_side.places import TITLES, open_places
@@ -68,9 +68,7 @@ def show(results: Results) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--places", nargs="+", choices=list(TITLES), default=list(TITLES))
-    parser.add_argument(
-        "--only", nargs="+", choices=list(CONTENDERS), default=list(CONTENDERS), help="these contenders"
-    )
+    parser.add_argument("--only", nargs="+", choices=list(CONTENDERS), default=BY_DEFAULT, help="these contenders")
     parser.add_argument("--tp", type=int, default=2, help="ranks of every contender")
     parser.add_argument(
         "--our-tp", type=int, nargs="*", default=[1, 2, 4], help="ranks of this project besides, but for web servers"

@@ -32,7 +32,7 @@ from ray_streamer.settings import Settings
 from ray_streamer.storage import open_storage
 from ray_streamer.storage.arrow import ArrowStorage
 from ray_streamer.testing.azurite import ACCOUNT, KEY, azurite, azurite_program
-from ray_streamer.testing.certificates import make_certificates
+from ray_streamer.testing.certificates import Certificates, make_certificates
 from ray_streamer.testing.s3_server import free_port
 
 if TYPE_CHECKING:
@@ -70,13 +70,38 @@ def google() -> Iterator[dict[str, str]]:
 
 
 @contextmanager
-def azure() -> Iterator[dict[str, str]]:
-    """Azurite with one blob; gives the variables by which it is found."""
-    with azurite(str(azurite_program())) as url:
+def azure(certificates: Certificates | None = None) -> Iterator[dict[str, str]]:
+    """Azurite with one blob, over TLS with `certificates`; gives the variables by which it is found."""
+    trust = {} if certificates is None else trusting(certificates)
+    with azurite(str(azurite_program()), certificates and certificates.server_file) as url, _environment(trust):
         azure_filesystem(url).create_dir("models")
         write(azure_filesystem(url))
-        said = f"DefaultEndpointsProtocol=http;AccountName={ACCOUNT};AccountKey={KEY};BlobEndpoint={url}/{ACCOUNT};"
-        yield {"AZURE_STORAGE_CONNECTION_STRING": said, "AZURITE_URL": url}
+        said = f"AccountName={ACCOUNT};AccountKey={KEY};BlobEndpoint={url}/{ACCOUNT};"
+        yield {"AZURE_STORAGE_CONNECTION_STRING": said, "AZURITE_URL": url, **trust}
+
+
+@contextmanager
+def azure_tls() -> Iterator[dict[str, str]]:
+    """The same over TLS."""
+    with tempfile.TemporaryDirectory(prefix="azurite-") as name, azure(make_certificates(Path(name))) as variables:
+        yield variables
+
+
+def trusting(certificates: Certificates) -> dict[str, str]:
+    """The variables by which clients trust a server with these."""
+    return dict.fromkeys(("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE"), str(certificates.ca_file))
+
+
+@contextmanager
+def _environment(variables: dict[str, str]) -> Iterator[None]:
+    """These variables beside those that there are, for the length of a `with` block."""
+    before = dict(os.environ)
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 @contextmanager
@@ -91,11 +116,7 @@ def web(*, tls: bool = False) -> Iterator[dict[str, str]]:
         with subprocess.Popen(["nginx", "-c", str(folder / "conf")], stderr=subprocess.DEVNULL) as server:
             url = f"https://127.0.0.1:{tls_port}" if tls else f"http://127.0.0.1:{port}"
             try:
-                yield {
-                    "WEB_URL": url,
-                    "SSL_CERT_FILE": str(certificates.ca_file),
-                    "REQUESTS_CA_BUNDLE": str(certificates.ca_file),
-                }
+                yield {"WEB_URL": url, **trusting(certificates)}
             finally:
                 server.terminate()
 
@@ -114,8 +135,9 @@ def google_filesystem(url: str) -> fs.FileSystem:
 
 def azure_filesystem(url: str) -> fs.FileSystem:
     """Pyarrow's client of Azurite."""
-    places = {f"{kind}_storage_authority": url.removeprefix("http://") for kind in ("blob", "dfs")}
-    return fs.AzureFileSystem(ACCOUNT, account_key=KEY, blob_storage_scheme="http", dfs_storage_scheme="http", **places)
+    scheme, _, authority = url.partition("://")
+    places = {f"{kind}_storage_authority": authority for kind in ("blob", "dfs")}
+    return fs.AzureFileSystem(ACCOUNT, account_key=KEY, blob_storage_scheme=scheme, dfs_storage_scheme=scheme, **places)
 
 
 def write(filesystem: fs.FileSystem) -> None:
@@ -126,7 +148,7 @@ def write(filesystem: fs.FileSystem) -> None:
 
 def uri_of(store: str) -> str:
     """The folder of the object."""
-    return os.environ["WEB_URL"] if store.startswith("web") else {"google": "gs", "azure": "az"}[store] + "://models/m"
+    return os.environ["WEB_URL"] if store.startswith("web") else f"{'gs' if store == 'google' else 'az'}://models/m"
 
 
 def ours(store: str, _: argparse.Namespace) -> Read:
@@ -163,6 +185,8 @@ def by_obstore(store: str, _: argparse.Namespace) -> Read:
     from obstore.store import AzureStore, GCSStore, HTTPStore
 
     options: dict[str, Any] = {"allow_http": True}
+    if store.endswith("tls"):
+        options["root_certificate"] = Path(os.environ["SSL_CERT_FILE"]).read_text()
     if store == "google":
         made: Any = GCSStore(
             "models",
@@ -170,12 +194,10 @@ def by_obstore(store: str, _: argparse.Namespace) -> Read:
             config={"base_url": os.environ["STORAGE_EMULATOR_HOST"]},
             client_options=options,
         )
-    elif store == "azure":
+    elif store.startswith("azure"):
         endpoint = f"{os.environ['AZURITE_URL']}/{ACCOUNT}"
         made = AzureStore("models", account_name=ACCOUNT, account_key=KEY, endpoint=endpoint, client_options=options)
     else:
-        if store == "web tls":
-            options["root_certificate"] = Path(os.environ["SSL_CERT_FILE"]).read_text()
         made = HTTPStore(os.environ["WEB_URL"], client_options=options)
     key = "a" if store.startswith("web") else "m/a"
     return lambda start, stop, slot: memoryview(obstore.get_range(made, key, start=start, end=stop))
@@ -189,7 +211,7 @@ def by_fsspec(store: str, _: argparse.Namespace) -> Read:
         from gcsfs import GCSFileSystem
 
         made: Any = GCSFileSystem(token="anon", endpoint_url=os.environ["STORAGE_EMULATOR_HOST"])
-    elif store == "azure":
+    elif store.startswith("azure"):
         from adlfs import AzureBlobFileSystem
 
         made = AzureBlobFileSystem(connection_string=os.environ["AZURE_STORAGE_CONNECTION_STRING"])
@@ -233,7 +255,7 @@ READERS: dict[str, Callable[[str, argparse.Namespace], Any]] = {
     "fsspec (gcsfs, adlfs, http)": by_fsspec,
     "Run:ai streamer": Runai,
 }
-STORES = {"google": google, "azure": azure, "web": web, "web tls": web_tls}
+STORES = {"google": google, "azure": azure, "azure tls": azure_tls, "web": web, "web tls": web_tls}
 
 
 def serve(pipe: Connection, store: str, reader: str, options: argparse.Namespace) -> None:
@@ -332,14 +354,10 @@ def main() -> None:
     options = parser.parse_args()
     print("CPU seconds for 10^9 bytes / GB/s")
     for store in options.store or STORES:
-        if store == "azure" and not azurite_program():
+        if store.startswith("azure") and not azurite_program():
             continue
-        before = dict(os.environ)
-        with STORES[store]() as variables:
-            os.environ.update(variables)
+        with STORES[store]() as variables, _environment(variables):
             found = measure(store, options)
-        os.environ.clear()
-        os.environ.update(before)
         for reader in READERS:
             print(f"{store:8} {reader:28} {found[reader]}", flush=True)
 

@@ -7,6 +7,7 @@ Nothing of this project is imported but by its own class.
 
 from __future__ import annotations
 
+import json
 import os
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -166,34 +167,44 @@ class Dcp:
     def __init__(self, task: Task) -> None:
         import torch.distributed.checkpoint as dcp
         from torch.distributed.device_mesh import init_device_mesh
-
-        _join(task)
-        self.dcp, self.windows, self.files = dcp, task.windows, Files(task)
-        self.mesh = init_device_mesh("cpu", (task.world_size,))
-
-    def load(self) -> Tensors:
         from torch.distributed.tensor import DTensor
 
+        _join(task)
+        self.dcp, self.dtensor, self.windows, self.files = dcp, DTensor, task.windows, Files(task)
+        self.mesh = init_device_mesh("cpu", (task.world_size,))
+        self.reader = self._reader()
+
+    def _reader(self) -> Any:
+        return self.dcp.HuggingFaceStorageReader
+
+    def load(self) -> Tensors:
         paths = self.files.fetch()
         state = {name: tensor for path in paths for name, tensor in self._state_of(path).items()}
-        self.dcp.load(state, storage_reader=self.dcp.HuggingFaceStorageReader(str(self.files.folder)))
-        return {name: tensor.to_local() if isinstance(tensor, DTensor) else tensor for name, tensor in state.items()}
+        self.dcp.load(state, storage_reader=self.reader(str(self.files.folder)))
+        return {name: each.to_local() if isinstance(each, self.dtensor) else each for name, each in state.items()}
 
     def _state_of(self, path: str) -> dict[str, Any]:
         """Empty tensors of one file's names: what a model that is not loaded yet has."""
         import torch
-        from safetensors import safe_open
-        from torch.distributed.tensor import DTensor, Shard
+        from torch.distributed.tensor import Shard
 
         state: dict[str, Any] = {}
-        with safe_open(path, "pt") as opened:
-            for name in opened.keys():  # noqa: SIM118 - not a mapping
-                shape, window = opened.get_slice(name).get_shape(), self.windows[name]
-                if window is not None:
-                    shape[window[0]] = window[2] - window[1]
-                local = torch.empty(shape, dtype=torch.bfloat16)
-                state[name] = local if window is None else DTensor.from_local(local, self.mesh, [Shard(window[0])])
+        for name, shape in _shapes(path).items():
+            window = self.windows[name]
+            if window is not None:
+                shape[window[0]] = window[2] - window[1]
+            local = torch.empty(shape, dtype=torch.bfloat16)
+            state[name] = local if window is None else self.dtensor.from_local(local, self.mesh, [Shard(window[0])])
         return state
+
+
+class DcpByRayStreamer(Dcp):
+    """The same through this project's reader."""
+
+    def _reader(self) -> Any:
+        from ray_streamer.integrations.dcp import StorageReader
+
+        return StorageReader
 
 
 class Fastsafetensors:
@@ -228,6 +239,7 @@ LOADERS: dict[str, type[Any]] = {
     "boto3": Boto3,
     "transformers": Transformers,
     "dcp": Dcp,
+    "dcp, ray_streamer": DcpByRayStreamer,
     "fastsafetensors": Fastsafetensors,
 }
 
@@ -238,6 +250,14 @@ def _join(task: Task) -> None:
 
     meeting = f"tcp://127.0.0.1:{task.port}"
     dist.init_process_group("gloo", init_method=meeting, rank=task.rank, world_size=task.world_size)
+
+
+def _shapes(path: str) -> dict[str, list[int]]:
+    """Of each tensor of a file, of which nothing but the header is read, ahead neither."""
+    with open(path, "rb", buffering=0) as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    return {name: entry["shape"] for name, entry in header.items() if name != "__metadata__"}
 
 
 def _sliced(tensor: Any, window: list[int] | None) -> Any:

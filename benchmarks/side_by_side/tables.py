@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from side_by_side.contenders import OUR_DCP, OURS
 from side_by_side.places import KINDS, TITLES
 
 if TYPE_CHECKING:
@@ -133,8 +134,10 @@ def _amount(cell: Cell, metric: str) -> str:
 
 
 def _others(results: Results, place: str) -> list[Cell]:
-    ours = results.ours(place)
-    return [cell for cell in results.of_place(place) if cell.runs and cell is not ours and cell.tp == results.tp]
+    ours = (OURS.name, OUR_DCP.name)
+    return [
+        cell for cell in results.of_place(place) if cell.runs and cell.contender not in ours and cell.tp == results.tp
+    ]
 
 
 def markdown(headings: tuple[str, ...], rows: list[list[str]], *, words: tuple[int, ...] = (0,)) -> str:

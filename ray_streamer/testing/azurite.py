@@ -31,8 +31,12 @@ def azurite_program() -> str | None:
 
 
 @contextmanager
-def azurite(program: str) -> Iterator[str]:
+def azurite(program: str, tls_file: Path | None = None) -> Iterator[str]:
     """Address of its blobs, without the account, for the length of a `with` block.
+
+    Args:
+        program: See `azurite_program`.
+        tls_file: Certificate and key of a server that speaks TLS.
 
     Raises:
         RuntimeError: It did not start.
@@ -40,11 +44,12 @@ def azurite(program: str) -> Iterator[str]:
     port = free_port()
     command = [program, "--blobHost", "127.0.0.1", "--blobPort", str(port), "--silent"]
     options = ["--inMemoryPersistence", "--skipApiVersionCheck", "--disableTelemetry"]
+    tls = [] if tls_file is None else ["--cert", str(tls_file), "--key", str(tls_file)]
     quiet = subprocess.DEVNULL
-    server = subprocess.Popen([*command, *options], stdin=quiet, stdout=quiet, stderr=quiet)
+    server = subprocess.Popen([*command, *options, *tls], stdin=quiet, stdout=quiet, stderr=quiet)
     try:
         _wait_until_it_answers(server, port)
-        yield f"http://127.0.0.1:{port}"
+        yield f"{'https' if tls else 'http'}://127.0.0.1:{port}"
     finally:
         server.kill()
         server.wait()
