@@ -112,6 +112,14 @@ class Memory:
         self.value: torch.Tensor | None = None
         self.taken: list[Taken] = []
         self._is_own = False
+        self._shadow: torch.Tensor | None = None
+
+    @property
+    def shadow(self) -> torch.Tensor:
+        """A meta tensor like it."""
+        if self._shadow is None:
+            self._shadow = torch.empty(self.shape, dtype=self.dtype, device="meta")
+        return self._shadow
 
     @property
     def is_cast(self) -> bool:

@@ -37,6 +37,7 @@ CASTABLE = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 _NO_DISPATCH = getattr(torch.Tensor, "__torch_dispatch__")  # noqa: B009
 """What tensors have whose operations go to torch itself."""
 
+_CPU = torch.device("cpu")
 _BATCH_BYTES = 256 << 20
 """Whole tensors that are read at once for copies that must be made early."""
 
@@ -55,20 +56,18 @@ class OperationRecorder:
         self.early: dict[str, None] = {}
         self.reasons: dict[str, str] = {}
         self._whole = whole
-        self._shadows: dict[tuple[tuple[int, ...], torch.dtype], torch.Tensor] = {}
 
     def lazy(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, *, is_plannable: bool) -> LazyTensor:
         """The tensor `name` of the checkpoint, not read yet."""
-        place = TensorElements(name, dtype, Strided(shape, row_major(shape), 0))
-        memory = Memory(shape, dtype, torch.device("cpu"), [place], is_plannable=is_plannable)
-        shadow = self._shadows.get((shape, dtype))
-        if shadow is None:
-            shadow = self._shadows[shape, dtype] = torch.empty(shape, dtype=dtype, device="meta")
-        return LazyTensor(self, memory, shadow)
+        view = Strided(shape, row_major(shape), 0)
+        place = TensorElements(name, dtype, view)
+        return LazyTensor(self, Memory(shape, dtype, _CPU, [place], is_plannable=is_plannable), view)
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The operation's outcome, as the loader sees it."""
         kind = operation_kind(func)
+        if kind is OperationKind.VIEW and not isinstance(args[0], LazyTensor):
+            return func(*args, **kwargs)
         lazies = [found for found in tensors_among(args, kwargs) if isinstance(found, LazyTensor)]
         if not lazies:
             return self._run_on_real(kind, func, args, kwargs)
@@ -83,14 +82,14 @@ class OperationRecorder:
                 self.reasons.setdefault(name, reason)
         value = memory.own(self._whole) if is_written or memory.taken else memory.read(self._whole)
         self._share_taken(memory, value)
-        return seen(value, view_of(lazy._lazy_shadow))
+        return seen(value, lazy._lazy_view)
 
     def take(self, target: torch.Tensor, lazy: LazyTensor) -> torch.Tensor:
         """Memory for `target` whose elements are those of `lazy`, as `target.data = lazy` wants it; filled later if it can be.
 
         Both are one memory for the loader. Whoever needs the elements of `lazy` again gets what `target` made of them.
         """
-        memory, view = lazy._lazy_memory, view_of(lazy._lazy_shadow)
+        memory, view = lazy._lazy_memory, lazy._lazy_view
         made = torch.empty_like(lazy)
         if isinstance(target, LazyTensor) or view.repeats or not self.record(made, lazy):
             return self.real(lazy, is_written=True)
@@ -127,11 +126,10 @@ class OperationRecorder:
             return False
         if not target.numel():
             return True
-        shadow = lazy._lazy_shadow
-        if shadow.shape != target.shape:
-            shadow = shadow.expand(target.shape)
-        whole = view_of(target)
-        pieces = memory.pieces(view_of(shadow), whole.strides)
+        view, whole = lazy._lazy_view, view_of(target)
+        if view.shape != whole.shape:
+            view = view_of(lazy._lazy_shadow.expand(whole.shape))
+        pieces = memory.pieces(view, whole.strides)
         if pieces is None or whole.repeats:
             return False
         copies = [_copy_of(piece, target) for piece in pieces]
@@ -177,8 +175,8 @@ class OperationRecorder:
             if view.dtype != shadow.dtype or view.untyped_storage()._cdata != storage:
                 return None
         if isinstance(outcome, list | tuple):
-            return type(outcome)([LazyTensor(self, lazy._lazy_memory, view) for view in outcome])
-        return LazyTensor(self, lazy._lazy_memory, outcome)
+            return type(outcome)([LazyTensor(self, lazy._lazy_memory, view_of(view)) for view in outcome])
+        return LazyTensor(self, lazy._lazy_memory, view_of(outcome))
 
     def _duplicate(self, lazy: LazyTensor, func: Any, args: Any, kwargs: Any) -> LazyTensor | None:
         memory = lazy._lazy_memory
@@ -189,13 +187,13 @@ class OperationRecorder:
         shape_of_copy = func(lazy._lazy_shadow, *args[1:], **asked)
         # Copies keep the order of their dimensions in memory, so the new memory is row-major in that order.
         order = sorted(range(shape_of_copy.dim()), key=lambda dim: -shape_of_copy.stride(dim))
-        place = self._place_of(lazy._lazy_shadow.permute(order), memory)
+        place = self._place_of(view_of(lazy._lazy_shadow.permute(order)), memory)
         if place is None:
             return None
         shape = tuple(shape_of_copy.shape[dim] for dim in order)
         inverse = [order.index(dim) for dim in range(len(order))]
-        shadow = torch.empty(shape, dtype=dtype, device="meta").permute(inverse)
-        return LazyTensor(self, Memory(shape, dtype, device, [place]), shadow)
+        made = Memory(shape, dtype, device, [place])
+        return LazyTensor(self, made, view_of(made.shadow.permute(inverse)))
 
     def _join(self, lazies: list[LazyTensor], func: Any, args: Any, kwargs: Any) -> torch.Tensor | None:
         shadows = [lazy._lazy_shadow for lazy in lazies]
@@ -208,13 +206,13 @@ class OperationRecorder:
         kept = [(shadow, lazy) for shadow, lazy in zip(shadows, lazies, strict=True) if shadow.numel()]
         if len({lazy.dtype for lazy in lazies}) > 1 or len({lazy.device for lazy in lazies}) > 1 or not kept:
             return None
-        places = [self._place_of(shadow, lazy._lazy_memory) for shadow, lazy in kept]
+        places = [self._place_of(view_of(shadow), lazy._lazy_memory) for shadow, lazy in kept]
         if any(place is None for place in places):
             return self._join_in_memory(kept, joined, dim)
         lengths = [shadow.shape[dim] for shadow, _ in kept]
         shape = tuple(joined.shape)
         memory = Memory(shape, joined.dtype, lazies[0].device, [p for p in places if p], lengths=lengths, dim=dim)
-        return LazyTensor(self, memory, torch.empty(shape, dtype=joined.dtype, device="meta"))
+        return LazyTensor(self, memory, Strided(shape, row_major(shape), 0))
 
     def _join_in_memory(
         self, parts: Sequence[tuple[torch.Tensor, LazyTensor]], joined: torch.Tensor, dim: int
@@ -224,16 +222,15 @@ class OperationRecorder:
         start = 0
         for shadow, lazy in parts:
             length = shadow.shape[dim]
-            target, part = made.narrow(dim, start, length), LazyTensor(self, lazy._lazy_memory, shadow)
+            target, part = made.narrow(dim, start, length), LazyTensor(self, lazy._lazy_memory, view_of(shadow))
             if not self.record(target, part):
                 target.copy_(self.real(part, is_written=False, reason="a cat of what was joined before"))
             start += length
         return made
 
-    def _place_of(self, shadow: torch.Tensor, memory: Memory) -> TensorElements | None:
+    def _place_of(self, view: Strided, memory: Memory) -> TensorElements | None:
         """Where in one tensor of the checkpoint the elements of that view of `memory` are, in row-major order."""
-        view = view_of(shadow)
-        pieces = memory.pieces(view, row_major(view.shape)) if shadow.numel() else None
+        pieces = memory.pieces(view, row_major(view.shape)) if view.num_elements else None
         if not pieces or len(pieces) > 1:
             return None
         loops = pieces[0].loops or (Loop(1, 1, 1),)

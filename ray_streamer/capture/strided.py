@@ -63,6 +63,25 @@ class Strided:
         steps = tuple(step * element_bytes for step in self.strides)
         return Strided((*self.shape, element_bytes), (*steps, 1), self.offset * element_bytes)
 
+    def narrowed(self, dim: int, start: int, length: int) -> Strided:
+        """Of one dimension only `length` indices, from `start` on; all of them exist."""
+        shape = (*self.shape[:dim], length, *self.shape[dim + 1 :])
+        return Strided(shape, self.strides, self.offset + start * self.strides[dim])
+
+    def selected(self, dim: int, index: int) -> Strided:
+        """Of one dimension only one index, which exists; the dimension is gone."""
+        shape, strides = self.shape, self.strides
+        return Strided(
+            shape[:dim] + shape[dim + 1 :], strides[:dim] + strides[dim + 1 :], self.offset + index * strides[dim]
+        )
+
+    def unsqueezed(self, dim: int) -> Strided:
+        """With one more dimension, of size 1, before dimension `dim`."""
+        shape, strides = self.shape, self.strides
+        # What torch gives it.
+        step = shape[dim] * strides[dim] if dim < len(shape) else 1
+        return Strided((*shape[:dim], 1, *shape[dim:]), (*strides[:dim], step, *strides[dim:]), self.offset)
+
     def _loops(self) -> list[tuple[int, int]]:
         return [(step, size) for size, step in zip(self.shape, self.strides, strict=True) if size > 1]
 

@@ -137,7 +137,8 @@ class Move:
         return cls(shape, _box_side(shape, source_shape, source_starts), _box_side(shape, target_shape, target_starts))
 
 
-def row_major(shape: Sequence[int]) -> tuple[int, ...]:
+@lru_cache(maxsize=1024)
+def row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
     """Strides, in elements, of a contiguous tensor of `shape`.
 
     >>> row_major((2, 3, 4))

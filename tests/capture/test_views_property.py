@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -167,6 +168,43 @@ def test_a_chain_of_views_lands_where_it_was_copied(data):
     # What was joined is made in memory where it cannot be planned, and is read at once when a later step looks at it.
     is_joined = any(step in (PLAIN["cat"], PLAIN["stack"]) for step in steps)
     assert report.planned.names or report.whole.names or (is_joined and report.early.names)
+
+
+NUMBERS = st.one_of(st.integers(-5, 5), st.booleans(), st.just(1.0), st.builds(np.int64, st.integers(-3, 3)))
+ONE_STEP = st.one_of(
+    st.builds(lambda *given: lambda tensor: tensor.narrow(*given), NUMBERS, NUMBERS, NUMBERS),
+    st.builds(lambda dim: lambda tensor: tensor.narrow(dim=dim, start=1, length=1), NUMBERS),
+    st.builds(lambda dim: lambda tensor: tensor.unbind(dim), NUMBERS),
+    st.builds(lambda dim: lambda tensor: tensor.unsqueeze(dim), NUMBERS),
+    st.builds(lambda index: lambda tensor: tensor[index], NUMBERS),
+)
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.lists(st.integers(0, 4), max_size=3).map(tuple), ONE_STEP, ONE_STEP)
+def test_views_are_those_that_torch_makes_and_errors_are_torchs(shape, first, second):
+    def geometry(tensor):
+        found = []
+        try:
+            for step in (first, second):
+                tensor = step(tensor)
+                parts = tensor if isinstance(tensor, tuple) else (tensor,)
+                found.append(
+                    [(part.shape, part.stride(), part.storage_offset(), part.ndim, part.dim()) for part in parts]
+                )
+                tensor = parts[0]
+        except (TypeError, IndexError, RuntimeError, ValueError) as error:
+            # torch repeats the arguments as they were given.
+            found.append(f"{type(error).__name__}: {str(error).partition('(')[0]}")
+        return found
+
+    plain, lazies = numbered(*shape), []
+
+    def load(weights, _):
+        lazies.extend(geometry(tensor) for _, tensor in weights)
+
+    assert_same({"w": plain}, {}, load)
+    assert lazies[0] == lazies[1] == geometry(plain)
 
 
 @settings(max_examples=150, deadline=None)

@@ -53,7 +53,7 @@ def test_a_box_beyond_its_tensor_is_refused():
 
 @given(st.lists(st.integers(0, 5), max_size=5))
 def test_row_major_strides_are_those_of_numpy(shape):
-    assert row_major(shape) == tuple(stride // 8 for stride in np.empty([max(n, 1) for n in shape]).strides)
+    assert row_major(tuple(shape)) == tuple(stride // 8 for stride in np.empty([max(n, 1) for n in shape]).strides)
 
 
 @given(st.data())
