@@ -24,7 +24,7 @@ from ray_streamer.files.selection import ENGINE_FILES, Selection
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from ray_streamer.storage import Storage
+    from ray_streamer.storage import ObjectInfo, Storage
 
 
 def cached_files(
@@ -46,6 +46,7 @@ def cached_files(
 
     Raises:
         ObjectMissingError: There is no such file.
+        ObjectChangedError: A file was replaced between the look at its version and the copy.
         StorageError: A file could not be read or written, or another process did not come to an end.
     """
     paths = selection.of(listed_or_known(storage, concurrency=concurrency))
@@ -61,17 +62,17 @@ def cached_files(
         of_uri.mkdir(mode=0o700, parents=True, exist_ok=True)
     with locked(of_uri / "lock", what=of_uri, timeout_seconds=timeout_seconds):
         if not folder.is_dir():
-            _fill(storage, paths, folder, concurrency=concurrency)
+            _fill(storage, paths, found, folder, concurrency=concurrency)
     return folder
 
 
-def _fill(storage: Storage, paths: list[str], folder: Path, *, concurrency: int) -> None:
+def _fill(storage: Storage, paths: list[str], versions: list[ObjectInfo], folder: Path, *, concurrency: int) -> None:
     # Who holds the lock is alone: what another one left when it was killed is nobody's.
     for left in folder.parent.glob(".*"):
         shutil.rmtree(left, ignore_errors=True)
     temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}")
     try:
-        pull_files(storage, paths, temporary, concurrency=concurrency)
+        pull_files(storage, paths, temporary, versions=versions, concurrency=concurrency)
         with disk_errors_translated(folder):
             temporary.rename(folder)
     finally:

@@ -23,7 +23,14 @@ _BLOCK_BYTES = 4 << 20
 _Outcome = TypeVar("_Outcome")
 
 
-def pull_files(storage: Storage, paths: Sequence[str], folder: Path, *, concurrency: int) -> list[Path]:
+def pull_files(
+    storage: Storage,
+    paths: Sequence[str],
+    folder: Path,
+    *,
+    versions: Sequence[ObjectInfo] | None = None,
+    concurrency: int,
+) -> list[Path]:
     """Copies files into `folder`, which is made if need be, over what is there already.
 
     Each thread needs one buffer of at most 4 MiB. When one file fails, those that are complete stay.
@@ -32,6 +39,7 @@ def pull_files(storage: Storage, paths: Sequence[str], folder: Path, *, concurre
         storage: Where the files are.
         paths: Of the files, relative to the storage.
         folder: Where they go, under the same relative paths.
+        versions: Which version each of them must be; the one that is there when unset.
         concurrency: Files at a time.
 
     Returns:
@@ -39,11 +47,15 @@ def pull_files(storage: Storage, paths: Sequence[str], folder: Path, *, concurre
 
     Raises:
         CheckpointError: A path could lead out of `folder`; nothing was read then.
+        ObjectChangedError: A file is of another version, or was replaced meanwhile.
         StorageError: A file could not be read or written.
     """
     for path in paths:
         check_path(path, uri=storage.uri)
-    return of_each(paths, lambda path: _pull_file(storage, path, folder), concurrency=concurrency)
+    wanted = {} if versions is None else dict(zip(paths, versions, strict=True))
+    return of_each(
+        paths, lambda path: _pull_file(storage, path, folder, version=wanted.get(path)), concurrency=concurrency
+    )
 
 
 def identities(storage: Storage, paths: Sequence[str], *, concurrency: int) -> list[ObjectInfo]:
@@ -62,7 +74,7 @@ def of_each(paths: Sequence[str], work: Callable[[str], _Outcome], *, concurrenc
         pool.shutdown(cancel_futures=True)
 
 
-def _pull_file(storage: Storage, path: str, folder: Path) -> Path:
+def _pull_file(storage: Storage, path: str, folder: Path, *, version: ObjectInfo | None) -> Path:
     target = folder / path
     # Not made of the file's own name, which may be as long as names can be.
     temporary = target.with_name(f".{os.getpid()}-{secrets.token_hex(8)}.part")
@@ -70,7 +82,7 @@ def _pull_file(storage: Storage, path: str, folder: Path) -> Path:
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
             with temporary.open("xb") as file:
-                for part in _parts(storage, path):
+                for part in _parts(storage, path, version):
                     file.write(part)
             temporary.replace(target)
         finally:
@@ -79,17 +91,20 @@ def _pull_file(storage: Storage, path: str, folder: Path) -> Path:
     return target
 
 
-def _parts(storage: Storage, path: str) -> Iterator[bytes | memoryview]:
+def _parts(storage: Storage, path: str, version: ObjectInfo | None) -> Iterator[bytes | memoryview]:
     """The bytes of one version of a file, in order; each part is valid until the next one is asked for."""
-    head, info = storage.read_head(path, _BLOCK_BYTES)
-    yield head
-    if len(head) >= info.size_bytes:
+    if version is None:
+        head, version = storage.read_head(path, _BLOCK_BYTES)
+        yield head
+    else:
+        head = b""
+    if len(head) >= version.size_bytes:
         return
-    buffer = memoryview(bytearray(min(_BLOCK_BYTES, info.size_bytes - len(head))))
-    for start in range(len(head), info.size_bytes, _BLOCK_BYTES):
-        extent = Extent(start, min(start + _BLOCK_BYTES, info.size_bytes))
+    buffer = memoryview(bytearray(min(_BLOCK_BYTES, version.size_bytes - len(head))))
+    for start in range(len(head), version.size_bytes, _BLOCK_BYTES):
+        extent = Extent(start, min(start + _BLOCK_BYTES, version.size_bytes))
         part = buffer[: extent.num_bytes]
-        storage.read_into(path, extent, part, etag=info.etag)
+        storage.read_into(path, extent, part, etag=version.etag)
         yield part
 
 

@@ -222,9 +222,10 @@ class Counting:
     def __init__(self, storage):
         self._storage, self.uri, self.reads = storage, storage.uri, []
 
-    def read_head(self, path, max_bytes):
-        self.reads.append(path)
-        return self._storage.read_head(path, max_bytes)
+    def read_into(self, path, extent, buffer, **options):
+        if not extent.start:
+            self.reads.append(path)
+        return self._storage.read_into(path, extent, buffer, **options)
 
     def __getattr__(self, name):
         return getattr(self._storage, name)
@@ -272,6 +273,29 @@ def test_a_new_version_gets_a_folder_of_its_own(tmp_path):
     finally:
         MemoryStorage.remove(uri)
     assert (found_below(old), found_below(new)) == ({"config.json": b"1"}, {"config.json": b"2"})
+
+
+class Replacing(Counting):
+    """A storage whose files are replaced once, when they are about to be copied."""
+
+    def read_into(self, path, extent, buffer, **options):
+        if not self.reads:
+            MemoryStorage.put(self.uri, {"config.json": b"new"})
+        return super().read_into(path, extent, buffer, **options)
+
+
+def test_a_file_that_is_replaced_before_it_is_copied_never_stands_for_the_old_version(tmp_path):
+    uri = "memory://replaced"
+    MemoryStorage.put(uri, {"config.json": b"old"})
+    try:
+        storage = Replacing(open_storage(uri, Settings.resolve()))
+        with pytest.raises(ObjectChangedError, match=r"config\.json"):
+            cached_files(storage, cache=tmp_path, timeout_seconds=10, concurrency=2)
+        folder = cached_files(storage, cache=tmp_path, timeout_seconds=10, concurrency=2)
+    finally:
+        MemoryStorage.remove(uri)
+    assert found_below(folder) == {"config.json": b"new"}
+    assert sorted(path.name for path in folder.parent.iterdir()) == sorted([folder.name, "lock"])
 
 
 HOLD = """

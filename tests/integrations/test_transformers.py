@@ -15,9 +15,11 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
 from transformers.distributed import DistributedConfig
 
+from ray_streamer.api.rank import load_rank
 from ray_streamer.checkpoint.open import HEAD_BYTES
-from ray_streamer.errors import CheckpointError, ObjectMissingError, SettingsError, ShardingError
+from ray_streamer.errors import CheckpointError, ObjectChangedError, ObjectMissingError, SettingsError, ShardingError
 from ray_streamer.integrations.transformers import from_pretrained
+from ray_streamer.integrations.transformers.loader import ModelBuild
 from ray_streamer.integrations.transformers.support import refuse_packed, refuse_uncuttable
 from ray_streamer.settings import Settings
 from ray_streamer.testing.spawned import answers_of
@@ -416,6 +418,15 @@ def test_weights_of_another_shape_are_an_error(folders, tmp_path):
     (tmp_path / "model.safetensors").symlink_to(folders["llama"] / "model.safetensors")
     with pytest.raises(CheckpointError, match="LlamaForCausalLM could not be made of its weights"):
         from_pretrained("auto", tmp_path, settings=small())
+
+
+def test_weights_of_a_checkpoint_whose_config_was_replaced_meanwhile_are_refused(folders, tmp_path):
+    changed(folders["llama"], tmp_path)
+    (tmp_path / "model.safetensors").symlink_to(folders["llama"] / "model.safetensors")
+    build = ModelBuild("auto", tmp_path, tp=1, dtype=None, device="cpu", settings=small(), model_arguments={})
+    changed(folders["llama"], tmp_path, rms_norm_eps=0.5)
+    with pytest.raises(ObjectChangedError, match=r"config\.json was replaced"):
+        load_rank(build.uri, slices=build.captured, out=build.captured.out, settings=small())
 
 
 # Several ranks

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from ray_streamer.api.files import cached
 from ray_streamer.api.rank import load_rank
-from ray_streamer.errors import CheckpointError, RayStreamerError, SettingsError
+from ray_streamer.errors import CheckpointError, ObjectChangedError, RayStreamerError, SettingsError
 from ray_streamer.integrations.transformers.job import device_of, placement, ranks_of
 from ray_streamer.integrations.transformers.model_class import class_of, read_config
 from ray_streamer.integrations.transformers.support import (
@@ -84,6 +84,7 @@ def from_pretrained(
         ShardingError: transformers cannot run the model with this tp, or its weights are quantized by a method that is not
             loaded; nothing was read then.
         CheckpointError: Weights are missing, of other shapes, or not what the class expects.
+        ObjectChangedError: config.json is not the one that lay beside the weights.
         RayStreamerError: As `load_rank`.
     """
     settings = Settings.of_call(settings)
@@ -143,7 +144,7 @@ class ModelBuild:
         tp = ranks_of(tp)
         self.device = device_of(device, tp)
         self._folder = cached(self.uri, settings=self.settings)
-        self._config, rest = read_config(self._folder, model_arguments, self.settings)
+        self._config, rest, self._stored_config = read_config(self._folder, model_arguments, self.settings)
         refuse_quantized(getattr(self._config, "quantization_config", None), self.uri)
         refuse_packed(self._config, self.device, self.uri)
         refuse_uncuttable(self._config, tp, self.uri)
@@ -161,8 +162,13 @@ class ModelBuild:
     def _make(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> PreTrainedModel:
         from ray_streamer.integrations.transformers.filling import give_memory
 
-        assert self.captured.index is not None
-        named = _by_file(self.captured.index, dict(tensors))
+        index = self.captured.index
+        assert index is not None
+        if index.config is not None and index.config != self._stored_config:
+            raise ObjectChangedError(
+                f"{self.uri}: config.json was replaced between the start of this load and the reading of the weights; load again"
+            )
+        named = _by_file(index, dict(tensors))
         model = _built(self._model_class, self._config, self.uri, named, self._arguments)
         # A generation config of the caller's is the model's already.
         if self._arguments.get("generation_config") is None:

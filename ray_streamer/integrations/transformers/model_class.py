@@ -24,8 +24,10 @@ ModelClass = Any
 """A model class, an Auto class, or "auto": pyright knows no common type of Auto classes and models."""
 
 
-def read_config(folder: Path, said: Mapping[str, Any], settings: Settings) -> tuple[PretrainedConfig, dict[str, Any]]:
-    """The config of the model in `folder`, with what the caller says of it; and what else the caller says.
+def read_config(
+    folder: Path, said: Mapping[str, Any], settings: Settings
+) -> tuple[PretrainedConfig, dict[str, Any], dict[str, Any] | None]:
+    """The config of the model in `folder`, with what the caller says of it; what else the caller says; and config.json itself.
 
     Args:
         folder: Has config.json.
@@ -38,8 +40,8 @@ def read_config(folder: Path, said: Mapping[str, Any], settings: Settings) -> tu
     from transformers import AutoConfig
 
     with contextlib.closing(open_storage(folder, settings)) as storage:
-        stored = read_stored_config(storage) or {}
-    refuse_endless({**stored, **said}, str(folder))
+        stored = read_stored_config(storage)
+    refuse_endless({**(stored or {}), **said}, str(folder))
     arguments = {**said, "trust_remote_code": False, "local_files_only": True}
     try:
         found: Any = AutoConfig.from_pretrained(str(folder), return_unused_kwargs=True, **arguments)
@@ -53,7 +55,7 @@ def read_config(folder: Path, said: Mapping[str, Any], settings: Settings) -> tu
             f"{folder}: transformers {_version()} makes no config of its config.json{of}: {told_by_transformers(error)}"
         ) from error
     config, rest = found
-    return config, rest
+    return config, rest, stored
 
 
 def class_of(asked: ModelClass, config: PretrainedConfig, uri: str) -> type[PreTrainedModel]:
