@@ -20,7 +20,9 @@ CASES = [
 ]
 
 
-def reload(uris: list[str], config: Any, model: Any, load_format: str = "ray_streamer") -> list[Any]:
+def reload(
+    uris: list[str | None], config: Any, model: Any, load_format: str = "ray_streamer", **extra: Any
+) -> list[Any]:
     """Reloads from each of `uris`; for each of them hashes, and whether parameters stayed where they were, or the error."""
     from vllm.model_executor.model_loader.reload.inplace import reload_weights
 
@@ -28,7 +30,9 @@ def reload(uris: list[str], config: Any, model: Any, load_format: str = "ray_str
 
     register()
     config.load_config.load_format = load_format
-    config.load_config.model_loader_extra_config = {"page_cache": "off"} if load_format == "ray_streamer" else {}
+    config.load_config.model_loader_extra_config = (
+        {"page_cache": "off", **extra} if load_format == "ray_streamer" else {}
+    )
     before, said = addresses_of(model), []
     for uri in uris:
         try:
@@ -115,3 +119,53 @@ def unchanged_by(uri, config, model):
     [error] = reload([uri], config, model)
     assert isinstance(error, str), error
     return hashes_of(model)
+
+
+def test_weights_path_is_read_also_where_it_is_the_folder_that_the_engine_was_started_with(tmp_path):
+    for seed, name in enumerate(("model", "at-uri", "other")):
+        save_checkpoint("llama", tmp_path / name, seed=seed)
+    model, at_uri, other = (str(tmp_path / name) for name in ("model", "at-uri", "other"))
+    held = {}
+    for folder in (model, at_uri, other):
+        [[rank]] = on_all_ranks(folder, Layout(), [stock], tmp_path)
+        held[folder] = rank.after
+    named = [other, None, model, None]
+    [[mine]] = on_all_ranks(
+        model, Layout(), [partial(ours, uri=at_uri)], tmp_path, then=partial(reload, [model, *named], uri=at_uri)
+    )
+    assert mine.after == held[at_uri]
+    assert [hashes for hashes, _ in mine.later] == [held[folder] for folder in (model, other, other, model, model)]
+
+
+def failing_on_one_rank(uri, config, model):
+    """What a reload says where the loader of rank 1 fails at the fifth tensor, and what the next one says."""
+    import torch.distributed as dist
+
+    load_weights = type(model).load_weights
+
+    def load(self, weights):
+        for number, pair in enumerate(weights):
+            if number == 5 and dist.get_rank() == 1:
+                raise MemoryError("planted")
+            load_weights(self, [pair])
+        return set()
+
+    type(model).load_weights = load
+    try:
+        [failed] = reload([uri], config, model)
+    finally:
+        type(model).load_weights = load_weights
+    return [failed, *reload([uri], config, model)]
+
+
+def test_a_reload_that_fails_on_one_rank_ends_on_all(tmp_path, monkeypatch):
+    monkeypatch.setenv("RAY_STREAMER_PROGRESS_TIMEOUT_SECONDS", "3600")
+    for seed in (0, 1):
+        save_checkpoint("llama", tmp_path / str(seed), seed=seed)
+    then = partial(failing_on_one_rank, str(tmp_path / "1"))
+    [first], [second] = on_all_ranks(tmp_path / "0", Layout(tp=2), [ours], tmp_path, then=then)
+    assert "rank 1" in first.later[0]
+    assert "vLLM's loader took no more tensors on that rank" in first.later[0]
+    assert second.later[0] == "MemoryError: planted"
+    for rank in (first, second):
+        assert rank.later[1][0] != rank.after

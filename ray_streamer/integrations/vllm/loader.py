@@ -73,8 +73,8 @@ class RayStreamerLoader(BaseModelLoader):
         started = time.perf_counter()
         is_draft = internals.is_draft(model_config)
         said = self._options.uri_of(is_draft=is_draft)
-        origin = origins[model] = Origin(model_config.model, is_draft, said)
         uri = said or internals.place_of_weights(model_config, self.load_config)
+        origin = origins[model] = Origin(_marked(model_config), said, uri, is_draft=is_draft)
         secondary = internals.secondary_tensors(model, self.load_config)
         captured = CapturedSlices(
             uri,
@@ -133,12 +133,24 @@ class RayStreamerLoader(BaseModelLoader):
         )
 
     def _uri_of_reload(self, model_config: Any, origin: Origin | None) -> str:
+        """What was named last: the `weights_path` of this reload, else the options where they have changed, else what was read before."""
         said = self._options.uri_of(is_draft=origin is not None and origin.is_draft)
-        # Options that changed since are about the weights that are wanted now. Options that did not are about the model that was
-        # loaded first, and say nothing about another one.
-        if origin is not None and said == origin.uri and model_config.model != origin.model:
-            said = None
-        return said or internals.place_of_weights(model_config, self.load_config)
+        if origin is None:
+            return said or internals.place_of_weights(model_config, self.load_config)
+        # vLLM puts each weights_path there, another object even where it says the same.
+        if model_config.model is not origin.model:
+            origin.place = internals.place_of_weights(model_config, self.load_config)
+        elif said != origin.uri:
+            origin.place = said or internals.place_of_weights(model_config, self.load_config)
+        origin.model, origin.uri = _marked(model_config), said
+        return origin.place
+
+
+def _marked(model_config: Any) -> str:
+    """What the configuration calls the model, as an object that nobody else has, by which it is known again."""
+    name: str = model_config.model
+    model_config.model = marked = "".join([*name])
+    return marked
 
 
 def targets_of(model: nn.Module) -> dict[str, torch.Tensor]:

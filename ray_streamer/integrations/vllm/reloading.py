@@ -10,11 +10,13 @@ Everything that can be wrong with the checkpoint as such is found before vLLM to
 from __future__ import annotations
 
 import time
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 from ray_streamer.api.tensors import open_tensors
+from ray_streamer.errors import LoadAbortedError
 from ray_streamer.integrations.captured_slices import contents_of
 from ray_streamer.integrations.vllm import internals
 from ray_streamer.integrations.vllm.collective import is_first
@@ -35,23 +37,25 @@ logger = internals.logger_of(__name__)
 
 @dataclass(slots=True)
 class Origin:
-    """What a model was loaded from first.
+    """What a model was loaded from.
 
     Attributes:
-        model: Its `model_config.model`, to which `uri` belonged.
+        model: Its `model_config.model` at the last load or reload, the very object.
+        uri: What the options said then; None = the model's own folder.
+        place: What was read then.
         is_draft: Whether it is a draft model.
-        uri: What the options said; None = the model's own folder.
-        contents: Names, dtypes and shapes of the checkpoint, as a hash; empty until it was loaded.
+        contents: Names, dtypes and shapes of the first checkpoint, as a hash; empty until it was loaded.
         taken: Names of the tensors that this rank's loader took anything of.
-        reload: The last reload, which may have failed halfway.
+        reload: The last reload, if it has failed halfway and its error is still there.
     """
 
     model: str
-    is_draft: bool
     uri: str | None
+    place: str
+    is_draft: bool
     contents: str = ""
     taken: tuple[str, ...] = ()
-    reload: Generator[Any, None, None] | None = field(default=None, repr=False)
+    reload: ref[Generator[Any, None, None]] | None = field(default=None, repr=False)
 
 
 origins: WeakKeyDictionary[nn.Module, Origin] = WeakKeyDictionary()
@@ -74,9 +78,10 @@ def reload_tensors(
         RayStreamerError: The checkpoint cannot be read; the model is as it was. Later errors, from the iterator, leave it with
             layers of both checkpoints, and some without memory; then it has to be reloaded before it is used.
     """
-    if origin is not None and origin.reload is not None:
+    unended = origin.reload and origin.reload() if origin is not None else None
+    if unended is not None:
         # Of a reload that failed, its error may still hold the other ranks.
-        origin.reload.close()
+        unended.close()
     unfinished = internals.put_back_unfinished(model)
     if unfinished:
         logger.warning(
@@ -86,7 +91,8 @@ def reload_tensors(
     # Up to here nothing of the model has changed.
     next(tensors)
     if origin is not None:
-        origin.reload = tensors
+        # Weakly: when vLLM's loader fails, the iterator ends with vLLM's error, and the other ranks are told.
+        origin.reload = ref(tensors)
     return tensors
 
 
@@ -94,8 +100,15 @@ def _read(
     uri: str, model: nn.Module, settings: Settings, load_config: Any, origin: Origin | None
 ) -> Generator[Any, None, None]:
     """Nothing, once the ranks have met and read the headers; then names and tensors."""
+    with suppress(LoaderStoppedError):
+        yield from _shared(uri, model, settings, load_config, origin)
+
+
+def _shared(
+    uri: str, model: nn.Module, settings: Settings, load_config: Any, origin: Origin | None
+) -> Generator[Any, None, None]:
     group = internals.reloading_group()
-    with open_tensors(uri, settings=settings, group=group) as opened:
+    with open_tensors(uri, settings=settings, group=group) as opened, _stop_explained():
         index, shared = opened.index, opened.shared
         names = _names(index, model, origin)
         yield None
@@ -118,6 +131,20 @@ def _read(
             )
         )
     yield from internals.secondary_tensors(model, load_config)
+
+
+class LoaderStoppedError(LoadAbortedError):
+    """What the other ranks are told where vLLM's loader takes no more tensors."""
+
+
+@contextmanager
+def _stop_explained() -> Iterator[None]:
+    try:
+        yield
+    except GeneratorExit:
+        raise LoaderStoppedError(
+            "vLLM's loader took no more tensors on that rank, whose own error says why; reload before the next request"
+        ) from None
 
 
 def _names(index: CheckpointIndex, model: nn.Module, origin: Origin | None) -> list[str]:
