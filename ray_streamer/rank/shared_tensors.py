@@ -263,8 +263,9 @@ class SharedTensors:
         file, layout = self._index.files[file_id], self._cells.layout
         extent = layout.extent_of(cells, file_id, file.size_bytes)
         start = layout.offset_of(file_id, extent.start)
-        with self._mapped(start, extent.num_bytes, mmap.MAP_SHARED) as mapping, memoryview(mapping) as memory:
-            self._storage.read_into(file.path, extent, memory, etag=file.etag)
+        # Not closed here: the error of a read that failed still holds parts of it.
+        mapping = self._mapped(start, extent.num_bytes, mmap.MAP_SHARED)
+        self._storage.read_into(file.path, extent, memoryview(mapping), etag=file.etag)
         with self._counting:
             self.bytes_read += extent.num_bytes
 

@@ -41,8 +41,10 @@ class Counted:
         return getattr(self._inner, name)
 
     def read_into(self, path, extent, buffer, *, etag):
+        # The frames of an error hold it, as those of a store's client do.
+        part = buffer[:]
         self._before(path)
-        self._inner.read_into(path, extent, buffer, etag=etag)
+        self._inner.read_into(path, extent, part, etag=etag)
         self._pages.update((path, page) for page in range(extent.start // PAGE, -(-extent.stop // PAGE)))
 
 
