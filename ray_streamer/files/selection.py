@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """Files whose path matches one of `allow`, if there are any, and none of `ignore`.
+    """Files whose path matches one of `allow`, if there are any, and none of `ignore` unless one of `keep`.
 
     >>> Selection(allow=("*.json",), ignore=("original/*",)).of(["config.json", "a.bin", "original/params.json"])
     ['config.json']
@@ -24,6 +24,7 @@ class Selection:
     Attributes:
         allow: Globs of paths relative to the folder; `*` also stands for "/". None given = every file.
         ignore: The same, of files that are left out.
+        keep: The same, of files that are not left out after all.
 
     Raises:
         SettingsError: They are no tuples of text.
@@ -31,9 +32,10 @@ class Selection:
 
     allow: tuple[str, ...] = ()
     ignore: tuple[str, ...] = ()
+    keep: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for name, globs in (("allow", self.allow), ("ignore", self.ignore)):
+        for name, globs in (("allow", self.allow), ("ignore", self.ignore), ("keep", self.keep)):
             if not isinstance(globs, tuple) or not all(isinstance(glob, str) and glob for glob in globs):
                 raise SettingsError(f'{name} is a list of globs such as ["*.json", "tokenizer*"], got {globs!r}')
 
@@ -51,8 +53,12 @@ class Selection:
         return [path for path in paths if self._means(path)]
 
     def _means(self, path: str) -> bool:
-        is_allowed = not self.allow or any(fnmatch.fnmatchcase(path, glob) for glob in self.allow)
-        return is_allowed and not any(fnmatch.fnmatchcase(path, glob) for glob in self.ignore)
+        is_allowed = not self.allow or _matches(path, self.allow)
+        return is_allowed and (not _matches(path, self.ignore) or _matches(path, self.keep))
+
+
+def _matches(path: str, globs: tuple[str, ...]) -> bool:
+    return any(fnmatch.fnmatchcase(path, glob) for glob in globs)
 
 
 ENGINE_FILES = Selection(
@@ -60,9 +66,12 @@ ENGINE_FILES = Selection(
         *(f"*.{suffix}" for suffix in ("safetensors", "bin", "pt", "pth", "gguf", "ggml", "h5", "msgpack", "onnx")),
         *("*.tensors", "*.ckpt", "*.npz", "*.tflite", "*.pdf", "*.png", "*.jpg", "*.jpeg", "*.gif", "*.mp4", "*.zip"),
         *("original/*", "metal/*", "onnx/*", "openvino/*", "coreml/*", "runs/*", ".*", "*/.*"),
-    )
+    ),
+    # Layers behind the model, which engines take from the folder themselves: modules of sentence-transformers, and those of bge-m3.
+    keep=("[0-9]*_Dense/*.safetensors", "[0-9]*_Dense/pytorch_model.bin", "*_linear.pt"),
 )
-"""What an engine needs beside the weights: config, tokenizer, chat template, remote code. No weights, whatever their format."""
+"""What an engine needs beside the weights: config, tokenizer, chat template, remote code. Of weights, whatever their format, only small ones
+that it looks for there."""
 
 
 def check_path(path: str, *, uri: str) -> None:

@@ -35,13 +35,16 @@ FILES = {
     "config.json": b'{"model_type": "llama"}',
     "tokenizer.json": os.urandom((9 << 20) + 123),
     "1_Pooling/config.json": b"{}",
+    "2_Dense/model.safetensors": b"a small layer that engines look for here",
+    "sparse_linear.pt": b"another one",
     "model-00001-of-00001.safetensors": b"weights",
     "original/params.json": b"{}",
     "original/consolidated.00.pth": b"weights",
     "model.Q4.gguf": b"weights",
     ".gitattributes": b"",
 }
-WANTED = ["1_Pooling/config.json", "config.json", "tokenizer.json"]
+JSONS = ["1_Pooling/config.json", "config.json", "tokenizer.json"]
+WANTED = ["1_Pooling/config.json", "2_Dense/model.safetensors", "config.json", "sparse_linear.pt", "tokenizer.json"]
 
 
 @pytest.fixture(params=["posix", "memory", "s3"])
@@ -89,7 +92,7 @@ def test_files_are_pulled_whole(uri, tmp_path):
     [
         pytest.param("*.json", None, ["1_Pooling/config.json", "config.json", "original/params.json", "tokenizer.json"],
                      id="one-glob"),
-        pytest.param(["*.json"], ["original/*"], WANTED, id="both"),
+        pytest.param(["*.json"], ["original/*"], JSONS, id="both"),
         pytest.param(None, ["*/*", "*.*"], [], id="nothing-left"),
         pytest.param(["no-such"], None, [], id="nothing-matches"),
     ],
@@ -338,4 +341,4 @@ def test_on_the_command_line(uri, tmp_path):
     target = tmp_path / "target"
     pulled = CliRunner().invoke(main, ["pull", uri, str(target), "--allow", "*.json", "--ignore", "original/*"])
     assert pulled.exit_code == 0
-    assert sorted(found_below(target)) == WANTED
+    assert sorted(found_below(target)) == JSONS
