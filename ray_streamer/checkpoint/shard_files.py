@@ -8,6 +8,7 @@ alone: adapters, unless there is nothing else, and the copy in Mistral's own lay
 
 from __future__ import annotations
 
+import logging
 import re
 from collections import defaultdict
 from dataclasses import dataclass
@@ -16,10 +17,12 @@ from typing import TYPE_CHECKING
 
 from ray_streamer.errors import ObjectMissingError
 from ray_streamer.units import counted
-from ray_streamer.wording import NUM_LISTED, listed, shown
+from ray_streamer.wording import NUM_LISTED, listed, printable, shown
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
+
+_logger = logging.getLogger(__name__)
 
 SINGLE_NAME = "model.safetensors"
 DIFFUSERS_NAME = "diffusion_pytorch_model.safetensors"
@@ -61,7 +64,13 @@ def shard_files_of(names: Sequence[str], *, uri: str) -> list[str]:
     >>> shard_files_of(["model-1-of-2.safetensors", "model-2-of-2.safetensors", "notes.txt"], uri="s3://b/m")
     ['model-1-of-2.safetensors', 'model-2-of-2.safetensors']
     """
-    return _complete_files_of(names, (SINGLE_NAME, DIFFUSERS_NAME), is_meant=_is_of_model, uri=uri)
+    found = _complete_files_of(names, (SINGLE_NAME, DIFFUSERS_NAME), is_meant=_is_of_model, uri=uri)
+    beside = sorted(set(filter(_is_of_model, names)) - set(found))
+    if beside:
+        _logger.warning(
+            "%s: only %s is read; no index json names %s beside it", printable(uri), found[0], listed(beside)
+        )
+    return found
 
 
 def adapter_files_of(names: Sequence[str], *, uri: str) -> list[str]:

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 _EXTRA_CONFIG = "--model-loader-extra-config"
 _SET_HERE = ("--load-format", "--model")
+_KNOWN_HERE = ("--model", _EXTRA_CONFIG, "--load-format", "--served-model-name")
+_FEWEST_CHARS = len("--load-f")
+"""Shorter beginnings mean several arguments of vLLM, which refuses them."""
 
 
 @click.command("serve", cls=Command)
@@ -74,10 +77,14 @@ def serve_arguments(uri: str, folder: Path, given: Sequence[str], settings: Sett
         settings: Those that were set go to the load format; secrets stay in the environment.
 
     Raises:
-        SettingsError: `given` has an argument that this command sets itself, or its extra config is no JSON object.
+        SettingsError: `given` has an argument that this command sets itself, a model, or an extra config that is no JSON object.
     """
     rest, extra = _without_extra_config(given)
-    names = {argument.partition("=")[0] for argument in rest}
+    if rest and not rest[0].startswith("-"):
+        raise SettingsError(
+            f"{rest[0]!r} stands where vllm serve takes a model, which is {uri} here; give arguments that begin with --"
+        )
+    names = {_name_of(argument) for argument in rest}
     for name in _SET_HERE:
         if name in names:
             raise SettingsError(f"{name} is set by ray-streamer serve; call vllm serve itself to choose another one")
@@ -94,9 +101,11 @@ def _without_extra_config(given: Sequence[str]) -> tuple[list[str], dict[str, An
     waiting = iter(given)
     for argument in waiting:
         name, has_value, value = argument.partition("=")
-        if name != _EXTRA_CONFIG:
+        if _name_of(argument) != _EXTRA_CONFIG:
             rest.append(argument)
             continue
+        if "." in name:
+            raise SettingsError(f'give one JSON object, as in {_EXTRA_CONFIG} {{"concurrency": 32}}, instead of {name}')
         text = value if has_value else next(waiting, "")
         try:
             extra = json.loads(text)
@@ -105,3 +114,11 @@ def _without_extra_config(given: Sequence[str]) -> tuple[list[str], dict[str, An
         if not isinstance(extra, dict) or not extra:
             raise SettingsError(f'{_EXTRA_CONFIG} must be a JSON object such as {{"concurrency": 32}}, got {text!r}')
     return rest, extra
+
+
+def _name_of(argument: str) -> str:
+    """What vLLM takes an argument for, of those that matter here: it takes "_" for "-", keys after a ".", and beginnings of long names."""
+    name = argument.partition("=")[0].partition(".")[0].replace("_", "-")
+    if not name.startswith("--"):
+        return name
+    return next((known for known in _KNOWN_HERE if known.startswith(name) and len(name) >= _FEWEST_CHARS), name)

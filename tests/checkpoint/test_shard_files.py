@@ -232,3 +232,15 @@ def test_a_link_that_leads_nowhere_is_told(tmp_path, opened):
     (tmp_path / "model.safetensors").symlink_to("../../blobs/gone")
     with pytest.raises(ObjectMissingError, match=r"is a link to \.\./\.\./blobs/gone, which does not exist"):
         opened(str(tmp_path / "model.safetensors"))
+
+
+def test_files_that_nothing_names_beside_the_one_of_the_usual_name_are_told(caplog):
+    assert shard_files_of(["model.safetensors", "head.safetensors", "consolidated.safetensors"], uri="s3://b/m") == [
+        "model.safetensors"
+    ]
+    (record,) = caplog.records
+    assert record.getMessage() == (
+        "s3://b/m: only model.safetensors is read; no index json names head.safetensors beside it"
+    )
+    assert shard_files_of(["a.safetensors", "b.safetensors"], uri="s3://b/m") == ["a.safetensors", "b.safetensors"]
+    assert len(caplog.records) == 1

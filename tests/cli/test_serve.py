@@ -34,13 +34,13 @@ def test_arguments_of_vllm_serve():
 
 
 @pytest.mark.parametrize("form", ["apart", "joined"])
-def test_the_callers_extra_config_comes_first(form):
+@pytest.mark.parametrize("flag", ["--model-loader-extra-config", "--model_loader_extra_config", "--model-loader-extra"])
+def test_the_callers_extra_config_comes_first(form, flag):
     given = '{"concurrency": 32}'
-    flag = "--model-loader-extra-config"
     arguments = serve_arguments(
         "s3://b/m", FOLDER, [flag, given] if form == "apart" else [f"{flag}={given}"], Settings(concurrency=4)
     )
-    assert arguments.count(flag) == 1
+    assert sum(argument.startswith("--model") for argument in arguments) == 1
     assert extra_config_of(arguments)["concurrency"] == 32
 
 
@@ -58,7 +58,11 @@ def test_secrets_are_not_on_the_command_line():
     ("given", "words"),
     [
         (["--load-format", "auto"], "--load-format is set by ray-streamer serve"),
+        (["--load_format", "auto"], "--load-format is set by ray-streamer serve"),
+        (["--load-form=auto"], "--load-format is set by ray-streamer serve"),
         (["--model=/other"], "--model is set by ray-streamer serve"),
+        (["/other"], r"'/other' stands where vllm serve takes a model, which is s3://b/m here"),
+        (["--model-loader-extra-config.concurrency", "4"], "give one JSON object"),
         (["--model-loader-extra-config", "[1]"], "must be a JSON object"),
         (["--model-loader-extra-config"], "must be a JSON object"),
     ],

@@ -63,8 +63,11 @@ def test_what_is_not_said_comes_from_the_environment(monkeypatch):
         ({"uri": ""}, "uri must be a path or a URI"),
         ({"draft_uri": 3}, "draft_uri must be a path or a URI .* got 3"),
         ({"concurrency": 0}, "concurrency"),
+        ({"hf_token": "hf_planted"}, "has hf_token, and vLLM logs its arguments; set RAY_STREAMER_HF_TOKEN"),
+        ([1], "is a JSON object .* got list"),
     ],
 )
 def test_what_cannot_be_meant_is_refused_by_name(extra, message):
-    with pytest.raises(SettingsError, match=message):
+    with pytest.raises(SettingsError, match=message) as told:
         LoaderOptions.of(extra)
+    assert "planted" not in str(told.value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from functools import partial
 from typing import Any
 
@@ -46,3 +47,14 @@ def test_a_draft_model_loads_its_own_files(layout, is_said, tmp_path):
         said.append([rank.later for [rank] in on_all_ranks(target, layout, [fill], tmp_path, then=then)])
     assert sum(hashes is not None for hashes in said[0]) == layout.tp
     assert said[0] == said[1]
+
+
+def test_a_draft_in_the_targets_folder_is_read_where_the_target_is(tmp_path):
+    target, config = tmp_path / "target", tmp_path / "config"
+    save_checkpoint("llama", target)
+    config.mkdir()
+    shutil.copy(target / "config.json", config)
+    then = partial(load_draft, str(config), {"uri": str(target)})
+    for [rank] in on_all_ranks(config, Layout(tp=2), [partial(ours, uri=str(target))], tmp_path, then=then):
+        # The names of a draft's layers differ by a prefix that is no part of parameters.
+        assert rank.later == rank.after

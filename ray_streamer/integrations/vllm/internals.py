@@ -108,6 +108,12 @@ def is_draft(model_config: Any) -> bool:
     return config.model_config is not None and model_config is not config.model_config
 
 
+def has_targets_folder(model_config: Any) -> bool:
+    """Whether a draft model is called as its target is, as MTP layers are, which lie in the target's files."""
+    target = internal("vllm.config", "get_current_vllm_config")().model_config
+    return target is not None and model_config.model == target.model
+
+
 def loading_group(model_config: Any) -> dist.ProcessGroup | None:
     """Host-side group of the ranks that all load this model at the same time; None for a single rank.
 

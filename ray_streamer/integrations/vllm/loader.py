@@ -58,7 +58,7 @@ class RayStreamerLoader(BaseModelLoader):
     def load_model(self, vllm_config: Any, model_config: Any, *args: Any, **kwargs: Any) -> nn.Module:
         """As vLLM's own loaders do it, on a node that has the model's config and tokenizer."""
         restore_model_files(model_config)
-        said = self._options.uri_of(is_draft=internals.is_draft(model_config))
+        said = self._options.uri_of(is_draft=self._has_own_files(model_config))
         prepare_load(said or model_config.model_weights or model_config.model, self._options.settings)
         return super().load_model(vllm_config, model_config, *args, **kwargs)
 
@@ -71,7 +71,7 @@ class RayStreamerLoader(BaseModelLoader):
         """
         internals.refuse_own_files(model)
         started = time.perf_counter()
-        is_draft = internals.is_draft(model_config)
+        is_draft = self._has_own_files(model_config)
         said = self._options.uri_of(is_draft=is_draft)
         uri = said or internals.place_of_weights(model_config, self.load_config)
         origin = origins[model] = Origin(_marked(model_config), said, uri, is_draft=is_draft)
@@ -93,6 +93,12 @@ class RayStreamerLoader(BaseModelLoader):
         line = gather_summaries(self.summary, captured.index, group)
         if line is not None:
             logger.info(line)
+
+    def _has_own_files(self, model_config: Any) -> bool:
+        """Whether this is a draft model for which not `uri` is said, but `draft_uri` or nothing."""
+        if not internals.is_draft(model_config):
+            return False
+        return self._options.draft_uri is not None or not internals.has_targets_folder(model_config)
 
     def _fill(self, uri: str, captured: CapturedSlices, device: str, group: dist.ProcessGroup | None) -> RankStatistics:
         """Loads what the model's loader says into the parameters, and shows how far it is."""

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ray_streamer.errors import SettingsError
-from ray_streamer.settings import Settings
+from ray_streamer.settings import ENV_PREFIX, SECRET_SETTINGS, Settings
 from ray_streamer.storage import scheme_of
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
 
 OWN_KEYS = ("uri", "draft_uri", "distributed")
 
@@ -43,7 +41,17 @@ class LoaderOptions:
         Raises:
             SettingsError: A key is unknown, or a value cannot be used; names both, and the keys that exist.
         """
+        if not isinstance(extra_config, Mapping | None):
+            raise SettingsError(
+                f'model_loader_extra_config is a JSON object such as {{"concurrency": 32}}, got {type(extra_config).__name__}'
+            )
         said = dict(extra_config or {})
+        secrets = sorted(said.keys() & SECRET_SETTINGS)
+        if secrets:
+            raise SettingsError(
+                f"model_loader_extra_config has {secrets[0]}, and vLLM logs its arguments; set {ENV_PREFIX}{secrets[0].upper()} in the "
+                "environment instead"
+            )
         known = {*OWN_KEYS, *Settings.model_fields}
         unknown = sorted(said.keys() - known)
         if unknown:

@@ -43,7 +43,7 @@ class Origin:
         model: Its `model_config.model` at the last load or reload, the very object.
         uri: What the options said then; None = the model's own folder.
         place: What was read then.
-        is_draft: Whether it is a draft model.
+        is_draft: Whether it is a draft model with files of its own.
         contents: Names, dtypes and shapes of the first checkpoint, as a hash; empty until it was loaded.
         taken: Names of the tensors that this rank's loader took anything of.
         reload: The last reload, if it has failed halfway and its error is still there.
