@@ -78,7 +78,7 @@ def account_of(uri: str, host: str, *, is_anonymous: bool, signature: str = "") 
             "abfss://CONTAINER@ACCOUNT.dfs.core.windows.net/PREFIX"
         )
     # What a connection string says is of its own account only, and so are the variables beside AZURE_STORAGE_ACCOUNT_NAME.
-    said = said if said.get("accountname", own or name) == name else {}
+    said = said if (said.get("accountname", own or name) or own) == name else {}
     has_variables = own in ("", name)
     endpoint = (said.get("blobendpoint") or _endpoint_of(host, name, said)).rstrip("/")
     sas_token = said.get("sharedaccesssignature") or (_variable("SAS_TOKEN") if has_variables else "")
@@ -135,10 +135,21 @@ def _connection_string() -> dict[str, str]:
         raise SettingsError(
             "AZURE_STORAGE_CONNECTION_STRING (not shown) is none; give NAME=VALUE;NAME=VALUE as Azure shows it"
         )
-    if said and "accountname" not in said and "blobendpoint" in said:
-        named = _HOST.fullmatch(urlsplit(said["blobendpoint"]).netloc)
-        said["accountname"] = named[1].lower() if named else ""
+    if "accountname" not in said and is_http_address(said.get("blobendpoint", "")):
+        said["accountname"] = _account_at(said["blobendpoint"])
     return said
+
+
+def _account_at(endpoint: str) -> str:
+    """The account of an endpoint: its host names it, or, for emulators, its path; empty for a domain of one's own.
+
+    >>> _account_at("https://mine.blob.core.windows.net/"), _account_at("http://127.0.0.1:10000/devstoreaccount1")
+    ('mine', 'devstoreaccount1')
+    """
+    parts = urlsplit(endpoint)
+    named = _HOST.fullmatch(parts.netloc)
+    path = parts.path.strip("/")
+    return named[1].lower() if named else path if _ACCOUNT.fullmatch(path) else ""
 
 
 def _variable(*names: str) -> str:

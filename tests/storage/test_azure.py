@@ -126,6 +126,10 @@ def test_a_sas_token(place, open_store, monkeypatch):
     storage = open_store(place.uri)
     assert storage.list() == ["a"]
     assert read(storage, "a", Extent(5, 99), storage.size_and_etag("a").etag) == CONTENT[5:99]
+    # As the portal gives it for a SAS token: without the account's name.
+    nameless = f"BlobEndpoint={place.url}/{ACCOUNT};SharedAccessSignature={sas_token()}"
+    monkeypatch.setenv("AZURE_STORAGE_CONNECTION_STRING", nameless)
+    assert open_store(place.uri).list() == ["a"]
     connect(monkeypatch, place.url)
     folder = f"https://{ACCOUNT}.blob.core.windows.net/{quote(place.root)}"
     assert open_store(f"{folder}?{sas_token()}").list() == ["a"]
@@ -311,6 +315,9 @@ def test_where_an_account_is(open_store, monkeypatch, uri):
         ({"ACCOUNT": "mine", "ENDPOINT_SUFFIX": "core.chinacloudapi.cn"}, "https://mine.blob.core.chinacloudapi.cn"),
         ({"CONNECTION_STRING": f"DefaultEndpointsProtocol=https;AccountName=mine;AccountKey={PLANTED_KEY};EndpointSuffix=core.cloudapi.de"}, "https://mine.blob.core.cloudapi.de"),
         ({"CONNECTION_STRING": "BlobEndpoint=https://mine.blob.core.windows.net/;SharedAccessSignature=sv=1&sig=planted"}, "https://mine.blob.core.windows.net"),
+        ({"CONNECTION_STRING": "BlobEndpoint=http://127.0.0.1:1/mine/;SharedAccessSignature=sv=1&sig=planted"}, "http://127.0.0.1:1/mine"),
+        ({"CONNECTION_STRING": "BlobEndpoint=http://127.0.0.1:1/mine;SharedAccessSignature=sig=planted", "ACCOUNT_NAME": "mine"}, "http://127.0.0.1:1/mine"),
+        ({"CONNECTION_STRING": "BlobEndpoint=https://example.com;SharedAccessSignature=sig=planted", "ACCOUNT_NAME": "mine"}, "https://example.com"),
     ],
 )  # fmt: skip
 def test_what_variables_say(monkeypatch, variables, endpoint):
@@ -318,6 +325,7 @@ def test_what_variables_say(monkeypatch, variables, endpoint):
         monkeypatch.setenv(f"AZURE_STORAGE_{name}", value)
     account = account_of("az://models/m", "", is_anonymous=False)
     assert (account.name, account.endpoint) == ("mine", endpoint)
+    assert bool(account.sas_token) == ("SharedAccessSignature" in str(variables))
     assert not PLANTED.search(repr(account))
 
 
