@@ -71,6 +71,7 @@ def account_of(uri: str, host: str, *, is_anonymous: bool, signature: str = "") 
     named = _HOST.fullmatch(host)
     if host and not named:
         raise SettingsError(f"{uri}: {host} is no account of Azure; give ACCOUNT.blob.core.windows.net")
+    _refuse_capitals(AZURE_STORAGE_ACCOUNT_NAME=own, AZURE_STORAGE_CONNECTION_STRING=said.get("accountname", ""))
     name = (named[1].lower() if named else "") or said.get("accountname") or own
     if not name or not _ACCOUNT.fullmatch(name):
         raise SettingsError(
@@ -92,6 +93,15 @@ def account_of(uri: str, host: str, *, is_anonymous: bool, signature: str = "") 
     if not key:
         _refuse_to_send_tokens(uri, endpoint, name, said)
     return AzureAccount(name=name, endpoint=endpoint, key=AccountKey.parse(name, key) if key else None)
+
+
+def _refuse_capitals(**names: str) -> None:
+    """Azure's hosts are spelt either way, but its signatures are not."""
+    for variable, name in names.items():
+        if name != name.lower() and _ACCOUNT.fullmatch(name.lower()):
+            raise SettingsError(
+                f"{variable} names account {name}, and names of accounts are lower case; give {name.lower()}"
+            )
 
 
 def _refuse_to_send_tokens(uri: str, endpoint: str, name: str, said: Mapping[str, str]) -> None:
