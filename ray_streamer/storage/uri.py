@@ -16,7 +16,9 @@ from ray_streamer.storage.stores import STORES
 ARROW_SCHEMES = frozenset({"gs", "gcs", "abfs", "abfss", "hdfs", "viewfs"})
 """What pyarrow opens, some of it only if the uri has pyarrow's options."""
 
-_SIGNATURES = frozenset({"x-amz-signature", "x-amz-security-token", "x-goog-signature", "signature", "sig"})
+_SIGNATURES = frozenset(
+    {"x-amz-signature", "x-amz-security-token", "x-goog-signature", "signature", "sig", "token", "access_token"}
+)
 
 FILE_NAMES = (".safetensors", ".json")
 """How the names of the files end that a uri may mean."""
@@ -91,7 +93,7 @@ def _refuse_signature(uri: str) -> None:
     address, _, query = uri.partition("?")
     if _SIGNATURES & {name.lower() for name, _ in parse_qsl(query)}:
         raise SettingsError(
-            f"{address} has a signature behind its '?', and only addresses that begin with https:// are signed"
+            f"{address} has a signature or token behind its '?', and only addresses that begin with https:// are signed"
         )
 
 

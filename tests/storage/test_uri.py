@@ -112,6 +112,7 @@ def test_paths_of_pathlib_and_homes_of_others(places):
         ("az://PLANTED@container/x", "credentials.*AZURE_STORAGE_ACCOUNT_NAME"),
         ("abfss://container:PLANTED@account.dfs.core.windows.net/x", "credentials"),
         ("htps://PLANTED@host/x", "credentials"),
+        ("az://models/m?token=PLANTED", "signature or token"),
     ],
 )
 def test_what_is_no_uri_is_refused(said, message):
