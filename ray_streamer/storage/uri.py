@@ -16,9 +16,8 @@ from ray_streamer.storage.stores import STORES
 ARROW_SCHEMES = frozenset({"gs", "gcs", "abfs", "abfss", "hdfs", "viewfs"})
 """What pyarrow opens, some of it only if the uri has pyarrow's options."""
 
-_SIGNATURES = frozenset(
-    {"x-amz-signature", "x-amz-security-token", "x-goog-signature", "signature", "sig", "token", "access_token"}
-)
+_SIGNATURES = frozenset({"x-amz-signature", "x-amz-security-token", "x-goog-signature", "signature", "sig"})
+_TOKENS = frozenset({"token", "access_token"})
 
 FILE_NAMES = (".safetensors", ".json")
 """How the names of the files end that a uri may mean."""
@@ -73,6 +72,7 @@ def scheme_of(uri: str) -> str:
         raise SettingsError(
             f"no storage for {shown}: scheme {scheme}:// is not known; give a path, file:///path, {stores}, hdfs:// or memory://name"
         )
+    _refuse_signature(uri, _TOKENS)
     return scheme
 
 
@@ -88,10 +88,10 @@ def _without_user(scheme: str) -> str:
     return "give them as the store's own tools take them (for S3: AWS_ACCESS_KEY_ID, or the setting s3_access_key_id), see docs/s3.md"
 
 
-def _refuse_signature(uri: str) -> None:
+def _refuse_signature(uri: str, names: frozenset[str] = _SIGNATURES) -> None:
     """Signed addresses are the web's: elsewhere a signature would be taken for a part of the name, and shown."""
     address, _, query = uri.partition("?")
-    if _SIGNATURES & {name.lower() for name, _ in parse_qsl(query)}:
+    if names & {name.lower() for name, _ in parse_qsl(query)}:
         raise SettingsError(
             f"{address} has a signature or token behind its '?', and only addresses that begin with https:// are signed"
         )
