@@ -1,6 +1,8 @@
 """Which account of Azure is meant, and who asks there? What the environment says, where Azure's own tools and Run:ai's streamer look.
 
 A SAS token that a uri itself was given with comes first; then a connection string, a SAS token and an account's key of the environment.
+Each belongs to one account, and is not sent to another. Tokens of azure-identity are good for every account of who asks, so they are
+sent to Azure's own hosts only, and to the endpoint that the environment names.
 Source: Azure Storage, "Configure connection strings".
 """
 
@@ -22,6 +24,11 @@ if TYPE_CHECKING:
 _ACCOUNT = re.compile(r"[a-z0-9]{3,24}")
 _HOST = re.compile(r"([a-z0-9]{3,24})(?:\.z[0-9]+)?\.(?:blob|dfs)\.[a-z0-9.-]+(?::[0-9]+)?", re.IGNORECASE)
 _SAS = re.compile(r"[!$-;=?-Z_a-z~]+")
+# Of Azure's clouds and of OneLake; German accounts are gone, and their suffix may belong to somebody else.
+_OWN_HOST = re.compile(
+    r"https://[a-z0-9.-]+\.(?:blob|dfs)\.(?:core\.(?:windows\.net|chinacloudapi\.cn|usgovcloudapi\.net)|storage\.azure\.net|"
+    r"fabric\.microsoft\.com)(?::443)?"
+)
 # The account of every Azurite, which Azure documents with its key.
 _EMULATOR = (
     "AccountName=devstoreaccount1;BlobEndpoint=http://127.0.0.1:10000/devstoreaccount1;"
@@ -60,28 +67,54 @@ def account_of(uri: str, host: str, *, is_anonymous: bool, signature: str = "") 
     Raises:
         SettingsError: Nothing names an account, or what is said cannot be used.
     """
-    said = _connection_string()
+    said, own = _connection_string(), _variable("ACCOUNT_NAME", "ACCOUNT")
     named = _HOST.fullmatch(host)
     if host and not named:
         raise SettingsError(f"{uri}: {host} is no account of Azure; give ACCOUNT.blob.core.windows.net")
-    name = (named[1].lower() if named else "") or said.get("accountname") or _variable("ACCOUNT_NAME", "ACCOUNT")
+    _refuse_capitals(AZURE_STORAGE_ACCOUNT_NAME=own, AZURE_STORAGE_CONNECTION_STRING=said.get("accountname", ""))
+    name = (named[1].lower() if named else "") or said.get("accountname") or own
     if not name or not _ACCOUNT.fullmatch(name):
         raise SettingsError(
             f"{uri} names no storage account; set AZURE_STORAGE_ACCOUNT_NAME, or give "
             "abfss://CONTAINER@ACCOUNT.dfs.core.windows.net/PREFIX"
         )
-    # What a connection string says is of its own account only.
-    said = said if said.get("accountname", name) == name else {}
-    endpoint = said.get("blobendpoint") or _endpoint_of(host, name, said)
-    sas_token = signature or (said.get("sharedaccesssignature") or _variable("SAS_TOKEN")).lstrip("?")
-    key = said.get("accountkey") or _variable("ACCOUNT_KEY", "KEY")
-    endpoint = endpoint.rstrip("/")
+    # What a connection string says is of its own account only, and so are the variables beside AZURE_STORAGE_ACCOUNT_NAME.
+    said = said if (said.get("accountname", own or name) or own) == name else {}
+    has_variables = own in ("", name)
+    endpoint = (said.get("blobendpoint") or _endpoint_of(host, name, said)).rstrip("/")
+    sas_token = said.get("sharedaccesssignature") or (_variable("SAS_TOKEN") if has_variables else "")
+    sas_token = signature or sas_token.lstrip("?")
+    key = said.get("accountkey") or (_variable("ACCOUNT_KEY", "KEY") if has_variables else "")
     _refuse_unusable(endpoint, sas_token, given_as="the query of the uri" if signature else "AZURE_STORAGE_SAS_TOKEN")
     if is_anonymous or sas_token:
         return AzureAccount(
             name=name, endpoint=endpoint, sas_token="" if is_anonymous else sas_token, is_anonymous=is_anonymous
         )
+    if not key:
+        _refuse_to_send_tokens(uri, endpoint, name, said)
     return AzureAccount(name=name, endpoint=endpoint, key=AccountKey.parse(name, key) if key else None)
+
+
+def _refuse_capitals(**names: str) -> None:
+    """Azure's hosts are spelt either way, but its signatures are not."""
+    for variable, name in names.items():
+        if name != name.lower() and _ACCOUNT.fullmatch(name.lower()):
+            raise SettingsError(
+                f"{variable} names account {name}, and names of accounts are lower case; give {name.lower()}"
+            )
+
+
+def _refuse_to_send_tokens(uri: str, endpoint: str, name: str, said: Mapping[str, str]) -> None:
+    """Nobody but Azure, and the server that the environment names, learns who asks."""
+    suffix = said.get("endpointsuffix") or _variable("ENDPOINT_SUFFIX")
+    is_named = bool(said.get("blobendpoint")) or (bool(suffix) and endpoint == _endpoint_of("", name, said))
+    if is_named or _OWN_HOST.fullmatch(endpoint):
+        return
+    suffix = endpoint.partition(".blob.")[2]
+    raise SettingsError(
+        f"{uri}: {endpoint} is no https address of Azure's own, so it is sent no token of azure-identity; if it is yours set "
+        f"AZURE_STORAGE_ENDPOINT_SUFFIX={suffix}, or AZURE_STORAGE_CONNECTION_STRING for account {name}; else set azure_unsigned"
+    )
 
 
 def _endpoint_of(host: str, name: str, said: Mapping[str, str]) -> str:
@@ -112,10 +145,21 @@ def _connection_string() -> dict[str, str]:
         raise SettingsError(
             "AZURE_STORAGE_CONNECTION_STRING (not shown) is none; give NAME=VALUE;NAME=VALUE as Azure shows it"
         )
-    if said and "accountname" not in said and "blobendpoint" in said:
-        named = _HOST.fullmatch(urlsplit(said["blobendpoint"]).netloc)
-        said["accountname"] = named[1].lower() if named else ""
+    if "accountname" not in said and is_http_address(said.get("blobendpoint", "")):
+        said["accountname"] = _account_at(said["blobendpoint"])
     return said
+
+
+def _account_at(endpoint: str) -> str:
+    """The account of an endpoint: its host names it, or, for emulators, its path; empty for a domain of one's own.
+
+    >>> _account_at("https://mine.blob.core.windows.net/"), _account_at("http://127.0.0.1:10000/devstoreaccount1")
+    ('mine', 'devstoreaccount1')
+    """
+    parts = urlsplit(endpoint)
+    named = _HOST.fullmatch(parts.netloc)
+    path = parts.path.strip("/")
+    return named[1].lower() if named else path if _ACCOUNT.fullmatch(path) else ""
 
 
 def _variable(*names: str) -> str:

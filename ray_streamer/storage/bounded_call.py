@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 _Result = TypeVar("_Result")
+# What libraries raise over files and answers that have not the form, or the numbers, that they expect.
+_MALFORMED = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
 
 
 def call_within(seconds: float, call: Callable[[], _Result], *, what: str) -> _Result:
@@ -90,10 +92,12 @@ def find_credentials(
     """
     try:
         return call_within(seconds, find, what="credentials")
+    except RayStreamerError:
+        raise
     except TimeoutError:
         raise CredentialsError(
             f"{library} found no credentials in {seconds:g} s (credentials_timeout_seconds); {advice}"
         ) from None
-    except (*refusals, OSError, ValueError, KeyError, TypeError) as error:
+    except (*refusals, OSError, *_MALFORMED) as error:
         # Not from the error, which may quote answers with tokens in them.
         raise CredentialsError(f"{library} has no credentials ({type(error).__name__}): {advice}") from None

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 from urllib.parse import quote, urlencode, urlsplit
 
-from ray_streamer.errors import SettingsError
+from ray_streamer.errors import CredentialsError, SettingsError
 from ray_streamer.storage.bounded_call import OneAtATime, find_credentials
 from ray_streamer.storage.extras import missing_extra
 from ray_streamer.storage.http_route import is_http_address
@@ -36,6 +36,8 @@ _SCOPES = ("https://www.googleapis.com/auth/devstorage.read_only",)
 _MAX_RESULTS = 500
 _GENERATION = re.compile(r'"?([0-9]{1,20})"?')
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9._:-]{1,220}[a-z0-9]")
+_TOKEN = re.compile(r"[!-~]+")
+_SHOWN_PATH = re.compile(r"[^{}\n]{1,500}")
 _ANONYMOUS = "anonymous@"
 _WHO = (
     "let google-auth know who asks: GOOGLE_APPLICATION_CREDENTIALS, `gcloud auth application-default login`, or a service account of "
@@ -129,7 +131,7 @@ class GoogleCredentials:
         """The store did not take a request with these headers; get another token, unless there is another one already."""
         with self._finding.turn():
             said: dict[str, str] = {}
-            if self._credentials is not None:
+            if self._credentials is not None and _has_token(self._credentials):
                 self._credentials.apply(said)
             if said.items() <= headers.items():
                 self._is_refused = True
@@ -146,10 +148,14 @@ class GoogleCredentials:
             found = self._credentials or google.auth.default(scopes=_SCOPES)[0]
             if self._is_refused or not _is_fresh(found):
                 found.refresh(Transport())
+            if not _has_token(found):
+                raise CredentialsError(
+                    f"the token endpoint that google-auth asked gave no token that can be sent; {_advice()}"
+                )
             return found
 
         self._credentials = find_credentials(
-            "google-auth", find, seconds=self._timeout_seconds, refusals=(exceptions.GoogleAuthError,), advice=_WHO
+            "google-auth", find, seconds=self._timeout_seconds, refusals=(exceptions.GoogleAuthError,), advice=_advice()
         )
         self._is_refused = False
         return self._credentials
@@ -157,6 +163,22 @@ class GoogleCredentials:
 
 def _is_fresh(credentials: Any) -> bool:
     return credentials.token_state.name == "FRESH"
+
+
+def _has_token(credentials: Any) -> bool:
+    return isinstance(credentials.token, str) and bool(_TOKEN.fullmatch(credentials.token))
+
+
+def _advice() -> str:
+    """What to do without credentials, by what the environment says of them."""
+    named = os.environ.get("GOOGLE_APPLICATION_CREDENTIALS", "")
+    if not named:
+        return _WHO
+    # Some give it the content of the file.
+    shown = named if _SHOWN_PATH.fullmatch(named) else "what is no path (not shown)"
+    if not os.path.exists(named):
+        return f"GOOGLE_APPLICATION_CREDENTIALS names {shown}, and there is no such file; set it to the path of one"
+    return f"look at {shown}, which GOOGLE_APPLICATION_CREDENTIALS names, and at its token_uri; or {_WHO}"
 
 
 class GoogleStore(ObjectStore):

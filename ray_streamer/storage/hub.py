@@ -12,6 +12,7 @@ Source: huggingface_hub 2.4, `hf_raise_for_status`, `get_hf_file_metadata`, `lis
 from __future__ import annotations
 
 import json
+import os
 import re
 import threading
 from dataclasses import dataclass, replace
@@ -21,6 +22,7 @@ from urllib.parse import parse_qs, quote, urlencode, urlsplit
 from ray_streamer.errors import AccessError, ObjectChangedError, ObjectMissingError, SettingsError, StorageError
 from ray_streamer.storage.bounded_call import OneAtATime, call_within
 from ray_streamer.storage.extras import missing_extra
+from ray_streamer.storage.http_route import is_http_address
 from ray_streamer.storage.identity import Identity
 from ray_streamer.storage.listing import MAX_JSON_BYTES, MAX_TOKEN_CHARS, ListingPage
 from ray_streamer.storage.object_store import Request
@@ -36,6 +38,8 @@ if TYPE_CHECKING:
     from ray_streamer.storage.http_connection import HttpAnswer
     from ray_streamer.storage.retry import PassingFault
 
+_EVERYBODYS = "https://huggingface.co"
+_PRINTABLE = re.compile(r"[!-~]+")
 _COMMIT = re.compile(r"[0-9a-f]{40,64}")
 _NEXT = re.compile(r'<([^<>]*)>;\s*rel="?next"?')
 _RESET = re.compile(r"\bt=(\d{1,6})\b")
@@ -273,7 +277,7 @@ def _token_within(seconds: float) -> str | None:
 
 
 def _sendable(token: str | None) -> str | None:
-    if token and not re.fullmatch(r"[!-~]+", token):
+    if token and not _PRINTABLE.fullmatch(token):
         raise AccessError("the token of the Hub (not shown) has characters that cannot be sent; set HF_TOKEN again")
     return token
 
@@ -303,7 +307,7 @@ def open_store(uri: str, settings: StorageSettings) -> HubStore:
     """The store of an `hf://` uri.
 
     Raises:
-        SettingsError: huggingface_hub is not installed, is told to stay offline, or the uri names no model.
+        SettingsError: huggingface_hub is not installed, cannot use its variables, is told to stay offline, or the uri names no model.
     """
     try:
         from huggingface_hub import constants
@@ -311,6 +315,14 @@ def open_store(uri: str, settings: StorageSettings) -> HubStore:
         from huggingface_hub.utils import parse_hf_uri
     except ImportError as error:
         raise missing_extra("hf://", "huggingface_hub", "hub") from error
+    except ValueError as error:
+        # It reads its variables when it is imported, the address of the Hub among them.
+        _usable_endpoint(os.environ.get("HF_ENDPOINT", ""))
+        raise SettingsError(
+            f"huggingface_hub cannot be imported: {NO_SECRETS.clean(str(error))}; look at the variables HF_HUB_..., whose "
+            "timeouts are whole seconds"
+        ) from None
+    endpoint = _usable_endpoint(constants.ENDPOINT)
     try:
         parsed = parse_hf_uri(f"hf://{uri.partition('://')[2].rstrip('/')}")
     except HfUriError as error:
@@ -324,13 +336,26 @@ def open_store(uri: str, settings: StorageSettings) -> HubStore:
         )
     return HubStore(
         uri,
-        endpoint=constants.ENDPOINT.rstrip("/"),
+        endpoint=endpoint,
         repository=parsed.id,
         revision=parsed.revision or constants.DEFAULT_REVISION,
         folder=parsed.path_in_repo.strip("/"),
         token=settings.hf_token.get_secret_value() if settings.hf_token else "",
         timeout_seconds=settings.credentials_timeout_seconds,
         wait_seconds=seconds_of_one_head(settings),
+    )
+
+
+def _usable_endpoint(endpoint: str) -> str:
+    """The Hub's address, without a "/" at its end; that of everybody if there is none."""
+    address = endpoint.strip().rstrip("/") or _EVERYBODYS
+    # A user would be repeated, and a query would end up inside of addresses.
+    if is_http_address(address) and _PRINTABLE.fullmatch(address) and not set("@?#") & set(address):
+        return address
+    has_user = "@" in address
+    raise SettingsError(
+        f"HF_ENDPOINT (not shown) {'has a user or password in it' if has_user else 'is no address'}; give one such as {_EVERYBODYS}"
+        + (", and a token in HF_TOKEN" if has_user else "")
     )
 
 

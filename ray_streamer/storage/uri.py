@@ -17,6 +17,7 @@ ARROW_SCHEMES = frozenset({"gs", "gcs", "abfs", "abfss", "hdfs", "viewfs"})
 """What pyarrow opens, some of it only if the uri has pyarrow's options."""
 
 _SIGNATURES = frozenset({"x-amz-signature", "x-amz-security-token", "x-goog-signature", "signature", "sig"})
+_TOKENS = frozenset({"token", "access_token"})
 
 FILE_NAMES = (".safetensors", ".json")
 """How the names of the files end that a uri may mean."""
@@ -24,6 +25,8 @@ FILE_NAMES = (".safetensors", ".json")
 UriLike = str | os.PathLike[str]
 """What the caller may say: text, or a path object for a local path."""
 
+# What stands before the "@" is a container, or a user without a password of a store that has no passwords.
+_SCHEMES_WITH_USERS = frozenset({"abfss", "abfs", "hdfs", "viewfs", "file", "memory"})
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 _SCHEMES = ARROW_SCHEMES | {"file", "memory"} | {scheme for kind in STORES for scheme in kind.schemes}
 _COLLAPSED = re.compile(rf"({'|'.join(sorted(_SCHEMES - {'file'}))}):/[^/]", re.IGNORECASE)
@@ -49,10 +52,10 @@ def scheme_of(uri: str) -> str:
     authority, _, query = rest.partition("?")
     user = authority.partition("/")[0].rpartition("@")[0]
     options = {name for name, _ in parse_qsl(query)} if scheme in ARROW_SCHEMES else set[str]()
-    if ":" in user or (scheme in ("s3", "http", "https") and user) or _SECRET_OPTIONS & options:
+    may_have_user = scheme in _SCHEMES_WITH_USERS or (scheme in ("gs", "gcs") and user == "anonymous")
+    if ":" in user or (user and not may_have_user) or _SECRET_OPTIONS & options:
         raise SettingsError(
-            f"a {scheme}:// uri has credentials in it, and uris appear in plans, reports and errors; give them as the "
-            "store's own tools take them (for S3: AWS_ACCESS_KEY_ID, or the setting s3_access_key_id), see docs/s3.md"
+            f"a {scheme}:// uri has credentials in it, and uris appear in plans, reports and errors; {_without_user(scheme)}"
         )
     if scheme in ("http", "https") and ("?" in rest or "#" in rest):
         raise SettingsError(
@@ -69,15 +72,28 @@ def scheme_of(uri: str) -> str:
         raise SettingsError(
             f"no storage for {shown}: scheme {scheme}:// is not known; give a path, file:///path, {stores}, hdfs:// or memory://name"
         )
+    _refuse_signature(uri, _TOKENS)
     return scheme
 
 
-def _refuse_signature(uri: str) -> None:
+def _without_user(scheme: str) -> str:
+    """What to give in place of a uri with an "@" before its first slash."""
+    if scheme == "hf":
+        return "give hf://ORG/MODEL[@REVISION], and the token in HF_TOKEN"
+    if scheme == "az":
+        return (
+            "give az://CONTAINER/PREFIX, and the account in AZURE_STORAGE_ACCOUNT_NAME; or "
+            "abfss://CONTAINER@ACCOUNT.dfs.core.windows.net/PREFIX"
+        )
+    return "give them as the store's own tools take them (for S3: AWS_ACCESS_KEY_ID, or the setting s3_access_key_id), see docs/s3.md"
+
+
+def _refuse_signature(uri: str, names: frozenset[str] = _SIGNATURES) -> None:
     """Signed addresses are the web's: elsewhere a signature would be taken for a part of the name, and shown."""
     address, _, query = uri.partition("?")
-    if _SIGNATURES & {name.lower() for name, _ in parse_qsl(query)}:
+    if names & {name.lower() for name, _ in parse_qsl(query)}:
         raise SettingsError(
-            f"{address} has a signature behind its '?', and only addresses that begin with https:// are signed"
+            f"{address} has a signature or token behind its '?', and only addresses that begin with https:// are signed"
         )
 
 

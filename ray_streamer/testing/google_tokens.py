@@ -23,6 +23,7 @@ class TokenServer(ThreadingHTTPServer):
     Attributes:
         num_tokens: That were given.
         lifetime_seconds: Of the tokens from now on.
+        answer: What is answered in place of a token, if anything is.
     """
 
     daemon_threads = True
@@ -31,6 +32,7 @@ class TokenServer(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.num_tokens = 0
         self.lifetime_seconds = 3600
+        self.answer: bytes | None = None
         self._lock = threading.Lock()
 
     def next_token(self) -> str:
@@ -38,6 +40,11 @@ class TokenServer(ThreadingHTTPServer):
         with self._lock:
             self.num_tokens += 1
             return f"planted-token-{self.num_tokens}"
+
+    def next_answer(self) -> bytes:
+        """A token that nobody had before, as JSON."""
+        token = {"access_token": self.next_token(), "expires_in": self.lifetime_seconds, "token_type": "Bearer"}
+        return json.dumps(token).encode()
 
     def write_account(self, path: Path) -> None:
         """Write the key file of a service account that asks this server; `GOOGLE_APPLICATION_CREDENTIALS` names it."""
@@ -71,8 +78,7 @@ class _Handler(BaseHTTPRequestHandler):
         server = cast(TokenServer, self.server)
         asked = parse_qs(self.rfile.read(int(self.headers["Content-Length"])).decode())
         assert asked["grant_type"] == [_GRANT]
-        token = {"access_token": server.next_token(), "expires_in": server.lifetime_seconds, "token_type": "Bearer"}
-        body = json.dumps(token).encode()
+        body = server.answer if server.answer is not None else server.next_answer()
         self.send_response(200)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))

@@ -126,6 +126,10 @@ def test_a_sas_token(place, open_store, monkeypatch):
     storage = open_store(place.uri)
     assert storage.list() == ["a"]
     assert read(storage, "a", Extent(5, 99), storage.size_and_etag("a").etag) == CONTENT[5:99]
+    # As the portal gives it for a SAS token: without the account's name.
+    nameless = f"BlobEndpoint={place.url}/{ACCOUNT};SharedAccessSignature={sas_token()}"
+    monkeypatch.setenv("AZURE_STORAGE_CONNECTION_STRING", nameless)
+    assert open_store(place.uri).list() == ["a"]
     connect(monkeypatch, place.url)
     folder = f"https://{ACCOUNT}.blob.core.windows.net/{quote(place.root)}"
     assert open_store(f"{folder}?{sas_token()}").list() == ["a"]
@@ -311,6 +315,9 @@ def test_where_an_account_is(open_store, monkeypatch, uri):
         ({"ACCOUNT": "mine", "ENDPOINT_SUFFIX": "core.chinacloudapi.cn"}, "https://mine.blob.core.chinacloudapi.cn"),
         ({"CONNECTION_STRING": f"DefaultEndpointsProtocol=https;AccountName=mine;AccountKey={PLANTED_KEY};EndpointSuffix=core.cloudapi.de"}, "https://mine.blob.core.cloudapi.de"),
         ({"CONNECTION_STRING": "BlobEndpoint=https://mine.blob.core.windows.net/;SharedAccessSignature=sv=1&sig=planted"}, "https://mine.blob.core.windows.net"),
+        ({"CONNECTION_STRING": "BlobEndpoint=http://127.0.0.1:1/mine/;SharedAccessSignature=sv=1&sig=planted"}, "http://127.0.0.1:1/mine"),
+        ({"CONNECTION_STRING": "BlobEndpoint=http://127.0.0.1:1/mine;SharedAccessSignature=sig=planted", "ACCOUNT_NAME": "mine"}, "http://127.0.0.1:1/mine"),
+        ({"CONNECTION_STRING": "BlobEndpoint=https://example.com;SharedAccessSignature=sig=planted", "ACCOUNT_NAME": "mine"}, "https://example.com"),
     ],
 )  # fmt: skip
 def test_what_variables_say(monkeypatch, variables, endpoint):
@@ -318,6 +325,7 @@ def test_what_variables_say(monkeypatch, variables, endpoint):
         monkeypatch.setenv(f"AZURE_STORAGE_{name}", value)
     account = account_of("az://models/m", "", is_anonymous=False)
     assert (account.name, account.endpoint) == ("mine", endpoint)
+    assert bool(account.sas_token) == ("SharedAccessSignature" in str(variables))
     assert not PLANTED.search(repr(account))
 
 
@@ -332,6 +340,9 @@ def test_what_variables_say(monkeypatch, variables, endpoint):
         ("az://models/m", {"ACCOUNT_NAME": "mine", "ACCOUNT_KEY": "planted!"}, "ACCOUNT_KEY .not shown. is no key"),
         ("az://models/m", {"ACCOUNT_NAME": "mine", "SAS_TOKEN": "planted"}, "SAS_TOKEN .not shown. is no SAS"),
         ("az://models/m", {"ACCOUNT_NAME": "mine", "SAS_TOKEN": "sig=planted\r\nX: y"}, "SAS_TOKEN .not shown. is no SAS"),
+        ("az://models/m", {"ACCOUNT_NAME": "Mine"}, "AZURE_STORAGE_ACCOUNT_NAME names account Mine, .* lower case; give mine"),
+        ("abfss://models@mine.dfs.core.windows.net/m", {"ACCOUNT_NAME": "Mine", "SAS_TOKEN": "sig=planted"}, "lower case; give mine"),
+        ("az://models/m", {"CONNECTION_STRING": f"AccountName=MINE;AccountKey={PLANTED_KEY}"}, "CONNECTION_STRING names account MINE"),
         ("az://models/m", {"CONNECTION_STRING": "planted"}, "CONNECTION_STRING .not shown. is none"),
         ("az://models/m", {"CONNECTION_STRING": "AccountName=mine;BlobEndpoint=planted"}, "BlobEndpoint that is no address"),
     ],
@@ -342,6 +353,70 @@ def test_what_cannot_be_used_is_refused_unseen(open_store, monkeypatch, uri, var
     with pytest.raises(SettingsError, match=words) as caught:
         open_store(uri)
     assert not PLANTED.search("".join(traceback.format_exception(caught.value)))
+
+
+OF_MINE = {"ACCOUNT_NAME": "mine", "SAS_TOKEN": "sig=planted", "ACCOUNT_KEY": PLANTED_KEY}
+SAS_OF_OTHER = {"CONNECTION_STRING": "AccountName=other;SharedAccessSignature=sig=other"}
+
+
+@pytest.mark.parametrize(
+    ("variables", "host", "sas_token", "has_key"),
+    [
+        pytest.param(OF_MINE, "mine.blob.core.windows.net", "sig=planted", False, id="of-the-account"),
+        pytest.param(OF_MINE, "", "sig=planted", False, id="of-the-account-of-az"),
+        pytest.param(OF_MINE, "other.blob.core.windows.net", "", False, id="of-another-account"),
+        pytest.param({**OF_MINE, "SAS_TOKEN": ""}, "other.dfs.core.windows.net", "", False, id="key-of-another"),
+        pytest.param(OF_MINE | SAS_OF_OTHER, "other.dfs.core.windows.net", "sig=other", False, id="connection-string"),
+        pytest.param({"ACCOUNT_KEY": PLANTED_KEY}, "other.dfs.core.windows.net", "", True, id="of-no-account"),
+        pytest.param({"ACCOUNT_NAME": "mine", "CONNECTION_STRING": "SharedAccessSignature=sig=planted"}, "other.blob.core.windows.net", "", False, id="nameless-string"),
+    ],
+)  # fmt: skip
+def test_credentials_of_the_environment_are_of_its_account(monkeypatch, variables, host, sas_token, has_key):
+    for name, value in variables.items():
+        monkeypatch.setenv(f"AZURE_STORAGE_{name}", value)
+    account = account_of("the uri", host, is_anonymous=False)
+    assert (account.sas_token, account.key is not None) == (sas_token, has_key)
+
+
+def test_another_account_learns_nothing(identity, open_store, monkeypatch):
+    """A uri that names any host at all is sent neither what is of another account nor a token of who asks."""
+    for name, value in OF_MINE.items():
+        monkeypatch.setenv(f"AZURE_STORAGE_{name}", value)
+    uri = "abfss://models@other.blob.localhost:1/m"
+    with pytest.raises(SettingsError, match=r"no token.*AZURE_STORAGE_ENDPOINT_SUFFIX=localhost:1") as caught:
+        open_store(uri)
+    assert not PLANTED.search(str(caught.value))
+    assert identity.num_tokens == 0
+    store = open_store(uri, azure_unsigned=True)._store
+    assert "Authorization" not in store.object_request("a", {}, None).headers
+
+
+@pytest.mark.parametrize(
+    ("host", "variables", "is_sent"),
+    [
+        ("other.dfs.core.windows.net", {}, True),
+        ("other.z6.blob.storage.azure.net", {}, True),
+        ("other.blob.core.chinacloudapi.cn", {}, True),
+        ("other.blob.core.usgovcloudapi.net", {}, True),
+        ("onelake.dfs.fabric.microsoft.com", {}, True),
+        ("other.blob.core.windows.net.example.com", {}, False),
+        ("other.blob.example.com", {}, False),
+        ("other.blob.example.com", {"ENDPOINT_SUFFIX": "example.com"}, True),
+        ("other.blob.example.com", {"ENDPOINT_SUFFIX": "example.org"}, False),
+        ("other.blob.example.com", {"CONNECTION_STRING": "AccountName=other;EndpointSuffix=example.com"}, True),
+        ("other.blob.example.com", {"CONNECTION_STRING": "AccountName=mine;EndpointSuffix=example.com"}, False),
+        ("other.blob.core.windows.net", {"CONNECTION_STRING": "AccountName=other;DefaultEndpointsProtocol=http"}, False),
+        ("other.blob.example.com", {"CONNECTION_STRING": "AccountName=other;BlobEndpoint=http://127.0.0.1:1/other"}, True),
+    ],
+)  # fmt: skip
+def test_who_is_sent_tokens_of_an_identity(monkeypatch, host, variables, is_sent):
+    for name, value in variables.items():
+        monkeypatch.setenv(f"AZURE_STORAGE_{name}", value)
+    if is_sent:
+        assert account_of("the uri", host, is_anonymous=False).key is None
+        return
+    with pytest.raises(SettingsError, match="sent no token of azure-identity"):
+        account_of("the uri", host, is_anonymous=False)
 
 
 def test_pages_of_a_listing():

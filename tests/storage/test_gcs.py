@@ -16,7 +16,14 @@ from pathlib import Path
 import pytest
 from pyarrow import fs
 
-from ray_streamer.errors import AccessError, ObjectChangedError, ObjectMissingError, SettingsError, StorageError
+from ray_streamer.errors import (
+    AccessError,
+    CredentialsError,
+    ObjectChangedError,
+    ObjectMissingError,
+    SettingsError,
+    StorageError,
+)
 from ray_streamer.extent import Extent
 from ray_streamer.storage import gcs
 from ray_streamer.testing.faults import FaultProxy
@@ -189,13 +196,89 @@ def test_without_google_auth(open_store, monkeypatch):
         open_store("gs://models/m").list()
 
 
-@pytest.mark.parametrize("content", ["{}", "no json", '{"type": "service_account", "private_key": "planted"}'])
+EXTERNAL = {
+    "type": "external_account",
+    "audience": "a",
+    "subject_token_type": "x",
+    "token_url": "http://127.0.0.1:9/planted",
+}
+CREDENTIALS_THAT_ARE_NONE = {
+    "empty": "{}",
+    "no-json": "no json",
+    "no-account": '{"type": "service_account", "private_key": "planted"}',
+    "list": "[]",
+    "null": "null",
+    "text": '"planted"',
+    "number": "5",
+    "deep": "[" * 100_000,
+    "deep-object": '{"type":' * 100_000,
+    "type": '{"type": []}',
+    "source": json.dumps({**EXTERNAL, "credential_source": []}),
+    "impersonated": json.dumps({"type": "impersonated_service_account", "source_credentials": []}),
+    "impersonation": json.dumps({"type": "impersonated_service_account", "source_credentials": {"type": "authorized_user", "client_id": "a", "client_secret": "planted", "refresh_token": "planted"}, "service_account_impersonation_url": 5}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("content", CREDENTIALS_THAT_ARE_NONE.values(), ids=CREDENTIALS_THAT_ARE_NONE.keys())
 def test_credentials_that_cannot_be_used(open_store, monkeypatch, tmp_path, content):
     (tmp_path / "account.json").write_text(content)
     monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(tmp_path / "account.json"))
-    with pytest.raises(AccessError, match=r"google-auth has no credentials.*GOOGLE_APPLICATION_CREDENTIALS") as caught:
+    words = r"google-auth has no credentials.*look at .*account\.json, which GOOGLE_APPLICATION_CREDENTIALS names"
+    with pytest.raises(CredentialsError, match=words) as caught:
         open_store("gs://models/m").list()
     assert not PLANTED.search("".join(traceback.format_exception(caught.value)))
+
+
+@pytest.mark.parametrize(
+    ("named", "words"),
+    [
+        ("/nowhere/account.json", "names /nowhere/account.json, and there is no such file"),
+        ('{"type": "service_account", "private_key": "planted"}', "names what is no path .not shown., and"),
+    ],
+    ids=["missing", "content"],
+)
+def test_a_file_of_credentials_that_is_not_there(open_store, monkeypatch, named, words):
+    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", named)
+    with pytest.raises(CredentialsError, match=f"GOOGLE_APPLICATION_CREDENTIALS {words}") as caught:
+        open_store("gs://models/m").list()
+    assert not PLANTED.search("".join(traceback.format_exception(caught.value)))
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"",
+        b"[]",
+        b"null",
+        b"{}",
+        b"<html>planted",
+        b'{"access_token": null, "expires_in": 3600}',
+        b'{"access_token": 5, "expires_in": 3600}',
+        b'{"access_token": "", "expires_in": 3600}',
+        b'{"access_token": "planted\\ntoken", "expires_in": 3600}',
+        b'{"access_token": "planted\xc3\xa9", "expires_in": 3600}',
+        b'{"access_token": "planted", "expires_in": 1e300}',
+        b'{"access_token": "planted", "expires_in": []}',
+    ],
+)
+def test_token_endpoints_that_answer_no_token(tokens, store, open_store, monkeypatch, answer):
+    monkeypatch.setattr(tokens, "answer", answer)
+    with pytest.raises(CredentialsError, match=r"google-auth.*GOOGLE_APPLICATION_CREDENTIALS.*token_uri") as caught:
+        open_store("gs://models/m").list()
+    assert not PLANTED.search("".join(traceback.format_exception(caught.value)))
+    assert not store.requests
+
+
+def test_a_token_endpoint_that_answers_no_token_any_more(tokens, store, open_store, monkeypatch):
+    storage = open_store("gs://models/m")
+    assert storage.read_head("a", 4)[0] == CONTENT[:4]
+    monkeypatch.setattr(tokens, "answer", b'{"access_token": null, "expires_in": 3600}')
+    store.good = {"Bearer planted-token-2"}
+    for _ in range(2):
+        with pytest.raises(CredentialsError, match="gave no token that can be sent"):
+            storage.read_head("a", 4)
+    monkeypatch.setattr(tokens, "answer", None)
+    assert storage.read_head("a", 4)[0] == CONTENT[:4]
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import logging
+import os
 import re
+import subprocess
 import sys
 import traceback
 from concurrent.futures import ThreadPoolExecutor
@@ -312,6 +314,57 @@ def test_without_huggingface_hub(open_store, monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(SettingsError, match=re.escape("pip install 'ray_streamer[hub]'")):
         open_store("hf://org/model")
+
+
+@pytest.mark.parametrize(
+    ("address", "words"),
+    [
+        ("https://planted:planted@hub.example.com", "has a user or password in it"),
+        ("https://planted@hub.example.com", "has a user or password in it"),
+        ("hub.example.com/planted", "is no address"),
+        ("://hub.example.com", "is no address"),
+        ("ftp://hub.example.com", "is no address"),
+        ("https://", "is no address"),
+        ("https://hub.example.com:0", "is no address"),
+        ("https://hub.example.com:99999", "is no address"),
+        ("https://hub.example.com:planted", "is no address"),
+        ("https://[planted", "is no address"),
+        ("https://hub.example.com?planted", "is no address"),
+        ("https://hub. example.com", "is no address"),
+    ],
+)
+def test_addresses_of_the_hub_that_are_none(open_store, monkeypatch, address, words):
+    use_hub(monkeypatch, address)
+    with pytest.raises(
+        SettingsError, match=f"HF_ENDPOINT .not shown. {words}.*give one such as https://huggingface.co"
+    ) as caught:
+        open_store("hf://org/model")
+    assert not PLANTED.search("".join(traceback.format_exception(caught.value)))
+
+
+@pytest.mark.parametrize("address", ["", " "])
+def test_an_empty_address_of_the_hub_is_none(open_store, monkeypatch, address):
+    use_hub(monkeypatch, address)
+    assert open_store("hf://org/model")._store.endpoint == "https://huggingface.co"
+
+
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        ({"HF_HUB_DOWNLOAD_TIMEOUT": "abc"}, "huggingface_hub cannot be imported: .*'abc'; look at the variables HF_HUB_"),
+        ({"HF_HUB_ETAG_TIMEOUT": ""}, "huggingface_hub cannot be imported: .*''; look at the variables HF_HUB_"),
+        ({"HF_ENDPOINT": "https://[planted"}, "HF_ENDPOINT .not shown. is no address"),
+        ({"HF_ENDPOINT": "planted.example.com"}, "HF_ENDPOINT .not shown. is no address"),
+    ],
+)  # fmt: skip
+def test_variables_that_huggingface_hub_cannot_use(variables, words):
+    """It reads them when it is imported, so another process does that."""
+    code = "import ray_streamer\ntry: ray_streamer.ls('hf://org/model')\nexcept ray_streamer.SettingsError as error: print(error)"
+    result = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **variables}, capture_output=True, text=True, timeout=60
+    )
+    assert re.search(words, result.stdout), result
+    assert not PLANTED.search(result.stdout + result.stderr)
 
 
 @pytest.mark.parametrize(

@@ -106,12 +106,27 @@ def test_paths_of_pathlib_and_homes_of_others(places):
         ("file://", "empty path"),
         ("ftp://host/model", "ftp://"),
         ("s3://KEY:PLANTED@bucket/x", "credentials"),
+        ("hf://PLANTED@org/model", "credentials.*HF_TOKEN"),
+        ("gs://PLANTED@bucket/x", "credentials"),
+        ("gcs://anonymous:PLANTED@bucket/x", "credentials"),
+        ("az://PLANTED@container/x", "credentials.*AZURE_STORAGE_ACCOUNT_NAME"),
+        ("abfss://container:PLANTED@account.dfs.core.windows.net/x", "credentials"),
+        ("htps://PLANTED@host/x", "credentials"),
+        ("az://models/m?token=PLANTED", "signature or token"),
     ],
 )
 def test_what_is_no_uri_is_refused(said, message):
     with pytest.raises(SettingsError, match=message) as caught:
         absolute_uri(said)
     assert "PLANTED" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "uri",
+    ["gs://anonymous@bucket/m", "abfss://models@mine.dfs.core.windows.net/m", "hf://org/model@main/sub", "az://models/a@b", "hdfs://me@host/m"],
+)  # fmt: skip
+def test_what_is_no_user_stays(uri):
+    assert absolute_uri(uri) == uri
 
 
 def test_a_relative_path_in_a_folder_that_is_gone(tmp_path, monkeypatch):
