@@ -114,8 +114,11 @@ class ObjectRequests:
             RayStreamerError: Asking again does not help.
         """
         request = self._made(what, lambda: self._store.listing_request(prefix, token, recursive=recursive))
-        with self._asked(what, request, path=None) as answer:
-            yield answer
+        try:
+            with self._asked(what, request, path=None) as answer:
+                yield answer
+        finally:
+            self._store.end_page()
 
     def close(self) -> None:
         """Let everybody through who waits for a turn: what they ask then fails by itself."""

@@ -93,6 +93,11 @@ class Redirects:
                 self._asked.remove(path)
                 self._changed.notify_all()
 
+    def forget_all(self) -> None:
+        """Ask the server again next time, for every file."""
+        with self._changed:
+            self._urls.clear()
+
     def forget(self, path: str, url: str) -> None:
         """Ask the server again next time, if `url` is still the one in use."""
         with self._changed:

@@ -77,7 +77,7 @@ class HubServer(HostileStore):
         if resolve is None:
             return self._tree(asked, files, path)
         if path not in files:
-            return _refused(404, "EntryNotFound", "Entry not found")
+            return _refused(404, "EntryNotFound", "Entry not found", commit=commit)
         return self._resolve(asked, files[path], commit, is_large=path.endswith(".safetensors"))
 
     def answer_delivery(self, asked: Asked) -> bytes:
@@ -139,7 +139,6 @@ class HubServer(HostileStore):
         self.delivery.__exit__(*reason)
 
 
-def _refused(status: int, code: str, message: str) -> bytes:
-    return answer_bytes(
-        status, json.dumps({"error": message}).encode(), {"X-Error-Code": code, "X-Error-Message": message}
-    )
+def _refused(status: int, code: str, message: str, *, commit: str | None = None) -> bytes:
+    headers = {"X-Error-Code": code, "X-Error-Message": message, "X-Repo-Commit": commit}
+    return answer_bytes(status, json.dumps({"error": message}).encode(), headers)
