@@ -182,7 +182,8 @@ class HubStore(WebStore):
         found = super().identity_of(path, request, answer, size_bytes)
         linked = self._linked.get(path)
         if self._is_own(request.url):
-            etag = _content_etag(answer.header("x-linked-etag") or found.etag)
+            # A weak ETag of a mirror's own promises nothing about bytes.
+            etag = _content_etag(answer.header("x-linked-etag") or (found.etag if found.is_exact else ""))
             return Identity(etag, size_bytes) if etag else found
         if found.is_exact and self._etags_there.setdefault(request.url, found.etag) != found.etag:
             raise ObjectChangedError(f"{self._uri}/{path}: the file behind one address of the Hub became another one")
@@ -290,7 +291,7 @@ def _sendable(token: str | None) -> str | None:
 
 
 def _content_etag(header: str) -> str:
-    """A strong ETag: the Hub's are hashes of the content, whatever a proxy made of their form."""
+    """A strong ETag: the Hub's are hashes of the content, whatever a proxy made of the form of `X-Linked-Etag`."""
     match = _ETAG.fullmatch(header)
     return f'"{match[1]}"' if match and match[1] != "*" else ""
 

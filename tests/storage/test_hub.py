@@ -392,6 +392,24 @@ def test_faults_of_the_delivery_end_bit_for_bit(place, open_store, fault):
         assert proxy.num_faults == 2
 
 
+@pytest.mark.parametrize(
+    ("content", "difference"), [(CONTENT[::-1], "another Last-Modified"), (CONTENT + b"x", "bytes")]
+)
+def test_a_mirror_with_weak_etags_is_compared_as_web_servers_are(place, open_store, caplog, content, difference):
+    def answer(asked):
+        modified = f"\r\nLast-Modified: Sun, 29 Nov 2026 22:0{place.server.minute}:00 GMT\r\n".encode()
+        return file_bytes(place.server.content, asked, etag='W/"e"').replace(b"\r\n", modified, 1)
+
+    place.server.answer, place.server.content, place.server.minute = answer, CONTENT, 1
+    storage = open_store(place.uri)
+    etag = storage.size_and_etag("a.safetensors").etag
+    assert etag.startswith(f'W/"e" size={len(CONTENT)} modified=')
+    assert "has a weak ETag" in caplog.text
+    place.server.content, place.server.minute = content, 2
+    with pytest.raises(ObjectChangedError, match=difference):
+        read(storage, "a.safetensors", Extent(0, 100), etag)
+
+
 @pytest.mark.parametrize("content", [CONTENT[::-1], CONTENT + b"x"], ids=["other-bytes", "longer"])
 def test_a_delivery_of_something_else_is_noticed(place, open_store, content):
     place.write("a.safetensors", CONTENT)
