@@ -25,6 +25,7 @@ from ray_streamer.storage.identity import Identity
 from ray_streamer.storage.listing import MAX_JSON_BYTES, MAX_TOKEN_CHARS, ListingPage
 from ray_streamer.storage.object_store import Request
 from ray_streamer.storage.redaction import NO_SECRETS
+from ray_streamer.storage.redirects import safe_target
 from ray_streamer.storage.refusal import skew_of
 from ray_streamer.storage.web import WebRefusal, WebStore, origin_of, seconds_of_one_head, status_text
 from ray_streamer.units import exact_bytes
@@ -229,6 +230,14 @@ class HubStore(WebStore):
         query = urlencode({"recursive": str(recursive).lower(), **({"cursor": token} if token else {})})
         address = f"{self._root}/api/models/{self._repository}/tree/{self._revision}"
         return Request(f"{address}/{folder}?{query}" if folder else f"{address}?{query}", self._authorization)
+
+    def follow_page(self, request: Request, answer: HttpAnswer, what: str) -> Request | None:
+        """See `ObjectStore`; the Hub sends listings on of repositories that were renamed."""
+        location = answer.header("location")
+        if not location:
+            return None
+        url = safe_target(what, asked=request.url, location=location)
+        return Request(url, self._authorization if self._is_own(url) else {}, is_sent_on=True)
 
     def parse_page(self, answer: HttpAnswer, body: bytes) -> ListingPage:
         """See `ObjectStore`."""

@@ -27,7 +27,7 @@ from ray_streamer.extent import Extent
 from ray_streamer.storage.hub_commit import PinnedCommit
 from ray_streamer.testing.faults import FaultProxy
 from ray_streamer.testing.file_server import file_bytes
-from ray_streamer.testing.hostile_store import answer_bytes
+from ray_streamer.testing.hostile_store import HostileStore, answer_bytes
 from ray_streamer.testing.hub_server import HubServer
 from ray_streamer.testing.storage_suite import CONTENT, PASSING_FAULTS, StorageContract, check_load, read, write_llama
 
@@ -249,6 +249,54 @@ def test_a_first_request_that_fails_lets_the_next_one_try(place, open_store):
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(ask, names))
     assert found.count(b"x") == 3
+
+
+@pytest.fixture
+def renamed(place):
+    """The uri of a repository by the name that it had; only those with the token see it."""
+    files = {"a.json": b"old", "b.safetensors": CONTENT, "c.json": b"old"}
+    place.server.push(place.repository, files)
+    place.server.renamed["old-org/model"] = place.repository
+    place.server.private.add(place.repository)
+    return "hf://old-org/model"
+
+
+def test_a_renamed_repository_is_listed_and_read_from_one_commit(place, renamed, open_store):
+    storage = open_store(renamed, hf_token=place.server.token)
+    place.server.page_size = 2
+    assert storage.list() == ["a.json", "b.safetensors", "c.json"]
+    assert storage.read_head("a.json", 10)[0] == b"old"
+    place.server.push(place.repository, {"a.json": b"new", "c.json": b"new"})
+    etag = storage.size_and_etag("b.safetensors").etag
+    assert read(storage, "b.safetensors", Extent(5, 5000), etag) == CONTENT[5:5000]
+    assert [storage.read_head(name, 10)[0] for name in ("a.json", "c.json")] == [b"old", b"old"]
+    with pytest.raises(ObjectMissingError, match=r"no such file.*attempt 1$"):
+        storage.read_head("missing", 10)
+    assert not any("authorization" in asked.headers for asked in place.server.delivery.requests)
+
+
+@pytest.mark.parametrize(
+    ("location", "words"),
+    [
+        ("http://169.254.169.254/x", "link-local or metadata address"),
+        ("ftp://host/x", "something other than a web server"),
+        ("/api/models/org/model/tree/main", "more than 5 times"),
+    ],
+    ids=["metadata", "ftp", "loop"],
+)
+def test_a_listing_is_sent_on_only_where_it_is_safe(hub, open_store, location, words):
+    hub.answer = lambda _: answer_bytes(307, b"", {"Location": location})
+    with pytest.raises(StorageError, match=rf"listing hf://org/model.*{words}"):
+        open_store("hf://org/model").list()
+    assert len(hub.requests) == (6 if "times" in words else 1)
+
+
+def test_nobody_but_the_hub_is_told_who_lists(hub, open_store):
+    with HostileStore(lambda _: answer_bytes(200, b"[]")) as other:
+        hub.answer = lambda _: answer_bytes(307, b"", {"Location": f"{other.url}/x"})
+        assert open_store("hf://org/model", hf_token=hub.token).list() == []
+    assert "authorization" in hub.requests[0].headers
+    assert "authorization" not in other.requests[0].headers
 
 
 def test_an_address_that_ended_is_asked_for_again(place, open_store):
