@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import parse_qs, quote, urlencode, urlsplit
 
-from ray_streamer.errors import AccessError, ObjectChangedError, ObjectMissingError, SettingsError, StorageError
+from ray_streamer.errors import CredentialsError, ObjectChangedError, ObjectMissingError, SettingsError, StorageError
 from ray_streamer.storage.bounded_call import OneAtATime, call_within
 from ray_streamer.storage.extras import missing_extra
 from ray_streamer.storage.hub_commit import PinnedCommit
@@ -285,17 +285,19 @@ def _token_within(seconds: float) -> str | None:
     try:
         return call_within(seconds, get_token, what="token of the Hub")
     except TimeoutError:
-        raise AccessError(
+        raise CredentialsError(
             f"huggingface_hub found no token in {seconds:g} s (credentials_timeout_seconds); set HF_TOKEN"
         ) from None
     except Exception as error:
         # It asks other servers and reads files, with errors of every kind, which may quote what they read.
-        raise AccessError(f"huggingface_hub cannot find a token ({type(error).__name__}); set HF_TOKEN") from None
+        raise CredentialsError(f"huggingface_hub cannot find a token ({type(error).__name__}); set HF_TOKEN") from None
 
 
 def _sendable(token: str | None) -> str | None:
     if token and not re.fullmatch(r"[!-~]+", token):
-        raise AccessError("the token of the Hub (not shown) has characters that cannot be sent; set HF_TOKEN again")
+        raise CredentialsError(
+            "the token of the Hub (not shown) has characters that cannot be sent; set HF_TOKEN again"
+        )
     return token
 
 
