@@ -23,6 +23,7 @@ class TokenServer(ThreadingHTTPServer):
     Attributes:
         num_tokens: That were given.
         lifetime_seconds: Of the tokens from now on.
+        is_refusing: Whether it gives none at present.
     """
 
     daemon_threads = True
@@ -31,6 +32,7 @@ class TokenServer(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.num_tokens = 0
         self.lifetime_seconds = 3600
+        self.is_refusing = False
         self._lock = threading.Lock()
 
     def next_token(self) -> str:
@@ -71,6 +73,9 @@ class _Handler(BaseHTTPRequestHandler):
         server = cast(TokenServer, self.server)
         asked = parse_qs(self.rfile.read(int(self.headers["Content-Length"])).decode())
         assert asked["grant_type"] == [_GRANT]
+        if server.is_refusing:
+            self.send_error(400)
+            return
         token = {"access_token": server.next_token(), "expires_in": server.lifetime_seconds, "token_type": "Bearer"}
         body = json.dumps(token).encode()
         self.send_response(200)
