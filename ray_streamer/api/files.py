@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from ray_streamer.checkpoint import locate, shard_paths
 from ray_streamer.checkpoint.folder_hints import refuse_missing_folder
-from ray_streamer.errors import CheckpointError, ObjectMissingError, StorageError
+from ray_streamer.errors import AccessError, CheckpointError, CredentialsError, ObjectMissingError
 from ray_streamer.files import ENGINE_FILES, Selection, cached_files, listed_or_known, pull_files
 from ray_streamer.files.pull import identities
 from ray_streamer.named_checkpoint import NamedCheckpoint
@@ -135,7 +135,9 @@ def _everything(storage: Storage, *, concurrency: int, names: Sequence[str] = ()
     def others() -> list[str]:
         try:
             shards = shard_paths(storage)
-        except (CheckpointError, StorageError):
+        except CredentialsError:
+            raise
+        except (CheckpointError, ObjectMissingError, AccessError):
             # No model is there, or none that can be loaded; other files may be.
             shards = []
         return [*shards, *(name for name in names if not _GLOB.search(name))]

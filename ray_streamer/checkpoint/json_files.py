@@ -44,6 +44,9 @@ def read_json_config(storage: Storage, name: str) -> dict[str, Any] | None:
         data = read_json_file(storage, name, max_bytes=_MAX_CONFIG_BYTES)
     except ObjectMissingError:
         return None
+    except CredentialsError:
+        # A listing would look for them again, for as long.
+        raise
     except AccessError:
         if may_list(storage):
             raise

@@ -39,7 +39,7 @@ from ray_streamer.checkpoint.shard_files import (
 )
 from ray_streamer.checkpoint.weight_map import parse_weight_map
 from ray_streamer.collector import collector_paused
-from ray_streamer.errors import AccessError, IndexMismatchError, ObjectMissingError, StorageError
+from ray_streamer.errors import AccessError, CredentialsError, IndexMismatchError, ObjectMissingError, StorageError
 from ray_streamer.process_limits import check_room_for_threads, limits_explained
 from ray_streamer.units import counted
 from ray_streamer.wording import listed, printable, shown
@@ -163,6 +163,9 @@ def _files_of(storage: Storage, selection: str | None) -> _Files:
     name = selection or INDEX_NAME
     try:
         data = read_json_file(storage, name)
+    except CredentialsError:
+        # A listing would look for them again, for as long.
+        raise
     except AccessError:
         if selection is not None or may_list(storage):
             raise
@@ -193,6 +196,8 @@ def _files_without_index(storage: Storage) -> _Files:
         names = storage.list()
     except ObjectMissingError as error:
         raise missing_folder(storage, error) from error
+    except CredentialsError:
+        raise
     except AccessError as error:
         return _Files([_single_file(storage, error)], "folder")
     if (index_name := f"{DIFFUSERS_NAME}.index.json") in names:

@@ -16,7 +16,7 @@ from ray_streamer.checkpoint.json_files import CONFIG_NAME, full_name, read_json
 from ray_streamer.checkpoint.shard_files import DIFFUSERS_NAME, SINGLE_NAME, SUFFIX, component_files_of
 from ray_streamer.checkpoint.strict_json import MalformedJsonError, parse_lenient
 from ray_streamer.checkpoint.weight_map import parse_weight_map
-from ray_streamer.errors import AccessError, CheckpointError, ObjectMissingError
+from ray_streamer.errors import AccessError, CheckpointError, CredentialsError, ObjectMissingError
 from ray_streamer.storage import is_there
 from ray_streamer.wording import listed, shown
 
@@ -78,6 +78,8 @@ def _files_of(storage: Storage, component: str, class_name: object) -> list[str]
         names = [path.rpartition("/")[2] for path in storage.list(f"{component}/")]
     except ObjectMissingError:
         names = []
+    except CredentialsError:
+        raise
     except AccessError:
         return [path for single in _NAMES if is_there(storage, path := f"{component}/{single}")][:1]
     found = component_files_of(names, uri=full_name(storage, component))

@@ -67,6 +67,8 @@ def listed_or_known(storage: Storage, *, concurrency: int, others: Callable[[], 
 def _is_shown(storage: Storage, name: str) -> bool:
     try:
         return is_there(storage, name)
+    except CredentialsError:
+        raise
     except AccessError:
         # A store that refuses lists may hide what is not there behind a refusal, too.
         return False

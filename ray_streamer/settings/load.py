@@ -97,7 +97,7 @@ class LoadSettings(BaseModel):
     )
     list_timeout_seconds: Seconds = Field(
         default=30.0,
-        description="Limit for listing one folder of an object store, all pages together.",
+        description="Limit for listing one folder of an object store, all pages and retries together.",
     )
     retry_deadline_seconds: float = Field(
         default=120.0,

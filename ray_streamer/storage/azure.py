@@ -17,12 +17,13 @@ from ray_streamer.errors import AccessError, SettingsError, StorageError
 from ray_streamer.storage import web
 from ray_streamer.storage.azure_account import account_of
 from ray_streamer.storage.azure_listing import parse_page
-from ray_streamer.storage.bounded_call import OneAtATime, find_credentials
+from ray_streamer.storage.bounded_call import find_credentials
 from ray_streamer.storage.expiry import ended_signature
 from ray_streamer.storage.extras import missing_extra
 from ray_streamer.storage.http_date import http_date_now
 from ray_streamer.storage.object_store import ObjectStore, Request, if_match
 from ray_streamer.storage.refusal import Refusal, skew_of, xml_element
+from ray_streamer.storage.renewal import Freshness, Renewal
 from ray_streamer.storage.signed import Signature
 from ray_streamer.storage.trust import ca_file_of_environment
 
@@ -114,29 +115,33 @@ class AzureTokens:
 
     def __init__(self, *, timeout_seconds: float) -> None:
         self._timeout_seconds = timeout_seconds
-        self._finding = OneAtATime()
+        self._renewal = Renewal(self._freshness, self._renew)
         self._credential: Any = None
-        self._token: str | None = None
+        self._token = ""
         self._is_refused = False
-        self._renew_at = 0.0
+        self._ends_at = 0.0
 
     def token(self) -> str:
-        """A token that is good for some minutes.
+        """A token that is good for some minutes where it could be renewed.
 
         Raises:
-            AccessError: There are no credentials, or none in time.
+            CredentialsError: There are no credentials, or none in time.
             SettingsError: azure-identity is not installed.
         """
-        with self._finding.turn():
-            if self._token is None or time.time() >= self._renew_at:
-                self._renew()
-            return self._token or ""
+        self._renewal.ensure()
+        return self._token
 
     def refuse(self, authorization: str) -> None:
         """The store did not take a request with this header; get another token, unless there is another one already."""
-        with self._finding.turn():
+        with self._renewal.finding.turn():
             if authorization == f"Bearer {self._token}":
-                self._token, self._is_refused = None, True
+                self._is_refused = True
+
+    def _freshness(self) -> Freshness:
+        seconds = self._ends_at - time.time()
+        if self._is_refused or seconds <= 0:
+            return Freshness.ENDED
+        return Freshness.FRESH if seconds > _RENEWED_BEFORE_SECONDS else Freshness.ENDS_SOON
 
     def _renew(self) -> None:
         try:
@@ -156,8 +161,7 @@ class AzureTokens:
         found = find_credentials(
             "azure-identity", find, seconds=self._timeout_seconds, refusals=(AzureError,), advice=_WHO
         )
-        self._token, self._is_refused = found.token, False
-        self._renew_at = found.expires_on - _RENEWED_BEFORE_SECONDS
+        self._token, self._ends_at, self._is_refused = found.token, found.expires_on, False
 
 
 class AzureStore(ObjectStore):

@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from urllib.parse import quote, urlencode, urlsplit
 
 from ray_streamer.errors import CredentialsError, SettingsError
-from ray_streamer.storage.bounded_call import OneAtATime, find_credentials
+from ray_streamer.storage.bounded_call import find_credentials
 from ray_streamer.storage.extras import missing_extra
 from ray_streamer.storage.http_route import is_http_address
 from ray_streamer.storage.identity import Identity
 from ray_streamer.storage.listing import MAX_JSON_BYTES, MAX_TOKEN_CHARS, ListingPage
 from ray_streamer.storage.object_store import ObjectStore, Request
 from ray_streamer.storage.refusal import Refusal, skew_of
+from ray_streamer.storage.renewal import Freshness, Renewal
 from ray_streamer.storage.trust import ca_file_of_environment
 
 if TYPE_CHECKING:
@@ -108,35 +109,40 @@ class GoogleCredentials:
 
     def __init__(self, *, timeout_seconds: float) -> None:
         self._timeout_seconds = timeout_seconds
-        self._finding = OneAtATime()
+        self._renewal = Renewal(self._freshness, self._renew)
         self._credentials: Any = None
         self._is_refused = False
 
     def headers(self) -> dict[str, str]:
-        """The headers that say so, with a token that is good for some minutes.
+        """The headers that say so, with a token that is good for some minutes where it could be renewed.
 
         Raises:
-            AccessError: There are no credentials, or none in time.
+            CredentialsError: There are no credentials, or none in time.
             SettingsError: google-auth is not installed.
         """
-        with self._finding.turn():
-            credentials = self._credentials
-            if credentials is None or self._is_refused or not _is_fresh(credentials):
-                credentials = self._renew()
-            headers: dict[str, str] = {}
-            credentials.apply(headers)
-            return headers
+        self._renewal.ensure()
+        headers: dict[str, str] = {}
+        self._credentials.apply(headers)
+        return headers
 
     def refuse(self, headers: Mapping[str, str]) -> None:
         """The store did not take a request with these headers; get another token, unless there is another one already."""
-        with self._finding.turn():
+        with self._renewal.finding.turn():
             said: dict[str, str] = {}
             if self._credentials is not None and _has_token(self._credentials):
                 self._credentials.apply(said)
             if said.items() <= headers.items():
                 self._is_refused = True
 
-    def _renew(self) -> Any:
+    def _freshness(self) -> Freshness:
+        if self._credentials is None or self._is_refused:
+            return Freshness.ENDED
+        # By google-auth's names.
+        return {"FRESH": Freshness.FRESH, "STALE": Freshness.ENDS_SOON}.get(
+            self._credentials.token_state.name, Freshness.ENDED
+        )
+
+    def _renew(self) -> None:
         try:
             import google.auth
             from google.auth import exceptions
@@ -158,7 +164,6 @@ class GoogleCredentials:
             "google-auth", find, seconds=self._timeout_seconds, refusals=(exceptions.GoogleAuthError,), advice=_advice()
         )
         self._is_refused = False
-        return self._credentials
 
 
 def _is_fresh(credentials: Any) -> bool:

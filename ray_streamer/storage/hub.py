@@ -3,7 +3,7 @@
 huggingface_hub reads the uri, and knows the Hub's address (`HF_ENDPOINT`) and who asks (`HF_TOKEN`, or `hf auth login`). Files are
 asked for at the Hub, which sends large ones on to its content delivery network, by addresses that end after a while (see `web`).
 
-A revision is a commit from the first answer on, so that all files are of one. Identity is the hash of the content that the Hub
+A revision is a commit from the first answer on, so that all files are of one (see `hub_commit`). Identity is the hash of the content that the Hub
 tells: what a network for delivery calls a file may differ from place to place. What that network calls it is compared besides, as
 long as one address lasts.
 Source: huggingface_hub 2.4, `hf_raise_for_status`, `get_hf_file_metadata`, `list_repo_tree`.
@@ -14,19 +14,20 @@ from __future__ import annotations
 import json
 import os
 import re
-import threading
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import parse_qs, quote, urlencode, urlsplit
 
-from ray_streamer.errors import AccessError, ObjectChangedError, ObjectMissingError, SettingsError, StorageError
+from ray_streamer.errors import CredentialsError, ObjectChangedError, ObjectMissingError, SettingsError, StorageError
 from ray_streamer.storage.bounded_call import OneAtATime, call_within
 from ray_streamer.storage.extras import missing_extra
 from ray_streamer.storage.http_route import is_http_address
+from ray_streamer.storage.hub_commit import PinnedCommit
 from ray_streamer.storage.identity import Identity
 from ray_streamer.storage.listing import MAX_JSON_BYTES, MAX_TOKEN_CHARS, ListingPage
 from ray_streamer.storage.object_store import Request
 from ray_streamer.storage.redaction import NO_SECRETS
+from ray_streamer.storage.redirects import safe_target
 from ray_streamer.storage.refusal import skew_of
 from ray_streamer.storage.web import WebRefusal, WebStore, origin_of, seconds_of_one_head, status_text
 from ray_streamer.units import exact_bytes
@@ -40,7 +41,6 @@ if TYPE_CHECKING:
 
 _EVERYBODYS = "https://huggingface.co"
 _PRINTABLE = re.compile(r"[!-~]+")
-_COMMIT = re.compile(r"[0-9a-f]{40,64}")
 _NEXT = re.compile(r'<([^<>]*)>;\s*rel="?next"?')
 _RESET = re.compile(r"\bt=(\d{1,6})\b")
 _ETAG = re.compile(r'(?:W/)?"?([!#-~]+?)"?')
@@ -119,7 +119,7 @@ class HubStore(WebStore):
         folder: In the repository, without a "/" at its end; empty for all of it.
         token: Who asks, a secret; empty for whom huggingface_hub finds.
         timeout_seconds: How long huggingface_hub may take to find a token, which it may have to renew.
-        wait_seconds: See `Redirects`.
+        wait_seconds: See `Redirects` and `PinnedCommit`.
     """
 
     endpoint_advice = "is HF_ENDPOINT right"
@@ -140,9 +140,8 @@ class HubStore(WebStore):
         super().__init__(uri, root=endpoint, sends_on=True, wait_seconds=wait_seconds)
         self.folder = f"{folder}/" if folder else ""
         self._repository = repository
-        self._revision = revision
         self._timeout_seconds = timeout_seconds
-        self._lock = threading.Lock()
+        self._commit = PinnedCommit(uri, revision, wait_seconds=wait_seconds)
         self._finding = OneAtATime()
         self._given_token = token
         self._token: str | None = None
@@ -154,6 +153,7 @@ class HubStore(WebStore):
     def object_request(self, path: str, headers: Mapping[str, str], pinned: Identity | None) -> Request:
         """See `ObjectStore`."""
         self._authorize()
+        self._commit.take_turn()
         request = super().object_request(path, headers, None)
         there = Identity(self._etags_there.get(request.url, "")).condition if pinned else ""
         if not there:
@@ -165,17 +165,17 @@ class HubStore(WebStore):
         super().discard(path, request)
         with self._finding.turn():
             # Servers that the Hub names are told nothing, and others of its threads may have found another token already.
-            if not request.is_sent_on and request.headers.get("Authorization") == self._authorization.get(
-                "Authorization"
-            ):
+            said = request.headers.get("Authorization")
+            if self._is_own(request.url) and said == self._authorization.get("Authorization"):
                 self._has_asked_for_token = False
 
     def follow(self, path: str, request: Request, answer: HttpAnswer) -> bool:
         """See `ObjectStore`."""
+        etag = _content_etag(answer.header("x-linked-etag"))
+        # Of a repository that was renamed the Hub says first where that is now, and nothing of the file.
+        self._note_commit(answer, has_files=bool(etag))
         if not super().follow(path, request, answer):
             return False
-        self._note_commit(answer)
-        etag = _content_etag(answer.header("x-linked-etag"))
         if etag:
             size = answer.header("x-linked-size")
             self._linked[path] = _Linked(etag, int(size) if size.isdecimal() and len(size) < 19 else None)
@@ -183,11 +183,12 @@ class HubStore(WebStore):
 
     def identity_of(self, path: str, request: Request, answer: HttpAnswer, size_bytes: int) -> Identity:
         """See `ObjectStore`."""
+        self._note_commit(answer, has_files=True)
         found = super().identity_of(path, request, answer, size_bytes)
         linked = self._linked.get(path)
-        if origin_of(request.url) == origin_of(self._root):
-            self._note_commit(answer)
-            etag = _content_etag(answer.header("x-linked-etag") or found.etag)
+        if self._is_own(request.url):
+            # A weak ETag of a mirror's own promises nothing about bytes.
+            etag = _content_etag(answer.header("x-linked-etag") or (found.etag if found.is_exact else ""))
             return Identity(etag, size_bytes) if etag else found
         if found.is_exact and self._etags_there.setdefault(request.url, found.etag) != found.etag:
             raise ObjectChangedError(f"{self._uri}/{path}: the file behind one address of the Hub became another one")
@@ -200,8 +201,18 @@ class HubStore(WebStore):
             )
         return Identity(linked.etag, size_bytes)
 
+    def end(self, path: str, request: Request) -> None:
+        """See `ObjectStore`."""
+        super().end(path, request)
+        self._commit.end()
+
+    def end_page(self) -> None:
+        """See `ObjectStore`."""
+        self._commit.end()
+
     def refusal_of(self, request: Request, answer: HttpAnswer, body: bytes) -> HubRefusal:
         """See `ObjectStore`."""
+        self._note_commit(answer, has_files=False)
         reset = _RESET.search(answer.header("ratelimit"))
         return HubRefusal(
             status=answer.status,
@@ -209,7 +220,7 @@ class HubStore(WebStore):
             message=answer.secrets.clean(answer.header("x-error-message")).rstrip("."),
             retry_after=answer.header("retry-after") or (reset[1] if reset else ""),
             skew_seconds=skew_of(answer.header("date")) if answer.status in (401, 403) else 0.0,
-            was_sent_on=request.is_sent_on,
+            was_sent_on=request.is_sent_on and not self._is_own(request.url),
             repository=self._repository,
             page=f"{self._root}/{self._repository}",
             has_token=self._token is not None,
@@ -218,13 +229,23 @@ class HubStore(WebStore):
     def listing_request(self, prefix: str, token: str, *, recursive: bool) -> Request:
         """See `ObjectStore`; the Hub lists folders."""
         self._authorize()
+        self._commit.take_turn()
         folder = quote(prefix.rpartition("/")[0], safe="")
         query = urlencode({"recursive": str(recursive).lower(), **({"cursor": token} if token else {})})
-        address = f"{self._root}/api/models/{self._repository}/tree/{self._pinned_revision}"
+        address = f"{self._root}/api/models/{self._repository}/tree/{self._revision}"
         return Request(f"{address}/{folder}?{query}" if folder else f"{address}?{query}", self._authorization)
+
+    def follow_page(self, request: Request, answer: HttpAnswer, what: str) -> Request | None:
+        """See `ObjectStore`; the Hub sends listings on of repositories that were renamed."""
+        location = answer.header("location")
+        if not location:
+            return None
+        url = safe_target(what, asked=request.url, location=location)
+        return Request(url, self._authorization if self._is_own(url) else {}, is_sent_on=True)
 
     def parse_page(self, answer: HttpAnswer, body: bytes) -> ListingPage:
         """See `ObjectStore`."""
+        self._note_commit(answer, has_files=False)
         try:
             entries: Any = json.loads(body)
         except (ValueError, RecursionError):
@@ -235,19 +256,19 @@ class HubStore(WebStore):
         return ListingPage(keys, _cursor(answer.header("link")))
 
     def _own_url(self, path: str) -> str:
-        return f"{self._root}/{self._repository}/resolve/{self._pinned_revision}/{quote(self.folder + path, safe='/~')}"
+        return f"{self._root}/{self._repository}/resolve/{self._revision}/{quote(self.folder + path, safe='/~')}"
 
     @property
-    def _pinned_revision(self) -> str:
-        with self._lock:
-            return quote(self._revision, safe="")
+    def _revision(self) -> str:
+        return quote(self._commit.revision, safe="")
 
-    def _note_commit(self, answer: HttpAnswer) -> None:
-        """The first answer says which commit a branch is at; the others are asked for at that one."""
-        commit = answer.header("x-repo-commit")
-        with self._lock:
-            if _COMMIT.fullmatch(commit) and not _COMMIT.fullmatch(self._revision):
-                self._revision = commit
+    def _is_own(self, url: str) -> bool:
+        return origin_of(url) == origin_of(self._root)
+
+    def _note_commit(self, answer: HttpAnswer, *, has_files: bool) -> None:
+        if self._commit.note(answer.header("x-repo-commit"), has_files=has_files):
+            # Addresses that name the branch, as those of a repository that was renamed.
+            self._redirects.forget_all()
 
     def _authorize(self) -> None:
         """Find who asks, once, and again after a refusal."""
@@ -268,22 +289,24 @@ def _token_within(seconds: float) -> str | None:
     try:
         return call_within(seconds, get_token, what="token of the Hub")
     except TimeoutError:
-        raise AccessError(
+        raise CredentialsError(
             f"huggingface_hub found no token in {seconds:g} s (credentials_timeout_seconds); set HF_TOKEN"
         ) from None
     except Exception as error:
         # It asks other servers and reads files, with errors of every kind, which may quote what they read.
-        raise AccessError(f"huggingface_hub cannot find a token ({type(error).__name__}); set HF_TOKEN") from None
+        raise CredentialsError(f"huggingface_hub cannot find a token ({type(error).__name__}); set HF_TOKEN") from None
 
 
 def _sendable(token: str | None) -> str | None:
     if token and not _PRINTABLE.fullmatch(token):
-        raise AccessError("the token of the Hub (not shown) has characters that cannot be sent; set HF_TOKEN again")
+        raise CredentialsError(
+            "the token of the Hub (not shown) has characters that cannot be sent; set HF_TOKEN again"
+        )
     return token
 
 
 def _content_etag(header: str) -> str:
-    """A strong ETag: the Hub's are hashes of the content, whatever a proxy made of their form."""
+    """A strong ETag: the Hub's are hashes of the content, whatever a proxy made of the form of `X-Linked-Etag`."""
     match = _ETAG.fullmatch(header)
     return f'"{match[1]}"' if match and match[1] != "*" else ""
 

@@ -39,25 +39,26 @@ class ListingPage:
     next_token: str
 
 
-def list_keys(ask: Callable[[str], ListingPage], *, what: str, timeout_seconds: float) -> list[str]:
+def list_keys(ask: Callable[[str, float], ListingPage], *, what: str, timeout_seconds: float) -> list[str]:
     """The keys of all pages.
 
     Args:
-        ask: Gives the page of a continuation token, the first one's being empty.
+        ask: Gives the page of a continuation token, the first one's being empty. It tries again no later than its second argument says, a
+            time of `time.monotonic`.
         what: The listing, for messages.
         timeout_seconds: No page is asked for later than that after the first.
 
     Raises:
         StorageError: The listing goes round in circles, never ends, or takes too long; or what `ask` raises.
     """
-    deadline = time.monotonic() + timeout_seconds
+    ends_at = time.monotonic() + timeout_seconds
     keys: list[str] = []
     # Hashes: tokens may be long.
     seen: set[int] = set()
     num_chars = 0
     token = ""
     while True:
-        page = ask(token)
+        page = ask(token, ends_at)
         keys += page.keys
         token = page.next_token
         if not token:
@@ -70,7 +71,7 @@ def list_keys(ask: Callable[[str], ListingPage], *, what: str, timeout_seconds: 
             raise StorageError(
                 f"{what}: there is more after {counted(len(seen), 'page')} and {counted(len(keys), 'key')}; is this the folder of one checkpoint?"
             )
-        if time.monotonic() >= deadline:
+        if time.monotonic() >= ends_at:
             raise StorageError(
                 f"{what}: the listing has no end in {timeout_seconds:g} s (list_timeout_seconds), after "
                 f"{counted(len(seen), 'page')} and {counted(len(keys), 'key')}"

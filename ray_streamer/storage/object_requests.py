@@ -38,7 +38,15 @@ class ConditionRefusedError(Exception):
 
 
 class _MovedError(Exception):
-    """The store sent the request elsewhere, which it has noted."""
+    """The store sent the request elsewhere.
+
+    Attributes:
+        request: What to send instead; of an object the store has noted it.
+    """
+
+    def __init__(self, request: Request | None = None) -> None:
+        super().__init__()
+        self.request = request
 
 
 def _is_of_no_more_use(request: Request, fault: PassingFault | StorageError) -> bool:
@@ -46,6 +54,10 @@ def _is_of_no_more_use(request: Request, fault: PassingFault | StorageError) -> 
     if isinstance(fault, PassingFault) and fault.error_class is ThrottledError:
         return False
     return request.is_sent_on or (isinstance(fault, PassingFault) and fault.is_worth_one_retry)
+
+
+def _sent_on_too_often(what: str) -> StorageError:
+    return StorageError(f"{what}: the server sent the request on more than {_MAX_REDIRECTS} times")
 
 
 class ObjectRequests:
@@ -103,7 +115,7 @@ class ObjectRequests:
                 return
             finally:
                 self._store.end(path, request)
-        raise StorageError(f"{what}: the server sent the request on more than {_MAX_REDIRECTS} times")
+        raise _sent_on_too_often(what)
 
     @contextmanager
     def get_page(self, prefix: str, token: str, what: str, *, recursive: bool) -> Iterator[HttpAnswer]:
@@ -114,8 +126,18 @@ class ObjectRequests:
             RayStreamerError: Asking again does not help.
         """
         request = self._made(what, lambda: self._store.listing_request(prefix, token, recursive=recursive))
-        with self._asked(what, request, path=None) as answer:
-            yield answer
+        try:
+            for _ in range(_MAX_REDIRECTS + 1):
+                try:
+                    with self._asked(what, request, path=None) as answer:
+                        yield answer
+                except _MovedError as moved:
+                    request = moved.request or request
+                else:
+                    return
+        finally:
+            self._store.end_page()
+        raise _sent_on_too_often(what)
 
     def close(self) -> None:
         """Let everybody through who waits for a turn: what they ask then fails by itself."""
@@ -131,15 +153,23 @@ class ObjectRequests:
         ):
             self._has_answered = True
             if answer.status not in (200, 206):
-                if path is not None and answer.status in _REDIRECTS and self._store.follow(path, request, answer):
+                moved = self._moved(what, request, answer, path) if answer.status in _REDIRECTS else None
+                if moved:
                     # Its body is of no interest, but keeps the connection.
                     self._http.read(answer, MAX_ERROR_BYTES)
-                    raise _MovedError
+                    raise moved
                 raise self._refusal(answer, what, request, number=turn.number, is_object=path is not None)
             self._limit.climb()
             if turn.held_seconds and path is not None:
                 self._counters.held(path, offset, turn.held_seconds)
             yield answer
+
+    def _moved(self, what: str, request: Request, answer: HttpAnswer, path: str | None) -> _MovedError | None:
+        """What a redirect means; None where it is followed nowhere."""
+        if path is not None:
+            return _MovedError() if self._store.follow(path, request, answer) else None
+        instead = self._store.follow_page(request, answer, what)
+        return _MovedError(instead) if instead else None
 
     def _refusal(self, answer: HttpAnswer, what: str, request: Request, *, number: int, is_object: bool) -> Exception:
         """The exception to raise for an answer, with what it means for later requests."""

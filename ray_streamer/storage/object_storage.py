@@ -26,7 +26,7 @@ from ray_streamer.storage.lateness import LateBodyError
 from ray_streamer.storage.listing import list_keys
 from ray_streamer.storage.object_requests import ConditionRefusedError, ObjectRequests
 from ray_streamer.storage.partial_read import PartialRead
-from ray_streamer.storage.retry import PassingFault, RetryPolicy
+from ray_streamer.storage.retry import PassingFault, RetryEnd, RetryPolicy
 from ray_streamer.storage.slow_address import Body
 from ray_streamer.units import exact_bytes, human_bytes
 
@@ -124,7 +124,10 @@ class ObjectStorage(RemoteStorage):
         keys = self._store.keys
         if keys is None:
             keys = list_keys(
-                lambda token: self._run(lambda: self._list_page(listed, token, recursive=recursive)),
+                lambda token, ends_at: self._run(
+                    lambda: self._list_page(listed, token, recursive=recursive),
+                    end=RetryEnd(ends_at, f"list_timeout_seconds={self._list_timeout_seconds:g}"),
+                ),
                 what=f"listing {self.uri}",
                 timeout_seconds=self._list_timeout_seconds,
             )
@@ -148,7 +151,13 @@ class ObjectStorage(RemoteStorage):
         self._http.close()
         self._store.close()
 
-    def _run(self, attempt: Callable[[], _Result], *, on_retry: Callable[[], None] | None = None) -> _Result:
+    def _run(
+        self,
+        attempt: Callable[[], _Result],
+        *,
+        on_retry: Callable[[], None] | None = None,
+        end: RetryEnd | None = None,
+    ) -> _Result:
         """Try until it works; a body that was late goes on at once."""
         if self._closing.is_set():
             raise StorageError(f"{self.uri} is read after its storage was closed")
@@ -165,6 +174,7 @@ class ObjectStorage(RemoteStorage):
             deadline_seconds=self._deadline_seconds,
             closing=self._closing,
             on_retry=on_retry or (lambda: self._counters.add(num_retries=1)),
+            end=end,
         )
         return policy.run(attempt_or_cut)
 

@@ -3,7 +3,7 @@
     asks      where an object is asked for, and with which credentials      `object_request`, `discard`
     identity  what tells one version of an object from another one          `identity_of`
     answers   what an answer means that brings no bytes                     `refusal_of`, `follow`, `end`
-    listing   how the keys below a prefix are asked for                     `listing_request`, `parse_page`
+    listing   how the keys below a prefix are asked for                     `listing_request`, `parse_page`, `follow_page`, `end_page`
 
 Everything else is done once for all stores, in `object_storage`: connections, TLS, retries, resumed bodies, hedged requests, the
 number of requests under way, bandwidth, and the comparison of every answer with the object that the index saw. A store is a
@@ -94,6 +94,17 @@ class ObjectStore:
 
     def end(self, path: str, request: Request) -> None:
         """A request for an object is over: its answer was read, sent it on or refused it, or none came."""
+
+    def follow_page(self, request: Request, answer: HttpAnswer, what: str) -> Request | None:
+        """Where a redirect leads a request for a page of a listing; None where listings are not sent on.
+
+        Raises:
+            StorageError: It leads where no request may go. Begins with `what`.
+        """
+        return None
+
+    def end_page(self) -> None:
+        """The same for a page of a listing, in the thread that asked for it."""
 
     def place_of(self, request: Request) -> str:
         """Which server a request goes to, for messages; no secret."""

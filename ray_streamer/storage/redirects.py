@@ -62,22 +62,10 @@ class Redirects:
         Raises:
             StorageError: No request may go there.
         """
-        what = f"{self._what}/{path}"
-        try:
-            url = urljoin(asked, location)
-            parts = urlsplit(url)
-            _ = parts.port
-        except ValueError:
-            raise StorageError(f"{what}: the server sends the request on, to what is no address") from None
-        reason = _unsafe(urlsplit(asked), parts)
-        if reason:
-            raise StorageError(
-                f"{what}: the server sends the request on {reason}; redirects are followed only where they are safe"
-            )
+        url = safe_target(f"{self._what}/{path}", asked=asked, location=location)
         with self._changed:
             self._are_expected = True
-            # The header's own bytes, of which one is one character here.
-            self._urls[path] = quote(url.partition("#")[0], safe="%/:?#[]@!$&'()*+,;=~", encoding="latin-1")
+            self._urls[path] = url
         self.end(path)
 
     def note_answer(self, path: str) -> None:
@@ -93,11 +81,37 @@ class Redirects:
                 self._asked.remove(path)
                 self._changed.notify_all()
 
+    def forget_all(self) -> None:
+        """Ask the server again next time, for every file."""
+        with self._changed:
+            self._urls.clear()
+
     def forget(self, path: str, url: str) -> None:
         """Ask the server again next time, if `url` is still the one in use."""
         with self._changed:
             if self._urls.get(path) == url:
                 del self._urls[path]
+
+
+def safe_target(what: str, *, asked: str, location: str) -> str:
+    """Where the answer to a request at `asked` leads, by its header `Location`; as good as credentials.
+
+    Raises:
+        StorageError: No request may go there. Begins with `what`.
+    """
+    try:
+        url = urljoin(asked, location)
+        parts = urlsplit(url)
+        _ = parts.port
+    except ValueError:
+        raise StorageError(f"{what}: the server sends the request on, to what is no address") from None
+    reason = _unsafe(urlsplit(asked), parts)
+    if reason:
+        raise StorageError(
+            f"{what}: the server sends the request on {reason}; redirects are followed only where they are safe"
+        )
+    # The header's own bytes, of which one is one character here.
+    return quote(url.partition("#")[0], safe="%/:?#[]@!$&'()*+,;=~", encoding="latin-1")
 
 
 def _unsafe(asked: SplitResult, to: SplitResult) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 import time
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 from ray_streamer.errors import StorageError
@@ -46,6 +47,19 @@ class PassingFault(Exception):
         self.retry_after_seconds = retry_after_seconds
 
 
+@dataclass(frozen=True, slots=True)
+class RetryEnd:
+    """When an operation is not tried again, however few attempts there were.
+
+    Attributes:
+        at: A time of `time.monotonic`.
+        limit: The setting and its value, for messages.
+    """
+
+    at: float
+    limit: str
+
+
 class RetryPolicy:
     """How long one operation may be tried again; the clock starts at its first fault.
 
@@ -53,14 +67,21 @@ class RetryPolicy:
         deadline_seconds: Attempts begin no later than that after the first fault.
         closing: Ends the waiting when it is set.
         on_retry: Called before each attempt but the first.
+        end: Attempts begin no later than that either; None for no such end.
     """
 
     def __init__(
-        self, *, deadline_seconds: float, closing: threading.Event, on_retry: Callable[[], None] = lambda: None
+        self,
+        *,
+        deadline_seconds: float,
+        closing: threading.Event,
+        on_retry: Callable[[], None] = lambda: None,
+        end: RetryEnd | None = None,
     ) -> None:
         self._deadline_seconds = deadline_seconds
         self._closing = closing
         self._on_retry = on_retry
+        self._end = end
         self._num_attempts = 0
         self._had_its_one_retry = False
         self._first_fault: float | None = None
@@ -88,6 +109,7 @@ class RetryPolicy:
             self._first_fault = now
         if self._closing.is_set():
             raise StorageError(f"the storage was closed during a read: {fault.message}") from fault
+        self._refuse_after_end(fault, now)
         if fault.is_worth_one_retry:
             if self._had_its_one_retry:
                 raise fault.error_class(f"{fault.message}; attempt {self._num_attempts}") from fault
@@ -101,4 +123,11 @@ class RetryPolicy:
                 f"the next one would be {delay_seconds:.1f} s later, and retry_deadline_seconds is "
                 f"{self._deadline_seconds:g}"
             ) from fault
+        self._refuse_after_end(fault, now + delay_seconds)
         self._closing.wait(delay_seconds)
+
+    def _refuse_after_end(self, fault: PassingFault, next_at: float) -> None:
+        if self._end and next_at > self._end.at:
+            raise fault.error_class(
+                f"{fault.message}; attempt {self._num_attempts}, and the next one would be later than {self._end.limit} allows"
+            ) from fault

@@ -24,6 +24,7 @@ class TokenServer(ThreadingHTTPServer):
         num_tokens: That were given.
         lifetime_seconds: Of the tokens from now on.
         answer: What is answered in place of a token, if anything is.
+        is_refusing: Whether it gives none at present.
     """
 
     daemon_threads = True
@@ -33,6 +34,7 @@ class TokenServer(ThreadingHTTPServer):
         self.num_tokens = 0
         self.lifetime_seconds = 3600
         self.answer: bytes | None = None
+        self.is_refusing = False
         self._lock = threading.Lock()
 
     def next_token(self) -> str:
@@ -78,6 +80,9 @@ class _Handler(BaseHTTPRequestHandler):
         server = cast(TokenServer, self.server)
         asked = parse_qs(self.rfile.read(int(self.headers["Content-Length"])).decode())
         assert asked["grant_type"] == [_GRANT]
+        if server.is_refusing:
+            self.send_error(400)
+            return
         body = server.answer if server.answer is not None else server.next_answer()
         self.send_response(200)
         self.send_header("Content-Type", "application/json")

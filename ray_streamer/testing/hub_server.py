@@ -31,6 +31,7 @@ class HubServer(HostileStore):
         delivery: Gives large files, to those who have a signed address.
         token: Who has it may see private and gated repositories.
         private: Repositories that nobody else sees.
+        renamed: Repositories that have another name now; that of each.
         gated: Repositories whose files nobody else gets.
         page_size: Entries of one page of a listing.
     """
@@ -41,6 +42,7 @@ class HubServer(HostileStore):
         self.token = "hf_plantedtoken0123456789"
         self.private: set[str] = set()
         self.gated: set[str] = set()
+        self.renamed: dict[str, str] = {}
         self.page_size = 1000
         self._files: dict[str, dict[str, bytes]] = {}
         self._commits: dict[tuple[str, str], dict[str, bytes]] = {}
@@ -67,6 +69,9 @@ class HubServer(HostileStore):
         if resolve is None and tree is None:
             return answer_bytes(404)
         repository, revision, path = (unquote(part) for part in (resolve or tree).groups())  # type: ignore[union-attr]
+        if repository in self.renamed:
+            location = asked.target.replace(f"/{repository}/", f"/{self.renamed[repository]}/", 1)
+            return answer_bytes(307, b"Temporary Redirect", {"Location": location})
         refusal = self._refusal(asked, repository, is_file=resolve is not None)
         if refusal:
             return refusal
@@ -77,7 +82,7 @@ class HubServer(HostileStore):
         if resolve is None:
             return self._tree(asked, files, path)
         if path not in files:
-            return _refused(404, "EntryNotFound", "Entry not found")
+            return _refused(404, "EntryNotFound", "Entry not found", commit=commit)
         return self._resolve(asked, files[path], commit, is_large=path.endswith(".safetensors"))
 
     def answer_delivery(self, asked: Asked) -> bytes:
@@ -139,7 +144,6 @@ class HubServer(HostileStore):
         self.delivery.__exit__(*reason)
 
 
-def _refused(status: int, code: str, message: str) -> bytes:
-    return answer_bytes(
-        status, json.dumps({"error": message}).encode(), {"X-Error-Code": code, "X-Error-Message": message}
-    )
+def _refused(status: int, code: str, message: str, *, commit: str | None = None) -> bytes:
+    headers = {"X-Error-Code": code, "X-Error-Message": message, "X-Repo-Commit": commit}
+    return answer_bytes(status, json.dumps({"error": message}).encode(), headers)

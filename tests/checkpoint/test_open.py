@@ -13,7 +13,14 @@ import pytest
 import safetensors
 
 from ray_streamer.checkpoint import CheckpointLocation, ShardFile, locate, open_checkpoint
-from ray_streamer.errors import AccessError, CheckpointError, HeaderError, IndexMismatchError, ObjectMissingError
+from ray_streamer.errors import (
+    AccessError,
+    CheckpointError,
+    CredentialsError,
+    HeaderError,
+    IndexMismatchError,
+    ObjectMissingError,
+)
 from ray_streamer.extent import Extent
 from ray_streamer.settings import Settings
 from ray_streamer.storage import open_storage
@@ -523,6 +530,16 @@ def test_who_may_read_nothing_hears_so(place, recording):
     storage = recording(uri)
     storage.failures = dict.fromkeys([INDEX, "config.json", "model.safetensors", ""], REFUSED)
     with pytest.raises(AccessError, match="AccessDenied"):
+        open_checkpoint(uri, storage)
+
+
+@pytest.mark.parametrize("name", [INDEX, "config.json", ""])
+def test_missing_credentials_are_not_taken_for_a_refusal_and_looked_for_again(place, recording, name):
+    """The search may take its whole limit."""
+    uri = place({"model.safetensors": shard(A)})
+    storage = recording(uri)
+    storage.failures = {INDEX: REFUSED, "": REFUSED, name: CredentialsError("none in 60 s")}
+    with pytest.raises(CredentialsError, match="none in 60 s"):
         open_checkpoint(uri, storage)
 
 

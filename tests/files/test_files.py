@@ -27,6 +27,8 @@ from ray_streamer.files import ENGINE_FILES, Selection, cached_files, pull_files
 from ray_streamer.settings import Settings
 from ray_streamer.storage import open_storage
 from ray_streamer.storage.memory import MemoryStorage
+from ray_streamer.testing.file_server import file_bytes
+from ray_streamer.testing.hostile_store import HostileStore, answer_bytes
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -163,6 +165,20 @@ def test_one_file_that_is_not_there_is_not_listed(uri, tmp_path):
     assert ray_streamer.ls(f"{uri}/config.json") == ["config.json"]
     with pytest.raises(ObjectMissingError, match=r"none\.json"):
         ray_streamer.ls(f"{uri}/none.json")
+
+
+def test_a_web_server_that_fails_is_not_asked_for_every_usual_name():
+    settings = Settings.resolve(retry_deadline_seconds=0)
+    with HostileStore(lambda _: answer_bytes(500)) as server:
+        with pytest.raises(StorageError, match=r"the store failed, .*model\.safetensors\.index\.json.*HTTP 500"):
+            ray_streamer.ls(f"{server.url}/m", settings=settings)
+        assert {asked.key for asked in server.requests} == {"/m/model.safetensors.index.json"}
+
+
+def test_a_web_server_that_refuses_the_model_is_asked_for_usual_names():
+    settings = Settings.resolve(retry_deadline_seconds=0)
+    with HostileStore(lambda asked: file_bytes(b"{}", asked) if "config" in asked.key else answer_bytes(403)) as server:
+        assert "config.json" in ray_streamer.ls(f"{server.url}/m", settings=settings)
 
 
 def test_nothing_is_told(uri, tmp_path):

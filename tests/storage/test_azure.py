@@ -18,6 +18,7 @@ from pyarrow import fs
 
 from ray_streamer.errors import (
     AccessError,
+    CredentialsError,
     ObjectChangedError,
     ObjectMissingError,
     SettingsError,
@@ -257,6 +258,19 @@ def test_tokens_that_end_are_renewed_before(identity, store, open_store):
     for _ in range(2):
         storage.size_and_etag("a")
     assert identity.num_tokens == 2
+
+
+def test_a_token_is_used_to_its_end_if_it_cannot_be_renewed(identity, store, open_store, caplog):
+    identity.lifetime_seconds = 30
+    storage = open_store("az://models/m")
+    storage.size_and_etag("a")
+    identity.answer = lambda _: answer_bytes(400, b"{}", {"Content-Type": "application/json"})
+    for _ in range(3):
+        storage.size_and_etag("a")
+    assert "still good, and will be renewed later" in caplog.text
+    storage._store._tokens._ends_at = 0.0
+    with pytest.raises(CredentialsError, match="azure-identity has no credentials"):
+        storage.size_and_etag("a")
 
 
 def test_nobody_asks(store, open_store, monkeypatch):

@@ -11,6 +11,7 @@ import traceback
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -162,6 +163,19 @@ def test_tokens_that_end_are_renewed_before(tokens, store, open_store):
     for _ in range(2):
         storage.size_and_etag("a")
     assert tokens.num_tokens == 2
+
+
+def test_a_token_is_used_to_its_end_if_it_cannot_be_renewed(tokens, store, open_store, caplog):
+    tokens.lifetime_seconds = 30
+    storage = open_store("gs://models/m")
+    storage.size_and_etag("a")
+    tokens.is_refusing = True
+    for _ in range(3):
+        storage.size_and_etag("a")
+    assert "still good, and will be renewed later" in caplog.text
+    storage._store._credentials._credentials.expiry = datetime(2000, 1, 1)
+    with pytest.raises(CredentialsError, match=r"google-auth has no credentials \(RefreshError\)"):
+        storage.size_and_etag("a")
 
 
 def test_a_refusal_shows_no_token(tokens, store, open_store, caplog):

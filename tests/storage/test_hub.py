@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 import traceback
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -25,8 +26,10 @@ from ray_streamer.errors import (
     ThrottledError,
 )
 from ray_streamer.extent import Extent
+from ray_streamer.storage.hub_commit import PinnedCommit
 from ray_streamer.testing.faults import FaultProxy
-from ray_streamer.testing.hostile_store import answer_bytes
+from ray_streamer.testing.file_server import file_bytes
+from ray_streamer.testing.hostile_store import HostileStore, answer_bytes
 from ray_streamer.testing.hub_server import HubServer
 from ray_streamer.testing.storage_suite import CONTENT, PASSING_FAULTS, StorageContract, check_load, read, write_llama
 
@@ -131,6 +134,171 @@ def test_all_files_are_of_one_commit(place, open_store):
     place.server.push(place.repository, {"a.json": b"new", "b.safetensors": b"new", "c": b"new"})
     assert storage.read_head("b.safetensors", 10)[0] == b"old"
     assert storage.list() == ["a.json", "b.safetensors"]
+
+
+def test_the_first_requests_of_many_threads_get_files_of_one_commit(place, open_store):
+    """Somebody pushes while they are under way; only one of them asks for the branch."""
+    names = [f"{number}.json" for number in range(8)]
+    place.server.push(place.repository, dict.fromkeys(names, b"old"))
+    hub, answer, has_pushed = place.server, place.server.answer, threading.Event()
+
+    def answer_and_push(asked):
+        answered = answer(asked)
+        if not has_pushed.is_set():
+            has_pushed.set()
+            hub.push(place.repository, dict.fromkeys(names, b"new"))
+            # Long enough for the other threads to ask, too, if they do.
+            hub.wait(0.3)
+        return answered
+
+    hub.answer = answer_and_push
+    storage = open_store(place.uri)
+    with ThreadPoolExecutor(8) as pool:
+        assert {head for head, _ in pool.map(lambda name: storage.read_head(name, 10), names)} == {b"old"}
+    assert ["/main/" in asked.target for asked in hub.requests] == [True] + [False] * 7
+
+
+def test_requests_are_under_way_together_once_the_commit_is_known(place, open_store):
+    names = [f"{number}.json" for number in range(4)]
+    place.server.push(place.repository, dict.fromkeys(names, b"x"))
+    storage = open_store(place.uri)
+    storage.read_head(names[0], 10)
+    answer, meeting = place.server.answer, threading.Barrier(4, timeout=30)
+
+    def meet_and_answer(asked):
+        meeting.wait()
+        return answer(asked)
+
+    place.server.answer = meet_and_answer
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda name: storage.read_head(name, 10), names))
+
+
+def test_a_server_that_names_no_commit_is_asked_by_all(place, open_store):
+    meeting = threading.Barrier(4, timeout=30)
+
+    def answer(asked):
+        if asked.number:
+            meeting.wait()
+        return file_bytes(b"x", asked, etag='"e"')
+
+    place.server.answer = answer
+    storage = open_store(place.uri)
+    storage.read_head("a", 10)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda name: storage.read_head(name, 10), "bcde"))
+
+
+@pytest.mark.parametrize("first", ["missing", "listing"])
+def test_every_first_answer_says_which_commit_it_is(place, open_store, first):
+    commit = place.server.push(place.repository, {"a.json": b"old"})
+    named = f"\r\nX-Repo-Commit: {commit}\r\n".encode()
+    storage, answer = open_store(place.uri), place.server.answer
+    if first == "missing":
+        with pytest.raises(ObjectMissingError):
+            storage.read_head("b.json", 10)
+    else:
+        place.server.answer = lambda asked: answer(asked).replace(b"\r\n", named, 1)
+        storage.list()
+        place.server.answer = answer
+    place.server.push(place.repository, {"a.json": b"new"})
+    assert storage.read_head("a.json", 10)[0] == b"old"
+
+
+@pytest.mark.parametrize("path", ["b.json", "b.safetensors", "missing", None])
+def test_an_answer_of_another_commit_is_refused(place, open_store, path):
+    first = place.server.push(place.repository, dict.fromkeys(["a.json", "b.json", "b.safetensors"], b"x"))
+    storage, answer = open_store(place.uri), place.server.answer
+    storage.read_head("a.json", 10)
+    other = "f" * 40
+
+    def answer_of_another(asked):
+        lines = answer(asked).replace(first.encode(), other.encode())
+        return (
+            lines if other.encode() in lines else lines.replace(b"\r\n", f"\r\nX-Repo-Commit: {other}\r\n".encode(), 1)
+        )
+
+    place.server.answer = answer_of_another
+    with pytest.raises(
+        ObjectChangedError, match=rf"{place.uri}: an answer is of commit {other}.*hf://ORG/MODEL@{first}"
+    ):
+        storage.list() if path is None else storage.read_head(path, 10)
+
+
+def test_who_waits_too_long_for_the_commit_asks_himself():
+    commit = PinnedCommit("hf://org/model", "main", wait_seconds=0.05)
+    other = threading.Thread(target=commit.take_turn)
+    other.start()
+    other.join()
+    commit.take_turn()
+    assert commit.note("a" * 40, has_files=True)
+    assert commit.revision == "a" * 40
+
+
+def test_a_first_request_that_fails_lets_the_next_one_try(place, open_store):
+    names = [f"{number}.json" for number in range(4)]
+    place.server.push(place.repository, dict.fromkeys(names, b"x"))
+    answer = place.server.answer
+    place.server.answer = lambda asked: answer_bytes(400) if asked.number == 0 else answer(asked)
+    storage = open_store(place.uri)
+
+    def ask(name):
+        try:
+            return storage.read_head(name, 10)[0]
+        except StorageError as error:
+            return str(error)
+
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(ask, names))
+    assert found.count(b"x") == 3
+
+
+@pytest.fixture
+def renamed(place):
+    """The uri of a repository by the name that it had; only those with the token see it."""
+    files = {"a.json": b"old", "b.safetensors": CONTENT, "c.json": b"old"}
+    place.server.push(place.repository, files)
+    place.server.renamed["old-org/model"] = place.repository
+    place.server.private.add(place.repository)
+    return "hf://old-org/model"
+
+
+def test_a_renamed_repository_is_listed_and_read_from_one_commit(place, renamed, open_store):
+    storage = open_store(renamed, hf_token=place.server.token)
+    place.server.page_size = 2
+    assert storage.list() == ["a.json", "b.safetensors", "c.json"]
+    assert storage.read_head("a.json", 10)[0] == b"old"
+    place.server.push(place.repository, {"a.json": b"new", "c.json": b"new"})
+    etag = storage.size_and_etag("b.safetensors").etag
+    assert read(storage, "b.safetensors", Extent(5, 5000), etag) == CONTENT[5:5000]
+    assert [storage.read_head(name, 10)[0] for name in ("a.json", "c.json")] == [b"old", b"old"]
+    with pytest.raises(ObjectMissingError, match=r"no such file.*attempt 1$"):
+        storage.read_head("missing", 10)
+    assert not any("authorization" in asked.headers for asked in place.server.delivery.requests)
+
+
+@pytest.mark.parametrize(
+    ("location", "words"),
+    [
+        ("http://169.254.169.254/x", "link-local or metadata address"),
+        ("ftp://host/x", "something other than a web server"),
+        ("/api/models/org/model/tree/main", "more than 5 times"),
+    ],
+    ids=["metadata", "ftp", "loop"],
+)
+def test_a_listing_is_sent_on_only_where_it_is_safe(hub, open_store, location, words):
+    hub.answer = lambda _: answer_bytes(307, b"", {"Location": location})
+    with pytest.raises(StorageError, match=rf"listing hf://org/model.*{words}"):
+        open_store("hf://org/model").list()
+    assert len(hub.requests) == (6 if "times" in words else 1)
+
+
+def test_nobody_but_the_hub_is_told_who_lists(hub, open_store):
+    with HostileStore(lambda _: answer_bytes(200, b"[]")) as other:
+        hub.answer = lambda _: answer_bytes(307, b"", {"Location": f"{other.url}/x"})
+        assert open_store("hf://org/model", hf_token=hub.token).list() == []
+    assert "authorization" in hub.requests[0].headers
+    assert "authorization" not in other.requests[0].headers
 
 
 def test_an_address_that_ended_is_asked_for_again(place, open_store):
@@ -272,6 +440,24 @@ def test_faults_of_the_delivery_end_bit_for_bit(place, open_store, fault):
         proxy.fail_next(fault, fault)
         assert read(storage, "a.safetensors", Extent(5, len(CONTENT)), etag) == CONTENT[5:]
         assert proxy.num_faults == 2
+
+
+@pytest.mark.parametrize(
+    ("content", "difference"), [(CONTENT[::-1], "another Last-Modified"), (CONTENT + b"x", "bytes")]
+)
+def test_a_mirror_with_weak_etags_is_compared_as_web_servers_are(place, open_store, caplog, content, difference):
+    def answer(asked):
+        modified = f"\r\nLast-Modified: Sun, 29 Nov 2026 22:0{place.server.minute}:00 GMT\r\n".encode()
+        return file_bytes(place.server.content, asked, etag='W/"e"').replace(b"\r\n", modified, 1)
+
+    place.server.answer, place.server.content, place.server.minute = answer, CONTENT, 1
+    storage = open_store(place.uri)
+    etag = storage.size_and_etag("a.safetensors").etag
+    assert etag.startswith(f'W/"e" size={len(CONTENT)} modified=')
+    assert "has a weak ETag" in caplog.text
+    place.server.content, place.server.minute = content, 2
+    with pytest.raises(ObjectChangedError, match=difference):
+        read(storage, "a.safetensors", Extent(0, 100), etag)
 
 
 @pytest.mark.parametrize("content", [CONTENT[::-1], CONTENT + b"x"], ids=["other-bytes", "longer"])

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
-from ray_streamer.errors import StorageError
+from ray_streamer.errors import StorageError, ThrottledError
 from ray_streamer.storage import listing
 from ray_streamer.storage.listing import ListingPage
 from ray_streamer.storage.s3_listing import parse_page
@@ -117,6 +119,24 @@ def test_pages_that_take_too_long(list_of):
 
     with HostileStore(answer) as store, pytest.raises(StorageError, match=r"no end in 0.5 s \(list_timeout_seconds\)"):
         list_of(answer, list_timeout_seconds=0.5)
+
+
+@pytest.mark.parametrize("headers", [{}, {"Retry-After": "18"}], ids=["at-once", "later"])
+def test_a_page_is_asked_for_again_within_the_limit_of_the_listing(list_of, headers):
+    began = time.monotonic()
+    with pytest.raises(ThrottledError, match=r"later than list_timeout_seconds=0\.5 allows"):
+        list_of(
+            lambda _: error_bytes(503, "SlowDown", headers=headers), list_timeout_seconds=0.5, retry_deadline_seconds=60
+        )
+    assert time.monotonic() - began < 10
+
+
+def test_a_page_is_not_asked_for_again_when_time_is_up(list_of):
+    def leave(_):
+        time.sleep(0.3)
+
+    with pytest.raises(StorageError, match=r"attempt 1, and .* later than list_timeout_seconds=0\.1 allows"):
+        list_of(leave, list_timeout_seconds=0.1, retry_deadline_seconds=60)
 
 
 def test_keys_without_end(list_of, monkeypatch):
