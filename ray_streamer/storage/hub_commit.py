@@ -16,7 +16,7 @@ _COMMIT = re.compile(r"[0-9a-f]{40,64}")
 
 
 class PinnedCommit:
-    """The revision to ask for; safe to call from many threads.
+    """The revision to ask for; safe to call from many threads. A commit that was given is held to like one that was learned.
 
     Args:
         what: The uri, for messages.
@@ -29,8 +29,8 @@ class PinnedCommit:
         self._given = revision
         self._wait_seconds = wait_seconds
         self._changed = threading.Condition()
-        self._commit = ""
         self._is_settled = bool(_COMMIT.fullmatch(revision))
+        self._commit = revision if self._is_settled else ""
         self._asking: int | None = None
 
     @property
@@ -65,8 +65,8 @@ class PinnedCommit:
         with self._changed:
             if is_named and self._commit and commit != self._commit:
                 raise ObjectChangedError(
-                    f"{self._what}: an answer is of commit {commit}, and the first one was of {self._commit}; the branch moved "
-                    f"meanwhile: load again, or give a commit, hf://ORG/MODEL@{self._commit}"
+                    f"{self._what}: an answer is of commit {commit}, and the files are read of {self._commit}; if the branch moved "
+                    f"meanwhile load again, or give a commit, hf://ORG/MODEL@{self._commit}"
                 )
             is_first = is_named and not self._commit
             if is_first:
@@ -74,7 +74,7 @@ class PinnedCommit:
             if is_named or has_files:
                 self._is_settled = True
                 self._changed.notify_all()
-            return is_first and commit != self._given
+            return is_first
 
     def end(self) -> None:
         """The request of this thread is over, whatever became of it; another thread may ask."""

@@ -225,6 +225,16 @@ def test_an_answer_of_another_commit_is_refused(place, open_store, path):
         storage.list() if path is None else storage.read_head(path, 10)
 
 
+def test_a_commit_that_was_given_is_held_to(place, open_store):
+    first = place.server.push(place.repository, {"a.json": b"x"})
+    storage, answer = open_store(f"{place.uri}@{first}"), place.server.answer
+    place.server.answer = lambda asked: answer(asked).replace(first.encode(), b"f" * 40)
+    with pytest.raises(
+        ObjectChangedError, match=f"an answer is of commit {'f' * 40}, and the files are read of {first}"
+    ):
+        storage.read_head("a.json", 10)
+
+
 def test_who_waits_too_long_for_the_commit_asks_himself():
     commit = PinnedCommit("hf://org/model", "main", wait_seconds=0.05)
     other = threading.Thread(target=commit.take_turn)
