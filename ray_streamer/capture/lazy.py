@@ -2,7 +2,7 @@
 
 Every operation on it comes to the recorder that made it. What its own Python methods would do with raw memory, which it has
 not, is answered with real values. What loaders do for each tensor, narrow it and ask for its shape, is answered here: to pass through
-torch's dispatcher takes ten times as long.
+torch's dispatcher takes several times as long.
 """
 
 # pyright: reportPrivateUsage=false
