@@ -24,8 +24,9 @@ if TYPE_CHECKING:
     from ray_streamer.storage import UrisLike
 
 _EXTRA_CONFIG = "--model-loader-extra-config"
+_SERVED_NAME = "--served-model-name"
 _SET_HERE = ("--load-format", "--model")
-_KNOWN_HERE = ("--model", _EXTRA_CONFIG, "--load-format", "--served-model-name")
+_KNOWN_HERE = (*_SET_HERE, _EXTRA_CONFIG, _SERVED_NAME)
 _FEWEST_CHARS = len("--load-f")
 """Shorter beginnings mean several arguments of vLLM, which refuses them."""
 
@@ -89,7 +90,7 @@ def serve_arguments(uri: str, folder: Path, given: Sequence[str], settings: Sett
         if name in names:
             raise SettingsError(f"{name} is set by ray-streamer serve; call vllm serve itself to choose another one")
     chosen = settings.model_dump(mode="json", include=settings.model_fields_set - SECRET_SETTINGS)
-    served = [] if "--served-model-name" in names else ["--served-model-name", uri]
+    served = [] if _SERVED_NAME in names else [_SERVED_NAME, uri]
     config = json.dumps({"uri": uri, **chosen, **extra})
     return ["serve", str(folder), "--load-format", "ray_streamer", _EXTRA_CONFIG, config, *served, *rest]
 

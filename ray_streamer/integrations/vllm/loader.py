@@ -141,15 +141,14 @@ class RayStreamerLoader(BaseModelLoader):
     def _uri_of_reload(self, model_config: Any, origin: Origin | None) -> str:
         """What was named last: the `weights_path` of this reload, else the options where they have changed, else what was read before."""
         said = self._options.uri_of(is_draft=origin is not None and origin.is_draft)
-        if origin is None:
-            return said or internals.place_of_weights(model_config, self.load_config)
         # vLLM puts each weights_path there, another object even where it says the same.
-        if model_config.model is not origin.model:
-            origin.place = internals.place_of_weights(model_config, self.load_config)
-        elif said != origin.uri:
-            origin.place = said or internals.place_of_weights(model_config, self.load_config)
-        origin.model, origin.uri = _marked(model_config), said
-        return origin.place
+        is_named = origin is not None and model_config.model is not origin.model
+        if origin is not None and not is_named and said == origin.uri:
+            return origin.place
+        place = (None if is_named else said) or internals.place_of_weights(model_config, self.load_config)
+        if origin is not None:
+            origin.model, origin.uri, origin.place = _marked(model_config), said, place
+        return place
 
 
 def _marked(model_config: Any) -> str:
