@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from functools import partial
 from mmap import PAGESIZE
@@ -98,3 +99,15 @@ def test_another_models_weights_are_refused_by_vllm_itself(tmp_path):
     save_checkpoint("gpt2", tmp_path / "gpt2")
     with pytest.raises(AssertionError, match=r"transformer\.|wte|ValueError|KeyError"):
         on_all_ranks(tmp_path / "llama", Layout(tp=2), [partial(ours, uri=str(tmp_path / "gpt2"))], tmp_path)
+
+
+def test_a_config_that_was_replaced_after_it_was_copied_ends_the_load(tmp_path, monkeypatch):
+    """As where new files are pushed while `ray-streamer serve` starts; in a folder of the caller's it may be intended."""
+    save_checkpoint("llama", tmp_path / "cache" / "model")
+    weights = shutil.copytree(tmp_path / "cache" / "model", tmp_path / "weights")
+    config = json.loads((weights / "config.json").read_text())
+    (weights / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 0.5}))
+    check(tmp_path / "cache" / "model", Layout(tp=1), tmp_path, uri=str(weights))
+    monkeypatch.setenv("RAY_STREAMER_CACHE_DIR", str(tmp_path / "cache"))
+    with pytest.raises(AssertionError, match=r"ObjectChangedError.*says otherwise of rms_norm_eps"):
+        check(tmp_path / "cache" / "model", Layout(tp=1), tmp_path, uri=str(weights))

@@ -19,6 +19,7 @@ from ray_streamer.api.rank import stream_rank
 from ray_streamer.integrations.captured_slices import CapturedSlices, contents_of
 from ray_streamer.integrations.vllm import internals, mismatch
 from ray_streamer.integrations.vllm.ahead import prepare_load
+from ray_streamer.integrations.vllm.collective import is_first
 from ray_streamer.integrations.vllm.model_files import restore_model_files
 from ray_streamer.integrations.vllm.options import LoaderOptions
 from ray_streamer.integrations.vllm.reloading import Origin, origins, reload_tensors
@@ -26,7 +27,7 @@ from ray_streamer.integrations.vllm.summary import Summary, gather_summaries
 from ray_streamer.integrations.vllm.tied_heads import refuse_other_head
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     import torch
     import torch.distributed as dist
@@ -76,14 +77,19 @@ class RayStreamerLoader(BaseModelLoader):
         uri = said or internals.place_of_weights(model_config, self.load_config)
         origin = origins[model] = Origin(_marked(model_config), said, uri, is_draft=is_draft)
         secondary = internals.secondary_tensors(model, self.load_config)
+        group = internals.loading_group(model_config)
+
+        def load(tensors: Iterable[tuple[str, torch.Tensor]]) -> Any:
+            self._compare_configs(captured, model_config, uri, group)
+            return mismatch.load_weights(model, itertools.chain(tensors, secondary), uri)
+
         captured = CapturedSlices(
             uri,
             self._options.settings,
-            load=lambda tensors: mismatch.load_weights(model, itertools.chain(tensors, secondary), uri),
+            load=load,
             targets=lambda: targets_of(model),
             skips=internals.skips_tensor(model),
         )
-        group = internals.loading_group(model_config)
         statistics = self._fill(uri, captured, device_of(model), group)
         internals.refuse_missing(model, captured.loaded, model_config)
         refuse_other_head(captured, model_config, uri, self._options.settings, group)
@@ -99,6 +105,16 @@ class RayStreamerLoader(BaseModelLoader):
         if not internals.is_draft(model_config):
             return False
         return self._options.draft_uri is not None or not internals.has_targets_folder(model_config)
+
+    def _compare_configs(
+        self, captured: CapturedSlices, model_config: Any, uri: str, group: dist.ProcessGroup | None
+    ) -> None:
+        """Before anything is loaded: whether the weights lie beside the config that the engine has."""
+        assert captured.index is not None
+        if model_config.hf_config_path is None:
+            said = mismatch.compare_configs(captured.index.config, uri, model_config.model, self._options.settings)
+            if said is not None and is_first(group):
+                logger.warning("ray_streamer: %s", said)
 
     def _fill(self, uri: str, captured: CapturedSlices, device: str, group: dist.ProcessGroup | None) -> RankStatistics:
         """Loads what the model's loader says into the parameters, and shows how far it is."""
