@@ -6,7 +6,7 @@ asked for at the Hub, which sends large ones on to its content delivery network,
 A revision is a commit from the first answer on, so that all files are of one (see `hub_commit`). Identity is the hash of the content that the Hub
 tells: what a network for delivery calls a file may differ from place to place. What that network calls it is compared besides, as
 long as one address lasts.
-Source: huggingface_hub 2.4, `hf_raise_for_status`, `get_hf_file_metadata`, `list_repo_tree`.
+Source: huggingface_hub 2.4, `get_hf_file_metadata`, `list_repo_tree`.
 """
 
 from __future__ import annotations
@@ -14,22 +14,23 @@ from __future__ import annotations
 import json
 import os
 import re
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import parse_qs, quote, urlencode, urlsplit
 
-from ray_streamer.errors import CredentialsError, ObjectChangedError, ObjectMissingError, SettingsError, StorageError
-from ray_streamer.storage.bounded_call import OneAtATime, call_within
+from ray_streamer.errors import ObjectChangedError, SettingsError
+from ray_streamer.storage.bounded_call import OneAtATime
 from ray_streamer.storage.extras import missing_extra
-from ray_streamer.storage.http_route import is_http_address
+from ray_streamer.storage.hub_account import find_token, usable_endpoint
 from ray_streamer.storage.hub_commit import PinnedCommit
+from ray_streamer.storage.hub_refusal import HubRefusal
 from ray_streamer.storage.identity import Identity
 from ray_streamer.storage.listing import MAX_JSON_BYTES, MAX_TOKEN_CHARS, ListingPage
 from ray_streamer.storage.object_store import Request
 from ray_streamer.storage.redaction import NO_SECRETS
 from ray_streamer.storage.redirects import safe_target
 from ray_streamer.storage.refusal import skew_of
-from ray_streamer.storage.web import WebRefusal, WebStore, origin_of, seconds_of_one_head, status_text
+from ray_streamer.storage.web import WebStore, origin_of, seconds_of_one_head
 from ray_streamer.units import exact_bytes
 
 if TYPE_CHECKING:
@@ -37,10 +38,7 @@ if TYPE_CHECKING:
 
     from ray_streamer.storage.base import StorageSettings
     from ray_streamer.storage.http_connection import HttpAnswer
-    from ray_streamer.storage.retry import PassingFault
 
-_EVERYBODYS = "https://huggingface.co"
-_PRINTABLE = re.compile(r"[!-~]+")
 _NEXT = re.compile(r'<([^<>]*)>;\s*rel="?next"?')
 _RESET = re.compile(r"\bt=(\d{1,6})\b")
 _ETAG = re.compile(r'(?:W/)?"?([!#-~]+?)"?')
@@ -56,56 +54,6 @@ class _Linked(NamedTuple):
 
     etag: str
     size_bytes: int | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class HubRefusal(WebRefusal):
-    """See `Refusal`.
-
-    Attributes:
-        repository: As people write it.
-        page: Where a person sees it, and asks for access.
-        has_token: Whether the Hub was told who asks.
-    """
-
-    repository: str = ""
-    page: str = ""
-    has_token: bool = False
-
-    def error(self, what: str, *, is_object: bool = True) -> StorageError | PassingFault:
-        """See `Refusal`."""
-        if self.code == "RepoNotFound" and self.status in (401, 403, 404):
-            return ObjectMissingError(
-                f"no such repository, {what}: {self}; {self.repository} is misspelt, or private: {self._who}"
-            )
-        return super(HubRefusal, self).error(what, is_object=is_object)
-
-    @property
-    def what_is_missing(self) -> str:
-        """See `Refusal`."""
-        return "revision" if self.code == "RevisionNotFound" else "file"
-
-    def advice(self, *, is_object: bool) -> list[str]:
-        """See `Refusal`."""
-        if self.was_sent_on:
-            return []
-        if self.code == "GatedRepo":
-            return [
-                f"the repository is gated: ask for access at {self.page}, and let the Hub know who asks: {self._who}"
-            ]
-        return [self._who] if self.status in (401, 403) else []
-
-    @property
-    def _who(self) -> str:
-        return (
-            "look at the rights of the token in HF_TOKEN or of `hf auth login`"
-            if self.has_token
-            else "set HF_TOKEN, or `hf auth login`"
-        )
-
-    def __str__(self) -> str:
-        told = " ".join(filter(None, (self.code, f"({self.message})" if self.message else "")))
-        return f"{status_text(self.status)} {told}".rstrip()
 
 
 class HubStore(WebStore):
@@ -275,34 +223,9 @@ class HubStore(WebStore):
         with self._finding.turn():
             if self._has_asked_for_token:
                 return
-            self._token = _sendable(self._given_token or _token_within(self._timeout_seconds))
+            self._token = find_token(self._given_token, timeout_seconds=self._timeout_seconds)
             self._has_asked_for_token = True
             self._authorization = {"Authorization": f"Bearer {self._token}"} if self._token else {}
-
-
-def _token_within(seconds: float) -> str | None:
-    from huggingface_hub import get_token
-    from huggingface_hub.constants import HF_HUB_DISABLE_IMPLICIT_TOKEN
-
-    if HF_HUB_DISABLE_IMPLICIT_TOKEN:
-        return None
-    try:
-        return call_within(seconds, get_token, what="token of the Hub")
-    except TimeoutError:
-        raise CredentialsError(
-            f"huggingface_hub found no token in {seconds:g} s (credentials_timeout_seconds); set HF_TOKEN"
-        ) from None
-    except Exception as error:
-        # It asks other servers and reads files, with errors of every kind, which may quote what they read.
-        raise CredentialsError(f"huggingface_hub cannot find a token ({type(error).__name__}); set HF_TOKEN") from None
-
-
-def _sendable(token: str | None) -> str | None:
-    if token and not _PRINTABLE.fullmatch(token):
-        raise CredentialsError(
-            "the token of the Hub (not shown) has characters that cannot be sent; set HF_TOKEN again"
-        )
-    return token
 
 
 def _content_etag(header: str) -> str:
@@ -340,12 +263,12 @@ def open_store(uri: str, settings: StorageSettings) -> HubStore:
         raise missing_extra("hf://", "huggingface_hub", "hub") from error
     except ValueError as error:
         # It reads its variables when it is imported, the address of the Hub among them.
-        _usable_endpoint(os.environ.get("HF_ENDPOINT", ""))
+        usable_endpoint(os.environ.get("HF_ENDPOINT", ""))
         raise SettingsError(
             f"huggingface_hub cannot be imported: {NO_SECRETS.clean(str(error))}; look at the variables HF_HUB_..., whose "
             "timeouts are whole seconds"
         ) from None
-    endpoint = _usable_endpoint(constants.ENDPOINT)
+    endpoint = usable_endpoint(constants.ENDPOINT)
     try:
         parsed = parse_hf_uri(f"hf://{uri.partition('://')[2].rstrip('/')}")
     except HfUriError as error:
@@ -366,19 +289,6 @@ def open_store(uri: str, settings: StorageSettings) -> HubStore:
         token=settings.hf_token.get_secret_value() if settings.hf_token else "",
         timeout_seconds=settings.credentials_timeout_seconds,
         wait_seconds=seconds_of_one_head(settings),
-    )
-
-
-def _usable_endpoint(endpoint: str) -> str:
-    """The Hub's address, without a "/" at its end; that of everybody if there is none."""
-    address = endpoint.strip().rstrip("/") or _EVERYBODYS
-    # A user would be repeated, and a query would end up inside of addresses.
-    if is_http_address(address) and _PRINTABLE.fullmatch(address) and not set("@?#") & set(address):
-        return address
-    has_user = "@" in address
-    raise SettingsError(
-        f"HF_ENDPOINT (not shown) {'has a user or password in it' if has_user else 'is no address'}; give one such as {_EVERYBODYS}"
-        + (", and a token in HF_TOKEN" if has_user else "")
     )
 
 
