@@ -5,9 +5,8 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
-from ray_streamer.errors import AccessError, CredentialsError
+from ray_streamer.errors import AccessError, CredentialsError, ObjectMissingError
 from ray_streamer.files.pull import of_each
-from ray_streamer.storage import is_there
 from ray_streamer.wording import printable
 
 if TYPE_CHECKING:
@@ -30,6 +29,8 @@ USUAL_NAMES = (
     *("chat_template.jinja", "chat_template.json", "preprocessor_config.json", "processor_config.json"),
 )
 """What transformers, vLLM and Mistral call the files that they look for beside weights; code of a model's own is not among them."""
+
+_HEAD_BYTES = 64
 
 
 def listed_or_known(storage: Storage, *, concurrency: int, others: Callable[[], Sequence[str]] = tuple) -> list[str]:
@@ -65,10 +66,14 @@ def listed_or_known(storage: Storage, *, concurrency: int, others: Callable[[], 
 
 
 def _is_shown(storage: Storage, name: str) -> bool:
+    """Whether the file is there. Some web servers answer with a page, and no error, where it is not."""
     try:
-        return is_there(storage, name)
+        head, _ = storage.read_head(name, _HEAD_BYTES)
+    except ObjectMissingError:
+        return False
     except CredentialsError:
         raise
     except AccessError:
         # A store that refuses lists may hide what is not there behind a refusal, too.
         return False
+    return not head.lstrip().lower().startswith((b"<!doctype html", b"<html"))

@@ -24,6 +24,7 @@ from ray_streamer.api.files import cached
 from ray_streamer.checkpoint import open_checkpoint
 from ray_streamer.errors import AccessError, ObjectChangedError, ObjectMissingError, SettingsError, StorageError
 from ray_streamer.extent import Extent
+from ray_streamer.files.known import USUAL_NAMES
 from ray_streamer.named_checkpoint import NamedCheckpoint
 from ray_streamer.settings import Settings
 from ray_streamer.storage import open_storage, split_signature
@@ -593,6 +594,14 @@ def test_ls_and_pull_where_nothing_is_listed(server, tmp_path, caplog):
         ray_streamer.ls(f"{server.url}/nothing")
     with pytest.raises(ObjectMissingError, match="no file matches"):
         ray_streamer.pull(f"{server.url}/l", tmp_path / "to", allow="absent.py")
+
+
+@pytest.mark.parametrize("page", [b"<!DOCTYPE html><title>Not found</title>", b"\n <HTML><body>Sorry</body></HTML>"])
+def test_a_page_in_place_of_a_file_is_none(server, tmp_path, page):
+    """A server that never says 404 has every name that is asked for."""
+    server.files |= {f"l/{name}": page for name in USUAL_NAMES}
+    server.files |= {"l/config.json": b"{}", "l/chat_template.jinja": b"<|begin|>{{ messages }}"}
+    assert ray_streamer.ls(f"{server.url}/l") == ["chat_template.jinja", "config.json"]
 
 
 @pytest.mark.parametrize(
