@@ -30,9 +30,9 @@ from ray_streamer.cluster.calls import Calls, ProgressPoll, send
 from ray_streamer.cluster.failures import choose_cause, ray_errors_translated, tell_failure
 from ray_streamer.cluster.names import GroupName
 from ray_streamer.cluster.placement import PlacementOptions, group_by_node
+from ray_streamer.cluster.pulses import PulseWatch
 from ray_streamer.cluster.rank_actor import RemoteRank
 from ray_streamer.cluster.seats import Seat, take_seats
-from ray_streamer.cluster.silence import SilenceWatch
 from ray_streamer.cluster.waiting import Deadline, wait_for_start
 from ray_streamer.errors import ClusterError, RankFailedError, SettingsError
 from ray_streamer.units import counted
@@ -312,14 +312,14 @@ class WorkerGroup:
     def _watch(self, calls: Calls, ranks: Sequence[int], on_progress: Callable[[list[Any]], None] | None) -> None:
         poll = ProgressPoll({rank: self._actors[rank] for rank in ranks})
         next_poll = 0.0
-        silence = SilenceWatch(
+        watch = PulseWatch(
             self._actors, self._facts, self._timeouts, self._placement.runtime_env, waits_for_busy=calls.is_callers
         )
         while calls.pending and not calls.failures:
             calls.collect(_POLL_SECONDS)
-            silent = silence.check(calls.pending)
-            if silent is not None:
-                calls.fail(silent)
+            given_up = watch.check(calls.pending)
+            if given_up is not None:
+                calls.fail(given_up)
             if on_progress is not None and time.monotonic() >= next_poll:
                 on_progress(poll.latest())
                 next_poll = time.monotonic() + _POLL_SECONDS

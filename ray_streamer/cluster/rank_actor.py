@@ -2,7 +2,7 @@
 
 `call` runs on the actor's only main thread, one call at a time, for as long as it takes. `facts` and `control` run in a
 concurrency group of their own, and so answer while a call is running: this is how a load is watched and
-aborted. `is_running` has another one, in which nothing else is ever waited for. The worker is built by a call, not by the actor's constructor: an error in a call keeps its type, where one in a
+aborted. `pulse` has another one, in which nothing else is ever waited for. The worker is built by a call, not by the actor's constructor: an error in a call keeps its type, where one in a
 constructor becomes the text of a dead actor.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import socket
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 import ray.util
@@ -20,6 +20,11 @@ from ray_streamer.cluster.facts import RankFacts
 from ray_streamer.errors import ClusterError
 from ray_streamer.exchange.peer import PeerProcess
 from ray_streamer.machine import count_cpus, measure_available_memory
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from ray_streamer.exchange.messages import Pulse
 
 # One for the driver's progress polls, one so that an abort never queues behind them.
 _CONTROL_THREADS = 2
@@ -64,9 +69,10 @@ class RankActor:
         return getattr(self._worker, method)(*args)
 
     @ray.method(concurrency_group="pulse", enable_task_events=False)
-    def is_running(self) -> bool:
-        """Answers as long as this process runs and something else than one call gets Python's lock."""
-        return True
+    def pulse(self) -> Pulse | None:
+        """What the worker does, where it says so; answers as long as this process runs and something else than one call gets Python's lock."""
+        pulse: Callable[[], Pulse | None] | None = getattr(self._worker, "pulse", None)
+        return None if pulse is None else pulse()
 
     @ray.method(concurrency_group="control")
     def facts(self) -> RankFacts:

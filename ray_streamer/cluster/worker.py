@@ -6,7 +6,7 @@
 
 The ranks stay met: `agree` and `load` may follow again, and then fill the same tensors. Staging memory is there during a load only.
 
-An ordinary object: the group wraps it in an actor, tests do not. `abort` and `progress` may be called from another thread
+An ordinary object: the group wraps it in an actor, tests do not. `abort`, `progress` and `pulse` may be called from another thread
 while `agree` or `load` runs; everything else is called one at a time.
 """
 
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     import torch
 
     from ray_streamer.cluster.clocks import ClockReading
+    from ray_streamer.exchange.messages import Pulse
     from ray_streamer.planning.rank_plan import RankPlan
     from ray_streamer.rank.agreement import MemoryTerms
     from ray_streamer.rank.request import LoadRequest
@@ -255,6 +256,12 @@ class LoadWorker:
         """What the load has done so far; None before it began."""
         load = self._load
         return None if load is None else load.statistics()
+
+    def pulse(self) -> Pulse | None:
+        """How this rank gets on with the load that it takes part in; None between loads."""
+        with self._lock:
+            session = self._session if self._is_loading else None
+        return None if session is None else session.activity.pulse()
 
     def trace(self) -> RankTrace:
         """What happened to each block of the last load, and when.

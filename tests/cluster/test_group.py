@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import threading
+import time
 import warnings
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ from ray_streamer.errors import (
     StartupTimeoutError,
 )
 from ray_streamer.exchange.liveness import Timeouts
+from ray_streamer.exchange.messages import Pulse
 from ray_streamer.settings import Settings
 
 if TYPE_CHECKING:
@@ -118,6 +120,23 @@ class BadProgress(Worker):
 
     def progress(self) -> str:
         raise ZeroDivisionError("bug")
+
+
+class Pulsing(Worker):
+    """Says what it does, as a rank that loads."""
+
+    def __init__(self, rank: int, pulse: Pulse, grows: bool) -> None:
+        super().__init__(rank)
+        self._pulse, self._grows = pulse, grows
+
+    def pulse(self) -> Pulse:
+        if self._grows:
+            self._pulse = self._pulse._replace(num_steps=self._pulse.num_steps + 1)
+        return self._pulse
+
+    def sleep(self, seconds: float) -> int:
+        time.sleep(seconds)
+        return self.rank
 
 
 class SlowConstructor(Worker):
@@ -348,6 +367,33 @@ def test_a_rank_that_is_silent_without_being_stopped_has_as_long_as_one_step(ass
 def test_the_callers_own_function_may_be_silent_for_as_long_as_it_likes() -> None:
     with start(1, patience=0.5, step=1.0) as group:
         assert group.call("hold_the_lock", 4, is_callers=True) == [0]
+
+
+STUCK = Pulse(7, True, "reading and copying tensors")
+
+
+def test_a_rank_that_answers_and_makes_no_step_is_named(assert_gone: Check) -> None:
+    """As one that is alone on its node, and reads a mount whose server is gone."""
+    group = start(1, Pulsing, args=(STUCK, False), patience=0.5, step=2.0)
+    pids = pids_of(group)
+    with pytest.raises(
+        RankFailedError, match=r"no progress for progress_timeout_seconds=2 while reading and copying tensors;"
+    ):
+        group.call("sleep", 60)
+    assert_gone(pids)
+
+
+@pytest.mark.parametrize(
+    ("pulse", "grows", "is_callers"),
+    [
+        pytest.param(STUCK, True, False, id="makes steps"),
+        pytest.param(STUCK._replace(is_busy=False), False, False, id="waits for others"),
+        pytest.param(STUCK, False, True, id="the caller's own function"),
+    ],
+)
+def test_a_rank_that_makes_steps_or_waits_is_not_given_up(pulse: Pulse, *, grows: bool, is_callers: bool) -> None:
+    with start(1, Pulsing, args=(pulse, grows), patience=0.5, step=1.0) as group:
+        assert group.call("sleep", 4, is_callers=is_callers) == [0]
 
 
 def test_what_the_callers_own_function_says_of_ranks_is_not_about_these() -> None:

@@ -110,6 +110,15 @@ def test_a_second_load_fills_the_same_tensors_over_the_same_session(pair: Pair, 
         assert later.peak_staging_bytes <= LIMIT
 
 
+def test_workers_say_what_they_do_while_they_take_part_in_a_load(pair: Pair, folders: list[Path]) -> None:
+    assert [worker.pulse() for worker in pair.workers] == [None, None]
+    pair.agree(folders[0], "secret/0")
+    agreed = [worker.pulse() for worker in pair.workers]
+    assert [pulse and pulse.phase for pulse in agreed] == ["planning", "planning"]
+    pair.both("load")
+    assert [worker.pulse() for worker in pair.workers] == [None, None]
+
+
 def test_another_secret_is_another_meeting(pair: Pair, folders: list[Path]) -> None:
     pair.load(folders[0], "one/0")
     sessions = [worker.session for worker in pair.workers]
