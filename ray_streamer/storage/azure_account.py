@@ -1,8 +1,8 @@
 """Which account of Azure is meant, and who asks there? What the environment says, where Azure's own tools and Run:ai's streamer look.
 
 A SAS token that a uri itself was given with comes first; then a connection string, a SAS token and an account's key of the environment.
-Each belongs to one account, and is not sent to another. Tokens of azure-identity are good for every account of who asks, so they are
-sent to Azure's own hosts only, and to the endpoint that the environment names.
+Each belongs to one account, and is not sent to another. SAS tokens of the environment and tokens of azure-identity are sent as they are, so
+only Azure's own hosts get them, and the endpoint that the environment names; with a key requests are signed.
 Source: Azure Storage, "Configure connection strings".
 """
 
@@ -86,12 +86,12 @@ def account_of(uri: str, host: str, *, is_anonymous: bool, signature: str = "") 
     sas_token = signature or sas_token.lstrip("?")
     key = said.get("accountkey") or (_variable("ACCOUNT_KEY", "KEY") if has_variables else "")
     _refuse_unusable(endpoint, sas_token, given_as="the query of the uri" if signature else "AZURE_STORAGE_SAS_TOKEN")
+    if not is_anonymous and not signature and (sas_token or not key):
+        _refuse_to_send_tokens(uri, endpoint, name, said)
     if is_anonymous or sas_token:
         return AzureAccount(
             name=name, endpoint=endpoint, sas_token="" if is_anonymous else sas_token, is_anonymous=is_anonymous
         )
-    if not key:
-        _refuse_to_send_tokens(uri, endpoint, name, said)
     return AzureAccount(name=name, endpoint=endpoint, key=AccountKey.parse(name, key) if key else None)
 
 
@@ -112,7 +112,7 @@ def _refuse_to_send_tokens(uri: str, endpoint: str, name: str, said: Mapping[str
         return
     suffix = endpoint.partition(".blob.")[2]
     raise SettingsError(
-        f"{uri}: {endpoint} is no https address of Azure's own, so it is sent no token of azure-identity; if it is yours set "
+        f"{uri}: {endpoint} is no https address of Azure's own, so it is sent neither a SAS token of the environment nor a token of azure-identity; if it is yours set "
         f"AZURE_STORAGE_ENDPOINT_SUFFIX={suffix}, or AZURE_STORAGE_CONNECTION_STRING for account {name}; else set azure_unsigned"
     )
 

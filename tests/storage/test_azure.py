@@ -397,7 +397,7 @@ def test_another_account_learns_nothing(identity, open_store, monkeypatch):
     for name, value in OF_MINE.items():
         monkeypatch.setenv(f"AZURE_STORAGE_{name}", value)
     uri = "abfss://models@other.blob.localhost:1/m"
-    with pytest.raises(SettingsError, match=r"no token.*AZURE_STORAGE_ENDPOINT_SUFFIX=localhost:1") as caught:
+    with pytest.raises(SettingsError, match=r"sent neither.*AZURE_STORAGE_ENDPOINT_SUFFIX=localhost:1") as caught:
         open_store(uri)
     assert not PLANTED.search(str(caught.value))
     assert identity.num_tokens == 0
@@ -423,14 +423,18 @@ def test_another_account_learns_nothing(identity, open_store, monkeypatch):
         ("other.blob.example.com", {"CONNECTION_STRING": "AccountName=other;BlobEndpoint=http://127.0.0.1:1/other"}, True),
     ],
 )  # fmt: skip
-def test_who_is_sent_tokens_of_an_identity(monkeypatch, host, variables, is_sent):
-    for name, value in variables.items():
+@pytest.mark.parametrize("sas_token", ["", "sig=planted"], ids=["identity", "sas"])
+def test_who_is_sent_tokens(monkeypatch, host, variables, sas_token, *, is_sent):
+    for name, value in {"SAS_TOKEN": sas_token, **variables}.items():
         monkeypatch.setenv(f"AZURE_STORAGE_{name}", value)
     if is_sent:
-        assert account_of("the uri", host, is_anonymous=False).key is None
+        account = account_of("the uri", host, is_anonymous=False)
+        assert (account.key, account.sas_token) == (None, sas_token)
         return
-    with pytest.raises(SettingsError, match="sent no token of azure-identity"):
+    with pytest.raises(SettingsError, match="sent neither a SAS token of the environment nor a token") as caught:
         account_of("the uri", host, is_anonymous=False)
+    assert "planted" not in str(caught.value)
+    assert account_of("the uri", host, is_anonymous=False, signature="sig=own").sas_token == "sig=own"
 
 
 def test_pages_of_a_listing():
