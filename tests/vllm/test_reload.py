@@ -20,10 +20,12 @@ CASES = [
 ]
 
 
-def reload(
-    uris: list[str | None], config: Any, model: Any, load_format: str = "ray_streamer", **extra: Any
-) -> list[Any]:
-    """Reloads from each of `uris`; for each of them hashes, and whether parameters stayed where they were, or the error."""
+def reload(uris: list[Any], config: Any, model: Any, load_format: str = "ray_streamer", **extra: Any) -> list[Any]:
+    """Reloads from each of `uris`; for each of them hashes, and whether parameters stayed where they were, or the error.
+
+    None is a reload without a path; a mapping is such a one after `update_config` with these options, or with options of another kind.
+    """
+    from vllm.config.utils import update_config
     from vllm.model_executor.model_loader.reload.inplace import reload_weights
 
     from ray_streamer.integrations.vllm import register
@@ -35,6 +37,12 @@ def reload(
     )
     before, said = addresses_of(model), []
     for uri in uris:
+        if isinstance(uri, dict):
+            # As it comes from another process.
+            options = {"page_cache": "off", "uri": "".join([*uri["uri"]])} if "uri" in uri else None
+            said_now = {"model_loader_extra_config": options} if options else {"use_tqdm_on_load": False}
+            config.load_config = update_config(config.load_config, said_now)
+            uri = None
         try:
             reload_weights(config, model, None, uri, True)
             said.append((hashes_of(model), addresses_of(model) == before))
@@ -135,6 +143,27 @@ def test_weights_path_is_read_also_where_it_is_the_folder_that_the_engine_was_st
     )
     assert mine.after == held[at_uri]
     assert [hashes for hashes, _ in mine.later] == [held[folder] for folder in (model, other, other, model, model)]
+
+
+def test_what_is_said_last_is_read_and_what_cannot_be_read_is_forgotten(tmp_path):
+    """A uri that update_config says again counts, also where it is the one of the start; a wrong path does not."""
+    for seed, name in enumerate(("model", "other")):
+        save_checkpoint("llama", tmp_path / name, seed=seed)
+    save_checkpoint("llama", tmp_path / "larger", intermediate_size=512)
+    model, other, larger, nothing = (str(tmp_path / name) for name in ("model", "other", "larger", "nothing"))
+    [[theirs]] = on_all_ranks(other, Layout(), [stock], tmp_path)
+    uris = [other, None, {"uri": model}, other, {"use": "nothing else"}, nothing, None, larger, None, {"uri": model}]
+    [[mine]] = on_all_ranks(
+        model, Layout(), [partial(ours, uri=model)], tmp_path, then=partial(reload, uris, uri=model)
+    )
+    said = [step if isinstance(step, str) else step[0] for step in mine.later]
+    missing, of_another = said.pop(5), said.pop(6)
+    assert "ObjectMissingError" in missing
+    assert "CheckpointError" in of_another
+    assert "has shape" in of_another
+    assert "of shape" in of_another
+    of_model, of_other = mine.after, theirs.after
+    assert said == [of_other, of_other, of_model, of_other, of_other, of_other, of_other, of_model]
 
 
 def failing_on_one_rank(uri, config, model):

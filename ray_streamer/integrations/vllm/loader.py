@@ -22,7 +22,7 @@ from ray_streamer.integrations.vllm.ahead import prepare_load
 from ray_streamer.integrations.vllm.collective import is_first
 from ray_streamer.integrations.vllm.model_files import restore_model_files
 from ray_streamer.integrations.vllm.options import LoaderOptions
-from ray_streamer.integrations.vllm.reloading import Origin, origins, reload_tensors
+from ray_streamer.integrations.vllm.reloading import Origin, forms_of, origins, reload_tensors
 from ray_streamer.integrations.vllm.summary import Summary, gather_summaries
 from ray_streamer.integrations.vllm.tied_heads import refuse_other_head
 
@@ -75,7 +75,9 @@ class RayStreamerLoader(BaseModelLoader):
         is_draft = self._has_own_files(model_config)
         said = self._options.uri_of(is_draft=is_draft)
         uri = said or internals.place_of_weights(model_config, self.load_config)
-        origin = origins[model] = Origin(_marked(model_config), said, uri, is_draft=is_draft)
+        origin = origins[model] = Origin(
+            _marked(model_config), self._marked_uri(is_draft=is_draft), uri, is_draft=is_draft
+        )
         secondary = internals.secondary_tensors(model, self.load_config)
         group = internals.loading_group(model_config)
 
@@ -94,7 +96,7 @@ class RayStreamerLoader(BaseModelLoader):
         internals.refuse_missing(model, captured.loaded, model_config)
         refuse_other_head(captured, model_config, uri, self._options.settings, group)
         assert captured.index is not None
-        origin.contents, origin.taken = contents_of(captured.index), captured.taken
+        origin.contents, origin.taken = contents_of(captured.index), forms_of(captured.index, captured.taken)
         self.summary = Summary.of(captured, statistics, seconds=time.perf_counter() - started)
         line = gather_summaries(self.summary, captured.index, group)
         if line is not None:
@@ -155,23 +157,34 @@ class RayStreamerLoader(BaseModelLoader):
         )
 
     def _uri_of_reload(self, model_config: Any, origin: Origin | None) -> str:
-        """What was named last: the `weights_path` of this reload, else the options where they have changed, else what was read before."""
+        """What was named last: the `weights_path` of this reload, else the uri of options that were set anew, else what was read last."""
         said = self._options.uri_of(is_draft=origin is not None and origin.is_draft)
-        # vLLM puts each weights_path there, another object even where it says the same.
+        # vLLM puts each weights_path there, another object even where it says the same; so does update_config with options.
         is_named = origin is not None and model_config.model is not origin.model
-        if origin is not None and not is_named and said == origin.uri:
+        if origin is not None and not is_named and said is origin.uri:
             return origin.place
         place = (None if is_named else said) or internals.place_of_weights(model_config, self.load_config)
         if origin is not None:
-            origin.model, origin.uri, origin.place = _marked(model_config), said, place
+            origin.model, origin.uri = _marked(model_config), self._marked_uri(is_draft=origin.is_draft)
         return place
+
+    def _marked_uri(self, *, is_draft: bool) -> str | None:
+        """What the options say of the place, as an object that nobody else has; see `_marked`."""
+        said = self._options.uri_of(is_draft=is_draft)
+        if said is not None:
+            key = "draft_uri" if is_draft else "uri"
+            self.load_config.model_loader_extra_config[key] = said = _copied(said)
+        return said
 
 
 def _marked(model_config: Any) -> str:
     """What the configuration calls the model, as an object that nobody else has, by which it is known again."""
-    name: str = model_config.model
-    model_config.model = marked = "".join([*name])
+    model_config.model = marked = _copied(model_config.model)
     return marked
+
+
+def _copied(text: str) -> str:
+    return "".join([*text])
 
 
 def targets_of(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -12,18 +12,19 @@ from __future__ import annotations
 import time
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from math import prod
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary, ref
 
 from ray_streamer.api.tensors import open_tensors
-from ray_streamer.errors import LoadAbortedError
+from ray_streamer.errors import CheckpointError, LoadAbortedError
 from ray_streamer.integrations.captured_slices import contents_of
 from ray_streamer.integrations.vllm import internals
 from ray_streamer.integrations.vllm.collective import is_first
 from ray_streamer.integrations.vllm.summary import say_load
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Iterator
+    from collections.abc import Generator, Iterable, Iterator
 
     import torch
     import torch.distributed as dist
@@ -41,11 +42,11 @@ class Origin:
 
     Attributes:
         model: Its `model_config.model` at the last load or reload, the very object.
-        uri: What the options said then; None = the model's own folder.
-        place: What was read then.
+        uri: What the options said then, the very object; None = the model's own folder.
+        place: What was read last.
         is_draft: Whether it is a draft model with files of its own.
         contents: Names, dtypes and shapes of the first checkpoint, as a hash; empty until it was loaded.
-        taken: Names of the tensors that this rank's loader took anything of.
+        taken: The tensors that this rank's loader took anything of: by name their dtype and shape in the first checkpoint.
         reload: The last reload, if it has failed halfway and its error is still there.
     """
 
@@ -54,7 +55,7 @@ class Origin:
     place: str
     is_draft: bool
     contents: str = ""
-    taken: tuple[str, ...] = ()
+    taken: dict[str, tuple[str, tuple[int, ...]]] = field(default_factory=dict)
     reload: ref[Generator[Any, None, None]] | None = field(default=None, repr=False)
 
 
@@ -91,6 +92,7 @@ def reload_tensors(
     # Up to here nothing of the model has changed.
     next(tensors)
     if origin is not None:
+        origin.place = uri
         # Weakly: when vLLM's loader fails, the iterator ends with vLLM's error, and the other ranks are told.
         origin.reload = ref(tensors)
     return tensors
@@ -110,6 +112,8 @@ def _shared(
     group = internals.reloading_group()
     with open_tensors(uri, settings=settings, group=group) as opened, _stop_explained():
         index, shared = opened.index, opened.shared
+        if origin is not None:
+            _refuse_other_shapes(index, origin.taken, uri)
         names = _names(index, model, origin)
         yield None
         started, num_bytes = time.perf_counter(), sum(_num_bytes(index, name) for name in names)
@@ -122,6 +126,7 @@ def _shared(
         logger.info(
             say_load(
                 "reloaded",
+                index.uri,
                 _size(group),
                 num_tensors=len(names),
                 held_bytes=num_bytes,
@@ -150,10 +155,31 @@ def _stop_explained() -> Iterator[None]:
 def _names(index: CheckpointIndex, model: nn.Module, origin: Origin | None) -> list[str]:
     """What the rank's loader took of the first checkpoint, where this one is like it; else all that it may look at."""
     if origin is not None and origin.contents == contents_of(index):
-        taken = set(origin.taken)
-        return [name for name in index.names if name in taken]
+        return [name for name in index.names if name in origin.taken]
     skips = internals.skips_tensor(model)
     return [name for name in index.names if not skips(name)]
+
+
+def forms_of(index: CheckpointIndex, names: Iterable[str]) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Dtype and shape of tensors, by name."""
+    positions = {name: index.position(name) for name in names}
+    return {name: (index.dtype_of(position).name, index.shape_of(position)) for name, position in positions.items()}
+
+
+def _refuse_other_shapes(index: CheckpointIndex, taken: dict[str, tuple[str, tuple[int, ...]]], uri: str) -> None:
+    """vLLM's loaders would fail at such a tensor, without a word, when layers before it have changed already.
+
+    Raises:
+        CheckpointError: A tensor has other elements than the one that the model was loaded from.
+    """
+    for name, (dtype, shape) in forms_of(index, taken.keys() & set(index.names)).items():
+        was_dtype, was_shape = taken[name]
+        # One element may be a scalar or a vector, and packed elements are counted otherwise.
+        if dtype == was_dtype and prod(shape) != prod(was_shape):
+            raise CheckpointError(
+                f"{uri}: {name} has shape {list(shape)}, and this model was loaded from one of shape {list(was_shape)}: give a "
+                "checkpoint of the same model. Nothing was changed"
+            )
 
 
 def _num_bytes(index: CheckpointIndex, name: str) -> int:

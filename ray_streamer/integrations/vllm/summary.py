@@ -81,11 +81,19 @@ def gather_summaries(mine: Summary, index: CheckpointIndex, group: dist.ProcessG
 
 
 def say_load(
-    what: str, num_ranks: int, *, num_tensors: int, held_bytes: int, read_bytes: int, needed_bytes: int, seconds: float
+    what: str,
+    uri: str,
+    num_ranks: int,
+    *,
+    num_tensors: int,
+    held_bytes: int,
+    read_bytes: int,
+    needed_bytes: int,
+    seconds: float,
 ) -> str:
     """One line about a load: `needed_bytes` are those that each node could not do without."""
     return (
-        f"ray_streamer: {what} {counted(num_tensors, 'tensor')} of {human_bytes(held_bytes)} into "
+        f"ray_streamer: {what} {counted(num_tensors, 'tensor')} of {human_bytes(held_bytes)} from {uri} into "
         f"{counted(num_ranks, 'rank')} in {seconds:.2f} s ({read_bytes / 1e9 / max(seconds, 1e-9):.2f} GB/s); "
         f"{human_bytes(read_bytes)} read, {read_bytes / max(needed_bytes, 1):.2f}x"
     )
@@ -94,6 +102,7 @@ def say_load(
 def _line(parts: list[Summary], index: CheckpointIndex) -> str:
     line = say_load(
         "loaded",
+        index.uri,
         len(parts),
         num_tensors=parts[0].num_tensors,
         held_bytes=parts[0].checkpoint_bytes,
