@@ -13,7 +13,7 @@
     │   ├── ShortReadError       storage ended before the extent did
     │   ├── ObjectChangedError   the object is not the one the index saw
     │   ├── AccessError          credentials or permissions                       (also PermissionError)
-    │   │   └── CredentialsError no credentials were found, so the store was not asked
+    │   │   └── CredentialsError no credentials were found, or the store does not take them
     │   └── ThrottledError       the store asked us to slow down, for too long
     ├── BudgetError              a limit of memory, threads or open files cannot work
     ├── DeviceError              the destination cannot be used
@@ -92,7 +92,7 @@ class AccessError(StorageError, PermissionError):
 
 
 class CredentialsError(AccessError):
-    """No credentials were found, or none in time, so the store was not asked."""
+    """No credentials were found in time, or the store does not take them: an unknown key, a wrong signature or clock, an expired token."""
 
 
 class ThrottledError(StorageError):

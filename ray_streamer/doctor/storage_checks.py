@@ -70,8 +70,8 @@ def checkpoint_refused(error: RayStreamerError) -> Finding:
     if isinstance(error, ObjectMissingError):
         why, advice = "There is nothing to load.", "Check the uri, and that this node has the mount that holds it."
     elif isinstance(error, CredentialsError):
-        why = "This node has no credentials, so the store was not asked."
-        advice = "The message says what was looked for; see docs/stores.md for where credentials come from."
+        why = "This node has no credentials that the store takes."
+        advice = "The message says what was looked for, or what the store says of them; see docs/stores.md for where credentials come from."
     elif isinstance(error, AccessError):
         why = "The store refuses this node's credentials, region or clock."
         advice = "The message says which; see docs/s3.md for where credentials and region come from."

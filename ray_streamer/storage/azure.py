@@ -61,6 +61,7 @@ class AzureRefusal(Refusal):
     """
 
     THROTTLE_CODES: ClassVar[frozenset[str]] = frozenset({"ServerBusy", "TooManyRequests", "EgressIsOverAccountLimit"})
+    CREDENTIALS_CODES: ClassVar[frozenset[str]] = frozenset({"AuthenticationFailed", "InvalidAuthenticationInfo"})
     FAILURE_CODES: ClassVar[frozenset[str]] = frozenset({"InternalError", "OperationTimedOut"})
 
     ended: tuple[str, ...] = ()

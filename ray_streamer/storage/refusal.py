@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from ray_streamer.errors import (
     AccessError,
+    CredentialsError,
     ObjectChangedError,
     ObjectMissingError,
     ShortReadError,
@@ -66,7 +67,7 @@ class Refusal:
             # A signature may have expired, or credentials may have changed, since the request was authorised.
             return PassingFault(
                 f"access refused, {message}{self._advice(is_object=is_object)}",
-                error_class=AccessError,
+                error_class=CredentialsError if self.code in self.CREDENTIALS_CODES | self.SKEW_CODES else AccessError,
                 is_worth_one_retry=True,
             )
         if self.status == 429 or self.code in self.THROTTLE_CODES or self.status == 503:

@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 _THROTTLE_CODES = frozenset(
     {"SlowDown", "Throttling", "ThrottlingException", "RequestLimitExceeded", "ServiceUnavailable"}
 )
-_TOKEN_CODES = frozenset({"ExpiredToken", "InvalidToken", "TokenRefreshRequired"})
+_CREDENTIALS_CODES = frozenset(
+    {"ExpiredToken", "InvalidToken", "TokenRefreshRequired", "InvalidAccessKeyId", "SignatureDoesNotMatch"}
+)
 # Amazon says so for absent keys too, and servers that answer without a body may mean it.
 _HIDING_CODES = frozenset({"AccessDenied", "Forbidden", ""})
 _NOT_LISTED = "without s3:ListBucket an object that does not exist looks like this, too"
@@ -49,7 +51,7 @@ class S3Refusal(Refusal):
     """
 
     THROTTLE_CODES: ClassVar[frozenset[str]] = _THROTTLE_CODES
-    CREDENTIALS_CODES: ClassVar[frozenset[str]] = _TOKEN_CODES
+    CREDENTIALS_CODES: ClassVar[frozenset[str]] = _CREDENTIALS_CODES
     FAILURE_CODES: ClassVar[frozenset[str]] = frozenset({"RequestTimeout", "InternalError"})
     SKEW_CODES: ClassVar[frozenset[str]] = frozenset({"RequestTimeTooSkewed"})
 

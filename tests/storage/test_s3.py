@@ -11,8 +11,10 @@ from types import SimpleNamespace
 
 import pytest
 
+import ray_streamer
 from ray_streamer.errors import (
     AccessError,
+    CredentialsError,
     ObjectChangedError,
     ObjectMissingError,
     SettingsError,
@@ -20,10 +22,11 @@ from ray_streamer.errors import (
     ThrottledError,
 )
 from ray_streamer.extent import Extent
+from ray_streamer.settings import Settings
 from ray_streamer.storage import s3_client
 from ray_streamer.storage.s3_client import SignedUrls
 from ray_streamer.testing.faults import Fault, FaultProxy
-from ray_streamer.testing.storage_suite import CONTENT, StorageContract, read
+from ray_streamer.testing.storage_suite import CONTENT, StorageContract, read, write_llama
 
 
 class TestS3Contract(StorageContract):
@@ -322,6 +325,18 @@ def test_wrong_credentials(place, open_s3, etag, monkeypatch, access_key, words)
             ask()
         assert place.uri in str(caught.value)
         assert_no_secret(caught.value, access_key)
+
+
+@pytest.mark.usefixtures("only_on_the_gateway")
+def test_wrong_credentials_are_no_missing_files(s3_credentials, tmp_path, monkeypatch, caplog):
+    """The first refusal is the error: nothing is said of files that may not exist, nor of rights to list."""
+    write_llama(tmp_path)
+    uri = s3_credentials.upload_folder(tmp_path, "storage-tests", "wrong")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "unknownaccesskey")
+    for ask in (ray_streamer.plan, ray_streamer.ls):
+        with pytest.raises(CredentialsError, match=r"InvalidAccessKeyId.*check the access key"):
+            ask(uri, settings=Settings(retry_deadline_seconds=1))
+    assert "ListBucket" not in caplog.text
 
 
 def assert_no_secret(error: BaseException | None, access_key: str) -> None:

@@ -167,7 +167,7 @@ def forms_of(index: CheckpointIndex, names: Iterable[str]) -> dict[str, tuple[st
 
 
 def _refuse_other_shapes(index: CheckpointIndex, taken: dict[str, tuple[str, tuple[int, ...]]], uri: str) -> None:
-    """vLLM's loaders would fail at such a tensor, without a word, when layers before it have changed already.
+    """At such a tensor vLLM's loaders would fail without a word, when layers before it have changed already.
 
     Raises:
         CheckpointError: A tensor has other elements than the one that the model was loaded from.
