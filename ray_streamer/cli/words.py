@@ -35,6 +35,8 @@ def in_flags(message: str, flags: Mapping[str, str]) -> str:
     >>> in_flags('raise startup_timeout_seconds, or try strategy="PACK"', {
     ...     "startup_timeout_seconds": "--startup-timeout-seconds", "strategy": "--strategy"})
     'raise --startup-timeout-seconds, or try --strategy PACK'
+    >>> in_flags("experts=[[0], [1]] needs ep=True", {"experts": "--experts", "ep": "--ep"})
+    '--experts [[0], [1]] needs --ep'
     """
     if not flags:
         return message
@@ -47,7 +49,8 @@ def in_flags(message: str, flags: Mapping[str, str]) -> str:
         if "=" not in found[0] and "_" not in name:
             return found[0]
         if value is None or value == "True":
-            return flags[name]
+            # A list or mapping follows as it is.
+            return f"{flags[name]} " if message[found.end() : found.end() + 1] in ("[", "{") else flags[name]
         return f"{flags[name]} {value.strip(chr(34) + chr(39))}"
 
     return pattern.sub(put, message)

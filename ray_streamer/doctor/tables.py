@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ray_streamer.report.tables import new_console, new_table
-from ray_streamer.units import counted, human_bytes
+from ray_streamer.units import counted, human_bytes, human_rate
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -76,7 +76,7 @@ def _expected(examination: Examination) -> list[str]:
     if fleet := prediction.fleet:
         told.append(
             f"On {counted(fleet.num_nodes, 'node')} like this one at the same time, from a storage that serves "
-            f"{human_bytes(int(fleet.storage_rate))}/s to all: {human_bytes(fleet.read_bytes)} in {fleet.seconds:.2f} s."
+            f"{human_rate(fleet.storage_rate)} to all: {human_bytes(fleet.read_bytes)} in {fleet.seconds:.2f} s."
         )
     return told
 

@@ -136,14 +136,25 @@ def _nearest(name: str, *, prefix: str = "") -> str:
     return f"; did you mean {prefix + found[0].upper() if prefix else found[0]}?"
 
 
+_SIZE = 'give a number of bytes, or text such as "512MiB"'
+_WORDS = {
+    **dict.fromkeys(("byte_size", "byte_size_unit"), _SIZE),
+    **dict.fromkeys(("bool_parsing", "bool_type"), "give true or false"),
+    **dict.fromkeys(("int_parsing", "int_type", "int_from_float"), "give a whole number"),
+    **dict.fromkeys(("float_parsing", "float_type"), "give a number"),
+}
+"""What to say instead of pydantic's own words, by its kind of fault."""
+
+
 def _explain(error: ValidationError, explicit: set[str]) -> str:
     lines: list[str] = []
     for fault in error.errors(include_url=False):
+        said = _WORDS.get(fault["type"], fault["msg"]).removeprefix("Value error, ")
         if not fault["loc"]:
-            line = fault["msg"]
+            line = said
         else:
             name = str(fault["loc"][0])
-            wrong = fault["msg"] if name in Settings.model_fields else f"no such setting{_nearest(name)}"
+            wrong = said if name in Settings.model_fields else f"no such setting{_nearest(name)}"
             line = f"{_origin(name, explicit)}={_shown(name, fault['input'])}: {wrong}"
         if line not in lines:
             lines.append(line)

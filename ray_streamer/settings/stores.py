@@ -16,17 +16,19 @@ def _make_absolute(path: Any) -> Any:
     return os.path.abspath(os.path.expanduser(path)) if path and isinstance(path, str | os.PathLike) else path
 
 
-def _refuse_user(url: str) -> str:
+def _checked_address(url: str) -> str:
     """A user name in an address would show up in errors and logs."""
     if "@" in url:
         raise ValueError("credentials do not belong into an address; see s3_access_key_id and s3_secret_access_key")
+    if not url.lower().startswith(("http://", "https://")):
+        raise ValueError("write http:// or https:// before the host")
     return url
 
 
 class StoreSettings(LoadSettings):
     """Beside them, the knobs of S3, the Hub, Azure, Google and web servers."""
 
-    s3_endpoint_url: Annotated[str, AfterValidator(_refuse_user)] | None = Field(
+    s3_endpoint_url: Annotated[str, AfterValidator(_checked_address)] | None = Field(
         default=None, description="S3 endpoint; unset = AWS_ENDPOINT_URL[_S3] or AWS."
     )
     s3_region: str | None = Field(default=None, description="S3 region; unset = as boto3 finds it.")

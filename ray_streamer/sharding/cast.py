@@ -10,6 +10,7 @@ import numpy as np
 from ray_streamer.dtypes import DTYPE_CODES
 from ray_streamer.errors import ShardingError
 from ray_streamer.sharding.globs import first_matches
+from ray_streamer.wording import brief
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -38,8 +39,9 @@ def checked_dtypes(dtype: DTypeLike) -> list[tuple[str, str]]:
     for glob, wished in pairs:
         name = str(wished).removeprefix("torch.")
         if not isinstance(glob, str) or name not in CASTABLE:
+            got = wished if glob == "*" else f"{glob}: {wished}"
             raise ShardingError(
-                f"dtype is one of {', '.join(CASTABLE)}, or globs of names with one each; got {glob!r}: {wished!r}"
+                f"dtype is one of {', '.join(CASTABLE)}, or globs of names with one each; got {brief(got)}"
             )
         checked.append((glob, CASTABLE[name]))
     return checked

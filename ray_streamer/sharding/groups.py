@@ -160,8 +160,8 @@ def _check_rules(index: CheckpointIndex, rules: ShardRules, rule_ids: NDArray[np
     if unused:
         faults.append(
             f"{counted(len(unused), 'rule')} {'places' if len(unused) == 1 else 'place'} no tensor of {index.uri}: "
-            f"{_shown(unused, len(unused))}. No name matches, or an earlier rule takes them all. Correct or remove them, or make "
-            "each one Rule(..., optional=True)."
+            f"{_shown(unused, len(unused))}. No name matches, or an earlier rule takes them all. Correct or remove them; in Python, "
+            "Rule(..., optional=True) may place none."
         )
     without = np.flatnonzero((rule_ids == _NO_RULE) & (index.num_dims >= 2)).tolist()
     if without and unmatched == "error":

@@ -90,7 +90,9 @@ class RuleSlices:
             if value not in get_args(kind):
                 raise SettingsError(f"{name} is one of {', '.join(get_args(kind))}, not {value!r}")
         if self.experts is not None and self.mesh.ep == 1:
-            raise SettingsError(f"experts={brief(self.experts)} divides experts over groups of ranks; give ep, too")
+            raise SettingsError(
+                f"experts={brief(self.experts)} divides experts over groups of ranks; give ep=True, too"
+            )
         checked_fusions(self.fuse)
         if self.rename is not None:
             # An iterator could be asked once only.

@@ -195,7 +195,9 @@ def open_access(uri: str, settings: StorageSettings) -> S3Access:
         raise AccessError(f"cannot open {uri}: {error}; see s3_profile and AWS_PROFILE") from error
     except (BotoCoreError, ValueError) as error:
         message = _USER_OF_A_URL.sub("//", str(error))
-        raise SettingsError(f"cannot open {uri}: {message}; see s3_endpoint_url, s3_region and AWS_*") from None
+        # Of `s3_endpoint_url` it is known to have one.
+        scheme = ", write http:// or https:// before the host in AWS_ENDPOINT_URL" if "://" not in message else ""
+        raise SettingsError(f"cannot open {uri}: {message}{scheme}; see s3_endpoint_url, s3_region and AWS_*") from None
     if "@" in client.meta.endpoint_url:
         raise SettingsError(f"cannot open {uri}: AWS_ENDPOINT_URL has credentials in it; use AWS_ACCESS_KEY_ID instead")
     if location.has_tenant:

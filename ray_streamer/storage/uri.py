@@ -26,6 +26,8 @@ UriLike = str | os.PathLike[str]
 """What the caller may say: text, or a path object for a local path."""
 
 # What stands before the "@" is a container, or a user without a password of a store that has no passwords.
+_MEANT = {"huggingface": "hf", "s3a": "s3", "s3n": "s3"}
+"""What other libraries call a store."""
 _SCHEMES_WITH_USERS = frozenset({"abfss", "abfs", "hdfs", "viewfs", "file", "memory"})
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 _SCHEMES = ARROW_SCHEMES | {"file", "memory"} | {scheme for kind in STORES for scheme in kind.schemes}
@@ -65,8 +67,8 @@ def scheme_of(uri: str) -> str:
         )
     _refuse_signature(uri)
     shown = uri.partition("?")[0]
-    if scheme == "huggingface":
-        raise SettingsError(f"no storage for {shown}: did you mean hf://{rest.partition('?')[0]}?")
+    if scheme in _MEANT:
+        raise SettingsError(f"no storage for {shown}: did you mean {_MEANT[scheme]}://{rest.partition('?')[0]}?")
     if scheme not in _SCHEMES:
         stores = ", ".join(f"{kind.schemes[0]}://" for kind in STORES)
         raise SettingsError(

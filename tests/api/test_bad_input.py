@@ -329,7 +329,7 @@ class TestS3:
         monkeypatch.setenv(name, "wrong")
         with pytest.raises(AccessError) as caught:
             ray_streamer.plan(uri)
-        expect(caught.value, AccessError, [uri, "HTTP 403"])
+        expect(caught.value, CredentialsError, [uri, "HTTP 403"])
         assert "wrong" not in str(caught.value)
 
     def test_missing_bucket(self, s3_credentials: Any) -> None:

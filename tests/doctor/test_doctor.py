@@ -102,7 +102,7 @@ def test_many_nodes_that_share_a_storage(invoke, checkpoint):
     fleet = json.loads(result.stdout)["prediction"]["fleet"]
     assert (fleet["num_nodes"], fleet["storage_rate"], fleet["read_bytes"]) == (1000, 1e9, 1000 * needed)
     assert (
-        "On 1000 nodes like this one at the same time, from a storage that serves 954 MiB/s to all"
+        "On 1000 nodes like this one at the same time, from a storage that serves 1.00 GB/s to all"
         in invoke(*options).stdout
     )
 

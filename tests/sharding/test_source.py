@@ -156,8 +156,10 @@ def test_modules_that_are_called_by_numbers_are_fused() -> None:
         pytest.param({"rename": {"(a)": r"\2"}}, ShardingError, "invalid group reference", id="replacement"),
         pytest.param({"rename": {"a": r"\g<b>"}}, ShardingError, "unknown group name", id="group-name"),
         pytest.param({"rename": {"a": b"b"}}, ShardingError, "pairs of a regular expression", id="bytes"),
-        pytest.param({"experts": [[0], [1]]}, SettingsError, "give ep, too", id="experts-without-ep"),
-        pytest.param({"experts": {0: []}, "mesh": Mesh(tp=2)}, SettingsError, "give ep, too", id="layers-without-ep"),
+        pytest.param({"experts": [[0], [1]]}, SettingsError, "give ep=True, too", id="experts-without-ep"),
+        pytest.param(
+            {"experts": {0: []}, "mesh": Mesh(tp=2)}, SettingsError, "give ep=True, too", id="layers-without-ep"
+        ),
         pytest.param({"dtype": "int8"}, ShardingError, "dtype is one of", id="dtype"),
     ],
 )

@@ -490,6 +490,7 @@ def test_a_delivery_of_something_else_is_noticed(place, open_store, content):
         ("hf://datasets/org/data", "is a dataset of the Hub"),
         ("hf://buckets/org/data", "is a bucket of the Hub"),
         ("huggingface://org/model", "did you mean hf://org/model"),
+        ("s3a://bucket/model", "did you mean s3://bucket/model"),
     ],
 )
 def test_uris_that_name_no_model(hub, open_store, uri, words):

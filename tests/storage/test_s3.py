@@ -407,10 +407,18 @@ def test_an_endpoint_that_answered_before_may_come_back(s3_server, place, open_s
 
 
 @pytest.mark.usefixtures("s3_credentials")
+def test_an_endpoint_without_a_scheme(open_s3, monkeypatch):
+    with pytest.raises(SettingsError, match="s3_endpoint_url='localhost:1': write http:// or https:// before the host"):
+        open_s3("s3://bucket/a", s3_endpoint_url="localhost:1")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "localhost:1")
+    with pytest.raises(SettingsError, match="write http:// or https:// before the host in AWS_ENDPOINT_URL"):
+        open_s3("s3://bucket/a")
+
+
+@pytest.mark.usefixtures("s3_credentials")
 @pytest.mark.parametrize(
     ("uri", "settings", "error_class"),
     [
-        ("s3://bucket/a", {"s3_endpoint_url": "localhost:1"}, SettingsError),
         ("s3://bucket/a", {"s3_endpoint_url": "http://localhost:100000"}, SettingsError),
         ("s3://Not_A Bucket/a", {}, SettingsError),
     ],
