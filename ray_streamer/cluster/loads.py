@@ -123,13 +123,16 @@ class GroupLoads:
             is_planned_here=is_planned_here,
         )
 
-    def load(self, terms: LoadTerms, phases: Phases, *, again: bool = False) -> LoadReport:
+    def load(
+        self, terms: LoadTerms, phases: Phases, *, again: bool = False, on_begin: Callable[[], object] = bool
+    ) -> LoadReport:
         """Lets all ranks load.
 
         Args:
             terms: What they load by.
             phases: The clock of the report.
             again: Whether ranks hold tensors already, and a failure leaves the group alive.
+            on_begin: Called before ranks let go of what they hold.
 
         Raises:
             RayStreamerError: The checkpoint cannot be planned so.
@@ -143,6 +146,7 @@ class GroupLoads:
             agreed = self._agree(terms, seatings, keep_on_failure=again)
             phases.end("plan")
             phases.begin("load")
+            on_begin()
             statistics: list[RankStatistics] = self._group.call(
                 "load", on_progress=self._on_progress, keep_on_failure=again
             )

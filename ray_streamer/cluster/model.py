@@ -211,8 +211,12 @@ class ShardedModel:
             request = replace(request, uri=named.uri, settings=named.settings)
         terms = self._loads.terms_of(request)
         phases.end("headers")
-        report = self._loads.load(terms, phases, again=True)
-        self._request, self._terms, self._plan = request, terms, None
+
+        def begin() -> None:
+            # However this ends, ranks hold nothing of the old checkpoint from here on.
+            self._request, self._terms, self._plan = request, terms, None
+
+        report = self._loads.load(terms, phases, again=True, on_begin=begin)
         self._phases, self._report = phases, report
         return report
 

@@ -4,7 +4,7 @@ What the index saw travels to the ranks as an etag. What of it means something d
 
                                     size    time of modification    change of status (ctime)
     same machine, same inode        yes     yes                     yes, unless links were made or removed; not on FUSE
-    same machine, another inode     yes     yes                     no: a copy that kept its time, or a mount with new inodes
+    same machine, another inode     yes     yes                     samples instead, on an own disk; no on shared mounts, whose inodes may be new
     another machine, shared         yes     yes                     no
     another machine, own disk       yes     no: samples instead     no
 
@@ -120,6 +120,10 @@ class FileIdentity:
     def is_other_copy(self, expected: FileIdentity, mount: Mount) -> bool:
         """Whether this is another machine's own file, whose time of modification means nothing."""
         return mount.is_own and self.machine != expected.machine
+
+    def needs_samples(self, expected: FileIdentity, mount: Mount) -> bool:
+        """Whether content has to tell that this is the file: it is another one, here or on another machine's own disk."""
+        return mount.is_own and (self.machine, self.inode) != (expected.machine, expected.inode)
 
     def has_other_time(self, expected: FileIdentity) -> bool:
         """Whether it was modified at another time, on another machine as far as copies keep it."""

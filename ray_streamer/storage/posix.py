@@ -153,16 +153,18 @@ class PosixStorage:
         host = os.uname().nodename
         if contradiction is not None:
             raise ObjectChangedError(f"{file} on host {host} was replaced or written to: it {contradiction}")
-        if file.identity.is_other_copy(expected, file.mount):
+        if file.identity.needs_samples(expected, file.mount):
             self._compare_samples(file, expected, host)
+        else:
+            file.learn_samples(expected.samples)
 
     def _compare_samples(self, file: PosixFile, expected: FileIdentity, host: str) -> None:
         """Refuses a copy whose samples differ, and tells once what could not be compared."""
         are_known = expected.samples and file.samples
         if are_known and file.samples != expected.samples:
             raise ObjectChangedError(
-                f"{file} on host {host} is a copy of another version: it has the size that the index saw on another host, and "
-                "other content; copy the checkpoint to this host again, or start all nodes from one image"
+                f"{file} on host {host} is another version: it has the size that the index saw, and other content; load again, and where "
+                "each host has its own copy, copy the checkpoint to this host again, or start all nodes from one image"
             )
         if file.identity.has_other_time(expected) and not self._has_told_of_copies:
             self._has_told_of_copies = True

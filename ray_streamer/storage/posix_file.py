@@ -65,6 +65,7 @@ class PosixFile:
         # Found out when first asked for. Twice, if two threads ask at once: neither may wait for the other with a file open.
         self._in_memory: bool | None = None
         self._samples: str | None = None
+        self._inodes: set[int] = set()
         self._wants_direct: bool | None = None
         with self._opened():
             pass
@@ -88,18 +89,22 @@ class PosixFile:
         """Hash of the file's `sample_extents`, which are read once; empty where they cannot be read, as a load will say."""
         if self._samples is None:
             try:
-                self._samples = self._hash_samples()
+                with self._opened() as opened:
+                    self._samples = self._hash_samples(opened.buffered)
             except StorageError:
                 self._samples = ""
         return self._samples
 
-    def _hash_samples(self) -> str:
+    def _hash_samples(self, descriptor: int) -> str:
         digest = hashlib.blake2b(digest_size=8)
-        with self._opened() as opened:
-            for extent in sample_extents(self.identity.size_bytes):
-                sample = memoryview(bytearray(extent.num_bytes))
-                digest.update(sample[: _fill(opened.buffered, sample, extent.start)])
+        for extent in sample_extents(self.identity.size_bytes):
+            sample = memoryview(bytearray(extent.num_bytes))
+            digest.update(sample[: _fill(descriptor, sample, extent.start)])
         return digest.hexdigest()
+
+    def learn_samples(self, samples: str) -> None:
+        """Takes what the index saw of a file that is this one; empty where nobody read that."""
+        self._samples = self._samples or samples or None
 
     def close(self) -> None:
         """Gives the mapping back; whoever still holds a part of the view keeps the pages mapped until it lets go."""
@@ -181,11 +186,21 @@ class PosixFile:
         now = FileIdentity.of(os.fstat(descriptor), path=self.path)
         if self._identity is None:
             self._identity = now
-        contradiction = now.contradicts(self._identity, self.mount)
+            self._inodes.add(now.inode)
+        contradiction = now.contradicts(self._identity, self.mount) or self._of_another_inode(now, descriptor)
         if contradiction is not None:
             raise ObjectChangedError(
                 f"{self.path} on host {os.uname().nodename} was written to or replaced while it was read: it {contradiction}"
             )
+
+    def _of_another_inode(self, now: FileIdentity, descriptor: int) -> str | None:
+        """Why a file that took this one's place on an own disk is another one, by samples of its content."""
+        if now.inode in self._inodes or not self.mount.is_own or not self.mount.keeps_change_times:
+            return None
+        if self._samples and self._hash_samples(descriptor) != self._samples:
+            return "is another file now, of the same size and time, with other content"
+        self._inodes.add(now.inode)
+        return None
 
     @property
     def _is_in_memory(self) -> bool:

@@ -16,11 +16,14 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import ray
+import torch
 from api_support import oracle
 from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
+from safetensors.torch import load_file
 
 import ray_streamer
 from ray_streamer.errors import ClusterError, ObjectChangedError, RankFailedError
+from ray_streamer.testing.checkpoints import llama_layout, write_checkpoint
 from ray_streamer.testing.faults import Fault, FaultProxy
 from ray_streamer.testing.possessions import package_threads
 
@@ -233,6 +236,31 @@ def test_a_shutdown_in_the_middle_of_a_load(bench: Bench, wait_until: Callable[.
         for use in (stalled.model.stats, lambda: stalled.model.plan, lambda: stalled.model.workers):
             with pytest.raises(ClusterError, match="was shut down"):
                 use()
+
+
+def test_after_an_interrupted_reload_the_handle_speaks_of_the_new_checkpoint(tmp_path: Path) -> None:
+    """Ranks hold it or nothing, so a rank that is restarted must not get the old one."""
+    layout = llama_layout(64, 1, 4, 2, 128, 100)
+    old, new = (
+        write_checkpoint(tmp_path / name, layout.tensors, seed=seed, config=layout.config)
+        for seed, name in enumerate(("old", "new"))
+    )
+    settings = ray_streamer.Settings(page_cache="off")
+
+    def interrupt(_: object) -> None:
+        raise KeyboardInterrupt
+
+    with ray_streamer.load_sharded(str(old), tp=2, settings=settings) as model:
+        model._loads._on_progress = interrupt
+        with pytest.raises(KeyboardInterrupt):
+            model.reload(str(new))
+        model._loads._on_progress = None
+        assert model.plan.index.uri == str(new)
+        for rank in range(2):
+            model.restart(rank)
+        assert torch.equal(
+            model.gather("model.norm.weight"), load_file(next(new.glob("*.safetensors")))["model.norm.weight"]
+        )
 
 
 def test_an_interrupt_of_the_caller_ends_the_load(bench: Bench, assert_gone: Callable[..., None]) -> None:

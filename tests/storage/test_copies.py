@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import random
@@ -132,7 +133,7 @@ def test_a_copy_of_another_version_is_refused_whatever_its_time_says(etags, othe
         stream.seek(at)
         stream.write(bytes([CONTENTS[name][at] ^ 1]))
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
-    with pytest.raises(ObjectChangedError, match=rf"second/{name} on host .* is a copy of another version"):
+    with pytest.raises(ObjectChangedError, match=rf"second/{name} on host .* is another version"):
         _read_all(storage, etags)
 
 
@@ -185,3 +186,33 @@ def test_an_etag_of_another_store_is_no_local_file(etags, tmp_path, etag):
     with pytest.raises(ObjectChangedError, match="is no local file's"):
         storage.read_into(FILES[0], Extent(0, 1), memoryview(bytearray(1)), etag=etag)
     storage.close()
+
+
+@pytest.mark.parametrize("num_open", [64, 1], ids=["stay open", "are closed"])
+def test_a_version_that_takes_the_place_of_another_on_one_machine(tmp_path, monkeypatch, num_open):
+    """A link that is switched, to files of the same sizes and times: another content is refused, a copy is not."""
+    monkeypatch.setattr("ray_streamer.storage.posix.read_mount_table", lambda: (Mount("/", "ext4"),))
+    versions = {"v1": CONTENTS, "copy": CONTENTS, "v2": {name: content[::-1] for name, content in CONTENTS.items()}}
+    for version, contents in versions.items():
+        (tmp_path / version).mkdir()
+        for name, content in contents.items():
+            (tmp_path / version / name).write_bytes(content)
+            os.utime(tmp_path / version / name, ns=(LATER_NS, LATER_NS))
+
+    def switch(version):
+        (tmp_path / "next").symlink_to(version)
+        (tmp_path / "next").rename(tmp_path / "current")
+
+    settings = Settings.resolve(concurrency=num_open, direct_io="off", page_cache="off")
+    switch("v1")
+    with contextlib.closing(open_storage(str(tmp_path / "current"), settings)) as storage:
+        etags = {name: storage.read_head(name, 8)[1].etag for name in FILES}
+        switch("copy")
+        _read_all(storage, etags)
+        switch("v2")
+        later = contextlib.closing(open_storage(str(tmp_path / "current"), settings))
+        with later as now, pytest.raises(ObjectChangedError, match="is another version"):
+            _read_all(now, etags)
+        if num_open == 1:
+            with pytest.raises(ObjectChangedError, match="of the same size and time, with other content"):
+                _read_all(storage, etags)
