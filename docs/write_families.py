@@ -54,6 +54,9 @@ This page is made by `make docs`; a test checks that it is current.
 | latent attention (DeepSeek) | by heads | V2 by heads, V3 whole | by heads |
 | what the plan does not name | | whole on every rank | |
 
+The rules of `layout="vllm"` were written after vLLM 0.33, and are compared with safetensors below, not with vLLM. The load format of
+[vllm.md](vllm.md) does not use them: there vLLM's own loader decides the shards. It was tested in the engine of vLLM 0.32.0.
+
 The bias of a row-parallel layer is replicated. The engine must add it on one rank only, or after the all-reduce.
 vLLM goes on from there: it joins q, k, v and gate, up of separate tensors, and turns Llama 4's queries and keys for its rotary
 embedding; neither is done here. MTP layers (multi-token prediction) are not read unless `mtp=True`.

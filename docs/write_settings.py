@@ -13,13 +13,14 @@ PAGE = Path(__file__).with_name("settings.md")
 _HEAD = f"""\
 # Settings
 
-One value for each setting, in this order: an argument, the environment variable `{ENV_PREFIX}NAME`, a variable of Run:ai's
-streamer (below), the default. In Python,
-`Settings.resolve(block_bytes="4MiB")` makes the settings for `settings=...`; `concurrency`, `memory_limit` and
-`node_memory_limit` are also arguments of `load_sharded`, `load_rank`, `stream_rank` and `plan`, and win over `settings=`. On the command line, `block_bytes` is `--block-bytes`.
-Byte sizes accept text such as `512MiB`. A value that cannot be used is an error that names where it came from. A variable `{ENV_PREFIX}...` that
-is no setting is a warning that names the nearest one. Credentials have no
-command line option; how S3 is reached is told in [s3.md](s3.md).
+- **Precedence**: an argument, the environment variable `{ENV_PREFIX}NAME`, a variable of Run:ai's streamer (below), the default.
+- **Python**: `settings=Settings.resolve(block_bytes="4MiB")`. `concurrency`, `memory_limit` and `node_memory_limit` are also arguments of
+  `load_sharded`, `load_rank`, `stream_rank` and `plan`, and win over `settings=`.
+- **Command line**: `--block-bytes 4MiB`. Secrets have no option.
+- **Environment**: `{ENV_PREFIX}BLOCK_BYTES=4MiB`. A variable `{ENV_PREFIX}...` that is no setting is a warning that names the nearest one.
+
+Byte sizes accept text such as `512MiB`. A value that cannot be used is an error that names where it came from. [s3.md](s3.md) describes how S3 is
+reached.
 
 This page is made by `make docs`.
 

@@ -22,7 +22,7 @@ def table() -> str:
 
 
 def _install(kind: StoreKind, form: UriForm) -> str:
-    return f"`pip install 'ray_streamer[{kind.extra}]'`" if kind.extra and form.needs_extra else ""
+    return f"`pip install '.[{kind.extra}]'`" if kind.extra and form.needs_extra else ""
 
 
 def main() -> None:

@@ -2,8 +2,10 @@
 
     ray job submit --address http://HEAD:8265 --working-dir . -- python examples/generate_from_job.py s3://bucket/llama 8 cuda 1 15043 3186
 
-What follows the uri is tp, the device (cuda or cpu), and the prompt's token ids; a tokenizer of transformers makes them of text. Every node has
-ray_streamer[transformers]. `ray job submit` needs `pip install "ray[default]"`.
+What follows the uri is tp, the device (cuda or cpu; there is no default), and the prompt's token ids; a tokenizer of transformers makes them of
+text. Every node has the extra transformers: `pip install ".[transformers]"` in a clone. `ray job submit` needs `pip install "ray[default]"`.
+
+It waits for nodes that are still starting, as after `ray up`, for RAY_STREAMER_STARTUP_TIMEOUT_SECONDS, 300 by default.
 """
 
 import sys
@@ -36,7 +38,8 @@ def answer(model: Any, prompt: list[int], num_tokens: int) -> Iterator[int]:
 
 def main(uri: str, tp: int, device: str, prompt: list[int]) -> None:
     """Print the answer as it comes."""
-    with ray_streamer.load_sharded(uri, tp, bootstrap="transformers", device=device) as model:
+    placement = ray_streamer.PlacementOptions(wait_for_nodes=True)
+    with ray_streamer.load_sharded(uri, tp, bootstrap="transformers", device=device, placement=placement) as model:
         for token in answer(model, prompt, num_tokens=32):
             print(token, end=" ", flush=True)
         print(f"\n{model.stats().gigabytes_per_second:.2f} GB/s, {model.stats().amplification:.2f}x read")

@@ -2,7 +2,7 @@
 
     ray job submit --address http://HEAD:8265 --working-dir . -- python examples/load_from_job.py s3://bucket/model 8 cuda
 
-`ray job submit` needs `pip install "ray[default]"`. The number is tp. Without "cuda" the tensors stay in host memory.
+`ray job submit` needs `pip install "ray[default]"`. The number is tp. The device is cpu by default.
 
 The job's entrypoint runs on a node of the cluster, so `load_sharded` finds that cluster by itself. It waits for nodes that are still
 starting, as after `ray up`, for RAY_STREAMER_STARTUP_TIMEOUT_SECONDS, 300 by default.

@@ -1,11 +1,11 @@
-"""A model behind Ray Serve LLM's OpenAI interface, with weights that stay in S3. Needs `pip install "ray[llm]" "ray_streamer[vllm]"`.
+"""A model behind Ray Serve LLM's OpenAI interface, with weights that stay in S3. Needs `pip install "ray[llm]" ".[vllm]"`.
 
     serve run examples.serve_llm:app uri=s3://bucket/llama tp=8
     curl localhost:8000/v1/completions -H 'Content-Type: application/json' -d '{"model": "llama", "prompt": "Once", "max_tokens": 8}'
 
 model_id       what requests call the model; the last part of the uri when unset
 engine_kwargs  further arguments of vLLM's engine, as JSON: engine_kwargs='{"max_model_len": 4096}'
-accelerator    "cpu" on a machine without GPUs
+accelerator    "cpu" on a machine without GPUs; by default Ray Serve LLM takes GPUs
 
 On a cluster the package must be on every node, and every node must be able to read the uri.
 """

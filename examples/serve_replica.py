@@ -4,6 +4,8 @@
 
 Serve reserves one placement group per replica: the replica itself takes the first bundle, and `load_sharded`, called in the
 replica, puts one rank into each of the others. Ranks, tensors and group end with the replica.
+
+TP is 4 here, so a replica needs 5 CPUs on one node. Tensors stay in host memory.
 """
 
 from __future__ import annotations

@@ -1,12 +1,13 @@
-"""A model of transformers behind Ray Serve, over several ranks. Needs `pip install "ray_streamer[serve,transformers]"`.
+"""A model of transformers behind Ray Serve, over several ranks. Needs `pip install ".[serve,transformers]"`.
 
-    serve run examples.serve_transformers:app uri=s3://bucket/llama tp=8
+    serve run examples.serve_transformers:app uri=s3://bucket/llama tp=8 device=cuda
     curl localhost:8000 -d '{"prompt": [1, 15043, 3186], "max_new_tokens": 8}'
     curl -N localhost:8000 -d '{"prompt": [1, 15043, 3186], "max_new_tokens": 8, "stream": true}'
 
 A prompt is a list of token ids. The answer is one JSON object with the new ones; streamed, it is one token id per line.
 A request that asks for something else gets status 400 and a sentence. When a rank dies, the model is loaded again, and the request
-goes on with its next token. device=cpu serves without GPUs.
+goes on with its next token. The device is cpu by default. A replica needs a CPU for itself and a CPU for each rank, on cuda a GPU, too; Serve
+waits for nodes that have them.
 """
 
 from __future__ import annotations
@@ -126,7 +127,7 @@ class Model:
 
 def app(args: dict[str, str]) -> serve.Application:
     """What `serve run` starts."""
-    tp, device = int(args["tp"]), args.get("device", "cuda")
+    tp, device = int(args["tp"]), args.get("device", "cpu")
     rank = {"CPU": 1.0} if device == "cpu" else {"CPU": 1.0, "GPU": 1.0}
     placed = Model.options(
         ray_actor_options={"num_cpus": 1},

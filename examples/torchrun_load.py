@@ -2,7 +2,7 @@
 
     torchrun --nproc-per-node 4 examples/torchrun_load.py s3://bucket/model
 
-Rank, world size and ranks per node come from torchrun's environment. Where torch.distributed is initialised before the
+Tensors are in host memory. Rank, world size and ranks per node come from torchrun's environment. Where torch.distributed is initialised before the
 call, they come from there, and the headers are read by the first rank alone.
 """
 

@@ -2,7 +2,8 @@
 
     ray job submit --address http://HEAD:8265 --working-dir . -- python examples/two_nodes.py s3://bucket/llama 8 cuda
 
-`ray job submit` needs `pip install "ray[default]"`. The number is tp: ranks per node.
+`ray job submit` needs `pip install "ray[default]"`. The number is tp: ranks per node. The device is cpu by default. It waits
+for nodes that are still starting, as after `ray up`, for RAY_STREAMER_STARTUP_TIMEOUT_SECONDS, 300 by default.
 
 `serve` runs on every rank beside its tensors. Here it sends a hidden state through all MLP blocks of a Llama, summed over the ranks of a
 stage and handed on from node to node; an engine's own forward would stand there.
@@ -61,9 +62,10 @@ def answer(model: ray_streamer.ShardedModel, hidden: list[float]) -> list[float]
     return model.run(serve, meeting, hidden)[-1]
 
 
-def main(uri: str, tp: int, device: str = "cuda") -> None:
+def main(uri: str, tp: int, device: str = "cpu") -> None:
     """Load over two nodes of `tp` ranks, and compute."""
-    with ray_streamer.load_sharded(uri, tp, pp=2, device=device) as model:
+    placement = ray_streamer.PlacementOptions(wait_for_nodes=True)
+    with ray_streamer.load_sharded(uri, tp, pp=2, device=device, placement=placement) as model:
         print(model.stats().nodes, f"{model.stats().amplification:.2f}x read", file=sys.stderr)
         print(answer(model, [1.0] * model.plan.index.config["hidden_size"]))
 

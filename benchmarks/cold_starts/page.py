@@ -88,8 +88,8 @@ ASSUMED = """
 
 ## How a thousand nodes are simulated
 
-Nodes with the same to do at the same rates do the same at the same moments. So one is replayed, and on links that all share each of its streams counts
-as many times as there are nodes. That is no approximation: a test replays five nodes both ways, and both take the same. Of a long load about
+One node is simulated and counted N times, since all nodes do the same at the same moments. That is no approximation: a test replays five nodes both
+ways, and both take the same. Of a long load about
 {max_blocks:,} blocks are replayed, and the second half of these goes on for the rest. {excerpts}. Tests hold the simulation to arithmetic: one limit alone is
 a division, no load is faster than any one link allows, and no faster link makes a load slower.
 

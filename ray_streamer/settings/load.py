@@ -51,7 +51,7 @@ class LoadSettings(BaseModel):
     )
     min_run_bytes: ByteSize | None = Field(
         default=None,
-        description="Contiguous runs of at least this size are read exactly; shorter ones together with the bytes between them. "
+        description="Slices in pieces smaller than this are fetched as one range, including the bytes between. "
         "Unset = 256 KiB on object stores, 64 KiB on filesystems.",
     )
     max_gap_bytes: ByteSize = Field(
@@ -78,13 +78,13 @@ class LoadSettings(BaseModel):
     )
     neighbour_timeout_seconds: Seconds = Field(
         default=8.0,
-        description="Limit for a rank that is stopped or hangs (no message, no CPU time) while ranks of its node wait for it, and for "
-        "one that is stopped by a signal while the driver waits for it.",
+        description="How long ranks of a node wait for one that shows no activity, and the driver for one that is stopped by a "
+        "signal.",
     )
     progress_timeout_seconds: Seconds = Field(
         default=300.0,
-        description="Limit for one step of a rank of the same node that others wait for: headers, a plan, a block; and for a rank that "
-        "does not answer the driver, unless it runs a function of the caller's.",
+        description="How long one step of a rank (headers, plan, block) may take, and how long a rank may not answer the driver. "
+        "Does not apply to the caller's function in `model.run`.",
     )
     connect_timeout_seconds: Seconds = Field(default=10.0, description="Limit for opening a connection.")
     first_byte_timeout_seconds: Seconds = Field(

@@ -42,7 +42,8 @@ ALIASES = (
         "RUNAI_STREAMER_MEMORY_LIMIT",
         "memory_limit",
         "There: host buffers of a process, or of a whole node in distributed mode; at least the largest tensor, which is "
-        "also what 0 means; 40 GB unless set. Here: staging per rank, one block being enough.",
+        "also what 0 means; 40 GB unless set. Here: staging per rank, one block being enough; with `ray_streamer.compat.runai`, bytes of "
+        "tensors that are read and not yet consumed.",
     ),
     Alias(
         "RUNAI_STREAMER_CHUNK_BYTESIZE",
