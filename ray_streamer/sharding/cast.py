@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ import numpy as np
 from ray_streamer.dtypes import DTYPE_CODES
 from ray_streamer.errors import ShardingError
 from ray_streamer.sharding.globs import first_matches
-from ray_streamer.wording import brief
+from ray_streamer.wording import brief, listed
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
 DTypeLike = Any
 """What people write: "bfloat16" or torch.bfloat16, for all tensors; or glob of names -> dtype, where the first match decides."""
+
+logger = logging.getLogger(__name__)
 
 CASTABLE = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64"}
 
@@ -65,6 +68,13 @@ def result_dtypes(
         return index.dtype_codes
     globs = checked_dtypes(dtype)
     found = first_matches([glob for glob, _ in globs], names)
+    unused = [glob for number, (glob, _) in enumerate(globs) if glob != "*" and not (found == number).any()]
+    if unused:
+        logger.warning(
+            "%s: dtype casts nothing by %s: no name matches, or an earlier glob takes them all",
+            index.uri,
+            listed([*map(repr, unused)]),
+        )
     wished = np.array([*(DTYPE_CODES[name] for _, name in globs), 0], dtype=np.uint8)[found]
     castable = [DTYPE_CODES[name] for name in CASTABLE.values()]
     is_cast = (found >= 0) & np.isin(index.dtype_codes, castable)

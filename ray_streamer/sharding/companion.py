@@ -26,7 +26,8 @@ class StoredDim:
 
     Attributes:
         weight_dim: Dimension of the weight that it counts; None when it counts none, and every rank holds all of it.
-        elements: Neighbouring elements of the weight that cannot be told apart here.
+        elements: Neighbouring elements of the weight that cannot be told apart here; where none is counted, those of a block that holds
+            all of the weight, 1 when there are no blocks.
         steps: Stored indices that they take: 1 for scales and packed words, 3 for 32 elements of 3 bits in words of 32.
         uncut: Why no rank may hold a part of this dimension; empty when it may.
     """

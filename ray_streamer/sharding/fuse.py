@@ -268,11 +268,19 @@ def _complete_members(
 def _fused_dim(index: CheckpointIndex, tensors: Sequence[int], form: StoredForm | None) -> int | None:
     """The dimension of the result along which the tensors lie one after the other; None when they stay apart."""
     if form is None:
-        return 0
+        return 0 if all(_may_count_outputs(index, tensor) for tensor in tensors) else None
     counting = [dim for dim, stored in enumerate(form.dims or ()) if stored.weight_dim == 0]
     if counting:
         return counting[0]
     return 0 if all(prod(index.shape_of(tensor)) == 1 for tensor in tensors) else None
+
+
+def _may_count_outputs(index: CheckpointIndex, tensor: int) -> bool:
+    """Whether a tensor may have a number for each output of its module, as a bias has: not if the weight has other outputs."""
+    weight = index.find(f"{index.names[tensor].rpartition('.')[0]}.weight")
+    if weight is None or len(index.shape_of(tensor)) != 1 or not index.shape_of(weight):
+        return True
+    return index.shape_of(tensor)[0] == index.shape_of(weight)[0]
 
 
 def _check_alike(index: CheckpointIndex, name: str, tensors: Sequence[int], dim: int) -> None:

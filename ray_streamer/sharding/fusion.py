@@ -7,6 +7,7 @@ from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from ray_streamer.errors import ShardingError
+from ray_streamer.sharding.companion import Companion
 from ray_streamer.slices.move import row_major
 
 if TYPE_CHECKING:
@@ -67,21 +68,40 @@ class Fusion:
             raise ShardingError(
                 f"{self.name} cannot be fused: the parts of {_ranks(at)} have the shapes {shapes}, or are padded"
             )
-        for part, form in zip(parts[:-1], self.forms[:-1], strict=True):
-            self._check_whole_blocks(part, form)
+        for number, part in enumerate(parts[:-1]):
+            self._check_whole_blocks(number, part, mesh, at)
         lengths = [shape[self.dim] for shape in shapes]
         shape = (*shapes[0][: self.dim], sum(lengths), *shapes[0][self.dim + 1 :])
         return FusedParts(tuple(parts), _offsets(lengths, row_major(shape)[self.dim]), shape)
 
-    def _check_whole_blocks(self, part: TensorSlice, form: StoredForm | None) -> None:
+    def _check_whole_blocks(self, number: int, part: TensorSlice, mesh: Mesh, at: MeshPosition) -> None:
         """What follows must begin at a step of its own: a shorter last block may be the last of all only."""
-        if form is None or not form.dims or (weight_dim := form.dims[self.dim].weight_dim) is None:
+        form = self.forms[number]
+        if form is None or not form.dims:
             return
-        stored, whole = form.dims[self.dim], form.weight_shape[weight_dim]
+        stored = form.dims[self.dim]
+        if stored.weight_dim is None:
+            self._check_one_block(number, mesh, at)
+            return
+        whole = form.weight_shape[stored.weight_dim]
         last = stored.num_steps(whole)
         if whole * stored.steps % stored.elements and any(held.stop == last for held in part.indices[self.dim]):
             raise ShardingError(
                 f"{self.name} cannot be fused: {whole} indices of one part are no whole blocks of {stored.elements}"
+            )
+
+    def _check_one_block(self, number: int, mesh: Mesh, at: MeshPosition) -> None:
+        """A part with one scale for all of its weight, beside others that have one for each block, fills its block."""
+        sizes = [form.dims[self.dim].elements for form in self.forms if form is not None and form.dims]
+        block, placement = max(sizes, default=1), self.members[number].placement
+        if block == 1 or not isinstance(placement, Companion):
+            return
+        tp = self.members[number].holders.tp(mesh)
+        weight = placement.weight.share_of(placement.weight_shape, tp_index=at.tp % tp, tp=tp)
+        if weight is not None and weight.shape[0] % block:
+            raise ShardingError(
+                f"{self.name} cannot be fused: {_ranks(at)} hold {weight.shape[0]} outputs of a part, which do not fill its one block of "
+                f"{block}; load without fuse"
             )
 
 

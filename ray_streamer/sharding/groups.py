@@ -40,6 +40,8 @@ DEFAULT_UNMATCHED: Unmatched = "error"
 
 _NUM_SHOWN = 8
 _NO_RULE, _LEFT_OUT = -1, -2
+_HOLDERS_OF_A_MODULE = ("weight", "qweight", "weight_packed", "W_q")
+"""What a module's weight is called, whole or quantized."""
 _UNPLACED: dict[int, Placement] = {_NO_RULE: Replicate(), _LEFT_OUT: Skip()}
 
 
@@ -188,7 +190,9 @@ def _beside_cut_weights(index: CheckpointIndex, rules: ShardRules, rule_ids: NDA
     """Tensors of one dimension without a rule that may have to be cut as their module's weight is."""
     strays: list[int] = []
     for tensor in np.flatnonzero((rule_ids < 0) & (index.num_dims == 1)).tolist():
-        weight = index.find(f"{index.names[tensor].rpartition('.')[0]}.weight")
+        module = index.names[tensor].rpartition(".")[0]
+        held = (index.find(f"{module}.{holder}") for holder in _HOLDERS_OF_A_MODULE)
+        weight = next((found for found in held if found is not None), None)
         if weight is None or rule_ids[weight] < 0 or index.shape_of(tensor) == (1,):
             continue
         if not isinstance(rules.rules[rule_ids[weight]].placement, Replicate | Skip):

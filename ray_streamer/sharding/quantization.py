@@ -31,7 +31,10 @@ if TYPE_CHECKING:
     from ray_streamer.sharding.name_kinds import Components
     from ray_streamer.sharding.rules import ShardRules
 
-_BESIDE = ("qweight", "qzeros", "scales", "g_idx", "input_scale", "input_global_scale", "SCB", "weight_format")
+_BESIDE = (
+    *("qweight", "qzeros", "scales", "g_idx", "input_scale", "input_global_scale", "pre_quant_scale"),
+    *("SCB", "weight_format"),
+)
 _APPENDED = (
     "packed",
     "scale",

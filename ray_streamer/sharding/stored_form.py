@@ -24,6 +24,9 @@ WHOLE = ""
 HOLDERS: frozenset[str] = frozenset({WHOLE, "packed", "blocks", "qweight"})
 """Parts that hold a weight's elements; one of them is stored."""
 
+_OF_INPUTS = ("input_scale", "pre_quant_scale")
+"""Parts that may have a number for each input."""
+
 _WORD_BITS = 32
 _BYTE_WIDE = {"U8", "F8_E4M3", "F8_E8M0"}
 _BLOCK_KEYS = ("weight_block_size", "block_structure", "group_size", "q_group_size")
@@ -35,8 +38,9 @@ _BITSANDBYTES = (
     'whole, for example rules={"*_proj.weight": Replicate()}'
 )
 _ACTIVATION_ORDER = (
-    "quantized in activation order (desc_act), so an input of any rank may need any group: let every rank hold all groups, "
-    'for example rules={"*.scales": Replicate(), "*.qzeros": Replicate()}'
+    "quantized in activation order (desc_act), so an input of any rank may need any group: let every rank hold all groups of the layers "
+    'named here, and of no others: Replicate() for their scales and zero points, as in rules={"*.o_proj.scales": Replicate(), '
+    '"*.o_proj.qzeros": Replicate()}'
 )
 
 
@@ -204,9 +208,11 @@ def _dims_of(
     part: str, parts: Mapping[str, StoredPart], weight_shape: tuple[int, ...], hints: QuantizationHints
 ) -> tuple[StoredDim, ...] | None:
     dtype, shape = parts[part]
-    if part in ("shape", "weight_format") or all(size == 1 for size in shape):
+    if part in ("shape", "weight_format"):
         return (StoredDim(None),) * len(shape)
-    if part == "g_idx":
+    if all(size == 1 for size in shape):
+        return _counted(shape, weight_shape, hints) or (StoredDim(None),) * len(shape)
+    if part == "g_idx" or (part in _OF_INPUTS and len(shape) == 1):
         return (StoredDim(1),) if shape == weight_shape[1:] else None
     if part in ("qzeros", "scales") and len(shape) == 2:
         groups = _counted(shape[:1], weight_shape[1:], hints, first_dim=1)
@@ -247,9 +253,11 @@ def _counted(
         elements = _block_elements(size, whole, hints)
         if elements is None:
             return None
-        dims.append(StoredDim(None) if size == 1 else StoredDim(dim, elements))
+        # One index for all may be one block, which the weight does not fill.
+        block = max((block for block in hints.block_sizes if block >= whole), default=1) if len(shape) > 1 else 1
+        dims.append(StoredDim(None, block) if size == 1 else StoredDim(dim, elements))
     # Fewer dimensions than the weight has may be anything, such as one scale for each part of a fused weight.
-    is_partial = len(shape) < len(weight_shape) and any(dim.elements > 1 for dim in dims)
+    is_partial = len(shape) < len(weight_shape) and any(dim.elements > 1 for dim in dims if dim.weight_dim is not None)
     return None if is_partial else tuple(dims)
 
 

@@ -88,6 +88,12 @@ def test_globs_choose_the_dtype_and_the_first_decides(ranks, tmp_path):
         assert found[rank]["vocabulary.weight"].dtype == torch.float64
 
 
+def test_a_glob_that_casts_nothing_is_told(ranks, tmp_path, caplog):
+    folder = ranks.write(tmp_path, [TENSORS], padding=0)
+    _plan(ranks, folder, num_nodes=1, dtype={"*.wieght": "float16", "*": "float32"})
+    assert "dtype casts nothing by '*.wieght': no name matches, or an earlier glob takes them all" in caplog.text
+
+
 def _stored(folder, name):
     for path in folder.glob("*.safetensors"):
         with safe_open(path, "pt") as file:

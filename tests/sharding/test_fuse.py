@@ -85,6 +85,45 @@ def test_blocks_are_fused_when_they_are_whole() -> None:
                 _results(index, 0, rules=rules, fuse=True)
 
 
+@pytest.mark.parametrize(("rows", "tp", "fits"), [(64, 1, False), (128, 1, True), (128, 2, False), (256, 2, True)])
+def test_a_block_that_a_part_does_not_fill_has_no_other_part_behind_it(rows: int, tp: int, *, fits: bool) -> None:
+    """One row of scales for each part, which an engine would look up for the wrong outputs."""
+    index = _quantized(
+        {"weight": ("F8_E4M3", (rows, 128)), "weight_scale_inv": ("F32", (-(-rows // 128), 1))},
+        weight_block_size=[128, 128],
+    )
+    arguments: dict[str, Any] = {"mesh": Mesh(tp=tp), "rules": ShardRules({"*.weight": Split(0)})}
+    apart = _results(index, tp - 1, **arguments)
+    if fits:
+        fused = _results(index, tp - 1, fuse=True, **arguments)
+        expected = torch.cat([apart[f"{part}_proj.weight_scale_inv"] for part in ("gate", "up")])
+        assert torch.equal(fused["gate_up_proj.weight_scale_inv"], expected)
+        assert expected.shape == (2 * rows // tp // 128, 1)
+    else:
+        with pytest.raises(ShardingError, match=r"hold 64 outputs of a part, which do not fill its one block of 128"):
+            _results(index, tp - 1, fuse=True, **arguments)
+
+
+def test_a_short_part_among_parts_of_several_blocks() -> None:
+    """As where queries have many heads and there is one head of keys; nothing but the shapes tells of blocks."""
+    rows = {"q": 512, "k": 64, "v": 64}
+    stored = [TensorSpec(f"m.{part}_proj.weight", "F8_E4M3", (count, 128)) for part, count in rows.items()]
+    scales = [
+        TensorSpec(f"m.{part}_proj.weight_scale_inv", "F32", (-(-count // 128), 1)) for part, count in rows.items()
+    ]
+    index = header_only_index([*stored, *scales], num_files=1)
+    with pytest.raises(ShardingError, match="do not fill its one block of 128"):
+        _results(index, 0, rules=ShardRules({"*.weight": Replicate()}), fuse=True)
+
+
+@pytest.mark.parametrize(("name", "length"), [("pre_quant_scale", 128), ("input_scale", 128), ("curious", 96)])
+def test_vectors_that_do_not_count_outputs_stay_apart(name: str, length: int) -> None:
+    index = _quantized({"weight": ("F8_E4M3", (128, 128)), "weight_scale": ("F32", (1,)), name: ("F32", (length,))})
+    found = _results(index, 0, rules=ShardRules({"*.weight": Replicate()}), fuse=True)
+    assert {held for held in found if held.endswith(name)} == {f"{part}_proj.{name}" for part in ("gate", "up")}
+    assert "gate_up_proj.weight" in found
+
+
 def _pair(first: tuple[str, tuple[int, ...]], second: tuple[str, tuple[int, ...]], **more: Any) -> CheckpointIndex:
     specs = [TensorSpec("m.gate_proj.weight", *first), TensorSpec("m.up_proj.weight", *second)]
     return header_only_index([*specs, *(TensorSpec(*spec) for spec in more.values())], num_files=1)

@@ -395,6 +395,30 @@ def test_a_vector_beside_a_cut_weight_is_not_replicated_in_silence(index_of: Cal
     resolve(index, ShardRules({"*.q_proj.weight": Replicate()}), Mesh(tp=2))
 
 
+@pytest.mark.parametrize("form", ["gptq-4", "awq", "compressed-tensors-4"])
+def test_a_vector_beside_a_cut_quantized_weight_is_not_replicated_in_silence(form: str) -> None:
+    stored = FORMATS[form].stored | {"m.curious": ("F16", (64,))}
+    index = header_only_index(
+        [TensorSpec(name, *spec) for name, spec in stored.items()], num_files=1, config=FORMATS[form].index.config
+    )
+    with pytest.raises(ShardingError, match=r"lies beside a weight that is cut and has no rule: m.curious \[64\]"):
+        resolve(index, ShardRules({"m.weight": Split(0)}), Mesh(tp=2))
+    resolve(index, ShardRules({"m.weight": Split(0), "m.curious": Split(0)}), Mesh(tp=2))
+
+
+def test_a_scale_for_each_input_is_cut_with_the_inputs() -> None:
+    """Also where the weight is square, and its shape does not tell."""
+    for rows in (64, 32):
+        stored = [TensorSpec("m.weight", "F8_E4M3", (rows, 32)), TensorSpec("m.weight_scale", "F32", ())]
+        index = header_only_index([*stored, TensorSpec("m.input_scale", "F32", (32,))], num_files=1)
+        for placement, part in (
+            (Split(0), TensorSlice.whole((32,))),
+            (Split(1), TensorSlice.along((32,), 0, [range(16, 32)])),
+        ):
+            table = resolve(index, ShardRules({"m.weight": placement}), Mesh(tp=2))
+            assert table.slice_of(index.position("m.input_scale"), 1) == part
+
+
 def test_bytes_that_are_no_quantized_weight_stay_bytes(index_of: Callable[..., CheckpointIndex]) -> None:
     table = resolve(index_of({"m.weight": (8, 6)}, dtype="U8"), ShardRules({"m.weight": Split(1)}), Mesh(tp=2))
     assert table.slice_of(0, 1) == TensorSlice.along((8, 6), 1, [range(3, 6)])
