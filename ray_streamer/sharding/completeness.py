@@ -6,7 +6,8 @@ beyond it is a warning. Without one, nothing else tells of a file that is not th
 - a layer below `num_hidden_layers` without any tensor;
 - a layer without a module that the others have, unless the family's layers differ in it;
 - an expert of a layer that has others, below the config's number of experts;
-- where there are several files: embeddings, the last norm, or a head that is not tied.
+- where there are several files: embeddings, the last norm, or a head that is not tied; a weight, scale or bias of a module that most modules like
+  it have.
 
 Not judged is what the caller named on purpose, one file or an index json of his own; a family that is not known; MTP layers,
 which have layers and modules of their own.
@@ -23,6 +24,7 @@ import numpy as np
 
 from ray_streamer.errors import CheckpointError, IndexMismatchError
 from ray_streamer.rows import distinct
+from ray_streamer.sharding.distinct_rows import distinct_rows
 from ray_streamer.sharding.families import family_of
 from ray_streamer.sharding.globs import matches_any
 from ray_streamer.sharding.model_structure import ModelStructure
@@ -39,10 +41,13 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from ray_streamer.checkpoint.index import CheckpointIndex
+    from ray_streamer.sharding.families.family import Family
     from ray_streamer.sharding.model_structure import Locations
     from ray_streamer.sharding.rules import ShardRules
 
 _NORM = re.compile(r"norm|(?:^|\.)ln_[0-9a-z]+$")
+_HOLDERS = ("weight", "qweight", "weight_packed")
+"""What holds a module's weight, whole or quantized."""
 _NUMBER = re.compile(r"(?<=\.)[0-9]+(?=\.)")
 
 _logger = logging.getLogger(__name__)
@@ -131,7 +136,10 @@ def missing_parts(index: CheckpointIndex) -> list[str]:
         *_missing_modules(held, structure),
         *_missing_experts(held, structure),
     ]
-    return clauses + (list(_missing_ends(index, names, located, structure)) if len(index.files) > 1 else [])
+    if len(index.files) > 1:
+        clauses += _missing_tensors(index, names, np.where(is_own, located.layers, -1), structure)
+        clauses += _missing_ends(index, names, located, structure)
+    return clauses
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,6 +223,44 @@ def _missing_experts(held: _Held, structure: ModelStructure) -> Iterator[str]:
         )
 
 
+def _missing_tensors(
+    index: CheckpointIndex, names: NameKinds, layers: NDArray[np.int64], structure: ModelStructure
+) -> Iterator[str]:
+    """Tensors that a module lacks, and most have that are like it: of the same name in their layers, for scales also of the same dtype."""
+    in_layer = re.compile(rf"(?:^|\.){re.escape(structure.family.layers)}\.[0-9]+\.(.+)$", re.DOTALL)
+    modules: dict[str, int] = {}
+    parts: dict[str, int] = {}
+    # Layers that a quantizer left alone have weights of another dtype, and no scales.
+    of_kinds = np.full((len(names.kinds), 2), -1, dtype=np.int64)
+    for number, kind in enumerate(names.kinds):
+        found = in_layer.search(as_text(kind))
+        module, _, part = found[1].rpartition(".") if found and kind[-1] is not None else ("", "", "")
+        if module and not matches_any(structure.family.varying, [f".{module}."])[0]:
+            of_kinds[number] = (
+                modules.setdefault(_NUMBER.sub("*", module), len(modules)),
+                parts.setdefault(part, len(parts)),
+            )
+    module_ids, part_ids = of_kinds[names.kind_ids].T
+    (tensors,) = np.nonzero((module_ids >= 0) & (layers >= 0))
+    if not len(tensors):
+        return
+    instances = distinct_rows([module_ids[tensors], *names.numbers[tensors].T])
+    has = np.full((len(instances.firsts), len(parts)), -1, dtype=np.int64)
+    has[instances.ids, part_ids[tensors]] = tensors
+    held = np.stack([has[:, parts[holder]] for holder in _HOLDERS if holder in parts] or [has[:, 0]]).max(axis=0)
+    dtypes = np.where(held >= 0, index.dtype_codes[held], -1)
+    of_modules = module_ids[tensors][instances.firsts]
+    for part, number in parts.items():
+        is_of_a_dtype = part not in _HOLDERS and weight_of(("", part)) is not None
+        alike = distinct_rows([of_modules, dtypes]).ids if is_of_a_dtype else of_modules
+        counts, having = np.bincount(alike), np.bincount(alike, weights=has[:, number] >= 0)
+        (lacking,) = np.nonzero((has[:, number] < 0) & (2 * having > counts)[alike])
+        if len(lacking):
+            example = names.names[tensors[instances.firsts[lacking[0]]]].rpartition(".")[0]
+            more = f", and so in {counted(len(lacking) - 1, 'more place')}" if len(lacking) > 1 else ""
+            yield f"{shown(example)} has no {part}{more}"
+
+
 def _missing_ends(
     index: CheckpointIndex, names: NameKinds, located: Locations, structure: ModelStructure
 ) -> Iterator[str]:
@@ -229,8 +275,14 @@ def _missing_ends(
         yield f"the embeddings ({', '.join(family.first_stage)}) are missing"
     if not located.is_after_layers.any():
         yield f"what follows the last layer ({', '.join(family.last_stage)}) is missing"
+    elif not (located.is_after_layers & names.of_kinds(matches_any(_norms_of(family), names.texts), dtype=bool)).any():
+        yield f"the last norm ({', '.join(_norms_of(family))}) is missing"
     elif _has_own_head(index.config or {}) and not (located.is_after_layers & (index.num_dims >= 2)).any():
         yield "the head is missing, which config.json does not tie to the embeddings"
+
+
+def _norms_of(family: Family) -> list[str]:
+    return [glob for glob in family.last_stage if "norm" in glob or "ln_" in glob]
 
 
 def _structure_of(index: CheckpointIndex) -> ModelStructure | None:

@@ -255,3 +255,43 @@ def test_every_layer_of_many_is_found_missing(index_of: Callable[..., Checkpoint
         shapes: Shapes = without(llama(60), f"layers.{gone}.mlp.down")
         (clause,) = missing_parts(index_of(shapes, config=LLAMA | {"num_hidden_layers": 60}))
         assert clause == f"layer {gone} has no 'mlp.down_proj'"
+
+
+def quantized(num_layers: int = 3) -> Shapes:
+    """With a bias and a scale for each output beside each projection, but for those of the first layer, which were left alone."""
+    beside = {
+        f"{name.removesuffix('weight')}{part}": shape[:1]
+        for name, shape in llama(num_layers).items()
+        for part in ("bias", "weight_scale")
+        if "_proj." in name and not (part == "weight_scale" and ".layers.0." in name)
+    }
+    return llama(num_layers) | beside
+
+
+def dtype_of(name: str) -> str:
+    return "F8_E4M3" if name.endswith("_proj.weight") and ".layers.0." not in name else "F32"
+
+
+@pytest.mark.parametrize(
+    ("lost", "message"),
+    [
+        ("", ""),
+        ("model.norm.weight", r"the last norm \(\*norm\.\*\) is missing"),
+        ("model.layers.1.mlp.up_proj.weight_scale", "'model.layers.1.mlp.up_proj' has no weight_scale"),
+        ("model.layers.2.mlp.up_proj.weight", "'model.layers.2.mlp.up_proj' has no weight"),
+        ("model.layers.0.self_attn.q_proj.bias", "'model.layers.0.self_attn.q_proj' has no bias"),
+    ],
+)
+def test_a_tensor_that_most_modules_like_it_have(tmp_path: Path, lost: str, message: str) -> None:
+    shapes = {name: shape for name, shape in quantized(4).items() if name != lost}
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA | {"num_hidden_layers": 4}))
+    names = list(shapes)
+    for number in range(2):
+        part = [(name, dtype_of(name), shapes[name]) for name in names[number::2]]
+        single = write_checkpoint(tmp_path / "parts" / str(number), part) / "model.safetensors"
+        single.rename(tmp_path / f"{number}.safetensors")
+    if lost:
+        with pytest.raises(CheckpointError, match=f"is incomplete: {message}"):
+            loaded(str(tmp_path))
+    else:
+        assert loaded(str(tmp_path)) == shapes.keys()
