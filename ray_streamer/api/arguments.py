@@ -80,6 +80,10 @@ class Sharding:
     dtype: DTypeLike = _UNSET.dtype
 
     def __post_init__(self) -> None:
+        for name in ("rules", "experts", "fuse", "rename", "dtype"):
+            # What the caller changes later is no part of this call.
+            if type(given := getattr(self, name)) in (dict, list):
+                object.__setattr__(self, name, given.copy())
         pp = self.pp
         if not isinstance(pp, int) and (not isinstance(pp, Sequence) or isinstance(pp, str) or not pp):
             raise SettingsError(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from ray_streamer.api.arguments import SHARDING, Sharding
 from ray_streamer.api.membership import find_membership
 from ray_streamer.api.rank_stream import RankCall, RankStream
+from ray_streamer.named_checkpoint import NamedCheckpoint
 from ray_streamer.settings import Settings
 
 if TYPE_CHECKING:
@@ -246,13 +247,15 @@ def stream_rank(
     settings = Settings.of_call(
         settings, concurrency=concurrency, memory_limit=memory_limit, node_memory_limit=node_memory_limit
     )
+    # Where the caller speaks: a relative path may be another one when the first tensor is taken.
+    named = NamedCheckpoint.of(uri, settings)
     return RankStream(
         RankCall(
-            uri=uri,
+            uri=named.uri,
             sharding=sharding,
             # Ranks of a process group ask each other: not before the load begins.
             find_membership=partial(find_membership, rank, world_size, local_world_size, session, group),
-            settings=settings,
+            settings=named.settings,
             device=device,
             out=out,
             on_statistics=on_statistics,

@@ -80,7 +80,8 @@ class RankCall:
 class RankStream(Iterator[tuple[str, "torch.Tensor"]]):
     """The tensors of one rank as they become complete; made by `stream_rank`.
 
-    Threads that take from one stream take turns. The process in which the load began takes all of it.
+    Threads that take from one stream take turns. The process in which the load began takes all of it. A stream that was closed or failed
+    before its end raises an error for everybody who takes from it, rather than end as a complete one.
     """
 
     def __init__(self, call: RankCall) -> None:
@@ -89,7 +90,7 @@ class RankStream(Iterator[tuple[str, "torch.Tensor"]]):
         self._process: int | None = None
         self._running: BackgroundLoad | None = None
         self._load: RankLoad | None = None
-        self._is_over = False
+        self._is_over = self._is_complete = False
         self._taken: deque[tuple[str, torch.Tensor]] = deque()
         self._placed: DTensorSlices | None = None
 
@@ -104,8 +105,10 @@ class RankStream(Iterator[tuple[str, "torch.Tensor"]]):
             return self._take()
 
     def _take(self) -> tuple[str, torch.Tensor]:
-        if self._is_over:
+        if self._is_complete:
             raise StopIteration
+        if self._is_over:
+            raise LoadAbortedError("the stream was closed, or its load failed, before its last tensor was taken")
         if self._taken:
             return self._taken.popleft()
         try:
@@ -117,7 +120,7 @@ class RankStream(Iterator[tuple[str, "torch.Tensor"]]):
             placed = self._placed
             self._taken.extend(items if placed is None else [(name, placed.wrap(name, local)) for name, local in items])
             return self._taken.popleft()
-        self._is_over = True
+        self._is_over = self._is_complete = True
         if self._call.on_statistics is not None and self._load is not None:
             self._call.on_statistics(self._load.statistics())
         raise StopIteration

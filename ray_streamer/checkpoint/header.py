@@ -261,10 +261,10 @@ def _is_count(value: Any) -> bool:
 def _check_sizes(header: FileHeader, file: str) -> None:
     """Shape x dtype must equal the offsets' distance, for every tensor."""
     num_bits = _NUM_BITS[header.dtype_codes]
-    # In floating point and factor by factor, so that a zero behind an overflow hides nothing; NaN is no "<" either.
-    with np.errstate(over="ignore", invalid="ignore"):
-        prefix_bits = np.cumprod(header.shapes, axis=1, dtype=np.float64).max(axis=1) * num_bits
-    if len(overflown := np.flatnonzero(~(prefix_bits < MAX_COUNT))):
+    # In floating point, and without zeros, which hide an overflow of the strides.
+    with np.errstate(over="ignore"):
+        most_bits = np.maximum(header.shapes, 1).prod(axis=1, dtype=np.float64) * num_bits
+    if len(overflown := np.flatnonzero(~(most_bits < MAX_COUNT))):
         first = overflown[0]
         raise _broken(file, header.names[first], f"{_described(header, first)} has 2**62 bits or more")
     needed_bits = header.shapes.prod(axis=1) * num_bits

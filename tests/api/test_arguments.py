@@ -6,13 +6,17 @@ import inspect
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 import ray_streamer
 from ray_streamer import Mesh, RuleSlices, Settings, SettingsError, load_rank, load_sharded, plan, stream_rank
 from ray_streamer.api.arguments import Sharding
+from ray_streamer.errors import LoadAbortedError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
 FUNCTIONS = [load_sharded, load_rank, stream_rank, plan]
 NOWHERE = "s3://no-such-bucket-of-anybody/model"
@@ -139,3 +143,30 @@ def test_the_mesh_of_slices_stands_for_the_sizes_that_are_left_out(checkpoint: A
 def test_what_slices_say_already_is_not_said_beside_them(arguments: dict[str, Any]) -> None:
     with pytest.raises(SettingsError, match="slices"):
         ray_streamer.plan(NOWHERE, slices=RuleSlices(), **arguments)
+
+
+def test_a_stream_is_of_the_folder_and_the_rules_that_were_there_when_it_was_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number, name in enumerate(("first", "second")):
+        (tmp_path / name / "model").mkdir(parents=True)
+        save_file({"w": torch.full((4,), float(number))}, tmp_path / name / "model" / "model.safetensors")
+    rules = {"w": ray_streamer.Replicate()}
+    monkeypatch.chdir(tmp_path / "first")
+    stream = ray_streamer.stream_rank("model", rank=0, world_size=1, rules=rules)
+    monkeypatch.chdir(tmp_path / "second")
+    rules["w"] = ray_streamer.Skip()
+    assert [(name, tensor.tolist()) for name, tensor in stream] == [("w", [0.0] * 4)]
+
+
+def test_a_stream_that_ended_early_does_not_look_complete(tmp_path: Path) -> None:
+    """Another thread may have closed it, or seen the error of the load."""
+    save_file({"w": torch.zeros(4)}, tmp_path / "model.safetensors")
+    for stream in (ray_streamer.stream_rank(str(tmp_path), rank=0, world_size=1) for _ in range(2)):
+        stream.close()
+        with pytest.raises(LoadAbortedError, match="before its last tensor was taken"):
+            next(stream)
+    stream = ray_streamer.stream_rank(str(tmp_path), rank=0, world_size=1)
+    assert len(list(stream)) == 1
+    stream.close()
+    assert list(stream) == []

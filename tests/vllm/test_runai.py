@@ -16,6 +16,8 @@ from families import save_checkpoint, save_tokenizer
 from measures import assert_read_once
 from pyarrow import fs
 
+from ray_streamer.settings import Settings
+
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
@@ -121,9 +123,15 @@ def test_a_worker_on_another_node_fetches_config_and_tokenizer_to_the_same_path(
     monkeypatch.setenv("RAY_STREAMER_CACHE_DIR", str(tmp_path / "cache"))
     folder = Path(CachedModelFiles(uri).dir)
     names = sorted(path.name for path in folder.iterdir())
-    shutil.rmtree(tmp_path / "cache")
-    restore_model_files(SimpleNamespace(model=str(folder), model_weights=uri))
-    assert sorted(path.name for path in folder.iterdir()) == names
+    settings = Settings.resolve()
+    # As with the variable, and as with `ray-streamer serve`.
+    for weights, said in ((uri, None), ("", uri)):
+        shutil.rmtree(tmp_path / "cache")
+        restore_model_files(SimpleNamespace(model=str(folder), model_weights=weights), said, settings)
+        assert sorted(path.name for path in folder.iterdir()) == names
+    # A folder of the caller's own is not made.
+    restore_model_files(SimpleNamespace(model=str(tmp_path / "own"), model_weights=""), uri, settings)
+    assert not (tmp_path / "own").exists()
 
 
 @pytest.mark.parametrize("given", [None, "MY_", "RAY_STREAMER_, MY_"])

@@ -58,8 +58,8 @@ class RayStreamerLoader(BaseModelLoader):
 
     def load_model(self, vllm_config: Any, model_config: Any, *args: Any, **kwargs: Any) -> nn.Module:
         """As vLLM's own loaders do it, on a node that has the model's config and tokenizer."""
-        restore_model_files(model_config)
         said = self._options.uri_of(is_draft=self._has_own_files(model_config))
+        restore_model_files(model_config, said, self._options.settings)
         prepare_load(said or model_config.model_weights or model_config.model, self._options.settings)
         return super().load_model(vllm_config, model_config, *args, **kwargs)
 

@@ -1,18 +1,23 @@
 """Where are config and tokenizer of a model that vLLM was given as a uri? In this node's cache, for whoever asks first.
 
-Used where this package answers for Run:ai's streamer: vLLM takes uris as models with that format only.
+Used where this package answers for Run:ai's streamer, since vLLM takes uris as models with that format only, and by workers on other
+nodes than that of `ray-streamer serve`.
 """
 
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ray_streamer.api.files import cached
 from ray_streamer.integrations.vllm import internals
+from ray_streamer.storage.uri import absolute_folder
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from ray_streamer.settings import Settings
 
 logger = internals.logger_of(__name__)
 
@@ -43,22 +48,29 @@ class CachedModelFiles:
         """Called by vLLM for each kind of file; all of them are in `dir` already."""
 
 
-def restore_model_files(model_config: Any) -> None:
+def restore_model_files(model_config: Any, uri: str | None, settings: Settings) -> None:
     """Makes the folder that the engine calls its model, where it is not on this node.
 
-    The process that made the configuration fetched the files to its own node. Workers on other nodes are told the path only.
+    The process that made the configuration fetched the files to its own node's cache. Workers on other nodes are told the path only.
+
+    Args:
+        model_config: vLLM's.
+        uri: Where the options say that the weights are, as `ray-streamer serve` sets them.
+        settings: How files are read, and `cache_dir`.
 
     Raises:
         StorageError: A file could not be read or written.
     """
-    if "://" not in model_config.model_weights or os.path.isdir(model_config.model):
+    is_in_cache = Path(model_config.model).is_relative_to(absolute_folder(settings.cache_dir))
+    place = model_config.model_weights or (uri if is_in_cache else None) or ""
+    if "://" not in place or os.path.isdir(model_config.model):
         return
-    folder = str(cached(model_config.model_weights))
+    folder = str(cached(place, settings=settings))
     if folder != model_config.model:
         logger.warning(
             "config and tokenizer of %s are in %s here, and in %s where the engine was configured. Set RAY_STREAMER_CACHE_DIR to the "
             "same path on all nodes; if it is, the files in the store have changed since.",
-            model_config.model_weights,
+            place,
             folder,
             model_config.model,
         )
