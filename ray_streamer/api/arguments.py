@@ -143,12 +143,12 @@ class Sharding:
         mesh = asked if is_unsaid else self._mesh_of_arguments(num_ranks)
         if mesh != asked:
             raise SettingsError(
-                f"slices are for {_said(asked)}, and the arguments of this call say {_said(mesh)}: give the same sizes, or "
+                f"slices are for {asked.as_arguments}, and the arguments of this call say {mesh.as_arguments}: give the same sizes, or "
                 "leave tp, pp, ep and replicas out"
             )
         if num_ranks is not None and num_ranks != mesh.num_ranks:
             raise SettingsError(
-                f"slices are for {_said(asked)}, which takes {counted(mesh.num_ranks, 'rank')}, and this load has {num_ranks}"
+                f"slices are for {asked.as_arguments}, which takes {counted(mesh.num_ranks, 'rank')}, and this load has {num_ranks}"
             )
         return mesh
 
@@ -216,7 +216,3 @@ def _divided(num_ranks: int, tp: int | None, stages: int) -> tuple[int, int]:
         advice = "; start the ranks with torchrun, or say rank and world_size" if tp > num_ranks == 1 else ""
         raise SettingsError(f"tp={tp}{with_pp} does not divide the {counted(num_ranks, 'rank')} of this load{advice}")
     return tp, num_ranks // (tp * stages)
-
-
-def _said(mesh: Mesh) -> str:
-    return f"tp={mesh.tp}, pp={mesh.pp}, ep={mesh.ep}, replicas={mesh.dp}"

@@ -84,7 +84,7 @@ def agree(
         terms: This rank's memory, where a driver has asked all ranks for the same and measured theirs; else they do it.
 
     Raises:
-        ClusterError: Another rank was asked for another checkpoint.
+        ClusterError: Another rank was asked for another checkpoint, or for other sizes of the mesh.
         RayStreamerError: The checkpoint cannot be read or planned, the same error on all ranks; or this rank cannot hold what
             it wants.
         RankFailedError: Another rank failed.
@@ -181,8 +181,8 @@ def _gather_terms(
     session: NodeSession, request: LoadRequest, memory_limit: int, *, reads_values: bool
 ) -> tuple[int, ReadLimits, bool]:
     """The smallest limit, the sizes that follow from it, and whether any rank may need values before it says what it holds."""
-    uri = request.uri
-    mine = {"uri": uri, "memory_limit": memory_limit, "reads_values": reads_values}
+    uri, mesh = request.uri, request.mesh.as_arguments
+    mine = {"uri": uri, "mesh": mesh, "memory_limit": memory_limit, "reads_values": reads_values}
     said = session.gather(json.dumps(mine).encode())
     memory_limits: list[int] = []
     for rank, words in zip(session.place.ranks, said, strict=True):
@@ -191,6 +191,10 @@ def _gather_terms(
             raise ClusterError(
                 f"rank {rank} was asked for {theirs['uri']}, rank {session.place.rank} for {uri}: give every rank the same "
                 "uri, and concurrent loads a session of their own"
+            )
+        if theirs["mesh"] != mesh:
+            raise ClusterError(
+                f"rank {rank} was asked for {theirs['mesh']}, rank {session.place.rank} for {mesh}: give every rank the same sizes"
             )
         memory_limits.append(int(theirs["memory_limit"]))
         reads_values |= bool(theirs["reads_values"])

@@ -89,6 +89,11 @@ class Mesh:
         """Ranks over which one expert is sliced."""
         return max(1, self.tp // self.ep)
 
+    @property
+    def as_arguments(self) -> str:
+        """As a caller writes it."""
+        return f"tp={self.tp}, pp={self.pp}, ep={self.ep}, replicas={self.dp}"
+
     def axis_size(self, axis: str) -> int:
         """Number of indices along `axis`.
 

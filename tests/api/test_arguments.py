@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -170,3 +171,20 @@ def test_a_stream_that_ended_early_does_not_look_complete(tmp_path: Path) -> Non
     assert len(list(stream)) == 1
     stream.close()
     assert list(stream) == []
+
+
+def test_ranks_that_were_given_other_sizes_hold_no_model_together(tmp_path: Path) -> None:
+    save_file({"w": torch.zeros(4, 4)}, tmp_path / "model.safetensors")
+    rules = {"w": ray_streamer.Replicate()}
+
+    def load(rank: int) -> BaseException | None:
+        try:
+            load_rank(str(tmp_path), tp=rank + 1, rules=rules, rank=rank, world_size=2, session=f"sizes-{tmp_path}")
+        except ray_streamer.RayStreamerError as error:
+            return error
+        return None
+
+    with ThreadPoolExecutor(2) as pool:
+        errors = list(pool.map(load, range(2)))
+    assert all(isinstance(error, ray_streamer.ClusterError) for error in errors)
+    assert any("was asked for tp=1, pp=1, ep=1, replicas=2, rank 1 for tp=2" in str(error) for error in errors)

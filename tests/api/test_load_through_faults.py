@@ -11,7 +11,7 @@ import pytest
 from api_support import oracle
 
 import ray_streamer
-from ray_streamer.errors import AccessError, ObjectChangedError, StorageError
+from ray_streamer.errors import CredentialsError, ObjectChangedError, StorageError
 from ray_streamer.report.load_report import LoadReport
 from ray_streamer.report.tables import print_load
 from ray_streamer.storage import lateness
@@ -97,7 +97,7 @@ def test_every_byte_is_right(uri: str, checkpoint: Any, proxy: FaultProxy, fault
 @pytest.mark.parametrize(
     ("fault", "error_class"),
     [
-        pytest.param(Fault(status=403, code="ExpiredToken"), AccessError, id="expired"),
+        pytest.param(Fault(status=403, code="ExpiredToken"), CredentialsError, id="expired"),
         pytest.param(Fault(status=200), StorageError, id="ranges-ignored"),
         pytest.param(Fault(headers=(("content-length", "7"),), body_bytes=7), StorageError, id="another-length"),
         pytest.param(Fault(headers=(("etag", '"another"'),)), ObjectChangedError, id="another-object"),

@@ -90,6 +90,8 @@ class Worker:
     def stop_or_answer(self, stopped: int) -> None:
         if self.rank == stopped:
             os.kill(os.getpid(), signal.SIGSTOP)
+            # Another thread may take the signal, and this one goes on for a moment.
+            time.sleep(60)
 
     def hold_the_lock(self, seconds: int) -> int:
         # Of Python: no other thread of the process gets a turn.
