@@ -25,7 +25,7 @@ HOLDERS: frozenset[str] = frozenset({WHOLE, "packed", "blocks", "qweight"})
 """Parts that hold a weight's elements; one of them is stored."""
 
 _OF_INPUTS = ("input_scale", "pre_quant_scale")
-"""Parts that may have a number for each input."""
+"""Parts that may have a number for each input; of stacked experts one for each expert."""
 
 _WORD_BITS = 32
 _BYTE_WIDE = {"U8", "F8_E4M3", "F8_E8M0"}
@@ -212,7 +212,7 @@ def _dims_of(
         return (StoredDim(None),) * len(shape)
     if all(size == 1 for size in shape):
         return _counted(shape, weight_shape, hints) or (StoredDim(None),) * len(shape)
-    if part == "g_idx" or (part in _OF_INPUTS and len(shape) == 1):
+    if part == "g_idx" or (part in _OF_INPUTS and len(shape) == 1 and len(weight_shape) == 2):
         return (StoredDim(1),) if shape == weight_shape[1:] else None
     if part in ("qzeros", "scales") and len(shape) == 2:
         groups = _counted(shape[:1], weight_shape[1:], hints, first_dim=1)

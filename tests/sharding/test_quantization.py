@@ -419,6 +419,22 @@ def test_a_scale_for_each_input_is_cut_with_the_inputs() -> None:
             assert table.slice_of(index.position("m.input_scale"), 1) == part
 
 
+def test_a_scale_for_each_expert_is_cut_with_the_experts() -> None:
+    stored = [
+        ("weight", "F8_E4M3", (4, 32, 16)),
+        ("weight_scale", "F32", (4,)),
+        ("input_scale", "F32", (4,)),
+    ]
+    index = header_only_index([TensorSpec(f"experts.{name}", *spec) for name, *spec in stored], num_files=1)
+    for placement, part in (
+        (Split(0), TensorSlice.along((4,), 0, [range(2, 4)])),
+        (Split(1), TensorSlice.whole((4,))),
+    ):
+        table = resolve(index, ShardRules({"experts.weight": placement}), Mesh(tp=2))
+        for name in ("weight_scale", "input_scale"):
+            assert table.slice_of(index.position(f"experts.{name}"), 1) == part
+
+
 def test_bytes_that_are_no_quantized_weight_stay_bytes(index_of: Callable[..., CheckpointIndex]) -> None:
     table = resolve(index_of({"m.weight": (8, 6)}, dtype="U8"), ShardRules({"m.weight": Split(1)}), Mesh(tp=2))
     assert table.slice_of(0, 1) == TensorSlice.along((8, 6), 1, [range(3, 6)])
