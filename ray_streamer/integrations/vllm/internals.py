@@ -146,6 +146,11 @@ def place_of_weights(model_config: Any, load_config: Any) -> str:
     return folder
 
 
+def place_of_config(model_config: Any) -> str | None:
+    """What the engine calls the place of its config.json; None where the caller named another one than the model's own."""
+    return model_config.model if getattr(model_config, "hf_config_path", None) is None else None
+
+
 def reloading_group() -> dist.ProcessGroup | None:
     """Host-side group of the ranks that surely reload together; None for a single rank.
 
