@@ -110,11 +110,20 @@ def cached(uri: UrisLike, *, selection: Selection = ENGINE_FILES, settings: Sett
             return Path(storage.uri)
         return cached_files(
             storage,
-            cache=Path(absolute_folder(settings.cache_dir)),
+            cache=_cache_of(settings),
             timeout_seconds=settings.startup_timeout_seconds,
             selection=selection,
             concurrency=settings.concurrency,
         )
+
+
+def is_in_cache(folder: Path, settings: Settings) -> bool:
+    """Whether that is where `cached` puts its copies, on whatever node."""
+    return folder.resolve().is_relative_to(_cache_of(settings).resolve())
+
+
+def _cache_of(settings: Settings) -> Path:
+    return Path(absolute_folder(settings.cache_dir))
 
 
 @contextmanager

@@ -30,7 +30,7 @@ from ray_streamer.sharding.globs import matches_any
 from ray_streamer.sharding.model_structure import ModelStructure
 from ray_streamer.sharding.name_kinds import NameKinds, as_text, kinds_of_tensors
 from ray_streamer.sharding.placement import Skip
-from ray_streamer.sharding.quantization import weight_of
+from ray_streamer.sharding.quantization import MODULE_HOLDERS, weight_of
 from ray_streamer.sharding.sizes import Sizes
 from ray_streamer.units import counted, verb
 from ray_streamer.wording import listed, printable, shown
@@ -46,8 +46,6 @@ if TYPE_CHECKING:
     from ray_streamer.sharding.rules import ShardRules
 
 _NORM = re.compile(r"norm|(?:^|\.)ln_[0-9a-z]+$")
-_HOLDERS = ("weight", "qweight", "weight_packed")
-"""What holds a module's weight, whole or quantized."""
 _NUMBER = re.compile(r"(?<=\.)[0-9]+(?=\.)")
 
 _logger = logging.getLogger(__name__)
@@ -137,7 +135,7 @@ def missing_parts(index: CheckpointIndex) -> list[str]:
         *_missing_experts(held, structure),
     ]
     if len(index.files) > 1:
-        clauses += _missing_tensors(index, names, np.where(is_own, located.layers, -1), structure)
+        clauses += _missing_tensors(index, names, is_own, structure)
         clauses += _missing_ends(index, names, located, structure)
     return clauses
 
@@ -163,7 +161,7 @@ class _Held:
     @classmethod
     def of(cls, names: NameKinds, located: Locations, is_own: NDArray[np.bool_], structure: ModelStructure) -> _Held:
         ids: dict[str, int] = {}
-        in_layer = re.compile(rf"(?:^|\.){re.escape(structure.family.layers)}\.[0-9]+\.(.+)$", re.DOTALL)
+        in_layer = _in_layer(structure)
         of_kinds = [ids.setdefault(_module_in_layer(text, in_layer), len(ids)) for text in _weights_of(names)]
         pairs = (located.layers * len(ids) + names.of_kinds(of_kinds))[is_own]
         experts = located.experts[is_own]
@@ -181,6 +179,11 @@ class _Held:
 def _weights_of(names: NameKinds) -> list[str]:
     """Every kind as the name of the weight that it is, or is a part of."""
     return [weight_of(kind) or as_text(kind) for kind in names.kinds]
+
+
+def _in_layer(structure: ModelStructure) -> re.Pattern[str]:
+    """Finds what stands behind the layer's number in a name."""
+    return re.compile(rf"(?:^|\.){re.escape(structure.family.layers)}\.[0-9]+\.(.+)$", re.DOTALL)
 
 
 def _module_in_layer(name: str, in_layer: re.Pattern[str]) -> str:
@@ -224,35 +227,36 @@ def _missing_experts(held: _Held, structure: ModelStructure) -> Iterator[str]:
 
 
 def _missing_tensors(
-    index: CheckpointIndex, names: NameKinds, layers: NDArray[np.int64], structure: ModelStructure
+    index: CheckpointIndex, names: NameKinds, is_own: NDArray[np.bool_], structure: ModelStructure
 ) -> Iterator[str]:
     """Tensors that a module lacks, and most have that are like it: of the same name in their layers, for scales also of the same dtype."""
-    in_layer = re.compile(rf"(?:^|\.){re.escape(structure.family.layers)}\.[0-9]+\.(.+)$", re.DOTALL)
+    in_layer = _in_layer(structure)
+    found = [in_layer.search(as_text(kind)) if kind[-1] is not None else None for kind in names.kinds]
+    split = [match[1].rpartition(".") if match else ("", "", "") for match in found]
+    varying = matches_any(structure.family.varying, [f".{module}." for module, _, _ in split])
     modules: dict[str, int] = {}
     parts: dict[str, int] = {}
-    # Layers that a quantizer left alone have weights of another dtype, and no scales.
     of_kinds = np.full((len(names.kinds), 2), -1, dtype=np.int64)
-    for number, kind in enumerate(names.kinds):
-        found = in_layer.search(as_text(kind))
-        module, _, part = found[1].rpartition(".") if found and kind[-1] is not None else ("", "", "")
-        if module and not matches_any(structure.family.varying, [f".{module}."])[0]:
+    for number, (module, _, part) in enumerate(split):
+        if module and not varying[number]:
             of_kinds[number] = (
                 modules.setdefault(_NUMBER.sub("*", module), len(modules)),
                 parts.setdefault(part, len(parts)),
             )
     module_ids, part_ids = of_kinds[names.kind_ids].T
-    (tensors,) = np.nonzero((module_ids >= 0) & (layers >= 0))
+    (tensors,) = np.nonzero((module_ids >= 0) & is_own)
     if not len(tensors):
         return
     instances = distinct_rows([module_ids[tensors], *names.numbers[tensors].T])
     has = np.full((len(instances.firsts), len(parts)), -1, dtype=np.int64)
     has[instances.ids, part_ids[tensors]] = tensors
-    held = np.stack([has[:, parts[holder]] for holder in _HOLDERS if holder in parts] or [has[:, 0]]).max(axis=0)
-    dtypes = np.where(held >= 0, index.dtype_codes[held], -1)
+    held = np.stack([has[:, parts[holder]] for holder in MODULE_HOLDERS if holder in parts] or [has[:, 0]]).max(axis=0)
     of_modules = module_ids[tensors][instances.firsts]
+    # Layers that a quantizer left alone have weights of another dtype, and no scales.
+    of_dtypes = distinct_rows([of_modules, np.where(held >= 0, index.dtype_codes[held], -1)]).ids
     for part, number in parts.items():
-        is_of_a_dtype = part not in _HOLDERS and weight_of(("", part)) is not None
-        alike = distinct_rows([of_modules, dtypes]).ids if is_of_a_dtype else of_modules
+        is_of_a_dtype = part not in MODULE_HOLDERS and weight_of(("", part)) is not None
+        alike = of_dtypes if is_of_a_dtype else of_modules
         counts, having = np.bincount(alike), np.bincount(alike, weights=has[:, number] >= 0)
         (lacking,) = np.nonzero((has[:, number] < 0) & (2 * having > counts)[alike])
         if len(lacking):

@@ -17,7 +17,7 @@ from ray_streamer.errors import SettingsError, ShardingError
 from ray_streamer.rows import distinct
 from ray_streamer.sharding.distinct_rows import distinct_rows
 from ray_streamer.sharding.placement import Placement, Replicate, Skip
-from ray_streamer.sharding.quantization import find_quantized
+from ray_streamer.sharding.quantization import MODULE_HOLDERS, find_quantized
 from ray_streamer.units import counted
 from ray_streamer.wording import printable
 
@@ -40,8 +40,6 @@ DEFAULT_UNMATCHED: Unmatched = "error"
 
 _NUM_SHOWN = 8
 _NO_RULE, _LEFT_OUT = -1, -2
-_HOLDERS_OF_A_MODULE = ("weight", "qweight", "weight_packed", "W_q")
-"""What a module's weight is called, whole or quantized."""
 _UNPLACED: dict[int, Placement] = {_NO_RULE: Replicate(), _LEFT_OUT: Skip()}
 
 
@@ -191,7 +189,7 @@ def _beside_cut_weights(index: CheckpointIndex, rules: ShardRules, rule_ids: NDA
     strays: list[int] = []
     for tensor in np.flatnonzero((rule_ids < 0) & (index.num_dims == 1)).tolist():
         module = index.names[tensor].rpartition(".")[0]
-        held = (index.find(f"{module}.{holder}") for holder in _HOLDERS_OF_A_MODULE)
+        held = (index.find(f"{module}.{holder}") for holder in MODULE_HOLDERS)
         weight = next((found for found in held if found is not None), None)
         if weight is None or rule_ids[weight] < 0 or index.shape_of(tensor) == (1,):
             continue

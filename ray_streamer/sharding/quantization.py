@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     from ray_streamer.sharding.name_kinds import Components
     from ray_streamer.sharding.rules import ShardRules
 
+MODULE_HOLDERS = ("weight", "qweight", "weight_packed", "W_q")
+"""What the tensor that holds a module's weight is called, whole or quantized."""
+
 _BESIDE = (
     *("qweight", "qzeros", "scales", "g_idx", "input_scale", "input_global_scale", "pre_quant_scale"),
     *("SCB", "weight_format"),

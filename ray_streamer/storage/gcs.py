@@ -17,6 +17,7 @@ from urllib.parse import quote, urlencode, urlsplit
 from ray_streamer.errors import CredentialsError, SettingsError
 from ray_streamer.storage.bounded_call import find_credentials
 from ray_streamer.storage.extras import missing_extra
+from ray_streamer.storage.http_head import VISIBLE
 from ray_streamer.storage.http_route import is_http_address
 from ray_streamer.storage.identity import Identity
 from ray_streamer.storage.listing import MAX_JSON_BYTES, MAX_TOKEN_CHARS, ListingPage
@@ -37,7 +38,6 @@ _SCOPES = ("https://www.googleapis.com/auth/devstorage.read_only",)
 _MAX_RESULTS = 500
 _GENERATION = re.compile(r'"?([0-9]{1,20})"?')
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9._:-]{1,220}[a-z0-9]")
-_TOKEN = re.compile(r"[!-~]+")
 _SHOWN_PATH = re.compile(r"[^{}\n]{1,500}")
 _ANONYMOUS = "anonymous@"
 _WHO = (
@@ -171,7 +171,7 @@ def _is_fresh(credentials: Any) -> bool:
 
 
 def _has_token(credentials: Any) -> bool:
-    return isinstance(credentials.token, str) and bool(_TOKEN.fullmatch(credentials.token))
+    return isinstance(credentials.token, str) and bool(VISIBLE.fullmatch(credentials.token))
 
 
 def _advice() -> str:

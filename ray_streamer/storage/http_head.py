@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 _MAX_INTERIM_ANSWERS = 16
 _TOKEN = r"[-!#$%&'*+.^_`|~0-9A-Za-z]+"
-_TARGET = re.compile(r"[!-~]+")
+VISIBLE = re.compile(r"[!-~]+")
+"""Characters that targets of requests and tokens may have."""
 # Of a header's value: no control characters, and no space at its ends (RFC 9110, section 5.5).
 _SENDABLE = re.compile(rf"{_TOKEN}: (?:[!-~\x80-\xff](?:[\t -~\x80-\xff]*[!-~\x80-\xff])?)?")
 _PLAIN = re.compile(
@@ -56,7 +57,7 @@ def request_head(method: str, target: str, lines: Iterable[tuple[str, str]]) -> 
     Raises:
         h11.LocalProtocolError: Something in it cannot be sent. Says which, and not what is in it, which may be a token.
     """
-    if not _TARGET.fullmatch(target):
+    if not VISIBLE.fullmatch(target):
         raise h11.LocalProtocolError("its address (not shown) has characters that cannot be sent")
     text = f"{method} {target} HTTP/1.1\r\n"
     for name, value in lines:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import re
-
 from ray_streamer.errors import CredentialsError, SettingsError
 from ray_streamer.storage.bounded_call import call_within
+from ray_streamer.storage.http_head import VISIBLE
 from ray_streamer.storage.http_route import is_http_address
 
 _EVERYBODYS = "https://huggingface.co"
-_PRINTABLE = re.compile(r"[!-~]+")
 
 
 def usable_endpoint(endpoint: str) -> str:
@@ -20,7 +18,7 @@ def usable_endpoint(endpoint: str) -> str:
     """
     address = endpoint.strip().rstrip("/") or _EVERYBODYS
     # A user would be repeated, and a query would end up inside of addresses.
-    if is_http_address(address) and _PRINTABLE.fullmatch(address) and not set("@?#") & set(address):
+    if is_http_address(address) and VISIBLE.fullmatch(address) and not set("@?#") & set(address):
         return address
     has_user = "@" in address
     raise SettingsError(
@@ -40,7 +38,7 @@ def find_token(given: str, *, timeout_seconds: float) -> str | None:
         CredentialsError: huggingface_hub fails, or the token cannot be sent.
     """
     token = given or _token_within(timeout_seconds)
-    if token and not _PRINTABLE.fullmatch(token):
+    if token and not VISIBLE.fullmatch(token):
         raise CredentialsError(
             "the token of the Hub (not shown) has characters that cannot be sent; set HF_TOKEN again"
         )

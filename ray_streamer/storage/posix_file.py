@@ -195,7 +195,7 @@ class PosixFile:
 
     def _of_another_inode(self, now: FileIdentity, descriptor: int) -> str | None:
         """Why a file that took this one's place on an own disk is another one, by samples of its content."""
-        if now.inode in self._inodes or not self.mount.is_own or not self.mount.keeps_change_times:
+        if now.inode in self._inodes or not self.mount.is_own:
             return None
         if self._samples and self._hash_samples(descriptor) != self._samples:
             return "is another file now, of the same size and time, with other content"

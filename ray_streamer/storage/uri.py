@@ -25,9 +25,9 @@ FILE_NAMES = (".safetensors", ".json")
 UriLike = str | os.PathLike[str]
 """What the caller may say: text, or a path object for a local path."""
 
-# What stands before the "@" is a container, or a user without a password of a store that has no passwords.
 _MEANT = {"huggingface": "hf", "s3a": "s3", "s3n": "s3"}
 """What other libraries call a store."""
+# What stands before the "@" is a container, or a user without a password of a store that has no passwords.
 _SCHEMES_WITH_USERS = frozenset({"abfss", "abfs", "hdfs", "viewfs", "file", "memory"})
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 _SCHEMES = ARROW_SCHEMES | {"file", "memory"} | {scheme for kind in STORES for scheme in kind.schemes}

@@ -114,8 +114,10 @@ class RayStreamerLoader(BaseModelLoader):
         """Before anything is loaded: whether the weights lie beside the config that the engine has."""
         assert captured.index is not None
         place = internals.place_of_config(model_config)
-        said = place and mismatch.compare_configs(captured.index.config, uri, place, self._options.settings)
-        if said and is_first(group):
+        if place in (None, uri):
+            return
+        said = mismatch.compare_configs(captured.index.config, uri, place, self._options.settings)
+        if said is not None and is_first(group):
             logger.warning("ray_streamer: %s", said)
 
     def _fill(self, uri: str, captured: CapturedSlices, device: str, group: dist.ProcessGroup | None) -> RankStatistics:

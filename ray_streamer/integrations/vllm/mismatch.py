@@ -10,10 +10,10 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ray_streamer.api.files import is_in_cache
 from ray_streamer.checkpoint.json_files import CONFIG_NAME, read_config
 from ray_streamer.errors import CheckpointError, ObjectChangedError, RayStreamerError
 from ray_streamer.storage import open_storage
-from ray_streamer.storage.uri import absolute_folder
 from ray_streamer.wording import listed
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def compare_configs(stored: Mapping[str, Any] | None, uri: str, model: str, sett
     if used is None or used == stored:
         return None
     differing = sorted(key for key in used.keys() | stored.keys() if used.get(key, _ABSENT) != stored.get(key, _ABSENT))
-    if folder.resolve().is_relative_to(Path(absolute_folder(settings.cache_dir)).resolve()):
+    if is_in_cache(folder, settings):
         raise ObjectChangedError(
             f"{uri}: {CONFIG_NAME} was replaced after it was copied to {folder}; it says otherwise of {listed(differing)}. Start the "
             "engine again"

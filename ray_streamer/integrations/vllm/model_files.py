@@ -10,9 +10,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ray_streamer.api.files import cached
+from ray_streamer.api.files import cached, is_in_cache
 from ray_streamer.integrations.vllm import internals
-from ray_streamer.storage.uri import absolute_folder
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -61,8 +60,7 @@ def restore_model_files(model_config: Any, uri: str | None, settings: Settings) 
     Raises:
         StorageError: A file could not be read or written.
     """
-    is_in_cache = Path(model_config.model).is_relative_to(absolute_folder(settings.cache_dir))
-    place = model_config.model_weights or (uri if is_in_cache else None) or ""
+    place = model_config.model_weights or (uri if is_in_cache(Path(model_config.model), settings) else None) or ""
     if "://" not in place or os.path.isdir(model_config.model):
         return
     folder = str(cached(place, settings=settings))
