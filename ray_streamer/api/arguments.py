@@ -125,13 +125,16 @@ class Sharding:
 
         mesh = self._mesh(num_ranks)
         named = NamedCheckpoint.of(uri, settings)
+        slices = self._slice_source(mesh)
+        said = slices.as_arguments if isinstance(slices, RuleSlices) else {}
         return LoadRequest(
             uri=named.uri,
             mesh=mesh,
-            slices=self._slice_source(mesh),
+            slices=slices,
             settings=named.settings,
             device=str(device),
             model_type=self.model_type,
+            shared_arguments={"sizes": mesh.as_arguments, "model_type": str(self.model_type), **said},
         )
 
     def _mesh(self, num_ranks: int | None) -> Mesh:

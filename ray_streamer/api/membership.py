@@ -9,6 +9,7 @@ nothing                         a load of one rank
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 import socket
@@ -91,11 +92,17 @@ class Membership:
         None where the ranks of a node ask each other.
 
         Raises:
+            ClusterError: The first rank was asked for something else.
             RayStreamerError: The first rank could not read it; the same error on all ranks.
         """
         if self.group is None or len(self.topology.nodes) == 1:
             return self.index_bytes
-        return self.group.share(lambda: index_to_bytes(request.open_index()))
+        asked = json.dumps(request.asked_of_all).encode()
+        # JSON has no line break of its own.
+        shared = self.group.share(lambda: b"\n".join((asked, index_to_bytes(request.open_index()))))
+        theirs, _, index_bytes = shared.partition(b"\n")
+        request.check_alike(json.loads(theirs), rank=0, own_rank=self.rank)
+        return index_bytes
 
 
 def find_membership(

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ray_streamer.checkpoint.index_bytes import index_from_bytes, index_to_bytes
-from ray_streamer.errors import ClusterError, RankFailedError, RayStreamerError
+from ray_streamer.errors import RankFailedError, RayStreamerError
 from ray_streamer.machine import measure_available_memory
 from ray_streamer.planning.fills import check_fills
 from ray_streamer.planning.limits import rank_memory_limit
@@ -84,7 +84,7 @@ def agree(
         terms: This rank's memory, where a driver has asked all ranks for the same and measured theirs; else they do it.
 
     Raises:
-        ClusterError: Another rank was asked for another checkpoint, or for other sizes of the mesh.
+        ClusterError: Another rank was asked for another checkpoint, or given other arguments that decide what ranks hold.
         RayStreamerError: The checkpoint cannot be read or planned, the same error on all ranks; or this rank cannot hold what
             it wants.
         RankFailedError: Another rank failed.
@@ -181,21 +181,12 @@ def _gather_terms(
     session: NodeSession, request: LoadRequest, memory_limit: int, *, reads_values: bool
 ) -> tuple[int, ReadLimits, bool]:
     """The smallest limit, the sizes that follow from it, and whether any rank may need values before it says what it holds."""
-    uri, mesh = request.uri, request.mesh.as_arguments
-    mine = {"uri": uri, "mesh": mesh, "memory_limit": memory_limit, "reads_values": reads_values}
+    mine = {"asked": request.asked_of_all, "memory_limit": memory_limit, "reads_values": reads_values}
     said = session.gather(json.dumps(mine).encode())
     memory_limits: list[int] = []
     for rank, words in zip(session.place.ranks, said, strict=True):
         theirs: dict[str, Any] = json.loads(bytes(words))
-        if theirs["uri"] != uri:
-            raise ClusterError(
-                f"rank {rank} was asked for {theirs['uri']}, rank {session.place.rank} for {uri}: give every rank the same "
-                "uri, and concurrent loads a session of their own"
-            )
-        if theirs["mesh"] != mesh:
-            raise ClusterError(
-                f"rank {rank} was asked for {theirs['mesh']}, rank {session.place.rank} for {mesh}: give every rank the same sizes"
-            )
+        request.check_alike(theirs["asked"], rank=rank, own_rank=session.place.rank)
         memory_limits.append(int(theirs["memory_limit"]))
         reads_values |= bool(theirs["reads_values"])
     return (min(memory_limits), request.read_limits(memory_limits), reads_values)

@@ -5,12 +5,13 @@ Slices may come from any source: a callable that is given index and rank. Rules 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from ray_streamer.checkpoint import locate
 from ray_streamer.checkpoint.named import read_index
 from ray_streamer.device import check_device_name, is_cuda, open_device
+from ray_streamer.errors import ClusterError
 from ray_streamer.named_checkpoint import NamedCheckpoint
 from ray_streamer.planning.limits import (
     FILESYSTEM_MIN_RUN_BYTES,
@@ -22,9 +23,10 @@ from ray_streamer.rank.device_start import DeviceStart
 from ray_streamer.sharding.completeness import refuse_incomplete
 from ray_streamer.slices import checked_slices
 from ray_streamer.storage import open_storage, scheme_of
+from ray_streamer.wording import brief
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from ray_streamer.checkpoint import CheckpointIndex
     from ray_streamer.device.base import Device
@@ -47,6 +49,7 @@ class LoadRequest:
         settings: Every knob, resolved where the request was made.
         device: Where the tensors go.
         model_type: What the model is, where config.json names a type without a preset; None = as config.json says.
+        shared_arguments: Arguments that decide what a rank holds, and that the caller gives all ranks alike, as texts.
     """
 
     uri: str
@@ -55,6 +58,7 @@ class LoadRequest:
     settings: Settings
     device: str
     model_type: str | None = None
+    shared_arguments: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         # Refused here, before anything is started or read.
@@ -67,6 +71,31 @@ class LoadRequest:
     def is_remote(self) -> bool:
         """Whether the checkpoint lies in an object store, and in no file system or memory."""
         return scheme_of(self.uri) not in ("file", "memory")
+
+    @property
+    def asked_of_all(self) -> dict[str, str]:
+        """What must be equal on all ranks of the load."""
+        return {"uri": self.uri, **self.shared_arguments}
+
+    def check_alike(self, theirs: Mapping[str, str], *, rank: int, own_rank: int) -> None:
+        """Refuses a load whose ranks would not hold parts of one model.
+
+        Args:
+            theirs: What another rank's `asked_of_all` says.
+            rank: That rank.
+            own_rank: This one.
+
+        Raises:
+            ClusterError: It was asked for another checkpoint, or given another argument; names it.
+        """
+        mine = self.asked_of_all
+        for name in {**mine, **theirs}:
+            their, own = theirs.get(name), mine.get(name)
+            if their != own:
+                raise ClusterError(
+                    f"rank {rank} was given other {name} than rank {own_rank}, {brief(their)} and not {brief(own)}: give all ranks of "
+                    "a load the same, and concurrent loads a session of their own"
+                )
 
     def open_storage(self, *, num_sharers: int = 1) -> Storage:
         """The storage that holds the checkpoint; the caller closes it.

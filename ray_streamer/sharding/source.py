@@ -100,6 +100,21 @@ class RuleSlices:
         if self.dtype is not None:
             checked_dtypes(self.dtype)
 
+    @property
+    def as_arguments(self) -> dict[str, str]:
+        """As a caller writes them, but for `mesh`: equal texts on ranks that hold parts of one model. Functions are not told apart."""
+        return {
+            "rules": repr([(rule.glob, rule.placement) for rule in self.rules.rules]),
+            "unmatched": self.unmatched,
+            "layout": self.layout,
+            "mtp": str(self.mtp),
+            "pp": str(self.stage_layers),
+            "experts": repr(self.experts),
+            "fuse": repr(checked_fusions(self.fuse)),
+            "rename": "a function" if callable(self.rename) else repr(self.rename),
+            "dtype": repr(None if self.dtype is None else checked_dtypes(self.dtype)),
+        }
+
     @collector_paused()
     def __call__(self, index: CheckpointIndex, rank: int) -> RankSlices:
         """What `rank` holds of the checkpoint.

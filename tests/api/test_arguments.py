@@ -173,13 +173,29 @@ def test_a_stream_that_ended_early_does_not_look_complete(tmp_path: Path) -> Non
     assert list(stream) == []
 
 
-def test_ranks_that_were_given_other_sizes_hold_no_model_together(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("argument", "of_ranks", "said"),
+    [
+        (
+            "tp",
+            (1, 2),
+            "other sizes than rank 1, 'tp=1, pp=1, ep=1, replicas=2' and not 'tp=2, pp=1, ep=1, replicas=1'",
+        ),
+        ("rules", ({"w": ray_streamer.Replicate()}, {"w": ray_streamer.Split(0)}), "other rules than rank 1"),
+        ("dtype", (None, torch.bfloat16), "other dtype than rank 1, 'None' and not \"[('*', 'BF16')]\""),
+        ("rename", ({"w": "v"}, None), "other rename than rank 1"),
+        ("model_type", (None, "llama"), "other model_type than rank 1"),
+    ],
+)
+def test_ranks_that_were_given_other_arguments_hold_no_model_together(
+    argument: str, of_ranks: tuple[Any, Any], said: str, tmp_path: Path
+) -> None:
     save_file({"w": torch.zeros(4, 4)}, tmp_path / "model.safetensors")
-    rules = {"w": ray_streamer.Replicate()}
 
     def load(rank: int) -> BaseException | None:
+        arguments = {"tp": 2, "rules": {"w": ray_streamer.Replicate()}} | {argument: of_ranks[rank]}
         try:
-            load_rank(str(tmp_path), tp=rank + 1, rules=rules, rank=rank, world_size=2, session=f"sizes-{tmp_path}")
+            load_rank(str(tmp_path), **arguments, rank=rank, world_size=2, session=f"arguments-{tmp_path}")
         except ray_streamer.RayStreamerError as error:
             return error
         return None
@@ -187,4 +203,18 @@ def test_ranks_that_were_given_other_sizes_hold_no_model_together(tmp_path: Path
     with ThreadPoolExecutor(2) as pool:
         errors = list(pool.map(load, range(2)))
     assert all(isinstance(error, ray_streamer.ClusterError) for error in errors)
-    assert any("was asked for tp=1, pp=1, ep=1, replicas=2, rank 1 for tp=2" in str(error) for error in errors)
+    assert any(f"rank 0 was given {said}" in str(error) for error in errors)
+
+
+def test_ranks_may_write_one_argument_in_several_ways(tmp_path: Path) -> None:
+    save_file({"w": torch.zeros(4, 4)}, tmp_path / "model.safetensors")
+    ways = [
+        {"rules": {"w": ray_streamer.Split(0)}, "dtype": "bfloat16", "rename": {"w": "v"}},
+        {"rules": iter([("w", ray_streamer.Split(0))]), "dtype": torch.bfloat16, "rename": [("w", "v")]},
+    ]
+
+    def load(rank: int) -> dict[str, torch.Tensor]:
+        return load_rank(str(tmp_path), tp=2, **ways[rank], rank=rank, world_size=2, session=f"ways-{tmp_path}")
+
+    with ThreadPoolExecutor(2) as pool:
+        assert [tensors["v"].dtype for tensors in pool.map(load, range(2))] == [torch.bfloat16] * 2

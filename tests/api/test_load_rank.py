@@ -15,6 +15,7 @@ from api_support.processes import RankProcesses
 
 import ray_streamer
 from ray_streamer.errors import (
+    ClusterError,
     DeviceError,
     ObjectMissingError,
     RankFailedError,
@@ -152,6 +153,20 @@ def test_a_process_group_meets_the_planning_error_of_its_first_rank(pair: RankPr
     errors = pair.run(rank_tasks.load_in_process_group, [{"rank": rank, **common} for rank in range(2)])
     assert [type(error) for error in errors] == [ObjectMissingError] * 2
     assert all("nothing" in str(error) for error in errors)
+
+
+@pytest.mark.parametrize("dtypes", [(None, None), ("float16", None)], ids=["alike", "not alike"])
+def test_ranks_of_a_process_group_on_two_machines_are_given_the_same(
+    pair: RankProcesses, checkpoint: Any, tmp_path: Path, dtypes: tuple[str | None, str | None]
+) -> None:
+    common = {"uri": checkpoint.uri, "folder": checkpoint.uri, "store": str(tmp_path / "store")}
+    ranks = [{"rank": rank, "dtype": dtype, **common} for rank, dtype in enumerate(dtypes)]
+    first, second = pair.run(rank_tasks.load_on_a_machine_of_its_own, ranks)
+    if dtypes[0] == dtypes[1]:
+        assert first == second == []
+    else:
+        assert isinstance(second, ClusterError)
+        assert "rank 0 was given other dtype than rank 1" in str(second)
 
 
 @pytest.mark.parametrize("is_alive", [True, False], ids=["does something else", "left"])

@@ -62,6 +62,20 @@ def load_in_process_group(uri: str, folder: str, *, store: str, rank: int, world
         dist.destroy_process_group()
 
 
+def load_on_a_machine_of_its_own(uri: str, folder: str, *, store: str, rank: int, **arguments: Any) -> list[str]:
+    """Load in a process group of two, whose ranks take themselves to be on two machines; gives the names of wrong tensors."""
+    import torch.distributed as dist
+
+    from ray_streamer.api import process_group
+
+    process_group.this_machine = lambda: (f"machine-{rank}", "", 0)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    try:
+        return oracle.faults(ray_streamer.load_rank(uri, **arguments), folder, tp_index=rank, tp=2)
+    finally:
+        dist.destroy_process_group()
+
+
 def load_without_the_other(uri: str, *, store: str, rank: int, is_alive: bool) -> str:
     """Load in a process group of two, whose second rank does not: it does something else, or leaves; gives the error."""
     from datetime import timedelta
