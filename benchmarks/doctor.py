@@ -76,7 +76,7 @@ def rank_main(rank: int, num_ranks: int, uri: str, session: str, pipe: Connectio
     slices = RuleSlices(mesh=mesh, rules=ShardRules(RULES))
     request = LoadRequest(uri=uri, mesh=mesh, slices=slices, settings=Settings.resolve(), device="cpu")
     worker = LoadWorker(rank, request)
-    meet(worker, request, session=session, memory_limit=256 << 20)
+    meet(worker, request, rank=rank, session=session, memory_limit=256 << 20)
     pipe.send(None)
     pipe.recv()
     pipe.send(sum(worker.load().seconds.values()))

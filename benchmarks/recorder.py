@@ -95,7 +95,7 @@ def serve(contender: str, pipe: Connection) -> None:
         slices = RuleSlices(mesh=mesh, rules=ShardRules({"*": Split(0)}))
         request = LoadRequest(uri=uri, mesh=mesh, slices=slices, settings=settings, device="cpu")
         worker = workers.setdefault(told, LoadWorker(0, request))
-        meet(worker, request, session=secrets.token_hex(8), memory_limit=STAGING_BYTES)
+        meet(worker, request, rank=0, session=secrets.token_hex(8), memory_limit=STAGING_BYTES)
         began, cpu_began = time.perf_counter(), time.process_time()
         statistics = worker.load()
         if contender in ("traced", "judged"):

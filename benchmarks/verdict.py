@@ -105,7 +105,7 @@ def rank_main(rank: int, pipe: Connection) -> None:
         limit = settings.memory_limit if settings.memory_limit is not None else 64 * MIB
         if worker is None or not again:
             worker = LoadWorker(rank, request)
-        meet(worker, request, session=session, memory_limit=limit)
+        meet(worker, request, rank=rank, session=session, memory_limit=limit)
         # The proxy's faults begin here.
         pipe.send(None)
         pipe.recv()

@@ -16,6 +16,29 @@ from typing import TYPE_CHECKING, Any
 
 from ray_streamer import errors
 from ray_streamer.collector import collector_paused
+from ray_streamer.errors import (
+    AccessError,
+    BudgetError,
+    CaptureError,
+    CheckpointError,
+    ClusterError,
+    CredentialsError,
+    DeviceError,
+    HeaderError,
+    IndexMismatchError,
+    LoadAbortedError,
+    ObjectChangedError,
+    ObjectMissingError,
+    PlanError,
+    RankFailedError,
+    RayStreamerError,
+    SettingsError,
+    ShardingError,
+    ShortReadError,
+    StartupTimeoutError,
+    StorageError,
+    ThrottledError,
+)
 
 if TYPE_CHECKING:
     from ray_streamer.api.files import ls, pull
@@ -25,29 +48,6 @@ if TYPE_CHECKING:
     from ray_streamer.checkpoint import CheckpointIndex
     from ray_streamer.cluster.model import ShardedModel
     from ray_streamer.cluster.placement import PlacementOptions
-    from ray_streamer.errors import (
-        AccessError,
-        BudgetError,
-        CaptureError,
-        CheckpointError,
-        ClusterError,
-        CredentialsError,
-        DeviceError,
-        HeaderError,
-        IndexMismatchError,
-        LoadAbortedError,
-        ObjectChangedError,
-        ObjectMissingError,
-        PlanError,
-        RankFailedError,
-        RayStreamerError,
-        SettingsError,
-        ShardingError,
-        ShortReadError,
-        StartupTimeoutError,
-        StorageError,
-        ThrottledError,
-    )
     from ray_streamer.planning.read_plan import ReadPlan
     from ray_streamer.planning.summary import summarize
     from ray_streamer.rank.context import RankContext
@@ -68,48 +68,27 @@ if TYPE_CHECKING:
     from ray_streamer.slices import Move, RankSlices, ResultSpec, Side
 
 _HOMES = {
-    "AccessError": "errors",
-    "BudgetError": "errors",
-    "CaptureError": "errors",
-    "CheckpointError": "errors",
     "CheckpointIndex": "checkpoint",
-    "ClusterError": "errors",
-    "CredentialsError": "errors",
-    "DeviceError": "errors",
-    "HeaderError": "errors",
-    "IndexMismatchError": "errors",
-    "LoadAbortedError": "errors",
     "LoadReport": "report.load_report",
     "Mesh": "sharding",
     "Move": "slices",
-    "ObjectChangedError": "errors",
-    "ObjectMissingError": "errors",
     "Part": "sharding",
     "PlacementOptions": "cluster.placement",
-    "PlanError": "errors",
     "RankContext": "rank.context",
-    "RankFailedError": "errors",
     "RankSlices": "slices",
-    "RayStreamerError": "errors",
     "ReadPlan": "planning.read_plan",
     "Replicate": "sharding",
     "ResultSpec": "slices",
     "Rule": "sharding",
     "RuleSlices": "sharding.source",
     "Settings": "settings",
-    "SettingsError": "errors",
     "ShardRules": "sharding",
     "ShardedModel": "cluster.model",
-    "ShardingError": "errors",
-    "ShortReadError": "errors",
     "Side": "slices",
     "Skip": "sharding",
     "Split": "sharding",
     "SplitGroups": "sharding",
     "SplitVocabulary": "sharding",
-    "StartupTimeoutError": "errors",
-    "StorageError": "errors",
-    "ThrottledError": "errors",
     "load_rank": "api.rank",
     "load_sharded": "api.sharded",
     "ls": "api.files",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
@@ -51,6 +52,36 @@ def group_rows(columns: Sequence[NDArray[np.generic]]) -> tuple[NDArray[np.int64
         table = np.stack([column.astype(np.int64) for column in columns], axis=1)
         _, firsts, group_ids = np.unique(table, axis=0, return_index=True, return_inverse=True)
     return _renumbered(firsts[group_ids.ravel()])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DistinctRows:
+    """The distinct rows of some columns, in order of their first.
+
+    Attributes:
+        columns: As given.
+        firsts: For each distinct row the position of the first such row.
+        ids: For each row the position of its like in `firsts`.
+    """
+
+    columns: Sequence[NDArray[np.generic]] = field(repr=False)
+    firsts: NDArray[np.int64]
+    ids: NDArray[np.int64] = field(repr=False)
+
+    def values(self) -> list[tuple[int, ...]]:
+        """The distinct rows."""
+        return list(zip(*(column[self.firsts].tolist() for column in self.columns), strict=True))
+
+
+def distinct_rows(columns: Sequence[NDArray[np.generic]]) -> DistinctRows:
+    """The distinct rows of `columns`, which are at least one, and equally long.
+
+    >>> rows = distinct_rows([np.array([5, 7, 5]), np.array([1, 1, 1])])
+    >>> rows.values(), rows.ids.tolist()
+    ([(5, 1), (7, 1)], [0, 1, 0])
+    """
+    ids, firsts = group_rows(columns)
+    return DistinctRows(columns, firsts, ids)
 
 
 def _small_keys(columns: Sequence[NDArray[np.generic]]) -> NDArray[np.int64] | None:

@@ -18,8 +18,9 @@ import torch
 from ray_streamer.device.cuda import open_cuda
 from ray_streamer.device.cuda_library import find_loaded_library
 from ray_streamer.exchange.liveness import Timeouts
+from ray_streamer.exchange.place import Place
+from ray_streamer.exchange.session import NodeSession
 from ray_streamer.rank.load import RankLoad
-from ray_streamer.rank.options import RankOptions
 from ray_streamer.storage import open_storage
 from ray_streamer.testing.fake_cuda import FakeCuda, open_fake_cuda
 
@@ -164,15 +165,18 @@ def load(
 ) -> dict[str, torch.Tensor]:
     """One rank's tensors, through everything but the settings and Ray."""
     storage = wrap_storage(open_storage(plan.index.uri, LocalSettings()))  # type: ignore[arg-type]
-    options = RankOptions(
+    mine = plan.rank_plan(rank)
+    place = Place(
         session=session or secrets.token_hex(8),
+        rank=mine.rank,
+        ranks=mine.ranks,
         node="this machine",
-        concurrency=CONCURRENCY,
-        memory_limit=max(memory_limit, plan.limits.block_bytes),
         timeouts=Timeouts(startup_seconds=120, neighbour_seconds=60, progress_seconds=300),
     )
     device = device or ground.open_device(**(device_options or {}))
+    limit = max(memory_limit, plan.limits.block_bytes)
     try:
-        return RankLoad(plan.rank_plan(rank), storage, device, options).run()
+        with NodeSession.meet(place) as met:
+            return RankLoad(mine, storage, device, met, concurrency=CONCURRENCY, memory_limit=limit).run()
     finally:
         storage.close()

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from ray_streamer.errors import SettingsError
 from ray_streamer.sharding.global_form import global_forms
 from ray_streamer.sharding.source import RuleSlices
+from ray_streamer.slices.move import row_major
 
 if TYPE_CHECKING:
     import torch
@@ -65,23 +66,13 @@ class DTensorSlices:
 
     def wrap(self, name: str, local: torch.Tensor) -> torch.Tensor:
         """The DTensor of which `local` is this rank's part; both have one memory."""
+        from torch import Size
         from torch.distributed.tensor import DTensor, Replicate, Shard
 
         form = self._forms[name]
         placement: Any = Replicate() if form.dim is None else Shard(form.dim)
-        strides = [1]
-        for size in reversed(form.shape[1:]):
-            strides.append(strides[-1] * max(size, 1))
-        stride = tuple(reversed(strides)) if form.shape else ()
-        return DTensor.from_local(
-            local, self._device_mesh, [placement], run_check=False, shape=_size(form.shape), stride=stride
-        )
-
-
-def _size(shape: tuple[int, ...]) -> torch.Size:
-    import torch
-
-    return torch.Size(shape)
+        shape, stride = Size(form.shape), row_major(form.shape)
+        return DTensor.from_local(local, self._device_mesh, [placement], run_check=False, shape=shape, stride=stride)
 
 
 def _check_mesh(device_mesh: object, device: str) -> None:

@@ -95,14 +95,14 @@ def find_layout(
         SettingsError: Variables contradict each other, or the ranks are on several machines and nothing says how many are here.
     """
     if local_world_size is not None:
-        layout = _in_rows(rank, world_size, local_world_size, "local_world_size")
+        layout = in_rows(rank, world_size, local_world_size, "local_world_size")
         _check_local_rank(layout, rank, "LOCAL_RANK", environment)
         return layout
     for launcher in _LAUNCHERS:
         if _speaks_of(launcher.rank, launcher.size, rank, world_size, environment):
             local_size = _number(launcher.local_size, environment)
             if local_size is not None:
-                layout = _in_rows(rank, world_size, local_size, launcher.local_size)
+                layout = in_rows(rank, world_size, local_size, launcher.local_size)
                 _check_local_rank(layout, rank, launcher.local_rank, environment)
                 return layout
     sizes = _slurm_sizes(rank, world_size, environment)
@@ -113,12 +113,17 @@ def find_layout(
     for name in _NODE_COUNTS:
         num_nodes = _number(name, environment)
         if num_nodes is not None and num_nodes >= 1 and world_size % num_nodes == 0:
-            return _in_rows(rank, world_size, world_size // num_nodes, name)
+            return in_rows(rank, world_size, world_size // num_nodes, name)
     _refute_one_machine(world_size, environment)
     return RankLayout(Topology.even(world_size), "")
 
 
-def _in_rows(rank: int, world_size: int, local_size: int, said_by: str) -> RankLayout:
+def in_rows(rank: int, world_size: int, local_size: int, said_by: str) -> RankLayout:
+    """So many ranks on each node, numbered in a row.
+
+    Raises:
+        SettingsError: They do not divide the ranks, or there is no such rank; names who said so.
+    """
     if not 0 <= rank < world_size or local_size < 1 or world_size % local_size:
         raise SettingsError(
             f"need 0 <= rank < world_size and {said_by} dividing it, got rank={rank} world_size={world_size} "

@@ -16,7 +16,7 @@ import socket
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ray_streamer.api.launchers import find_layout
+from ray_streamer.api.launchers import find_layout, in_rows
 from ray_streamer.api.process_group import ProcessGroup
 from ray_streamer.arguments import whole_number
 from ray_streamer.checkpoint.index_bytes import index_to_bytes
@@ -153,11 +153,7 @@ def _check_local_size(said: int | None, found: Topology) -> None:
 
 def _from_arguments(rank: int, world_size: int, local_world_size: int | None, session: str | None) -> Membership:
     local_size = world_size if local_world_size is None else local_world_size
-    if not 0 <= rank < world_size or local_size < 1 or world_size % local_size:
-        raise SettingsError(
-            f"need 0 <= rank < world_size and local_world_size dividing it, got rank={rank} world_size={world_size} "
-            f"local_world_size={local_size}"
-        )
+    layout = in_rows(rank, world_size, local_size, "local_world_size")
     if session is None and local_size > 1:
         raise SettingsError("give session: a name that the ranks of this load share and no other load uses")
     assumed = (
@@ -165,8 +161,7 @@ def _from_arguments(rank: int, world_size: int, local_world_size: int | None, se
         if local_world_size is None
         else ""
     )
-    topology = Topology.even(world_size, world_size // local_size)
-    return Membership(rank=rank, topology=topology, session=session or secrets.token_hex(16), assumption=assumed)
+    return Membership(rank=rank, topology=layout.topology, session=session or secrets.token_hex(16), assumption=assumed)
 
 
 def _number(text: str) -> int:

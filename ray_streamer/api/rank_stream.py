@@ -224,18 +224,20 @@ def _published(load: RankLoad, request: LoadRequest, place: Place) -> contextlib
     """For the length of the block, which runs the load, its metrics are published where the settings want them."""
     if not request.settings.metrics:
         return contextlib.nullcontext()
-    from ray_streamer.cluster.meters import published
+    from ray_streamer.cluster.meters import find_meter
+    from ray_streamer.report.metering import metered
 
-    return published(load, is_wanted=True, uri=request.uri, node=place.node, rank=place.rank)
+    return metered(find_meter(is_wanted=True), load, uri=request.uri, node=place.node, rank=place.rank)
 
 
 def _failures_published(request: LoadRequest, place: Place) -> contextlib.AbstractContextManager[None]:
     """An error that leaves the block is counted where the settings want metrics."""
     if not request.settings.metrics:
         return contextlib.nullcontext()
-    from ray_streamer.cluster.meters import failures_published
+    from ray_streamer.cluster.meters import find_meter
+    from ray_streamer.report.metering import failures_metered
 
-    return failures_published(is_wanted=True, uri=request.uri, node=place.node, rank=place.rank)
+    return failures_metered(find_meter(is_wanted=True), uri=request.uri, node=place.node, rank=place.rank)
 
 
 def _display(owned: contextlib.ExitStack, uri: str, *, is_shown: bool) -> Callable[[RankLoad], object]:

@@ -16,7 +16,6 @@ class RankFacts:
         pid: Process id of the actor on that machine.
         process_start: When that process started, as its kernel counts; tells it from others of that number. None where there is no
             /proc.
-        num_cpus: CPUs that the process may run on.
         available_memory_bytes: Memory that the process could still take.
     """
 
@@ -25,7 +24,6 @@ class RankFacts:
     hostname: str
     pid: int
     process_start: str | None
-    num_cpus: int
     available_memory_bytes: int
 
     @property

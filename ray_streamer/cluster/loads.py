@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING
 import ray
 
 from ray_streamer.checkpoint.index_bytes import index_from_bytes, index_to_bytes
-from ray_streamer.cluster.worker import Seating
 from ray_streamer.errors import ClusterError, RankFailedError, RayStreamerError
+from ray_streamer.exchange.liveness import Timeouts
+from ray_streamer.exchange.place import Place
 from ray_streamer.planning.limits import share_memory
 from ray_streamer.planning.read_plan import hash_plan, plan_reads
 from ray_streamer.planning.topology import Topology
@@ -138,12 +139,11 @@ class GroupLoads:
             RayStreamerError: The checkpoint cannot be planned so.
             RankFailedError: A rank failed.
         """
-        seatings = self._seatings(terms, terms.topology.nodes, self._secret)
         if again:
             self._group.call("forget_abort", keep_on_failure=True)
         try:
             phases.begin("plan")
-            agreed = self._agree(terms, seatings, keep_on_failure=again)
+            agreed = self._agree(terms, terms.topology.nodes, self._secret, keep_on_failure=again)
             phases.end("plan")
             phases.begin("load")
             on_begin()
@@ -159,7 +159,7 @@ class GroupLoads:
     def load_alone(self, terms: LoadTerms, rank: int) -> RankStatistics:
         """Lets one rank load for itself: its neighbours have their tensors."""
         self.part()
-        self._agree(terms, self._seatings(terms, [(rank,)], secrets.token_hex(16)), keep_on_failure=True)
+        self._agree(terms, [(rank,)], secrets.token_hex(16), keep_on_failure=True)
         return self._group.call("load", ranks=[rank], keep_on_failure=True)[0]
 
     def part(self) -> None:
@@ -173,28 +173,31 @@ class GroupLoads:
             return plan_here()
         return plan_reads(terms.index, self._group.call("slices", keep_on_failure=True), terms.topology, terms.limits)
 
-    def _seatings(self, terms: LoadTerms, nodes: Sequence[tuple[int, ...]], secret: str) -> dict[int, Seating]:
-        return {
-            rank: Seating(
+    def _agree(
+        self, terms: LoadTerms, nodes: Sequence[tuple[int, ...]], secret: str, *, keep_on_failure: bool
+    ) -> list[PlanDigest]:
+        """Lets ranks agree with those that read for them: `nodes` are their numbers, of whole nodes or of one rank alone."""
+        timeouts = Timeouts.of(terms.request.settings)
+        places = {
+            rank: Place(
                 # Several nodes may share a machine, and with it the names of sockets.
                 session=f"{secret}/{number}",
+                rank=rank,
                 ranks=ranks,
                 node=self._group.facts[rank].node,
-                terms=MemoryTerms(terms.memory_limits[rank], terms.limits),
+                timeouts=timeouts,
             )
             for number, ranks in enumerate(nodes)
             for rank in ranks
         }
-
-    def _agree(self, terms: LoadTerms, seatings: dict[int, Seating], *, keep_on_failure: bool) -> list[PlanDigest]:
-        chosen = sorted(seatings)
+        chosen = sorted(places)
         with _faults_of_the_request():
             return self._group.call(
                 "agree",
                 terms.request,
                 terms.index_ref,
                 ranks=chosen,
-                per_rank_args=[(seatings[rank],) for rank in chosen],
+                per_rank_args=[(places[rank], MemoryTerms(terms.memory_limits[rank], terms.limits)) for rank in chosen],
                 keep_on_failure=keep_on_failure,
             )
 

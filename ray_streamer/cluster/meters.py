@@ -7,40 +7,12 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from ray_streamer.cluster.ray_meter import RayMeter, is_in_ray
-from ray_streamer.report.metering import failures_metered, metered
 from ray_streamer.report.otel_meter import OpenTelemetryMeter
 
 if TYPE_CHECKING:
-    from contextlib import AbstractContextManager
-
-    from ray_streamer.report.metering import Meter, MeteredLoad
+    from ray_streamer.report.metering import Meter
 
 logger = logging.getLogger(__name__)
-
-
-def published(load: MeteredLoad, *, is_wanted: bool, uri: str, node: str, rank: int) -> AbstractContextManager[None]:
-    """For the length of the block, which runs the load, its metrics are published where there is a place for them.
-
-    Args:
-        load: Is looked at.
-        is_wanted: The setting `metrics`.
-        uri: What is loaded.
-        node: Name of the rank's node.
-        rank: Global rank.
-    """
-    return metered(find_meter(is_wanted=is_wanted), load, uri=uri, node=node, rank=rank)
-
-
-def failures_published(*, is_wanted: bool, uri: str, node: str, rank: int) -> AbstractContextManager[None]:
-    """An error that leaves the block, which is a part of a load, is counted where there is a place for metrics.
-
-    Args:
-        is_wanted: The setting `metrics`.
-        uri: What is loaded.
-        node: Name of the rank's node.
-        rank: Global rank.
-    """
-    return failures_metered(find_meter(is_wanted=is_wanted), uri=uri, node=node, rank=rank)
 
 
 def find_meter(*, is_wanted: bool) -> Meter | None:

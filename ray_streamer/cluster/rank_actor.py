@@ -19,7 +19,7 @@ from ray import cloudpickle
 from ray_streamer.cluster.facts import RankFacts
 from ray_streamer.errors import ClusterError
 from ray_streamer.exchange.peer import PeerProcess
-from ray_streamer.machine import count_cpus, measure_available_memory
+from ray_streamer.machine import measure_available_memory
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -83,7 +83,6 @@ class RankActor:
             hostname=socket.gethostname(),
             pid=os.getpid(),
             process_start=PeerProcess(os.getpid()).start,
-            num_cpus=count_cpus(),
             available_memory_bytes=measure_available_memory(),
         )
 

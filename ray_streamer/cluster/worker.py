@@ -18,20 +18,18 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ray_streamer.checkpoint.index_bytes import index_to_bytes
+from ray_streamer.cluster import meters
 from ray_streamer.cluster.clocks import read_clock
 from ray_streamer.cluster.gpus import assigned_device
-from ray_streamer.cluster.meters import failures_published, published
 from ray_streamer.device import open_device
 from ray_streamer.errors import ClusterError, LoadAbortedError
-from ray_streamer.exchange.liveness import Timeouts
-from ray_streamer.exchange.place import Place
 from ray_streamer.exchange.session import NodeSession
 from ray_streamer.rank.agreement import agree
 from ray_streamer.rank.conditions import reads_in_flight
 from ray_streamer.rank.context import RankContext
 from ray_streamer.rank.load import RankLoad
-from ray_streamer.rank.options import RankOptions
 from ray_streamer.rank.refill import tensors_to_fill
+from ray_streamer.report.metering import failures_metered, metered
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -40,29 +38,14 @@ if TYPE_CHECKING:
 
     from ray_streamer.cluster.clocks import ClockReading
     from ray_streamer.exchange.messages import Pulse
+    from ray_streamer.exchange.place import Place
     from ray_streamer.planning.rank_plan import RankPlan
     from ray_streamer.rank.agreement import MemoryTerms
     from ray_streamer.rank.request import LoadRequest
     from ray_streamer.rank.statistics import RankStatistics
     from ray_streamer.rank.trace import RankTrace
+    from ray_streamer.report.metering import Meter
     from ray_streamer.slices import RankSlices
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Seating:
-    """Among whom a rank loads, as the driver knows it.
-
-    Attributes:
-        session: Secret shared by these ranks, and by no others.
-        ranks: Global ranks that read for each other: those of the node, or the rank alone.
-        node: Name of the node, for errors.
-        terms: How much memory this rank may stage in.
-    """
-
-    session: str
-    ranks: tuple[int, ...]
-    node: str
-    terms: MemoryTerms
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,25 +117,26 @@ class LoadWorker:
             raise ClusterError(f"rank {self._rank} was restarted and not loaded")
         return self._slices
 
-    def agree(self, request: LoadRequest, index_bytes: bytes, seating: Seating) -> PlanDigest:
+    def agree(self, request: LoadRequest, index_bytes: bytes, place: Place, terms: MemoryTerms) -> PlanDigest:
         """Meets the ranks of this node, unless they are met, and agrees with them on what each of them reads.
 
         Args:
             request: What to load; its mesh, settings and device are those that this worker was made with.
             index_bytes: The checkpoint's, equal on all ranks.
-            seating: Who they are.
+            place: Which rank this is, and who the others are.
+            terms: How much memory this rank may stage in.
 
         Raises:
             LoadAbortedError: `abort` was called.
             RankFailedError: A neighbour failed.
             RayStreamerError: The checkpoint cannot be planned so; the same error on all ranks of the node.
         """
-        session = self._join(seating)
+        session = self._join(place)
         with self._failures_published(session), self._ended_on_failure(session):
             session.wait_met()
-            storage = request.open_storage(num_sharers=len(seating.ranks))
+            storage = request.open_storage(num_sharers=len(place.ranks))
             with contextlib.closing(storage):
-                agreement = agree(session, request, storage, index_bytes=index_bytes, terms=seating.terms)
+                agreement = agree(session, request, storage, index_bytes=index_bytes, terms=terms)
         self._request, self._agreed, self._memory_limit = request, agreement.plan, agreement.memory_limit
         self._slices = agreement.slices
         node_plan = agreement.plan.node_plan
@@ -180,14 +164,19 @@ class LoadWorker:
         session = self._session
         storage = self._request.open_storage(num_sharers=len(mine.ranks))
         with self._failures_published(session), contextlib.closing(storage), self._ended_on_failure(session):
-            concurrency = reads_in_flight(self._request.settings, storage)
-            options = RankOptions.at(session.place, concurrency=concurrency, memory_limit=self._memory_limit)
             out = self._tensors_to_fill(earlier, mine)
             del earlier
-            self._load = load = RankLoad(mine, storage, self._device, options, session=session, out=out)
+            self._load = load = RankLoad(
+                mine,
+                storage,
+                self._device,
+                session,
+                concurrency=reads_in_flight(self._request.settings, storage),
+                memory_limit=self._memory_limit,
+                out=out,
+            )
             del out
-            wanted = self._request.settings.metrics
-            with published(load, is_wanted=wanted, uri=self._request.uri, node=session.place.node, rank=self._rank):
+            with metered(self._meter(), load, uri=self._request.uri, node=session.place.node, rank=self._rank):
                 tensors = load.run()
         with self._lock:
             self._is_loading = False
@@ -207,14 +196,7 @@ class LoadWorker:
         with self._lock:
             self._abort_reason = None
 
-    def _join(self, seating: Seating) -> NodeSession:
-        place = Place(
-            session=seating.session,
-            rank=self._rank,
-            ranks=seating.ranks,
-            node=seating.node,
-            timeouts=Timeouts.of(self._request.settings),
-        )
+    def _join(self, place: Place) -> NodeSession:
         session = self._session
         if session is None or session.place != place or session.stop.is_set:
             self._leave()
@@ -226,8 +208,10 @@ class LoadWorker:
         return session
 
     def _failures_published(self, session: NodeSession) -> contextlib.AbstractContextManager[None]:
-        wanted = self._request.settings.metrics
-        return failures_published(is_wanted=wanted, uri=self._request.uri, node=session.place.node, rank=self._rank)
+        return failures_metered(self._meter(), uri=self._request.uri, node=session.place.node, rank=self._rank)
+
+    def _meter(self) -> Meter | None:
+        return meters.find_meter(is_wanted=self._request.settings.metrics)
 
     @contextlib.contextmanager
     def _ended_on_failure(self, session: NodeSession) -> Iterator[None]:

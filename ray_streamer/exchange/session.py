@@ -61,7 +61,6 @@ class NodeSession:
 
     Args:
         place: Which rank this is.
-        activity: Where this rank's threads say what they do, when they do it already.
 
     Raises:
         ClusterError: The session is in use by another process.
@@ -72,9 +71,9 @@ class NodeSession:
         stop: Set once the session is over because of an error, this rank's or another's.
     """
 
-    def __init__(self, place: Place, activity: Activity | None = None) -> None:
+    def __init__(self, place: Place) -> None:
         self.place = place
-        self.activity = activity or Activity()
+        self.activity = Activity()
         self.stop = StopSignal()
         self._step = 0
         self._mailbox = Mailbox(place, self.activity, self.stop)
@@ -84,30 +83,21 @@ class NodeSession:
                 self._hub = Hub(place, self._mailbox, activity=self.activity, stop=self.stop)
 
     @classmethod
-    def meet(cls, place: Place, stop: StopSignal | None = None, activity: Activity | None = None) -> NodeSession:
+    def meet(cls, place: Place) -> NodeSession:
         """Connects to every other rank of the node.
-
-        Args:
-            place: Which rank this is.
-            stop: Ends the waiting from outside.
-            activity: Where this rank's threads say what they do, when they do it already.
 
         Raises:
             StartupTimeoutError: Some ranks did not come; names them, and what was assumed about them.
             RankFailedError: A rank that came failed, died or hung before the others were there.
             ClusterError: The session is in use by another process.
         """
-        session = cls(place, activity)
-        end = session._end_with(stop)
+        session = cls(place)
         try:
             session.wait_met()
         except BaseException as error:
             session.fail(error)
             session.close()
             raise
-        finally:
-            if stop is not None:
-                stop.forget(end)
         return session
 
     def wait_met(self) -> None:
@@ -260,16 +250,6 @@ class NodeSession:
         if error is not None:
             self.fail(error)
         self.close()
-
-    def _end_with(self, stop: StopSignal | None) -> Callable[[], None]:
-        def end() -> None:
-            assert stop is not None
-            assert stop.error is not None
-            self.stop.set(stop.error)
-
-        if stop is not None:
-            stop.on_set(end)
-        return end
 
     def _next_step(self) -> int:
         self._step += 1

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 from ray_streamer.rank.agreement import agree
 from ray_streamer.rank.conditions import reads_in_flight
 from ray_streamer.rank.load import RankLoad
-from ray_streamer.rank.options import RankOptions
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -50,6 +49,13 @@ def agreed_load(
     """
     session.wait_met()
     agreement = agree(session, request, storage, index_bytes=index_bytes)
-    concurrency = reads_in_flight(request.settings, storage)
-    options = RankOptions.at(session.place, concurrency=concurrency, memory_limit=agreement.memory_limit)
-    return RankLoad(agreement.plan, storage, device, options, session=session, out=out, on_complete=on_complete)
+    return RankLoad(
+        agreement.plan,
+        storage,
+        device,
+        session,
+        concurrency=reads_in_flight(request.settings, storage),
+        memory_limit=agreement.memory_limit,
+        out=out,
+        on_complete=on_complete,
+    )

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Self
 from ray_streamer.machine import count_cpus
 
 if TYPE_CHECKING:
-    from ray_streamer.rank.options import RankOptions
     from ray_streamer.settings import Settings
     from ray_streamer.staging.arena import Arena
     from ray_streamer.storage.base import Storage
@@ -39,10 +38,10 @@ class RankConditions:
     is_disk: bool
 
     @classmethod
-    def of(cls, options: RankOptions, arena: Arena, storage: Storage, num_local_ranks: int) -> Self:
+    def of(cls, concurrency: int, arena: Arena, storage: Storage, num_local_ranks: int) -> Self:
         """Those of a rank that shares its machine with so many, itself included."""
         return cls(
-            concurrency=options.concurrency,
+            concurrency=concurrency,
             num_slots=arena.num_usable,
             block_bytes=arena.slot_bytes,
             num_copiers=max_copiers(num_local_ranks),

@@ -47,7 +47,6 @@ if TYPE_CHECKING:
     from ray_streamer.exchange.session import NodeSession
     from ray_streamer.planning.rank_plan import Block, RankPlan
     from ray_streamer.rank.block_source import BlockSource, Loan
-    from ray_streamer.rank.options import RankOptions
     from ray_streamer.rank.recorder import Spans
     from ray_streamer.rank.results import OnComplete
     from ray_streamer.rank.trace import RankTrace
@@ -80,8 +79,9 @@ class RankLoad:
         storage: Open on the plan's checkpoint. A load that fails closes it: that wakes reads which wait for a network.
         device: Where the tensors go; it may still be coming up. Where it is there, tensors are made at once, by the caller's
             thread.
-        options: See `RankOptions`.
-        session: Of this node's ranks, when they met already; else they meet for this load.
+        session: Of this node's ranks, which have met.
+        concurrency: Reads in flight.
+        memory_limit: Staging bytes; -1 for as much as the plan can use.
         out: Tensors of the caller, filled in place; see `Results`.
         on_complete: Called with names and tensors as these complete, from several threads; its error ends the load.
 
@@ -95,13 +95,15 @@ class RankLoad:
         plan: RankPlan,
         storage: Storage,
         device: Device | DeviceStart,
-        options: RankOptions,
+        session: NodeSession,
         *,
-        session: NodeSession | None = None,
+        concurrency: int,
+        memory_limit: int,
         out: Mapping[str, torch.Tensor] | None = None,
         on_complete: OnComplete | None = None,
     ) -> None:
-        self._mine, self._storage, self._options = plan, storage, options
+        self._mine, self._storage, self._node = plan, storage, session.place.node
+        self._concurrency, self._memory_limit = concurrency, memory_limit
         self._device_start = device if isinstance(device, DeviceStart) else DeviceStart.of(device)
         self._out, self._on_complete = out, on_complete
         self._stop = StopSignal()
@@ -110,15 +112,9 @@ class RankLoad:
         self._arena = Arena(self._num_slots(), plan.node_plan.limits.block_bytes, self._stop)
         self._recorder = Recorder(len(plan.node_plan.blocks))
         self._neighbours = Neighbourhood(
-            self._mine,
-            options,
-            session,
-            inbox=self._inbox,
-            recorder=self._recorder,
-            arena=self._arena,
-            stop=self._stop,
+            plan, session, inbox=self._inbox, recorder=self._recorder, arena=self._arena, stop=self._stop
         )
-        self._activity = self._neighbours.activity
+        self._activity = session.activity
         self._blocks_left = Countdown(self._stop)
         self._mappings = Mappings(plan, storage)
         self._reads = BlockReads(plan, storage, activity=self._activity, recorder=self._recorder)
@@ -166,7 +162,7 @@ class RankLoad:
             self._mine,
             storage,
             peak_staging_bytes=self._arena.peak_slots * self._arena.slot_bytes + storage.scratch_bytes,
-            memory_limit=max(self._options.memory_limit, self._arena.num_slots * self._arena.slot_bytes),
+            memory_limit=max(self._memory_limit, self._arena.num_slots * self._arena.slot_bytes),
         )
 
     @property
@@ -182,18 +178,18 @@ class RankLoad:
         """The same, with what the blocks are, for whoever draws all ranks."""
         from ray_streamer.rank.trace import RankTrace
 
-        conditions = RankConditions.of(self._options, self._arena, self._storage, len(self._mine.ranks))
+        conditions = RankConditions.of(self._concurrency, self._arena, self._storage, len(self._mine.ranks))
         return RankTrace.of(
             self._mine,
             self.spans(),
-            node=self._options.node,
+            node=self._node,
             conditions=conditions,
             incidents=self._storage.incidents(),
         )
 
     def _share_memory(self) -> int:
         """What of the memory limit is the slots': at most a quarter of it is the storage's, which leaves one slot in any case."""
-        memory_limit, slot_bytes = self._options.memory_limit, self._mine.node_plan.limits.block_bytes
+        memory_limit, slot_bytes = self._memory_limit, self._mine.node_plan.limits.block_bytes
         if memory_limit == AS_MUCH_AS_USEFUL:
             return memory_limit
         if 0 < memory_limit < slot_bytes:
@@ -215,7 +211,7 @@ class RankLoad:
         return useful_slots(
             memory_limit=self._slots_limit,
             block_bytes=self._mine.node_plan.limits.block_bytes,
-            concurrency=self._options.concurrency,
+            concurrency=self._concurrency,
         )
 
     def _prepare_landing(self, device: Device) -> _Landing:
@@ -274,7 +270,7 @@ class RankLoad:
     def _stream(self) -> None:
         self._activity.phase = "preparing memory for the tensors"
         with limits_explained("connect the ranks of this node"), self._recorder.phase("connect"):
-            self._neighbours.meet()
+            self._neighbours.exchange_arenas()
             self._mappings.open(self._neighbours.share_numbers, is_wanted=not self._device_start.wants_staging)
         landing = self._landing
         if landing is None:
@@ -297,7 +293,7 @@ class RankLoad:
     def _read_until_there(self) -> _Landing:
         """Reads as many blocks as there are slots while the device comes up."""
         numbers = self._own_reads()[: self._arena.num_slots]
-        self._early.begin(numbers, num_threads=self._options.concurrency)
+        self._early.begin(numbers, num_threads=self._concurrency)
         landing = self._prepare_landing(self._device_start.wait(self._stop, self._activity))
         self._early.end()
         self._arena.limit_touched(self._num_useful_slots())
@@ -316,7 +312,7 @@ class RankLoad:
         self._inbox.open(mine.taken[is_mapped].tolist(), int(is_offered.sum()))
         self._blocks_left.start(len(own_reads) + num_copies)
         num_copiers = min(num_copies, max_copiers(len(mine.ranks)))
-        num_readers = min(len(own_reads), self._options.concurrency)
+        num_readers = min(len(own_reads), self._concurrency)
         name = f"ray_streamer-{mine.rank}"
         readers = TaskThreads(f"{name}-read", num_readers, own_reads, self._move, self._stop)
         copiers = TaskThreads(f"{name}-copy", num_copiers, self._inbox, self._move, self._stop)

@@ -12,9 +12,6 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from ray_streamer.errors import ClusterError
-from ray_streamer.exchange.liveness import Activity
-from ray_streamer.exchange.place import Place
-from ray_streamer.exchange.session import NodeSession
 from ray_streamer.rank.block_source import Loan, Way
 from ray_streamer.rank.recorder import Step
 from ray_streamer.staging.arena import slot_view
@@ -23,10 +20,9 @@ from ray_streamer.units import human_bytes
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from ray_streamer.exchange.session import LentMemory
+    from ray_streamer.exchange.session import LentMemory, NodeSession
     from ray_streamer.planning.rank_plan import Block, RankPlan
     from ray_streamer.rank.inbox import Inbox
-    from ray_streamer.rank.options import RankOptions
     from ray_streamer.rank.recorder import Recorder
     from ray_streamer.staging.arena import Arena
     from ray_streamer.staging.stop import StopSignal
@@ -51,52 +47,35 @@ class Neighbourhood:
 
     Args:
         mine: What this rank does, and who the others are.
-        options: Under which name the ranks meet, when `session` is None.
-        session: Of ranks that met already, and go on together after the load; the failure of one ends the other.
+        session: Of these ranks, which have met, and go on together after the load; the failure of one ends the other.
         inbox: Told which blocks neighbours offer.
         recorder: Takes down when offers come.
         arena: This rank's; told what neighbours let go of.
         stop: Of the load.
-
-    Attributes:
-        activity: Where this rank's threads say what they do.
     """
 
     def __init__(
         self,
         mine: RankPlan,
-        options: RankOptions,
-        session: NodeSession | None,
+        session: NodeSession,
         *,
         inbox: Inbox,
         recorder: Recorder,
         arena: Arena,
         stop: StopSignal,
     ) -> None:
-        self._mine, self._options, self._session = mine, options, session
+        self._mine, self._session = mine, session
         self._inbox, self._recorder, self._arena, self._stop = inbox, recorder, arena, stop
-        self._owns_session = session is None
         self._arenas: dict[int, _Arena] = {}
         self._offers: dict[int, _Offer] = {}
-        self.activity = session.activity if session is not None else Activity()
 
-    def meet(self) -> None:
-        """Meets the other ranks, unless they met already, and exchanges arenas; blocks may be offered from then on.
+    def exchange_arenas(self) -> None:
+        """Lends this rank's arena to the other ranks, and maps theirs; blocks may be offered from then on.
 
         Raises:
             ClusterError: A neighbour holds another plan, or its arena did not arrive.
-            StartupTimeoutError: Some ranks did not come.
             RankFailedError: A rank failed, died or hangs.
         """
-        if self._session is None:
-            place = Place(
-                session=self._options.session,
-                rank=self._mine.rank,
-                ranks=self._mine.ranks,
-                node=self._options.node,
-                timeouts=self._options.timeouts,
-            )
-            self._session = NodeSession.meet(place, self._stop, self.activity)
         session = self._session
         session.stop.on_set(self._end_load)
         self._stop.on_set(self._end_session)
@@ -117,7 +96,7 @@ class Neighbourhood:
     def announce(self, block: int, slot: int, consumers: tuple[int, ...]) -> None:
         """Offers a block in a slot of this rank's arena to `consumers`, which each release it once."""
         if consumers:
-            self._joined.announce(block, slot, consumers)
+            self._session.announce(block, slot, consumers)
 
     def borrow(self, block: Block) -> Loan | None:
         """See `BlockSource.borrow`: a block that a neighbour offers, in its arena."""
@@ -126,7 +105,7 @@ class Neighbourhood:
             return None
         arena = self._arenas[offer.owner]
         view = slot_view(arena.memory, offer.slot, arena.slot_bytes, block.extent)
-        give_back = partial(self._joined.release, offer.owner, offer.slot)
+        give_back = partial(self._session.release, offer.owner, offer.slot)
         return Loan(Way.OFFERED, np.frombuffer(view, dtype=np.uint8), give_back)
 
     def verify(self) -> None:
@@ -134,20 +113,16 @@ class Neighbourhood:
 
     def share_numbers(self, make: Callable[[], list[int]]) -> list[int]:
         """The numbers that `make` gives on the node's first rank, on every rank."""
-        shared = self._joined.share(lambda: np.array(make(), dtype="<u4").tobytes())
+        shared = self._session.share(lambda: np.array(make(), dtype="<u4").tobytes())
         return np.frombuffer(shared, dtype="<u4").tolist()
 
     def finish(self) -> None:
         """Waits until every neighbour has all its bytes."""
-        self._joined.finish_load()
+        self._session.finish_load()
 
     def close(self) -> None:
         """Ends the conversation; on failure the neighbours are told why."""
-        session, self._session = self._session, None
-        if session is not None:
-            if self._owns_session:
-                session.close()
-            session.stop.forget(self._end_load)
+        self._session.stop.forget(self._end_load)
         self._stop.forget(self._end_session)
         self._arenas.clear()
         self._offers.clear()
@@ -162,17 +137,12 @@ class Neighbourhood:
         """See `LoadListener`."""
         self._arena.release(slot)
 
-    @property
-    def _joined(self) -> NodeSession:
-        assert self._session is not None
-        return self._session
-
     def _end_load(self) -> None:
-        if self._session is not None and self._session.stop.error is not None:
+        if self._session.stop.error is not None:
             self._stop.set(self._session.stop.error)
 
     def _end_session(self) -> None:
-        if self._session is not None and self._stop.error is not None:
+        if self._stop.error is not None:
             self._session.fail(self._stop.error)
 
     def _checked(self, rank: int, theirs: LentMemory, plan_hash: str) -> _Arena:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import time
 from typing import TYPE_CHECKING, Any
 
 from ray_streamer.report.metrics import METRICS
+from ray_streamer.report.trace import epoch_of_this_clock
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -54,6 +54,6 @@ class OpenTelemetryMeter:
 
     def span(self, phase: Phase, tags: Tags) -> None:
         """A span of the phase, at the time of this machine's date."""
-        epoch_seconds = time.time() - time.perf_counter()
+        epoch_seconds = epoch_of_this_clock()
         start, stop = (round((reading + epoch_seconds) * 1e9) for reading in (phase.start, phase.stop))
         self._tracer.start_span(f"ray_streamer {phase.name}", attributes=tags, start_time=start).end(end_time=stop)

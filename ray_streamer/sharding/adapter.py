@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from ray_streamer.errors import ShardingError
 from ray_streamer.sharding.families import Weight
-from ray_streamer.sharding.globs import matches_any
+from ray_streamer.sharding.globs import matches_any, starred
 from ray_streamer.sharding.name_kinds import NameKinds
 from ray_streamer.sharding.placement import Placement, Replicate, Split, SplitGroups, SplitVocabulary
 from ray_streamer.sharding.rules import Rule, ShardRules
@@ -34,7 +34,6 @@ _PART = re.compile(
     r"(?P<kind>\.weight|\.bias|)"
 )
 _INPUTS, _OUTPUTS = 1, 0
-_NUMBER = re.compile(r"(?<=\.)[0-9]+(?=\.)")
 
 
 def adapter_rules(index: CheckpointIndex, config: Mapping[str, Any], base: ShardRules, *, family: Family) -> ShardRules:
@@ -106,7 +105,7 @@ def _rules(placed: Mapping[str, Placement]) -> Sequence[Rule]:
     """One rule for all layers where they lie alike, else one for each tensor."""
     by_pattern: dict[str, dict[str, Placement]] = {}
     for name, placement in placed.items():
-        by_pattern.setdefault(_NUMBER.sub("*", glob.escape(name)), {})[name] = placement
+        by_pattern.setdefault(starred(glob.escape(name)), {})[name] = placement
     rules: list[Rule] = []
     for pattern, of_names in by_pattern.items():
         if len(set(of_names.values())) == 1:

@@ -23,10 +23,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ray_streamer.errors import CheckpointError, IndexMismatchError
-from ray_streamer.rows import distinct
-from ray_streamer.sharding.distinct_rows import distinct_rows
+from ray_streamer.rows import distinct, distinct_rows
 from ray_streamer.sharding.families import family_of
-from ray_streamer.sharding.globs import matches_any
+from ray_streamer.sharding.globs import matches_any, starred
 from ray_streamer.sharding.model_structure import ModelStructure
 from ray_streamer.sharding.name_kinds import NameKinds, as_text, kinds_of_tensors
 from ray_streamer.sharding.placement import Skip
@@ -46,7 +45,6 @@ if TYPE_CHECKING:
     from ray_streamer.sharding.rules import ShardRules
 
 _NORM = re.compile(r"norm|(?:^|\.)ln_[0-9a-z]+$")
-_NUMBER = re.compile(r"(?<=\.)[0-9]+(?=\.)")
 
 _logger = logging.getLogger(__name__)
 
@@ -188,7 +186,7 @@ def _in_layer(structure: ModelStructure) -> re.Pattern[str]:
 
 def _module_in_layer(name: str, in_layer: re.Pattern[str]) -> str:
     found = in_layer.search(name)
-    return _NUMBER.sub("*", found[1].rpartition(".")[0] or found[1]) if found else ""
+    return starred(found[1].rpartition(".")[0] or found[1]) if found else ""
 
 
 def _missing_layers(held: _Held, structure: ModelStructure) -> Iterator[str]:
@@ -240,7 +238,7 @@ def _missing_tensors(
     for number, (module, _, part) in enumerate(split):
         if module and not varying[number]:
             of_kinds[number] = (
-                modules.setdefault(_NUMBER.sub("*", module), len(modules)),
+                modules.setdefault(starred(module), len(modules)),
                 parts.setdefault(part, len(parts)),
             )
     module_ids, part_ids = of_kinds[names.kind_ids].T

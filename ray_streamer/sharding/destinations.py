@@ -14,8 +14,8 @@ import numpy as np
 
 from ray_streamer.dtypes import DTYPES
 from ray_streamer.errors import ShardingError
+from ray_streamer.rows import distinct_rows
 from ray_streamer.sharding.cast import result_dtypes
-from ray_streamer.sharding.distinct_rows import distinct_rows
 from ray_streamer.sharding.fuse import find_fused
 from ray_streamer.sharding.rename import renamed
 from ray_streamer.slices.result import ResultForm

@@ -17,8 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from ray_streamer.errors import ShardingError
-from ray_streamer.rows import distinct
-from ray_streamer.sharding.distinct_rows import distinct_rows
+from ray_streamer.rows import distinct, distinct_rows
 from ray_streamer.sharding.fusion import Fusion
 from ray_streamer.sharding.name_kinds import NameKinds, number_of
 from ray_streamer.units import counted

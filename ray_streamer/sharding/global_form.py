@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ray_streamer.errors import ShardingError
-from ray_streamer.sharding.distinct_rows import distinct_rows
+from ray_streamer.rows import distinct_rows
 from ray_streamer.sharding.part import chunk
 from ray_streamer.sharding.tensor_slice import TensorSlice
 from ray_streamer.units import counted

@@ -36,6 +36,16 @@ class _Matcher(NamedTuple):
 
 
 _NUMBER_IN_GLOB = re.compile(r"(?:^|[.*])[0-9]+(?:[.*]|$)|[?\[]")
+_NUMBER_IN_NAME = re.compile(r"(?<=\.)[0-9]+(?=\.)")
+
+
+def starred(name: str) -> str:
+    """The name with `*` for each number between two dots, as a glob that matches all layers and experts.
+
+    >>> starred("model.layers.3.mlp.experts.7.up_proj.weight")
+    'model.layers.*.mlp.experts.*.up_proj.weight'
+    """
+    return _NUMBER_IN_NAME.sub("*", name)
 
 
 def first_matches(globs: Sequence[str], names: NameKinds) -> NDArray[np.int64]:

@@ -6,7 +6,6 @@ decide nothing and tensors that have none are listed together.
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, get_args
 
@@ -14,8 +13,8 @@ import numpy as np
 
 from ray_streamer.dtypes import DTYPES, DType
 from ray_streamer.errors import SettingsError, ShardingError
-from ray_streamer.rows import distinct
-from ray_streamer.sharding.distinct_rows import distinct_rows
+from ray_streamer.rows import distinct, distinct_rows
+from ray_streamer.sharding.globs import starred
 from ray_streamer.sharding.placement import Placement, Replicate, Skip
 from ray_streamer.sharding.quantization import MODULE_HOLDERS, find_quantized
 from ray_streamer.units import counted
@@ -169,7 +168,7 @@ def _check_rules(index: CheckpointIndex, rules: ShardRules, rule_ids: NDArray[np
             f"{counted(len(without), 'tensor')} of {index.uri} {'has' if len(without) == 1 else 'have'} two or more dimensions "
             "and no rule: "
             f"{_shown([named(index, tensor) for tensor in without[:_NUM_SHOWN]], len(without))}. "
-            f'Say how they lie, for example rules={{"{_glob_of(index.names[without[0]])}": Split(0)}}, or let every rank hold them whole with '
+            f'Say how they lie, for example rules={{"{starred(index.names[without[0]])}": Split(0)}}, or let every rank hold them whole with '
             'unmatched="replicate".'
         )
     if strays := _beside_cut_weights(index, rules, rule_ids) if unmatched == "error" else []:
@@ -177,7 +176,7 @@ def _check_rules(index: CheckpointIndex, rules: ShardRules, rule_ids: NDArray[np
             f"{counted(len(strays), 'tensor')} of {index.uri} {'lies' if len(strays) == 1 else 'lie'} beside a weight that is cut "
             f"and {'has' if len(strays) == 1 else 'have'} no rule: "
             f"{_shown([named(index, tensor) for tensor in strays], len(strays))}. Say how they lie, for example "
-            f'rules={{"{_glob_of(index.names[strays[0]])}": Replicate()}}, or let every rank hold them whole with '
+            f'rules={{"{starred(index.names[strays[0]])}": Replicate()}}, or let every rank hold them whole with '
             'unmatched="replicate".'
         )
     if faults:
@@ -196,11 +195,6 @@ def _beside_cut_weights(index: CheckpointIndex, rules: ShardRules, rule_ids: NDA
         if not isinstance(rules.rules[rule_ids[weight]].placement, Replicate | Skip):
             strays.append(tensor)
     return strays
-
-
-def _glob_of(name: str) -> str:
-    """The name's kind, as a glob."""
-    return re.sub(r"(?<=\.)[0-9]+(?=\.)", "*", name)
 
 
 def named(index: CheckpointIndex, tensor: int) -> str:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ray_streamer.errors import ShardingError
-from ray_streamer.sharding.distinct_rows import distinct_rows
+from ray_streamer.rows import distinct_rows
 from ray_streamer.sharding.experts import ExpertMap
 from ray_streamer.sharding.model_structure import ModelStructure
 from ray_streamer.sharding.pipeline import Pipeline

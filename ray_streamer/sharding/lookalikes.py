@@ -45,8 +45,8 @@ def lookalikes(index: CheckpointIndex, *, layout: Layout) -> list[str]:
             # A family of which the checkpoint has every part fits better than one with parts that it lacks.
             fits.append((len(placed) / len(rules.rules), model_type, placed))
     best = max((share for share, _, _ in fits), default=0.0)
-    distinct = {placed: model_type for share, model_type, placed in reversed(fits) if share == best}
-    return [model_type for _, model_type, _ in fits if model_type in distinct.values()]
+    chosen = {placed: model_type for share, model_type, placed in reversed(fits) if share == best}
+    return [model_type for _, model_type, _ in fits if model_type in chosen.values()]
 
 
 def _placed(index: CheckpointIndex, names: NameKinds, rules: ShardRules) -> tuple[object, ...] | None:

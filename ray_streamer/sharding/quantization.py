@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ray_streamer.sharding.distinct_rows import distinct_rows
+from ray_streamer.rows import distinct_rows
 from ray_streamer.sharding.name_kinds import NameKinds, as_text, number_of
 from ray_streamer.sharding.stored_form import HOLDERS, WHOLE, QuantizationHints, StoredForm, StoredPart, forms_of
 

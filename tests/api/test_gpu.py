@@ -10,7 +10,9 @@ import torch
 from api_support import oracle
 
 import ray_streamer
-from ray_streamer.cluster.worker import LoadWorker, Seating
+from ray_streamer.cluster.worker import LoadWorker
+from ray_streamer.exchange.liveness import Timeouts
+from ray_streamer.exchange.place import Place
 from ray_streamer.planning.topology import Topology
 from ray_streamer.rank import request as request_module
 from ray_streamer.rank.agreement import MemoryTerms
@@ -94,7 +96,8 @@ def test_a_worker_keeps_its_tensors_on_the_gpu(checkpoint, use_library, scratch:
     index_bytes = worker.read_index(request)
     plan = request.plan(Topology.even(2, 2), memory_limits=(1 << 20, 1 << 20))
     for session in ("first", "again"):
-        agreed = worker.agree(request, index_bytes, Seating(session=session, ranks=(1,), node="here", terms=terms))
+        place = Place(session=session, rank=1, ranks=(1,), node="here", timeouts=Timeouts.of(request.settings))
+        agreed = worker.agree(request, index_bytes, place, terms)
         assert (agreed.node_plan_hash, agreed.slices_hash) == (
             plan.node_plan_of(1)[0].plan_hash,
             plan.slices[1].fingerprint(),

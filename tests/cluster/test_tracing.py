@@ -11,8 +11,10 @@ import pytest
 from ray_streamer.cluster.clocks import ClockReading, read_clock
 from ray_streamer.cluster.phases import Phases
 from ray_streamer.cluster.tracing import collect_trace
-from ray_streamer.cluster.worker import LoadWorker, Seating
+from ray_streamer.cluster.worker import LoadWorker
 from ray_streamer.errors import ClusterError
+from ray_streamer.exchange.liveness import Timeouts
+from ray_streamer.exchange.place import Place
 from ray_streamer.rank.agreement import MemoryTerms
 from ray_streamer.rank.request import LoadRequest
 from ray_streamer.settings import Settings
@@ -63,8 +65,14 @@ def test_every_rank_is_drawn_with_the_clock_of_its_node(workers, tmp_path):
     phases = Phases()
     for rank, worker in enumerate(workers):
         terms = MemoryTerms(MEMORY_LIMIT, worker._request.read_limits((MEMORY_LIMIT,)))
-        seating = Seating(session=f"traced-{rank}-{tmp_path.name}", ranks=(rank,), node=f"node-{rank}", terms=terms)
-        worker.agree(worker._request, worker.read_index(worker._request), seating)
+        place = Place(
+            session=f"traced-{rank}-{tmp_path.name}",
+            rank=rank,
+            ranks=(rank,),
+            node=f"node-{rank}",
+            timeouts=Timeouts.of(worker._request.settings),
+        )
+        worker.agree(worker._request, worker.read_index(worker._request), place, terms)
         phases.end("plan")
         worker.load()
         phases.end("load")

@@ -13,8 +13,10 @@ import pytest
 import torch
 
 import ray_streamer
-from ray_streamer.cluster.worker import LoadWorker, Seating
+from ray_streamer.cluster.worker import LoadWorker
 from ray_streamer.errors import LoadAbortedError, ObjectChangedError, RankFailedError, RayStreamerError
+from ray_streamer.exchange.liveness import Timeouts
+from ray_streamer.exchange.place import Place
 from ray_streamer.rank.agreement import MemoryTerms
 from ray_streamer.rank.request import LoadRequest
 from ray_streamer.sharding import Mesh
@@ -23,7 +25,7 @@ from ray_streamer.testing.checkpoints import llama_layout, write_checkpoint
 from ray_streamer.testing.oracle import bytes_of, expected_results
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
 LAYOUT = llama_layout(64, 1, 4, 2, 128, 100)
 LIMIT = 1 << 20
@@ -49,14 +51,22 @@ class Pair:
 
     def both(self, method: str, *args: Any) -> list[Any]:
         """What each worker returned or raised."""
-        calls = [self._threads.submit(getattr(worker, method), *args) for worker in self.workers]
+        return self.each(method, [args] * len(self.workers))
+
+    def each(self, method: str, args_by_rank: Sequence[tuple[Any, ...]]) -> list[Any]:
+        """What each worker returned or raised."""
+        calls = [
+            self._threads.submit(getattr(worker, method), *args)
+            for worker, args in zip(self.workers, args_by_rank, strict=True)
+        ]
         return [call.exception(HANG_SECONDS) or call.result() for call in calls]
 
     def agree(self, folder: Path, session: str) -> list[Any]:
         request = replace(self.request, uri=str(folder))
         terms = MemoryTerms(LIMIT, request.read_limits([LIMIT]))
-        seating = Seating(session=session, ranks=(0, 1), node="here", terms=terms)
-        return self.both("agree", request, self.workers[0].read_index(request), seating)
+        index_bytes, timeouts = self.workers[0].read_index(request), Timeouts.of(request.settings)
+        places = [Place(session=session, rank=rank, ranks=(0, 1), node="here", timeouts=timeouts) for rank in range(2)]
+        return self.each("agree", [(request, index_bytes, place, terms) for place in places])
 
     def load(self, folder: Path, session: str) -> list[Any]:
         agreed = self.agree(folder, session)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import socket
@@ -17,7 +18,6 @@ from ray_streamer.exchange import peer, rendezvous
 from ray_streamer.exchange.messages import Failure, Hello, MessageKind, encode_failure, encode_hello
 from ray_streamer.exchange.names import longer_names, socket_name_of
 from ray_streamer.exchange.session import NodeSession
-from ray_streamer.staging.stop import StopSignal
 
 HANG_SECONDS = 120
 HELLO = encode_hello(Hello(local_rank=1, num_local_ranks=3))
@@ -82,10 +82,10 @@ def test_who_is_waited_for_is_told_before_the_waiting_ends(start, monkeypatch, c
 
 
 def test_a_rank_that_waits_for_an_absent_one_can_be_stopped(place, session):
-    stop, error = StopSignal(), LoadAbortedError("over")
-    stop.set(error)
-    with pytest.raises(LoadAbortedError, match="over"):
-        NodeSession.meet(place(session, 0, 3), stop)
+    with contextlib.closing(NodeSession(place(session, 0, 3))) as alone:
+        alone.fail(LoadAbortedError("over"))
+        with pytest.raises(LoadAbortedError, match="over"):
+            alone.wait_met()
 
 
 @pytest.mark.parametrize(

@@ -19,10 +19,11 @@ from ray_streamer.checkpoint import open_checkpoint
 from ray_streamer.device import open_device
 from ray_streamer.dtypes import dtype_named
 from ray_streamer.exchange.liveness import Timeouts
+from ray_streamer.exchange.place import Place
+from ray_streamer.exchange.session import NodeSession
 from ray_streamer.planning.limits import ReadLimits
 from ray_streamer.planning.read_plan import plan_reads
 from ray_streamer.rank.load import RankLoad
-from ray_streamer.rank.options import RankOptions
 from ray_streamer.settings import Settings
 from ray_streamer.slices import RankSlices
 from ray_streamer.storage import open_storage
@@ -85,6 +86,7 @@ class Running:
     """Ranks that load, one thread each."""
 
     plan: ReadPlan
+    sessions: list[NodeSession]
     loads: list[RankLoad]
     storages: list[RecordingStorage]
     results: list[Any] = field(default_factory=list)
@@ -101,7 +103,9 @@ class Running:
 
     def _run(self, position: int) -> None:
         try:
-            self.results[position] = self.loads[position].run()
+            with self.sessions[position] as session:
+                session.wait_met()
+                self.results[position] = self.loads[position].run()
         except BaseException as error:
             self.results[position] = error
 
@@ -110,15 +114,15 @@ class Running:
         for position, thread in enumerate(self.threads):
             thread.join(HANG_SECONDS)
             if thread.is_alive():
-                for load in self.loads:
-                    load.abort(TimeoutError("the test gave up"))
+                for session in self.sessions:
+                    session.fail(TimeoutError("the test gave up"))
                 raise AssertionError(f"rank {position} did not end: {self.loads[position].statistics()}")
         self.close()
         return self.results
 
     def close(self) -> None:
-        for storage in self.storages:
-            storage.close()
+        for owned in (*self.sessions, *self.storages):
+            owned.close()
 
     def tensors(self) -> list[dict[str, Any]]:
         """Every rank's tensors; raises what the first failed rank raised."""
@@ -200,14 +204,14 @@ def _prepare(
         )
         for rank in ranks
     ]
-    loads = []
+    loads, sessions = [], []
     for rank, storage in zip(ranks, storages, strict=True):
         node = plan.topology.node_of(rank)
-        options = RankOptions(
+        place = Place(
             session=f"{session}-{node}",
+            rank=rank,
+            ranks=plan.topology.nodes[node],
             node=f"node-{node}",
-            concurrency=concurrency,
-            memory_limit=memory_limit,
             timeouts=Timeouts(
                 startup_seconds=startup_timeout_seconds,
                 neighbour_seconds=neighbour_timeout_seconds,
@@ -219,8 +223,23 @@ def _prepare(
             device.landing = lambda *_: None  # as of memory that storage cannot read into
         if out_by_rank is not None:
             load_arguments["out"] = out_by_rank[rank]
-        loads.append(RankLoad(plan.rank_plan(rank), storage, device, options, **load_arguments))
-    return Running(plan, loads, storages)
+        sessions.append(NodeSession(place))
+        try:
+            load = RankLoad(
+                plan.rank_plan(rank),
+                storage,
+                device,
+                sessions[-1],
+                concurrency=concurrency,
+                memory_limit=memory_limit,
+                **load_arguments,
+            )
+        except BaseException:
+            for session in sessions:
+                session.close()
+            raise
+        loads.append(load)
+    return Running(plan, sessions, loads, storages)
 
 
 def _possessions() -> tuple[Counter[str], list[str], list[str]]:

@@ -11,8 +11,9 @@ from pathlib import Path
 
 from ray_streamer.device.cpu import CpuDevice
 from ray_streamer.exchange.liveness import Timeouts
+from ray_streamer.exchange.place import Place
+from ray_streamer.exchange.session import NodeSession
 from ray_streamer.rank.load import RankLoad
-from ray_streamer.rank.options import RankOptions
 from ray_streamer.settings import Settings
 from ray_streamer.storage import open_storage
 
@@ -62,10 +63,10 @@ def _main(plan_file: str, rank: str, session: str, where: str) -> None:
         storage = _Storage(storage, _Stop())
     else:
         device = _Device(_Stop())
-    options = RankOptions(
-        session=session, node="node-0", concurrency=1, memory_limit=2 * 4096, timeouts=Timeouts.of(Settings())
-    )
-    RankLoad(plan.rank_plan(int(rank)), storage, device, options).run()
+    mine = plan.rank_plan(int(rank))
+    place = Place(session=session, rank=mine.rank, ranks=mine.ranks, node="node-0", timeouts=Timeouts.of(Settings()))
+    with NodeSession.meet(place) as met:
+        RankLoad(mine, storage, device, met, concurrency=1, memory_limit=2 * 4096).run()
 
 
 if __name__ == "__main__":

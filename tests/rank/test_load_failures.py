@@ -290,10 +290,10 @@ def test_abort_while_waiting_for_neighbours(ranks, shared_plan):
     with ranks.nothing_left():
         running = ranks.prepare(plan, ranks=[0, 1]).start()
         # Both listen, which they do only when they wait.
-        while len(ranks.sockets_named([running.loads[0]._options.session])) < 2:
+        while len(ranks.sockets_named([running.sessions[0].place.session])) < 2:
             threading.Event().wait(0.01)
-        for load in running.loads:
-            load.abort(error)
+        for session in running.sessions:
+            session.fail(error)
         assert running.join() == [error, error]
 
 
@@ -329,11 +329,9 @@ def test_two_loads_cannot_share_a_session(ranks, shared_plan):
     running = ranks.prepare(plan, ranks=[0], session="used-twice").start()
     while not ranks.sockets_named(["used-twice"]):
         threading.Event().wait(0.01)
-    twin = ranks.prepare(plan, ranks=[0], session="used-twice").start()
-    (outcome,) = twin.join()
-    assert type(outcome) is ClusterError
-    assert "give every load a session of its own" in str(outcome)
-    running.loads[0].abort(LoadAbortedError("done"))
+    with pytest.raises(ClusterError, match="give every load a session of its own"):
+        ranks.prepare(plan, ranks=[0], session="used-twice")
+    running.sessions[0].fail(LoadAbortedError("done"))
     running.join()
 
 

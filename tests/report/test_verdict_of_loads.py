@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch  # noqa: F401  # imported by the first load, it would be what bounds that load
 
-from ray_streamer.cluster.worker import LoadWorker, Seating
+from ray_streamer.cluster.worker import LoadWorker
+from ray_streamer.exchange.liveness import Timeouts
+from ray_streamer.exchange.place import Place
 from ray_streamer.rank.agreement import MemoryTerms
 from ray_streamer.rank.request import LoadRequest
 from ray_streamer.report.verdict.judge import judge
@@ -45,8 +47,9 @@ def verdict_on(uri, proxy, tmp_path):
         limit = settings.get("memory_limit", 16 << 20)
         terms = MemoryTerms(limit, request.read_limits((limit,)))
         worker = LoadWorker(0, request)
-        seating = Seating(session=f"verdict-{tmp_path.name}", ranks=(0,), node="here", terms=terms)
-        worker.agree(request, worker.read_index(request), seating)
+        timeouts = Timeouts.of(asked)
+        place = Place(session=f"verdict-{tmp_path.name}", rank=0, ranks=(0,), node="here", timeouts=timeouts)
+        worker.agree(request, worker.read_index(request), place, terms)
         proxy.fail_next(*faults)
         statistics = worker.load()
         trace = worker.trace()

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from ray_streamer.sharding.distinct_rows import distinct_rows
+from ray_streamer.rows import distinct_rows
 from ray_streamer.sharding.name_kinds import MOST_NUMBERS, NameKinds
 
 COMPONENTS = st.sampled_from(

@@ -27,9 +27,11 @@ if TYPE_CHECKING:
     import torch
     import torch.distributed as dist
 
-    from ray_streamer.cluster.worker import PlanDigest, Seating
+    from ray_streamer.cluster.worker import PlanDigest
+    from ray_streamer.exchange.place import Place
     from ray_streamer.integrations.transformers.generation import TokenFeed
     from ray_streamer.planning.rank_plan import RankPlan
+    from ray_streamer.rank.agreement import MemoryTerms
     from ray_streamer.rank.context import RankContext
     from ray_streamer.rank.request import LoadRequest
     from ray_streamer.rank.statistics import RankStatistics
@@ -98,7 +100,7 @@ class ModelWorker(LoadWorker):
     def _timeout(self) -> timedelta:
         return timedelta(seconds=self._request.settings.startup_timeout_seconds)
 
-    def agree(self, request: LoadRequest, index_bytes: bytes, seating: Seating) -> PlanDigest:
+    def agree(self, request: LoadRequest, index_bytes: bytes, place: Place, terms: MemoryTerms) -> PlanDigest:
         """As every rank; what this one holds is what transformers asks for when it makes the model.
 
         Raises:
@@ -120,7 +122,7 @@ class ModelWorker(LoadWorker):
         # Two models at once may be more than there is room for.
         self._context = self._build = None
         self._build = build
-        return super().agree(replace(request, slices=build.captured), index_bytes, seating)
+        return super().agree(replace(request, slices=build.captured), index_bytes, place, terms)
 
     def load(self) -> RankStatistics:
         """As every rank; then the model is ready, beside its tensors."""
