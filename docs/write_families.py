@@ -43,7 +43,7 @@ This page is made by `make docs`; a test checks that it is current.
 
 | | `generic` | `transformers` | `vllm` |
 |---|---|---|---|
-| convention | Megatron-LM | the tensor-parallel plan of transformers 5.23 | the layers of vLLM 0.33 |
+| convention | Megatron-LM | the tensor-parallel plan of transformers 5.23 | the layers of vLLM 0.32 |
 | vocabulary | ceil(size / tp) rows, the last ranks fewer | the same | rounded up to a multiple of 64, equal shares, rows that the checkpoint does not have are zero |
 | fewer key-value heads than ranks | neighbours share a head | refused | neighbours share a head |
 | dimensions that do not divide | refused | cut as `torch.chunk` does, but between heads | refused |
@@ -54,12 +54,17 @@ This page is made by `make docs`; a test checks that it is current.
 | latent attention (DeepSeek) | by heads | V2 by heads, V3 whole | by heads |
 | what the plan does not name | | whole on every rank | |
 
-The rules of `layout="vllm"` were written after vLLM 0.33, and are compared with safetensors below, not with vLLM. The load format of
-[vllm.md](vllm.md) does not use them: there vLLM's own loader decides the shards. It was tested in the engine of vLLM 0.32.0.
+`make test-vllm` compares `layout="vllm"` with what the loader of vLLM 0.32.0 takes, for every model type of this page that it loads, and for int8, AWQ and FP8, with tp=2: the same
+elements of each tensor, in the same order. It found these differences, which are left to the engine:
+
+- vLLM's layers hold weights of GPT-2 and stacked experts of gpt-oss and Llama 4 transposed.
+- vLLM turns the queries and keys of Llama 4 for its rotary embedding.
+- vLLM 0.32.0 runs GPT-NeoX and GLM by transformers, whose layers take one run of rows of `query_key_value` and `gate_up_proj`.
+
+The load format of [vllm.md](vllm.md) does not use these rules: there vLLM's own loader decides the shards.
 
 The bias of a row-parallel layer is replicated. The engine must add it on one rank only, or after the all-reduce.
-vLLM goes on from there: it joins q, k, v and gate, up of separate tensors, and turns Llama 4's queries and keys for its rotary
-embedding; neither is done here. MTP layers (multi-token prediction) are not read unless `mtp=True`.
+vLLM joins q, k, v and gate, up of separate tensors; here `fuse=True` does. MTP layers (multi-token prediction) are not read unless `mtp=True`.
 
 ## Adapters
 

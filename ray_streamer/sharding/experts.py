@@ -25,7 +25,7 @@ ExpertsLike = Sequence[Sequence[int]] | Mapping[int, Sequence[Sequence[int]]]
 def divide_experts(num_experts: int, ep: int) -> tuple[Experts, ...]:
     """The experts of each of `ep` groups: neighbours, the first groups one more where they do not divide.
 
-    The linear placement of vLLM 0.33 (`determine_expert_map`).
+    The linear placement of vLLM 0.32 (`determine_expert_map`).
 
     >>> divide_experts(5, 2)
     ((0, 1, 2), (3, 4))

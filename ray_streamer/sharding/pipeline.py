@@ -28,7 +28,7 @@ def divide_layers(num_layers: int, pp: int) -> tuple[int, ...]:
     """How many layers each of `pp` stages holds.
 
     As even as can be. Layers that are left over go to the stages before the last one, from the back, since the last stage
-    has the head as well: the rule of vLLM 0.33 (`get_pp_indices`).
+    has the head as well: the rule of vLLM 0.32 (`get_pp_indices`).
 
     >>> divide_layers(61, 2), divide_layers(10, 4)
     ((31, 30), (2, 3, 3, 2))

@@ -4,7 +4,7 @@ First `refusal`: why this shape cannot be placed on so many ranks, if so; then `
 holds. Names, dtypes and the other axes of the mesh do not appear here. Which placement a tensor has is the business of
 the rules.
 
-The conventions are those of Megatron-LM and of vLLM 0.33 (`vllm/model_executor/layers/linear.py`), which agree on whole
+The conventions are those of Megatron-LM and of vLLM 0.32 (`vllm/model_executor/layers/linear.py`), which agree on whole
 heads, on shared key-value heads and on fused projections, and those of transformers 5.23, which cuts what does not
 divide into chunks that are not alike. What the layouts of a model family make of them is said in `presets`.
 """
@@ -196,7 +196,7 @@ class SplitVocabulary(Placement):
     """Each rank holds a chunk of the vocabulary; the last ranks' chunks may be shorter, or empty.
 
     Chunks have ceil(size / tp) indices as long as there are any: the rule of `torch.chunk`, and of transformers 5.23
-    for embeddings and heads. With `pad_to`, as in vLLM 0.33, all ranks hold as many: the vocabulary is taken as
+    for embeddings and heads. With `pad_to`, as in vLLM 0.32, all ranks hold as many: the vocabulary is taken as
     rounded up to a multiple of `pad_to`, and what the checkpoint does not have is zero.
 
     >>> [SplitVocabulary().share_of((9, 4), tp_index=index, tp=4).shape for index in range(4)]

@@ -11,7 +11,7 @@ transformers:
 - transformers: its tensor-parallel plan, version 5.23, as far as a family has one. Uneven dimensions are cut as
   `torch.chunk` does, key-value heads are never shared, and what the plan does not name is replicated.
 - vllm: generic, with the vocabulary padded to a multiple of 64, and projections in which heads take turns sorted into
-  queries, keys and values, as the layers of vLLM 0.33 expect them.
+  queries, keys and values, as the layers of vLLM 0.32 expect them.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Layout = Literal["generic", "transformers", "vllm"]
 DEFAULT_LAYOUT: Layout = "generic"
 
 VLLM_VOCABULARY_MULTIPLE = 64
-"""`DEFAULT_VOCAB_PADDING_SIZE` of vLLM 0.33."""
+"""`DEFAULT_VOCAB_PADDING_SIZE` of vLLM 0.32."""
 
 _Rules = list[tuple[str, Placement]]
 

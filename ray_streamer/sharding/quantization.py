@@ -9,7 +9,7 @@
 A rule for `M.weight`, or for P, places all tensors of that weight, except those that a rule names themselves.
 
 Sources: the checkpoints of DeepSeek-V3, gpt-oss, ModelOpt, AutoAWQ, GPTQModel, compressed-tensors and bitsandbytes, and how
-transformers 5.23 and vLLM 0.33 (`vllm/model_executor/parameter.py`) read them.
+transformers 5.23 and vLLM 0.32 (`vllm/model_executor/parameter.py`) read them.
 """
 
 from __future__ import annotations

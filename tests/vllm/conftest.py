@@ -6,6 +6,7 @@ import os
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -46,6 +47,15 @@ def _shared_memory_that_workers_leave() -> Iterator[None]:
     for left in Path("/dev/shm").glob("*-cpushm_*"):
         if str(left) not in mapped:
             left.unlink(missing_ok=True)
+
+
+@pytest.fixture
+def fp8_layers_without_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No kernel of vLLM's CPU build multiplies FP8, which a layer looks for when it is made; its parameters are the same without."""
+    from vllm.model_executor.layers.quantization import fp8
+
+    kernel = SimpleNamespace(process_weights_after_loading=lambda layer: None)
+    monkeypatch.setattr(fp8, "init_fp8_linear_kernel", lambda **_: kernel)
 
 
 def _maps_of(process: Path) -> str:

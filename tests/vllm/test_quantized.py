@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 from loading import check, total_bytes
 from quantized import CONFIGS, save_quantized
@@ -12,15 +10,7 @@ from ranks import Layout
 from ray_streamer.checkpoint.open import HEAD_BYTES
 
 
-@pytest.fixture(autouse=True)
-def fp8_layers_without_a_kernel(monkeypatch):
-    """No kernel of vLLM's CPU build multiplies FP8, which a layer looks for when it is made; its parameters are the same without."""
-    from vllm.model_executor.layers.quantization import fp8
-
-    kernel = SimpleNamespace(process_weights_after_loading=lambda layer: None)
-    monkeypatch.setattr(fp8, "init_fp8_linear_kernel", lambda **_: kernel)
-
-
+@pytest.mark.usefixtures("fp8_layers_without_a_kernel")
 @pytest.mark.parametrize("method", CONFIGS)
 def test_a_method_loads_as_with_the_stock_loader(method, tmp_path, s3_credentials):
     save_quantized(method, tmp_path / "model")
