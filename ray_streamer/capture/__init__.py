@@ -3,6 +3,7 @@
     recording        the loader runs, watched; what it copied becomes slices
     recorder         what each operation does to what is recorded
     lazy             the tensor that a loader is given
+    lazy_operations  what comes of operations on such tensors alone
     memory           what a lazy tensor stands for
     pending          copies that are written down and not made
     strided          how strided views of one memory relate

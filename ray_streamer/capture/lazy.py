@@ -49,10 +49,13 @@ class LazyTensor(torch.Tensor):
     def __torch_dispatch__(
         cls, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Hands the operation to the recorder of the first lazy tensor among the arguments."""
+        """Hands the operation to the recorder of the first lazy tensor among the arguments.
+
+        Called where the capture's own mode is not active: in a thread that it does not watch, or after it has ended.
+        """
         kwargs = kwargs or {}
         lazy = next(found for found in tensors_among(args, kwargs) if isinstance(found, LazyTensor))
-        return lazy._lazy_recorder.run(func, args, kwargs)
+        return lazy._lazy_recorder.run(func, args, kwargs, is_watched=False)
 
     @property
     def _lazy_shadow(self) -> torch.Tensor:
@@ -170,13 +173,13 @@ def _with_values(name: str) -> Callable[..., Any]:
     method = getattr(torch.Tensor, name)
 
     def called(self: LazyTensor, *args: Any, **kwargs: Any) -> Any:
-        return method(self._lazy_real(), *args, **kwargs)
+        return method(self._lazy_real(), *with_each(args, lambda lazy: lazy._lazy_real()), **kwargs)
 
     called.__name__, called.__doc__ = name, f"As `torch.Tensor.{name}`, of the values, which are read if need be."
     return called
 
 
-RAW_ACCESS = ("numpy", "tolist", "data_ptr", "untyped_storage", "storage", "__dlpack__")
+RAW_ACCESS = ("numpy", "tolist", "data_ptr", "untyped_storage", "storage", "__dlpack__", "apply_", "map_")
 """Methods of a tensor that reach its memory past torch's dispatcher."""
 
 for _name in RAW_ACCESS:

@@ -20,6 +20,7 @@ from ray_streamer.capture.strided import (
     Loop,
     Strided,
     digits_of,
+    holds,
     may_meet,
     merged_loops,
     seen_through,
@@ -31,6 +32,10 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from ray_streamer.capture.whole_tensors import WholeTensors
+
+
+_CASTABLE = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
+"""Elements of these dtypes are cast to each other on their way into a result, bit for bit as `copy_` does."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,21 +70,6 @@ class TensorLoops:
     other_offset: int
 
 
-@dataclass(frozen=True, slots=True)
-class Taken:
-    """A view of a memory that became the memory of a tensor of the loader's, as by `tensor.data = lazy`.
-
-    Attributes:
-        view: In elements of the memory.
-        target: The loader's tensor.
-        made: The memory that was made for it, until somebody else needs the same elements.
-    """
-
-    view: Strided
-    target: torch.Tensor
-    made: torch.Tensor
-
-
 class Memory:
     """Contiguous elements of one dtype: parts next to each other along one dimension.
 
@@ -91,6 +81,10 @@ class Memory:
         lengths: Of each part along `dim`.
         dim: The dimension along which parts lie next to each other.
         is_plannable: Whether copies of its elements can be written down at all.
+
+    Attributes:
+        value: The elements, once somebody needed them.
+        taken: Views that tensors of the loader's have taken over, as by `tensor.data = lazy`: they are views of `backing`.
     """
 
     def __init__(
@@ -110,9 +104,17 @@ class Memory:
         # The memory is the checkpoint's tensor itself, as is most often the case.
         self._is_tensor = len(places) == 1 and places[0].view == Strided(shape, row_major(shape), 0)
         self.value: torch.Tensor | None = None
-        self.taken: list[Taken] = []
+        self.taken: list[Strided] = []
+        self._backing: torch.Tensor | None = None
         self._is_own = False
         self._shadow: torch.Tensor | None = None
+
+    @classmethod
+    def of_real(cls, value: torch.Tensor) -> Memory:
+        """Real memory, contiguous, that lazy tensors are to be views of."""
+        memory = cls(tuple(value.shape), value.dtype, value.device, ())
+        memory.value, memory._is_own = value, True
+        return memory
 
     @property
     def shadow(self) -> torch.Tensor:
@@ -125,6 +127,10 @@ class Memory:
     def is_cast(self) -> bool:
         """Whether elements change their dtype on the way from the checkpoint."""
         return any(place.dtype != self.dtype for place in self.places)
+
+    def is_castable(self, dtype: torch.dtype) -> bool:
+        """Whether a copy into elements of `dtype` can be planned."""
+        return dtype == self.dtype or (not self.is_cast and {dtype, self.dtype} <= _CASTABLE)
 
     @property
     def tensors(self) -> list[str]:
@@ -161,9 +167,30 @@ class Memory:
             return self._through(0, loops, view.offset, 0)
         return self._out_of_parts(loops, view.offset)
 
+    @property
+    def backing(self) -> torch.Tensor:
+        """Real memory, of `shape`, for what was taken over; it holds nothing before somebody fills it."""
+        if self._backing is None:
+            self._backing = torch.empty(self.shape, dtype=self.dtype, device=self.device)
+        return self._backing
+
     def is_taken(self, view: Strided) -> bool:
         """Whether a tensor of the loader's may have an element of that view, and so may have changed it."""
-        return any(may_meet(view, taken.view) for taken in self.taken)
+        return any(may_meet(view, taken) for taken in self.taken)
+
+    def has_taken(self, view: Strided) -> bool:
+        """Whether one tensor of the loader's has all elements of that view."""
+        return any(holds(taken, view) for taken in self.taken)
+
+    def fill_backing(self, whole: WholeTensors) -> None:
+        """The backing becomes the values: what was taken over, as the loader made it, and the rest as it is in the checkpoint."""
+        if not any(taken.is_dense and taken.num_elements == prod(self.shape) for taken in self.taken):
+            values = self._read(whole).clone(memory_format=torch.contiguous_format)
+            for taken in self.taken:
+                seen(values, taken).copy_(seen(self.backing, taken))
+            self.backing.copy_(values)
+        self.value, self._is_own = self.backing, True
+        self.taken.clear()
 
     def _read(self, whole: WholeTensors) -> torch.Tensor:
         values = whole.read(self.tensors)
@@ -250,3 +277,8 @@ def _resized(dim: int, loop: Loop, grid: tuple[int, ...], part: tuple[int, ...],
         size=size if dim == 1 else loop.size,
         step=loop.step // (grid[1] * grid[2]) * part[1] * part[2] if dim == 0 else loop.step,
     )
+
+
+def is_direct(tensor: torch.Tensor) -> bool:
+    """Whether its elements are those in memory, and not conjugated or negated whenever somebody looks."""
+    return not tensor.is_conj() and not tensor.is_neg()

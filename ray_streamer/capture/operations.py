@@ -25,7 +25,7 @@ class OperationKind(Enum):
     SHAPE_ONLY = auto()
     """New memory of an argument's shape and dtype, whose values do not matter."""
     QUESTION = auto()
-    """About the tensor, not its values; a lazy tensor's answer is no."""
+    """About the tensors, not their values: whether one is pinned, which a lazy one is not, or whether two are of one kind."""
     RESHAPES_IN_PLACE = auto()
     """Changes sizes, strides or the storage of an argument itself."""
     OTHER = auto()
@@ -41,6 +41,7 @@ _BY_NAME: dict[Any, OperationKind] = {
     _aten.cat: OperationKind.JOIN,
     _aten.stack: OperationKind.JOIN,
     _aten.is_pinned: OperationKind.QUESTION,
+    _aten._has_compatible_shallow_copy_type: OperationKind.QUESTION,
     **dict.fromkeys(
         (
             _aten.empty_like,

@@ -8,21 +8,26 @@ slices, out = recording.slices(dict(model.named_parameters()))
 
 from __future__ import annotations
 
+import threading
+from functools import cache, partial
 from math import prod
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import (
+    TorchDispatchMode,
+    _get_current_dispatch_mode,  # pyright: ignore[reportPrivateUsage]  # torch offers it under a private name only
+)
 
 from ray_streamer.capture.lazy import RAW_ACCESS, LazyTensor
-from ray_streamer.capture.recorder import OperationRecorder, is_plain
+from ray_streamer.capture.recorder import OperationRecorder
 from ray_streamer.capture.report import CaptureReport, Group
 from ray_streamer.capture.results import NAMES_OF_DTYPES, slices_of
 from ray_streamer.capture.whole_tensors import WholeTensors
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
     from types import TracebackType
 
     from ray_streamer.capture.whole_tensors import Reader
@@ -31,7 +36,9 @@ if TYPE_CHECKING:
 
 
 class Capture:
-    """One dry run of a rank's loader. Used by one thread: operations of other threads on real memory are not seen.
+    """One dry run of a rank's loader, and of the threads that it starts.
+
+    Of a thread that was there before, it is not seen what is done to real memory without a tensor of the checkpoint.
 
     After the `with` block nothing may use the captured targets until their slices were loaded: what the loader copied is
     written down, and their memory is as it was before.
@@ -53,7 +60,8 @@ class Capture:
         self._given: dict[str, None] = {}
 
     def __enter__(self) -> Self:
-        """Watches the operations of this thread."""
+        """Watches the operations of this thread, and of those that it starts."""
+        _watch_threads()
         for mode in self._modes:
             mode.__enter__()
         return self
@@ -63,6 +71,7 @@ class Capture:
     ) -> None:
         for mode in reversed(self._modes):
             mode.__exit__(kind, error, traceback)
+        self._recorder.end()
 
     def tensor(self, name: str) -> torch.Tensor:
         """The checkpoint's tensor of that name, lazy; a new one each time, since loaders set attributes of theirs.
@@ -121,7 +130,7 @@ class Capture:
         return extent.stop - extent.start
 
 
-_REACHES_MEMORY = ("__array__", "__deepcopy__", "__reduce_ex__", "apply_", "map_", "share_memory_")
+_REACHES_MEMORY = ("__array__", "__deepcopy__", "__reduce_ex__", "share_memory_")
 """Methods of real tensors that do so too, some by calling those, which nobody sees then."""
 
 
@@ -135,19 +144,19 @@ class _Operations(TorchDispatchMode):
 
     def __init__(self, recorder: OperationRecorder) -> None:
         super().__init__()
-        self._recorder = recorder
+        self.recorder = recorder
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        return self._recorder.run(func, args, kwargs or {})
+        return self.recorder.run(func, args, kwargs or {}, is_watched=True)
 
 
 class _RawAccess(TorchFunctionMode):
-    """What reaches a tensor's memory past the dispatcher: it is filled before, and never given a lazy tensor's."""
+    """What reaches a tensor's memory past the dispatcher: it is filled before."""
 
     _SET_DATA = torch.Tensor.data.__set__  # type: ignore[attr-defined]
-    _RAW = frozenset([_SET_DATA, *(getattr(torch.Tensor, name) for name in (*RAW_ACCESS, *_REACHES_MEMORY))])
+    _RAW = frozenset(getattr(torch.Tensor, name) for name in (*RAW_ACCESS, *_REACHES_MEMORY))
 
     def __init__(self, recorder: OperationRecorder) -> None:
         super().__init__()
@@ -156,13 +165,31 @@ class _RawAccess(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func in self._RAW:
-            pending = self._recorder.pending
-            if func == self._SET_DATA:
-                args = (args[0], self._recorder.take(*args)) if isinstance(args[1], LazyTensor) else args
-            elif is_plain(args[0]) and pending.knows(args[0]):
-                self._recorder.make_early(pending.in_storage(args[0]))
+        if func == self._SET_DATA:
+            if any(isinstance(tensor, LazyTensor) for tensor in args):
+                args = (args[0], self._recorder.data_for(*args))
+        elif func in self._RAW:
+            self._recorder.expose(args[0])
         return func(*args, **kwargs) if kwargs else func(*args)
+
+
+@cache
+def _watch_threads() -> None:
+    """From now on, threads that a watched thread starts are watched, too."""
+    start = threading.Thread.start
+
+    def watched_start(self: threading.Thread) -> None:
+        mode = _get_current_dispatch_mode()
+        if isinstance(mode, _Operations) and not mode.recorder.is_at_work:
+            self.run = partial(_run_watched, mode.recorder, self.run)
+        start(self)
+
+    threading.Thread.start = watched_start
+
+
+def _run_watched(recorder: OperationRecorder, run: Callable[[], None]) -> None:
+    with _Operations(recorder), _RawAccess(recorder):
+        run()
 
 
 def _group(taken: dict[str, int]) -> Group:

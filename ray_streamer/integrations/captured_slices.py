@@ -11,7 +11,7 @@ from ray_streamer.rank.tensor_stream import read_whole
 from ray_streamer.storage import open_storage
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     import torch
 
@@ -58,13 +58,23 @@ class CapturedSlices:
 
     def __call__(self, index: CheckpointIndex, rank: int) -> RankSlices:
         """The slices of this rank, whatever its number is; the loader knows which rank it is."""
-        return self._say(index, lambda names: read_tensors(self._uri, self._settings, index, names), lambda: None)
+        return self._say(index, self._read_alone(index), lambda: None)
 
     def with_values(self, index: CheckpointIndex, rank: int, values: Values) -> RankSlices:
         """The same; values that the loader needs are read with the other ranks of the node."""
-        slices = self._say(index, values.read, values.step)
+        alone, is_running = self._read_alone(index), True
+
+        def read(names: Sequence[str]) -> Mapping[str, torch.Tensor]:
+            # Tensors that the loader kept may be used later, when the others no longer read with this rank.
+            return values.read(names) if is_running else alone(names)
+
+        slices = self._say(index, read, values.step)
+        is_running = False
         self.early_bytes = values.bytes_read
         return slices
+
+    def _read_alone(self, index: CheckpointIndex) -> Reader:
+        return lambda names: read_tensors(self._uri, self._settings, index, names)
 
     @property
     def taken(self) -> tuple[str, ...]:

@@ -28,6 +28,7 @@ NAMES = {
     torch.int32: "I32",
     torch.uint8: "U8",
     torch.float8_e4m3fn: "F8_E4M3",
+    torch.complex64: "C64",
 }
 
 
