@@ -35,6 +35,9 @@ CHUNK_BYTES = 1 << 20
 TILE = 128
 """Elements along either side of a tile of a transposition: both of its memories fit a core's cache."""
 
+_LEAST_IN_PARALLEL = 1 << 15
+"""Elements from which on torch copies in several threads (`at::internal::GRAIN_SIZE` of torch 2.13)."""
+
 _UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 
 
@@ -164,8 +167,12 @@ class StridedCopies:
         item = dtypes[1].itemsize
         flat = target.storage_view(dtypes[1])
         strides = [stride // item for stride in write.strides]
-        with torch.cuda.stream(self._stream):
-            flat.as_strided(write.sizes, strides, flat.storage_offset() + write.start // item).copy_(values)
+        written = flat.as_strided(write.sizes, strides, flat.storage_offset() + write.start // item)
+        if self._stream is not None:
+            with torch.cuda.stream(self._stream):
+                written.copy_(values)
+        else:
+            _copy_in_one_thread(written, values)
 
     def _find_threads(self) -> None:
         """One thread alone asks torch for its threads: in a forked process it makes them anew, which two at once break (torch 2.13)."""
@@ -174,6 +181,20 @@ class StridedCopies:
         with self._lock:
             torch.get_num_threads()
             self._has_threads = True
+
+
+def _copy_in_one_thread(target: torch.Tensor, source: torch.Tensor) -> None:
+    """Copies parts so small that torch starts no team of threads for them: every thread that copies would have one of its own.
+
+    A machine of 64 cores had 964 threads so, and where a process may have fewer, OpenMP ends it without an error.
+    """
+    if source.numel() < _LEAST_IN_PARALLEL:
+        target.copy_(source)
+        return
+    dim = max(range(source.dim()), key=lambda at: source.shape[at])
+    length = max(1, (_LEAST_IN_PARALLEL - 1) * source.shape[dim] // source.numel())
+    for one, other in zip(target.split(length, dim), source.split(length, dim), strict=True):
+        _copy_in_one_thread(one, other)
 
 
 def _current_stream(device: torch.device) -> torch.cuda.Stream:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -158,3 +161,31 @@ def test_devices_by_name():
     assert open_device("cpu").name == "cpu"
     with pytest.raises(DeviceError, match="device 'abacus'"):
         open_device("abacus")
+
+
+CAST_IN_THREADS = """
+import os, threading, torch
+from ray_streamer.device.strided import _copy_in_one_thread
+
+torch.set_num_threads(16)
+num_threads = []
+source = torch.randn(3, 70_000).bfloat16()[:, ::2]
+targets = [torch.empty(source.shape) for _ in range(2)]
+before = len(os.listdir("/proc/self/task"))
+
+def cast(target):
+    _copy_in_one_thread(target, source)
+    num_threads.append(len(os.listdir("/proc/self/task")))
+
+for target in targets:
+    thread = threading.Thread(target=cast, args=(target,))
+    thread.start()
+    thread.join()
+    assert torch.equal(target, source.float())
+print(max(num_threads) - before)
+"""
+
+
+def test_a_thread_that_casts_starts_no_others():
+    said = subprocess.run([sys.executable, "-c", CAST_IN_THREADS], check=True, capture_output=True, text=True)
+    assert int(said.stdout) == 1, "the thread that casts, and nothing else"
