@@ -60,9 +60,15 @@ class Command(click.Command):
 def _show_error(error: Exception, flags: Mapping[str, str], *, as_json: bool) -> None:
     message = in_flags(str(error), flags)
     if as_json:
-        print_json({"error": {"type": type(error).__name__, "message": message}})
-    else:
-        click.echo(click.style(printable(f"{type(error).__name__}: {message}"), fg="red"), err=True)
+        try:
+            print_json({"error": {"type": type(error).__name__, "message": message}})
+        except BrokenPipeError:
+            raise
+        except OSError:  # stdout takes nothing, as on a full disk
+            pass
+        else:
+            return
+    click.echo(click.style(printable(f"{type(error).__name__}: {message}"), fg="red"), err=True)
 
 
 def print_json(value: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, TypeVar
 from ray_streamer.errors import StorageError
 from ray_streamer.extent import Extent
 from ray_streamer.files.selection import check_path
+from ray_streamer.process_limits import limit_met
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -116,6 +117,5 @@ def disk_errors_translated(target: Path) -> Iterator[None]:
     except StorageError:
         raise
     except OSError as error:
-        raise StorageError(
-            f"cannot write {target}: {error.strerror or error}; give another folder, or make room"
-        ) from error
+        reason = limit_met(error) or f"{error.strerror or error}; give another folder, or make room"
+        raise StorageError(f"cannot write {target}: {reason}") from error

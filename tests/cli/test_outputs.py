@@ -78,6 +78,14 @@ def test_files_are_written_although_stdout_is_closed(saved, tmp_path):
     assert (tmp_path / "page.html").read_text().endswith("</html>\n")
 
 
+@pytest.mark.parametrize("flags", [(), ("--json",)])
+def test_a_stdout_that_takes_nothing_is_told_in_a_line(saved, flags):
+    command = [sys.executable, "-c", PROGRAM, "report", saved, *flags]
+    with open("/dev/full", "w") as full:
+        ended = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert (ended.returncode, ended.stderr) == (1, "OSError: [Errno 28] No space left on device\n")
+
+
 def test_a_command_that_fails_keeps_a_link_that_leads_nowhere_yet(invoke, tmp_path):
     pytest.importorskip("plotly", reason=NEEDS_PLOTLY)
     (tmp_path / "link.html").symlink_to("page.html")

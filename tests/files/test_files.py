@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import shutil
 import stat
 import subprocess
@@ -233,6 +234,26 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
             ray_streamer.pull("memory://tiny", tmp_path / "file")
     finally:
         MemoryStorage.remove("memory://tiny")
+
+
+@pytest.mark.parametrize(
+    ("limit", "value", "said"),
+    [
+        pytest.param(resource.RLIMIT_NOFILE, 3, r"as `ulimit -n` allows, 3: raise it", id="descriptors"),
+        pytest.param(resource.RLIMIT_FSIZE, 1024, r"limited to .*`ulimit -f`\): raise it", id="size"),
+    ],
+)
+def test_a_limit_of_the_process_is_named_and_not_the_folder(tmp_path, limit, value, said):
+    MemoryStorage.put("memory://tiny", {"config.json": bytes(4096)})
+    before = resource.getrlimit(limit)
+    resource.setrlimit(limit, (value, before[1]))
+    try:
+        with pytest.raises(StorageError, match=rf"cannot write .*config.json: .*{said}") as caught:
+            ray_streamer.pull("memory://tiny", tmp_path)
+    finally:
+        resource.setrlimit(limit, before)
+        MemoryStorage.remove("memory://tiny")
+    assert "another folder" not in str(caught.value)
 
 
 class Counting:
