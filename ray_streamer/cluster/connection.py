@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 import ray.util.client
 from ray._private import worker
-from ray.exceptions import RayError
+from ray._private.node import Node
 
 from ray_streamer.cluster.address import NO_CLIENT, check_address, find_cluster, resolved
 from ray_streamer.errors import ClusterError
@@ -79,10 +79,10 @@ def connect(
         known = find_cluster(address, connect_timeout_seconds)
         try:
             _initialise(known, num_local_cpus)
-        except (AssertionError, ConnectionError, RuntimeError, ValueError, RayError) as error:
+        except Exception as error:  # Ray has no class for most of what can go wrong
             if ray.is_initialized():  # by a thread that did not come through here
                 return _existing(address)
-            raise ClusterError(f"cannot use Ray at {known or 'a local address'}: {error}") from error
+            raise _unusable(known, error) from error
         connection = RayConnection(ray.get_runtime_context().gcs_address, is_opened_here=True)
     logger.info("%s Ray at %s", "connected to" if known else "started", connection.address)
     return connection
@@ -136,6 +136,16 @@ def _is_local_ray() -> bool:
     return node is not None and node.is_head()
 
 
+def _unusable(known: str | None, error: Exception) -> ClusterError:
+    reason = str(error).rstrip(".")
+    if known is not None:
+        return ClusterError(f"cannot use Ray at {known}: {reason}")
+    return ClusterError(
+        f"cannot start a local Ray: {reason}. Its folder, {os.environ.get('RAY_TMPDIR') or '/tmp'}/ray, must be writable and have "
+        "room; set RAY_TMPDIR to use another one. On a busy machine Ray may also give up after 30 s: try again"
+    )
+
+
 def _initialise(known: str | None, num_local_cpus: int | None) -> None:
     # Ray's own news of the connection are quiet; what tasks and actors print is the caller's.
     if known is not None:
@@ -144,12 +154,30 @@ def _initialise(known: str | None, num_local_cpus: int | None) -> None:
         return
 
     def start() -> None:
-        ray.init(address="local", num_cpus=num_local_cpus, include_dashboard=False, logging_level=logging.WARNING)
+        try:
+            ray.init(address="local", num_cpus=num_local_cpus, include_dashboard=False, logging_level=logging.WARNING)
+        except BaseException as error:
+            _end_half_started(error)
+            raise
 
     if threading.current_thread() is threading.main_thread():
         start()
     else:
         _lasting_threads.append(_LastingThread(start))
+
+
+def _end_half_started(error: BaseException) -> None:
+    """Ends the processes of a Ray that did not come up, which Ray itself leaves until this process ends."""
+    if ray.is_initialized():
+        return
+    trace = error.__traceback__
+    while trace is not None:
+        # Ray tells nobody of a node whose start failed.
+        node = trace.tb_frame.f_locals.get("self")
+        if isinstance(node, Node):
+            node.kill_all_processes(check_alive=False)
+        trace = trace.tb_next
+    ray.shutdown()
 
 
 class _LastingThread:

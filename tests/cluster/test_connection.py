@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import ray
+from ray._private.node import Node
 
 from ray_streamer.cluster.connection import RayConnection, connect, has_same_variables
 from ray_streamer.cluster.group import WorkerGroup
@@ -169,6 +170,52 @@ def test_threads_that_connect_at_once_share_one_ray(monkeypatch: pytest.MonkeyPa
             connection.close()
     assert not ray.is_initialized()
     assert not [thread for thread in threading.enumerate() if thread.name == "ray_streamer-ray"]
+
+
+def children() -> set[int]:
+    """Processes that this one has started, and that are still there."""
+    return {int(pid) for task in Path("/proc/self/task").iterdir() for pid in (task / "children").read_text().split()}
+
+
+@pytest.fixture
+def no_other_ray(monkeypatch: pytest.MonkeyPatch, short_folder: Path) -> Path:
+    """The folder in which a Ray of this process would be started, since there is no other one."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("RAY_TMPDIR", str(short_folder))
+    return short_folder
+
+
+def test_a_ray_whose_folder_cannot_be_made_is_told_with_the_folder(no_other_ray: Path) -> None:
+    (no_other_ray / "ray").write_text("a file")
+    with pytest.raises(
+        ClusterError, match=rf"cannot start a local Ray: .*{no_other_ray}/ray, must be .* set RAY_TMPDIR"
+    ):
+        connect()
+    assert not ray.is_initialized()
+
+
+@pytest.mark.parametrize("is_main_thread", [True, False])
+def test_a_ray_that_does_not_come_up_leaves_no_process(
+    no_other_ray: Path, monkeypatch: pytest.MonkeyPatch, wait_until: Callable[..., None], *, is_main_thread: bool
+) -> None:
+    """As on a busy machine, or where the disk is full: its first processes run."""
+    started: set[int] = set()
+    before = children()
+
+    def give_up(_: Any) -> None:
+        started.update(children() - before)
+        raise Exception("The current node timed out during startup.")  # noqa: TRY002 - Ray's own
+
+    def connect_in_a_thread() -> None:
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(connect, "local").result()
+
+    monkeypatch.setattr(Node, "start_ray_processes", give_up)
+    with pytest.raises(ClusterError, match=r"timed out during startup\. Its folder, .* busy machine .* try again"):
+        connect("local") if is_main_thread else connect_in_a_thread()
+    assert started
+    wait_until(lambda: not started & children())
+    assert not ray.is_initialized()
 
 
 TASK_THAT_PRINTS = """
