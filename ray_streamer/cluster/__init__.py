@@ -16,6 +16,7 @@
     failures    which of several errors is the cause?
     group       one actor per rank, from start to teardown
     loads       how does a group load, once and again?
+    turns       whose turn is it to change what ranks hold?
     gather      whole tensors out of the ranks' parts
     meters      where do metrics go? `ray_meter`: to Ray
     tracing     the ranks' traces on one time axis; `clocks`: how far their clocks are apart

@@ -148,7 +148,10 @@ class GroupLoads:
             phases.begin("load")
             on_begin()
             statistics: list[RankStatistics] = self._group.call(
-                "load", on_progress=self._on_progress, keep_on_failure=again
+                "load",
+                per_rank_args=[(digest.agreement,) for digest in agreed],
+                on_progress=self._on_progress,
+                keep_on_failure=again,
             )
         except BaseException:
             self.part()
@@ -159,8 +162,8 @@ class GroupLoads:
     def load_alone(self, terms: LoadTerms, rank: int) -> RankStatistics:
         """Lets one rank load for itself: its neighbours have their tensors."""
         self.part()
-        self._agree(terms, [(rank,)], secrets.token_hex(16), keep_on_failure=True)
-        return self._group.call("load", ranks=[rank], keep_on_failure=True)[0]
+        (digest,) = self._agree(terms, [(rank,)], secrets.token_hex(16), keep_on_failure=True)
+        return self._group.call("load", digest.agreement, ranks=[rank], keep_on_failure=True)[0]
 
     def part(self) -> None:
         """Lets ranks meet anew for the next load, under another name."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -15,6 +16,7 @@ from ray_streamer.cluster.loads import GroupLoads
 from ray_streamer.cluster.names import model_of
 from ray_streamer.cluster.phases import Phases
 from ray_streamer.cluster.tracing import collect_trace
+from ray_streamer.cluster.turns import Turns
 from ray_streamer.cluster.worker import LoadWorker
 from ray_streamer.errors import ClusterError
 from ray_streamer.exchange.liveness import Timeouts
@@ -22,7 +24,7 @@ from ray_streamer.named_checkpoint import NamedCheckpoint
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     import torch
 
@@ -76,6 +78,7 @@ class ShardedModel:
         self._report: LoadReport | None = None
         self._plan: ReadPlan | None = None
         self._loaded: Future[LoadReport] = Future()
+        self._changes = Turns()
         if wait:
             # In this thread, so that an interrupt tears the group down.
             self._load()
@@ -173,24 +176,25 @@ class ShardedModel:
     def restart(self, rank: int) -> RankStatistics:
         """Replaces one rank's actor, dead or alive, and loads its slices again; the other ranks keep theirs.
 
+        Waits until a `reload` or `restart` of another thread has ended.
+
         Raises:
             SettingsError: There is no such rank.
             ClusterError: The actor cannot be started.
             RankFailedError: The rank's load failed; an object that changed since the first load is such a failure.
         """
-        group = self._ready()
-        assert self._loads is not None
-        assert self._terms is not None
-        rank = group.checked_rank(rank)
-        group.restart(rank)
-        return self._loads.load_alone(self._terms, rank)
+        rank = self._ready().checked_rank(rank)
+        with self._changing(f"restart({rank})") as (group, loads):
+            assert self._terms is not None
+            group.restart(rank)
+            return loads.load_alone(self._terms, rank)
 
     def reload(self, uri: UrisLike | None = None) -> LoadReport:
         """Loads again into the same ranks: new weights under the same uri, or those of another one.
 
         A tensor of the same name, shape and dtype keeps its memory, and so its address; others are made anew, and those that the
         checkpoint does not give any more are dropped. Nobody may use the tensors meanwhile. The bound of memory stays. After a
-        failure ranks hold no tensors; the model may be reloaded again.
+        failure ranks hold no tensors; the model may be reloaded again. Waits until a `reload` or `restart` of another thread has ended.
 
         Args:
             uri: Another checkpoint, for the same mesh and rules; the one that is loaded when unset.
@@ -202,23 +206,22 @@ class ShardedModel:
             RayStreamerError: The checkpoint cannot be read, or not be cut so; then ranks still hold what they held.
             RankFailedError: A rank failed.
         """
-        self._ready()
-        assert self._loads is not None
-        phases = Phases()
-        request = self._request
-        if uri is not None:
-            named = NamedCheckpoint.of(uri, request.settings)
-            request = replace(request, uri=named.uri, settings=named.settings)
-        terms = self._loads.terms_of(request)
-        phases.end("headers")
+        with self._changing("reload") as (_, loads):
+            phases = Phases()
+            request = self._request
+            if uri is not None:
+                named = NamedCheckpoint.of(uri, request.settings)
+                request = replace(request, uri=named.uri, settings=named.settings)
+            terms = loads.terms_of(request)
+            phases.end("headers")
 
-        def begin() -> None:
-            # However this ends, ranks hold nothing of the old checkpoint from here on.
-            self._request, self._terms, self._plan = request, terms, None
+            def begin() -> None:
+                # However this ends, ranks hold nothing of the old checkpoint from here on.
+                self._request, self._terms, self._plan = request, terms, None
 
-        report = self._loads.load(terms, phases, again=True, on_begin=begin)
-        self._phases, self._report = phases, report
-        return report
+            report = loads.load(terms, phases, again=True, on_begin=begin)
+            self._phases, self._report = phases, report
+            return report
 
     def shutdown(self) -> None:
         """Ends the ranks and frees their tensors, also while they load; may be called again. Ray itself stays."""
@@ -250,6 +253,15 @@ class ShardedModel:
         if self._group is None or self._is_shut_down:
             raise ClusterError(_SHUT_DOWN)
         return self._group
+
+    @contextmanager
+    def _changing(self, doing: str) -> Iterator[tuple[WorkerGroup, GroupLoads]]:
+        """The ranks and their loads, for one call that changes what ranks hold; other such calls wait for it."""
+        self._ready()
+        with self._changes.turn(doing, look=self._ready):
+            group = self._ready()
+            assert self._loads is not None
+            yield group, self._loads
 
     def _load(self) -> None:
         try:

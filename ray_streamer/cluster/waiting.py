@@ -34,8 +34,8 @@ logger = logging.getLogger(__name__)
 _FIRST_NEWS_SECONDS = 1.0
 _MOST_SECONDS_BETWEEN_NEWS = 30.0
 _MOST_HOLDERS = 4
-# Importing torch takes several seconds, on a busy node longer.
-_SLOW_START_SECONDS = 20.0
+SLOW_START_SECONDS = 20.0
+"""After so long a wait for something slow is told. Importing torch takes several seconds, on a busy node longer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +176,7 @@ def wait_for_start(
     Raises:
         StartupTimeoutError: Ranks did not answer in time; names them.
     """
-    news = News(_SLOW_START_SECONDS)
+    news = News(SLOW_START_SECONDS)
     while calls.pending and not calls.failures:
         deadline.check()
         calls.collect(min(1.0, deadline.remaining_seconds))

@@ -13,6 +13,7 @@ while `agree` or `load` runs; everything else is called one at a time.
 from __future__ import annotations
 
 import contextlib
+import secrets
 import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -56,11 +57,13 @@ class PlanDigest:
         node_plan_hash: Of what its node reads.
         slices_hash: Of what it holds.
         needed_bytes: Bytes of the checkpoint that its node wants.
+        agreement: Names this agreement, on this rank: what `load` is given.
     """
 
     node_plan_hash: str
     slices_hash: str
     needed_bytes: int
+    agreement: str
 
 
 class LoadWorker:
@@ -83,6 +86,7 @@ class LoadWorker:
         self._session: NodeSession | None = None
         self._is_loading = False
         self._agreed: RankPlan | None = None
+        self._agreement = ""
         self._slices: RankSlices | None = None
         self._memory_limit = 0
         self._load: RankLoad | None = None
@@ -138,30 +142,38 @@ class LoadWorker:
             with contextlib.closing(storage):
                 agreement = agree(session, request, storage, index_bytes=index_bytes, terms=terms)
         self._request, self._agreed, self._memory_limit = request, agreement.plan, agreement.memory_limit
-        self._slices = agreement.slices
+        self._slices, self._agreement = agreement.slices, secrets.token_hex(8)
         node_plan = agreement.plan.node_plan
         return PlanDigest(
             node_plan_hash=node_plan.plan_hash,
             slices_hash=agreement.slices.fingerprint(),
             needed_bytes=node_plan.needed_bytes,
+            agreement=self._agreement,
         )
 
-    def load(self) -> RankStatistics:
+    def load(self, agreement: str) -> RankStatistics:
         """Loads this rank's tensors, as agreed, and keeps them; earlier ones of the same form are filled, others dropped first.
 
+        Args:
+            agreement: Which one, by the name in its `PlanDigest`; it is loaded once.
+
         Raises:
+            ClusterError: That is not the last one of this rank, or its load has begun already.
             LoadAbortedError: `abort` was called.
             DeviceError: The device cannot be used.
             RankFailedError: A neighbour failed.
             StorageError: A read of this rank failed.
         """
-        assert self._session is not None
-        assert self._agreed is not None
-        mine, self._agreed = self._agreed, None
+        session, mine = self._session, self._agreed
+        if session is None or mine is None or agreement != self._agreement:
+            raise ClusterError(
+                f"rank {self._rank} agreed on another load meanwhile, or left this one: two loads of these ranks at once; begin one "
+                "when the other has ended"
+            )
+        self._agreed = None
         # From here on nobody sees tensors until all of them are whole.
         earlier, self._context = self._context, None
         self._load = None
-        session = self._session
         storage = self._request.open_storage(num_sharers=len(mine.ranks))
         with self._failures_published(session), contextlib.closing(storage), self._ended_on_failure(session):
             out = self._tensors_to_fill(earlier, mine)

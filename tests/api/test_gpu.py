@@ -102,7 +102,7 @@ def test_a_worker_keeps_its_tensors_on_the_gpu(checkpoint, use_library, scratch:
             plan.node_plan_of(1)[0].plan_hash,
             plan.slices[1].fingerprint(),
         )
-        assert worker.load().bytes_delivered == plan.rank_plan(1).bytes_to_fill.sum()
+        assert worker.load(agreed.agreement).bytes_delivered == plan.rank_plan(1).bytes_to_fill.sum()
         context = worker.run(lambda context: context, ())
         assert context.device == "cuda:0"
         assert oracle.faults(context.tensors, checkpoint.uri, tp_index=1, tp=2) == []

@@ -8,6 +8,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -21,7 +23,7 @@ from ray_streamer.testing.checkpoints import write_checkpoint
 from ray_streamer.testing.faults import Fault, FaultProxy
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from ray_streamer import RankContext, ShardedModel
@@ -223,6 +225,28 @@ def test_a_killed_rank_is_named_and_restarted_and_the_other_keeps_its_tensors(
         with pytest.raises(ObjectMissingError):
             model.reload(f"{single_file.uri}-not")
         assert model.run(addresses) == again, "what cannot be read costs nothing"
+
+
+def test_reloads_and_restarts_of_several_threads_run_one_after_the_other(
+    local_ray: None, checkpoint: Any, single_file: Any
+) -> None:
+    gate = threading.Barrier(3)
+
+    def together(change: Callable[[], Any]) -> Any:
+        gate.wait(60)
+        return change()
+
+    with load(checkpoint.uri) as model, ThreadPoolExecutor(3) as pool:
+        for _ in range(3):
+            changes = (
+                lambda: model.reload(checkpoint.uri),
+                lambda: model.reload(single_file.uri),
+                lambda: model.restart(1),
+            )
+            first, second, restarted = pool.map(together, changes)
+            assert (first.uri, second.uri, restarted.rank) == (checkpoint.uri, single_file.uri, 1)
+            assert model.run(find_faults, model.stats().uri) == [[], []]
+            assert model.plan.index.uri == model.stats().uri
 
 
 def test_files_in_the_page_cache_are_copied_and_the_environment_gives_the_settings(

@@ -72,9 +72,9 @@ def test_every_rank_is_drawn_with_the_clock_of_its_node(workers, tmp_path):
             node=f"node-{rank}",
             timeouts=Timeouts.of(worker._request.settings),
         )
-        worker.agree(worker._request, worker.read_index(worker._request), place, terms)
+        agreed = worker.agree(worker._request, worker.read_index(worker._request), place, terms)
         phases.end("plan")
-        worker.load()
+        worker.load(agreed.agreement)
         phases.end("load")
     trace = collect_trace(Group(workers), "file:///checkpoint", phases)
     assert trace.offsets[0] == (0.0, 0.0)

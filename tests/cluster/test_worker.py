@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import re
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -14,7 +15,7 @@ import torch
 
 import ray_streamer
 from ray_streamer.cluster.worker import LoadWorker
-from ray_streamer.errors import LoadAbortedError, ObjectChangedError, RankFailedError, RayStreamerError
+from ray_streamer.errors import ClusterError, LoadAbortedError, ObjectChangedError, RankFailedError, RayStreamerError
 from ray_streamer.exchange.liveness import Timeouts
 from ray_streamer.exchange.place import Place
 from ray_streamer.rank.agreement import MemoryTerms
@@ -71,7 +72,10 @@ class Pair:
     def load(self, folder: Path, session: str) -> list[Any]:
         agreed = self.agree(folder, session)
         assert agreed[0].node_plan_hash == agreed[1].node_plan_hash
-        return self.both("load")
+        return self.load_agreed(agreed)
+
+    def load_agreed(self, agreed: list[Any]) -> list[Any]:
+        return self.each("load", [(digest.agreement,) for digest in agreed])
 
     def tensors(self) -> list[dict[str, torch.Tensor]]:
         return [worker.run(lambda context: context.tensors, ()) for worker in self.workers]
@@ -122,10 +126,10 @@ def test_a_second_load_fills_the_same_tensors_over_the_same_session(pair: Pair, 
 
 def test_workers_say_what_they_do_while_they_take_part_in_a_load(pair: Pair, folders: list[Path]) -> None:
     assert [worker.pulse() for worker in pair.workers] == [None, None]
-    pair.agree(folders[0], "secret/0")
-    agreed = [worker.pulse() for worker in pair.workers]
-    assert [pulse and pulse.phase for pulse in agreed] == ["planning", "planning"]
-    pair.both("load")
+    agreed = pair.agree(folders[0], "secret/0")
+    pulses = [worker.pulse() for worker in pair.workers]
+    assert [pulse and pulse.phase for pulse in pulses] == ["planning", "planning"]
+    pair.load_agreed(agreed)
     assert [worker.pulse() for worker in pair.workers] == [None, None]
 
 
@@ -166,15 +170,25 @@ def test_what_a_function_made_of_the_tensors_is_no_obstacle(pair: Pair, folders:
 
 def test_a_load_that_fails_leaves_no_tensors_and_the_next_one_succeeds(pair: Pair, folders: list[Path]) -> None:
     pair.load(folders[0], "secret/0")
-    pair.agree(folders[1], "secret/0")
+    agreed = pair.agree(folders[1], "secret/0")
     write_checkpoint(folders[1], LAYOUT.tensors, seed=7, config=LAYOUT.config)
-    outcomes = pair.both("load")
+    outcomes = pair.load_agreed(agreed)
     assert all(isinstance(outcome, RankFailedError | ObjectChangedError) for outcome in outcomes)
     assert any(isinstance(outcome, ObjectChangedError) for outcome in outcomes)
     for worker in pair.workers:
         with pytest.raises(RayStreamerError, match="holds no tensors"):
             worker.run(lambda context: context, ())
     pair.load(folders[1], "again/0")
+    pair.expect_content(folders[1])
+
+
+def test_a_load_of_another_agreement_is_refused_and_costs_nothing(pair: Pair, folders: list[Path]) -> None:
+    earlier, later = pair.agree(folders[0], "secret/0"), pair.agree(folders[1], "secret/0")
+    assert [type(outcome) for outcome in pair.load_agreed(earlier)] == [ClusterError, ClusterError]
+    pair.load_agreed(later)
+    pair.expect_content(folders[1])
+    for rank, outcome in enumerate(pair.load_agreed(later)):
+        assert re.search(rf"rank {rank} agreed on another load meanwhile.*begin one when", str(outcome))
     pair.expect_content(folders[1])
 
 

@@ -105,18 +105,17 @@ class TransformersModel(ShardedModel):
             ClusterError: The actors cannot be started.
             RankFailedError: A rank's load failed; an object that changed since the first load is such a failure.
         """
-        group = self._ready()
-        rank = group.checked_rank(rank)
-        assert self._loads is not None
-        assert self._terms is not None
-        phases = Phases()
-        group.restart(*range(group.num_ranks))
-        self.connect_ranks(group)
-        phases.end("start")
-        self._loads.part()
-        report = self._loads.load(self._terms, phases, again=True)
-        self._phases, self._report, self._is_out_of_step = phases, report, False
-        return report.ranks[rank]
+        rank = self._ready().checked_rank(rank)
+        with self._changing(f"restart({rank})") as (group, loads):
+            assert self._terms is not None
+            phases = Phases()
+            group.restart(*range(group.num_ranks))
+            self.connect_ranks(group)
+            phases.end("start")
+            loads.part()
+            report = loads.load(self._terms, phases, again=True)
+            self._phases, self._report, self._is_out_of_step = phases, report, False
+            return report.ranks[rank]
 
     def connect_ranks(self, group: WorkerGroup) -> None:
         """Makes one process group of torch.distributed of all ranks."""

@@ -124,9 +124,9 @@ class ModelWorker(LoadWorker):
         self._build = build
         return super().agree(replace(request, slices=build.captured), index_bytes, place, terms)
 
-    def load(self) -> RankStatistics:
+    def load(self, agreement: str) -> RankStatistics:
         """As every rank; then the model is ready, beside its tensors."""
-        statistics = super().load()
+        statistics = super().load(agreement)
         assert self._build is not None
         self._context = replace(self._loaded(), model=self._build.finished())
         self._build = None
