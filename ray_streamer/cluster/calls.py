@@ -14,7 +14,7 @@ from ray_streamer.errors import ClusterError
 from ray_streamer.wording import first_line
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
 
 def send(method: Any, *args: Any) -> ray.ObjectRef[Any]:
@@ -50,6 +50,15 @@ class Calls:
     def pending(self) -> tuple[int, ...]:
         """Numbers that have not answered."""
         return tuple(sorted(self._numbers.values()))
+
+    def add(self, number: int, ref: ray.ObjectRef[Any]) -> None:
+        """One more call is in flight."""
+        self._numbers[ref] = number
+
+    def unanswered(self, numbers: Sequence[int]) -> tuple[int, ...]:
+        """Those of `numbers` whose call has neither come back nor failed, whether it was sent or not."""
+        ended = self.results.keys() | {failure.rank for failure in self.failures}
+        return tuple(number for number in numbers if number not in ended)
 
     def fail(self, failure: FailedCall) -> None:
         """Counts a call as failed, which is not waited for any more."""

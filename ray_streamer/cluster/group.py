@@ -166,20 +166,16 @@ class WorkerGroup:
         self._check_usable(method)
         chosen = tuple(range(self.num_ranks)) if ranks is None else tuple(ranks)
         extra = per_rank_args if per_rank_args is not None else [()] * len(chosen)
-        calls = Calls({})
+        calls = Calls({}, is_callers=is_callers)
         try:
             with ray_errors_translated(f"calling {method} on {counted(len(chosen), 'rank')}"):
-                calls = Calls(
-                    {
-                        rank: send(self._actors[rank].call, method, *args, *more)
-                        for rank, more in zip(chosen, extra, strict=True)
-                    },
-                    is_callers=is_callers,
-                )
+                for rank, more in zip(chosen, extra, strict=True):
+                    calls.add(rank, send(self._actors[rank].call, method, *args, *more))
                 self._watch(calls, chosen, on_progress)
         except BaseException as error:
             if keep_on_failure:
-                self._abort(calls, error)
+                # An interrupt may come after a call was sent, and before that is known here.
+                self._abort(calls.pending if isinstance(error, Exception) else calls.unanswered(chosen), error)
             else:
                 self.shutdown()
             raise
@@ -325,7 +321,7 @@ class WorkerGroup:
                 next_poll = time.monotonic() + _POLL_SECONDS
         if not calls.failures:
             return
-        self._abort(calls, self._failure(calls))
+        self._abort(calls.pending, self._failure(calls))
         deadline = Deadline(_SETTLE_SECONDS)
         while calls.pending and deadline.remaining_seconds:
             calls.collect(deadline.remaining_seconds)
@@ -335,8 +331,8 @@ class WorkerGroup:
         alive = {failure.rank for failure in calls.failures} | calls.results.keys()
         return tell_failure(choose_cause(calls.failures), [facts.node for facts in self._facts], alive=alive)
 
-    def _abort(self, calls: Calls, error: BaseException) -> None:
-        for rank in calls.pending:
+    def _abort(self, ranks: Sequence[int], error: BaseException) -> None:
+        for rank in ranks:
             with suppress(RayError):
                 self._actors[rank].control.remote("abort", f"{type(error).__name__}: {error}")
 

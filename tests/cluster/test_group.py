@@ -16,6 +16,7 @@ import pytest
 import ray
 from ray.util.placement_group import placement_group_table
 
+from ray_streamer.cluster.calls import send
 from ray_streamer.cluster.group import WorkerGroup
 from ray_streamer.cluster.placement import PlacementOptions
 from ray_streamer.errors import (
@@ -440,6 +441,32 @@ def test_an_interrupt_of_the_driver_tears_down(assert_gone: Check) -> None:
     with pytest.raises(KeyboardInterrupt):
         group.call("block", on_progress=when_all_blocked(group, lambda: os.kill(os.getpid(), signal.SIGINT)))
     assert_gone(pids)
+
+
+@pytest.mark.parametrize("is_sent", [True, False])
+def test_an_interrupt_between_two_sends_aborts_the_ranks_that_were_called(
+    monkeypatch: pytest.MonkeyPatch, wait_until: Check, *, is_sent: bool
+) -> None:
+    """Before the second rank has its call, or after it has, and before the driver knows."""
+    num_sent = 0
+
+    def interrupted_send(*args: Any) -> Any:
+        nonlocal num_sent
+        num_sent += 1
+        if num_sent == 2 and not is_sent:
+            raise KeyboardInterrupt
+        ref = send(*args)
+        if num_sent == 2:
+            raise KeyboardInterrupt
+        return ref
+
+    with start(2) as group:
+        with monkeypatch.context() as patch:
+            patch.setattr("ray_streamer.cluster.group.send", interrupted_send)
+            with pytest.raises(KeyboardInterrupt):
+                group.call("block", keep_on_failure=True)
+        # Without the abort, it would block before it answers this.
+        wait_until(lambda: group.call("reason_of_abort") == ["KeyboardInterrupt: "] * 2)
 
 
 def test_a_forgotten_group_is_torn_down(assert_gone: Check, wait_until: Check) -> None:
