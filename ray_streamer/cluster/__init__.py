@@ -13,6 +13,7 @@
     rank_actor  the actor around an ordinary worker object
     worker      that object: one rank's loads and tensors
     calls       calls in flight on several actors
+    functions   who waits for the end of a function of the caller's?
     failures    which of several errors is the cause?
     group       one actor per rank, from start to teardown
     loads       how does a group load, once and again?

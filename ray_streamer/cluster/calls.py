@@ -51,6 +51,11 @@ class Calls:
         """Numbers that have not answered."""
         return tuple(sorted(self._numbers.values()))
 
+    @property
+    def refs(self) -> tuple[ray.ObjectRef[Any], ...]:
+        """Answers that have not come."""
+        return tuple(self._numbers)
+
     def add(self, number: int, ref: ray.ObjectRef[Any]) -> None:
         """One more call is in flight."""
         self._numbers[ref] = number

@@ -28,6 +28,7 @@ from ray_streamer.arguments import whole_number
 from ray_streamer.cluster.address import why_ended_at_once
 from ray_streamer.cluster.calls import Calls, ProgressPoll, send
 from ray_streamer.cluster.failures import choose_cause, ray_errors_translated, tell_failure
+from ray_streamer.cluster.functions import CallersFunctions, WaitForFunctions
 from ray_streamer.cluster.names import GroupName
 from ray_streamer.cluster.placement import PlacementOptions, group_by_node
 from ray_streamer.cluster.pulses import PulseWatch
@@ -96,6 +97,7 @@ class WorkerGroup:
         self._seats: list[Seat] = []
         self._actors: list[Any] = []
         self._facts: list[RankFacts] = []
+        self._functions = CallersFunctions()
         resources = ExitStack()
         # The finalizer also runs when the process ends, before Ray's own exit hook.
         self._process = os.getpid()
@@ -171,7 +173,9 @@ class WorkerGroup:
             with ray_errors_translated(f"calling {method} on {counted(len(chosen), 'rank')}"):
                 for rank, more in zip(chosen, extra, strict=True):
                     calls.add(rank, send(self._actors[rank].call, method, *args, *more))
-                self._watch(calls, chosen, on_progress)
+                    if is_callers:
+                        self._functions.add(rank, calls.refs[-1])
+                self._watch(calls, chosen, on_progress, method)
         except BaseException as error:
             if keep_on_failure:
                 # An interrupt may come after a call was sent, and before that is known here.
@@ -303,22 +307,27 @@ class WorkerGroup:
 
     def _await_start(self, calls: Calls, deadline: Deadline, doing: str = "start") -> None:
         places = [f"rank {rank} in {seat.name}" for rank, seat in enumerate(self._seats)]
-        wait_for_start(calls, places, self._name.label, deadline, doing=doing)
+        wait_for_start(calls, places, self._name.label, deadline, doing=doing, why_silent=self._functions.why_silent)
 
-    def _watch(self, calls: Calls, ranks: Sequence[int], on_progress: Callable[[list[Any]], None] | None) -> None:
+    def _watch(
+        self, calls: Calls, ranks: Sequence[int], on_progress: Callable[[list[Any]], None] | None, method: str
+    ) -> None:
         poll = ProgressPoll({rank: self._actors[rank] for rank in ranks})
         next_poll = 0.0
         watch = PulseWatch(
             self._actors, self._facts, self._timeouts, self._placement.runtime_env, waits_for_busy=calls.is_callers
         )
+        waiting = WaitForFunctions(self._functions, method, self._name.label)
         while calls.pending and not calls.failures:
             calls.collect(_POLL_SECONDS)
+            waiting.tell(calls.pending, calls.refs)
             given_up = watch.check(calls.pending)
             if given_up is not None:
                 calls.fail(given_up)
             if on_progress is not None and time.monotonic() >= next_poll:
                 on_progress(poll.latest())
                 next_poll = time.monotonic() + _POLL_SECONDS
+        self._functions.forget_ended()
         if not calls.failures:
             return
         self._abort(calls.pending, self._failure(calls))

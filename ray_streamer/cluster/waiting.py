@@ -162,7 +162,13 @@ def wait_for_room(group: PlacementGroup, wanted: RoomWanted, deadline: Deadline)
 
 
 def wait_for_start(
-    calls: Calls, places: Sequence[str], label: str, deadline: Deadline, *, doing: str = "start"
+    calls: Calls,
+    places: Sequence[str],
+    label: str,
+    deadline: Deadline,
+    *,
+    doing: str = "start",
+    why_silent: Callable[[Sequence[int]], str | None] = lambda _: None,
 ) -> None:
     """Wait until every rank has answered or one has failed; say who is silent while that lasts.
 
@@ -172,6 +178,7 @@ def wait_for_start(
         label: What the ranks hold.
         deadline: Until when.
         doing: What they were asked for.
+        why_silent: For ranks that have not answered, why and what to do, where that is known.
 
     Raises:
         StartupTimeoutError: Ranks did not answer in time; names them.
@@ -184,19 +191,22 @@ def wait_for_start(
             return
         silent = "; ".join(places[rank] for rank in calls.pending)
         if not deadline.remaining_seconds:
+            advice = why_silent(calls.pending) or (
+                "`ray list actors` shows what they wait for; raise startup_timeout_seconds if it is only slow"
+            )
             raise StartupTimeoutError(
                 f"{len(calls.pending)} of {counted(len(places), 'rank')} did not {doing} within "
-                f"startup_timeout_seconds={deadline.timeout_seconds:g}: {silent}. `ray list actors` shows what "
-                "they wait for; raise startup_timeout_seconds if it is only slow",
+                f"startup_timeout_seconds={deadline.timeout_seconds:g}: {silent}. {advice}",
                 sorted(calls.pending),
             )
         if news.is_due():
+            why = why_silent(calls.pending)
             logger.warning(
                 "%s: did not %s yet after %.0f s: %s; waiting for %.0f s more (startup_timeout_seconds=%g)",
                 label,
                 doing,
                 news.waited_seconds,
-                silent,
+                silent if why is None else f"{silent}. {why}",
                 deadline.remaining_seconds,
                 deadline.timeout_seconds,
             )

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -536,6 +537,36 @@ def test_what_the_start_depends_on_is_asked_for_within_its_timeout(monkeypatch: 
         monkeypatch.setattr(group, "_timeouts", Timeouts.of(Settings(startup_timeout_seconds=0.5)))
         with pytest.raises(StartupTimeoutError, match=r"1 of 2 ranks did not ignore_abort within .*=0\.5: rank 0 in "):
             group.ask("ignore_abort")
+
+
+def test_what_waits_for_a_function_of_the_callers_is_told_which_rank_runs_it(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, wait_until: Check
+) -> None:
+    monkeypatch.setattr("ray_streamer.cluster.functions.SLOW_START_SECONDS", 0.0)
+    with start(2) as group, ThreadPoolExecutor(2) as pool:
+        running = pool.submit(group.call, "block", ranks=[0], is_callers=True, keep_on_failure=True)
+        wait_until(lambda: group.control("progress", timeout_seconds=60) == ["blocked", "nothing"])
+        waiting = pool.submit(group.call, "greet")
+        wait_until(lambda: "a call (greet) has waited for" in caplog.text)
+        assert "Rank 0 runs the caller's function (model.run), and other calls wait for its end" in caplog.text
+        with monkeypatch.context() as patch:
+            patch.setattr(group, "_timeouts", Timeouts.of(Settings(startup_timeout_seconds=0.5)))
+            with pytest.raises(StartupTimeoutError, match=r"did not pid within .*Rank 0 runs the caller's") as caught:
+                group.ask("pid")
+        assert "raise startup_timeout_seconds" not in str(caught.value)
+        group.control("abort", "enough", timeout_seconds=60)
+        assert isinstance(running.exception(60), RankFailedError)
+        assert waiting.result(60) == [(0, "", ()), (1, "", ())]
+
+
+def test_a_function_that_was_interrupted_is_still_known_to_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    with start(1) as group:
+        interrupt = when_all_blocked(group, lambda: os.kill(os.getpid(), signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt):
+            group.call("ignore_abort", on_progress=interrupt, is_callers=True, keep_on_failure=True)
+        monkeypatch.setattr(group, "_timeouts", Timeouts.of(Settings(startup_timeout_seconds=0.5)))
+        with pytest.raises(StartupTimeoutError, match=r"Rank 0 runs the caller's function"):
+            group.ask("pid")
 
 
 @pytest.mark.slow  # a fork beside gRPC's threads is what Ray itself does not promise to survive
