@@ -6,6 +6,7 @@
     placement   where may the ranks run, and is there room? (arithmetic, no Ray)
     waiting     who is waited for?
     seats       the reservations that Ray gives for it
+    lost_nodes  was a rank's node lost, and where may it go?
     keeper      who gives them back when the caller was killed?
     names       what are group and ranks called?
     gpus        which GPU is this rank's?

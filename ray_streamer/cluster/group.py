@@ -29,6 +29,7 @@ from ray_streamer.cluster.address import why_ended_at_once
 from ray_streamer.cluster.calls import Calls, ProgressPoll, send
 from ray_streamer.cluster.failures import choose_cause, ray_errors_translated, tell_failure
 from ray_streamer.cluster.functions import CallersFunctions, WaitForFunctions
+from ray_streamer.cluster.lost_nodes import wait_for_other_nodes, why_lost
 from ray_streamer.cluster.names import GroupName
 from ray_streamer.cluster.placement import PlacementOptions, group_by_node
 from ray_streamer.cluster.pulses import PulseWatch
@@ -231,6 +232,7 @@ class WorkerGroup:
         deadline = Deadline(self._timeouts.startup_seconds)
         with ray_errors_translated(f"restarting rank {listed([*map(str, ranks)])}"):
             _kill([self._actors[rank] for rank in ranks])
+            wait_for_other_nodes({rank: self._seats[rank] for rank in ranks}, self._name, self._placement, deadline)
             self._num_restarts += 1
             for rank in ranks:
                 self._actors[rank] = self._start_actor(rank)
@@ -291,9 +293,11 @@ class WorkerGroup:
         self._await_start(calls, deadline)
         if calls.failures:
             failure = calls.failures[0]
-            hint = why_ended_at_once(failure.cause) or "Is ray_streamer installed on every node, or in the runtime_env?"
+            seat = self._seats[failure.rank]
+            hint = why_ended_at_once(failure.cause) or why_lost(seat, failure.cause)
+            hint = hint or "Is ray_streamer installed on every node, or in the runtime_env?"
             raise ClusterError(
-                f"rank {failure.rank} in {self._seats[failure.rank].name} did not start: {str(failure.cause).rstrip('.')}. {hint}"
+                f"rank {failure.rank} in {seat.name} did not start: {str(failure.cause).rstrip('.')}. {hint}"
             ) from failure.origin
         return [calls.results[number] for number in numbers]
 

@@ -50,9 +50,8 @@ if TYPE_CHECKING:
 # What is free in a group is reported late, for a new group too; one that looks full is looked at again for this long.
 _REPORT_DELAY_SECONDS = 1.5
 
-
-# What this process has reserved: placement group -> what is in it, for those who wait for room.
-_own_groups: dict[str, str] = {}
+own_groups: dict[str, str] = {}
+"""What this process has reserved: placement group -> what is in it, for those who wait for room."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +168,7 @@ def _seats_in_own(
         raise ClusterError(f"Ray refuses this placement group: {error}") from error
     resources.callback(_remove, group)
     _wait_until_ready(group, name, options, strategy, deadline)
-    _own_groups[group.id.hex()] = name.label
+    own_groups[group.id.hex()] = name.label
     return _bundle_seats(group, range(num_ranks))
 
 
@@ -280,13 +279,13 @@ def _wait_until_ready(
     group: PlacementGroup, name: GroupName, options: PlacementOptions, strategy: str, deadline: Deadline
 ) -> None:
     wanted = RoomWanted(
-        label=name.label, num_ranks=name.num_ranks, bundle=options.bundle, strategy=strategy, ours=dict(_own_groups)
+        label=name.label, num_ranks=name.num_ranks, bundle=options.bundle, strategy=strategy, ours=dict(own_groups)
     )
     wait_for_room(group, wanted, deadline)
 
 
 def _remove(group: PlacementGroup) -> None:
-    _own_groups.pop(group.id.hex(), None)
+    own_groups.pop(group.id.hex(), None)
     with suppress(RayError):
         if ray.is_initialized():
             remove_placement_group(group)

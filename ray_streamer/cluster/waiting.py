@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 _FIRST_NEWS_SECONDS = 1.0
 _MOST_SECONDS_BETWEEN_NEWS = 30.0
 _MOST_HOLDERS = 4
+_LOOK_SECONDS = 0.2
 SLOW_START_SECONDS = 20.0
 """After so long a wait for something slow is told. Importing torch takes several seconds, on a busy node longer."""
 
@@ -116,6 +117,7 @@ class RoomWanted:
         bundle: What each needs.
         strategy: How they are placed.
         ours: Placement groups that this process holds: id -> what is in them.
+        who: How messages call the ranks; by their number when unset.
     """
 
     label: str
@@ -123,6 +125,7 @@ class RoomWanted:
     bundle: Mapping[str, float]
     strategy: str
     ours: Mapping[str, str] = field(default_factory=dict)
+    who: str = ""
 
 
 def wait_for_room(group: PlacementGroup, wanted: RoomWanted, deadline: Deadline) -> None:
@@ -137,13 +140,16 @@ def wait_for_room(group: PlacementGroup, wanted: RoomWanted, deadline: Deadline)
     while True:
         deadline.check()
         is_ready = bool(ray.wait([ready], timeout=min(0.5, deadline.remaining_seconds))[0])
+        state = placement_group_state(group)
         # A group that is removed counts as ready, and actors in it would wait for ever.
-        if placement_group_table(group).get("state", "REMOVED") == "REMOVED":
+        if state == "REMOVED":
             raise ClusterError(
                 f"placement group {group.id.hex()} was removed before its {counted(wanted.num_ranks, 'rank')} could start"
             )
-        if is_ready:
+        if is_ready and state == "CREATED":
             return
+        if is_ready:  # It was, and lost a node since.
+            time.sleep(_LOOK_SECONDS)
         if not deadline.remaining_seconds:
             raise StartupTimeoutError(
                 f"{wanted.label}: {_missing(wanted)} within startup_timeout_seconds={deadline.timeout_seconds:g}. "
@@ -159,6 +165,11 @@ def wait_for_room(group: PlacementGroup, wanted: RoomWanted, deadline: Deadline)
                 deadline.timeout_seconds,
                 _who_and_what(group, wanted),
             )
+
+
+def placement_group_state(group: PlacementGroup) -> str:
+    """Ray's word for it: PENDING, CREATED, RESCHEDULING after it lost a node, or REMOVED."""
+    return placement_group_table(group).get("state", "REMOVED")
 
 
 def wait_for_start(
@@ -214,7 +225,7 @@ def wait_for_start(
 
 def _missing(wanted: RoomWanted) -> str:
     total, free = ray.cluster_resources(), ray.available_resources()
-    ranks = "the only rank" if wanted.num_ranks == 1 else f"the {counted(wanted.num_ranks, 'rank')}"
+    ranks = wanted.who or ("the only rank" if wanted.num_ranks == 1 else f"the {counted(wanted.num_ranks, 'rank')}")
     state = ", ".join(
         f"{name} {need * wanted.num_ranks:g} needed, {free.get(name, 0):g} of {total.get(name, 0):g} free"
         for name, need in wanted.bundle.items()
