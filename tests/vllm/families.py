@@ -6,6 +6,7 @@ Sizes are such that tp=2 divides them, that key and value heads are fewer than q
 
 from __future__ import annotations
 
+import json
 import shutil
 from typing import TYPE_CHECKING, Any
 
@@ -181,6 +182,25 @@ def save_with_head(folder: Path, make_head: Callable[[torch.Tensor], torch.Tenso
     tensors["lm_head.weight"] = make_head(tensors["model.embed_tokens.weight"])
     save_file(tensors, folder / "model.safetensors")
     return folder
+
+
+def save_classifier(folder: Path) -> None:
+    """A Llama whose file has a classifier with a bias, which vLLM's model is built without."""
+    import torch
+    from safetensors.torch import save_file
+
+    save_checkpoint("llama", folder)
+    tensors = _taken_out(folder)
+    del tensors["lm_head.weight"]
+    for name, shape in (("score.weight", (2, SMALL["hidden_size"])), ("score.bias", (2,))):
+        tensors[name] = torch.randn(shape).bfloat16()
+    save_file(tensors, folder / "model.safetensors")
+    _say_in_config(folder, architectures=["LlamaForSequenceClassification"], id2label={"0": "no", "1": "yes"})
+
+
+def _say_in_config(folder: Path, **said: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **said}))
 
 
 def save_broken(good: Path, folder: Path) -> None:

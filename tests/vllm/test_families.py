@@ -8,7 +8,7 @@ from functools import partial
 from mmap import PAGESIZE
 
 import pytest
-from families import FAMILIES, save_checkpoint, save_with_head
+from families import FAMILIES, save_checkpoint, save_classifier, save_with_head
 from loading import check, ours, total_bytes
 from ranks import Layout, on_all_ranks
 
@@ -92,6 +92,14 @@ def test_a_tied_model_with_the_same_head_once_more_is_loaded(tmp_path):
     model, config = with_head(tmp_path, lambda embedding: embedding.clone())
     for rank in on_all_ranks(config, Layout(tp=2), [partial(ours, uri=str(model))], tmp_path):
         assert rank[0].said.num_planned == rank[0].said.num_tensors - 1
+
+
+def test_a_classifiers_bias_which_vllm_makes_a_parameter_of_is_loaded(tmp_path):
+    save_classifier(tmp_path / "model")
+    layout = Layout(tp=2, arguments={"runner": "pooling", "convert": "classify"})
+    for rank in check(tmp_path / "model", layout, tmp_path):
+        assert rank.num_planned + rank.num_cast == rank.num_tensors
+        assert rank.whole == ()
 
 
 def test_another_models_weights_are_refused_by_vllm_itself(tmp_path):

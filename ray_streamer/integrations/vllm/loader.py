@@ -20,6 +20,7 @@ from ray_streamer.integrations.captured_slices import CapturedSlices, contents_o
 from ray_streamer.integrations.vllm import internals, mismatch
 from ray_streamer.integrations.vllm.ahead import prepare_load
 from ray_streamer.integrations.vllm.collective import is_first
+from ray_streamer.integrations.vllm.kept_tensors import fill_kept
 from ray_streamer.integrations.vllm.model_files import restore_model_files
 from ray_streamer.integrations.vllm.options import LoaderOptions
 from ray_streamer.integrations.vllm.reloading import Origin, forms_of, origins, reload_tensors
@@ -79,11 +80,13 @@ class RayStreamerLoader(BaseModelLoader):
             _marked(model_config), self._marked_uri(is_draft=is_draft), uri, is_draft=is_draft
         )
         secondary = internals.secondary_tensors(model, self.load_config)
-        group = internals.loading_group(model_config)
+        group, device = internals.loading_group(model_config), device_of(model)
 
         def load(tensors: Iterable[tuple[str, torch.Tensor]]) -> Any:
             self._compare_configs(captured, model_config, uri, group)
-            return mismatch.load_weights(model, itertools.chain(tensors, secondary), uri)
+            loaded = mismatch.load_weights(model, itertools.chain(tensors, secondary), uri)
+            fill_kept(model, device)
+            return loaded
 
         captured = CapturedSlices(
             uri,
@@ -92,7 +95,7 @@ class RayStreamerLoader(BaseModelLoader):
             targets=lambda: targets_of(model),
             skips=internals.skips_tensor(model),
         )
-        statistics = self._fill(uri, captured, device_of(model), group)
+        statistics = self._fill(uri, captured, device, group)
         internals.refuse_missing(model, captured.loaded, model_config)
         refuse_other_head(captured, model_config, uri, self._options.settings, group)
         assert captured.index is not None
