@@ -67,10 +67,13 @@ ENGINE_FILES = Selection(
         *("*.tensors", "*.ckpt", "*.npz", "*.tflite", "*.pdf", "*.png", "*.jpg", "*.jpeg", "*.gif", "*.mp4", "*.zip"),
         *("original/*", "metal/*", "onnx/*", "openvino/*", "coreml/*", "runs/*", ".*", "*/.*"),
     ),
-    # Layers behind the model, which engines take from the folder themselves: modules of sentence-transformers, and those of bge-m3.
-    keep=("[0-9]*_Dense/*.safetensors", "[0-9]*_Dense/pytorch_model.bin", "*_linear.pt"),
+    # What engines take from the folder themselves: modules of sentence-transformers, heads of bge-m3 and ClefOmni, and Kimi-Audio's encoder.
+    keep=(
+        *("[0-9]*_Dense/*.safetensors", "[0-9]*_Dense/pytorch_model.bin"),
+        *("*_linear.pt", "joint_head.safetensors", "whisper-large-v3/*.safetensors"),
+    ),
 )
-"""What an engine needs beside the weights: config, tokenizer, chat template, remote code. Of weights, whatever their format, only small ones
+"""What an engine needs beside the weights: config, tokenizer, chat template, remote code. Of weights, whatever their format, only those
 that it looks for there."""
 
 

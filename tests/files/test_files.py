@@ -39,7 +39,9 @@ FILES = {
     "tokenizer.json": os.urandom((9 << 20) + 123),
     "1_Pooling/config.json": b"{}",
     "2_Dense/model.safetensors": b"a small layer that engines look for here",
+    "joint_head.safetensors": b"another one",
     "sparse_linear.pt": b"another one",
+    "whisper-large-v3/model.safetensors": b"an encoder that engines look for here",
     "model-00001-of-00001.safetensors": b"weights",
     "original/params.json": b"{}",
     "original/consolidated.00.pth": b"weights",
@@ -47,7 +49,15 @@ FILES = {
     ".gitattributes": b"",
 }
 JSONS = ["1_Pooling/config.json", "config.json", "tokenizer.json"]
-WANTED = ["1_Pooling/config.json", "2_Dense/model.safetensors", "config.json", "sparse_linear.pt", "tokenizer.json"]
+WANTED = [
+    "1_Pooling/config.json",
+    "2_Dense/model.safetensors",
+    "config.json",
+    "joint_head.safetensors",
+    "sparse_linear.pt",
+    "tokenizer.json",
+    "whisper-large-v3/model.safetensors",
+]
 
 
 @pytest.fixture(params=["posix", "memory", "s3"])

@@ -198,6 +198,26 @@ def save_classifier(folder: Path) -> None:
     _say_in_config(folder, architectures=["LlamaForSequenceClassification"], id2label={"0": "no", "1": "yes"})
 
 
+def save_bge_m3(folder: Path) -> None:
+    """An encoder whose two small heads lie beside its checkpoint, as torch saves them."""
+    import torch
+    from transformers import AutoModel, XLMRobertaConfig
+
+    small = {name: SMALL[name] for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")}
+    config = XLMRobertaConfig(**small, num_attention_heads=4, max_position_embeddings=256, pad_token_id=1)
+    torch.manual_seed(0)
+    AutoModel.from_config(config).to(torch.bfloat16).save_pretrained(folder)
+    _say_in_config(
+        folder,
+        architectures=["BgeM3EmbeddingModel"],
+        position_embedding_type="absolute",
+        bos_token_id=0,
+        eos_token_id=2,
+    )
+    for name, rows in (("sparse_linear", 1), ("colbert_linear", 64)):
+        torch.save({"weight": torch.randn(rows, 64), "bias": torch.randn(rows)}, folder / f"{name}.pt")
+
+
 def _say_in_config(folder: Path, **said: Any) -> None:
     path = folder / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **said}))

@@ -41,10 +41,13 @@ def total_bytes(folder: Path) -> int:
         return open_checkpoint(str(folder), storage).total_bytes
 
 
-def check(folder: Path, layout: Layout, scratch: Path, **extra: Any) -> list[Summary]:
-    """Compares all ranks, and gives what each took."""
+def check(
+    folder: Path, layout: Layout, scratch: Path, stock_format: str = "safetensors", **extra: Any
+) -> list[Summary]:
+    """Compares all ranks with that format of vLLM's own, and gives what each took."""
     said = []
-    for theirs, mine in on_all_ranks(folder, layout, [stock, partial(ours, **extra)], scratch):
+    fills = [partial(stock, load_format=stock_format), partial(ours, **extra)]
+    for theirs, mine in on_all_ranks(folder, layout, fills, scratch):
         assert mine.before == theirs.before
         assert mine.after == theirs.after
         said.append(mine.said)

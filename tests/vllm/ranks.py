@@ -206,9 +206,9 @@ def hash_of(tensor: Any) -> str:
     return digest.hexdigest()[:16]
 
 
-def stock(model: Any, model_config: Any) -> None:
-    """Fills the model as `--load-format safetensors` does."""
+def stock(model: Any, model_config: Any, load_format: str = "safetensors") -> None:
+    """Fills the model as that format of vLLM's own does."""
     from vllm.config import LoadConfig
     from vllm.model_executor.model_loader import DefaultModelLoader
 
-    DefaultModelLoader(LoadConfig(load_format="safetensors", use_tqdm_on_load=False)).load_weights(model, model_config)
+    DefaultModelLoader(LoadConfig(load_format=load_format, use_tqdm_on_load=False)).load_weights(model, model_config)

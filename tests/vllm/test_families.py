@@ -8,7 +8,7 @@ from functools import partial
 from mmap import PAGESIZE
 
 import pytest
-from families import FAMILIES, save_checkpoint, save_classifier, save_with_head
+from families import FAMILIES, save_bge_m3, save_checkpoint, save_classifier, save_with_head
 from loading import check, ours, total_bytes
 from ranks import Layout, on_all_ranks
 
@@ -100,6 +100,11 @@ def test_a_classifiers_bias_which_vllm_makes_a_parameter_of_is_loaded(tmp_path):
     for rank in check(tmp_path / "model", layout, tmp_path):
         assert rank.num_planned + rank.num_cast == rank.num_tensors
         assert rank.whole == ()
+
+
+def test_heads_beside_the_checkpoint_are_read_in_torchs_own_format(tmp_path):
+    save_bge_m3(tmp_path / "model")
+    check(tmp_path / "model", Layout(tp=2, arguments={"runner": "pooling"}), tmp_path, stock_format="auto")
 
 
 def test_another_models_weights_are_refused_by_vllm_itself(tmp_path):

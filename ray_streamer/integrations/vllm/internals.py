@@ -241,7 +241,8 @@ def refuse_missing(model: Any, loaded: set[str] | None, model_config: Any) -> No
 
 def _stock_loader(load_config: Any) -> Any:
     replace = internal("vllm.config", "replace")
-    plain = replace(load_config, load_format="safetensors", model_loader_extra_config={})
+    # As vLLM's default takes them: files of such a source may be .pt or .bin.
+    plain = replace(load_config, load_format="auto", model_loader_extra_config={})
     return internal(_LOADERS, "DefaultModelLoader")(plain)
 
 
