@@ -8,7 +8,7 @@ from functools import partial
 from mmap import PAGESIZE
 
 import pytest
-from families import FAMILIES, save_bge_m3, save_checkpoint, save_classifier, save_with_head
+from families import FAMILIES, save_bge_m3, save_checkpoint, save_classifier, save_tokenizer, save_with_head
 from loading import check, ours, total_bytes
 from ranks import Layout, on_all_ranks
 
@@ -78,6 +78,32 @@ def test_a_tied_model_with_another_head_is_loaded_or_refused(tmp_path):
     check(model, Layout(tp=2), tmp_path)
     with pytest.raises(AssertionError, match=r"lm_head\.weight differs from model\.embed_tokens\.weight"):
         on_all_ranks(config, Layout(tp=2), [partial(ours, uri=str(model))], tmp_path)
+
+
+def test_an_embedding_model_with_another_head_which_it_does_not_use_is_loaded(tmp_path):
+    model, config = with_head(tmp_path, lambda embedding: embedding * 2)
+    layout = Layout(tp=2, arguments={"runner": "pooling", "convert": "embed"})
+    for rank, said in zip(
+        on_all_ranks(config, layout, [partial(ours, uri=str(model))], tmp_path),
+        check(model, layout, tmp_path),
+        strict=True,
+    ):
+        assert rank[0].said.num_planned == said.num_planned == said.num_tensors - 1
+
+
+def test_a_reranker_which_is_rows_of_another_head_is_loaded_or_refused(tmp_path):
+    model, config = with_head(tmp_path, lambda embedding: embedding * 2)
+    for folder in (model, config):
+        save_tokenizer(folder)
+    reranker = {
+        "architectures": ["Qwen2ForSequenceClassification"],
+        "classifier_from_token": ["w5", "w6"],
+        "method": "from_2_way_softmax",
+    }
+    layout = Layout(tp=2, arguments={"runner": "pooling", "hf_overrides": reranker})
+    check(model, layout, tmp_path)
+    with pytest.raises(AssertionError, match=r"lm_head\.weight differs from model\.embed_tokens\.weight"):
+        on_all_ranks(config, layout, [partial(ours, uri=str(model))], tmp_path)
 
 
 def test_a_tied_model_with_another_head_loads_when_vllm_is_told(tmp_path):

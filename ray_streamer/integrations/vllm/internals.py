@@ -228,6 +228,21 @@ def secondary_tensors(model: Any, load_config: Any) -> Iterator[tuple[str, torch
         yield from stock._get_weights_iterator(source)
 
 
+def uses_head(model: Any, model_config: Any) -> bool:
+    """Whether anything of the model is computed by its `lm_head`.
+
+    vLLM's adapters make embedding models and classifiers of language models, without their head. Rerankers are classifiers
+    whose weights are rows of the head.
+    """
+    if model_config.runner_type != "pooling":
+        return True
+    configs = (model_config.hf_config, model_config.hf_text_config)
+    if any(getattr(config, key, None) for config in configs for key in ("classifier_from_token", "method")):
+        return True
+    has_head = any(path.rpartition(".")[2] == "lm_head" for path, _ in model.named_modules(remove_duplicate=False))
+    return model_config.convert_type == "none" and has_head
+
+
 def refuse_missing(model: Any, loaded: set[str] | None, model_config: Any) -> None:
     """Refuses a model with parameters that nothing was loaded into, where vLLM's own loader does.
 

@@ -97,7 +97,7 @@ class RayStreamerLoader(BaseModelLoader):
         )
         statistics = self._fill(uri, captured, device, group)
         internals.refuse_missing(model, captured.loaded, model_config)
-        refuse_other_head(captured, model_config, uri, self._options.settings, group)
+        refuse_other_head(captured, model, model_config, uri, self._options.settings, group)
         assert captured.index is not None
         origin.contents, origin.taken = contents_of(captured.index), forms_of(captured.index, captured.taken)
         self.summary = Summary.of(captured, statistics, seconds=time.perf_counter() - started)

@@ -12,6 +12,7 @@ import torch
 
 from ray_streamer.errors import CheckpointError
 from ray_streamer.integrations.captured_slices import read_tensors
+from ray_streamer.integrations.vllm import internals
 from ray_streamer.integrations.vllm.collective import gather, is_first
 
 if TYPE_CHECKING:
@@ -32,9 +33,14 @@ _EMBEDDINGS = (
 
 
 def refuse_other_head(
-    captured: CapturedSlices, model_config: Any, uri: str, settings: Settings, group: dist.ProcessGroup | None
+    captured: CapturedSlices,
+    model: Any,
+    model_config: Any,
+    uri: str,
+    settings: Settings,
+    group: dist.ProcessGroup | None,
 ) -> None:
-    """Refuses a checkpoint whose head differs from its embedding and was taken by no rank; every rank of the group calls it.
+    """Refuses a checkpoint whose head differs from its embedding, is used, and was taken by no rank; every rank of the group calls it.
 
     Raises:
         CheckpointError: It does, on every rank.
@@ -42,8 +48,9 @@ def refuse_other_head(
     index, report = captured.index, captured.report
     assert index is not None
     assert report is not None
-    if not getattr(model_config.hf_text_config, "tie_word_embeddings", False):
-        # Every rank has the same configuration, so none of them asks the others.
+    is_tied = getattr(model_config.hf_text_config, "tie_word_embeddings", False)
+    if not is_tied or not internals.uses_head(model, model_config):
+        # Every rank has the same configuration and model, so none of them asks the others.
         return
     unused = {name for name in report.unused.names if name.endswith(_HEAD)}
     heads = set.intersection(*gather(unused, group))
