@@ -48,11 +48,12 @@ def refuse_other_head(
     index, report = captured.index, captured.report
     assert index is not None
     assert report is not None
-    is_tied = getattr(model_config.hf_text_config, "tie_word_embeddings", False)
-    if not is_tied or not internals.uses_head(model, model_config):
-        # Every rank has the same configuration and model, so none of them asks the others.
+    if not getattr(model_config.hf_text_config, "tie_word_embeddings", False):
+        # Every rank has the same configuration, so none of them asks the others.
         return
-    unused = {name for name in report.unused.names if name.endswith(_HEAD)}
+    unused: set[str] = set()
+    if internals.uses_head(model, model_config):
+        unused = {name for name in report.unused.names if name.endswith(_HEAD)}
     heads = set.intersection(*gather(unused, group))
     if not heads:
         return
