@@ -14,7 +14,14 @@ from typing import TYPE_CHECKING
 from ray_streamer.checkpoint.foreign import foreign_format
 from ray_streamer.checkpoint.json_files import may_list
 from ray_streamer.checkpoint.location import may_be_hub_id
-from ray_streamer.checkpoint.shard_files import ADAPTER_CONFIG_NAME, OTHER_LAYOUT, SINGLE_NAME, SUFFIX, is_of_adapter
+from ray_streamer.checkpoint.shard_files import (
+    ADAPTER_CONFIG_NAME,
+    CONSOLIDATED_NAME,
+    OTHER_LAYOUT,
+    SINGLE_NAME,
+    SUFFIX,
+    is_of_adapter,
+)
 from ray_streamer.errors import CheckpointError, ObjectMissingError, StorageError
 from ray_streamer.wording import listed, shown
 
@@ -117,7 +124,7 @@ def _joined(consolidated: Sequence[str], names: Sequence[str]) -> str:
         return f"give the uri of {indices[0]} to open them"
     if len(consolidated) == 1:
         return "give the uri of this one file to open it"
-    return f"write {OTHER_LAYOUT}{SUFFIX}.index.json, whose weight_map names the file of each tensor, and give its uri"
+    return f"write {CONSOLIDATED_NAME}.index.json, whose weight_map names the file of each tensor, and give its uri"
 
 
 def _elsewhere(storage: Storage, names: Sequence[str]) -> str | None:

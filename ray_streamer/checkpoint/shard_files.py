@@ -30,6 +30,8 @@ DIFFUSERS_NAME = "diffusion_pytorch_model.safetensors"
 SUFFIX = ".safetensors"
 
 OTHER_LAYOUT = "consolidated"
+CONSOLIDATED_NAME = f"{OTHER_LAYOUT}{SUFFIX}"
+"""As `SINGLE_NAME`, of the copy in Mistral's own layout."""
 ADAPTER = "adapter_model"
 ADAPTER_NAME = f"{ADAPTER}{SUFFIX}"
 """As `SINGLE_NAME`, of an adapter."""

@@ -92,7 +92,21 @@ def serve_arguments(uri: str, folder: Path, given: Sequence[str], settings: Sett
     chosen = settings.model_dump(mode="json", include=settings.model_fields_set - SECRET_SETTINGS)
     served = [] if _SERVED_NAME in names else [_SERVED_NAME, uri]
     config = json.dumps({"uri": uri, **chosen, **extra})
-    return ["serve", str(folder), "--load-format", "ray_streamer", _EXTRA_CONFIG, config, *served, *rest]
+    mistral = _mistral_arguments(folder, rest)
+    return ["serve", str(folder), "--load-format", "ray_streamer", _EXTRA_CONFIG, config, *mistral, *served, *rest]
+
+
+def _mistral_arguments(folder: Path, given: Sequence[str]) -> list[str]:
+    """What vLLM is told of a folder in Mistral's own format, which it knows by the weights that are not there."""
+    names = {path.name for path in folder.glob("*")}
+    said = {argument.partition("=")[0].replace("_", "-") for argument in given}
+    flags: list[str] = []
+    if "params.json" in names and "config.json" not in names:
+        flags.append("--config-format")
+    is_mistrals = "tekken.json" in names or any(name.startswith("tokenizer.model.v") for name in names)
+    if is_mistrals and not names & {"tokenizer.json", "tokenizer_config.json"}:
+        flags.append("--tokenizer-mode")
+    return [word for flag in flags if flag not in said for word in (flag, "mistral")]
 
 
 def _without_extra_config(given: Sequence[str]) -> tuple[list[str], dict[str, Any]]:

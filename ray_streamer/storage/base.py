@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
-from ray_streamer.errors import ObjectMissingError, StorageError
+from ray_streamer.errors import AccessError, CredentialsError, ObjectMissingError, StorageError
 
 if TYPE_CHECKING:
     from pydantic import SecretStr
@@ -249,6 +249,21 @@ class RemoteStorage:
     def local_path(self, path: str) -> str | None:
         """See `Storage`; remote files are nowhere here."""
         return None
+
+
+def is_seen(storage: Storage, path: str) -> bool:
+    """As `is_there`, but False where the store refuses to say: so it answers for a file that is not there, where folders may not be listed.
+
+    Raises:
+        CredentialsError: The store knows nobody of these credentials.
+        StorageError: Storage failed.
+    """
+    try:
+        return is_there(storage, path)
+    except CredentialsError:
+        raise
+    except AccessError:
+        return False
 
 
 def is_there(storage: Storage, path: str) -> bool:

@@ -49,6 +49,23 @@ def test_the_callers_served_name_stays():
     assert [argument for argument in arguments if "served-model-name" in argument] == ["--served-model-name=mine"]
 
 
+@pytest.mark.parametrize(
+    ("files", "given", "said"),
+    [
+        (["params.json", "tekken.json"], [], ["--config-format", "mistral", "--tokenizer-mode", "mistral"]),
+        (["params.json", "tokenizer.model.v3"], ["--config_format=hf"], ["--tokenizer-mode", "mistral"]),
+        (["params.json", "config.json", "tekken.json", "tokenizer.json"], [], []),
+        (["config.json"], [], []),
+    ],
+)
+def test_vllm_is_told_of_mistrals_own_format(files, given, said, tmp_path):
+    """Which it knows by the files of weights, and those are not in the folder."""
+    for name in files:
+        (tmp_path / name).touch()
+    arguments = serve_arguments("s3://b/m", tmp_path, given, Settings())
+    assert arguments[6:] == [*said, "--served-model-name", "s3://b/m", *given]
+
+
 def test_secrets_are_not_on_the_command_line():
     settings = Settings(s3_access_key_id="AKIAPLANTED", s3_secret_access_key="PLANTED", s3_session_token="PLANTED")
     assert "PLANTED" not in " ".join(serve_arguments("s3://b/m", FOLDER, [], settings))

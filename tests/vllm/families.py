@@ -218,6 +218,42 @@ def save_bge_m3(folder: Path) -> None:
         torch.save({"weight": torch.randn(rows, 64), "bias": torch.randn(rows)}, folder / f"{name}.pt")
 
 
+def save_in_mistrals_format(folder: Path, *, is_sharded: bool) -> None:
+    """A Mistral as Mistral publishes it: params.json, and files whose tensors have names of its own."""
+    from safetensors.torch import save_file
+
+    save_checkpoint("mistral", folder)
+    tensors = {_name_of_mistral(name): tensor for name, tensor in _taken_out(folder).items()}
+    for path in folder.glob("*.json"):
+        path.unlink()
+    sizes = {"dim": "hidden_size", "hidden_dim": "intermediate_size", "n_layers": "num_hidden_layers"}
+    sizes |= {
+        "n_heads": "num_attention_heads",
+        "n_kv_heads": "num_key_value_heads",
+        "max_seq_len": "max_position_embeddings",
+    }
+    params = {name: SMALL[same] for name, same in sizes.items()} | {"norm_eps": 1e-6, "rope_theta": 10000.0}
+    params |= {name: SMALL[name] for name in ("head_dim", "vocab_size")}
+    (folder / "params.json").write_text(json.dumps(params))
+    if not is_sharded:
+        save_file(tensors, folder / "consolidated.safetensors")
+        return
+    weight_map = {name: f"consolidated-0000{1 + ('layers.0' in name)}-of-00002.safetensors" for name in tensors}
+    for path in set(weight_map.values()):
+        save_file({name: tensor for name, tensor in tensors.items() if weight_map[name] == path}, folder / path)
+    (folder / "consolidated.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+def _name_of_mistral(name: str) -> str:
+    others = {"model.": "", "embed_tokens": "tok_embeddings", "self_attn": "attention", "mlp": "feed_forward"}
+    others |= {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3", "lm_head": "output"}
+    others |= {"input_layernorm": "attention_norm", "post_attention_layernorm": "ffn_norm"}
+    others |= {f"{letter}_proj": f"w{letter}" for letter in "qkvo"}
+    for same, other in others.items():
+        name = name.replace(same, other)
+    return name
+
+
 def _say_in_config(folder: Path, **said: Any) -> None:
     path = folder / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **said}))

@@ -8,11 +8,22 @@ from functools import partial
 from mmap import PAGESIZE
 
 import pytest
-from families import FAMILIES, save_bge_m3, save_checkpoint, save_classifier, save_tokenizer, save_with_head
+from families import (
+    FAMILIES,
+    save_bge_m3,
+    save_checkpoint,
+    save_classifier,
+    save_in_mistrals_format,
+    save_tokenizer,
+    save_with_head,
+)
 from loading import check, ours, total_bytes
-from ranks import Layout, on_all_ranks
+from ranks import Layout, on_all_ranks, stock
 
+from ray_streamer.api.files import cached
 from ray_streamer.checkpoint.open import HEAD_BYTES
+from ray_streamer.cli.serve import serve_arguments
+from ray_streamer.settings import Settings
 
 LAYOUTS = [
     pytest.param("llama", Layout(tp=1), id="llama-tp1"),
@@ -131,6 +142,40 @@ def test_a_classifiers_bias_which_vllm_makes_a_parameter_of_is_loaded(tmp_path):
 def test_heads_beside_the_checkpoint_are_read_in_torchs_own_format(tmp_path):
     save_bge_m3(tmp_path / "model")
     check(tmp_path / "model", Layout(tp=2, arguments={"runner": "pooling"}), tmp_path, stock_format="auto")
+
+
+@pytest.mark.parametrize("is_sharded", [False, True], ids=["one-file", "index"])
+def test_a_folder_in_mistrals_own_format_loads_as_with_the_stock_loader(is_sharded, tmp_path):
+    save_in_mistrals_format(tmp_path / "model", is_sharded=is_sharded)
+    first, second = check(tmp_path / "model", Layout(tp=2), tmp_path, stock_format="auto")
+    assert first.num_bytes + second.num_bytes == sum(
+        path.stat().st_size - 8 - int.from_bytes(path.read_bytes()[:8], "little")
+        for path in (tmp_path / "model").glob("*.safetensors")
+    )
+
+
+@pytest.mark.parametrize("is_sharded", [False, True], ids=["one-file", "index"])
+def test_of_both_formats_in_a_folder_that_of_vllms_configuration_is_read(is_sharded, tmp_path):
+    save_in_mistrals_format(tmp_path / "model", is_sharded=is_sharded)
+    save_checkpoint("mistral", tmp_path / "model", seed=1)
+    check(tmp_path / "model", Layout(tp=2), tmp_path, stock_format="auto")
+    other = Layout(tp=2, arguments={"config_format": "hf"})
+    save_checkpoint("mistral", tmp_path / "other", seed=1)
+    theirs = on_all_ranks(tmp_path / "other", Layout(tp=2), [stock], tmp_path)
+    mine = on_all_ranks(tmp_path / "model", other, [ours], tmp_path)
+    assert [rank[0].after for rank in mine] == [rank[0].after for rank in theirs]
+
+
+def test_mistrals_own_format_is_read_from_s3_as_by_ray_streamer_serve(tmp_path, s3_credentials, monkeypatch):
+    monkeypatch.setenv("RAY_STREAMER_CACHE_DIR", str(tmp_path / "cache"))
+    save_in_mistrals_format(tmp_path / "model", is_sharded=False)
+    uri = s3_credentials.upload_folder(tmp_path / "model", "families", "mistral-format")
+    folder = cached(uri)
+    said = serve_arguments(uri, folder, [], Settings())
+    served = Layout(tp=2, arguments={"config_format": said[said.index("--config-format") + 1]})
+    theirs = on_all_ranks(tmp_path / "model", Layout(tp=2), [partial(stock, load_format="auto")], tmp_path)
+    mine = on_all_ranks(folder, served, [partial(ours, uri=uri)], tmp_path)
+    assert [rank[0].after for rank in mine] == [rank[0].after for rank in theirs]
 
 
 def test_another_models_weights_are_refused_by_vllm_itself(tmp_path):

@@ -6,9 +6,10 @@ from functools import partial
 from typing import Any
 
 import pytest
-from families import save_broken, save_checkpoint
+from families import save_broken, save_checkpoint, save_in_mistrals_format
 from loading import ours, total_bytes
 from ranks import Layout, hashes_of, on_all_ranks, stock
+from safetensors.torch import load_file, save_file
 
 from ray_streamer.checkpoint.open import HEAD_BYTES
 
@@ -76,6 +77,14 @@ def test_reloaded_twice_is_as_loaded(family, layout, tmp_path):
     uris = [str(tmp_path / seed) for seed in ("1", "0", "1")]
     for [one, zero] in check(tmp_path / "0", tmp_path / "1", uris, layout, tmp_path):
         assert one[0] != zero[0]
+
+
+def test_a_reload_in_mistrals_own_format_is_as_loaded(tmp_path):
+    for name in ("0", "1"):
+        save_in_mistrals_format(tmp_path / name, is_sharded=name == "1")
+    path = tmp_path / "0" / "consolidated.safetensors"
+    save_file({name: tensor * 2 for name, tensor in load_file(path).items()}, path)
+    check(tmp_path / "0", tmp_path / "1", [str(tmp_path / "1")], Layout(tp=2), tmp_path)
 
 
 def test_experts_are_reloaded_as_by_the_stock_loader(tmp_path):

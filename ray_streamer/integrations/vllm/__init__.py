@@ -10,6 +10,7 @@ collective   what the ranks of the engine tell each other
 reloading    new weights for a model that is loaded already
 ahead        what is imported while vLLM still builds the model
 loader       the load format: capture of vLLM's own loaders, one session of the ranks, slices straight into parameters
+mistral_format  which weights of a folder: those in Mistral's own format, or the others
 kept_tensors tensors of the checkpoint that a model keeps, instead of copying them
 mismatch     weights that a model's own loader fails on
 tied_heads   an `lm_head` of the checkpoint that the config would leave out

@@ -11,6 +11,7 @@ import os
 from typing import TYPE_CHECKING, Any, cast
 
 from ray_streamer.checkpoint.folder_hints import INDEX_NAME
+from ray_streamer.checkpoint.shard_files import CONSOLIDATED_NAME
 from ray_streamer.errors import SettingsError
 from ray_streamer.settings import ENV_PREFIX
 
@@ -142,7 +143,8 @@ def place_of_weights(model_config: Any, load_config: Any) -> str:
     folder = internal(_WEIGHTS, "download_weights_from_hf")(
         place, cache, ["*.safetensors"], revision, ignore_patterns=load_config.ignore_patterns
     )
-    internal(_WEIGHTS, "download_safetensors_index_file_from_hf")(place, INDEX_NAME, cache, revision=revision)
+    for name in (INDEX_NAME, f"{CONSOLIDATED_NAME}.index.json"):
+        internal(_WEIGHTS, "download_safetensors_index_file_from_hf")(place, name, cache, revision=revision)
     return folder
 
 

@@ -21,6 +21,7 @@ from ray_streamer.integrations.vllm import internals, mismatch
 from ray_streamer.integrations.vllm.ahead import prepare_load
 from ray_streamer.integrations.vllm.collective import is_first
 from ray_streamer.integrations.vllm.kept_tensors import fill_kept
+from ray_streamer.integrations.vllm.mistral_format import in_format_of_config
 from ray_streamer.integrations.vllm.model_files import restore_model_files
 from ray_streamer.integrations.vllm.options import LoaderOptions
 from ray_streamer.integrations.vllm.reloading import Origin, forms_of, origins, reload_tensors
@@ -75,7 +76,7 @@ class RayStreamerLoader(BaseModelLoader):
         started = time.perf_counter()
         is_draft = self._has_own_files(model_config)
         said = self._options.uri_of(is_draft=is_draft)
-        uri = said or internals.place_of_weights(model_config, self.load_config)
+        uri = self._place(model_config, said)
         origin = origins[model] = Origin(
             _marked(model_config), self._marked_uri(is_draft=is_draft), uri, is_draft=is_draft
         )
@@ -168,10 +169,14 @@ class RayStreamerLoader(BaseModelLoader):
         is_named = origin is not None and model_config.model is not origin.model
         if origin is not None and not is_named and said is origin.uri:
             return origin.place
-        place = (None if is_named else said) or internals.place_of_weights(model_config, self.load_config)
+        place = self._place(model_config, None if is_named else said)
         if origin is not None:
             origin.model, origin.uri = _marked(model_config), self._marked_uri(is_draft=origin.is_draft)
         return place
+
+    def _place(self, model_config: Any, said: str | None) -> str:
+        place = said or internals.place_of_weights(model_config, self.load_config)
+        return in_format_of_config(place, model_config, self._options.settings)
 
     def _marked_uri(self, *, is_draft: bool) -> str | None:
         """What the options say of the place, as an object that nobody else has; see `_marked`."""
