@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import sys
 import traceback
 from typing import TYPE_CHECKING, Any
 
@@ -69,6 +71,19 @@ def _show_error(error: Exception, flags: Mapping[str, str], *, as_json: bool) ->
         else:
             return
     click.echo(click.style(printable(f"{type(error).__name__}: {message}"), fg="red"), err=True)
+    _drop_what_stdout_does_not_take()
+
+
+def _drop_what_stdout_does_not_take() -> None:
+    """Python would try once more at its end, and change the exit code to 120."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
 
 
 def print_json(value: dict[str, Any]) -> None:

@@ -28,7 +28,7 @@ STEPS: dict[str, tuple[type, str]] = {
     "opening the device": (LoadRequest, "open_device"),
     "reading headers": (LoadRequest, "read_index"),
     "planning": (LoadRequest, "read_limits"),
-    "exchanging arenas": (Neighbourhood, "meet"),
+    "exchanging arenas": (Neighbourhood, "exchange_arenas"),
     "reading a block": (BlockReads, "read_into"),
     "finishing": (Neighbourhood, "finish"),
 }

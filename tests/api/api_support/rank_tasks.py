@@ -6,6 +6,7 @@ import ctypes
 import gc
 import os
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import torch
 
@@ -68,10 +69,10 @@ def load_on_a_machine_of_its_own(uri: str, folder: str, *, store: str, rank: int
 
     from ray_streamer.api import process_group
 
-    process_group.this_machine = lambda: (f"machine-{rank}", "", 0)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     try:
-        return oracle.faults(ray_streamer.load_rank(uri, **arguments), folder, tp_index=rank, tp=2)
+        with mock.patch.object(process_group, "this_machine", lambda: (f"machine-{rank}", "", 0)):
+            return oracle.faults(ray_streamer.load_rank(uri, **arguments), folder, tp_index=rank, tp=2)
     finally:
         dist.destroy_process_group()
 
