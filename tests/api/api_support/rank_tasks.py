@@ -71,7 +71,7 @@ def load_on_a_machine_of_its_own(uri: str, folder: str, *, store: str, rank: int
 
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     try:
-        with mock.patch.object(process_group, "this_machine", lambda: (f"machine-{rank}", "", 0)):
+        with mock.patch.object(process_group, "this_machine", return_value=(f"machine-{rank}", "", 0)):
             return oracle.faults(ray_streamer.load_rank(uri, **arguments), folder, tp_index=rank, tp=2)
     finally:
         dist.destroy_process_group()
