@@ -273,13 +273,14 @@ def _missing_ends(
     if not is_known.all():
         # A model with parts that its family does not have, such as a draft's: who knows what it leaves out.
         return
-    if not located.is_before_layers.any():
+    is_last = located.is_after_layers & ~located.is_mtp
+    if not (located.is_before_layers & ~located.is_mtp).any():
         yield f"the embeddings ({', '.join(family.first_stage)}) are missing"
-    if not located.is_after_layers.any():
+    if not is_last.any():
         yield f"what follows the last layer ({', '.join(family.last_stage)}) is missing"
-    elif not (located.is_after_layers & names.of_kinds(matches_any(_norms_of(family), names.texts), dtype=bool)).any():
+    elif not (is_last & names.of_kinds(matches_any(_norms_of(family), names.texts), dtype=bool)).any():
         yield f"the last norm ({', '.join(_norms_of(family))}) is missing"
-    elif _has_own_head(index.config or {}) and not (located.is_after_layers & (index.num_dims >= 2)).any():
+    elif _has_own_head(index.config or {}) and not (is_last & (index.num_dims >= 2)).any():
         yield "the head is missing, which config.json does not tie to the embeddings"
 
 

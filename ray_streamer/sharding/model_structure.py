@@ -29,7 +29,7 @@ class Locations:
     """Where tensors sit; every array has one entry for each, in their order.
 
     Attributes:
-        layers: Number of the layer; -1 outside of layers and in towers.
+        layers: Number of the layer; -1 outside of layers, in towers, and in MTP layers that are counted from 0 again.
         experts: Number of the one expert that the tensor belongs to; -1 when it is no expert's own.
         is_stacked_experts: Whether the first dimension counts the experts.
         is_before_layers: Whether the first layer needs the tensor before it; embeddings do.
@@ -100,7 +100,8 @@ class ModelStructure:
         stacked = matches_any(self.family.stacked_experts, texts)
         stacked_weights = matches_any(self.family.stacked_experts, [weight or "" for weight in weights])
         return Locations(
-            layers=layers,
+            # Qwen3-Next's mtp.layers.0 is not the model's layer 0.
+            layers=np.where(is_mtp & (layers < self.num_layers), -1, layers),
             experts=experts,
             is_stacked_experts=_of_kinds(names, map(or_, stacked, stacked_weights)) & bool(self.num_experts),
             is_before_layers=is_free & _of_kinds(names, matches_any(self.family.first_stage, texts)),

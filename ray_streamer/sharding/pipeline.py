@@ -85,7 +85,7 @@ class Pipeline:
         Raises:
             ShardingError: The layers cannot be divided so, or the checkpoint has no tensors in some of them.
         """
-        has_head = bool((located.is_after_layers & (index.num_dims >= 2)).any())
+        has_head = bool((located.is_after_layers & ~located.is_mtp & (index.num_dims >= 2)).any())
         pipeline = cls(structure.num_layers, tuple(layers or divide_layers(structure.num_layers, pp)), not has_head)
         found = distinct(located.layers)
         found = found[(found >= 0) & (found < structure.num_layers)]

@@ -29,6 +29,14 @@ LLAMA: dict[str, Any] = {
     "num_key_value_heads": 2,
     "num_hidden_layers": 3,
 }
+QWEN3_NEXT = LLAMA | {
+    "model_type": "qwen3_next",
+    "num_experts": 4,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 2,
+    "linear_key_head_dim": 2,
+    "linear_value_head_dim": 2,
+}
 SETTINGS = Settings.resolve(memory_limit="1MiB", block_bytes="64KiB")
 INDEX = "model.safetensors.index.json"
 
@@ -154,6 +162,11 @@ def test_experts(tmp_path: Path) -> None:
             id="layers-for-multi-token-prediction",
         ),
         pytest.param(
+            QWEN3_NEXT,
+            {"mtp.fc.weight": (8, 16), **{n.replace("model", "mtp"): s for n, s in layer(0).items()}},
+            id="layers-counted-from-0-again",
+        ),
+        pytest.param(
             LLAMA | {"num_hidden_layers": 1},
             {"fc.weight": (8, 24), "midlayer.self_attn.q_proj.weight": (8, 8), "norm.weight": (8,), "d2t": (16,)},
             id="eagle-3",
@@ -169,6 +182,32 @@ def test_experts(tmp_path: Path) -> None:
 def test_drafts_stand_alone(tmp_path: Path, config: dict[str, Any], shapes: Shapes, num_files: int) -> None:
     uri = write(tmp_path, shapes, config, num_files=num_files)
     assert loaded(uri, rules={"fc.weight": Replicate()} if "fc.weight" in shapes else None, mtp=True) == set(shapes)
+
+
+@pytest.mark.parametrize(
+    ("absent", "told"),
+    [
+        pytest.param("model.layers.0.", "1 of the 3 layers .* such as layer 0", id="layer"),
+        pytest.param("model.layers.0.mlp.experts.2.", "layer 0 has .* of 3 of the 4 experts", id="expert"),
+        pytest.param("model.norm.", r"the last norm .* is missing", id="norm"),
+    ],
+)
+def test_layers_for_multi_token_prediction_hide_nothing(tmp_path: Path, absent: str, told: str) -> None:
+    """Qwen3-Next's are counted from 0 again."""
+    own = {
+        name.replace("block_sparse_moe", "mlp")
+        .replace("w1", "gate_proj")
+        .replace("w2", "down_proj")
+        .replace("w3", "up_proj"): shape
+        for name, shape in mixtral().items()
+    }
+    mtp: Shapes = {f"mtp.{n.removeprefix('model.')}": s for n, s in own.items() if ".layers.0." in n}
+    mtp |= {"mtp.fc.weight": (8, 16), "mtp.norm.weight": (8,)}
+    (whole := tmp_path / "whole").mkdir()
+    assert loaded(write(whole, own | mtp, QWEN3_NEXT, num_files=2), mtp=True) == {*own, *mtp}
+    uri = write(tmp_path, without(own, absent) | mtp, QWEN3_NEXT, num_files=2)
+    with pytest.raises(CheckpointError, match=told):
+        loaded(uri)
 
 
 def test_parts_that_an_index_json_leaves_out_are_one_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -116,6 +116,35 @@ def test_a_pipeline_knows_every_layer_or_nothing() -> None:
         resolve(index, ShardRules({"*": Split(0)}), Mesh(pp=2))
 
 
+def _with_mtp(num_layers: int) -> CheckpointIndex:
+    """A Qwen3-Next with so many of its two layers, the last first, and an MTP layer that is counted from 0 again."""
+    specs = [
+        TensorSpec(f"{prefix}.mlp.experts.{expert}.up_proj.weight", "BF16", (4, 4))
+        for prefix in ("mtp.layers.0", "model.layers.1", "model.layers.0")[: num_layers + 1]
+        for expert in range(4)
+    ]
+    config = {"model_type": "qwen3_next", "num_hidden_layers": 2, "num_experts": 4}
+    return header_only_index(specs, num_files=1, config=config)
+
+
+def test_layers_of_multi_token_prediction_are_no_layers_of_a_pipeline() -> None:
+    with pytest.raises(ShardingError, match="no tensors in 1 of its 2 layers, such as layer 0"):
+        resolve(_with_mtp(1), ShardRules({"*": Split(0)}), Mesh(pp=2))
+    index = _with_mtp(2)
+    table = resolve(index, ShardRules({"*": Split(0)}), Mesh(pp=2))
+    assert _holders(index, table, "mtp.layers.0.mlp.experts.0.up_proj.weight") == [1]
+
+
+def test_experts_by_layer_do_not_move_those_of_multi_token_prediction() -> None:
+    index = _with_mtp(2)
+    table = resolve(index, ShardRules({"*": Split(0)}), Mesh(tp=2, ep=2), experts={0: [[3, 2], [1, 0]]})
+    held = {
+        prefix: [e for e in range(4) if 0 in _holders(index, table, f"{prefix}.0.mlp.experts.{e}.up_proj.weight")]
+        for prefix in ("model.layers", "mtp.layers")
+    }
+    assert held == {"model.layers": [2, 3], "mtp.layers": [0, 1]}
+
+
 def _experts_of(index: CheckpointIndex, table: Held, rank: int, layer: int = 0) -> list[int]:
     names = {expert: f"model.layers.{layer}.block_sparse_moe.experts.{expert}.w1.weight" for expert in range(5)}
     return [expert for expert, name in names.items() if table.slice_of(index.position(name), rank) is not None]

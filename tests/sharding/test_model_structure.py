@@ -34,6 +34,23 @@ def test_layers(config: dict[str, Any], name: str, layer: int | None) -> None:
 
 
 @pytest.mark.parametrize(
+    ("config", "name", "layer"),
+    [
+        pytest.param({"model_type": "qwen3_next", "num_hidden_layers": 2}, "mtp.layers.0.a.weight", -1, id="from-0"),
+        pytest.param(
+            {"model_type": "deepseek_v3", "num_hidden_layers": 2, "num_nextn_predict_layers": 1},
+            "model.layers.2.a.weight",
+            2,
+            id="after-the-last",
+        ),
+    ],
+)
+def test_layers_of_multi_token_prediction_are_none_of_the_models(config: dict[str, Any], name: str, layer: int) -> None:
+    located = _locate(config, name)
+    assert (located.is_mtp.item(), located.layers.item()) == (True, layer)
+
+
+@pytest.mark.parametrize(
     ("name", "before", "after"),
     [
         ("model.embed_tokens.weight", True, False),
