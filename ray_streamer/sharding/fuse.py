@@ -93,7 +93,7 @@ def find_fused(index: CheckpointIndex, names: NameKinds, grouped: TensorGroups, 
     for kind, example in enumerate(alike.firsts.tolist()):
         tensors = [tensor for tensor in members[example].tolist() if tensor >= 0]
         forms = [grouped.quantized.forms[form] if (form := form_ids[tensor]) >= 0 else None for tensor in tensors]
-        dim = _fused_dim(index, tensors, forms[0])
+        dim = _fused_dim(index, tensors, forms)
         if dim is not None:
             name = found.name_of(tensors[0])
             _check_alike(index, name, tensors, dim)
@@ -264,14 +264,24 @@ def _complete_members(
     return members
 
 
-def _fused_dim(index: CheckpointIndex, tensors: Sequence[int], form: StoredForm | None) -> int | None:
+def _fused_dim(index: CheckpointIndex, tensors: Sequence[int], forms: Sequence[StoredForm | None]) -> int | None:
     """The dimension of the result along which the tensors lie one after the other; None when they stay apart."""
-    if form is None:
+    known = [form for form in forms if form is not None]
+    if len(known) < len(forms):
         return 0 if all(_may_count_outputs(index, tensor) for tensor in tensors) else None
-    counting = [dim for dim, stored in enumerate(form.dims or ()) if stored.weight_dim == 0]
+    counting = [dim for form in known for dim, stored in enumerate(form.dims or ()) if stored.weight_dim == 0]
     if counting:
         return counting[0]
-    return 0 if all(prod(index.shape_of(tensor)) == 1 for tensor in tensors) else None
+    is_one_for_each = all(prod(index.shape_of(tensor)) == 1 for tensor in tensors)
+    return 0 if is_one_for_each or all(map(_is_row_of_blocks, known)) else None
+
+
+def _is_row_of_blocks(form: StoredForm) -> bool:
+    """Whether the tensor has scales by block for a part whose outputs are all in one block."""
+    dims = form.dims
+    if dims is None or len(dims) != len(form.weight_shape) or len(dims) < 2:
+        return False
+    return dims[0].weight_dim is None and all(dim.elements > 1 for dim in dims[1:])
 
 
 def _may_count_outputs(index: CheckpointIndex, tensor: int) -> bool:

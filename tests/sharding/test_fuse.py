@@ -104,6 +104,39 @@ def test_a_block_that_a_part_does_not_fill_has_no_other_part_behind_it(rows: int
             _results(index, tp - 1, fuse=True, **arguments)
 
 
+@pytest.mark.parametrize("hints", [{"weight_block_size": [32, 32]}, {}])
+def test_scales_of_parts_of_one_block_follow_their_weights(hints: dict[str, Any]) -> None:
+    index = _quantized({"weight": ("F8_E4M3", (32, 64)), "weight_scale_inv": ("F32", (1, 2))}, **hints)
+    arguments: dict[str, Any] = {"rules": ShardRules({"*.weight": Replicate()})}
+    apart, fused = _results(index, 0, **arguments), _results(index, 0, fuse=True, **arguments)
+    assert fused.keys() == {"gate_up_proj.weight", "gate_up_proj.weight_scale_inv"}
+    expected = torch.cat([apart[f"{part}_proj.weight_scale_inv"] for part in ("gate", "up")])
+    assert torch.equal(fused["gate_up_proj.weight_scale_inv"], expected)
+
+
+@pytest.mark.parametrize(("rows", "tp"), [(24, 1), (32, 2)])
+def test_scales_of_parts_that_do_not_fill_their_one_block_are_refused(rows: int, tp: int) -> None:
+    stored = {"weight": ("F8_E4M3", (rows, 64)), "weight_scale_inv": ("F32", (1, 2))}
+    index = _quantized(stored, weight_block_size=[32, 32])
+    with pytest.raises(ShardingError, match=f"hold {rows // tp} outputs of a part, which do not fill its one block"):
+        _results(index, 0, mesh=Mesh(tp=tp), rules=ShardRules({"*.weight": Split(0)}), fuse=True)
+
+
+def test_a_part_of_one_block_before_one_of_several() -> None:
+    rows = {"k": 32, "q": 64}
+    specs = [TensorSpec(f"m.{part}.weight", "F8_E4M3", (count, 64)) for part, count in rows.items()]
+    specs += [TensorSpec(f"m.{part}.weight_scale_inv", "F32", (count // 32, 2)) for part, count in rows.items()]
+    index = header_only_index(specs, num_files=1)
+    found = _results(index, 0, rules=ShardRules({"*.weight": Replicate()}), fuse={"kq": ("k", "q")})
+    assert found["m.kq.weight_scale_inv"].shape == (3, 2)
+
+
+def test_a_number_for_each_input_stays_apart_in_two_dimensions() -> None:
+    index = _quantized({"weight": ("F8_E4M3", (32, 64)), "pre_quant_scale": ("F32", (1, 64))})
+    found = _results(index, 0, rules=ShardRules({"*.weight": Replicate()}), fuse=True)
+    assert found.keys() == {"gate_up_proj.weight", "gate_proj.pre_quant_scale", "up_proj.pre_quant_scale"}
+
+
 def test_a_short_part_among_parts_of_several_blocks() -> None:
     """As where queries have many heads and there is one head of keys; nothing but the shapes tells of blocks."""
     rows = {"q": 512, "k": 64, "v": 64}
