@@ -160,6 +160,21 @@ def test_a_generation_config_is_the_callers_else_that_of_config_json(folders, tm
     assert model.generation_config.to_dict() == own.generation_config.to_dict()
 
 
+@pytest.mark.parametrize(
+    "said", [{"eos_token_id": 99}, {"pad_token_id": 9}, {"use_cache": False}], ids=lambda it: next(iter(it))
+)
+@pytest.mark.parametrize("has_file", [True, False])
+def test_what_the_caller_says_of_the_config_is_in_the_generation_config(folders, tmp_path, said, has_file):
+    changed(folders["llama"], tmp_path)
+    (tmp_path / "model.safetensors").symlink_to(folders["llama"] / "model.safetensors")
+    if has_file:
+        (tmp_path / "generation_config.json").symlink_to(folders["llama"] / "generation_config.json")
+    model = from_pretrained("auto", tmp_path, attn_implementation="eager", settings=small(), **said)
+    own = transformers.LlamaForCausalLM.from_pretrained(tmp_path, attn_implementation="eager", **said)
+    assert not has_file or said.items() <= model.generation_config.to_dict().items()
+    assert model.generation_config.to_dict() == own.generation_config.to_dict()
+
+
 def test_loads_in_several_threads_share_the_switch_of_transformers(folders):
     begun, ended, seen = threading.Event(), threading.Event(), []
     other = ThreadPoolExecutor(1)

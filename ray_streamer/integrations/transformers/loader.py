@@ -20,7 +20,7 @@ from ray_streamer.api.files import cached
 from ray_streamer.api.rank import load_rank
 from ray_streamer.errors import CheckpointError, ObjectChangedError, RayStreamerError, SettingsError
 from ray_streamer.integrations.transformers.job import device_of, placement, ranks_of
-from ray_streamer.integrations.transformers.model_class import class_of, read_config
+from ray_streamer.integrations.transformers.model_class import class_of, read_config, restore_generation_config
 from ray_streamer.integrations.transformers.support import (
     refuse_arguments,
     refuse_packed,
@@ -35,7 +35,6 @@ from ray_streamer.wording import listed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
-    from pathlib import Path
 
     import torch
     from transformers import PretrainedConfig, PreTrainedModel
@@ -149,8 +148,9 @@ class ModelBuild:
         refuse_packed(self._config, self.device, self.uri)
         refuse_uncuttable(self._config, tp, self.uri)
         self._model_class = class_of(model_class, self._config, self.uri)
-        said = {} if dtype is None else {"dtype": dtype}
-        self._arguments = {**rest, **said, **placement(tp, self.device)}
+        self._said = model_arguments
+        of_dtype = {} if dtype is None else {"dtype": dtype}
+        self._arguments = {**rest, **of_dtype, **placement(tp, self.device)}
         self._memories: dict[str, torch.Tensor] = {}
         # It imports torch, which whoever is refused above need not wait for.
         from ray_streamer.integrations.captured_slices import CapturedSlices
@@ -172,7 +172,7 @@ class ModelBuild:
         model = _built(self._model_class, self._config, self.uri, named, self._arguments)
         # A generation config of the caller's is the model's already.
         if self._arguments.get("generation_config") is None:
-            _restore_generation_config(model, self._folder)
+            restore_generation_config(model, self._folder, self._said)
         self._memories.update(give_memory(model))
         return model
 
@@ -262,25 +262,3 @@ def _check_dtype(dtype: Any) -> None:
     named = getattr(torch, dtype, None) if isinstance(dtype, str) and dtype != "auto" else dtype
     if dtype not in (None, "auto") and not isinstance(named, torch.dtype | dict):
         raise SettingsError(f'dtype is "auto", a dtype of torch or its name, such as "bfloat16"; got {dtype!r}')
-
-
-def _restore_generation_config(model: PreTrainedModel, folder: Path) -> None:
-    """What transformers does itself when it loads from a folder: the words of old checkpoints stand in config.json.
-
-    Raises:
-        CheckpointError: generation_config.json says what transformers refuses.
-    """
-    if not model.can_generate():
-        return
-    from transformers import GenerationConfig
-
-    try:
-        model.generation_config = GenerationConfig.from_pretrained(str(folder), local_files_only=True)
-    except OSError:
-        model.generation_config = GenerationConfig.from_pretrained(
-            str(folder), config_file_name="config.json", local_files_only=True, _from_model_config=True
-        )
-    except Exception as error:  # also of its values, which may raise any
-        raise CheckpointError(
-            f"{folder}: transformers takes no generation config from its generation_config.json: {told_by_transformers(error)}"
-        ) from error

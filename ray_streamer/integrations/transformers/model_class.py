@@ -1,4 +1,4 @@
-"""Which class is the model at a uri of, and what is its config? Read from config.json, which says both."""
+"""Which class is the model at a uri of, and what are its configs? Read from config.json, which says both, and generation_config.json."""
 
 from __future__ import annotations
 
@@ -95,6 +95,36 @@ def _class_that_wrote(config: PretrainedConfig, uri: str) -> type[PreTrainedMode
         )
         raise CheckpointError(f'{uri}: config.json {said}; give the class instead of "auto"')
     return found
+
+
+def restore_generation_config(model: PreTrainedModel, folder: Path, said: Mapping[str, Any]) -> None:
+    """What transformers does itself when it loads from a folder: the words of old checkpoints stand in config.json.
+
+    Args:
+        model: Gets it.
+        folder: Has generation_config.json, or config.json.
+        said: What the caller says. Arguments that a generation config has, such as eos_token_id, take the place of values of
+            generation_config.json.
+
+    Raises:
+        CheckpointError: generation_config.json says what transformers refuses.
+    """
+    if not model.can_generate():
+        return
+    from transformers import GenerationConfig
+
+    known = GenerationConfig()
+    arguments: Any = {name: value for name, value in said.items() if hasattr(known, name)}
+    try:
+        model.generation_config = GenerationConfig.from_pretrained(str(folder), local_files_only=True, **arguments)
+    except OSError:
+        model.generation_config = GenerationConfig.from_pretrained(
+            str(folder), config_file_name="config.json", local_files_only=True, _from_model_config=True
+        )
+    except Exception as error:  # also of its values, which may raise any
+        raise CheckpointError(
+            f"{folder}: transformers takes no generation config from its generation_config.json: {told_by_transformers(error)}"
+        ) from error
 
 
 def _version() -> str:
