@@ -341,6 +341,31 @@ def test_a_config_without_a_class_is_refused(folders, tmp_path, config, said):
         from_pretrained("auto", changed(folders["llama"], tmp_path, **config))
 
 
+@pytest.mark.parametrize("asked", ["auto", transformers.AutoModelForCausalLM])
+def test_code_of_the_checkpoint_is_refused_where_it_is_asked_for(folders, tmp_path, asked):
+    auto_map = {"AutoModelForCausalLM": "modeling_own.Own"}
+    folder = changed(folders["llama"], tmp_path, auto_map=auto_map)
+    (folder / "model.safetensors").symlink_to(folders["llama"] / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"own 'modeling_own\.Own'.*Leave trust_remote_code out"):
+        from_pretrained(asked, folder, trust_remote_code=True)
+    # Nobody asks for it here.
+    for given, arguments in (
+        (asked, {}),
+        (asked, {"trust_remote_code": False}),
+        (transformers.AutoModel, {"trust_remote_code": True}),
+        (transformers.LlamaForCausalLM, {"trust_remote_code": True}),
+    ):
+        model = from_pretrained(given, folder, settings=small(), **arguments)
+        assert type(model).__module__.startswith("transformers.")
+
+
+def test_code_of_the_checkpoint_is_told_also_where_transformers_does_not_know_the_type(folders, tmp_path):
+    auto_map = {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Own"}
+    folder = changed(folders["llama"], tmp_path, auto_map=auto_map, model_type="nobody_knows_this")
+    with pytest.raises(CheckpointError, match=r"checkpoint's own 'own\.Own'"):
+        from_pretrained("auto", folder, trust_remote_code=True)
+
+
 def test_a_config_that_lies_in_itself_without_end_is_refused(tmp_path):
     (tmp_path / "config.json").write_text('{"a":' * 5000 + "1" + "}" * 5000)
     with pytest.raises(CheckpointError, match=r"config\.json is (not valid JSON|nested deeper)"):

@@ -143,7 +143,7 @@ class ModelBuild:
         tp = ranks_of(tp)
         self.device = device_of(device, tp)
         self._folder = cached(self.uri, settings=self.settings)
-        self._config, rest, self._stored_config = read_config(self._folder, model_arguments, self.settings)
+        self._config, rest, self._stored_config = read_config(model_class, self._folder, model_arguments, self.settings)
         refuse_quantized(getattr(self._config, "quantization_config", None), self.uri)
         refuse_packed(self._config, self.device, self.uri)
         refuse_uncuttable(self._config, tp, self.uri)

@@ -8,7 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from ray_streamer.checkpoint.json_files import read_config as read_stored_config
 from ray_streamer.errors import CheckpointError, SettingsError
-from ray_streamer.integrations.transformers.support import refuse_endless, told_by_transformers
+from ray_streamer.integrations.transformers.support import (
+    refuse_endless,
+    refuse_remote_code,
+    told_by_transformers,
+)
 from ray_streamer.storage import open_storage
 from ray_streamer.wording import brief
 
@@ -25,22 +29,25 @@ ModelClass = Any
 
 
 def read_config(
-    folder: Path, said: Mapping[str, Any], settings: Settings
+    asked: ModelClass, folder: Path, said: Mapping[str, Any], settings: Settings
 ) -> tuple[PretrainedConfig, dict[str, Any], dict[str, Any] | None]:
     """The config of the model in `folder`, with what the caller says of it; what else the caller says; and config.json itself.
 
     Args:
+        asked: The model class.
         folder: Has config.json.
         said: Arguments for transformers' `from_pretrained`. Those that the config has take its values' place, as there.
         settings: How files are read.
 
     Raises:
-        CheckpointError: There is no config, as of an adapter, or transformers does not know its type, or refuses its values.
+        CheckpointError: There is no config, as of an adapter, or transformers does not know its type, or refuses its values;
+            or the checkpoint's own code is asked for.
     """
     from transformers import AutoConfig
 
     with contextlib.closing(open_storage(folder, settings)) as storage:
         stored = read_stored_config(storage)
+    refuse_remote_code(asked, stored or {}, said, str(folder))
     refuse_endless({**(stored or {}), **said}, str(folder))
     arguments = {**said, "trust_remote_code": False, "local_files_only": True}
     try:

@@ -76,6 +76,36 @@ def refuse_arguments(given: Mapping[str, Any]) -> None:
         )
 
 
+def refuse_remote_code(asked: Any, config: Mapping[str, Any], given: Mapping[str, Any], uri: str) -> None:
+    """Refuses `trust_remote_code` where transformers would run code of the checkpoint in place of its own; here none is run.
+
+    Args:
+        asked: The model class.
+        config: A parsed config.json.
+        given: Arguments for transformers.
+        uri: The checkpoint.
+
+    Raises:
+        CheckpointError: Names the checkpoint's class.
+    """
+    auto_map = config.get("auto_map")
+    if not given.get("trust_remote_code") or not isinstance(auto_map, dict):
+        return
+    if asked == "auto":
+        own = [value for name, value in auto_map.items() if name == "AutoConfig" or name.startswith("AutoModel")]
+    elif getattr(asked, "_model_mapping", None) is not None:
+        own = [value for name, value in auto_map.items() if name in ("AutoConfig", asked.__name__)]
+    else:
+        # A model's class is what it is, whatever auto_map says.
+        own = []
+    if own:
+        raise CheckpointError(
+            f"{uri}: trust_remote_code asks for the checkpoint's own {brief(own[-1])}, which auto_map of config.json names, and "
+            "ray_streamer's from_pretrained runs no code of checkpoints. Leave trust_remote_code out to load transformers' own class; "
+            "to run the checkpoint's, fetch it with ray_streamer.pull and load it with transformers"
+        )
+
+
 def refuse_endless(config: Mapping[str, Any], uri: str) -> None:
     """Refuses numbers of layers and labels that no model has: transformers makes lists that long of them.
 
