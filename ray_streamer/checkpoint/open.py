@@ -36,6 +36,7 @@ from ray_streamer.checkpoint.shard_files import (
     adapter_files_of,
     is_of_adapter,
     shard_files_of,
+    tell_unnamed,
 )
 from ray_streamer.checkpoint.weight_map import parse_weight_map
 from ray_streamer.collector import collector_paused
@@ -101,6 +102,8 @@ def open_checkpoint(
     """
     location = locate(uri)
     files = _files_of(storage, location.selection)
+    if files.found_by == "index":
+        tell_unnamed(storage, files.paths, index_name=files.index_name)
     config = read_config(storage)
     if all(map(is_of_adapter, files.paths)) and (adapter := read_json_config(storage, ADAPTER_CONFIG_NAME)) is not None:
         config = {**(config or {}), ADAPTER_KEY: adapter}

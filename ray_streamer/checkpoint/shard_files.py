@@ -16,11 +16,14 @@ from itertools import islice
 from typing import TYPE_CHECKING
 
 from ray_streamer.errors import ObjectMissingError
+from ray_streamer.storage.base import is_there
 from ray_streamer.units import counted
 from ray_streamer.wording import NUM_LISTED, listed, printable, shown
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
+
+    from ray_streamer.storage.base import Storage
 
 _logger = logging.getLogger(__name__)
 
@@ -73,6 +76,25 @@ def shard_files_of(names: Sequence[str], *, uri: str) -> list[str]:
             "%s: only %s is read; no index json names %s beside it", printable(uri), found[0], listed(beside)
         )
     return found
+
+
+def tell_unnamed(storage: Storage, paths: Sequence[str], *, index_name: str) -> None:
+    """One warning about a model.safetensors that the index json does not name; other libraries may read that instead.
+
+    Only of folders of this machine, where to look costs no request.
+
+    Args:
+        storage: The folder.
+        paths: Files that the index json names.
+        index_name: Its name.
+    """
+    if SINGLE_NAME not in paths and not storage.is_remote and is_there(storage, SINGLE_NAME):
+        _logger.warning(
+            "%s: %s is read, and not %s beside it, which it does not name; give the uri of the file to load that",
+            printable(storage.uri),
+            index_name,
+            SINGLE_NAME,
+        )
 
 
 def adapter_files_of(names: Sequence[str], *, uri: str) -> list[str]:

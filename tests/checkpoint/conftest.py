@@ -64,6 +64,9 @@ class RecordingStorage:
             raise self.failures[path]
         return self._storage.read_head(path, max_bytes)
 
+    def size_and_etag(self, path: str) -> ObjectInfo:
+        return self._storage.size_and_etag(path)
+
     def read_into(self, path: str, extent: Extent, buffer: memoryview, **keywords) -> None:
         self.ranges.append((path, extent))
         self._storage.read_into(path, extent, buffer, **keywords)

@@ -425,6 +425,24 @@ def test_index_and_headers_disagree(place, opened, caplog, weight_map, message):
     assert "strict_index" in record.getMessage()
 
 
+def test_a_single_file_that_the_index_does_not_name_is_told(place, opened, caplog):
+    files = TWO_FILES | {INDEX: index_json({"a": "1.safetensors", "b": "2.safetensors"})}
+    uri = place(files | {"model.safetensors": shard(("c", "F32", (2,)))})
+    assert opened(uri).names == ("a", "b")
+    (record,) = caplog.records
+    assert f"{INDEX} is read, and not model.safetensors beside it" in record.getMessage()
+    caplog.clear()
+    assert opened(f"{uri}/{INDEX}").names == ("a", "b")
+    assert opened(f"{uri}/model.safetensors").names == ("c",)
+    assert not caplog.records
+
+
+def test_a_single_file_that_the_index_names_is_no_warning(place, opened, caplog):
+    uri = place({"model.safetensors": shard(A), INDEX: index_json({"a": "model.safetensors"})})
+    assert opened(uri).names == ("a",)
+    assert not caplog.records
+
+
 def test_an_index_that_agrees_is_no_warning(place, opened, caplog):
     uri = place(TWO_FILES | {INDEX: index_json({"a": "1.safetensors", "b": "2.safetensors"})})
     index = opened(uri, strict_index=True)

@@ -385,6 +385,44 @@ def test_a_generation_config_that_transformers_refuses_is_told_before_weights_ar
     assert statistics == []
 
 
+@pytest.fixture
+def both(folders, tmp_path):
+    """A folder with a model in shards, and another one in model.safetensors."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(folders["llama"])
+    model.save_pretrained(tmp_path, max_shard_size="40KB")
+    with torch.no_grad():
+        model.model.norm.weight.fill_(2)
+    model.save_pretrained(tmp_path / "other")
+    (tmp_path / "other" / "model.safetensors").rename(tmp_path / "model.safetensors")
+    return tmp_path
+
+
+def test_a_folder_of_which_transformers_would_read_other_files_is_refused(both):
+    own = transformers.AutoModelForCausalLM.from_pretrained(both)
+    assert own.model.norm.weight[0] == 2
+    with pytest.raises(CheckpointError, match=r"/model\.safetensors or .*/model\.safetensors\.index\.json"):
+        from_pretrained("auto", both)
+    for name, value in (("model.safetensors", 2), ("model.safetensors.index.json", 1)):
+        model = from_pretrained("auto", both / name, settings=small())
+        assert model.model.norm.weight[0] == value
+    (both / "model.safetensors").unlink()
+    assert from_pretrained("auto", both, settings=small()).model.norm.weight[0] == 1
+
+
+def test_weights_that_config_json_names_are_those_that_are_meant(both):
+    changed(both, both, transformers_weights="model.safetensors.index.json")
+    own = transformers.AutoModelForCausalLM.from_pretrained(both)
+    model = from_pretrained("auto", both, settings=small())
+    assert model.model.norm.weight[0] == own.model.norm.weight[0] == 1
+    (both / "model.safetensors").rename(both / "mine.safetensors")
+    changed(both, both, transformers_weights="mine.safetensors")
+    with pytest.raises(CheckpointError, match=r"names 'mine\.safetensors', which transformers reads"):
+        from_pretrained("auto", both)
+    own = transformers.AutoModelForCausalLM.from_pretrained(both)
+    model = from_pretrained("auto", both / "mine.safetensors", settings=small())
+    assert model.model.norm.weight[0] == own.model.norm.weight[0] == 2
+
+
 def test_a_folder_that_is_not_there_is_told(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ObjectMissingError, match=f"no such file or folder: {tmp_path}/nothing"):

@@ -7,6 +7,7 @@ model = from_pretrained("auto", "s3://bucket/llama")      # torchrun --nproc-per
 loader        transformers' own loading code runs on tensors without values; this package reads what it asked for
 support       what is refused before any weight is read: no plan, heads that tp does not divide, quantizations
 job           ranks that share a model, and devices
+chosen_files  which weights of a folder transformers would read
 model_class   config and class of the model at a uri
 filling       parameters of a model that got real memory, and are filled
 bootstrap     what `load_sharded(bootstrap="transformers")` starts on each rank

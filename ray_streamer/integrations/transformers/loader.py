@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from ray_streamer.api.files import cached
 from ray_streamer.api.rank import load_rank
 from ray_streamer.errors import CheckpointError, ObjectChangedError, RayStreamerError, SettingsError
+from ray_streamer.integrations.transformers.chosen_files import refuse_other_files
 from ray_streamer.integrations.transformers.job import device_of, placement, ranks_of
 from ray_streamer.integrations.transformers.model_class import class_of, read_config, restore_generation_config
 from ray_streamer.integrations.transformers.support import (
@@ -144,6 +145,7 @@ class ModelBuild:
         self.device = device_of(device, tp)
         self._folder = cached(self.uri, settings=self.settings)
         self._config, rest, self._stored_config = read_config(model_class, self._folder, model_arguments, self.settings)
+        refuse_other_files(self.uri, self._folder, self._stored_config or {}, self.settings)
         refuse_quantized(getattr(self._config, "quantization_config", None), self.uri)
         refuse_packed(self._config, self.device, self.uri)
         refuse_uncuttable(self._config, tp, self.uri)
