@@ -122,6 +122,58 @@ def test_a_class_says_which_part_of_the_checkpoint_is_wanted(folders):
         assert type(model) is transformers.LlamaModel
 
 
+TOWER = {
+    "hidden_size": 32,
+    "projection_dim": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 48,
+}
+
+
+@pytest.fixture
+def clip(tmp_path):
+    """A model of two towers."""
+    text, vision = TOWER | {"vocab_size": 64}, TOWER | {"image_size": 16, "patch_size": 8}
+    config = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)
+    transformers.CLIPModel(config).save_pretrained(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", ["CLIPTextModel", "CLIPVisionModel", "CLIPTextModelWithProjection"])
+def test_a_class_of_a_part_takes_the_config_of_that_part(clip, name):
+    asked = getattr(transformers, name)
+    model, own = from_pretrained(asked, clip, settings=small()), asked.from_pretrained(clip)
+    assert type(model.config) is type(own.config)
+    assert model.config.to_dict() == own.config.to_dict() | {"_name_or_path": model.config.name_or_path}
+    for key, tensor in own.state_dict().items():
+        assert torch.equal(model.state_dict()[key], tensor), key
+
+
+def test_a_class_of_another_family_takes_its_own_config(folders):
+    model = from_pretrained(transformers.MistralForCausalLM, folders["llama"], settings=small())
+    assert type(model.config) is transformers.MistralConfig
+    assert model.config.sliding_window == 4096
+
+
+def test_an_auto_class_of_the_text_takes_the_config_of_the_text(tmp_path):
+    text = SIZES | {"num_local_experts": 2, "intermediate_size_mlp": 96}
+    vision = TOWER | {"image_size": 16, "patch_size": 8, "vision_output_dim": 32}
+    vision |= {"projector_input_dim": 32, "projector_output_dim": 32}
+    config = transformers.Llama4Config(text_config=text, vision_config=vision)
+    transformers.Llama4ForConditionalGeneration(config).save_pretrained(tmp_path)
+    model = from_pretrained(transformers.AutoModelForCausalLM, tmp_path, settings=small())
+    own = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert (type(model), type(model.config)) == (type(own), type(own.config))
+    assert torch.equal(model.model.norm.weight, own.model.norm.weight)
+
+
+def test_a_part_is_quantized_as_the_whole(clip):
+    changed(clip, clip, quantization_config={"quant_method": "gptq"})
+    with pytest.raises(ShardingError, match="gptq"):
+        from_pretrained(transformers.CLIPTextModel, clip)
+
+
 def test_arguments_reach_transformers(folders):
     model = from_pretrained("auto", folders["llama"], attn_implementation="eager", settings=small())
     assert model.config._attn_implementation == "eager"

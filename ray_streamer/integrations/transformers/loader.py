@@ -144,12 +144,12 @@ class ModelBuild:
         tp = ranks_of(tp)
         self.device = device_of(device, tp)
         self._folder = cached(self.uri, settings=self.settings)
-        self._config, rest, self._stored_config = read_config(model_class, self._folder, model_arguments, self.settings)
+        config, rest, self._stored_config = read_config(model_class, self._folder, model_arguments, self.settings)
+        self._model_class, self._config = class_of(model_class, config, self.uri)
         refuse_other_files(self.uri, self._folder, self._stored_config or {}, self.settings)
         refuse_quantized(getattr(self._config, "quantization_config", None), self.uri)
         refuse_packed(self._config, self.device, self.uri)
         refuse_uncuttable(self._config, tp, self.uri)
-        self._model_class = class_of(model_class, self._config, self.uri)
         self._said = model_arguments
         of_dtype = {} if dtype is None else {"dtype": dtype}
         self._arguments = {**rest, **of_dtype, **placement(tp, self.device)}

@@ -34,7 +34,7 @@ def read_config(
     """The config of the model in `folder`, with what the caller says of it; what else the caller says; and config.json itself.
 
     Args:
-        asked: The model class.
+        asked: The model class. A class of models says which config it takes, such as that of a tower; there as in transformers.
         folder: Has config.json.
         said: Arguments for transformers' `from_pretrained`. Those that the config has take its values' place, as there.
         settings: How files are read.
@@ -43,15 +43,13 @@ def read_config(
         CheckpointError: There is no config, as of an adapter, or transformers does not know its type, or refuses its values;
             or the checkpoint's own code is asked for.
     """
-    from transformers import AutoConfig
-
     with contextlib.closing(open_storage(folder, settings)) as storage:
         stored = read_stored_config(storage)
     refuse_remote_code(asked, stored or {}, said, str(folder))
     refuse_endless({**(stored or {}), **said}, str(folder))
     arguments = {**said, "trust_remote_code": False, "local_files_only": True}
     try:
-        found: Any = AutoConfig.from_pretrained(str(folder), return_unused_kwargs=True, **arguments)
+        found: Any = _config_class(asked).from_pretrained(str(folder), return_unused_kwargs=True, **arguments)
     except Exception as error:  # also of the config's own class, which may raise any
         if not (folder / "config.json").is_file() and (folder / "adapter_config.json").is_file():
             raise CheckpointError(
@@ -62,11 +60,25 @@ def read_config(
             f"{folder}: transformers {_version()} makes no config of its config.json{of}: {told_by_transformers(error)}"
         ) from error
     config, rest = found
+    _keep_quantization(config, (stored or {}).get("quantization_config"))
     return config, rest, stored
 
 
-def class_of(asked: ModelClass, config: PretrainedConfig, uri: str) -> type[PreTrainedModel]:
-    """The concrete class that `asked` means for a model with `config`.
+def _config_class(asked: ModelClass) -> Any:
+    from transformers import AutoConfig, PreTrainedModel
+
+    is_model = isinstance(asked, type) and issubclass(asked, PreTrainedModel)
+    return (asked.config_class if is_model else None) or AutoConfig
+
+
+def _keep_quantization(config: PretrainedConfig, said: Any) -> None:
+    """Gives the config of a part of the model the quantization of the whole one, as transformers' Auto classes do."""
+    if said is not None and getattr(config, "quantization_config", None) is None:
+        config.quantization_config = said
+
+
+def class_of(asked: ModelClass, config: PretrainedConfig, uri: str) -> tuple[type[PreTrainedModel], PretrainedConfig]:
+    """The concrete class that `asked` means for a model with `config`, and its config: of a class of the text alone, that of the text.
 
     Raises:
         SettingsError: `asked` is neither a class of models nor "auto", or an Auto class without a class for this config.
@@ -75,9 +87,9 @@ def class_of(asked: ModelClass, config: PretrainedConfig, uri: str) -> type[PreT
     from transformers import PreTrainedModel
 
     if asked == "auto":
-        return _class_that_wrote(config, uri)
+        return _class_that_wrote(config, uri), config
     if isinstance(asked, type) and issubclass(asked, PreTrainedModel):
-        return asked
+        return asked, config
     by_config: Any = getattr(asked, "_model_mapping", None)
     if by_config is None:
         raise SettingsError(
@@ -86,7 +98,13 @@ def class_of(asked: ModelClass, config: PretrainedConfig, uri: str) -> type[PreT
     if type(config) not in by_config:
         raise SettingsError(f"{uri}: {asked.__name__} has no class for {type(config).__name__}; give another one")
     found: Any = by_config[type(config)]
-    return found[0] if isinstance(found, list | tuple) else found
+    found = found[0] if isinstance(found, list | tuple) else found
+    text_class = config.sub_configs.get("text_config")
+    if text_class is None or found.config_class != text_class:
+        return found, config
+    text: Any = config.get_text_config()
+    _keep_quantization(text, getattr(config, "quantization_config", None))
+    return found, text
 
 
 def _class_that_wrote(config: PretrainedConfig, uri: str) -> type[PreTrainedModel]:
