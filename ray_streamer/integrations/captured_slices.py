@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 from ray_streamer.capture import Capture
@@ -12,6 +13,7 @@ from ray_streamer.storage import open_storage
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from contextlib import AbstractContextManager
 
     import torch
 
@@ -30,6 +32,7 @@ class CapturedSlices:
         load: The engine's loader; called with names and lazy tensors.
         targets: Parameters and buffers by name, asked for once the loader has run.
         skips: Names of tensors that are not offered to the loader.
+        around_reads: Entered in the loader's thread while values that it needs are read, which may wait for other ranks.
 
     Attributes:
         out: Memory of each result, filled in when it was called; for `load_rank`.
@@ -47,9 +50,11 @@ class CapturedSlices:
         load: Callable[[Iterable[tuple[str, torch.Tensor]]], Any],
         targets: Callable[[], dict[str, torch.Tensor]],
         skips: Callable[[str], bool],
+        around_reads: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self._uri, self._settings = uri, settings
         self._load, self._targets, self._skips = load, targets, skips
+        self._around_reads = around_reads
         self.out: dict[str, torch.Tensor] = {}
         self.loaded: Any = None
         self.report: CaptureReport | None = None
@@ -86,7 +91,12 @@ class CapturedSlices:
 
     def _say(self, index: CheckpointIndex, read: Reader, step: Callable[[], None]) -> RankSlices:
         self.index = index
-        recording = Capture(index, read)
+
+        def read_apart(names: Sequence[str]) -> Mapping[str, torch.Tensor]:
+            with self._around_reads():
+                return read(names)
+
+        recording = Capture(index, read_apart)
 
         def tensors() -> Iterator[tuple[str, torch.Tensor]]:
             for name in index.names:

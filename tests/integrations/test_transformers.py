@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -16,11 +17,15 @@ from torch.distributed.tensor import DTensor
 from transformers.distributed import DistributedConfig
 
 from ray_streamer.api.rank import load_rank
+from ray_streamer.checkpoint.named import open_index
 from ray_streamer.checkpoint.open import HEAD_BYTES
 from ray_streamer.errors import CheckpointError, ObjectChangedError, ObjectMissingError, SettingsError, ShardingError
+from ray_streamer.integrations.captured_slices import read_tensors
 from ray_streamer.integrations.transformers import from_pretrained
 from ray_streamer.integrations.transformers.loader import ModelBuild
 from ray_streamer.integrations.transformers.support import refuse_packed, refuse_uncuttable
+from ray_streamer.integrations.transformers.turns import others_turn, own_turn
+from ray_streamer.named_checkpoint import NamedCheckpoint
 from ray_streamer.settings import Settings
 from ray_streamer.testing.spawned import answers_of
 
@@ -227,33 +232,91 @@ def test_what_the_caller_says_of_the_config_is_in_the_generation_config(folders,
     assert model.generation_config.to_dict() == own.generation_config.to_dict()
 
 
-def test_loads_in_several_threads_share_the_switch_of_transformers(folders):
-    begun, ended, seen = threading.Event(), threading.Event(), []
-    other = ThreadPoolExecutor(1)
+# Several threads
 
-    class Second(transformers.LlamaForCausalLM):
-        @classmethod
-        def from_pretrained(cls, *args, **arguments):
-            begun.set()
-            assert ended.wait(TIMEOUT_SECONDS)
+
+def test_loads_in_several_threads_leave_transformers_as_it_was(folders):
+    before = transformers.PreTrainedModel.tie_weights, torch.get_default_dtype(), os.environ.get(SWITCH)
+    names = ["gemma3_text", "mixtral", "gemma3_text"]
+    start = threading.Barrier(len(names))
+
+    def load(name):
+        start.wait(TIMEOUT_SECONDS)
+        return from_pretrained("auto", folders[name], settings=small())
+
+    with ThreadPoolExecutor(len(names)) as threads:
+        models = list(threads.map(load, names))
+    assert [model.lm_head.weight is model.model.embed_tokens.weight for model in models] == [True, False, True]
+    assert (transformers.PreTrainedModel.tie_weights, torch.get_default_dtype(), os.environ.get(SWITCH)) == before
+    assert torch.equal(logits_of(models[0]), own_logits(folders["gemma3_text"]))
+
+
+def test_one_load_at_a_time_is_inside_of_transformers(monkeypatch):
+    monkeypatch.delenv(SWITCH, raising=False)
+    seen = []
+
+    def take_turn():
+        with own_turn():
+            seen.append("other")
+
+    with ThreadPoolExecutor(1) as other:
+        with own_turn(), own_turn():  # as of a model that loads another one
+            taken = other.submit(take_turn)
             seen.append(os.environ.get(SWITCH))
-            return super().from_pretrained(*args, **arguments)
+            with others_turn():
+                taken.result(TIMEOUT_SECONDS)
+                seen.append(os.environ.get(SWITCH))
+            seen.append(os.environ.get(SWITCH))
+        with others_turn():
+            seen.append(os.environ.get(SWITCH))
+    assert seen == ["1", "other", None, "1", None]
 
-    class First(transformers.LlamaForCausalLM):
-        @classmethod
-        def from_pretrained(cls, *args, **arguments):
-            loads.append(other.submit(from_pretrained, Second, folders["llama"], settings=small()))
-            assert begun.wait(TIMEOUT_SECONDS)
-            return super().from_pretrained(*args, **arguments)
 
-    loads = []
-    before = os.environ.get(SWITCH)
-    with other:
-        first = from_pretrained(First, folders["llama"], settings=small())
+def test_a_load_that_waits_for_values_lets_others_have_their_turn(folders, tmp_path):
+    """Other ranks may be in that other load already, and wait for this one."""
+    torch.manual_seed(1)
+    folder = QUANTIZED["fp8"](tmp_path)
+    build = ModelBuild("auto", folder, tp=1, dtype=None, device="cpu", settings=small(), model_arguments={})
+    index = open_index(NamedCheckpoint.of(folder, small()), wants_base_config=False)
+    loaded = []
+
+    class Shared:
+        bytes_read = 0
+
+        def read(self, names):
+            loading = other.submit(from_pretrained, "auto", folders["gemma3_text"], settings=small())
+            loaded.append(loading.result(TIMEOUT_SECONDS))
+            return read_tensors(build.uri, small(), index, names)
+
+        def step(self):
+            pass
+
+    with ThreadPoolExecutor(1) as other:
+        build.captured.with_values(index, 0, Shared())
+    assert loaded[0].lm_head.weight is loaded[0].model.embed_tokens.weight
+    assert build.captured.loaded is not None
+
+
+def test_a_forked_process_has_its_turn_though_a_thread_of_its_parent_had_one(monkeypatch):
+    monkeypatch.delenv(SWITCH, raising=False)
+    begun, ended = threading.Event(), threading.Event()
+
+    def take_turn():
+        with own_turn():
+            begun.set()
+            ended.wait(TIMEOUT_SECONDS)
+
+    with ThreadPoolExecutor(1) as other:
+        other.submit(take_turn)
+        assert begun.wait(TIMEOUT_SECONDS)
+        child = os.fork()
+        if child == 0:
+            signal.alarm(TIMEOUT_SECONDS)
+            is_free = SWITCH not in os.environ
+            with own_turn():
+                os._exit(0 if is_free else 1)
         ended.set()
-        second = loads[0].result()
-    assert (seen, os.environ.get(SWITCH)) == (["1"], before)
-    assert torch.equal(first.lm_head.weight, second.lm_head.weight)
+        assert os.waitpid(child, 0)[1] == 0
 
 
 # Quantized

@@ -9,6 +9,7 @@ support       what is refused before any weight is read: no plan, heads that tp 
 job           ranks that share a model, and devices
 chosen_files  which weights of a folder transformers would read
 model_class   config and class of the model at a uri
+turns         loads in several threads, of which one at a time is inside of transformers
 filling       parameters of a model that got real memory, and are filled
 bootstrap     what `load_sharded(bootstrap="transformers")` starts on each rank
 worker        one rank of such a model

@@ -11,9 +11,6 @@ together.
 
 from __future__ import annotations
 
-import os
-import threading
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from ray_streamer.api.files import cached
@@ -30,12 +27,13 @@ from ray_streamer.integrations.transformers.support import (
     require_transformers,
     told_by_transformers,
 )
+from ray_streamer.integrations.transformers.turns import others_turn, own_turn
 from ray_streamer.named_checkpoint import NamedCheckpoint
 from ray_streamer.settings import Settings
 from ray_streamer.wording import listed
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
     import torch
     from transformers import PretrainedConfig, PreTrainedModel
@@ -45,11 +43,6 @@ if TYPE_CHECKING:
     from ray_streamer.integrations.transformers.model_class import ModelClass
     from ray_streamer.rank.statistics import RankStatistics
     from ray_streamer.storage import UrisLike
-
-_SWITCH = "HF_DEACTIVATE_ASYNC_LOAD"
-_switching = threading.Lock()
-_switch_before: list[str | None] = []
-"""What the switch was when each of the loads under way began; the first is what it was without any."""
 
 
 def from_pretrained(
@@ -158,7 +151,12 @@ class ModelBuild:
         from ray_streamer.integrations.captured_slices import CapturedSlices
 
         self.captured = CapturedSlices(
-            self.uri, self.settings, load=self._make, targets=lambda: self._memories, skips=lambda name: False
+            self.uri,
+            self.settings,
+            load=self._make,
+            targets=lambda: self._memories,
+            skips=lambda name: False,
+            around_reads=others_turn,
         )
 
     def _make(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> PreTrainedModel:
@@ -209,7 +207,7 @@ def _built(
     """
     model_class_any: Any = model_class
     try:
-        with _one_thread():
+        with own_turn():
             model, info = model_class_any.from_pretrained(
                 None, config=config, state_dict=tensors, output_loading_info=True, **model_arguments
             )
@@ -231,26 +229,6 @@ def _built(
             'checkpoint was saved from, or "auto"'
         )
     return model
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Transformers loads in this thread, as its own switch for that says: capture follows one thread.
-
-    The switch is the process's, and stays until the last of several loads in threads of the caller has ended.
-    """
-    with _switching:
-        _switch_before.append(os.environ.get(_SWITCH))
-        os.environ[_SWITCH] = "1"
-    try:
-        yield
-    finally:
-        with _switching:
-            before = _switch_before.pop()
-            if not _switch_before and before is not None:
-                os.environ[_SWITCH] = before
-            elif not _switch_before:
-                del os.environ[_SWITCH]
 
 
 def _check_dtype(dtype: Any) -> None:
