@@ -204,6 +204,17 @@ def test_what_the_caller_says_of_the_config_is_in_it(folders):
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 
 
+def test_a_model_that_is_loaded_in_inference_mode_is_like_any_other(folders, tmp_path):
+    torch.manual_seed(1)
+    for folder in (folders["gemma3_text"], QUANTIZED["fp8"](tmp_path)):
+        own = transformers.AutoModelForCausalLM.from_pretrained(folder)
+        with torch.inference_mode():
+            model = from_pretrained("auto", folder, settings=small())
+        mine = dict(held_by(model))
+        assert not any(tensor.is_inference() for tensor in mine.values())
+        assert all(torch.equal(mine[key], tensor) for key, tensor in held_by(own))
+
+
 def test_a_generation_config_is_the_callers_else_that_of_config_json(folders, tmp_path):
     given = transformers.GenerationConfig(num_beams=3)
     model = from_pretrained("auto", folders["llama"], generation_config=given, settings=small())

@@ -160,6 +160,8 @@ class ModelBuild:
         )
 
     def _make(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> PreTrainedModel:
+        import torch
+
         from ray_streamer.integrations.transformers.filling import give_memory
 
         index = self.captured.index
@@ -168,12 +170,14 @@ class ModelBuild:
             raise ObjectChangedError(
                 f"{self.uri}: config.json was replaced between the start of this load and the reading of the weights; load again"
             )
-        named = _by_file(index, dict(tensors))
-        model = _built(self._model_class, self._config, self.uri, named, self._arguments)
-        # A generation config of the caller's is the model's already.
-        if self._arguments.get("generation_config") is None:
-            restore_generation_config(model, self._folder, self._said)
-        self._memories.update(give_memory(model))
+        # What is made in inference mode counts no versions, which capture needs, and cannot be trained.
+        with torch.inference_mode(mode=False):
+            named = _by_file(index, dict(tensors))
+            model = _built(self._model_class, self._config, self.uri, named, self._arguments)
+            # A generation config of the caller's is the model's already.
+            if self._arguments.get("generation_config") is None:
+                restore_generation_config(model, self._folder, self._said)
+            self._memories.update(give_memory(model))
         return model
 
     def finished(self) -> PreTrainedModel:
