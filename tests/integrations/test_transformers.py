@@ -577,6 +577,16 @@ def test_what_transformers_cannot_cut_is_refused(config, tp, said):
     refuse_uncuttable(config(), 1, "s3://bucket/model")
 
 
+def test_layers_that_differ_in_heads_are_checked_one_by_one():
+    """As those of Gemma 4 and EmbeddingGemma 2 do."""
+    layers = {"layer_types": ["sliding_attention", "full_attention"], "num_kv_shared_layers": 0}
+    heads = {"num_key_value_heads": 4, "attention_k_eq_v": True, "num_global_key_value_heads": 2, "global_head_dim": 32}
+    config = transformers.Gemma4TextConfig(**SIZES | layers | heads)
+    refuse_uncuttable(config, 2, "s3://bucket/model")
+    with pytest.raises(ShardingError, match=r"tp=4 .* num_key_value_heads=2 of layer 1; tp that work: 1, 2$"):
+        refuse_uncuttable(config, 4, "s3://bucket/model")
+
+
 @pytest.mark.parametrize(
     ("model_class", "arguments", "said"),
     [

@@ -36,7 +36,7 @@ ARGUMENTS_OF_THE_HUB = ("adapter_kwargs", "code_revision", "revision", "subfolde
 LOADABLE_METHODS = ("fp8", "mxfp4")
 """Methods of quantization whose weights transformers keeps in parameters, or dequantizes while it loads."""
 
-_HEADS = ("num_attention_heads", "num_key_value_heads")
+_HEADS = frozenset({"num_attention_heads", "num_key_value_heads"})
 _LISTED = ("layer", "layers", "blocks", "labels")
 """How names of values in a config end of which transformers makes lists."""
 _MOST_LISTED = 1 << 20
@@ -192,7 +192,7 @@ def refuse_uncuttable(config: PretrainedConfig, tp: int, uri: str) -> None:
     transformers itself would cut a head in half there, and fail in the first forward. Other sizes need not divide.
 
     Raises:
-        ShardingError: Names the model's type or number of heads, and the values of tp that work.
+        ShardingError: Names the model's type or number of heads, with a layer where they differ, and the values of tp that work.
     """
     if tp == 1:
         return
@@ -201,11 +201,25 @@ def refuse_uncuttable(config: PretrainedConfig, tp: int, uri: str) -> None:
         raise ShardingError(
             f"{uri}: transformers has no tensor-parallel plan for model type {config.model_type}; load it with tp=1"
         )
-    sizes = {name: value for name in _HEADS if isinstance(value := getattr(text, name, None), int)}
-    wrong = {name: value for name, value in sizes.items() if value % tp}
+    sizes = _heads_of(text)
+    wrong = [said for said, value in sizes.items() if value % tp]
     if wrong:
         works = [n for n in range(1, min(sizes.values()) + 1) if not any(value % n for value in sizes.values())]
         raise ShardingError(
-            f"{uri}: tp={tp} does not divide {', '.join(f'{name}={value}' for name, value in wrong.items())}; "
-            f"tp that work: {', '.join(map(str, works))}"
+            f"{uri}: tp={tp} does not divide {', '.join(wrong)}; tp that work: {', '.join(map(str, works))}"
         )
+
+
+def _heads_of(config: Any) -> dict[str, int]:
+    """Every number of heads in a config, by its words; of numbers that differ by layer each one, with the first layer that has it."""
+    by_layer = _HEADS & set(getattr(config, "per_layer_attributes", None) or ())
+    layers: list[Any] = list(config.per_layer_config) if by_layer else []
+    sizes: dict[tuple[str, int], str] = {}
+    for name in sorted(_HEADS):
+        # The config refuses to say one number for all layers where they differ.
+        for number, holder in enumerate(layers if name in by_layer else [config]):
+            value = getattr(holder, name, None)
+            if isinstance(value, int):
+                of_layer = f" of layer {number}" if name in by_layer else ""
+                sizes.setdefault((name, value), f"{name}={value}{of_layer}")
+    return {said: value for (_, value), said in sizes.items()}
