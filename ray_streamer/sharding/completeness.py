@@ -274,12 +274,13 @@ def _missing_ends(
         # A model with parts that its family does not have, such as a draft's: who knows what it leaves out.
         return
     is_last = located.is_after_layers & ~located.is_mtp
+    norms = _norms_of(family)
     if not (located.is_before_layers & ~located.is_mtp).any():
         yield f"the embeddings ({', '.join(family.first_stage)}) are missing"
-    if not is_last.any():
+    if norms and not is_last.any():
         yield f"what follows the last layer ({', '.join(family.last_stage)}) is missing"
-    elif not (is_last & names.of_kinds(matches_any(_norms_of(family), names.texts), dtype=bool)).any():
-        yield f"the last norm ({', '.join(_norms_of(family))}) is missing"
+    elif norms and not (is_last & names.of_kinds(matches_any(norms, names.texts), dtype=bool)).any():
+        yield f"the last norm ({', '.join(norms)}) is missing"
     elif _has_own_head(index.config or {}) and not (is_last & (index.num_dims >= 2)).any():
         yield "the head is missing, which config.json does not tie to the embeddings"
 

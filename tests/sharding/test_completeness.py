@@ -98,6 +98,8 @@ def loaded(uri: str, **arguments: Any) -> set[str]:
         pytest.param(LLAMA | {"model_type": "mixtral", "num_local_experts": 4}, mixtral(), id="mixtral"),
         pytest.param(LLAMA, without(llama(), "lm_head"), id="tied-head"),
         pytest.param(LLAMA | {"num_hidden_layers": 2}, llama(), id="more-layers-than-config"),
+        pytest.param(LLAMA | {"model_type": "olmo"}, without(llama(), "norm"), id="norms-without-weights"),
+        pytest.param(LLAMA | {"model_type": "olmo"}, without(llama(), "norm", "lm_head"), id="no-norms-and-a-tied-head"),
         pytest.param({"model_type": "gemma4_text", **{k: LLAMA[k] for k in list(LLAMA)[1:]}}, without(llama(), "layers.2.self_attn.k", "layers.2.self_attn.v"), id="shared-keys"),
         pytest.param({"model_type": "unheard-of", "num_hidden_layers": 9}, llama(), id="unknown-family"),
         pytest.param({key: value for key, value in LLAMA.items() if "layers" not in key}, llama(2), id="no-number"),
@@ -143,6 +145,12 @@ def test_ends_of_several_files(tmp_path: Path, shapes: Shapes, told: str) -> Non
     config = LLAMA | {"architectures": ["LlamaForCausalLM"], "tie_word_embeddings": False}
     with pytest.raises(CheckpointError, match=told):
         loaded(write(tmp_path, shapes, config, num_files=3))
+
+
+def test_the_head_of_a_model_whose_norms_have_no_weights(tmp_path: Path) -> None:
+    config = LLAMA | {"model_type": "olmo", "architectures": ["OlmoForCausalLM"], "tie_word_embeddings": False}
+    with pytest.raises(CheckpointError, match="the head is missing"):
+        loaded(write(tmp_path, without(llama(), "norm", "lm_head"), config, num_files=3))
 
 
 def test_experts(tmp_path: Path) -> None:

@@ -59,7 +59,8 @@ DENSE: dict[str, Family] = {
     ),
     "glm": Family(modules=VOCABULARY | ATTENTION | _FUSED_MLP, transformers=_GATHERED_MLP),
     "glm4": Family(modules=VOCABULARY | ATTENTION | _FUSED_MLP, transformers=_GATHERED_MLP),
-    "olmo": _LLAMA,
+    # Its norms have no weights.
+    "olmo": Family(modules=LLAMA, last_stage=("*lm_head.*",)),
     "olmo2": _LLAMA,
     "olmo3": _LLAMA,
     "granite": _LLAMA,
