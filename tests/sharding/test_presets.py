@@ -177,6 +177,19 @@ def test_gemma3_names_with_either_prefix_are_split_and_towers_are_not(prefix: st
     assert shapes == [(8, 16), (0, 16), *list(names.values())[2:]]
 
 
+def test_a_base_model_of_gemma4_has_names_without_prefix() -> None:
+    config = {
+        "model_type": "gemma4_text",
+        "hidden_size": 32,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "num_hidden_layers": 2,
+    }
+    rules = ShardRules.for_config(config)
+    for prefix in ("", "model.", "model.language_model."):
+        assert rules.placement_of(f"{prefix}per_layer_model_projection.weight") == Replicate()
+
+
 @pytest.mark.parametrize("published", [False, True], ids=["written-by-transformers", "published"])
 def test_gemma4_has_layers_with_other_key_value_heads(published: bool, saved: Callable[[str], Saved]) -> None:
     config = dict(saved("gemma4_text").index.config or {})

@@ -119,7 +119,7 @@ _GEMMA4 = Family(
     modules=LLAMA
     | {
         "*embed_tokens_per_layer": Role.VOCABULARY,
-        "*.per_layer_model_projection": Role.REPLICATED,
+        "*per_layer_model_projection": Role.REPLICATED,
         "*.per_layer_input_gate": Role.REPLICATED,
         "*.per_layer_projection": Role.REPLICATED,
         "*.router.proj": Role.REPLICATED,
