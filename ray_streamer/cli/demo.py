@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from math import isnan
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,6 +13,19 @@ from ray_streamer.cli.command import Command, json_option, print_json, verbose_o
 from ray_streamer.cli.outputs import OUTPUT_FOLDER
 
 _MEMORY_LIMIT = 64 << 20
+_MOST_GIGABYTES = 400
+"""Beyond it the demo's model would have more layers than any model has."""
+
+
+class _Gigabytes(click.FloatRange):
+    """A size in a range; nan is in none, though no comparison says so."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The number, or wrong usage."""
+        number = super().convert(value, param, ctx)
+        if isnan(number):
+            self.fail(f"{value} is no size.", param, ctx)
+        return number
 
 
 @click.command("demo", cls=Command)
@@ -24,7 +38,7 @@ _MEMORY_LIMIT = 64 << 20
 )
 @click.option(
     "--gigabytes",
-    type=click.FloatRange(0, min_open=True),
+    type=_Gigabytes(0, _MOST_GIGABYTES, min_open=True),
     default=1.0,
     show_default=True,
     help="Size of the checkpoint.",

@@ -169,6 +169,18 @@ def test_a_truncated_checkpoint_is_made_again(tmp_path):
     assert file.read_bytes() == whole
 
 
+@pytest.mark.parametrize("size", ["nan", "inf", "-1", "0", "1e9", "much"])
+def test_a_size_that_no_demo_has_is_wrong_usage(invoke, tmp_path, size):
+    result = invoke("demo", "--folder", tmp_path / "demo", "--gigabytes", size)
+    assert result.exit_code == 2
+    assert "'--gigabytes'" in result.stderr
+    assert not (tmp_path / "demo").exists()
+
+
+def test_the_largest_demo_is_a_model_like_any_other():
+    assert demo_layout(400_000_000_000).config["num_hidden_layers"] <= 4096
+
+
 def test_a_folder_with_something_else_is_left_alone(tmp_path):
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(SettingsError, match="holds no checkpoint"):
