@@ -9,6 +9,7 @@ import resource
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 
 import pytest
 
@@ -52,24 +53,43 @@ def test_the_file_unused_for_longest_is_closed(open_it, tmp_path):
     assert _open_names(tmp_path) == []
 
 
-def test_many_threads_never_hold_more_files_than_there_are_places(open_it, tmp_path):
-    files, most = OpenFiles(3), []
+def test_many_threads_never_hold_more_files_than_there_are_places(open_it, tmp_path, monkeypatch):
+    """Counted at each open and close: a look into /proc while other threads open files sees some of them twice."""
+    files, lock, ours, counts = OpenFiles(3), threading.Lock(), set(), [0]
     for key in range(20):
         os.close(open_it(key)())
+
+    def count(change: int) -> None:
+        with lock:
+            counts.append(counts[-1] + change)
+
+    def opened(key: int) -> int:
+        count(+1)
+        descriptor = open_it(key)()
+        ours.add(descriptor)
+        return descriptor
+
+    def closed(descriptor: int, close=os.close) -> None:
+        is_ours = descriptor in ours
+        ours.discard(descriptor)
+        close(descriptor)
+        if is_ours:
+            count(-1)
 
     def read_some(seed: int) -> None:
         choose = random.Random(seed)
         for _ in range(50):
             key = choose.randrange(20)
-            with files.use(key, open_it(key)) as file:
-                most.append(len(_open_names(tmp_path)))
+            with files.use(key, partial(opened, key)) as file:
                 assert os.pread(file.buffered, 10, 0).decode() == str(key)
 
+    monkeypatch.setattr(os, "close", closed)
     with ThreadPoolExecutor(8) as pool:
         for _ in pool.map(read_some, range(8)):
             pass
-    assert 1 < max(most) <= 3
+    assert max(counts) == 3
     files.close()
+    assert counts[-1] == 0
     assert _open_names(tmp_path) == []
 
 
