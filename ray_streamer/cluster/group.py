@@ -130,10 +130,6 @@ class WorkerGroup:
         """The ranks of each node; contiguous unless `bundle_indices` gave another order."""
         return group_by_node([facts.node_id for facts in self._facts])
 
-    def node_of(self, rank: int) -> int:
-        """Position in `nodes` of the node that holds `rank`."""
-        return next(number for number, ranks in enumerate(self.nodes) if rank in ranks)
-
     def call(
         self,
         method: str,

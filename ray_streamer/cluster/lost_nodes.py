@@ -42,18 +42,6 @@ def why_lost(seat: Seat, death: object) -> str | None:
     return "Its node was lost: call again, and the rank goes to another node as soon as one has room, or load again"
 
 
-def why_without_room(seats: Mapping[int, Seat]) -> str | None:
-    """What to do where ranks that start wait for room since a node was lost; None where none was.
-
-    Args:
-        seats: Of the ranks.
-    """
-    lost = [str(rank) for ranks, _ in _rescheduled(seats) for rank in ranks]
-    if not lost:
-        return None
-    return f"The node of rank {listed(lost)} was lost, and no other one has room: add nodes, or free some"
-
-
 def wait_for_other_nodes(
     seats: Mapping[int, Seat], name: GroupName, options: PlacementOptions, deadline: Deadline
 ) -> None:

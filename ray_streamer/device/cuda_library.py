@@ -100,16 +100,13 @@ class LoadedLibrary:
         return torch.cuda.device(device)
 
 
-def find_loaded_library(maps: str | None = None) -> LoadedLibrary:
+def find_loaded_library() -> LoadedLibrary:
     """The runtime that torch has loaded into this process.
-
-    Args:
-        maps: Text of /proc/self/maps; read when unset.
 
     Raises:
         DeviceError: There is none: torch was built without, or has it linked into itself.
     """
-    path, prefix = find_runtime_file(Path("/proc/self/maps").read_text() if maps is None else maps)
+    path, prefix = find_runtime_file(Path("/proc/self/maps").read_text())
     return LoadedLibrary(path, prefix)
 
 

@@ -99,13 +99,13 @@ class LateBodyError(TimeoutError):
 class SegmentClock:
     """How long the segments of one body may take; used by one thread.
 
-    Without `hedging` a segment may take `timeout_seconds`. With it, one that is late ends the body if the budget allows.
+    A segment may take `timeout_seconds`; one that is late ends the body if the budget allows.
 
     Attributes:
         due: When the segment is late, by the monotonic clock.
     """
 
-    def __init__(self, *, timeout_seconds: float, hedging: Hedging | None = None) -> None:
+    def __init__(self, *, timeout_seconds: float, hedging: Hedging) -> None:
         self._timeout_seconds = timeout_seconds
         self._hedging = hedging
         self._slowest_seconds = 0.0
@@ -114,12 +114,10 @@ class SegmentClock:
 
     def begin(self) -> float:
         """A segment begins; how long its receiver may wait."""
-        limit_seconds = self._timeout_seconds
-        if self._hedging is not None:
-            limit_seconds = min(limit_seconds, self._hedging.segments.late_after_seconds)
+        limit_seconds = min(self._timeout_seconds, self._hedging.segments.late_after_seconds)
         self._began = time.monotonic()
         self.due = self._began + limit_seconds
-        self._is_late = self._hedging is None
+        self._is_late = False
         return limit_seconds
 
     def extend(self) -> float:
@@ -130,7 +128,7 @@ class SegmentClock:
             TimeoutError: It has been late for too long.
         """
         waited_seconds = time.monotonic() - self._began
-        if self._hedging is not None and not self._is_late and self._hedging.spend():
+        if not self._is_late and self._hedging.spend():
             raise LateBodyError(errno.ETIMEDOUT, f"a segment is late after {waited_seconds:.3g} s")
         self._is_late = True
         self.due = self._began + self._timeout_seconds
@@ -147,5 +145,4 @@ class SegmentClock:
 
     def end_body(self) -> None:
         """The whole body has landed: what its slowest segment took is how long others may take."""
-        if self._hedging is not None:
-            self._hedging.segments.observe(self._slowest_seconds)
+        self._hedging.segments.observe(self._slowest_seconds)

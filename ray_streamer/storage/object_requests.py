@@ -77,11 +77,6 @@ class ObjectRequests:
         self._limit = RequestLimit(max_requests)
         self._has_answered = False
 
-    @property
-    def num_allowed(self) -> int:
-        """Requests that may be under way now."""
-        return self._limit.num_allowed
-
     @contextmanager
     def get(
         self, path: str, what: str, headers: Mapping[str, str], pinned: Identity | None, *, offset: int = 0

@@ -14,7 +14,7 @@ import pytest
 
 from ray_streamer.storage.http_connection import HttpConnection
 from ray_streamer.storage.http_route import Route
-from ray_streamer.storage.lateness import SegmentClock
+from ray_streamer.storage.lateness import Hedging, SegmentClock
 from ray_streamer.testing.certificates import make_certificates
 
 BODY = random.Random(3).randbytes(300_000)
@@ -58,7 +58,7 @@ def answer_of(connection, theirs, head: bytes, body: bytes = b"", *, then_end: b
 
 def receive(answer, num_bytes=300_000):
     memory = memoryview(bytearray(num_bytes))
-    landed = sum(answer.receive_into(memory, SegmentClock(timeout_seconds=30)))
+    landed = sum(answer.receive_into(memory, SegmentClock(timeout_seconds=30, hedging=Hedging(max_fraction=0))))
     assert answer.num_received - landed in range(4096), "what came with the head is no piece"
     return bytes(memory[: answer.num_received])
 

@@ -67,18 +67,20 @@ def test_a_quiet_time_does_not_save_up_for_a_burst():
     assert sum(hedging.spend() for _ in range(1000)) == 16
 
 
-def test_a_clock_without_hedging_ends_a_stalled_piece(now):
-    clock = SegmentClock(timeout_seconds=30)
-    assert (clock.begin(), clock.due) == (30, 130)
-    now.seconds += 30
+def test_a_clock_without_a_budget_ends_a_stalled_piece(now):
+    clock = SegmentClock(timeout_seconds=30, hedging=Hedging(max_fraction=0))
+    assert (clock.begin(), clock.due) == (2, 102)
+    now.seconds += 2
+    assert (clock.extend(), clock.due) == (28, 130)
+    now.seconds += 28
     with pytest.raises(TimeoutError, match=r"less than 1 MiB.*in 30 s \(stall_timeout_seconds\)"):
         clock.extend()
 
 
 def test_each_piece_has_its_own_time(now):
-    clock = SegmentClock(timeout_seconds=30)
+    clock = SegmentClock(timeout_seconds=30, hedging=Hedging(max_fraction=0))
     for _ in range(10):
-        assert clock.begin() == 30
+        assert clock.begin() == 2
         now.seconds += 29
         clock.end()
 

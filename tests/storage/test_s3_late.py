@@ -97,7 +97,7 @@ def test_throttling_lowers_what_is_under_way(place, open_s3, etag, proxy):
     lost = sum(incident.lost_seconds for incident in incidents)
     assert incidents[-1].seconds - lost == pytest.approx(began, abs=incidents[0].seconds - began)
     assert began < incidents[0].seconds <= incidents[-1].seconds < time.perf_counter()
-    assert storage._requests.num_allowed == 4
+    assert storage._requests._limit.num_allowed == 4
 
 
 def test_retry_after_is_honoured(place, open_s3, etag, proxy):
