@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 from ray_streamer.checkpoint import locate
 from ray_streamer.checkpoint.folder_hints import INDEX_NAME
 from ray_streamer.checkpoint.shard_files import SINGLE_NAME
-from ray_streamer.errors import AccessError, CheckpointError, CredentialsError
+from ray_streamer.errors import CheckpointError
 from ray_streamer.storage import open_storage
-from ray_streamer.storage.base import is_there
+from ray_streamer.storage.base import is_seen
 from ray_streamer.wording import brief
 
 if TYPE_CHECKING:
@@ -50,19 +50,10 @@ def refuse_other_files(uri: str, folder: Path, config: Mapping[str, Any], settin
         )
     if named is not None or not has_index:
         return
-    if _has_single_file(location.folder_uri, settings):
+    with contextlib.closing(open_storage(location.folder_uri, settings)) as storage:
+        has_both = is_seen(storage, SINGLE_NAME)
+    if has_both:
         raise CheckpointError(
             f"{uri} has {SINGLE_NAME}, which transformers reads, and {INDEX_NAME}, which ray_streamer reads; give the uri of the one that "
             f"is meant: {uri.rstrip('/')}/{SINGLE_NAME} or {uri.rstrip('/')}/{INDEX_NAME}"
         )
-
-
-def _has_single_file(folder_uri: str, settings: Settings) -> bool:
-    with contextlib.closing(open_storage(folder_uri, settings)) as storage:
-        try:
-            return is_there(storage, SINGLE_NAME)
-        except CredentialsError:
-            raise
-        except AccessError:
-            # So a store answers for a file that is not there, where the folder may not be listed.
-            return False
