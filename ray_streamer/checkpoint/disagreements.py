@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ray_streamer.units import counted
+from ray_streamer.units import counted, verb
 from ray_streamer.wording import listed, shown
 
 if TYPE_CHECKING:
@@ -108,4 +108,4 @@ def _shown_repeat(name: str, files: list[int], taken: int, paths: Sequence[str])
 
 
 def _clause(names: list[str], what: str) -> str:
-    return f"{counted(len(names), 'tensor')} {'is' if len(names) == 1 else 'are'} {what}: {listed(names)}"
+    return f"{counted(len(names), 'tensor')} {verb(len(names), 'is', 'are')} {what}: {listed(names)}"

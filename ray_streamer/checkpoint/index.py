@@ -18,7 +18,7 @@ from ray_streamer.collector import collector_paused
 from ray_streamer.dtypes import DTYPES, DType
 from ray_streamer.errors import CheckpointError
 from ray_streamer.extent import Extent
-from ray_streamer.units import counted, human_bytes
+from ray_streamer.units import counted, human_bytes, verb
 from ray_streamer.wording import listed, shown
 
 if TYPE_CHECKING:
@@ -199,7 +199,7 @@ class CheckpointIndex:
             for row in repeats
         ]
         return (
-            f"{counted(len(told), 'tensor')} {'is' if len(told) == 1 else 'are'} in two files: {listed(told)}; without an index "
+            f"{counted(len(told), 'tensor')} {verb(len(told), 'is', 'are')} in two files: {listed(told)}; without an index "
             "json nothing says which one counts: keep one file of each, or write an index json"
         )
 

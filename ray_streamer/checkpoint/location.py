@@ -6,6 +6,8 @@ import re
 from dataclasses import dataclass
 from urllib.parse import unquote
 
+from ray_streamer.storage.uri import FILE_NAMES
+
 _HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 
 
@@ -32,7 +34,7 @@ def locate(uri: str) -> CheckpointLocation:
     """
     scheme, separator, rest = uri.rpartition("://")
     folder, slash, name = rest.rpartition("/")
-    names_a_file = name.endswith((".safetensors", ".json"))
+    names_a_file = name.endswith(FILE_NAMES)
     # In scheme://name the first component is a bucket or a memory storage, whatever it ends in.
     is_root = bool(separator) and not slash
     if not names_a_file or is_root:

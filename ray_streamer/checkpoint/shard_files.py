@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from ray_streamer.errors import ObjectMissingError
 from ray_streamer.storage.base import is_there
-from ray_streamer.units import counted
+from ray_streamer.units import counted, verb
 from ray_streamer.wording import NUM_LISTED, listed, printable, shown
 
 if TYPE_CHECKING:
@@ -214,16 +214,13 @@ def _told(found: Sequence[str], gaps: Sequence[_Gap], unfinished: Sequence[str])
         names = [shown(name) for gap in gaps for name in gap.names][:NUM_LISTED]
         more = f" and {num_missing - len(names)} more" if num_missing > len(names) else ""
         clauses.append(
-            f"{counted(num_missing, 'file')} {_is(num_missing)} missing, by the "
-            f"{'name' if len(found) == 1 else 'names'} of the {len(found)} that {_is(len(found))} there: {', '.join(names)}{more}"
+            f"{counted(num_missing, 'file')} {verb(num_missing, 'is', 'are')} missing, by the "
+            f"{'name' if len(found) == 1 else 'names'} of the {len(found)} that {verb(len(found), 'is', 'are')} there: {', '.join(names)}{more}"
         )
     if unfinished:
-        clauses.append(f"{listed([shown(name) for name in unfinished])} {_is(len(unfinished))} not completely written")
+        names, are = listed([shown(name) for name in unfinished]), verb(len(unfinished), "is", "are")
+        clauses.append(f"{names} {are} not completely written")
     return (
         f"{'; '.join(clauses)}. Wait until the upload or download is done, or start it again. To load only what is there, "
         "give the uri of one file, or of an index json that names the tensors"
     )
-
-
-def _is(number: int) -> str:
-    return "is" if number == 1 else "are"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import secrets
 from dataclasses import dataclass, field
 
+from ray_streamer.storage.uri import FILE_NAMES
 from ray_streamer.units import counted
 
 # Longer ones are cut by Ray's tables.
@@ -60,7 +61,7 @@ def model_of(uri: str) -> str:
     >>> model_of("s3://bucket/meta/llama-3-70b/"), model_of("/models/tiny/model.safetensors")
     ('llama-3-70b', 'tiny')
     """
-    parts = [part for part in uri.partition("://")[2].split("/") or [] if part] or [p for p in uri.split("/") if p]
-    if len(parts) > 1 and parts[-1].endswith((".safetensors", ".json")):
+    parts = [part for part in uri.partition("://")[2].split("/") if part] or [p for p in uri.split("/") if p]
+    if len(parts) > 1 and parts[-1].endswith(FILE_NAMES):
         parts.pop()
     return "".join(c if c.isprintable() else "?" for c in parts[-1])[:_MAX_MODEL_CHARACTERS] if parts else "model"

@@ -79,7 +79,7 @@ class Device(Protocol):
 
     Attributes:
         name: How messages name it.
-        wants_staging: Whether copies out of an pinned arena are so much faster than copies out of a mapping that files in the
+        wants_staging: Whether copies out of a pinned arena are so much faster than copies out of a mapping that files in the
             page cache are read into the arena, too.
         reads_files: Whether `read_file` may be called.
     """

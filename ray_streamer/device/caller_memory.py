@@ -64,9 +64,8 @@ def refuse_unwritable(name: str, tensor: torch.Tensor) -> None:
         raise DeviceError(f"out[{name!r}] is {kind}; give the plain tensor that holds its memory")
     if tensor.is_conj() or tensor.is_neg():
         raise DeviceError(f"out[{name!r}] is a conjugated or negated view; give the tensor that it is a view of")
-    last = sum((size - 1) * stride for size, stride in zip(tensor.size(), tensor.stride(), strict=True))
-    stop_bytes = (tensor.storage_offset() + last + 1) * tensor.itemsize if tensor.numel() else 0
-    if tensor.untyped_storage().nbytes() < stop_bytes:
+    start_bytes, num_bytes = tensor.storage_offset() * tensor.itemsize, span_bytes(tensor)
+    if num_bytes and tensor.untyped_storage().nbytes() < start_bytes + num_bytes:
         raise DeviceError(
             f"out[{name!r}] has no memory: its storage was freed, as FSDP does; gather the parameter first"
         )

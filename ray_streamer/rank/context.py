@@ -20,7 +20,7 @@ class RankContext:
         mesh: The grid of ranks; `mesh.coordinate(rank)` says where this one is.
         device: Where the tensors are.
         node: The node, as messages name it.
-        tensors: This rank's slices by checkpoint name; what the function changes stays changed.
+        tensors: This rank's results by name; what the function changes stays changed.
         model: What `bootstrap` made of them, such as a model of transformers; None without it.
     """
 
