@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ray_streamer.planning.reads import bytes_of_runs, overlaps_of, spans_by_kind, tensor_keys
+from ray_streamer.planning.blocks import bytes_of_runs, overlaps_of, tensor_keys
+from ray_streamer.planning.reads import spans_by_kind
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from ray_streamer.checkpoint.index import CheckpointIndex
-    from ray_streamer.planning.reads import BlockColumns, NodeCover, Ragged, TensorKinds
+    from ray_streamer.planning.blocks import BlockColumns
+    from ray_streamer.planning.reads import NodeCover, Ragged, TensorKinds
     from ray_streamer.slices.rank_sources import RankSources
 
     Column = NDArray[np.int64]

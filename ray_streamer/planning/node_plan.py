@@ -16,9 +16,10 @@ from ray_streamer.collector import collector_paused
 from ray_streamer.column_bytes import columns_from_bytes, columns_to_bytes, refused
 from ray_streamer.errors import PlanError
 from ray_streamer.planning.assign import assign_readers
+from ray_streamer.planning.blocks import BlockColumns
 from ray_streamer.planning.consumers import find_consumers
 from ray_streamer.planning.limits import ReadLimits
-from ray_streamer.planning.reads import BlockColumns, cover_node, cut_blocks, kinds_of
+from ray_streamer.planning.reads import cover_node, cut_blocks, kinds_of
 from ray_streamer.units import counted, human_bytes
 
 if TYPE_CHECKING:

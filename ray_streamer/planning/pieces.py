@@ -14,8 +14,9 @@ import numpy as np
 
 from ray_streamer.dtypes import DTYPE_CODES, DTYPES
 from ray_streamer.errors import PlanError
+from ray_streamer.planning.blocks import overlaps_of, tensor_keys
 from ray_streamer.planning.pattern_copies import Region, copies_of
-from ray_streamer.planning.reads import Ragged, overlaps_of, tensor_keys
+from ray_streamer.planning.reads import Ragged
 from ray_streamer.planning.wanted import Span, spans_of
 from ray_streamer.rows import group_rows
 from ray_streamer.slices.move import Side
@@ -27,8 +28,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from ray_streamer.checkpoint.index import CheckpointIndex
+    from ray_streamer.planning.blocks import BlockColumns, Overlaps
     from ray_streamer.planning.pattern_copies import PatternCopies, StridedMove
-    from ray_streamer.planning.reads import BlockColumns, Overlaps
     from ray_streamer.slices.rank_slices import RankSlices
 
     Column = NDArray[np.int64]

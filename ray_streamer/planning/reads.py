@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ray_streamer.dtypes import DTYPES
+from ray_streamer.planning.blocks import FILE_SHIFT, OFFSET_MASK, BlockColumns, overlaps_of, tensor_keys
 from ray_streamer.planning.coverage import num_covered
 from ray_streamer.planning.wanted import extents_of, join_spans, source_bytes, spans_of
 from ray_streamer.rows import group_rows
@@ -30,10 +31,6 @@ if TYPE_CHECKING:
 
     Column = NDArray[np.int64]
 
-FILE_SHIFT = 44
-"""A byte of a checkpoint is one integer, file << 44 | offset, so that one sort order and one search serve all files."""
-
-_OFFSET_MASK = (1 << FILE_SHIFT) - 1
 Want = tuple["SourceView", ...]
 """Distinct views of one tensor that a rank reads."""
 
@@ -97,30 +94,6 @@ class NodeCover:
     extents: Ragged
     needed_bytes: Column
     shortest_runs: Column
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class BlockColumns:
-    """Blocks of one node in file order: disjoint, each within one cell of the grid.
-
-    Attributes:
-        file_ids: File of each block.
-        starts: First byte in that file.
-        stops: One past the last byte.
-    """
-
-    file_ids: Column
-    starts: Column
-    stops: Column
-
-    @property
-    def keys(self) -> Column:
-        """First byte of each block as one ascending integer over all files."""
-        return (self.file_ids.astype(np.int64) << FILE_SHIFT) + self.starts
-
-    def __len__(self) -> int:
-        """Number of blocks."""
-        return len(self.starts)
 
 
 def kinds_of(index: CheckpointIndex, sources: Sequence[RankSources]) -> TensorKinds:
@@ -201,7 +174,7 @@ def cover_node(kinds: TensorKinds, limits: ReadLimits) -> NodeCover:
     shortest_runs: list[int] = []
     for wants, num_bits in zip(kinds.wants, kinds.num_bits, strict=True):
         views = _distinct(view for want in wants for view in want)
-        joined = join_spans({span for view in views for span in spans_of(view, num_bits)})
+        joined = _spans_of_want(views, num_bits)
         extents.append(extents_of(joined, limits.min_run_bytes))
         needed.append(num_covered([nested for view in views for nested in source_bytes(view, num_bits)]))
         shortest_runs.append(min((span.run_bytes for span in joined), default=0))
@@ -222,11 +195,6 @@ def _spans_of_want(want: Want, num_bits: int) -> list[Span]:
     return join_spans({span for view in want for span in spans_of(view, num_bits)})
 
 
-def tensor_keys(index: CheckpointIndex) -> Column:
-    """First byte of each tensor as one ascending integer over all files."""
-    return (index.file_ids.astype(np.int64) << FILE_SHIFT) + index.starts
-
-
 def cut_blocks(index: CheckpointIndex, kinds: TensorKinds, cover: NodeCover, limits: ReadLimits) -> BlockColumns:
     """The covering extents of all tensors, merged over small gaps, then cut where the grid cuts them."""
     owners, rows = cover.extents.expand(kinds.kind_ids)
@@ -241,7 +209,7 @@ def cut_blocks(index: CheckpointIndex, kinds: TensorKinds, cover: NodeCover, lim
     )
     is_first = np.concatenate([[True], is_apart])
     starts, stops = starts[is_first], stops[np.append(is_first[1:], True)]
-    return _cut_on_grid(starts >> FILE_SHIFT, starts & _OFFSET_MASK, stops & _OFFSET_MASK, limits.block_bytes)
+    return _cut_on_grid(starts >> FILE_SHIFT, starts & OFFSET_MASK, stops & OFFSET_MASK, limits.block_bytes)
 
 
 def _cut_on_grid(file_ids: Column, starts: Column, stops: Column, block_bytes: int) -> BlockColumns:
@@ -254,61 +222,6 @@ def _cut_on_grid(file_ids: Column, starts: Column, stops: Column, block_bytes: i
         np.maximum(starts[owners], cells * block_bytes),
         np.minimum(stops[owners], (cells + 1) * block_bytes),
     )
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Overlaps:
-    """Pairs of something that spans bytes of the checkpoint and a block that it overlaps.
-
-    Attributes:
-        owner: Which one of the spans.
-        block: Number of the block.
-        low: First byte that both have, from the span's first.
-        high: One past the last byte that both have.
-        base: First byte of the block, from the span's first; may be negative.
-    """
-
-    owner: Column
-    block: Column
-    low: Column
-    high: Column
-    base: Column
-
-    def num_bytes(self, run_bytes: Column, strides: Column) -> Column:
-        """Bytes of the span's runs that a pair shares; both columns have one row for each pair."""
-        return bytes_of_runs(self.low, self.high, run_bytes, strides)
-
-
-def bytes_of_runs(low: Column, high: Column, run_bytes: Column, strides: Column) -> Column:
-    """Bytes of runs between `low` and `high`, counted from the first run's first byte; 0 between two runs. One row for each span."""
-    shared = high - low
-    (gapped,) = np.nonzero(run_bytes != strides)
-    run_bytes, strides = run_bytes[gapped], strides[gapped]
-    before = [
-        runs * run_bytes + np.minimum(rest, run_bytes)
-        for runs, rest in (np.divmod(at[gapped], strides) for at in (low, high))
-    ]
-    shared[gapped] = before[1] - before[0]
-    return shared
-
-
-def overlaps_of(blocks: BlockColumns, starts: Column, lengths: Column) -> Overlaps:
-    """Every pair of a span and a block that overlap; each span's first and last byte lie in blocks.
-
-    Args:
-        blocks: Blocks in file order.
-        starts: Keys of the spans' first bytes; see `tensor_keys`.
-        lengths: Bytes from the first to the last of each span; above 0.
-    """
-    keys = blocks.keys
-    first = np.searchsorted(keys, starts, side="right") - 1
-    last = np.searchsorted(keys, starts + lengths - 1, side="right") - 1
-    counts = last - first + 1
-    owner = np.repeat(np.arange(len(starts), dtype=np.int64), counts)
-    block = np.arange(len(owner), dtype=np.int64) + (first - (np.cumsum(counts) - counts))[owner]
-    base = keys[block] - starts[owner]
-    high = base + (blocks.stops - blocks.starts)[block]
-    return Overlaps(owner, block, np.maximum(base, 0), np.minimum(high, lengths[owner]), base)
 
 
 def bytes_by_block(index: CheckpointIndex, kinds: TensorKinds, blocks: BlockColumns, local_rank: int) -> Column:

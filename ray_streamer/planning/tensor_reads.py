@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 
+from ray_streamer.planning.blocks import tensor_keys
 from ray_streamer.planning.coverage import num_covered
 from ray_streamer.planning.pieces import RowCopies
-from ray_streamer.planning.reads import cover_node, kinds_of, tensor_keys
+from ray_streamer.planning.reads import cover_node, kinds_of
 from ray_streamer.planning.wanted import source_bytes
 from ray_streamer.rows import group_rows
 from ray_streamer.slices.rank_sources import RankSources
