@@ -6,9 +6,10 @@ one columnar `CheckpointIndex`. No tensor byte is read here.
 
 from __future__ import annotations
 
+from ray_streamer.checkpoint.header_reads import read_headers
 from ray_streamer.checkpoint.index import CheckpointIndex, ShardFile
 from ray_streamer.checkpoint.location import CheckpointLocation, locate
-from ray_streamer.checkpoint.open import open_checkpoint, read_headers, shard_paths
+from ray_streamer.checkpoint.open import open_checkpoint, shard_paths
 
 __all__ = [
     "CheckpointIndex",

@@ -2,21 +2,19 @@
 
     locate ─> index json, or what the folder has ─> heads, in parallel ─> parse ─> reconcile with the index json ─> index
 
-The read that fetches a header pins the file's size and ETag, so that a file replaced later is noticed. Which error is
-reported does not depend on timing: of several broken files, it is the first by path.
+How heads are read is for `header_reads`.
 """
 
 from __future__ import annotations
 
 import logging
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from ray_streamer.checkpoint.disagreements import Reconciled, reconcile
 from ray_streamer.checkpoint.folder_hints import INDEX_NAME, missing_folder, missing_selection, nothing_to_open
-from ray_streamer.checkpoint.header import header_extent, parse_header
-from ray_streamer.checkpoint.index import CheckpointIndex, ShardFile
+from ray_streamer.checkpoint.header_reads import HEAD_BYTES, headers_of
+from ray_streamer.checkpoint.index import CheckpointIndex
 from ray_streamer.checkpoint.json_files import (
     NO_LISTING,
     full_name,
@@ -24,7 +22,6 @@ from ray_streamer.checkpoint.json_files import (
     read_config,
     read_json_config,
     read_json_file,
-    read_up_to,
 )
 from ray_streamer.checkpoint.location import locate
 from ray_streamer.checkpoint.pipeline import PIPELINE_NAME, component_files
@@ -39,10 +36,8 @@ from ray_streamer.checkpoint.shard_files import (
     tell_unnamed,
 )
 from ray_streamer.checkpoint.weight_map import parse_weight_map
-from ray_streamer.collector import collector_paused
 from ray_streamer.errors import AccessError, CredentialsError, IndexMismatchError, ObjectMissingError, StorageError
-from ray_streamer.process_limits import check_room_for_threads, limits_explained
-from ray_streamer.units import counted
+from ray_streamer.units import counted, verb
 from ray_streamer.wording import listed, printable, shown
 
 if TYPE_CHECKING:
@@ -52,9 +47,6 @@ if TYPE_CHECKING:
     from ray_streamer.checkpoint.index import FoundBy
     from ray_streamer.checkpoint.weight_map import WeightMap
     from ray_streamer.storage.base import Storage
-
-HEAD_BYTES = 256 << 10
-"""First read of each shard file: holds a header of about 2,000 tensors; a longer one costs a second read."""
 
 ADAPTER_KEY = "adapter_config"
 """Where the config of an adapter's index has what its adapter_config.json says, beside the base model's config."""
@@ -107,7 +99,7 @@ def open_checkpoint(
     config = read_config(storage)
     if all(map(is_of_adapter, files.paths)) and (adapter := read_json_config(storage, ADAPTER_CONFIG_NAME)) is not None:
         config = {**(config or {}), ADAPTER_KEY: adapter}
-    reads = _read_headers(storage, files.paths, concurrency=concurrency, head_bytes=head_bytes)
+    reads = headers_of(storage, files.paths, concurrency=concurrency, head_bytes=head_bytes)
     _refuse_missing(storage, files, reads)
     found = [read for read in reads if read is not None]
     headers = tuple(_named_in_pipeline(header, files.components.get(file.path)) for file, header in found)
@@ -130,33 +122,6 @@ def open_checkpoint(
         "opened %s: %d tensors, %d bytes in %d files", printable(uri), len(index), index.total_bytes, len(index.files)
     )
     return index
-
-
-def read_headers(
-    storage: Storage, paths: Sequence[str], *, concurrency: int = 16, head_bytes: int = HEAD_BYTES
-) -> list[tuple[ShardFile, FileHeader]]:
-    """Identity and header of single files, whatever folder and checkpoint they belong to, in the order of `paths`.
-
-    Args:
-        storage: Has the files.
-        paths: Of them.
-        concurrency: Headers read at the same time.
-        head_bytes: Length of the first read of each file.
-
-    Raises:
-        ObjectMissingError: There is no such file; names the first one by position.
-        HeaderError: A header is malformed, or its file truncated.
-        StorageError: Storage failed; see `Storage`.
-    """
-    found: list[tuple[ShardFile, FileHeader]] = []
-    if not paths:
-        return found
-    reads = _read_headers(storage, paths, concurrency=concurrency, head_bytes=head_bytes)
-    for path, read in zip(paths, reads, strict=True):
-        if read is None:
-            raise ObjectMissingError(f"{full_name(storage, path)}: no such file")
-        found.append(read)
-    return found
 
 
 def _files_of(storage: Storage, selection: str | None) -> _Files:
@@ -237,44 +202,6 @@ def _single_file(storage: Storage, refused: AccessError) -> str:
     return SINGLE_NAME
 
 
-def _read_headers(
-    storage: Storage, paths: Sequence[str], *, concurrency: int, head_bytes: int
-) -> list[tuple[ShardFile, FileHeader] | None]:
-    num_threads = min(concurrency, len(paths))
-    check_room_for_threads(num_threads)
-    pool = ThreadPoolExecutor(num_threads, thread_name_prefix="read-header")
-    try:
-        with limits_explained("start the threads that read headers"):
-            futures = [pool.submit(_read_header, storage, path, head_bytes) for path in paths]
-        # In order of path, so that the error raised is the first by path, whichever came first. Parsed here: threads would only
-        # take the interpreter's lock from each other.
-        reads = [future.result() for future in futures]
-        with collector_paused():
-            return [_parsed(storage, read) for read in reads]
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _read_header(storage: Storage, path: str, head_bytes: int) -> tuple[ShardFile, bytes] | None:
-    """One file's identity, and its first bytes up to the end of the header; None when it does not exist."""
-    try:
-        head, info = storage.read_head(path, head_bytes)
-    except ObjectMissingError:
-        return None
-    except StorageError as error:
-        raise missing_selection(storage, path, error) or error from error
-    stop = header_extent(head, file=full_name(storage, path), size_bytes=info.size_bytes).stop
-    head = read_up_to(storage, path, stop, head, info)
-    return ShardFile(path, info.size_bytes, info.etag), head[:stop]
-
-
-def _parsed(storage: Storage, read: tuple[ShardFile, bytes] | None) -> tuple[ShardFile, FileHeader] | None:
-    if read is None:
-        return None
-    file, head = read
-    return file, parse_header(head, file=full_name(storage, file.path), size_bytes=file.size_bytes)
-
-
 def _refuse_missing(storage: Storage, files: _Files, reads: Sequence[object | None]) -> None:
     missing = [path for path, read in zip(files.paths, reads, strict=True) if read is None]
     if not missing:
@@ -282,7 +209,7 @@ def _refuse_missing(storage: Storage, files: _Files, reads: Sequence[object | No
     if files.weight_map is None and files.found_by == "name":
         error = ObjectMissingError(f"{full_name(storage, missing[0])}: no such file")
         raise missing_selection(storage, missing[0], error) or error
-    do = "does" if len(missing) == 1 else "do"
+    do = verb(len(missing), "does", "do")
     listing = listed([shown(path) for path in missing])
     if files.weight_map is not None:
         raise ObjectMissingError(

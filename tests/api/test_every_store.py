@@ -17,7 +17,7 @@ from api_support import rank_tasks
 from api_support.processes import RankProcesses
 from pyarrow import fs
 
-from ray_streamer.checkpoint.open import HEAD_BYTES
+from ray_streamer.checkpoint.header_reads import HEAD_BYTES
 from ray_streamer.settings import Settings
 from ray_streamer.testing.azure_identity import MachineIdentity
 from ray_streamer.testing.azurite import ACCOUNT, KEY, azurite, azurite_program

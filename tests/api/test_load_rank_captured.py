@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 
 from ray_streamer.api.rank import load_rank
 from ray_streamer.capture import Capture
-from ray_streamer.checkpoint.open import HEAD_BYTES
+from ray_streamer.checkpoint.header_reads import HEAD_BYTES
 from ray_streamer.errors import ObjectMissingError, RankFailedError
 from ray_streamer.settings import Settings
 from ray_streamer.testing.spawned import answers_of

@@ -17,8 +17,8 @@ from torch.distributed.tensor import DTensor
 from transformers.distributed import DistributedConfig
 
 from ray_streamer.api.rank import load_rank
+from ray_streamer.checkpoint.header_reads import HEAD_BYTES
 from ray_streamer.checkpoint.named import open_index
-from ray_streamer.checkpoint.open import HEAD_BYTES
 from ray_streamer.errors import CheckpointError, ObjectChangedError, ObjectMissingError, SettingsError, ShardingError
 from ray_streamer.integrations.captured_slices import read_tensors
 from ray_streamer.integrations.transformers import from_pretrained

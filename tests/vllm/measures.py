@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ray_streamer.checkpoint import open_checkpoint
-from ray_streamer.checkpoint.open import HEAD_BYTES
+from ray_streamer.checkpoint.header_reads import HEAD_BYTES
 from ray_streamer.settings import Settings
 from ray_streamer.storage import open_storage
 

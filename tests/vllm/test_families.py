@@ -21,7 +21,7 @@ from loading import check, ours, total_bytes
 from ranks import Layout, on_all_ranks, stock
 
 from ray_streamer.api.files import cached
-from ray_streamer.checkpoint.open import HEAD_BYTES
+from ray_streamer.checkpoint.header_reads import HEAD_BYTES
 from ray_streamer.cli.serve import serve_arguments
 from ray_streamer.settings import Settings
 

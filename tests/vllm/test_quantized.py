@@ -7,7 +7,7 @@ from loading import check, total_bytes
 from quantized import CONFIGS, save_quantized
 from ranks import Layout
 
-from ray_streamer.checkpoint.open import HEAD_BYTES
+from ray_streamer.checkpoint.header_reads import HEAD_BYTES
 
 
 @pytest.mark.usefixtures("fp8_layers_without_a_kernel")

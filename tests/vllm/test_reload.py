@@ -11,7 +11,7 @@ from loading import ours, total_bytes
 from ranks import Layout, hashes_of, on_all_ranks, stock
 from safetensors.torch import load_file, save_file
 
-from ray_streamer.checkpoint.open import HEAD_BYTES
+from ray_streamer.checkpoint.header_reads import HEAD_BYTES
 
 CASES = [
     pytest.param("llama", Layout(tp=2), id="padded-vocabulary"),
