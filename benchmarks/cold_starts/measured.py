@@ -10,6 +10,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
 
+from cold_starts.node_models import side_by_side
 from cold_starts.small_cases import CHECKPOINT_MIB, SMALL
 from cold_starts.small_loads import Processes
 from ray_streamer.doctor.memory_speed import measure_memory
@@ -18,7 +19,7 @@ from ray_streamer.planning.limits import useful_slots
 from ray_streamer.planning.topology import Topology
 from ray_streamer.rank.conditions import max_copiers
 from ray_streamer.report.verdict.model import ClusterModel, NodeGroup
-from ray_streamer.report.verdict.planned import Pace, model_of_plan, side_by_side
+from ray_streamer.report.verdict.planned import Pace, model_of_plan
 from ray_streamer.report.verdict.replay import replay_cluster
 from ray_streamer.testing.checkpoints import TensorSpec, write_checkpoint
 from ray_streamer.testing.fault_process import FaultProcess

@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
+from cold_starts.node_models import part_of_nodes, side_by_side, with_whole_blocks
 from cold_starts.scenarios import FABRIC_STREAM_RATE, LIMITS, PEER_DELAY_SECONDS, PEER_STREAM_RATE
 from ray_streamer.planning.limits import DEFAULT_MEMORY_LIMIT, useful_slots
 from ray_streamer.planning.read_plan import plan_reads
@@ -17,7 +18,7 @@ from ray_streamer.planning.topology import Topology
 from ray_streamer.rank.conditions import MAX_COPIERS
 from ray_streamer.report.verdict import without
 from ray_streamer.report.verdict.model import ClusterModel, FanOut, NodeGroup
-from ray_streamer.report.verdict.planned import MAX_BLOCKS, Pace, model_of_plan, part_of_nodes, side_by_side
+from ray_streamer.report.verdict.planned import MAX_BLOCKS, Pace, model_of_plan
 from ray_streamer.report.verdict.replay import replay_cluster
 from ray_streamer.sharding import Mesh
 from ray_streamer.sharding.source import RuleSlices
@@ -183,7 +184,7 @@ def node_of(case: Case, *, max_blocks: int) -> NodeModel:
     if sharing == "broadcast":
         whole = _plan(case.model, num_gpus, is_whole=True)
         broadcast = replace(pace, copy_rate=case.machine.broadcast_rate)
-        return model_of_plan(whole, range(num_gpus), broadcast, takes_whole_blocks=True, max_blocks=max_blocks)
+        return with_whole_blocks(model_of_plan(whole, range(num_gpus), broadcast, max_blocks=max_blocks))
     plan = _plan(case.model, num_gpus, is_whole=False)
     num_sharers = 1 if sharing == "slices" else case.num_nodes
     return model_of_plan(plan, range(num_gpus), pace, num_sharers=num_sharers, max_blocks=max_blocks)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -65,7 +65,6 @@ def model_of_plan(
     pace: Pace,
     *,
     is_cached: bool = False,
-    takes_whole_blocks: bool = False,
     num_sharers: int = 1,
     max_blocks: int = MAX_BLOCKS,
 ) -> NodeModel:
@@ -76,15 +75,14 @@ def model_of_plan(
         ranks: Its global ranks, in local order.
         pace: Of its reads and copies.
         is_cached: Whether the page cache holds the files, and nothing is read.
-        takes_whole_blocks: Whether every rank copies all of a block that it takes from, as where tensors are broadcast.
-        num_sharers: Among how many nodes the reading is then divided: see `part_of_nodes`.
+        num_sharers: Among how many nodes the reading is then divided.
         max_blocks: A plan with twice as many blocks or more is replayed in part, with at least so many.
     """
     rows = _excerpt(node_plan, round_blocks=pace.num_readers * num_sharers, max_blocks=max_blocks)
     reads: list[list[Read]] = [[] for _ in ranks]
     mapped: list[list[CopyModel]] = [[] for _ in ranks]
     for row in rows.tolist():
-        copies = _copies(node_plan, row, pace, takes_whole_blocks=takes_whole_blocks)
+        copies = _copies(node_plan, row, pace)
         if is_cached:
             for local, copy in copies.items():
                 mapped[local].append(copy)
@@ -113,48 +111,6 @@ def model_of_plan(
     )
 
 
-def side_by_side(models: Sequence[NodeModel]) -> NodeModel:
-    """Independent loads on one node at the same time.
-
-    Args:
-        models: Of one rank or more each, all of one thinning, block size and pace.
-    """
-    ranks: list[RankModel] = []
-    for model in models:
-        ranks += [_moved(rank, len(ranks)) for rank in model.ranks]
-    return replace(models[0], ranks=tuple(ranks))
-
-
-def part_of_nodes(model: NodeModel, num_nodes: int) -> NodeModel:
-    """What one of so many nodes reads where each byte is read by one of them: as many blocks as any other, all a little smaller.
-
-    Args:
-        model: Of a node that reads all of it.
-        num_nodes: How many share the reading.
-    """
-    ranks = (replace(rank, reads=_part_of_nodes(rank.reads, num_nodes)) for rank in model.ranks)
-    return replace(model, ranks=tuple(ranks))
-
-
-def _part_of_nodes(reads: Sequence[Read], num_nodes: int) -> tuple[Read, ...]:
-    some = reads[::num_nodes]
-    share = sum(read.num_bytes for read in reads) / (num_nodes * max(1, sum(read.num_bytes for read in some)))
-    return tuple(read.part(read.start, read.start + max(1, round(read.num_bytes * share))) for read in some)
-
-
-def _moved(rank: RankModel, by: int) -> RankModel:
-    """The same at another position."""
-
-    def moved(copy: CopyModel) -> CopyModel:
-        return copy._replace(rank=copy.rank + by)
-
-    reads = (
-        read._replace(rank=read.rank + by, own=moved(read.own), copies=tuple(map(moved, read.copies)))
-        for read in rank.reads
-    )
-    return replace(rank, rank=rank.rank + by, reads=tuple(reads), mapped=tuple(map(moved, rank.mapped)))
-
-
 def _excerpt(node_plan: NodePlan, *, round_blocks: int, max_blocks: int) -> NDArray[np.int64]:
     """Blocks that stand for all: from all over each rank's, and in each half as many as are read in a whole number of rounds."""
     step = max(1, len(node_plan.blocks) // max(max_blocks, 2 * round_blocks * node_plan.num_local_ranks))
@@ -166,11 +122,10 @@ def _excerpt(node_plan: NodePlan, *, round_blocks: int, max_blocks: int) -> NDAr
     return np.sort(np.concatenate(rows))
 
 
-def _copies(node_plan: NodePlan, row: int, pace: Pace, *, takes_whole_blocks: bool) -> dict[int, CopyModel]:
+def _copies(node_plan: NodePlan, row: int, pace: Pace) -> dict[int, CopyModel]:
     """Each rank's part of a block: of what is cut inside of rows each takes its own, and what is replicated is little."""
     consumers = np.flatnonzero(node_plan.consumers[row]).tolist()
-    size = int(node_plan.blocks.stops[row] - node_plan.blocks.starts[row])
-    part = size if takes_whole_blocks else size / len(consumers)
+    part = int(node_plan.blocks.stops[row] - node_plan.blocks.starts[row]) / len(consumers)
     touch_seconds = part / pace.touch_rate
     seconds = part / pace.copy_rate + touch_seconds
     return {rank: CopyModel(rank, seconds, touch_seconds, pace.exchange_seconds / 2) for rank in consumers}
