@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ray_streamer.api.arguments import SHARDING, Sharding
-from ray_streamer.planning.limits import DEFAULT_MEMORY_LIMIT, share_memory
+from ray_streamer.planning.limits import assumed_limits
 from ray_streamer.planning.topology import Topology
 from ray_streamer.settings import Settings
 
@@ -103,13 +103,3 @@ def plan(
     request = sharding.request(uri, settings=settings, device="cpu")
     topology = Topology.even(request.mesh.num_ranks, num_nodes)
     return request.plan(topology, memory_limits=assumed_limits(topology, settings))
-
-
-def assumed_limits(topology: Topology, settings: Settings) -> tuple[int, ...]:
-    """Staging bytes of every rank on nodes of which nothing is known but that they have enough memory."""
-    return share_memory(
-        topology,
-        memory_limit=settings.memory_limit,
-        node_memory_limit=settings.node_memory_limit,
-        available_bytes=[4 * DEFAULT_MEMORY_LIMIT * len(ranks) for ranks in topology.nodes],
-    )

@@ -31,6 +31,15 @@ def send(method: Any, *args: Any) -> ray.ObjectRef[Any]:
         ) from error
 
 
+def kill(actors: Sequence[Any]) -> None:
+    """Ends actors, the last one first; those that are dead already stay so."""
+    for actor in reversed(actors):
+        # ValueError: an actor of a Ray that this process has since left.
+        with suppress(RayError, ValueError):
+            if ray.is_initialized():
+                ray.kill(actor)
+
+
 class Calls:
     """One call to each of several actors, by number (a rank, or a seat before ranks are known).
 

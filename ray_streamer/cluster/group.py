@@ -26,7 +26,7 @@ from ray.exceptions import RayError
 
 from ray_streamer.arguments import whole_number
 from ray_streamer.cluster.address import why_ended_at_once
-from ray_streamer.cluster.calls import Calls, ProgressPoll, send
+from ray_streamer.cluster.calls import Calls, ProgressPoll, kill, send
 from ray_streamer.cluster.failures import choose_cause, ray_errors_translated, tell_failure
 from ray_streamer.cluster.functions import CallersFunctions, WaitForFunctions
 from ray_streamer.cluster.lost_nodes import wait_for_other_nodes, why_lost
@@ -227,7 +227,7 @@ class WorkerGroup:
         """
         deadline = Deadline(self._timeouts.startup_seconds)
         with ray_errors_translated(f"restarting rank {listed([*map(str, ranks)])}"):
-            _kill([self._actors[rank] for rank in ranks])
+            kill([self._actors[rank] for rank in ranks])
             wait_for_other_nodes({rank: self._seats[rank] for rank in ranks}, self._name, self._placement, deadline)
             self._num_restarts += 1
             for rank in ranks:
@@ -261,7 +261,7 @@ class WorkerGroup:
     def _start(self, resources: ExitStack, deadline: Deadline) -> None:
         ranks = range(self._name.num_ranks)
         self._seats += take_seats(self._name, self._placement, deadline=deadline, resources=resources)
-        resources.callback(_kill, self._actors)
+        resources.callback(kill, self._actors)
         for rank in ranks:
             self._actors.append(self._start_actor(rank))
         building = self._begin_workers(ranks)
@@ -350,11 +350,3 @@ def _close_in(process: int, resources: ExitStack) -> None:
     """What a fork copied is not the child's to end, nor could it: Ray's threads are the parent's."""
     if os.getpid() == process:
         resources.close()
-
-
-def _kill(actors: Sequence[Any]) -> None:
-    for actor in reversed(actors):
-        # ValueError: an actor of a Ray that this process has since left.
-        with suppress(RayError, ValueError):
-            if ray.is_initialized():
-                ray.kill(actor)

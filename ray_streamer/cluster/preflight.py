@@ -23,7 +23,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ray_streamer.errors import AccessError, CheckpointError, ObjectMissingError, RayStreamerError, StorageError
-from ray_streamer.planning.limits import DEFAULT_MEMORY_LIMIT, share_memory
+from ray_streamer.planning.limits import assumed_limits
 from ray_streamer.planning.topology import Topology
 
 if TYPE_CHECKING:
@@ -111,12 +111,5 @@ class Preflight:
         }
         index = replace(request, settings=settings.model_copy(update=patience)).open_index()
         topology = Topology.even(request.mesh.num_ranks, 1)
-        memory_limits = share_memory(
-            topology,
-            memory_limit=settings.memory_limit,
-            node_memory_limit=settings.node_memory_limit,
-            # Nothing is known of the nodes but that they have enough.
-            available_bytes=[4 * DEFAULT_MEMORY_LIMIT * len(ranks) for ranks in topology.nodes],
-        )
-        request.plan(topology, memory_limits=memory_limits, index=index)
+        request.plan(topology, memory_limits=assumed_limits(topology, settings), index=index)
         return index

@@ -28,6 +28,7 @@ from ray.util.placement_group import (
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from ray_streamer.cluster import keeper
+from ray_streamer.cluster.calls import kill
 from ray_streamer.cluster.placement import (
     NodeRoom,
     PlacementOptions,
@@ -159,7 +160,7 @@ def _seats_in_own(
         check_room(strategy, rooms, num_ranks, options.bundle)
     selectors = [dict(options.label_selector)] * num_ranks
     if keeper.is_needed():
-        resources.callback(_end, keeper.start_keeper(name))
+        resources.callback(kill, [keeper.start_keeper(name)])
     try:
         group = placement_group(
             [options.bundle] * num_ranks, strategy=strategy, name=name.group, bundle_label_selector=selectors
@@ -289,10 +290,3 @@ def _remove(group: PlacementGroup) -> None:
     with suppress(RayError):
         if ray.is_initialized():
             remove_placement_group(group)
-
-
-def _end(actor: Any) -> None:
-    # ValueError: an actor of a Ray that this process has since left.
-    with suppress(RayError, ValueError):
-        if ray.is_initialized():
-            ray.kill(actor)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from ray_streamer.planning.topology import Topology
+    from ray_streamer.settings import Settings
 
 MIN_BLOCK_BYTES = 256 << 10
 MAX_BLOCK_BYTES = 1 << 30
@@ -106,6 +107,16 @@ def share_memory(
                 num_local_ranks=len(ranks),
             )
     return tuple(limits)
+
+
+def assumed_limits(topology: Topology, settings: Settings) -> tuple[int, ...]:
+    """Staging bytes of every rank on nodes of which nothing is known but that they have enough memory."""
+    return share_memory(
+        topology,
+        memory_limit=settings.memory_limit,
+        node_memory_limit=settings.node_memory_limit,
+        available_bytes=[4 * DEFAULT_MEMORY_LIMIT * len(ranks) for ranks in topology.nodes],
+    )
 
 
 def fit_block_bytes(*, memory_limit: int, block_bytes: int, concurrency: int) -> int:
