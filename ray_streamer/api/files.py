@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -131,11 +131,8 @@ def _opened(uri: UrisLike, settings: Settings) -> Iterator[tuple[Storage, list[s
     """The storage of a uri, and the one file that the uri names, if it does."""
     named = NamedCheckpoint.of(uri, settings)
     location = locate(named.uri)
-    storage = open_storage(location.folder_uri, named.settings)
-    try:
+    with closing(open_storage(location.folder_uri, named.settings)) as storage:
         yield storage, [] if location.selection is None else [location.selection]
-    finally:
-        storage.close()
 
 
 def _everything(storage: Storage, *, concurrency: int, names: Sequence[str] = ()) -> list[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+from contextlib import closing
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -48,11 +49,8 @@ def with_base_config(index: CheckpointIndex, open_folder: Callable[[str], Storag
     why = "it is neither a folder here nor a model of the Hub"
     if uri is not None:
         try:
-            storage = open_folder(uri)
-            try:
+            with closing(open_folder(uri)) as storage:
                 base = read_config(storage)
-            finally:
-                storage.close()
         except (RayStreamerError, OSError) as error:
             base, why = None, str(error)
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from typing import TYPE_CHECKING
 
 from ray_streamer.checkpoint.base_model import with_base_config
@@ -26,11 +27,8 @@ def open_index(named: NamedCheckpoint, *, wants_base_config: bool) -> Checkpoint
         CheckpointError: The checkpoint is malformed.
         StorageError: Headers could not be read.
     """
-    storage = open_storage(locate(named.uri).folder_uri, named.settings)
-    try:
+    with closing(open_storage(locate(named.uri).folder_uri, named.settings)) as storage:
         return read_index(named, storage, wants_base_config=wants_base_config)
-    finally:
-        storage.close()
 
 
 def read_index(named: NamedCheckpoint, storage: Storage, *, wants_base_config: bool) -> CheckpointIndex:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from contextlib import closing
 from typing import TYPE_CHECKING
 
 from ray_streamer.checkpoint import open_checkpoint
@@ -55,11 +56,8 @@ def make_checkpoint(folder: Path, layout: ModelLayout) -> bool:
 
 def _is_there(folder: Path, layout: ModelLayout) -> bool:
     try:
-        storage = open_storage(str(folder), Settings())
-        try:
+        with closing(open_storage(str(folder), Settings())) as storage:
             index = open_checkpoint(str(folder), storage)
-        finally:
-            storage.close()
     except RayStreamerError:
         return False
     found = {name: (index.dtype_of(at).name, index.shape_of(at)) for at, name in enumerate(index.names)}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from ray_streamer.capture import Capture
@@ -122,10 +122,7 @@ def contents_of(index: CheckpointIndex) -> str:
 
 def read_tensors(uri: str, settings: Settings, index: CheckpointIndex, names: Sequence[str]) -> dict[str, torch.Tensor]:
     """Tensors of the checkpoint, whole, read by this rank alone."""
-    storage = open_storage(locate(uri).folder_uri, settings)
-    try:
+    with closing(open_storage(locate(uri).folder_uri, settings)) as storage:
         return read_whole(
             index, storage, names, block_bytes=int(settings.block_bytes), concurrency=settings.concurrency
         )
-    finally:
-        storage.close()

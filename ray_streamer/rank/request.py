@@ -5,6 +5,7 @@ Slices may come from any source: a callable that is given index and rank. Rules 
 
 from __future__ import annotations
 
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -137,11 +138,8 @@ class LoadRequest:
             CheckpointError: The checkpoint is malformed.
             StorageError: Headers could not be read.
         """
-        storage = self.open_storage()
-        try:
+        with closing(self.open_storage()) as storage:
             return self.read_index(storage)
-        finally:
-            storage.close()
 
     def read_index(self, storage: Storage) -> CheckpointIndex:
         """As `open_index`, through a storage that is open already and stays so."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from typing import TYPE_CHECKING
 
 import torch
@@ -102,13 +103,9 @@ class FileStreamer(ChunkStreamer):
         """
         selection = Selection.from_globs(allow_patterns, ignore_patterns)
         settings, prefix = settings_for(None), absolute_uri(prefix)
-        with translated():
-            storage = open_storage(prefix, settings)
-            try:
-                paths = selection.of(storage.list(recursive=is_recursive))
-                sizes = identities(storage, paths, concurrency=settings.concurrency)
-            finally:
-                storage.close()
+        with translated(), closing(open_storage(prefix, settings)) as storage:
+            paths = selection.of(storage.list(recursive=is_recursive))
+            sizes = identities(storage, paths, concurrency=settings.concurrency)
         folder = prefix.rstrip("/")
         return [(f"{folder}/{path}", info.size_bytes) for path, info in zip(paths, sizes, strict=True)]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
@@ -38,12 +38,8 @@ def list_safetensors(path: str, s3_credentials: S3Credentials | None = None) -> 
     path = absolute_uri(path)
     if scheme_of(path) == "file" and not os.path.isdir(path):
         return []
-    with translated():
-        storage = open_storage(path, settings_for(s3_credentials))
-        try:
-            names = storage.list()
-        finally:
-            storage.close()
+    with translated(), closing(open_storage(path, settings_for(s3_credentials))) as storage:
+        names = storage.list()
     folder = path.rstrip("/")
     return [f"{folder}/{name}" for name in names if name.endswith(".safetensors")]
 
