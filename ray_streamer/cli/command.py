@@ -16,7 +16,7 @@ from ray_streamer.errors import RayStreamerError
 from ray_streamer.wording import printable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable
 
 _VERBOSITY = "ray_streamer.verbosity"
 _LEVELS = (logging.WARNING, logging.INFO, logging.DEBUG)
@@ -38,11 +38,11 @@ class Command(click.Command):
         except (RayStreamerError, OSError) as error:
             if ctx.meta.get(_VERBOSITY):
                 traceback.print_exc()
-            _show_error(error, flags_of(self.params), as_json=ctx.params.get("as_json", False))
+            _show_error(error, as_json=ctx.params.get("as_json", False))
         except Exception as error:
             # Not foreseen, so whoever mends it needs all of it.
             traceback.print_exc()
-            _show_error(error, flags_of(self.params), as_json=ctx.params.get("as_json", False))
+            _show_error(error, as_json=ctx.params.get("as_json", False))
         ctx.exit(1)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -59,8 +59,14 @@ class Command(click.Command):
                 formatter.write_dl(records[True])
 
 
-def _show_error(error: Exception, flags: Mapping[str, str], *, as_json: bool) -> None:
-    message = in_flags(str(error), flags)
+def in_own_flags(message: str) -> str:
+    """The message in the flags of the command that runs; as it is where none does."""
+    context = click.get_current_context(silent=True)
+    return message if context is None else in_flags(message, flags_of(context.command.params))
+
+
+def _show_error(error: Exception, *, as_json: bool) -> None:
+    message = in_own_flags(str(error))
     if as_json:
         try:
             print_json({"error": {"type": type(error).__name__, "message": message}})
@@ -95,9 +101,7 @@ class _EchoHandler(logging.Handler):
     """Logs to whatever is stderr at that moment, in the words of the command that runs."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        context = click.get_current_context(silent=True)
-        flags = flags_of(context.command.params) if context is not None else {}
-        click.echo(printable(in_flags(self.format(record), flags)), err=True)
+        click.echo(printable(in_own_flags(self.format(record))), err=True)
 
 
 def _set_verbosity(ctx: click.Context, _: click.Parameter, count: int) -> None:

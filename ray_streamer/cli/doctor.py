@@ -8,14 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ray_streamer.cli.command import Command, json_option, print_json, verbose_option
+from ray_streamer.cli.command import Command, in_own_flags, json_option, print_json, verbose_option
 from ray_streamer.cli.mesh import nodes_option
 from ray_streamer.cli.outputs import OUTPUT_FILE
 from ray_streamer.cli.parsed import Parsed
 from ray_streamer.cli.settings import with_settings
 from ray_streamer.cli.sharding import with_rules_and_results
 from ray_streamer.cli.uris import URI
-from ray_streamer.cli.words import flags_of, in_flags
 from ray_streamer.errors import SettingsError
 from ray_streamer.wording import printable
 
@@ -152,8 +151,7 @@ def _show(examination: Examination, *, as_json: bool) -> None:
         return
     from ray_streamer.doctor.tables import print_examination
 
-    flags = flags_of(click.get_current_context().command.params)
-    print_examination(examination, in_words=lambda text: in_flags(text, flags))
+    print_examination(examination, in_words=in_own_flags)
 
 
 def _write_settings(path: Path, prediction: Prediction | None, settings: Settings) -> None:

@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ray_streamer.cli.command import Command, json_option, print_json, verbose_option
+from ray_streamer.cli.command import Command, in_own_flags, json_option, print_json, verbose_option
 from ray_streamer.cli.outputs import OUTPUT_PAGE
-from ray_streamer.cli.words import flags_of, in_flags
 from ray_streamer.errors import SettingsError
 
 if TYPE_CHECKING:
@@ -73,5 +72,4 @@ def _show(report: LoadReport, *, as_json: bool) -> None:
         return
     from ray_streamer.report.tables import print_load
 
-    flags = flags_of(click.get_current_context().command.params)
-    print_load(report, in_words=lambda text: in_flags(text, flags))
+    print_load(report, in_words=in_own_flags)

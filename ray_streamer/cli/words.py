@@ -21,12 +21,11 @@ _VALUE = r"""=(?P<value>"[^"]*"|'[^']*'|[-\w.]+(?<!\.))?"""
 
 def flags_of(parameters: Sequence[Parameter]) -> dict[str, str]:
     """Flag of each option by the name of its Python argument."""
-    flags = {
+    return {
         parameter.name: next(option for option in parameter.opts if option.startswith("--"))
         for parameter in parameters
         if parameter.name and any(option.startswith("--") for option in parameter.opts)
     }
-    return flags
 
 
 def in_flags(message: str, flags: Mapping[str, str]) -> str:

@@ -187,9 +187,6 @@ class ArrowStorage(RemoteStorage):
             f"{self._name(path)} is not the one that the index saw: its version is {found}, not {expected}"
         )
 
-    def _name(self, path: str) -> str:
-        return f"{self.uri.rstrip('/')}/{path}"
-
 
 def open_arrow(uri: str, settings: StorageSettings) -> ArrowStorage:
     """The storage of a folder in a store that pyarrow finds by its uri; options in the uri's query are pyarrow's.

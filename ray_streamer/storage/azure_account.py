@@ -16,6 +16,7 @@ from urllib.parse import parse_qsl, urlsplit
 
 from ray_streamer.errors import SettingsError
 from ray_streamer.storage.azure_key import AccountKey
+from ray_streamer.storage.http_head import QUERY
 from ray_streamer.storage.http_route import is_http_address
 
 if TYPE_CHECKING:
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 
 _ACCOUNT = re.compile(r"[a-z0-9]{3,24}")
 _HOST = re.compile(r"([a-z0-9]{3,24})(?:\.z[0-9]+)?\.(?:blob|dfs)\.[a-z0-9.-]+(?::[0-9]+)?", re.IGNORECASE)
-_SAS = re.compile(r"[!$-;=?-Z_a-z~]+")
 # Of Azure's clouds and of OneLake; German accounts are gone, and their suffix may belong to somebody else.
 _OWN_HOST = re.compile(
     r"https://[a-z0-9.-]+\.(?:blob|dfs)\.(?:core\.(?:windows\.net|chinacloudapi\.cn|usgovcloudapi\.net)|storage\.azure\.net|"
@@ -127,7 +127,7 @@ def _endpoint_of(host: str, name: str, said: Mapping[str, str]) -> str:
 def _refuse_unusable(endpoint: str, sas_token: str, *, given_as: str) -> None:
     if not is_http_address(endpoint) or "@" in endpoint or "?" in endpoint:
         raise SettingsError("AZURE_STORAGE_CONNECTION_STRING (not shown) has a BlobEndpoint that is no address")
-    if sas_token and not (_SAS.fullmatch(sas_token) and any(name == "sig" for name, _ in parse_qsl(sas_token))):
+    if sas_token and not (QUERY.fullmatch(sas_token) and any(name == "sig" for name, _ in parse_qsl(sas_token))):
         raise SettingsError(
             f"{given_as} (not shown) is no SAS token; give what follows the ? of a signed address, with its sig="
         )

@@ -236,11 +236,11 @@ class RemoteStorage:
 
     def view(self, path: str, *, etag: str) -> memoryview:
         """See `Storage`; never here."""
-        raise StorageError(f"{self.uri.rstrip('/')}/{path} is in a remote store, which lends no memory")
+        raise StorageError(f"{self._name(path)} is in a remote store, which lends no memory")
 
     def check_unchanged(self, path: str, *, etag: str) -> None:
         """See `Storage`; nobody else reads a remote file."""
-        raise StorageError(f"{self.uri.rstrip('/')}/{path} is in a remote store, which nobody reads past this storage")
+        raise StorageError(f"{self._name(path)} is in a remote store, which nobody reads past this storage")
 
     def limit_scratch(self, num_bytes: int) -> int:
         """See `Storage`; none."""
@@ -249,6 +249,9 @@ class RemoteStorage:
     def local_path(self, path: str) -> str | None:
         """See `Storage`; remote files are nowhere here."""
         return None
+
+    def _name(self, path: str) -> str:
+        return f"{self.uri.rstrip('/')}/{path}"
 
 
 def is_seen(storage: Storage, path: str) -> bool:

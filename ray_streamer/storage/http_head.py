@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 _MAX_INTERIM_ANSWERS = 16
 _TOKEN = r"[-!#$%&'*+.^_`|~0-9A-Za-z]+"
 VISIBLE = re.compile(r"[!-~]+")
+QUERY = re.compile(r"[!$-;=?-Z_a-z~]+")
+"""The query of an address, encoded."""
 """Characters that targets of requests and tokens may have."""
 # Of a header's value: no control characters, and no space at its ends (RFC 9110, section 5.5).
 _SENDABLE = re.compile(rf"{_TOKEN}: (?:[!-~\x80-\xff](?:[\t -~\x80-\xff]*[!-~\x80-\xff])?)?")

@@ -309,5 +309,5 @@ class ObjectStorage(RemoteStorage):
             _logger.warning("%s", message)
 
     def _name(self, path: str, extent: Extent | None = None) -> str:
-        name = f"{self.uri.rstrip('/')}/{path}"
+        name = super()._name(path)
         return f"{name} {extent}" if extent else name

@@ -17,6 +17,7 @@ from urllib.parse import quote, urlsplit
 
 from ray_streamer.errors import AccessError, ObjectMissingError, SettingsError, StorageError
 from ray_streamer.storage.expiry import ended_signature
+from ray_streamer.storage.http_head import QUERY
 from ray_streamer.storage.http_route import is_http_address
 from ray_streamer.storage.object_store import ObjectStore, Request, if_match
 from ray_streamer.storage.redirects import Redirects
@@ -36,8 +37,7 @@ if TYPE_CHECKING:
     from ray_streamer.storage.identity import Identity
 
 _PRINTABLE = re.compile(r"[!-~](?:[ -~]*[!-~])?")
-_QUERY = re.compile(r"[!$-;=?-Z_a-z~]+")
-_BELOW = re.compile(rf"[^?\x00-\x1f\x7f]+(?:\?{_QUERY.pattern})?")
+_BELOW = re.compile(rf"[^?\x00-\x1f\x7f]+(?:\?{QUERY.pattern})?")
 # What an address that was good for a while answers when that is over, besides 401 and 403.
 _ENDED = frozenset({400, 404, 410})
 # Each request for a file asks for that of the same address several times.
@@ -244,8 +244,8 @@ def seconds_of_one_head(settings: StorageSettings) -> float:
 
 def _signature_at(own: Signature, settings: StorageSettings) -> Signature:
     """What signs the addresses of a folder: its own signature comes before the setting for all."""
-    query = _usable("the query of the uri", own.query, _QUERY) or _usable(
-        "http_query", _secret(settings.http_query).lstrip("?"), _QUERY
+    query = _usable("the query of the uri", own.query, QUERY) or _usable(
+        "http_query", _secret(settings.http_query).lstrip("?"), QUERY
     )
     files = {name: _sendable(_usable("an address of the list", below, _BELOW)) for name, below in own.files.items()}
     return Signature(own.uri, query, files)
