@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
+from fault_process import FaultProcess
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file
@@ -29,7 +30,6 @@ from side_by_side.checkpoint import make_checkpoint
 
 import ray_streamer
 from ray_streamer.errors import AccessError, ObjectChangedError, StorageError
-from ray_streamer.testing.fault_process import FaultProcess
 from ray_streamer.testing.faults import Fault
 from ray_streamer.testing.s3_server import S3Server, start_s3_server
 

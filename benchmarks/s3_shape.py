@@ -20,10 +20,10 @@ import time
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from fault_process import FaultProcess
 from side_by_side.checkpoint import make_checkpoint
 
 import ray_streamer
-from ray_streamer.testing.fault_process import FaultProcess
 from ray_streamer.testing.faults import Fault
 from ray_streamer.testing.s3_server import start_s3_server
 

@@ -25,6 +25,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+from fault_process import FaultProcess
 from met_ranks import meet
 from rich.console import Console
 from rich.table import Table
@@ -38,7 +39,6 @@ from ray_streamer.report.verdict.model import RequestedSettings
 from ray_streamer.settings import Settings
 from ray_streamer.sharding import Mesh, RuleSlices, ShardRules, Split
 from ray_streamer.testing.checkpoints import TensorSpec, write_checkpoint
-from ray_streamer.testing.fault_process import FaultProcess
 from ray_streamer.testing.faults import Fault
 from ray_streamer.testing.s3_server import start_s3_server
 

@@ -10,6 +10,8 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
 
+from fault_process import FaultProcess
+
 from cold_starts.node_models import side_by_side
 from cold_starts.small_cases import CHECKPOINT_MIB, SMALL
 from cold_starts.small_loads import Processes
@@ -22,7 +24,6 @@ from ray_streamer.report.verdict.model import ClusterModel, NodeGroup
 from ray_streamer.report.verdict.planned import Pace, model_of_plan
 from ray_streamer.report.verdict.replay import replay_cluster
 from ray_streamer.testing.checkpoints import TensorSpec, write_checkpoint
-from ray_streamer.testing.fault_process import FaultProcess
 from ray_streamer.testing.s3_server import start_s3_server
 
 if TYPE_CHECKING:

@@ -20,9 +20,10 @@ from ray_streamer.report.verdict.observe import observe_node
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
 
+    from fault_process import FaultProcess
+
     from cold_starts.small_cases import Small
     from ray_streamer.rank.request import LoadRequest
-    from ray_streamer.testing.fault_process import FaultProcess
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
