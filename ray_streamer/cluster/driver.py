@@ -32,7 +32,7 @@ def drive(
     *,
     address: str | None,
     wait: bool,
-    on_progress: Callable[[list[RankStatistics | None]], None] | None,
+    on_progress: OnProgress | None,
     progress: bool,
     trace: Path | None,
     handle: type[ShardedModel] | None = None,

@@ -28,5 +28,14 @@ class RankFacts:
 
     @property
     def node(self) -> str:
-        """The node as messages name it; the id tells nodes of one machine apart."""
-        return f"{self.hostname} ({self.node_ip}, {self.node_id[:8]})"
+        """The node as messages name it."""
+        return name_of_node(self.hostname, self.node_ip, self.node_id)
+
+
+def name_of_node(hostname: str, address: str, node_id: str) -> str:
+    """A node as messages name it; Ray's id tells nodes of one machine apart.
+
+    >>> name_of_node("worker-3", "10.0.0.7", "5c1d09abffff")
+    'worker-3 (10.0.0.7, 5c1d09ab)'
+    """
+    return f"{hostname} ({address}, {node_id[:8]})"

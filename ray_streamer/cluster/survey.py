@@ -22,6 +22,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from ray_streamer.cluster.calls import Calls
 from ray_streamer.cluster.clocks import bound_offset
 from ray_streamer.cluster.connection import connect
+from ray_streamer.cluster.facts import name_of_node
 from ray_streamer.errors import ClusterError
 
 if TYPE_CHECKING:
@@ -60,8 +61,8 @@ class ClusterNode:
 
     @property
     def name(self) -> str:
-        """The node as messages name it; the id tells nodes of one machine apart."""
-        return f"{self.hostname} ({self.address}, {self.node_id[:8]})"
+        """The node as messages name it."""
+        return name_of_node(self.hostname, self.address, self.node_id)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -81,6 +81,6 @@ def labelled_axis(labels: list[str]) -> dict[str, Any]:
     return {"tickvals": places, "ticktext": shown, "autorange": "reversed", "automargin": True, "fixedrange": True}
 
 
-def time_axis(title: str = "seconds") -> dict[str, Any]:
-    """An x axis of seconds."""
+def axis_from_zero(title: str = "seconds") -> dict[str, Any]:
+    """An axis of numbers that begins at 0."""
     return {"title": {"text": title}, "rangemode": "tozero", "fixedrange": True}

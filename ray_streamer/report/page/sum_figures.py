@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ray_streamer.report.page.figure import COLOURS, PHASE_COLOURS, Figure, as_text, bar, labelled_axis, time_axis
+from ray_streamer.report.page.figure import COLOURS, PHASE_COLOURS, Figure, as_text, axis_from_zero, bar, labelled_axis
 from ray_streamer.units import counted, human_bytes
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def phases_figure(seconds: Mapping[str, float]) -> Figure:
         says="check: the driver's look at the checkpoint. ray: start or connection. start: the ranks' processes. plan: ranks meet and "
         "plan. import: torch and the device, as far as ranks waited for them. load: until the last rank was done.",
         traces=traces,
-        layout={"barmode": "stack", "xaxis": time_axis(), "yaxis": yaxis},
+        layout={"barmode": "stack", "xaxis": axis_from_zero(), "yaxis": yaxis},
         height=190,
         columns=("phase", "seconds"),
         rows=list(seconds.items()),
@@ -52,7 +52,7 @@ def costs_figure(verdict: Verdict) -> Figure:
         says=f"Reading and copying took {verdict.measured_seconds:.2f} s on {verdict.node}. Without each of these costs it would have been "
         "so much shorter. They overlap, so they do not add up.",
         traces=[bar("seconds less", COLOURS["first byte"], saved, list(range(len(labels))), texts)],
-        layout={"showlegend": False, "xaxis": time_axis("seconds less"), "yaxis": labelled_axis(labels)},
+        layout={"showlegend": False, "xaxis": axis_from_zero("seconds less"), "yaxis": labelled_axis(labels)},
         height=120 + 34 * len(labels),
         columns=("cost", "seconds less"),
         rows=list(zip(labels, saved, strict=True)),
@@ -73,7 +73,6 @@ def kinds_figure(kinds: Sequence[KindReads]) -> Figure:
     labels = [".".join(kind.name.split(".")[-_NAME_PARTS:]) for kind in drawn]
     more = f" The {len(drawn)} largest of {len(kinds)} kinds are drawn." if len(kinds) > len(drawn) else ""
     all_beyond = sum(kind.beyond_need_bytes for kind in kinds)
-    axis = {"title": {"text": "MiB"}, "rangemode": "tozero", "fixedrange": True}
     return Figure(
         key="kinds",
         title="Bytes by kind of tensor",
@@ -82,7 +81,7 @@ def kinds_figure(kinds: Sequence[KindReads]) -> Figure:
             bar("needed", COLOURS["receive"], needed, places, texts),
             bar("read beyond need", COLOURS["beyond"], beyond, places, texts),
         ],
-        layout={"barmode": "stack", "xaxis": axis, "yaxis": labelled_axis(labels)},
+        layout={"barmode": "stack", "xaxis": axis_from_zero("MiB"), "yaxis": labelled_axis(labels)},
         height=130 + 26 * len(drawn),
         columns=(
             "kind",

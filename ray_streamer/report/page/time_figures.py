@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
-from ray_streamer.report.page.figure import COLOURS, PHASE_COLOURS, Figure, as_text, bar, labelled_axis, time_axis
+from ray_streamer.report.page.figure import COLOURS, PHASE_COLOURS, Figure, as_text, axis_from_zero, bar, labelled_axis
 from ray_streamer.units import human_bytes
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ def _throughput(timeline: Timeline, verdict: Verdict | None) -> Figure:
         title="Throughput against the ceiling",
         says=says,
         traces=traces,
-        layout={"xaxis": _axis_of(timeline), "yaxis": _axis("GB/s")},
+        layout={"xaxis": _axis_of(timeline), "yaxis": axis_from_zero("GB/s")},
         height=340,
         columns=("from, s", "from storage, GB/s", "into tensors, GB/s"),
         rows=[(f"{at:.3f}", came, went) for at, came, went in zip(_edges(timeline), received, landed, strict=True)],
@@ -143,7 +143,7 @@ def _states(timeline: Timeline) -> Figure:
         title="Where each second went",
         says=f"What blocks did in each moment, over all ranks of the node, which may have {readers} reads in flight together.",
         traces=traces,
-        layout={"xaxis": _axis_of(timeline), "yaxis": _axis("blocks at one time")},
+        layout={"xaxis": _axis_of(timeline), "yaxis": axis_from_zero("blocks at one time")},
         height=340,
         columns=("from, s", *(name for name, _, _ in _STATES)),
         rows=rows,
@@ -165,7 +165,7 @@ def _slots(timeline: Timeline) -> Figure:
         title="Slots in use",
         says=f"Each rank stages blocks in {slots} slots of {human_bytes(timeline.block_bytes)}. At the dashed line reads wait for a slot.",
         traces=traces,
-        layout={"xaxis": _axis_of(timeline), "yaxis": _axis("slots")},
+        layout={"xaxis": _axis_of(timeline), "yaxis": axis_from_zero("slots")},
         height=320,
         columns=("from, s", *(f"rank {rank.rank}" for rank in timeline.ranks)),
         rows=rows,
@@ -188,13 +188,9 @@ def _limit(name: str, height: float, timeline: Timeline) -> dict[str, Any]:
     return ends | {"name": name, "mode": "lines", "line": line, "hoverinfo": "name+y"}
 
 
-def _axis(title: str) -> dict[str, Any]:
-    return {"title": {"text": title}, "rangemode": "tozero", "fixedrange": True}
-
-
 def _axis_of(timeline: Timeline) -> dict[str, Any]:
     """The x axis, which is the same in all charts."""
-    return time_axis() | {"range": [0, timeline.seconds]}
+    return axis_from_zero() | {"range": [0, timeline.seconds]}
 
 
 def _edges(timeline: Timeline) -> list[float]:

@@ -116,10 +116,8 @@ def _of_the_bound(facts: Facts, bound: Cost | None) -> str:
 
 def _what(facts: Facts, bound: Cost) -> str:
     """What bounded the load."""
-    counts = {
-        "throttling": counted(sum(each.num_throttled for each in facts.storage), "answer"),
-        "failed requests": counted(sum(each.num_retries for each in facts.storage), "retry", "retries"),
-    }
+    throttled = counted(sum(each.num_throttled for each in facts.storage), "answer")
+    retried = counted(sum(each.num_retries for each in facts.storage), "retry", "retries")
     node_rate = "" if math.isinf(facts.rates.node) else f" ({human_rate(facts.rates.node)})"
     stream_rate = "" if math.isinf(facts.rates.stream) else f" ({human_rate(facts.rates.stream)})"
     limit = "" if facts.max_bandwidth is None else f" of {human_bytes(facts.max_bandwidth)} per second"
@@ -129,8 +127,8 @@ def _what(facts: Facts, bound: Cost) -> str:
         "max_bandwidth": f"max_bandwidth{limit}",
         "stream rate": f"the rate of each stream from the storage{stream_rate}",
         "late answers": "few answers of the storage that came much later than the others",
-        "throttling": f"the storage's throttling ({counts.get('throttling')} to slow down, and the waits after them)",
-        "failed requests": f"requests that failed ({counts.get('failed requests')})",
+        "throttling": f"the storage's throttling ({throttled} to slow down, and the waits after them)",
+        "failed requests": f"requests that failed ({retried})",
         "slow address": f"the storage's address {facts.slow_address}, from which bytes came more slowly than from its others",
         "slots": f"staging memory ({counted(facts.num_slots, 'slot')} for {facts.concurrency} reads in flight)",
         "straggler": f"rank {bound.rank}, which was slower than the other ranks of {facts.node}",
