@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from ray_streamer.sharding.companion import Companion, StoredDim, Uncut
-from ray_streamer.units import counted
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -31,8 +30,17 @@ _WORD_BITS = 32
 _BYTE_WIDE = {"U8", "F8_E4M3", "F8_E8M0"}
 _BLOCK_KEYS = ("weight_block_size", "block_structure", "group_size", "q_group_size")
 _BIT_KEYS = ("bits", "num_bits", "w_bit")
+_OF_OTHERS = ("input_activations", "output_activations", "kv_cache_scheme")
+"""Keys of a quantization config under which numbers are not about weights."""
+
+_BITS = range(2, 9)
+"""Of an element of GPTQ and AWQ."""
 _LARGEST_HINT = 1 << 20
 
+_BITNET = (
+    "BitNet packs rows from all over a weight into one byte: let every rank hold it whole, for example "
+    'rules={"*_proj.weight": Replicate()}'
+)
 _BITSANDBYTES = (
     "bitsandbytes stores a 4-bit weight flat and without its shape, so no rank's part can be told: let every rank hold it "
     'whole, for example rules={"*_proj.weight": Replicate()}'
@@ -83,11 +91,13 @@ class QuantizationHints:
         block_sizes: Elements that share a scale, wherever the config names such a number.
         bits: Bits of an element, likewise.
         is_in_order: Whether groups are runs of neighbouring inputs; unknown is no.
+        is_bitnet: Whether bytes of weights are packed as BitNet does.
     """
 
     block_sizes: frozenset[int] = frozenset()
     bits: frozenset[int] = frozenset()
     is_in_order: bool = False
+    is_bitnet: bool = False
 
     @classmethod
     def of(cls, config: Mapping[str, Any] | None) -> Self:
@@ -96,7 +106,7 @@ class QuantizationHints:
         if not isinstance(found, dict):
             return cls()
         block_sizes, bits = frozenset(_numbers(found, _BLOCK_KEYS)), frozenset(_numbers(found, _BIT_KEYS))
-        return cls(block_sizes, bits, not found.get("desc_act", False))
+        return cls(block_sizes, bits, not found.get("desc_act", False), found.get("quant_method") == "bitnet")
 
 
 def forms_of(parts: Mapping[str, StoredPart], hints: QuantizationHints) -> dict[str, StoredForm]:
@@ -142,6 +152,8 @@ def _unusual_shape(holder: str, parts: Mapping[str, StoredPart]) -> str | None:
 def _plain_or_packed(parts: Mapping[str, StoredPart], hints: QuantizationHints) -> StoredForm:
     """Two elements of 4 bits in a byte are told by their scales, which are narrow and of two dimensions."""
     dtype, shape = parts[WHOLE]
+    if dtype == "U8" and hints.is_bitnet:
+        return StoredForm((), None, _BITNET)
     scale = parts.get("scale")
     if dtype == "U8" and scale is not None and scale.dtype in _BYTE_WIDE and len(scale.shape) == len(shape) >= 2:
         return _packed_last(shape, 8, 4)
@@ -180,12 +192,16 @@ def _rows_or_columns(parts: Mapping[str, StoredPart], hints: QuantizationHints) 
     outputs = scales.shape[1]
     if columns != outputs:
         bits = _WORD_BITS * columns // outputs
+    else:
+        bits = _WORD_BITS * zeros.shape[-1] // outputs if zeros and zeros.shape else min(hints.bits, default=0)
         if not bits:
-            return StoredForm((), None, f"qweight has {counted(columns, 'column')} for {counted(outputs, 'output')}")
+            return StoredForm((), None, "neither qzeros nor config.json say how many bits an element of qweight has")
+    # BitBLAS and FP-Quant pack bytes, and AWQ for GEMV does not transpose: columns of their scales are groups.
+    if parts["qweight"].dtype != "I32" or bits not in _BITS:
+        told = f"qweight is {parts['qweight'].dtype} {[rows, columns]} and scales are {list(scales.shape)}"
+        return StoredForm((), None, f"{told}: not as GPTQ or AWQ (GEMM) packs a weight")
+    if columns != outputs:
         return StoredForm((outputs, rows), (StoredDim(1), _packed_dim(0, _WORD_BITS, bits)))
-    bits = _WORD_BITS * zeros.shape[-1] // outputs if zeros and zeros.shape else min(hints.bits, default=0)
-    if not bits:
-        return StoredForm((), None, "neither qzeros nor config.json say how many bits an element of qweight has")
     return StoredForm((outputs, rows * _WORD_BITS // bits), (_packed_dim(1, _WORD_BITS, bits), StoredDim(0)))
 
 
@@ -223,8 +239,9 @@ def _dims_of(
             _counted(shape[1:], weight_shape[1:], hints, first_dim=1),
             _packed_outputs(shape[0], weight_shape),
         )
-        return (outputs, *groups) if groups and outputs else None
-    dims = _counted(shape, weight_shape, hints)
+        dims = (outputs, *groups) if groups and outputs else None
+    else:
+        dims = _counted(shape, weight_shape, hints)
     if dims and "packed" in parts and len(dims) > 1:
         return *dims[:-1], _grouped(dims[-1], is_in_order="g_idx" not in parts)
     return dims
@@ -273,14 +290,14 @@ def _block_elements(size: int, whole: int, hints: QuantizationHints) -> int | No
 
 
 def _numbers(value: Any, keys: Sequence[str]) -> Iterator[int]:
-    """Every whole number from 1 on that stands under one of `keys`, however deep, and that a block or word may have."""
+    """Every whole number from 1 on that says of weights what `keys` name, however deep, and that a block or word may have."""
     unseen = [value]
     while unseen:
         found = unseen.pop()
         if isinstance(found, list):
             unseen.extend(found)
         elif isinstance(found, dict):
-            unseen.extend(found.values())
+            unseen.extend(inner for key, inner in found.items() if key not in _OF_OTHERS)
             for inner in (found[key] for key in keys if key in found):
                 numbers = inner if isinstance(inner, list) else [inner]
                 yield from (number for number in numbers if type(number) is int and 1 <= number <= _LARGEST_HINT)

@@ -375,6 +375,65 @@ def test_an_unknown_number_of_bits_is_refused() -> None:
         resolve(index, ShardRules({"m.weight": Split(0)}), Mesh(tp=2))
 
 
+@pytest.mark.parametrize(
+    ("config", "scales"),
+    [
+        pytest.param({"input_activations": {"num_bits": 8}}, (64, 4), id="activations"),
+        pytest.param({"input_activations": {"num_bits": 8}}, (64, 1), id="activations-by-channel"),
+        pytest.param({"kv_cache_scheme": {"num_bits": 8}}, (64, 4), id="kv-cache"),
+    ],
+)
+def test_bits_of_other_things_than_weights_do_not_count(config: dict[str, Any], scales: tuple[int, ...]) -> None:
+    stored = [TensorSpec("m.weight_packed", "I32", (64, 64)), TensorSpec("m.weight_scale", "BF16", scales)]
+    config = {"config_groups": {"group_0": {"weights": {"num_bits": 4, "group_size": 128}}}, **config}
+    index = header_only_index(stored, num_files=1, config={"quantization_config": config})
+    table = resolve(index, ShardRules({"m.weight": Split(1)}), Mesh(tp=2))
+    assert table.slice_of(index.position("m.weight_packed"), 1) == TensorSlice.along((64, 64), 1, [range(32, 64)])
+
+
+@pytest.mark.parametrize(
+    ("qweight", "qzeros", "scales"),
+    [
+        # WQLinear_GEMV of AutoAWQ: [outputs, inputs/8], and scales [outputs, groups].
+        pytest.param(("I32", (256, 512)), ("I32", (256, 4)), ("F16", (256, 32)), id="awq-gemv"),
+        pytest.param(("I8", (256, 2048)), ("I8", (32, 128)), ("F16", (256, 32)), id="bitblas"),
+        pytest.param(("U8", (256, 2048)), None, ("U8", (256, 128)), id="fp-quant"),
+    ],
+)
+@pytest.mark.parametrize("placement", [Split(0, heads=16), Split(1)])
+def test_words_that_are_packed_otherwise_are_refused(
+    placement: Placement, qweight: Any, qzeros: Any, scales: Any
+) -> None:
+    parts = {"qweight": qweight, "qzeros": qzeros, "scales": scales}
+    stored = [TensorSpec(f"m.{part}", *spec) for part, spec in parts.items() if spec is not None]
+    config = {"quantization_config": {"quant_method": "awq", "bits": 4, "group_size": 128}}
+    index = header_only_index(stored, num_files=1, config=config)
+    with pytest.raises(ShardingError, match=r"m.qweight .*: not as GPTQ or AWQ \(GEMM\) packs a weight"):
+        resolve(index, ShardRules({"m.weight": placement}), Mesh(tp=2))
+
+
+def test_bitnet_is_refused_or_replicated() -> None:
+    stored = [TensorSpec("m.weight", "U8", (16, 64)), TensorSpec("m.weight_scale", "BF16", (1,))]
+    index = header_only_index(stored, num_files=1, config={"quantization_config": {"quant_method": "bitnet"}})
+    with pytest.raises(ShardingError, match=r"m.weight \[16, 64\]: BitNet packs rows from all over"):
+        resolve(index, ShardRules({"m.weight": Split(0)}), Mesh(tp=2))
+    table = resolve(index, ShardRules({"m.weight": Replicate()}), Mesh(tp=2))
+    assert table.slice_of(0, 1) == TensorSlice.whole(index.shape_of(0))
+
+
+def test_zero_points_in_activation_order_are_not_cut_with_the_inputs() -> None:
+    stored = FORMATS["compressed-tensors-4"].stored | {"m.weight_g_idx": ("I32", (128,))}
+    index = header_only_index(
+        [TensorSpec(name, *spec) for name, spec in stored.items()],
+        num_files=1,
+        config=FORMATS["compressed-tensors-4"].index.config,
+    )
+    rules = ShardRules({"m.weight": Split(1), "m.weight_scale": Replicate()})
+    with pytest.raises(ShardingError, match=r"m.weight_zero_point \[8, 4\]: quantized in activation order"):
+        resolve(index, rules, Mesh(tp=2))
+    resolve(index, rules + ShardRules({"m.weight_zero_point": Replicate()}), Mesh(tp=2))
+
+
 def test_a_weight_without_a_rule_leaves_its_parts_without_one() -> None:
     with pytest.raises(ShardingError, match=r"3 tensors .* no rule: .*m.qweight \[32, 64\], m.qzeros"):
         resolve(FORMATS["gptq-4"].index, ShardRules(), Mesh(tp=2))
