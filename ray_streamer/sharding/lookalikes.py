@@ -1,7 +1,7 @@
 """Which known families name their tensors as a checkpoint of an unknown model does? Asked when there is no preset, to give advice.
 
 New models are often old architectures under a new model_type. A family looks like the checkpoint when its preset finds its sizes
-in config.json, places every weight matrix, and can cut each of them at least by one.
+in config.json, places every weight matrix and every vector that attention itself holds, and can cut each of them at least by one.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from ray_streamer.sharding.rules import ShardRules
 if TYPE_CHECKING:
     from ray_streamer.checkpoint.index import CheckpointIndex
     from ray_streamer.sharding.presets import Layout
+
+_ATTENTION = ("self_attn", "self_attention", "attention", "attn")
 
 
 def lookalikes(index: CheckpointIndex, *, layout: Layout) -> list[str]:
@@ -50,10 +52,13 @@ def lookalikes(index: CheckpointIndex, *, layout: Layout) -> list[str]:
 
 
 def _placed(index: CheckpointIndex, names: NameKinds, rules: ShardRules) -> tuple[object, ...] | None:
-    """The distinct ways in which rules place tensors by name; None when they leave out a weight matrix, or cut nothing."""
+    """The distinct ways in which rules place tensors by name; None when they leave out what may have to be cut, or cut nothing."""
     matched = rules.first_matches(names)
     is_weight = names.of_kinds([(kind[-1] or "") == "weight" for kind in names.kinds], dtype=bool)
-    if (is_weight & (index.num_dims >= 2) & (matched < 0)).any():
+    # Such vectors tell of attention that the family does not have: sinks by head, or heads in pairs.
+    is_of_attention = names.of_kinds([(kind[-2:-1] or ("",))[0] in _ATTENTION for kind in names.kinds], dtype=bool)
+    is_vector = (index.num_dims == 1) & (index.shapes.max(axis=1, initial=0) > 1)
+    if ((is_weight & (index.num_dims >= 2) | is_of_attention & is_vector) & (matched < 0)).any():
         return None
     checked_groups(index, names, rules, Mesh())
     placed = [(rules.rules[number].glob, rules.rules[number].placement) for number in distinct(matched[matched >= 0])]

@@ -56,6 +56,12 @@ def test_tensors_show_which_family_it_is(model: ModelLayout, first: str, layout:
         pytest.param(LLAMA.tensors, {}, id="no-sizes"),
         pytest.param(LLAMA.tensors, {**LLAMA.config, "num_attention_heads": 5}, id="sizes-of-another-model"),
         pytest.param([TensorSpec("model.norm.weight", "F32", (64,))], LLAMA.config, id="nothing-that-is-cut"),
+        # DiffLlama takes the difference of heads that are half of all heads apart.
+        pytest.param(
+            [*LLAMA.tensors, TensorSpec("model.layers.0.self_attn.lambda_q1", "F32", (16,))],
+            LLAMA.config,
+            id="attention-of-its-own",
+        ),
     ],
 )
 def test_no_advice_where_nothing_fits(tensors: list[TensorSpec], config: dict[str, Any]) -> None:
@@ -63,6 +69,18 @@ def test_no_advice_where_nothing_fits(tensors: list[TensorSpec], config: dict[st
     assert lookalikes(index, layout="generic") == []
     with pytest.raises(ShardingError, match=r"no preset for model type 'brand_new' of config\.json; known are"):
         RuleSlices(mesh=Mesh(tp=2))(index, 0)
+
+
+def test_norms_that_all_heads_share_do_not_look_like_a_norm_for_each() -> None:
+    """Apertus has no gate, and would look more like Cohere than like Llama; its norms have as many indices as one head."""
+    tensors = [spec for spec in qwen3_layout(64, 2, 4, 2, 128, 100).tensors if "gate_proj" not in spec.name]
+    assert ("model.layers.0.self_attn.q_norm.weight", (128,)) in [(spec.name, spec.shape) for spec in tensors]
+    index = header_only_index(tensors, num_files=1, config={**LLAMA.config, "model_type": "brand_new"})
+    assert lookalikes(index, layout="generic") == ["llama"]
+    with pytest.raises(ShardingError, match=r"q_norm.weight \[128\] and 1 alike: it has 1 dimension"):
+        RuleSlices(mesh=Mesh(tp=2))(
+            header_only_index(tensors, num_files=1, config={**LLAMA.config, "model_type": "cohere"}), 0
+        )
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ray_streamer.sharding.families.family import Family, Meaning, Role
+from ray_streamer.sharding.families.family import Family, Meaning, Role, Weight
 
 VOCABULARY: dict[str, Meaning] = {"*embed_tokens": Role.VOCABULARY, "*lm_head": Role.VOCABULARY}
 ATTENTION: dict[str, Meaning] = {
@@ -65,8 +65,12 @@ DENSE: dict[str, Family] = {
     "olmo3": _LLAMA,
     "granite": _LLAMA,
     "cohere": Family(
-        # Each head has a norm of its own.
-        modules=LLAMA | {"*.self_attn.q_norm": Role.QUERY, "*.self_attn.k_norm": Role.KEY_VALUE},
+        # Each head has a norm of its own. Norms of one dimension, as in other families, are for all heads, and not to be cut.
+        modules=LLAMA
+        | {
+            "*.self_attn.q_norm": Weight(Role.QUERY, outputs=-2, inputs=-1),
+            "*.self_attn.k_norm": Weight(Role.KEY_VALUE, outputs=-2, inputs=-1),
+        },
         transformers={"*.self_attn.q_norm.*": Role.REPLICATED, "*.self_attn.k_norm.*": Role.REPLICATED},
         is_tied=True,
     ),
