@@ -8,7 +8,6 @@ So a rank that waits for torch holds nothing up: what its neighbours want of its
 
 from __future__ import annotations
 
-import threading
 from typing import TYPE_CHECKING
 
 from ray_streamer.staging.threads import TaskThreads
@@ -33,12 +32,11 @@ class EarlyReads:
 
     def __init__(self, mine: RankPlan, staged: StagedReads, stop: StopSignal) -> None:
         self._mine, self._staged, self._stop = mine, staged, stop
-        self._changed = threading.Condition()
+        self._changed = stop.condition()
         self._is_over = False
         self._begun: set[int] = set()
         self._loans: dict[int, Loan] = {}
         self._threads: TaskThreads[int] | None = None
-        stop.on_set(self._wake)
 
     def begin(self, numbers: Sequence[int], *, num_threads: int) -> None:
         """Begins to read blocks; none of them may wait for a slot.
@@ -94,8 +92,4 @@ class EarlyReads:
         loan = self._staged.borrow(self._mine.block(number))
         with self._changed:
             self._loans[number] = loan
-            self._changed.notify_all()
-
-    def _wake(self) -> None:
-        with self._changed:
             self._changed.notify_all()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections import deque
 from typing import TYPE_CHECKING, Self
 
@@ -25,9 +24,8 @@ class Inbox:
         self._mapped: Iterator[int] = iter(())
         self._num_awaited = 0
         self._offered: deque[int] = deque()
-        self._changed = threading.Condition()
+        self._changed = stop.condition()
         self._stop = stop
-        stop.on_set(self._wake)
 
     def open(self, mapped: Iterable[int], num_offered: int) -> None:
         """Says what will be taken out: blocks of mapped files, and how many blocks neighbours will offer."""
@@ -39,10 +37,6 @@ class Inbox:
         with self._changed:
             self._offered.append(block)
             self._changed.notify()
-
-    def _wake(self) -> None:
-        with self._changed:
-            self._changed.notify_all()
 
     def __iter__(self) -> Self:
         return self

@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import mmap
 import os
-import threading
 from typing import TYPE_CHECKING, Self
 
 from ray_streamer.errors import BudgetError
@@ -55,9 +54,8 @@ class Arena:
         self._free: list[int] = []
         self._num_touched = 0
         self._max_touched = num_slots
-        self._changed = threading.Condition()
+        self._changed = stop.condition()
         self.peak_slots = 0
-        stop.on_set(self._wake)
 
     def _map(self, num_bytes: int) -> None:
         try:
@@ -161,10 +159,6 @@ class Arena:
             while not self.is_idle:
                 self._stop.check()
                 self._changed.wait()
-
-    def _wake(self) -> None:
-        with self._changed:
-            self._changed.notify_all()
 
     def close(self) -> None:
         """Unmaps the memory; a view that is still in use keeps it mapped until it is dropped."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -19,8 +18,7 @@ class Countdown:
     def __init__(self, stop: StopSignal) -> None:
         self._stop = stop
         self._num_left = 0
-        self._changed = threading.Condition()
-        stop.on_set(self._wake)
+        self._changed = stop.condition()
 
     def start(self, num_left: int) -> None:
         """Sets the number, before anybody counts."""
@@ -43,7 +41,3 @@ class Countdown:
             while self._num_left:
                 self._stop.check()
                 self._changed.wait()
-
-    def _wake(self) -> None:
-        with self._changed:
-            self._changed.notify_all()

@@ -51,6 +51,17 @@ class StopSignal:
                 return
         wake()
 
+    def condition(self) -> threading.Condition:
+        """A condition whose waiters wake when the signal is set, so that they look at it once more."""
+        changed = threading.Condition()
+
+        def wake() -> None:
+            with changed:
+                changed.notify_all()
+
+        self.on_set(wake)
+        return changed
+
     def forget(self, wake: Callable[[], None]) -> None:
         """Calls `wake` no more."""
         with self._lock:
