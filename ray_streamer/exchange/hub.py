@@ -155,7 +155,6 @@ class Hub:
         with self._lock:
             if self._wake_fd >= 0:
                 os.eventfd_write(self._wake_fd, 1)
-        self._mailbox.wake()
 
     def _take_note(self) -> None:
         with contextlib.suppress(BlockingIOError):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
 from typing import TYPE_CHECKING, NamedTuple
 
 from ray_streamer.errors import ClusterError, RankFailedError
@@ -57,13 +56,13 @@ class Mailbox:
     Args:
         place: Who the ranks are.
         activity: Told when a thread does nothing but wait.
-        stop: Ends every waiting; its setter wakes this.
+        stop: Ends every waiting.
     """
 
     def __init__(self, place: Place, activity: Activity, stop: StopSignal) -> None:
         self._place, self._activity, self._stop = place, activity, stop
         self.peers = frozenset(range(len(place.ranks))) - {place.local_rank}
-        self._changed = threading.Condition()
+        self._changed = stop.condition()
         self._received: dict[tuple[int, int], Received] = {}
         self._met: set[int] = set()
         self._is_meeting = True
@@ -71,11 +70,6 @@ class Mailbox:
         self._step = -1
         self._unfinished: set[int] = set()
         self._gone: dict[int, str] = {}
-
-    def wake(self) -> None:
-        """Lets every waiting thread look again."""
-        with self._changed:
-            self._changed.notify_all()
 
     @property
     def expected(self) -> set[int]:
