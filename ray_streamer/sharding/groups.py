@@ -17,7 +17,7 @@ from ray_streamer.rows import distinct, distinct_rows
 from ray_streamer.sharding.globs import starred
 from ray_streamer.sharding.placement import Placement, Replicate, Skip
 from ray_streamer.sharding.quantization import MODULE_HOLDERS, find_quantized
-from ray_streamer.units import counted
+from ray_streamer.units import counted, verb
 from ray_streamer.wording import printable
 
 if TYPE_CHECKING:
@@ -158,14 +158,14 @@ def _check_rules(index: CheckpointIndex, rules: ShardRules, rule_ids: NDArray[np
     unused = [repr(rule.glob) for position, rule in enumerate(rules) if not rule.optional and position not in used]
     if unused:
         faults.append(
-            f"{counted(len(unused), 'rule')} {'places' if len(unused) == 1 else 'place'} no tensor of {index.uri}: "
+            f"{counted(len(unused), 'rule')} {verb(len(unused), 'places', 'place')} no tensor of {index.uri}: "
             f"{_shown(unused, len(unused))}. No name matches, or an earlier rule takes them all. Correct or remove them; in Python, "
             "Rule(..., optional=True) may place none."
         )
     without = np.flatnonzero((rule_ids == _NO_RULE) & (index.num_dims >= 2)).tolist()
     if without and unmatched == "error":
         faults.append(
-            f"{counted(len(without), 'tensor')} of {index.uri} {'has' if len(without) == 1 else 'have'} two or more dimensions "
+            f"{counted(len(without), 'tensor')} of {index.uri} {verb(len(without), 'has', 'have')} two or more dimensions "
             "and no rule: "
             f"{_shown([named(index, tensor) for tensor in without[:_NUM_SHOWN]], len(without))}. "
             f'Say how they lie, for example rules={{"{starred(index.names[without[0]])}": Split(0)}}, or let every rank hold them whole with '
@@ -173,8 +173,8 @@ def _check_rules(index: CheckpointIndex, rules: ShardRules, rule_ids: NDArray[np
         )
     if strays := _beside_cut_weights(index, rules, rule_ids) if unmatched == "error" else []:
         faults.append(
-            f"{counted(len(strays), 'tensor')} of {index.uri} {'lies' if len(strays) == 1 else 'lie'} beside a weight that is cut "
-            f"and {'has' if len(strays) == 1 else 'have'} no rule: "
+            f"{counted(len(strays), 'tensor')} of {index.uri} {verb(len(strays), 'lies', 'lie')} beside a weight that is cut "
+            f"and {verb(len(strays), 'has', 'have')} no rule: "
             f"{_shown([named(index, tensor) for tensor in strays], len(strays))}. Say how they lie, for example "
             f'rules={{"{starred(index.names[strays[0]])}": Replicate()}}, or let every rank hold them whole with '
             'unmatched="replicate".'
