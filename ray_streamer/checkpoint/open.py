@@ -1,8 +1,8 @@
-"""How does a URI become an index? By one speculative read per shard file, in parallel, and no tensor byte.
+"""How does a URI become an index? Its files are found and their headers read; where these disagree with the index json, that decides.
 
-    locate ─> index json, or what the folder has ─> heads, in parallel ─> parse ─> reconcile with the index json ─> index
+    locate ─> index json, or what the folder has ─> headers ─> reconcile with the index json ─> index
 
-How heads are read is for `header_reads`.
+`header_reads` says how headers are read.
 """
 
 from __future__ import annotations
