@@ -5,8 +5,6 @@ A lazy tensor is a view of such a memory. The first memory of a tensor is the te
 and from then on it has them: whoever views it sees what was read, and what was written to it since.
 """
 
-# pyright: reportPrivateUsage=false
-# Names of a lazy tensor begin with _lazy_, since Tensor has most others; torch offers some things under private names only.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace

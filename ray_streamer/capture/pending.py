@@ -5,7 +5,7 @@ with each other. Each storage is kept alive: its address must not be given to an
 """
 
 # pyright: reportPrivateUsage=false
-# Names of a lazy tensor begin with _lazy_, since Tensor has most others; torch offers some things under private names only.
+# torch tells two storages apart under private names only.
 from __future__ import annotations
 
 from bisect import bisect_left, insort

@@ -5,7 +5,7 @@ has it. What the loader filled that has no name among the targets, and that some
 """
 
 # pyright: reportPrivateUsage=false
-# Names of a lazy tensor begin with _lazy_, since Tensor has most others; torch offers some things under private names only.
+# torch tells two storages apart under private names only.
 from __future__ import annotations
 
 from collections import defaultdict

@@ -5,8 +5,6 @@ position of an element is that number. A view is then a box: a range of digits f
 other there is no such picture, and the answers are the cautious ones: views may meet, and what a view is of is not known.
 """
 
-# pyright: reportPrivateUsage=false
-# Names of a lazy tensor begin with _lazy_, since Tensor has most others; torch offers some things under private names only.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
@@ -47,7 +45,7 @@ class Strided:
     def repeats(self) -> bool:
         """Whether an element may be seen under two indices."""
         max_offset = 0
-        for step, size in sorted(self._loops()):
+        for step, size in sorted(self.loops()):
             if step <= max_offset:
                 return True
             max_offset += step * (size - 1)
@@ -82,7 +80,8 @@ class Strided:
         step = shape[dim] * strides[dim] if dim < len(shape) else 1
         return Strided((*shape[:dim], 1, *shape[dim:]), (*strides[:dim], step, *strides[dim:]), self.offset)
 
-    def _loops(self) -> list[tuple[int, int]]:
+    def loops(self) -> list[tuple[int, int]]:
+        """Stride and size of each dimension that has more than one index."""
         return [(step, size) for size, step in zip(self.shape, self.strides, strict=True) if size > 1]
 
 
@@ -121,7 +120,7 @@ def holds(whole: Strided, part: Strided) -> bool:
 
 def _places(one: Strided, other: Strided) -> list[int] | None:
     """The strides of both views, largest first, down to 1; None when they are no places of a mixed-radix number."""
-    steps = {step for view in (one, other) for step, _ in view._loops() if step} | {1}
+    steps = {step for view in (one, other) for step, _ in view.loops() if step} | {1}
     places = sorted(steps, reverse=True)
     return None if any(large % small for large, small in pairwise(places)) else places
 
@@ -129,7 +128,7 @@ def _places(one: Strided, other: Strided) -> list[int] | None:
 def _box(view: Strided, places: list[int]) -> tuple[list[tuple[int, int]], bool]:
     """A range of digits for each place, and whether every number of that box is an element (the box may be too large)."""
     lengths = dict.fromkeys(places, 0)
-    for step, size in view._loops():
+    for step, size in view.loops():
         if step:
             lengths[step] += size - 1
     rest = view.offset
