@@ -2,9 +2,9 @@
 
     q_proj.weight, k_proj.weight, v_proj.weight  ->  qkv_proj.weight: the rank's queries, then its keys, then its values
 
-Every slice lands in the fused result at once: nothing is joined afterwards. All tensors of
-a module are fused along what counts its outputs: weights, biases, scales by channel or block, packed words. Scales of a whole
-weight become one slot each. What does not count outputs and is no single number (`g_idx`, `weight_shape`) stays as it is.
+Every slice lands in the fused result at once: nothing is joined afterwards. All tensors of a module are fused along what counts its
+outputs: weights, biases, scales by channel or block, packed words. Scales of a whole weight become one slot each. What does not count
+outputs and is no single number (`g_idx`, `weight_shape`) stays as it is.
 """
 
 from __future__ import annotations

@@ -30,9 +30,9 @@ __all__ = [
 
 
 def open_storage(uri: UriLike, settings: StorageSettings) -> Storage:
-    """The storage of a folder or prefix: `/path`, `file:///path`, `s3://bucket/prefix`, `memory://name`, or what pyarrow opens.
+    """The storage of a folder or prefix: a local path, `memory://name`, a place in a store of `stores`, or what pyarrow opens.
 
-    A local path is taken as `absolute_uri` takes it. Opens nothing yet: what is wrong with the place itself shows at the first read. The caller closes it.
+    Opens nothing yet: what is wrong with the place itself shows at the first read. The caller closes it.
 
     Raises:
         SettingsError: No backend knows this uri, or it has credentials in it.
