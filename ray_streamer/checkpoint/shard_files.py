@@ -1,9 +1,9 @@
 """Which files of a folder hold the model when no index json says so, and are all of them there?
 
-Names tell: `model-00002-of-00003.safetensors` is one of three files, whatever else is in the folder. A folder that lacks
-one of them is refused, since the tensors that are there cannot tell of those that are not: an interrupted download or copy
-looks so, and so does every upload under way, whose index json comes last. Files of other parts of a repository are left
-alone: adapters, unless there is nothing else, and the copy in Mistral's own layout. What there is instead of a checkpoint is for `folder_hints`.
+Names tell: `model-00002-of-00003.safetensors` is one of three files, whatever else is in the folder. A folder that lacks one of them is
+refused, since the tensors that are there cannot tell of those that are not: an interrupted download or copy looks so, and so does every
+upload under way, whose index json comes last. Files of other parts of a repository are left alone: adapters, unless there is nothing
+else, and the copy in Mistral's own layout. What there is instead of a checkpoint is for `folder_hints`.
 """
 
 from __future__ import annotations

@@ -8,8 +8,8 @@
       │          │                                   │
     removed <─ killed <──────────────────────────────┘         teardown: in reverse, also of a half-started group
 
-A seat is a reservation (`seats`), an actor is a `RankActor` around an ordinary worker object (`rank_actor`). Ranks are
-ordered by node, the driver's first. Nothing here knows what the workers do. Weights never pass through here; arguments and results are plans and reports.
+A seat is a reservation (`seats`), an actor is a `RankActor` around an ordinary worker object (`rank_actor`). Ranks are ordered by node,
+the driver's first. Nothing here knows what the workers do. Weights never pass through here; arguments and results are plans and reports.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """How is one rank called through Ray? By an actor around an ordinary object, which also answers while it works.
 
-`call` runs on the actor's only main thread, one call at a time, for as long as it takes. `facts` and `control` run in a
-concurrency group of their own, and so answer while a call is running: this is how a load is watched and
-aborted. `pulse` has another one, in which nothing else is ever waited for. The worker is built by a call, not by the actor's constructor: an error in a call keeps its type, where one in a
+`call` runs on the actor's only main thread, one call at a time, for as long as it takes. `facts` and `control` run in a concurrency group
+of their own, and so answer while a call is running: this is how a load is watched and aborted. `pulse` has another one, in which nothing
+else is ever waited for. The worker is built by a call, not by the actor's constructor: an error in a call keeps its type, where one in a
 constructor becomes the text of a dead actor.
 """
 

@@ -1,7 +1,8 @@
 """How is a container of Azure Blob Storage asked: `az://CONTAINER/PREFIX`, `abfss://`, or the https address of an account?
 
-Who asks is said by the environment (see `azure_account`), else by azure-identity's chain of credentials. Keys sign each request (see `azure_key`), a SAS token is part of each address, and tokens of
-azure-identity are renewed before they end. Identity is the ETag, which each request names.
+Who asks is said by the environment (see `azure_account`), else by azure-identity's chain of credentials. Keys sign each request (see
+`azure_key`), a SAS token is part of each address, and tokens of azure-identity are renewed before they end. Identity is the ETag, which
+each request names.
 Sources: Azure Storage REST API, "Get Blob", "List Blobs", "Common REST API error codes", "Specifying conditional headers".
 """
 

@@ -3,8 +3,8 @@
 huggingface_hub reads the uri, and knows the Hub's address (`HF_ENDPOINT`) and who asks (`HF_TOKEN`, or `hf auth login`). Files are
 asked for at the Hub, which sends large ones on to its content delivery network, by addresses that end after a while (see `web`).
 
-A revision is a commit from the first answer on, so that all files are of one (see `hub_commit`). Identity is the hash of the content that the Hub
-tells: what a network for delivery calls a file may differ from place to place. What that network calls it is compared besides, as
+A revision is a commit from the first answer on, so that all files are of one (see `hub_commit`). Identity is the hash of the content that
+the Hub tells: what a network for delivery calls a file may differ from place to place. What that network calls it is compared besides, as
 long as one address lasts.
 Source: huggingface_hub 2.4, `get_hf_file_metadata`, `list_repo_tree`.
 """
