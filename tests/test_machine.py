@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from ray_streamer.machine import count_cpus, group_headrooms, measure_available_memory
+from ray_streamer.machine import MACHINE, count_cpus, group_rooms, measure_available_memory, memory_rooms
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -34,8 +34,16 @@ class Groups:
         (folder / usage_name).write_text(f"{usage}\n")
         (folder / "memory.stat").write_text("".join(f"{name} {value}\n" for name, value in {"anon": 1, **stat}.items()))
 
+    def also(self, path: str, **values: object) -> None:
+        """Further files of a group, such as memory_high for memory.high."""
+        for name, value in values.items():
+            (self.cgroup / path / name.replace("_", ".", 1).replace("swap_", "swap.")).write_text(f"{value}\n")
+
     def headrooms(self) -> list[int]:
-        return list(group_headrooms(self.proc, self.cgroup))
+        return [room.free_bytes for room in group_rooms(self.proc, self.cgroup)]
+
+    def most(self, swap_bytes: int = 0) -> list[int]:
+        return [room.most_bytes for room in group_rooms(self.proc, self.cgroup, swap_bytes=swap_bytes)]
 
     def available(self) -> int:
         return measure_available_memory(self.proc, self.cgroup)
@@ -104,7 +112,84 @@ def test_the_tightest_of_machine_and_groups_decides(groups: Groups, limit: str, 
     assert groups.available() == available
 
 
+def test_what_only_slows_down_is_no_limit_of_what_can_be_had(groups: Groups) -> None:
+    groups.join("0::/job\n")
+    groups.limit("job", "max", 700, inactive_file=100)
+    groups.also("job", memory_high=1000)
+    (room,) = group_rooms(groups.proc, groups.cgroup)
+    assert room.free_bytes == 400
+    assert room.most_bytes > 1 << 60
+    groups.limit("job", "5000", 700, inactive_file=100)
+    (room,) = group_rooms(groups.proc, groups.cgroup)
+    assert (room.free_bytes, room.most_bytes) == (400, 4400)
+
+
+@pytest.mark.parametrize(
+    ("swap", "most"),
+    [
+        pytest.param({}, 1300, id="all-swap"),
+        pytest.param({"memory_swap_max": "max", "memory_swap_current": 50}, 1300, id="no-limit-of-swap"),
+        pytest.param({"memory_swap_max": 0, "memory_swap_current": 0}, 300, id="no-swap"),
+        pytest.param({"memory_swap_max": 600, "memory_swap_current": 200}, 700, id="some-swap"),
+    ],
+)
+def test_swap_counts_as_far_as_the_group_may_have_it(groups: Groups, swap, most) -> None:
+    groups.join("0::/job\n")
+    groups.limit("job", "1000", 700)
+    groups.also("job", **swap)
+    assert groups.headrooms() == [300]
+    assert groups.most(swap_bytes=1000) == [most]
+
+
+def test_version_1_limits_memory_and_swap_together(groups: Groups) -> None:
+    groups.join("4:memory:/job\n")
+    groups.limit("job", "1000", 700, version=1, total_active_file=100)
+    folder = groups.cgroup / "memory" / "job"
+    (folder / "memory.memsw.limit_in_bytes").write_text("1500\n")
+    (folder / "memory.memsw.usage_in_bytes").write_text("900\n")
+    # 300 more than what is left of the memory.
+    assert groups.most(swap_bytes=10_000) == [400 + 300]
+    assert groups.most(swap_bytes=10) == [410]
+
+
+def test_unlimited_groups_of_version_1_are_none(groups: Groups) -> None:
+    groups.join("4:memory:/job\n")
+    groups.limit("job", "9223372036854771712", 700, version=1)
+    assert groups.headrooms() == []
+
+
+def test_a_sandbox_that_tells_little_is_asked_for_no_more(groups: Groups) -> None:
+    (groups.proc / "self" / "cgroup").unlink()
+    assert groups.headrooms() == []
+    groups.join("4:memory:/\n")
+    groups.limit("", "3000", 1000, version=1)
+    (groups.cgroup / "memory" / "memory.stat").unlink()
+    assert groups.headrooms() == [2000]
+
+
+def test_one_limit_is_the_same_to_all_who_are_within_it(groups: Groups) -> None:
+    groups.limit("job", "9000", 4000)
+    groups.limit("job/one", "5000", 4000)
+    groups.limit("job/two", "5000", 4000)
+    identities = []
+    for name in ("one", "two"):
+        groups.join(f"0::/job/{name}\n")
+        identities.append([room.identity for room in group_rooms(groups.proc, groups.cgroup)])
+    one, two = identities
+    assert one[1] == two[1]
+    assert len({*one, *two}) == 3
+
+
+def test_at_most_a_machine_has_what_programs_and_tmpfs_leave(groups: Groups) -> None:
+    (groups.proc / "meminfo").write_text(
+        "MemTotal: 100 kB\nMemAvailable: 20 kB\nSwapFree: 7 kB\nAnonPages: 30 kB\nShmem: 10 kB\nHugePages_Total: 0\n"
+    )
+    (room,) = memory_rooms(groups.proc, groups.cgroup)
+    assert (room.free_bytes, room.most_bytes) == (20 << 10, 67 << 10)
+
+
 def test_this_machine() -> None:
     total_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     assert 0 < measure_available_memory() <= total_bytes
+    assert memory_rooms()[0].identity == MACHINE
     assert count_cpus() >= 1
