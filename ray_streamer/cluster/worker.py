@@ -33,7 +33,7 @@ from ray_streamer.rank.refill import tensors_to_fill
 from ray_streamer.report.metering import failures_metered, metered
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
 
     import torch
 
@@ -140,7 +140,15 @@ class LoadWorker:
             session.wait_met()
             storage = request.open_storage(num_sharers=len(place.ranks))
             with contextlib.closing(storage):
-                agreement = agree(session, request, storage, index_bytes=index_bytes, terms=terms)
+                agreement = agree(
+                    session,
+                    request,
+                    storage,
+                    index_bytes=index_bytes,
+                    terms=terms,
+                    held=self._held(),
+                    imports_torch=self._device.opened is None,
+                )
         self._request, self._agreed, self._memory_limit = request, agreement.plan, agreement.memory_limit
         self._slices, self._agreement = agreement.slices, secrets.token_hex(8)
         node_plan = agreement.plan.node_plan
@@ -198,6 +206,10 @@ class LoadWorker:
             rank=self._rank, mesh=self._request.mesh, device=device.name, node=session.place.node, tensors=tensors
         )
         return load.statistics()
+
+    def _held(self) -> Mapping[str, Any]:
+        """Tensors that the next load fills, or that are dropped before it."""
+        return {} if self._context is None else self._context.tensors
 
     def _tensors_to_fill(self, earlier: RankContext | None, mine: RankPlan) -> dict[str, torch.Tensor]:
         device = self._device.opened

@@ -15,11 +15,15 @@ import time
 from contextlib import suppress
 from functools import cache
 
+import numpy as np
+
 from ray_streamer.extent import PAGE_BYTES
 
 LEAST_BYTES = 64 << 10
 """Shorter memory is not worth a system call."""
 
+_LOOK_BYTES = 1 << 30
+"""Memory that the kernel is asked about at once."""
 _MADV_POPULATE_WRITE = 23  # not among mmap's constants yet
 _spent = threading.local()
 _madvise = ctypes.CDLL(None).madvise
@@ -74,6 +78,17 @@ def _is_there(page: int) -> bool:
     """Whether a page of private memory was touched before."""
     answer = ctypes.c_ubyte()
     return _mincore(page, PAGE_BYTES, ctypes.byref(answer)) == 0 and bool(answer.value & 1)
+
+
+def touched_bytes(address: int, num_bytes: int) -> int:
+    """How much of private memory was touched before, in whole pages but for its ends; all where the kernel does not say."""
+    start, stop = address // PAGE_BYTES * PAGE_BYTES, address + num_bytes
+    untouched = 0
+    for first in range(start, stop, _LOOK_BYTES):
+        answer = np.empty(-(-min(_LOOK_BYTES, stop - first) // PAGE_BYTES), np.uint8)
+        if _mincore(first, len(answer) * PAGE_BYTES, answer.ctypes.data) == 0:
+            untouched += len(answer) - int((answer & 1).sum())
+    return max(0, num_bytes - untouched * PAGE_BYTES)
 
 
 def take_spent_seconds() -> float:

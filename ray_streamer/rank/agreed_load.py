@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from ray_streamer.rank.agreement import agree
 from ray_streamer.rank.conditions import reads_in_flight
+from ray_streamer.rank.device_start import DeviceStart
 from ray_streamer.rank.load import RankLoad
 
 if TYPE_CHECKING:
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
 
     from ray_streamer.device.base import Device
     from ray_streamer.exchange.session import NodeSession
-    from ray_streamer.rank.device_start import DeviceStart
     from ray_streamer.rank.request import LoadRequest
     from ray_streamer.rank.results import OnComplete
     from ray_streamer.storage.base import Storage
@@ -48,7 +48,8 @@ def agreed_load(
         RayStreamerError: As `agree` and `RankLoad` raise.
     """
     session.wait_met()
-    agreement = agree(session, request, storage, index_bytes=index_bytes)
+    imports_torch = isinstance(device, DeviceStart) and device.opened is None
+    agreement = agree(session, request, storage, index_bytes=index_bytes, held=out, imports_torch=imports_torch)
     return RankLoad(
         agreement.plan,
         storage,

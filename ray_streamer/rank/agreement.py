@@ -4,6 +4,7 @@
     first rank: headers ── share ──> index ──> what this rank holds; what it must read for that, it reads with the others
     every rank: what it reads ── gather ──> all of it
     first rank: the node's plan ── share ──> this rank's part of it
+    every rank: what its tensors take ── gather ──> room for them, and for how much staging beside them
 
 Nothing is guessed: blocks fit the rank that has least memory. Ranks of other nodes are not asked; their plan is their own.
 Rules need no torch, which may be imported meanwhile.
@@ -16,16 +17,18 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ray_streamer.checkpoint.index_bytes import index_from_bytes, index_to_bytes
+from ray_streamer.device import is_cuda
 from ray_streamer.errors import RankFailedError, RayStreamerError
 from ray_streamer.machine import measure_available_memory
 from ray_streamer.planning.fills import check_fills
 from ray_streamer.planning.limits import rank_memory_limit
 from ray_streamer.planning.node_plan import NodePlan, plan_node
 from ray_streamer.planning.rank_plan import RankPlan
+from ray_streamer.rank.host_room import HostNeed, bytes_to_stage_in, missing_bytes, staging_limit
 from ray_streamer.slices import RankSources, ReadingSource, checked_slices
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from ray_streamer.checkpoint.index import CheckpointIndex
     from ray_streamer.exchange.session import NodeSession
@@ -73,6 +76,8 @@ def agree(
     *,
     index_bytes: bytes | memoryview | None = None,
     terms: MemoryTerms | None = None,
+    held: Mapping[str, Any] | None = None,
+    imports_torch: bool = False,
 ) -> Agreement:
     """Agrees with the other ranks of the node, which all have met.
 
@@ -82,8 +87,11 @@ def agree(
         storage: Open on the checkpoint.
         index_bytes: The index, where all nodes have it already.
         terms: This rank's memory, where a driver has asked all ranks for the same and measured theirs; else they do it.
+        held: Tensors by name that the load fills, or that are dropped before it.
+        imports_torch: Whether torch is still being imported, which takes memory.
 
     Raises:
+        BudgetError: The tensors of this node's ranks do not fit into its memory.
         ClusterError: Another rank was asked for another checkpoint, or given other arguments that decide what ranks hold.
         RayStreamerError: The checkpoint cannot be read or planned, the same error on all ranks; or this rank cannot hold what
             it wants.
@@ -98,7 +106,16 @@ def agree(
     node_plan = _share_plan(session, index, said, met.limits)
     place = session.place
     plan = RankPlan.of(index, node_plan, said, ranks=place.ranks, local_rank=place.local_rank, holes=holes)
-    return Agreement(plan, met.memory_limit, said)
+    block_bytes = met.limits.block_bytes
+    need = HostNeed.of(
+        place.rank,
+        tensor_bytes=0 if is_cuda(request.device) else missing_bytes(said.results, held or {}),
+        block_bytes=block_bytes,
+        imports_torch=imports_torch,
+    )
+    room_bytes = bytes_to_stage_in(session, need, block_bytes=block_bytes)
+    memory_limit = staging_limit(met.memory_limit, room_bytes, useful_bytes=len(plan.reads) * block_bytes)
+    return Agreement(plan, memory_limit, said)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

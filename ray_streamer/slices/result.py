@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Self, overload
@@ -60,6 +61,11 @@ class ResultForm:
     def memory_strides(self) -> tuple[int, ...]:
         """Strides in elements, also of a tensor of ours."""
         return row_major(self.shape) if self.strides is None else self.strides
+
+    @property
+    def num_bytes(self) -> int:
+        """Of its elements; strides may leave gaps between them."""
+        return math.prod(self.shape) * self.stored.num_bits // 8
 
     @property
     def num_storage_elements(self) -> int:

@@ -24,6 +24,8 @@ from ray_streamer.integrations.transformers.token_stream import Generated
 from ray_streamer.wording import first_line
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     import torch
     import torch.distributed as dist
 
@@ -131,6 +133,10 @@ class ModelWorker(LoadWorker):
         self._context = replace(self._loaded(), model=self._build.finished())
         self._build = None
         return statistics
+
+    def _held(self) -> Mapping[str, Any]:
+        assert self._build is not None
+        return self._build.captured.out
 
     def _tensors_to_fill(self, earlier: RankContext | None, mine: RankPlan) -> dict[str, torch.Tensor]:
         assert self._build is not None
