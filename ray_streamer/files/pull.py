@@ -8,10 +8,13 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, TypeVar
 
-from ray_streamer.errors import StorageError
+from ray_streamer.errors import BudgetError, StorageError
 from ray_streamer.extent import Extent
 from ray_streamer.files.selection import check_path
+from ray_streamer.machine import memory_rooms
 from ray_streamer.process_limits import limit_met
+from ray_streamer.storage.mounts import mount_of, read_mount_table
+from ray_streamer.units import human_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +23,9 @@ if TYPE_CHECKING:
     from ray_streamer.storage import ObjectInfo, Storage
 
 _BLOCK_BYTES = 4 << 20
+
+_SPARE_BYTES = 64 << 20
+"""Memory that is left for the process itself, and for blocks that other threads write meanwhile."""
 
 _Outcome = TypeVar("_Outcome")
 
@@ -50,6 +56,7 @@ def pull_files(
         CheckpointError: A path could lead out of `folder`; nothing was read then.
         ObjectChangedError: A file is of another version, or was replaced meanwhile.
         StorageError: A file could not be read or written.
+        BudgetError: The folder lies in memory, which is full.
     """
     for path in paths:
         check_path(path, uri=storage.uri)
@@ -81,15 +88,32 @@ def _pull_file(storage: Storage, path: str, folder: Path, *, version: ObjectInfo
     temporary = target.with_name(f".{os.getpid()}-{secrets.token_hex(8)}.part")
     with disk_errors_translated(target):
         target.parent.mkdir(parents=True, exist_ok=True)
+        is_in_memory = mount_of(os.path.realpath(target.parent), read_mount_table()).is_memory
         try:
             with temporary.open("xb") as file:
                 for part in _parts(storage, path, version):
+                    if is_in_memory:
+                        _refuse_to_fill_memory(target)
                     file.write(part)
             temporary.replace(target)
         finally:
             with suppress(FileNotFoundError):
                 temporary.unlink()
     return target
+
+
+def _refuse_to_fill_memory(target: Path) -> None:
+    """Refuses to write on where the kernel would soon end this process: the file would stay, and its memory be lost.
+
+    Raises:
+        BudgetError: The limit that is met.
+    """
+    room = min(memory_rooms(), key=lambda room: room.most_bytes)
+    if room.most_bytes < _SPARE_BYTES:
+        raise BudgetError(
+            f"cannot write {target}, which lies in memory (tmpfs): {human_bytes(room.most_bytes)} of {room.name} are left; give a "
+            "folder on disk, or raise the limit"
+        )
 
 
 def _parts(storage: Storage, path: str, version: ObjectInfo | None) -> Iterator[bytes | memoryview]:

@@ -8,8 +8,9 @@ import shutil
 import stat
 import subprocess
 import sys
+import tempfile
 import threading
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
@@ -18,6 +19,7 @@ import ray_streamer
 from ray_streamer.api.files import cached
 from ray_streamer.cli import main
 from ray_streamer.errors import (
+    BudgetError,
     CheckpointError,
     ObjectChangedError,
     ObjectMissingError,
@@ -25,14 +27,13 @@ from ray_streamer.errors import (
     StorageError,
 )
 from ray_streamer.files import ENGINE_FILES, Selection, cached_files, pull_files
+from ray_streamer.machine import MemoryRoom
 from ray_streamer.settings import Settings
 from ray_streamer.storage import open_storage
 from ray_streamer.storage.memory import MemoryStorage
+from ray_streamer.storage.mounts import mount_of, read_mount_table
 from ray_streamer.testing.file_server import file_bytes
 from ray_streamer.testing.hostile_store import HostileStore, answer_bytes
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 FILES = {
     "config.json": b'{"model_type": "llama"}',
@@ -389,3 +390,33 @@ def test_on_the_command_line(uri, tmp_path):
     pulled = CliRunner().invoke(main, ["pull", uri, str(target), "--allow", "*.json", "--ignore", "original/*"])
     assert pulled.exit_code == 0
     assert sorted(found_below(target)) == JSONS
+
+
+def test_a_folder_in_memory_is_not_filled_until_the_kernel_ends_the_process(tmp_path_factory, monkeypatch):
+    """What is written there would stay after that, and its memory be lost."""
+    folder = next((path for path in (Path("/dev/shm"), Path("/run")) if _is_writable_memory(path)), None)
+    if folder is None:
+        pytest.skip("no folder of this machine that lies in memory may be written")
+    left = [200 << 20]
+
+    def rooms():
+        left[0] -= 40 << 20
+        return [MemoryRoom(identity="g", name="the 1 GiB of control group g", free_bytes=0, most_bytes=left[0])]
+
+    monkeypatch.setattr("ray_streamer.files.pull.memory_rooms", rooms)
+    MemoryStorage.put("memory://full", {"large.bin": bytes(20 << 20)})
+    storage = open_storage("memory://full", Settings())
+    with tempfile.TemporaryDirectory(dir=folder) as name:
+        with pytest.raises(
+            BudgetError, match=r"lies in memory \(tmpfs\): 40 MiB of the 1 GiB of control group g are left"
+        ):
+            pull_files(storage, ["large.bin"], Path(name), concurrency=1)
+        assert not list(Path(name).iterdir())
+    left[0] = 0
+    disk = tmp_path_factory.mktemp("disk")
+    if not mount_of(str(disk.resolve()), read_mount_table()).is_memory:
+        assert pull_files(storage, ["large.bin"], disk, concurrency=1) == [disk / "large.bin"]
+
+
+def _is_writable_memory(path):
+    return os.access(path, os.W_OK) and mount_of(str(path.resolve()), read_mount_table()).is_memory
