@@ -7,6 +7,7 @@ limit less the usage that cannot be dropped.
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,9 +84,29 @@ _UNLIMITED_BYTES = 1 << 62
 """About what version 1 says where there is no limit."""
 
 
-def count_cpus() -> int:
-    """CPUs that this process may run on."""
-    return len(os.sched_getaffinity(0))
+def count_cpus(proc: Path = PROC, cgroup: Path = CGROUP) -> int:
+    """CPUs that this process may run on at one time; a control group's quota of less than one counts as one.
+
+    Args:
+        proc: Where procfs is mounted.
+        cgroup: Where control groups are mounted.
+    """
+    quotas = (math.ceil(quota) for quota in _cpu_quotas(proc, cgroup))
+    return max(1, min([len(os.sched_getaffinity(0)), *quotas]))
+
+
+def _cpu_quotas(proc: Path, cgroup: Path) -> Iterator[float]:
+    """CPUs that the group of this process, and each group around it, may use in one period."""
+    for controllers, path in _memberships(proc):
+        if not controllers:
+            said = [_text(folder / "cpu.max").split() for folder in _groups(cgroup, path)]
+        elif "cpu" in controllers:
+            names = ("cpu.cfs_quota_us", "cpu.cfs_period_us")
+            said = [[_text(folder / name).strip() for name in names] for folder in _groups(cgroup / "cpu", path)]
+        else:
+            continue
+        # "max" and -1 are none.
+        yield from (int(pair[0]) / int(pair[1]) for pair in said if len(pair) == 2 and all(map(str.isdigit, pair)))
 
 
 def measure_available_memory(proc: Path = PROC, cgroup: Path = CGROUP) -> int:
@@ -141,26 +162,40 @@ def group_rooms(proc: Path = PROC, cgroup: Path = CGROUP, *, swap_bytes: int = 0
         cgroup: Where control groups are mounted.
         swap_bytes: Free swap of the machine.
     """
-    for line in _text(proc / "self" / "cgroup").splitlines():
-        _, controllers, path = line.split(":", 2)
-        if controllers == "":
+    for controllers, path in _memberships(proc):
+        if not controllers:
             yield from _rooms(cgroup, path, _VERSION_2, swap_bytes)
-        elif "memory" in controllers.split(","):
+        elif "memory" in controllers:
             yield from _rooms(cgroup / "memory", path, _VERSION_1, swap_bytes)
 
 
-def _rooms(root: Path, path: str, files: _GroupFiles, swap_bytes: int) -> Iterator[MemoryRoom]:
-    # In a container the path may be the host's and not exist here; then the mount itself is the container's group.
+def _memberships(proc: Path) -> Iterator[tuple[list[str], str]]:
+    """The groups of this process: controllers, none of them in version 2, and path."""
+    for line in _text(proc / "self" / "cgroup").splitlines():
+        _, controllers, path = line.split(":", 2)
+        yield controllers.split(",") if controllers else [], path
+
+
+def _groups(root: Path, path: str) -> Iterator[Path]:
+    """Folders of a group and of those around it.
+
+    In a container the path may be the host's and not exist here; then the mount itself is the container's group.
+    """
     group = root / path.strip("/")
     for folder in (group, *group.parents):
+        yield folder
+        if folder == root:
+            return
+
+
+def _rooms(root: Path, path: str, files: _GroupFiles, swap_bytes: int) -> Iterator[MemoryRoom]:
+    for folder in _groups(root, path):
         limit = _number(folder / files.limit, _UNLIMITED_BYTES)
         slow_limit = (
             _UNLIMITED_BYTES if files.slow_limit is None else _number(folder / files.slow_limit, _UNLIMITED_BYTES)
         )
         if min(limit, slow_limit) < _UNLIMITED_BYTES:
             yield _room(folder, files, limit, slow_limit, swap_bytes)
-        if folder == root:
-            return
 
 
 def _room(folder: Path, files: _GroupFiles, limit: int, slow_limit: int, swap_bytes: int) -> MemoryRoom:

@@ -188,6 +188,36 @@ def test_at_most_a_machine_has_what_programs_and_tmpfs_leave(groups: Groups) -> 
     assert (room.free_bytes, room.most_bytes) == (20 << 10, 67 << 10)
 
 
+@pytest.mark.parametrize(
+    ("quota", "around", "num_cpus"),
+    [
+        ("max 100000", "max 100000", 8),
+        ("50000 100000", "max 100000", 1),
+        ("max 100000", "250000 100000", 3),
+        ("400000 100000", "200000 100000", 2),
+        ("1600000 100000", "max 100000", 8),
+        ("", "", 8),
+    ],
+)
+def test_a_quota_of_cpus_counts(groups: Groups, monkeypatch, quota: str, around: str, num_cpus: int) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    groups.join("0::/job/rank\n")
+    for path, value in (("job", around), ("job/rank", quota)):
+        (groups.cgroup / path).mkdir(parents=True)
+        (groups.cgroup / path / "cpu.max").write_text(f"{value}\n")
+    assert count_cpus(groups.proc, groups.cgroup) == num_cpus
+
+
+@pytest.mark.parametrize(("quota", "num_cpus"), [(-1, 8), (150000, 2)])
+def test_a_quota_of_cpus_in_version_1(groups: Groups, monkeypatch, quota: int, num_cpus: int) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    groups.join("2:cpu,cpuacct:/job\n3:cpuset:/other\n0::/\n")
+    (groups.cgroup / "cpu" / "job").mkdir(parents=True)
+    for name, value in (("quota", quota), ("period", 100000)):
+        (groups.cgroup / "cpu" / "job" / f"cpu.cfs_{name}_us").write_text(f"{value}\n")
+    assert count_cpus(groups.proc, groups.cgroup) == num_cpus
+
+
 def test_this_machine() -> None:
     total_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     assert 0 < measure_available_memory() <= total_bytes
