@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ray_streamer.checkpoint.index_bytes import index_from_bytes, index_to_bytes
@@ -107,13 +108,11 @@ def agree(
     place = session.place
     plan = RankPlan.of(index, node_plan, said, ranks=place.ranks, local_rank=place.local_rank, holes=holes)
     block_bytes = met.limits.block_bytes
-    need = HostNeed.of(
-        place.rank,
-        tensor_bytes=0 if is_cuda(request.device) else missing_bytes(said.results, held or {}),
-        block_bytes=block_bytes,
-        imports_torch=imports_torch,
+    tensor_bytes = 0 if is_cuda(request.device) else missing_bytes(said.results, held or {})
+    need_now = partial(
+        HostNeed.of, place.rank, tensor_bytes=tensor_bytes, block_bytes=block_bytes, imports_torch=imports_torch
     )
-    room_bytes = bytes_to_stage_in(session, need, block_bytes=block_bytes)
+    room_bytes = bytes_to_stage_in(session, need_now, block_bytes=block_bytes)
     memory_limit = staging_limit(met.memory_limit, room_bytes, useful_bytes=len(plan.reads) * block_bytes)
     return Agreement(plan, memory_limit, said)
 

@@ -6,7 +6,9 @@ limit. So they tell each other what they need, and which limits they are within.
 
 from __future__ import annotations
 
+import ctypes
 import json
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,13 +18,15 @@ from ray_streamer.planning.limits import AS_MUCH_AS_USEFUL
 from ray_streamer.units import counted, human_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from ray_streamer.exchange.session import NodeSession
     from ray_streamer.slices.result import ResultSpecs
 
 SPARE_BYTES = 40 << 20
 """What a rank takes beside tensors and staging: casts of blocks in its copying threads, and what the interpreter needs meanwhile."""
+_SCARCE_BYTES = 256 << 20
+"""With less to stage in, each rank first gives back what it has and does not use."""
 IMPORT_BYTES = 128 << 20
 """What importing torch takes: 121 MiB were measured, with torch 2.13 for CPUs."""
 _MAPPED_BY_A_TABLE = 512
@@ -95,8 +99,13 @@ def _has_memory_here(tensor: Any) -> bool:
     return tensor.device.type == "cpu"
 
 
-def bytes_to_stage_in(session: NodeSession, mine: HostNeed, *, block_bytes: int) -> int:
+def bytes_to_stage_in(session: NodeSession, measure: Callable[[], HostNeed], *, block_bytes: int) -> int:
     """What is left to this rank for staging; every rank of the node calls it.
+
+    Args:
+        session: Of the node's ranks.
+        measure: What this rank needs, as things are now.
+        block_bytes: Of one block.
 
     Returns:
         One block at least, also where the rest comes from swap.
@@ -105,20 +114,49 @@ def bytes_to_stage_in(session: NodeSession, mine: HostNeed, *, block_bytes: int)
         BudgetError: Ranks need more than a limit leaves, the same error on all ranks; names it.
         RankFailedError: Another rank failed.
     """
+    mine = measure()
+    needs = _said_by_all(session, mine)
+    if any(left < _SCARCE_BYTES for left in _left_of_each(needs).values()):
+        # Of tensors that were dropped, malloc keeps much; what is allocated next may not lie there.
+        _give_back_free_memory()
+        mine = measure()
+        needs = _said_by_all(session, mine)
+    refuse_too_much(needs, node=session.place.node)
+    left = _left_of_each(needs)
+    return block_bytes + max(0, min(left[room.identity] for room in mine.rooms))
+
+
+def _said_by_all(session: NodeSession, mine: HostNeed) -> list[HostNeed]:
     try:
-        needs = [HostNeed.from_bytes(words) for words in session.gather(mine.to_bytes())]
+        return [HostNeed.from_bytes(words) for words in session.gather(mine.to_bytes())]
     except RankFailedError as error:
         # A rank that refuses has heard all others; this one may not have.
         if isinstance(error.cause, BudgetError):
             raise error.cause from error
         raise
-    refuse_too_much(needs, node=session.place.node)
-    left = []
-    for room in mine.rooms:
-        sharers = [(need, theirs) for need in needs for theirs in need.rooms if theirs.identity == room.identity]
-        free = min(theirs.free_bytes for _, theirs in sharers)
-        left.append((free - sum(need.tensor_bytes + need.other_bytes for need, _ in sharers)) // len(sharers))
-    return block_bytes + max(0, min(left))
+
+
+def _left_of_each(needs: Sequence[HostNeed]) -> dict[str, int]:
+    """What each limit leaves to each rank within it, beside all that they need; negative where that is too much."""
+    left: dict[str, int] = {}
+    for identity, sharers in _sharers(needs).items():
+        free = max(room.free_bytes for _, room in sharers)
+        left[identity] = (free - sum(need.tensor_bytes + need.other_bytes for need, _ in sharers)) // len(sharers)
+    return left
+
+
+def _sharers(needs: Sequence[HostNeed]) -> dict[str, list[tuple[HostNeed, MemoryRoom]]]:
+    """The ranks within each limit, and how each of them found it: who looked last has seen what all others gave back."""
+    found: dict[str, list[tuple[HostNeed, MemoryRoom]]] = {}
+    for need in needs:
+        for room in need.rooms:
+            found.setdefault(room.identity, []).append((need, room))
+    return found
+
+
+def _give_back_free_memory() -> None:
+    with suppress(AttributeError):  # glibc has it
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def refuse_too_much(needs: Sequence[HostNeed], *, node: str) -> None:
@@ -127,12 +165,10 @@ def refuse_too_much(needs: Sequence[HostNeed], *, node: str) -> None:
     Raises:
         BudgetError: Ranks within one limit need more than it leaves; names it.
     """
-    rooms = {room.identity: room for need in needs for room in need.rooms}
-    for identity, room in rooms.items():
-        sharers = [(need, theirs) for need in needs for theirs in need.rooms if theirs.identity == identity]
-        most = max(theirs.most_bytes for _, theirs in sharers)
+    for identity, sharers in _sharers(needs).items():
+        room = max((room for _, room in sharers), key=lambda room: room.most_bytes)
         tensors, others = (sum(getattr(need, name) for need, _ in sharers) for name in ("tensor_bytes", "other_bytes"))
-        if tensors and tensors + others > most:
+        if tensors and tensors + others > room.most_bytes:
             who = f"rank {sharers[0][0].rank}" if len(sharers) == 1 else f"{counted(len(sharers), 'rank')} together"
             raise_it = (
                 ""
@@ -141,7 +177,7 @@ def refuse_too_much(needs: Sequence[HostNeed], *, node: str) -> None:
             )
             raise BudgetError(
                 f"node {node} has no room for the tensors: {who} would take {human_bytes(tensors)} for tensors and "
-                f"{human_bytes(others)} beside them, and {human_bytes(most)} of {room.name} are left; {raise_it}load into GPUs or "
+                f"{human_bytes(others)} beside them, and {human_bytes(room.most_bytes)} of {room.name} are left; {raise_it}load into GPUs or "
                 "on more nodes"
             )
 

@@ -98,21 +98,21 @@ def test_ranks_share_what_is_left_to_stage_in() -> None:
     name, left, threads = secrets.token_hex(8), [0, 0], []
     # Rank 0 has a limit of its own, which is tighter than that of both.
     needs = [
-        need(0, 100, room("around", 1000), room("own", 150), others=10),
-        need(1, 200, room("around", 990), others=10),
+        need(0, 100, room("around", 990), room("own", 150), others=10),
+        need(1, 200, room("around", 1000), others=10),
     ]
 
     def say(rank: int) -> None:
         place = Place(session=name, rank=rank, ranks=(0, 1), node="n", timeouts=TIMEOUTS)
         with NodeSession.meet(place) as session:
-            left[rank] = bytes_to_stage_in(session, needs[rank], block_bytes=8)
+            left[rank] = bytes_to_stage_in(session, lambda: needs[rank], block_bytes=8)
 
     threads = [threading.Thread(target=say, args=(rank,)) for rank in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert left == [8 + 40, 8 + (990 - 100 - 200 - 20) // 2]
+    assert left == [8 + 40, 8 + (1000 - 100 - 200 - 20) // 2]
 
 
 @pytest.mark.parametrize(
