@@ -11,7 +11,6 @@ rank order, so that an actor has its rank, and its name, from the start.
 
 from __future__ import annotations
 
-import time
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -22,12 +21,12 @@ from ray.util.placement_group import (
     PlacementGroup,
     get_current_placement_group,
     placement_group,
-    placement_group_table,
     remove_placement_group,
 )
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from ray_streamer.cluster import keeper
+from ray_streamer.cluster.bundles import bundles_of, hold, hold_free, nodes_of, sizes_of
 from ray_streamer.cluster.calls import kill
 from ray_streamer.cluster.placement import (
     NodeRoom,
@@ -47,9 +46,6 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from ray_streamer.cluster.names import GroupName
-
-# What is free in a group is reported late, for a new group too; one that looks full is looked at again for this long.
-_REPORT_DELAY_SECONDS = 1.5
 
 own_groups: dict[str, str] = {}
 """What this process has reserved: placement group -> what is in it, for those who wait for room."""
@@ -79,18 +75,18 @@ def take_seats(
         name: What the group is called, and how many ranks it has.
         options: What each needs, and where.
         deadline: Until when to wait for room.
-        resources: Owns what was made here: closing it removes an own placement group.
+        resources: Owns what was made here: closing it removes an own placement group, and lets other loads have the bundles.
 
     Raises:
         ClusterError: The cluster or the given group could not hold the ranks even when idle.
         StartupTimeoutError: There would be room, but it did not become free in time.
     """
     if options.placement_group is not None:
-        seats = _seats_in_given(options.placement_group, name, options, deadline)
+        seats = _seats_in_given(options.placement_group, name, options, deadline, resources)
         return seats if options.bundle_indices is not None else _in_rank_order(seats)
     current = get_current_placement_group()
     if current is not None:
-        beside = _seats_in_current(current, name.num_ranks, options.bundle)
+        beside = _seats_in_current(current, name.num_ranks, options.bundle, resources)
         if beside is not None:
             return _in_rank_order(beside)
     if not options.bundle:
@@ -104,11 +100,11 @@ def _in_rank_order(seats: Sequence[Seat]) -> tuple[Seat, ...]:
 
 
 def _seats_in_given(
-    group: PlacementGroup, name: GroupName, options: PlacementOptions, deadline: Deadline
+    group: PlacementGroup, name: GroupName, options: PlacementOptions, deadline: Deadline, resources: ExitStack
 ) -> tuple[Seat, ...]:
     num_ranks = name.num_ranks
-    bundles = _bundles(group)
-    sizes = _sizes(bundles, options.bundle, num_ranks)
+    bundles = bundles_of(group)
+    sizes = sizes_of(bundles, options.bundle, num_ranks)
     if options.bundle_indices is not None:
         _check_indices(options.bundle_indices, sizes, num_ranks)
     elif sum(sizes) < num_ranks:
@@ -118,36 +114,25 @@ def _seats_in_given(
             "Use a smaller tp, less per rank (num_cpus_per_rank=, num_gpus_per_rank=, resources=) or a larger group"
         )
     _wait_until_ready(group, name, options, options.strategy, deadline)
-    if options.bundle_indices is not None:
-        return _bundle_seats(group, options.bundle_indices)
-    chosen = _choose_free(group, bundles, options.bundle, num_ranks)
-    if chosen is None:
-        # Whoever holds the rest may be leaving: the ranks wait for it, as for everything at start.
-        chosen = choose_bundles(sizes, _bundle_nodes(group), num_ranks)
+    if options.bundle_indices is None:
+        free = hold_free(group, options.bundle, num_ranks, resources=resources)
+        if free is not None:
+            return _bundle_seats(group, free)
+    # Whoever holds the rest may be leaving: the ranks wait for it, as for everything at start.
+    chosen = options.bundle_indices or choose_bundles(sizes, nodes_of(group), num_ranks)
     assert chosen is not None
+    hold(group, chosen, options.bundle, resources=resources)
     return _bundle_seats(group, chosen)
 
 
-def _seats_in_current(group: PlacementGroup, num_ranks: int, bundle: Mapping[str, float]) -> tuple[Seat, ...] | None:
+def _seats_in_current(
+    group: PlacementGroup, num_ranks: int, bundle: Mapping[str, float], resources: ExitStack
+) -> tuple[Seat, ...] | None:
     """Seats beside this actor in its group, or None when the group has no room for all."""
-    bundles = _bundles(group)
-    if sum(_sizes(bundles, bundle, num_ranks)) < num_ranks:
+    if sum(sizes_of(bundles_of(group), bundle, num_ranks)) < num_ranks:
         return None
-    chosen = _choose_free(group, bundles, bundle, num_ranks)
+    chosen = hold_free(group, bundle, num_ranks, resources=resources)
     return None if chosen is None else _bundle_seats(group, chosen)
-
-
-def _choose_free(
-    group: PlacementGroup, bundles: Sequence[Mapping[str, float]], need: Mapping[str, float], num_ranks: int
-) -> tuple[int, ...] | None:
-    """Bundles for the ranks in what others leave free, or None when that is too little."""
-    deadline = Deadline(_REPORT_DELAY_SECONDS)
-    while True:
-        free = _sizes(_free_bundles(group, bundles), need, num_ranks)
-        chosen = choose_bundles(free, _bundle_nodes(group), num_ranks)
-        if chosen is not None or not deadline.remaining_seconds:
-            return chosen
-        time.sleep(0.1)
 
 
 def _seats_in_own(
@@ -229,37 +214,11 @@ def matches_label(label: str | None, condition: str) -> bool:
 
 
 def _bundle_seats(group: PlacementGroup, indices: Sequence[int]) -> tuple[Seat, ...]:
-    nodes = _bundle_nodes(group)
+    nodes = nodes_of(group)
     return tuple(
         Seat(f"bundle {index} of {group.id.hex()}", nodes[index], PlacementGroupSchedulingStrategy(group, index))
         for index in indices
     )
-
-
-def _bundles(group: PlacementGroup) -> list[dict[str, float]]:
-    bundles = placement_group_table(group).get("bundles", {})
-    return [bundles[index] for index in sorted(bundles)]
-
-
-def _bundle_nodes(group: PlacementGroup) -> list[str]:
-    nodes = placement_group_table(group)["bundles_to_node_id"]
-    return [nodes[index] for index in sorted(nodes)]
-
-
-def _free_bundles(group: PlacementGroup, bundles: Sequence[Mapping[str, float]]) -> list[dict[str, float]]:
-    # Ray renames the resources of a bundle; one that is used up is not listed.
-    free = ray.available_resources()
-    return [
-        {name: free.get(f"{name}_group_{index}_{group.id.hex()}", 0.0) for name in bundle}
-        for index, bundle in enumerate(bundles)
-    ]
-
-
-def _sizes(bundles: Sequence[Mapping[str, float]], need: Mapping[str, float], num_ranks: int) -> list[int]:
-    if need:
-        return [count_ranks(bundle, need) for bundle in bundles]
-    # Ranks that need nothing fit anywhere: deal them out evenly.
-    return [-(-num_ranks // len(bundles)) for _ in bundles]
 
 
 def _check_indices(indices: Sequence[int], sizes: Sequence[int], num_ranks: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -123,6 +124,18 @@ def test_bundles_that_others_hold_are_left_out(make_group: MakeGroup, wait_until
     with start(2, placement_group=given) as group:
         assert len(group.call("seat")) == 2
     ray.kill(neighbour)
+
+
+def test_loads_that_start_side_by_side_do_not_choose_the_same_bundles(make_group: MakeGroup) -> None:
+    given = make_group([{"CPU": 1}] * 4)
+    # Twice: what the first two held is free again.
+    for _ in range(2):
+        with ThreadPoolExecutor(2) as threads:
+            starts = [threads.submit(start, 2, placement_group=given, timeout=30) for _ in range(2)]
+            groups = [started.result() for started in starts]
+        for group in groups:
+            assert group.call("seat") == [given.id.hex()] * 2
+            group.shutdown()
 
 
 def test_bundle_indices_give_the_rank_order(make_group: MakeGroup) -> None:
