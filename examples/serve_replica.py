@@ -1,9 +1,11 @@
 """A Ray Serve replica that holds a model over several ranks. Needs `pip install "ray[serve]"`.
 
-    serve run examples.serve_replica:app uri=s3://bucket/model
+    serve run --working-dir . examples.serve_replica:app uri=s3://bucket/model
+
+Start it in the clone's folder: `--working-dir .` brings this file to every node.
 
 Serve reserves one placement group per replica: the replica itself takes the first bundle, and `load_sharded`, called in the
-replica, puts one rank into each of the others. Ranks, tensors and group end with the replica.
+replica, puts one rank into each of the others. Ranks, tensors and group end with the replica. A replica that has lost a rank is replaced.
 
 TP is 4 here, so a replica needs 5 CPUs on one node. Tensors stay in host memory.
 """
@@ -33,11 +35,22 @@ class Model:
     """One replica."""
 
     def __init__(self, uri: str) -> None:
+        self._lost: ray_streamer.RankFailedError | None = None
         self._model = ray_streamer.load_sharded(uri, TP, node_memory_limit="4GiB")
 
     def __call__(self, _request: Any) -> dict[str, Any]:
         """How many parameters each rank holds."""
-        return {"parameters": self._model.run(count_parameters)}
+        try:
+            return {"parameters": self._model.run(count_parameters)}
+        except ray_streamer.RankFailedError as error:
+            if isinstance(error.cause, str):  # the process died or does not answer; an exception is the function's own
+                self._lost = error
+            raise
+
+    def check_health(self) -> None:
+        """Serve asks every ten seconds, and replaces a replica of which this fails three times."""
+        if self._lost is not None:
+            raise self._lost
 
     def __del__(self) -> None:
         if hasattr(self, "_model"):  # a load that failed leaves none

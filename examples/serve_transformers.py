@@ -1,8 +1,10 @@
 """A model of transformers behind Ray Serve, over several ranks. Needs `pip install ".[serve,transformers]"`.
 
-    serve run examples.serve_transformers:app uri=s3://bucket/llama tp=8 device=cuda
+    serve run --working-dir . examples.serve_transformers:app uri=s3://bucket/llama tp=8 device=cuda
     curl localhost:8000 -d '{"prompt": [1, 15043, 3186], "max_new_tokens": 8}'
     curl -N localhost:8000 -d '{"prompt": [1, 15043, 3186], "max_new_tokens": 8, "stream": true}'
+
+Start it in the clone's folder: `--working-dir .` brings this file to every node.
 
 A prompt is a list of token ids. The answer is one JSON object with the new ones; streamed, it is one token id per line.
 A request that asks for something else gets status 400 and a sentence. When a rank dies, the model is loaded again, and the request
