@@ -147,20 +147,15 @@ def test_a_handshake_that_drips(open_s3, some_credentials, monkeypatch, scheme):
     is_over = threading.Event()
 
     def serve():
-        while not is_over.is_set():
-            try:
-                connection = listener.accept()[0]
-            except OSError:
-                return
-            threading.Thread(target=drip, args=(connection,), daemon=True).start()
+        with suppress(OSError):
+            while True:
+                threading.Thread(target=drip, args=listener.accept()[:1], daemon=True).start()
 
     def drip(connection):
-        try:
+        with connection, suppress(OSError):
             connection.sendall(drop)
             while not is_over.wait(0.1):
                 connection.sendall(b"a" if scheme == "tls" else b"a: b\r\n")
-        except OSError:
-            connection.close()
 
     threading.Thread(target=serve, daemon=True).start()
     address = f"127.0.0.1:{listener.getsockname()[1]}"
@@ -171,6 +166,7 @@ def test_a_handshake_that_drips(open_s3, some_credentials, monkeypatch, scheme):
     error = ended(lambda: storage.read_head("a", 8))
     assert "in 0.5 s (connect_timeout_seconds)" in str(error)
     is_over.set()
+    listener.shutdown(socket.SHUT_RDWR)
     listener.close()
 
 
@@ -262,10 +258,9 @@ def test_a_server_that_speaks_something_else_is_not_asked_for_minutes(open_s3, s
     def serve():
         with suppress(OSError):
             while True:
-                connection = listener.accept()[0]
-                connection.recv(65536)
-                connection.sendall(said)
-                connection.close()
+                with listener.accept()[0] as connection:
+                    connection.recv(65536)
+                    connection.sendall(said)
 
     threading.Thread(target=serve, daemon=True).start()
     storage = open_s3("s3://bucket/m", s3_endpoint_url=f"{as_what}://{address}", retry_deadline_seconds=3600)
@@ -300,11 +295,10 @@ def test_a_hedged_request_that_cannot_connect_does_not_hold_the_first_one_up(
     def serve():
         with context.wrap_socket(listener.accept()[0], server_side=True) as first:
             first.recv(65536)
-            second = listener.accept()[0]
-            has_second.set()
-            first.sendall(answer_bytes(206, CONTENT[:8], {"Content-Range": "bytes 0-7/100000", "ETag": '"e"'}))
-            first.recv(1)
-            second.close()
+            with listener.accept()[0]:
+                has_second.set()
+                first.sendall(answer_bytes(206, CONTENT[:8], {"Content-Range": "bytes 0-7/100000", "ETag": '"e"'}))
+                first.recv(1)
 
     server = threading.Thread(target=serve, daemon=True)
     server.start()
