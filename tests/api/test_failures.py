@@ -40,6 +40,7 @@ pytestmark = pytest.mark.usefixtures("local_ray")
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 ARENA = "/memfd:ray_streamer-arena"
+HANG_SECONDS = 120.0
 
 _num_buckets = itertools.count()
 
@@ -168,7 +169,7 @@ def group(request: pytest.FixtureRequest) -> Iterator[PlacementGroup | None]:
         yield None
         return
     given = placement_group([{"CPU": 1}] * 2, strategy="PACK")
-    ray.get(given.ready(), timeout=30)
+    ray.get(given.ready(), timeout=HANG_SECONDS)
     yield given
     remove_placement_group(given)
 
@@ -185,7 +186,7 @@ def test_a_rank_is_killed_in_the_middle_of_a_load(
         nodes = [facts.node for facts in stalled.model._group.facts]
         os.kill(stalled.held.pids[victim], signal.SIGKILL)
         with pytest.raises(RankFailedError, match="actor died") as caught:
-            stalled.model.wait(30)
+            stalled.model.wait(HANG_SECONDS)
         assert (caught.value.rank, caught.value.node) == (victim, nodes[victim])
         assert f"rank {victim} on node {nodes[victim]} failed: actor died" in str(caught.value)
         wait_until(lambda: not stalled.held.left())
@@ -210,7 +211,7 @@ def test_an_object_is_replaced_in_the_middle_of_a_load(bench: Bench, wait_until:
             client.put_object(Bucket=bucket, Key=f"model/{path.name}", Body=content[:-1] + b"\x55")
         stalled.proxy.drop_connections()
         with pytest.raises(RankFailedError, match=r"model-0000\d-of-00003\.safetensors \[\d+, \d+\)") as caught:
-            stalled.model.wait(30)
+            stalled.model.wait(HANG_SECONDS)
         assert type(caught.value.cause) is ObjectChangedError
         assert caught.value.rank in (0, 1)
         wait_until(lambda: not stalled.held.left())
@@ -221,7 +222,7 @@ def test_a_server_that_goes_away_in_the_middle_of_a_load(bench: Bench, wait_unti
         stalled.proxy.fail_next(*[Fault(status=503)] * 1000)
         stalled.proxy.drop_connections()
         with pytest.raises(RankFailedError, match=r"slow down.* retry_deadline_seconds is 5") as caught:
-            stalled.model.wait(40)
+            stalled.model.wait(HANG_SECONDS)
         assert type(caught.value.cause).__name__ == "ThrottledError"
         wait_until(lambda: not stalled.held.left())
 
@@ -230,7 +231,7 @@ def test_a_shutdown_in_the_middle_of_a_load(bench: Bench, wait_until: Callable[.
     with bench.stalled() as stalled:
         stalled.model.shutdown()
         with pytest.raises(ClusterError, match="was shut down") as caught:
-            stalled.model.wait(30)
+            stalled.model.wait(HANG_SECONDS)
         assert not isinstance(caught.value, RankFailedError)
         wait_until(lambda: not stalled.held.left())
         for use in (stalled.model.stats, lambda: stalled.model.plan, lambda: stalled.model.workers):

@@ -81,5 +81,5 @@ def test_a_rank_that_is_killed_at_any_moment_is_named_and_nothing_is_left(
         killer.join()
     wait_until(lambda: all(actor["State"] == "DEAD" for actor in killer.new_actors()))
     assert_gone([actor["Pid"] for actor in killer.new_actors() if actor["Pid"]])
-    assert {entry["state"] for entry in placement_group_table().values()} == {"REMOVED"}
+    wait_until(lambda: {entry["state"] for entry in placement_group_table().values()} == {"REMOVED"})
     assert not [name for name in os.listdir("/dev/shm") if "ray_streamer" in name]

@@ -321,7 +321,7 @@ def test_progress_grows_while_a_load_is_not_waited_for(local_ray: None, checkpoi
             assert model.run(find_faults, checkpoint.uri) == [[], []]
             report = model.stats()
     assert seen == sorted(seen)
-    assert seen[0] == 0 < seen[-1] < report.bytes_delivered
+    assert any(0 < delivered < report.bytes_delivered for delivered in seen)
     assert report.amplification == 1.0
 
 

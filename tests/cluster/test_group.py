@@ -275,8 +275,8 @@ def test_control_answers_while_a_call_blocks() -> None:
         seen: list[list[str]] = []
 
         def answer() -> None:
-            seen.append(group.control("progress", timeout_seconds=5))
-            group.control("abort", "enough", timeout_seconds=5)
+            seen.append(group.control("progress", timeout_seconds=60))
+            group.control("abort", "enough", timeout_seconds=60)
 
         with pytest.raises(RankFailedError) as caught:
             group.call("block", on_progress=when_all_blocked(group, answer))

@@ -30,8 +30,8 @@ def test_a_request_that_is_never_answered_is_asked_again(open_hedged, etag, prox
     assert read(storage, "a", WHOLE, etag) == CONTENT
     assert storage.statistics().num_hedges >= 1
     assert storage.statistics().num_retries == 0
-    assert len(proxy.ranges) >= 2
-    assert set(proxy.ranges) == {f"bytes=0-{len(CONTENT) - 1}"}
+    # Where the machine is busy, the second body may be late as well; its rest is asked for then.
+    assert proxy.ranges[:2] == [f"bytes=0-{len(CONTENT) - 1}"] * 2
     storage.close()
     proxy.wait_until_left()
 
@@ -41,7 +41,8 @@ def test_a_body_that_stalls_goes_on_elsewhere_where_it_stopped(open_hedged, etag
     proxy.fail_next(Fault(body_bytes=100_000, end="stall"))
     assert read(storage, "a", WHOLE, etag) == CONTENT
     statistics = storage.statistics()
-    assert (statistics.num_cuts, statistics.num_retries) == (1, 0)
+    assert statistics.num_cuts >= 1
+    assert statistics.num_retries == 0
     assert proxy.ranges[0] == f"bytes=0-{len(CONTENT) - 1}"
     assert f"bytes=100000-{len(CONTENT) - 1}" in proxy.ranges
 
@@ -59,7 +60,7 @@ def test_the_first_byte_is_told_before_the_rest_and_not_again_for_it(open_hedged
 
 def test_the_budget_ends(open_hedged, etag, proxy, monkeypatch):
     monkeypatch.setattr("random.uniform", lambda _low, _high: 0.0)
-    storage = open_hedged(first_byte_timeout_seconds=0.4)
+    storage = open_hedged(first_byte_timeout_seconds=0.4, retry_deadline_seconds=60)
     proxy.fail_next(*[Fault(is_mute=True)] * 10)
     assert read(storage, "a", WHOLE, etag) == CONTENT
     # Four extra requests to begin with, and one for every twenty; so two of the ten were met alone.
