@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import secrets
 import shutil
 import signal
+import socket
 import tempfile
 import time
 from contextlib import closing, contextmanager
@@ -42,7 +44,31 @@ os.environ["RAY_AUTH_MODE"] = "token"
 os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 # Several processes share few CPUs: threads of torch would mostly wait for each other, and burn a CPU while they do.
 os.environ["OMP_NUM_THREADS"] = "1"
-os.environ["AWS_EC2_METADATA_DISABLED"] = "true"
+
+OF_THE_MACHINE = re.compile(
+    # Settings, credentials and servers.
+    r"(RAY_STREAMER|RUNAI_STREAMER|AWS|AZURE|GOOGLE|STORAGE_EMULATOR)_.*|RAY_ADDRESS|HF_ENDPOINT|HF_TOKEN|HUGGING_FACE_HUB_TOKEN|"
+    r"(?i:.*_proxy)|"
+    # What a launcher says of ranks, if the tests run in a job of Slurm, say.
+    r"(SLURM|OMPI|PMIX?|MPI|MV2|PALS|HOROVOD|PET|TORCHELASTIC)_.*|(LOCAL_|GROUP_)?(RANK|WORLD_SIZE)|MASTER_(ADDR|PORT)|"
+    r"LOCAL_SIZE|CROSS_SIZE|NNODES"
+)
+"""Variables that no test sees."""
+
+OF_TESTS = {
+    "AWS_EC2_METADATA_DISABLED": "true",
+    # On a busy machine any answer may be late; tests that count requests would count the second ones too.
+    "RAY_STREAMER_HEDGE_PERCENT": "0",
+    # A home directory may hold credentials too.
+    "AWS_CONFIG_FILE": os.devnull,
+    "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
+}
+"""Variables that every test sees."""
+
+# Now, since what tests share starts before the first of them: Rays, servers, processes of ranks.
+for variable in filter(OF_THE_MACHINE.fullmatch, list(os.environ)):
+    del os.environ[variable]
+os.environ.update(OF_TESTS)
 
 RAY_NODE_IPS = ("127.0.0.2", "127.0.0.3")
 # No measure of anything: a busy machine takes long.
@@ -91,18 +117,11 @@ def group_of(nodeid: str) -> str:
 
 @pytest.fixture(autouse=True)
 def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No setting or credential of the machine reaches a test."""
-    for name in os.environ:
-        if name.startswith(
-            ("RAY_STREAMER_", "RUNAI_STREAMER_", "AWS_", "AZURE_", "GOOGLE_", "STORAGE_EMULATOR_")
-        ) or name.lower().endswith("_proxy"):
-            monkeypatch.delenv(name)
-    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    # On a busy machine any answer may be late; tests that count requests would count the second ones too.
-    monkeypatch.setenv("RAY_STREAMER_HEDGE_PERCENT", "0")
-    # A home directory may hold credentials too.
-    monkeypatch.setenv("AWS_CONFIG_FILE", os.devnull)
-    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", os.devnull)
+    """Nothing that one test leaves in the environment reaches another."""
+    for name in filter(OF_THE_MACHINE.fullmatch, list(os.environ)):
+        monkeypatch.delenv(name)
+    for name, value in OF_TESTS.items():
+        monkeypatch.setenv(name, value)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -274,6 +293,14 @@ def _is_running(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
         return False
+
+
+@pytest.fixture
+def dead_port() -> Iterator[int]:
+    """A port of 127.0.0.1 where nobody listens, nor can before the end of the test."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        yield taken.getsockname()[1]
 
 
 @pytest.fixture(scope="session")

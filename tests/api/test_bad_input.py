@@ -28,7 +28,6 @@ from ray_streamer.errors import (
 )
 from ray_streamer.testing.checkpoints import write_checkpoint
 from ray_streamer.testing.faults import FaultProxy
-from ray_streamer.testing.s3_server import free_port
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -342,8 +341,8 @@ class TestS3:
         with pytest.raises(ObjectMissingError, match=r"s3://bad-input/other: nothing is there.*bucket and prefix"):
             ray_streamer.plan("s3://bad-input/other")
 
-    def test_wrong_endpoint(self, uri: str, s3_credentials: Any) -> None:
-        endpoint_url = f"http://127.0.0.1:{free_port()}"
+    def test_wrong_endpoint(self, uri: str, s3_credentials: Any, dead_port: int) -> None:
+        endpoint_url = f"http://127.0.0.1:{dead_port}"
         with pytest.raises(StorageError) as caught:
             ray_streamer.plan(uri, settings=Settings(s3_endpoint_url=endpoint_url))
         expect(caught.value, StorageError, [endpoint_url])

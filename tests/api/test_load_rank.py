@@ -38,6 +38,9 @@ STALLED = [
 ]
 """Which of two ranks waits for a body that does not come."""
 
+RUN_ID = secrets.token_hex(8)
+"""Another run of these tests on this machine is another job."""
+
 NAMES = ["model.embed_tokens.weight", "model.layers.0.self_attn.o_proj.weight", "model.norm.weight", "model.scale"]
 
 
@@ -68,6 +71,7 @@ def launched(*, local_world_size: int = 2) -> list[dict[str, str]]:
             "LOCAL_WORLD_SIZE": str(local_world_size),
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": "29511",
+            "TORCHELASTIC_RUN_ID": RUN_ID,
         }
         for rank in range(2)
     ]
@@ -341,7 +345,7 @@ def test_a_stream_that_is_closed_early_leaves_nothing(pair: RankProcesses, check
     closed = pair.answer(0)
     assert closed["name"] in checkpoint.names
     assert [name for name in closed["during"] if name.startswith("ray_streamer-0-read")]
-    assert closed["after"] == closed["before"]
+    assert not Counter(closed["after"]) - Counter(closed["before"])
 
 
 def test_streams_that_are_dropped_in_cycles_leave_nothing(pair: RankProcesses, checkpoint: Any) -> None:

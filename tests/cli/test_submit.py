@@ -13,7 +13,6 @@ from ray_streamer.cli.job_log import JobLog
 from ray_streamer.cli.submit import load_command
 from ray_streamer.cluster.jobs import RayJob, find_dashboard, submit_job
 from ray_streamer.errors import ClusterError, SettingsError
-from ray_streamer.testing.s3_server import free_port
 
 REPORT = json.dumps({"seconds": {"load": 1.5}, "ranks": [{"rank": 0}]}, indent=2)
 
@@ -110,8 +109,8 @@ def test_the_last_object_of_a_log_is_the_report():
 
 
 @pytest.mark.parametrize("variable", ["RAY_API_SERVER_ADDRESS", "RAY_ADDRESS", None])
-def test_an_address_at_which_nobody_answers_is_named(variable, monkeypatch):
-    address = f"http://127.0.0.1:{free_port()}"
+def test_an_address_at_which_nobody_answers_is_named(variable, monkeypatch, dead_port):
+    address = f"http://127.0.0.1:{dead_port}"
     if variable:
         monkeypatch.setenv(variable, address)
     with pytest.raises(ClusterError, match=f"no Ray dashboard answers at {address}.*ray start --head"):

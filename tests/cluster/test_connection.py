@@ -33,11 +33,9 @@ if TYPE_CHECKING:
 
 
 @pytest.fixture
-def dead_address() -> str:
-    """A loopback port where nobody listens."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return f"127.0.0.1:{probe.getsockname()[1]}"
+def dead_address(dead_port: int) -> str:
+    """An address where nobody listens."""
+    return f"127.0.0.1:{dead_port}"
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import re
+import secrets
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -44,6 +45,8 @@ class Pair:
         )
         self.workers = [LoadWorker(rank, self.request) for rank in range(2)]
         self._threads = ThreadPoolExecutor(2)
+        # The same tests may run beside these.
+        self._name = secrets.token_hex(8)
 
     def close(self) -> None:
         for worker in self.workers:
@@ -66,7 +69,8 @@ class Pair:
         request = replace(self.request, uri=str(folder))
         terms = MemoryTerms(LIMIT, request.read_limits([LIMIT]))
         index_bytes, timeouts = self.workers[0].read_index(request), Timeouts.of(request.settings)
-        places = [Place(session=session, rank=rank, ranks=(0, 1), node="here", timeouts=timeouts) for rank in range(2)]
+        name = f"{self._name}/{session}"
+        places = [Place(session=name, rank=rank, ranks=(0, 1), node="here", timeouts=timeouts) for rank in range(2)]
         return self.each("agree", [(request, index_bytes, place, terms) for place in places])
 
     def load(self, folder: Path, session: str) -> list[Any]:

@@ -14,7 +14,6 @@ from ray_streamer.rank.request import LoadRequest
 from ray_streamer.settings import Settings
 from ray_streamer.sharding.mesh import Mesh
 from ray_streamer.sharding.source import RuleSlices
-from ray_streamer.testing.s3_server import free_port
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -38,9 +37,9 @@ def worker_of(rank: int) -> ModelWorker:
     )
 
 
-def test_nobody_is_where_the_ranks_were_to_meet(environment: None) -> None:
+def test_nobody_is_where_the_ranks_were_to_meet(environment: None, dead_port: int) -> None:
     with pytest.raises(StartupTimeoutError, match=r"rank 1 of 2 could not meet .* startup_timeout_seconds=1: "):
-        worker_of(1).meet("127.0.0.1", free_port())
+        worker_of(1).meet("127.0.0.1", dead_port)
 
 
 def test_the_first_rank_does_not_wait_for_ever(environment: None) -> None:

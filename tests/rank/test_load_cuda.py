@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import threading
 from random import Random
 from typing import TYPE_CHECKING
@@ -119,11 +120,11 @@ def test_reads_begin_while_memory_is_being_locked(ranks, halves_plan):
 
 def test_given_tensors_are_filled_where_they_are(ranks, halves_plan):
     expected = ranks.prepare(halves_plan).start().tensors()
-    library = FakeCuda()
+    library, session = FakeCuda(), secrets.token_hex(8)
     out = {"columns": torch.zeros(SHAPE[0], SHAPE[1] // 2, dtype=torch.uint8)}
     address = out["columns"].data_ptr()
-    running = ranks.prepare(halves_plan, ranks=[0], devices={0: open_fake_cuda(library)}, out=out, session="out")
-    other = ranks.prepare(halves_plan, ranks=[1], session="out")
+    running = ranks.prepare(halves_plan, ranks=[0], devices={0: open_fake_cuda(library)}, out=out, session=session)
+    other = ranks.prepare(halves_plan, ranks=[1], session=session)
     running.start()
     other.start()
     (tensors,) = running.tensors()
@@ -141,13 +142,14 @@ def test_given_tensors_are_filled_where_they_are(ranks, halves_plan):
 def test_on_complete_sees_whole_tensors(ranks, halves_plan):
     expected = ranks.prepare(halves_plan).start().tensors()
     seen: dict[str, torch.Tensor] = {}
+    session = secrets.token_hex(8)
     devices = {rank: open_fake_cuda(FakeCuda()) for rank in range(2)}
-    running = ranks.prepare(halves_plan, ranks=[1], devices=devices, session="complete")
+    running = ranks.prepare(halves_plan, ranks=[1], devices=devices, session=session)
     watched = ranks.prepare(
         halves_plan,
         ranks=[0],
         devices=devices,
-        session="complete",
+        session=session,
         on_complete=lambda items: seen.update({name: tensor.clone() for name, tensor in items}),
     )
     running.start()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import secrets
 import threading
 import traceback
 from typing import TYPE_CHECKING
@@ -311,9 +312,10 @@ def test_a_neighbour_that_never_comes_is_named(ranks, shared_plan):
 
 def test_a_neighbour_with_another_plan_is_refused(ranks, shared_plan):
     plan, other = shared_plan(2), shared_plan(2, block_bytes=8192)
+    session = secrets.token_hex(8)
     with ranks.nothing_left():
-        running = ranks.prepare(plan, ranks=[0], session="another-plan")
-        running_other = ranks.prepare(other, ranks=[1], session="another-plan", memory_limit=8192)
+        running = ranks.prepare(plan, ranks=[0], session=session)
+        running_other = ranks.prepare(other, ranks=[1], session=session, memory_limit=8192)
         running.start()
         running_other.start()
         outcomes = running.join() + running_other.join()
@@ -325,12 +327,12 @@ def test_a_neighbour_with_another_plan_is_refused(ranks, shared_plan):
 
 
 def test_two_loads_cannot_share_a_session(ranks, shared_plan):
-    plan = shared_plan(2)
-    running = ranks.prepare(plan, ranks=[0], session="used-twice").start()
-    while not ranks.sockets_named(["used-twice"]):
+    plan, session = shared_plan(2), secrets.token_hex(8)
+    running = ranks.prepare(plan, ranks=[0], session=session).start()
+    while not ranks.sockets_named([session]):
         threading.Event().wait(0.01)
     with pytest.raises(ClusterError, match="give every load a session of its own"):
-        ranks.prepare(plan, ranks=[0], session="used-twice")
+        ranks.prepare(plan, ranks=[0], session=session)
     running.sessions[0].fail(LoadAbortedError("done"))
     running.join()
 

@@ -116,9 +116,9 @@ def test_a_slow_server_among_two_is_named_by_its_address(open_s3, some_credentia
     with HostileStore(answer) as store:
         port = urlsplit(store.url).port
         assert port is not None
-        both = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (host, port)) for host in ("127.0.0.1", "127.0.0.2")]
+        both = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (host, port)) for host in ("127.0.0.1", "127.0.1.2")]
         monkeypatch.setattr(tcp.socket, "getaddrinfo", lambda *_, **__: both)
-        with _slow_relay("127.0.0.2", port, bytes_per_second=1_000_000):
+        with _slow_relay("127.0.1.2", port, bytes_per_second=1_000_000):
             storage = open_s3("s3://bucket/m", s3_endpoint_url=f"http://store.example:{port}", hedge_percent=0)
             etag = storage.size_and_etag("a").etag
             extents = [Extent(start, start + part) for start in range(0, 8 * part, part)]
@@ -126,4 +126,4 @@ def test_a_slow_server_among_two_is_named_by_its_address(open_s3, some_credentia
                 list(pool.map(lambda extent: read(storage, "a", extent, etag), extents))
             found = [incident for incident in storage.incidents() if incident.kind == "slow address"]
             storage.close()
-    assert [incident.address for incident in found] == ["127.0.0.2"] * 4
+    assert [incident.address for incident in found] == ["127.0.1.2"] * 4

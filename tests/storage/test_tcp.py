@@ -37,7 +37,7 @@ def resolve(monkeypatch):
 
 
 def listen(owned, *addresses):
-    """Listeners on one port of several addresses of this machine."""
+    """Listeners on one port of several addresses of this machine, beside those where other tests have Rays with ports of their own."""
     first = owned.enter_context(socket.create_server((addresses[0], 0)))
     port = first.getsockname()[1]
     for address in addresses[1:]:
@@ -56,7 +56,7 @@ def hang(owned, port, address):
 
 
 def test_connections_are_spread(owned, dialer, resolve):
-    addresses = ["127.0.0.1", "127.0.0.2", "127.0.0.3"]
+    addresses = ["127.0.0.1", "127.0.1.2", "127.0.1.3"]
     port = listen(owned, *addresses)
     resolve("store", addresses)
     connections = [owned.enter_context(dialer.connect("store", port)) for _ in range(9)]
@@ -67,43 +67,43 @@ def test_connections_are_spread(owned, dialer, resolve):
 
 def test_a_dead_address_is_left_alone(owned, dialer, resolve, monkeypatch):
     port = listen(owned, "127.0.0.1")
-    resolve("store", ["127.0.0.2", "127.0.0.1"])
+    resolve("store", ["127.0.1.2", "127.0.0.1"])
     tried = []
     start = tcp._Attempts.start
     monkeypatch.setattr(tcp._Attempts, "start", lambda self, address: (tried.append(address), start(self, address)))
     for _ in range(3):
         assert owned.enter_context(dialer.connect("store", port)).getpeername()[0] == "127.0.0.1"
-    assert [address.sockaddr[0] for address in tried] == ["127.0.0.2", "127.0.0.1", "127.0.0.1", "127.0.0.1"]
+    assert [address.sockaddr[0] for address in tried] == ["127.0.1.2", "127.0.0.1", "127.0.0.1", "127.0.0.1"]
 
 
 def test_nobody_waits_for_an_address_that_hangs(owned, dialer, resolve):
     port = listen(owned, "127.0.0.1")
-    hang(owned, port, "127.0.0.2")
-    resolve("store", ["127.0.0.2", "127.0.0.1"])
+    hang(owned, port, "127.0.1.2")
+    resolve("store", ["127.0.1.2", "127.0.0.1"])
     for _ in range(2):
         assert owned.enter_context(dialer.connect("store", port)).getpeername()[0] == "127.0.0.1"
-    assert [address.sockaddr[0] for address in dialer._dead_until] == ["127.0.0.2"]
+    assert [address.sockaddr[0] for address in dialer._dead_until] == ["127.0.1.2"]
 
 
 def test_all_addresses_are_dead(owned, dialer, resolve):
     port = listen(owned, "127.0.0.1")
-    resolve("store", ["127.0.0.2", "127.0.0.3"])
+    resolve("store", ["127.0.1.2", "127.0.1.3"])
     with pytest.raises(ConnectionRefusedError):
         dialer.connect("store", port)
 
 
 def test_all_addresses_hang(owned, resolve):
     port = listen(owned, "127.0.0.1")
-    hang(owned, port, "127.0.0.2")
-    resolve("store", ["127.0.0.2"])
+    hang(owned, port, "127.0.1.2")
+    resolve("store", ["127.0.1.2"])
     with pytest.raises(TimeoutError):
         Dialer(timeout_seconds=0.1, closing=threading.Event()).connect("store", port)
 
 
 def test_closing_ends_an_attempt(owned, resolve):
     port = listen(owned, "127.0.0.1")
-    hang(owned, port, "127.0.0.2")
-    resolve("store", ["127.0.0.2"])
+    hang(owned, port, "127.0.1.2")
+    resolve("store", ["127.0.1.2"])
     closing = threading.Event()
     closing.set()
     with pytest.raises(ConnectionAbortedError):
