@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -15,12 +15,12 @@ from ray_streamer.errors import BudgetError
 from ray_streamer.extent import Extent
 from ray_streamer.staging.arena import Arena, slot_view
 from ray_streamer.staging.stop import StopSignal
+from ray_streamer.testing.possessions import mappings_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 SECONDS = 20.0
-
-
-def _arena_mappings() -> list[str]:
-    return [line for line in Path("/proc/self/maps").read_text().splitlines() if "ray_streamer-arena" in line]
 
 
 def _in_thread(call) -> tuple[threading.Thread, list]:
@@ -35,6 +35,13 @@ def _in_thread(call) -> tuple[threading.Thread, list]:
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
     return thread, outcome
+
+
+@pytest.fixture
+def new_mappings() -> Callable[[], set[str]]:
+    """The mappings of arenas that this test has made; an error that an earlier one caught may still hold a view of its own."""
+    before = set(mappings_of("ray_streamer-arena"))
+    return lambda: set(mappings_of("ray_streamer-arena")) - before
 
 
 @pytest.fixture
@@ -168,7 +175,7 @@ def test_blocks_lie_in_their_slot_where_direct_reads_want_them(num_pages, cell, 
         del memory, view
 
 
-def test_the_mapping_is_as_large_as_its_slots_and_gone_afterwards(stop):
+def test_the_mapping_is_as_large_as_its_slots_and_gone_afterwards(stop, new_mappings):
     arena = Arena(3, 8192, stop)
     assert arena.fd == -1
     with arena:
@@ -177,18 +184,18 @@ def test_the_mapping_is_as_large_as_its_slots_and_gone_afterwards(stop):
         assert not os.get_inheritable(fd)
         assert "memfd:ray_streamer-arena" in os.readlink(f"/proc/self/fd/{fd}")
     assert arena.fd == -1
-    assert not _arena_mappings()
+    assert not new_mappings()
     arena.close()
 
 
-def test_a_view_in_use_keeps_its_memory_until_it_is_dropped(stop):
+def test_a_view_in_use_keeps_its_memory_until_it_is_dropped(stop, new_mappings):
     with Arena(1, 4096, stop) as arena:
         view = arena.view(arena.acquire(), Extent(0, 10))
         view[:] = b"0123456789"
     assert bytes(view) == b"0123456789"
-    assert len(_arena_mappings()) == 1
+    assert len(new_mappings()) == 1
     del view
-    assert not _arena_mappings()
+    assert not new_mappings()
 
 
 def test_an_arena_of_nothing(stop):

@@ -19,6 +19,7 @@ from ray_streamer.storage import open_storage, residency
 from ray_streamer.storage.direct_buffers import BUFFER_BYTES
 from ray_streamer.storage.mounts import Mount, mount_of, read_mount_table
 from ray_streamer.storage.residency import count_cached_pages, is_page_cached, seems_page_cached
+from ray_streamer.testing.possessions import descriptors, mappings_of
 from ray_streamer.testing.storage_suite import CONTENT, StorageContract
 
 NUM_PAGES = 1024
@@ -450,9 +451,7 @@ def test_a_stale_handle_of_a_file_server_is_a_change(big, open_folder, monkeypat
 
 def test_close_gives_descriptors_and_mappings_back(big, tmp_path):
     def open_ones() -> list[str]:
-        maps = [line for line in Path("/proc/self/maps").read_text().splitlines() if str(tmp_path) in line]
-        links = [os.readlink(entry.path) for entry in os.scandir("/proc/self/fd") if os.path.islink(entry.path)]
-        return maps + [link for link in links if str(tmp_path) in link]
+        return mappings_of(str(tmp_path)) + [target for target in descriptors() if str(tmp_path) in target]
 
     storage = open_storage(str(tmp_path), Settings.resolve(direct_io="on", page_cache="off"))
     assert read_at(storage, Extent(0, len(BIG))) == BIG
