@@ -127,7 +127,7 @@ class LoadProgress:
         self._thread: threading.Thread | None = None
         self._bar: Progress | None = None
         self._is_broken = False
-        if self._console.is_terminal or self._console.is_jupyter:
+        if (self._console.is_terminal and not self._console.is_dumb_terminal) or self._console.is_jupyter:
             columns = (TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn(True))
             more = (TransferSpeedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[notes]}", markup=False))
             self._bar = Progress(*columns, *more, console=self._console, transient=True)

@@ -102,6 +102,15 @@ def test_a_terminal_has_a_bar_with_the_phase_and_what_is_done(rank_at):
     assert "1 of 2 ranks done" in screen.getvalue()
 
 
+def test_a_terminal_that_cannot_draw_has_lines(rank_at, monkeypatch):
+    """As the shell of an editor, and that of some build servers."""
+    monkeypatch.setenv("TERM", "dumb")
+    log = Written()
+    console = Console(file=log, force_terminal=True, width=300)
+    with LoadProgress("m", console=console, ask=lambda: [rank_at(GIB, GIB)], seconds_between_lines=0.001):
+        log.wait_for("1 GiB of 1 GiB")
+
+
 def test_a_name_that_a_terminal_would_obey_is_shown_escaped():
     log = Written()
     progress = LoadProgress("s3://b/\x1b[2J[bold]", console=Console(file=log))
