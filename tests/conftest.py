@@ -49,6 +49,8 @@ OF_THE_MACHINE = re.compile(
     # Settings, credentials and servers.
     r"(RAY_STREAMER|RUNAI_STREAMER|AWS|AZURE|GOOGLE|STORAGE_EMULATOR)_.*|RAY_ADDRESS|HF_ENDPOINT|HF_TOKEN|HUGGING_FACE_HUB_TOKEN|"
     r"(?i:.*_proxy)|"
+    # What a terminal is like.
+    r"FORCE_COLOR|NO_COLOR|COLUMNS|LINES|TTY_COMPATIBLE|TTY_INTERACTIVE|"
     # What a launcher says of ranks, if the tests run in a job of Slurm, say.
     r"(SLURM|OMPI|PMIX?|MPI|MV2|PALS|HOROVOD|PET|TORCHELASTIC)_.*|(LOCAL_|GROUP_)?(RANK|WORLD_SIZE)|MASTER_(ADDR|PORT)|"
     r"LOCAL_SIZE|CROSS_SIZE|NNODES"
@@ -62,6 +64,7 @@ OF_TESTS = {
     # A home directory may hold credentials too.
     "AWS_CONFIG_FILE": os.devnull,
     "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
+    "TERM": "xterm",
 }
 """Variables that every test sees."""
 
