@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -80,6 +81,25 @@ def test_extents_of_files_that_are_opened_once(storage: DirectStorage, tmp_path:
     (opened,) = CuFile.opened
     storage.close()
     assert opened.fd == -1
+
+
+@pytest.mark.usefixtures("kvikio")
+def test_readers_that_begin_together_open_a_file_once(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(bytes(100))
+
+    def open_slowly(file: str, flags: str) -> CuFile:
+        threading.Event().wait(0.05)
+        return CuFile(file, flags)
+
+    def read(start: int) -> None:
+        storage.read(str(tmp_path / "a"), Extent(start, start + 10), torch.zeros(10, dtype=torch.uint8))
+
+    storage = DirectStorage(open_slowly)
+    with ThreadPoolExecutor(4) as readers:
+        list(readers.map(read, range(4)))
+    (opened,) = CuFile.opened
+    assert opened.num_reads == 4
+    storage.close()
 
 
 def test_a_file_that_is_too_short(storage: DirectStorage, tmp_path: Path) -> None:

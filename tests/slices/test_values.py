@@ -90,6 +90,18 @@ def test_results_are_kept_as_columns_and_read_as_specs():
     assert kept.form_of(2).memory_strides == (1, 2)
 
 
+@pytest.mark.parametrize(
+    "made_of", [list, lambda column: np.array(column, "u1"), lambda column: np.array(column, "i8")]
+)
+def test_columns_of_any_whole_numbers_say_the_same(made_of):
+    spec = ResultSpec(name="a", dtype="F32", shape=(8,))
+    rows = [[3, 5], [0, 0], [0, 0], [4, 0]]
+    expected = RankSlices((spec,), ((),), *(np.array(row, "i4") for row in rows[:3]), np.array(rows[3], "i8"))
+    said = RankSlices((spec,), ((),), *map(made_of, rows))
+    assert said.fingerprint() == expected.fingerprint()
+    assert len(said) == 2
+
+
 def test_columns_that_point_nowhere_are_refused():
     spec = ResultSpec(name="a", dtype="F32", shape=(1,))
     one, two = np.zeros(1, dtype=np.int32), np.zeros(2, dtype=np.int32)
