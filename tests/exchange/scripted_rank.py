@@ -1,7 +1,7 @@
 """A rank in a process of its own that does something to itself at one step of a session, and says how its session ended.
 
 Arguments: session, local rank, number of ranks, what to do ("nothing", "kill", "stop", "fail", "fork", "fork raw", "hang"), and at
-which step of `STEPS`. Where the ranks wait for each other, they wait for half a second of silence.
+which step of `STEPS`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ray_streamer.exchange.place import Place
 from ray_streamer.exchange.session import NodeSession
 
 STEPS = ("meet", "gather", "large gather", "share", "lend", "load", "finish")
-NEIGHBOUR_SECONDS = 1.5
+NEIGHBOUR_SECONDS = float(os.environ.get("NEIGHBOUR_SECONDS", "1.5"))
 # Short where a rank hangs on purpose; on a busy machine any step may take long.
 PROGRESS_SECONDS = float(os.environ.get("PROGRESS_SECONDS", "60"))
 

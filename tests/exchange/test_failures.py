@@ -93,7 +93,9 @@ def test_a_rank_that_listens_and_hangs_before_it_met_anybody_is_named(script, se
     assert "stopped by a signal" in outcome["text"]
 
 
-def test_a_rank_that_is_stopped_for_a_moment_goes_on(script, session):
+def test_a_rank_that_is_stopped_for_a_moment_goes_on(script, session, monkeypatch):
+    # A moment of this process, which may have to wait for a CPU.
+    monkeypatch.setenv("NEIGHBOUR_SECONDS", "60")
     first = script(0, 2)
     while f"{session}/0" not in Path("/proc/net/unix").read_text():
         pass

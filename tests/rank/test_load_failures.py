@@ -301,13 +301,14 @@ def test_abort_while_waiting_for_neighbours(ranks, shared_plan):
 def test_a_neighbour_that_never_comes_is_named(ranks, shared_plan):
     plan = shared_plan(4)
     with ranks.nothing_left():
-        running = ranks.prepare(plan, ranks=[0, 1, 3], startup_timeout_seconds=0.3).start()
+        # Long enough for the three to meet.
+        running = ranks.prepare(plan, ranks=[0, 1, 3], startup_timeout_seconds=2).start()
         outcomes = running.join()
     for outcome in outcomes:
         assert isinstance(outcome, StartupTimeoutError)
         assert isinstance(outcome, TimeoutError)
         assert "ranks [2] of node node-0 did not connect" in str(outcome)
-        assert "startup_timeout_seconds=0.3" in str(outcome)
+        assert "startup_timeout_seconds=2" in str(outcome)
 
 
 def test_a_neighbour_with_another_plan_is_refused(ranks, shared_plan):
