@@ -42,6 +42,8 @@ os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
 # if these had no token, or another one.
 os.environ["RAY_AUTH_MODE"] = "token"
 os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+# Ray ends actors where a machine has little memory left, whoever has the rest.
+os.environ["RAY_memory_monitor_refresh_ms"] = "0"  # noqa: SIM112 - Ray's own
 # Several processes share few CPUs: threads of torch would mostly wait for each other, and burn a CPU while they do.
 os.environ["OMP_NUM_THREADS"] = "1"
 

@@ -68,7 +68,7 @@ def make_group() -> Iterator[MakeGroup]:
 
     def make(bundles: list[dict[str, float]], strategy: str = "PACK", *, is_ready: bool = True) -> PlacementGroup:
         made.append(placement_group(bundles, strategy=strategy))
-        assert not is_ready or made[-1].wait(10)
+        assert not is_ready or made[-1].wait(120)
         return made[-1]
 
     yield make
