@@ -15,7 +15,6 @@ locked. The clock is the monotonic one, which all processes of a machine share.
 
 from __future__ import annotations
 
-import os
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -131,18 +130,12 @@ class Recorder:
     @contextmanager
     def cpu_counted(self) -> Iterator[None]:
         """For the length of the block the load uses the CPU."""
-        before = _process_cpu_seconds()
+        before = time.process_time()
         try:
             yield
         finally:
-            self.cpu_seconds = round(_process_cpu_seconds() - before, 6)
+            self.cpu_seconds = round(time.process_time() - before, 6)
 
     def spans(self) -> Spans:
         """What happened so far."""
         return Spans(self._times, self._ways, self._landed_bytes, self._touch_seconds, tuple(self._phases))
-
-
-def _process_cpu_seconds() -> float:
-    """User and system seconds of this process so far."""
-    times = os.times()
-    return times.user + times.system
