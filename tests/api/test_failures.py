@@ -8,7 +8,6 @@ from __future__ import annotations
 import itertools
 import os
 import signal
-import sys
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,21 +31,14 @@ if TYPE_CHECKING:
 
     from ray.util.placement_group import PlacementGroup
 
-    from ray_streamer import RankContext, ShardedModel
+    from ray_streamer import ShardedModel
 
 pytestmark = pytest.mark.usefixtures("local_ray")
-
-# The actors cannot import a test module; they get its functions by value.
-ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 ARENA = "/memfd:ray_streamer-arena"
 HANG_SECONDS = 120.0
 
 _num_buckets = itertools.count()
-
-
-def find_faults(context: RankContext, folder: str) -> list[str]:
-    return oracle.faults(context.tensors, folder, tp_index=context.rank, tp=context.mesh.tp)
 
 
 @dataclass(frozen=True)
@@ -153,7 +145,7 @@ class Bench:
 
     def expect_a_good_load(self, group: PlacementGroup | None = None) -> None:
         with self.load(self.server.endpoint_url, group=group) as model:
-            assert model.run(find_faults, str(self.folder)) == [[], []]
+            assert model.run(oracle.find_faults, str(self.folder)) == [[], []]
 
 
 @pytest.fixture

@@ -40,11 +40,6 @@ Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
 O_PROJ = "model.layers.1.self_attn.o_proj.weight"
 
 
-def find_faults(context: RankContext, folder: str) -> list[str]:
-    tp_index = context.mesh.coordinate(context.rank)["tp"]
-    return oracle.faults(context.tensors, folder, tp_index=tp_index, tp=context.mesh.tp)
-
-
 def addresses(context: RankContext) -> dict[str, int]:
     return {name: tensor.data_ptr() for name, tensor in context.tensors.items()}
 
@@ -85,7 +80,7 @@ def model(local_ray: None, checkpoint: Any) -> Iterator[ShardedModel]:
 
 
 def test_every_rank_holds_what_safetensors_gives(model: ShardedModel, checkpoint: Any) -> None:
-    assert model.run(find_faults, checkpoint.uri) == [[], []]
+    assert model.run(oracle.find_faults, checkpoint.uri) == [[], []]
     assert model.run(lambda context: set(context.tensors)) == [checkpoint.names] * 2
 
 
@@ -200,7 +195,7 @@ def test_a_killed_rank_is_named_and_restarted_and_the_other_keeps_its_tensors(
         assert caught.value.rank == 1
         statistics = model.restart(1)
         assert (statistics.rank, statistics.bytes_delivered) == (1, statistics.bytes_to_deliver)
-        assert model.run(find_faults, str(folder)) == [[], []]
+        assert model.run(oracle.find_faults, str(folder)) == [[], []]
         assert model.run(addresses)[0] == before[0]
         assert model.run(pid)[0] == pids[0]
         assert model.run(pid)[1] != pids[1]
@@ -214,11 +209,11 @@ def test_a_killed_rank_is_named_and_restarted_and_the_other_keeps_its_tensors(
 
         # All ranks load again: from the changed files, then from others.
         assert model.reload() == model.stats()
-        assert model.run(find_faults, str(folder)) == [[], []]
+        assert model.run(oracle.find_faults, str(folder)) == [[], []]
         assert model.run(addresses)[0] == before[0]
         again = model.run(addresses)
         report = model.reload(single_file.uri)
-        assert model.run(find_faults, single_file.uri) == [[], []]
+        assert model.run(oracle.find_faults, single_file.uri) == [[], []]
         assert model.run(addresses) == again
         assert (report.uri, model.plan.index.uri, report.plan_hash) == (*[single_file.uri] * 2, model.plan.plan_hash)
         assert list(report.seconds) == ["headers", "plan", "import", "load", "total"]
@@ -245,7 +240,7 @@ def test_reloads_and_restarts_of_several_threads_run_one_after_the_other(
             )
             first, second, restarted = pool.map(together, changes)
             assert (first.uri, second.uri, restarted.rank) == (checkpoint.uri, single_file.uri, 1)
-            assert model.run(find_faults, model.stats().uri) == [[], []]
+            assert model.run(oracle.find_faults, model.stats().uri) == [[], []]
             assert model.plan.index.uri == model.stats().uri
 
 
@@ -259,7 +254,7 @@ def test_files_in_the_page_cache_are_copied_and_the_environment_gives_the_settin
     uri = f"file://{checkpoint.folder}/model.safetensors.index.json"
     model = ray_streamer.load_sharded(uri, tp=2)
     report = model.stats()
-    assert model.run(find_faults, checkpoint.uri) == [[], []]
+    assert model.run(oracle.find_faults, checkpoint.uri) == [[], []]
     assert (report.bytes_read, report.page_cache_bytes) == (0, report.bytes_delivered)
     assert model.plan.limits.block_bytes == 128 << 10
     assert [rank.memory_limit for rank in report.ranks] == [2 * MIB, 2 * MIB]
@@ -282,7 +277,7 @@ def test_s3_sends_each_byte_once(local_ray: None, checkpoint: Any, s3_server: An
     sent_before, requests_before = s3_server.bytes_sent(), s3_server.requests()
     with load(uri, placement=placement) as model:
         sent, requests = s3_server.bytes_sent() - sent_before, s3_server.requests() - requests_before
-        assert model.run(find_faults, checkpoint.uri) == [[], []]
+        assert model.run(oracle.find_faults, checkpoint.uri) == [[], []]
         report = model.stats()
     shard_files = list(checkpoint.folder.glob("*.safetensors"))
     head_bytes = sum(min(HEAD_BYTES, path.stat().st_size) for path in shard_files)
@@ -318,7 +313,7 @@ def test_progress_grows_while_a_load_is_not_waited_for(local_ray: None, checkpoi
             with pytest.raises(TimeoutError):
                 model.wait(0)
             assert model.wait(200) is model
-            assert model.run(find_faults, checkpoint.uri) == [[], []]
+            assert model.run(oracle.find_faults, checkpoint.uri) == [[], []]
             report = model.stats()
     assert seen == sorted(seen)
     assert any(0 < delivered < report.bytes_delivered for delivered in seen)

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import signal
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import ray
 import torch
 import transformers
+from api_support import example_tasks
 from torch.distributed.tensor import DTensor
 
 import ray_streamer
@@ -21,11 +20,11 @@ from ray_streamer.integrations.transformers import TransformersBootstrap
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from pathlib import Path
 
 # The actors cannot import a test module; they get its functions by value.
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
 PROMPT = [[5, 17, 42, 99, 7, 128, 3, 64]]
 NUM_TOKENS = 6
 GREEDY = {"max_new_tokens": NUM_TOKENS, "do_sample": False}
@@ -183,19 +182,10 @@ def test_a_killed_rank_is_named_and_restart_makes_the_model_anew(model: Any, own
     with pytest.raises(ClusterError, match=r"restart\(rank\)"):
         model.generate(PROMPT, **GREEDY)
     # The example restarts, and then answers.
-    example = loaded_example("generate_from_job")
+    example = example_tasks.loaded_example("generate_from_job")
     assert list(example.answer(model, PROMPT[0], NUM_TOKENS)) == expected(own, **GREEDY)[0][len(PROMPT[0]) :]
     assert not set(model.run(lambda context: os.getpid())) & set(pids)
     assert model.stats().amplification == 1.0
-
-
-def loaded_example(name: str) -> Any:
-    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    example = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(example)
-    return example
 
 
 def test_a_tp_that_cuts_heads_is_refused_by_the_ranks_which_keep_their_model(

@@ -2,27 +2,14 @@
 
 from __future__ import annotations
 
-import sys
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
-import ray
 from api_support import oracle
 
 import ray_streamer
 
-if TYPE_CHECKING:
-    from ray_streamer import RankContext
-
 pytestmark = pytest.mark.usefixtures("ray_cluster")
-
-# The actors cannot import a test module; they get its functions by value.
-ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
-
-
-def find_faults(context: RankContext, folder: str) -> list[str]:
-    tp_index = context.mesh.coordinate(context.rank)["tp"]
-    return oracle.faults(context.tensors, folder, tp_index=tp_index, tp=context.mesh.tp)
 
 
 @pytest.mark.parametrize(
@@ -46,7 +33,7 @@ def test_two_nodes(
     with ray_streamer.load_sharded(
         checkpoint.uri, tp=tp, replicas=replicas, settings=settings, placement=placement
     ) as model:
-        assert model.run(find_faults, checkpoint.uri) == [[]] * (tp * replicas)
+        assert model.run(oracle.find_faults, checkpoint.uri) == [[]] * (tp * replicas)
         plan, report = model.plan, model.stats()
 
     assert plan.topology.nodes == nodes
@@ -76,7 +63,7 @@ def test_a_rank_alone_on_its_node_says_that_it_reads_whole_rows(checkpoint: Any)
     settings = ray_streamer.Settings(page_cache="off")
     placement = ray_streamer.PlacementOptions(strategy="STRICT_SPREAD")
     with ray_streamer.load_sharded(checkpoint.uri, tp=2, settings=settings, placement=placement) as model:
-        assert model.run(find_faults, checkpoint.uri) == [[], []]
+        assert model.run(oracle.find_faults, checkpoint.uri) == [[], []]
         summary, report = model.plan.summary(), model.stats()
     assert summary.amplification == report.amplification > 1.1
     assert summary.read_bytes == report.bytes_read > report.needed_bytes

@@ -27,6 +27,7 @@ from ray_streamer.rank.load import RankLoad
 from ray_streamer.settings import Settings
 from ray_streamer.slices import RankSlices
 from ray_streamer.storage import open_storage
+from ray_streamer.testing.oracle import bytes_of, expected_results
 from ray_streamer.testing.parts import TensorPart, even_parts, slices_of_parts
 from ray_streamer.testing.possessions import descriptors, mappings_of, package_threads
 
@@ -247,6 +248,15 @@ def _possessions() -> tuple[Counter[str], set[threading.Thread], set[str]]:
     return Counter(descriptors()), set(package_threads()), set(mappings_of("ray_streamer-arena"))
 
 
+def _expect_slices(plan: ReadPlan, tensors_by_rank: Sequence[dict[str, torch.Tensor]]) -> None:
+    """Every rank has, bit for bit, what safetensors gives."""
+    for tensors, said in zip(tensors_by_rank, plan.slices, strict=True):
+        expected = expected_results(Path(plan.index.uri), plan.index, said)
+        assert {name: bytes_of(tensor) for name, tensor in tensors.items()} == {
+            name: bytes_of(tensor) for name, tensor in expected.items()
+        }
+
+
 @contextmanager
 def _nothing_left() -> Iterator[None]:
     gc.collect()
@@ -281,6 +291,7 @@ class Ranks:
     index = staticmethod(_open_index)
     plan = staticmethod(_plan)
     prepare = staticmethod(_prepare)
+    expect_slices = staticmethod(_expect_slices)
     nothing_left = staticmethod(_nothing_left)
     sockets_named = staticmethod(_sockets_named)
 

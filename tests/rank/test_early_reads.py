@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import threading
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -13,9 +12,10 @@ from ray_streamer.device.cpu import CpuDevice
 from ray_streamer.errors import DeviceError, LoadAbortedError, RankFailedError, ShortReadError
 from ray_streamer.planning.topology import Topology
 from ray_streamer.rank.device_start import DeviceStart
-from ray_streamer.testing.oracle import bytes_of, expected_results
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from ray_streamer.extent import Extent
 
 WAIT_SECONDS = 60.0
@@ -51,14 +51,6 @@ def plan_of_two(ranks: Any, split: Any, folder: Path) -> Any:
     return ranks.plan(str(folder), slices, topology=Topology.even(2), min_run_bytes=1 << 20)
 
 
-def expect_slices(plan: Any, tensors_by_rank: list[Any]) -> None:
-    for tensors, said in zip(tensors_by_rank, plan.slices, strict=True):
-        expected = expected_results(Path(plan.index.uri), plan.index, said)
-        assert {name: bytes_of(tensor) for name, tensor in tensors.items()} == {
-            name: bytes_of(tensor) for name, tensor in expected.items()
-        }
-
-
 def wait_for_early_reads(reads: threading.Semaphore) -> None:
     """Until the slots are full and nothing more is begun."""
     for _ in range(SLOTS):
@@ -87,7 +79,7 @@ def test_slots_fill_before_the_device_is_there_and_no_block_is_read_twice(
         before = running.loads[0].statistics()
         assert (before.bytes_delivered, before.num_requests) == (0, SLOTS)
         late.come()
-        expect_slices(plan, running.tensors())
+        ranks.expect_slices(plan, running.tensors())
     read = [extent for storage in running.storages for extent in storage.reads]
     assert len(read) == len(set(read)) == len(plan.node_plans[0].blocks)
     after = running.loads[0].statistics()
@@ -109,7 +101,7 @@ def test_slots_that_filled_early_are_all_that_is_touched(ranks: Any, split: Any,
     ).start()
     wait_for_early_reads(reads)
     late.come()
-    expect_slices(plan, running.tensors())
+    ranks.expect_slices(plan, running.tensors())
     assert running.loads[0].statistics().peak_staging_bytes == SLOTS * 4096
     assert running.loads[1].statistics().peak_staging_bytes <= 2 * 4096
 
@@ -134,7 +126,7 @@ def test_neighbours_land_what_a_rank_without_a_device_has_read(ranks: Any, split
         assert counting.copied.acquire(timeout=WAIT_SECONDS)
     assert running.loads[0].statistics().bytes_delivered == 0
     late.come()
-    expect_slices(plan, running.tensors())
+    ranks.expect_slices(plan, running.tensors())
 
 
 def test_files_of_the_page_cache_are_not_read_early(ranks: Any, split: Any, tmp_path: Path) -> None:
@@ -145,7 +137,7 @@ def test_files_of_the_page_cache_are_not_read_early(ranks: Any, split: Any, tmp_
     running = ranks.prepare(plan, devices={0: late.start}, resident_paths=paths).start()
     assert running.storages[0].reads == []
     late.come()
-    expect_slices(plan, running.tensors())
+    ranks.expect_slices(plan, running.tensors())
     for load in running.loads:
         statistics = load.statistics()
         assert (statistics.bytes_read, statistics.page_cache_bytes) == (0, statistics.bytes_delivered)

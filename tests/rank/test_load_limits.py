@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from pathlib import Path
 
 import pytest
 
@@ -14,19 +13,10 @@ from ray_streamer.planning.limits import AS_MUCH_AS_USEFUL
 from ray_streamer.planning.topology import Topology
 from ray_streamer.settings import Settings
 from ray_streamer.storage import open_storage
-from ray_streamer.testing.oracle import bytes_of, expected_results
 from ray_streamer.testing.parts import TensorPart
 
 GATE_SECONDS = 30.0
 MIB = 1 << 20
-
-
-def _expect_slices(plan, tensors_by_rank) -> None:
-    for tensors, said in zip(tensors_by_rank, plan.slices, strict=True):
-        expected = expected_results(Path(plan.index.uri), plan.index, said)
-        assert {name: bytes_of(tensor) for name, tensor in tensors.items()} == {
-            name: bytes_of(tensor) for name, tensor in expected.items()
-        }
 
 
 class GatedDevice(CpuDevice):
@@ -59,7 +49,7 @@ def test_more_ranks_than_tensors(ranks, tmp_path):
     with ranks.nothing_left():
         running = ranks.prepare(plan)
         tensors = running.start().tensors()
-    _expect_slices(plan, tensors)
+    ranks.expect_slices(plan, tensors)
     assert [len(storage.reads) for storage in running.storages] == [0, 0, 0, 0, 1]
 
 
@@ -74,7 +64,7 @@ def test_a_rank_alone_on_its_node_needs_no_neighbours(ranks, split, tmp_path):
     slices = {"rows": split((64, 64), 2)}
     plan = ranks.plan(str(folder), slices, topology=Topology.even(2, 2))
     tensors = ranks.prepare(plan).start().tensors()
-    _expect_slices(plan, tensors)
+    ranks.expect_slices(plan, tensors)
 
 
 def test_a_rank_takes_without_reading(ranks, tmp_path):
@@ -83,7 +73,7 @@ def test_a_rank_takes_without_reading(ranks, tmp_path):
     slices = {"shared": (TensorPart.whole((100,)),) * 3}
     plan = ranks.plan(str(folder), slices, topology=Topology.even(3))
     running = ranks.prepare(plan)
-    _expect_slices(plan, running.start().tensors())
+    ranks.expect_slices(plan, running.start().tensors())
     assert [len(storage.reads) for storage in running.storages] == [1, 0, 0]
     assert [load.statistics().peak_staging_bytes for load in running.loads] == [4096, 0, 0]
 
@@ -94,7 +84,7 @@ def test_empty_tensors_and_scalars_only(ranks, tmp_path):
     slices = {name: (TensorPart.whole(shape),) * 2 for name, _, shape in specs}
     plan = ranks.plan(str(folder), slices, topology=Topology.even(2))
     tensors = ranks.prepare(plan).start().tensors()
-    _expect_slices(plan, tensors)
+    ranks.expect_slices(plan, tensors)
     assert tensors[0]["empty"].shape == (0, 7)
 
 
@@ -104,7 +94,7 @@ def test_a_tensor_larger_than_the_whole_limit(ranks, split, tmp_path):
     slices = {"large": split(shape, 3, dim=1)}
     plan = ranks.plan(str(folder), slices, topology=Topology.even(3), min_run_bytes=1 << 20)
     running = ranks.prepare(plan, memory_limit=2 * 4096, concurrency=8)
-    _expect_slices(plan, running.start().tensors())
+    ranks.expect_slices(plan, running.start().tensors())
     for load in running.loads:
         statistics = load.statistics()
         assert statistics.bytes_delivered > 20 * statistics.memory_limit
@@ -143,7 +133,7 @@ def test_the_limit_holds_buffers_of_direct_reads_too(ranks, tmp_path, limit_mib,
     plan = ranks.plan(str(folder), slices, topology=Topology.even(1), block_bytes=block_mib * MIB)
     limit = limit_mib * MIB if limit_mib > 0 else limit_mib
     running = ranks.prepare(plan, memory_limit=limit, concurrency=4, is_staged=is_staged)
-    _expect_slices(plan, running.start().tensors())
+    ranks.expect_slices(plan, running.start().tensors())
     statistics = running.loads[0].statistics()
     assert statistics.storage.scratch_bytes <= scratch_mib * MIB
     assert (statistics.storage.scratch_bytes > 0) == (scratch_mib > 0)
@@ -232,7 +222,7 @@ def test_a_slow_neighbour_holds_the_reader_back(ranks, tmp_path):
         assert running.threads[1].is_alive()
         slow.open()
         tensors = running.tensors()
-    _expect_slices(plan, tensors)
+    ranks.expect_slices(plan, tensors)
 
 
 def test_two_slow_neighbours_with_one_slot_each_do_not_wait_for_each_other(ranks, tmp_path):
@@ -251,7 +241,7 @@ def test_two_slow_neighbours_with_one_slot_each_do_not_wait_for_each_other(ranks
     assert [len(storage.reads) for storage in running.storages] == [1, 1]
     for device in devices.values():
         device.open()
-    _expect_slices(plan, running.tensors())
+    ranks.expect_slices(plan, running.tensors())
     assert all(load.statistics().peak_staging_bytes == 4096 for load in running.loads)
 
 

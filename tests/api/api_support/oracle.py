@@ -68,6 +68,12 @@ def faults(
     return wrong + sorted(tensors.keys() - seen)
 
 
+def find_faults(context: Any, folder: str) -> list[str]:
+    """The same of the tensors that a rank of a model holds, for `ShardedModel.run`."""
+    tp_index = context.mesh.coordinate(context.rank)["tp"]
+    return faults(context.tensors, folder, tp_index=tp_index, tp=context.mesh.tp)
+
+
 def is_equal(actual: torch.Tensor | None, expected: torch.Tensor) -> bool:
     """Whether dtype, shape and every bit agree; as numbers, the same NaN would not be equal."""
     if actual is None or (actual.dtype, actual.shape) != (expected.dtype, expected.shape):
