@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import logging
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -23,10 +24,12 @@ if TYPE_CHECKING:
     from ray_streamer.exchange.session import NodeSession
     from ray_streamer.slices.result import ResultSpecs
 
+logger = logging.getLogger(__name__)
+
 SPARE_BYTES = 40 << 20
 """What a rank takes beside tensors and staging: casts of blocks in its copying threads, and what the interpreter needs meanwhile."""
 _SCARCE_BYTES = 256 << 20
-"""With less to stage in, each rank first gives back what it has and does not use."""
+"""With less to stage in, each rank first gives back what it has and does not use; what is still missing then is told."""
 IMPORT_BYTES = 128 << 20
 """What importing torch takes: 121 MiB were measured, with torch 2.13 for CPUs."""
 _MAPPED_BY_A_TABLE = 512
@@ -190,6 +193,14 @@ def staging_limit(memory_limit: int, room_bytes: int, *, useful_bytes: int) -> i
         room_bytes: See `bytes_to_stage_in`.
         useful_bytes: What the plan can use, which is what -1 means.
     """
+    wanted = useful_bytes if memory_limit == AS_MUCH_AS_USEFUL else min(memory_limit, useful_bytes)
+    if room_bytes < min(wanted, _SCARCE_BYTES):
+        logger.warning(
+            "memory is short: beside its tensors a rank has room for %s of staging memory, of %s that it could use, so fewer "
+            "blocks are read at the same time",
+            human_bytes(room_bytes),
+            human_bytes(wanted),
+        )
     if memory_limit == AS_MUCH_AS_USEFUL:
         return memory_limit if useful_bytes <= room_bytes else room_bytes
     return min(memory_limit, room_bytes)

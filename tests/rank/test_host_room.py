@@ -119,8 +119,11 @@ def test_ranks_share_what_is_left_to_stage_in() -> None:
     ("memory_limit", "room_bytes", "staging"),
     [(100, 1000, 100), (100, 60, 60), (0, 60, 0), (-1, 1000, -1), (-1, 500, -1), (-1, 400, 400)],
 )
-def test_staging_is_at_most_what_there_is_room_for(memory_limit: int, room_bytes: int, staging: int) -> None:
+def test_staging_is_at_most_what_there_is_room_for(
+    memory_limit: int, room_bytes: int, staging: int, caplog: pytest.LogCaptureFixture
+) -> None:
     assert staging_limit(memory_limit, room_bytes, useful_bytes=500) == staging
+    assert ("memory is short" in caplog.text) == (staging == room_bytes)
 
 
 def test_results_need_the_memory_that_nobody_has_touched() -> None:
