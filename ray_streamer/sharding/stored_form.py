@@ -165,12 +165,15 @@ def _words(parts: Mapping[str, StoredPart], hints: QuantizationHints) -> StoredF
     dtype, shape = parts["packed"]
     if dtype == "U8":
         return _packed_last(shape, 8, 4)
-    forms = [_packed_last(shape, _WORD_BITS, bits) for bits in sorted(hints.bits) if bits < _WORD_BITS]
+    # Of 3 or 5 bits a word has bits left, and the last one elements: the shape does not tell the weight's.
+    forms = [_packed_last(shape, _WORD_BITS, bits) for bits in sorted(hints.bits) if bits in (1, 2, 4, 8, 16)]
     if "scale" in parts:
         forms = [form for form in forms if _counted(parts["scale"].shape, form.weight_shape, hints) is not None]
     if len(forms) == 1:
         return forms[0]
-    return StoredForm((), None, "config.json does not say how many bits one of its elements has")
+    return StoredForm(
+        (), None, "config.json does not say how many bits one of its elements has, or they do not fill a word"
+    )
 
 
 def _packed_last(shape: tuple[int, ...], word_bits: int, bits: int) -> StoredForm:

@@ -421,6 +421,21 @@ def test_bitnet_is_refused_or_replicated() -> None:
     assert table.slice_of(0, 1) == TensorSlice.whole(index.shape_of(0))
 
 
+def test_elements_that_do_not_fill_a_word_are_refused_or_replicated() -> None:
+    """compressed-tensors packs 10 elements of 3 bits in a word: 14336 of them end inside the last of 1434 words."""
+    stored = [TensorSpec("m.weight_packed", "I32", (32, 1434)), TensorSpec("m.weight_scale", "BF16", (32, 1))]
+    # Four words of 10, which would do for 32 elements of 4 bits.
+    stored.append(TensorSpec("m.weight_zero_point", "I32", (4, 1)))
+    config = {"config_groups": {"group_0": {"weights": {"num_bits": 3}}}}
+    index = header_only_index(stored, num_files=1, config={"quantization_config": config})
+    for placement in (Split(0), Split(1)):
+        with pytest.raises(ShardingError, match=r"m.weight_packed \[32, 1434\]: .* do not fill a word"):
+            resolve(index, ShardRules({"m.weight": placement}), Mesh(tp=2))
+        resolve(index, ShardRules({"m.weight": placement}), Mesh(tp=1))
+    table = resolve(index, ShardRules({"m.weight": Replicate()}), Mesh(tp=2))
+    assert all(table.slice_of(at, 1) == TensorSlice.whole(index.shape_of(at)) for at in range(3))
+
+
 def test_zero_points_in_activation_order_are_not_cut_with_the_inputs() -> None:
     stored = FORMATS["compressed-tensors-4"].stored | {"m.weight_g_idx": ("I32", (128,))}
     index = header_only_index(
