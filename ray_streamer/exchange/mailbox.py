@@ -67,6 +67,7 @@ class Mailbox:
         self._met: set[int] = set()
         self._is_meeting = True
         self._awaited: set[int] = set()
+        self._awaited_beside: set[int] = set()
         self._step = -1
         self._unfinished: set[int] = set()
         self._gone: dict[int, str] = {}
@@ -75,7 +76,7 @@ class Mailbox:
     def expected(self) -> set[int]:
         """Ranks of which something is awaited now."""
         with self._changed:
-            return (self._met if self._is_meeting else self._awaited) | self._unfinished
+            return (self._met if self._is_meeting else self._awaited) | self._unfinished | self._awaited_beside
 
     def meet(self, peer: int) -> None:
         """A rank is connected."""
@@ -119,6 +120,11 @@ class Mailbox:
                 self._refuse_gone(self._awaited)
                 self._changed.wait()
             return {peer: self._received.pop((peer, step)) for peer in wanted}
+
+    def expect(self, local_ranks: set[int]) -> None:
+        """Something that does not come here is awaited of these ranks, in place of those that were said before."""
+        with self._changed:
+            self._awaited_beside = local_ranks & self.peers
 
     def begin_load(self) -> None:
         """From now on, whoever goes before it is done has failed the load."""

@@ -228,6 +228,13 @@ class NodeSession:
             self._hub.listener = None
         self.stop.check()
 
+    def expect(self, local_ranks: set[int]) -> None:
+        """This rank waits for something that these do beside the session; one that dies or hangs meanwhile ends the session.
+
+        They take the place of those that were said before; none = the waiting is over.
+        """
+        self._mailbox.expect(local_ranks)
+
     def fail(self, error: BaseException) -> None:
         """Ends the session for all ranks; the others raise `RankFailedError` with this rank's name and the error."""
         self.stop.set(error)

@@ -1,7 +1,8 @@
 """Which bytes of a checkpoint's files are in memory that the ranks of a node share, who uses them, and what goes first?
 
 The memory is an image of all files, one after the other, of which most is never there: a sparse memory file. It is cut into equal
-cells. A table at its beginning says of each cell whether it was read, how many tensors use it, and when somebody asked for it last.
+cells. A table at its beginning says of each cell whether it was read, who reads it now, how many tensors use it, and when somebody
+asked for it last.
 Cells that nobody uses stay for ranks that come later, until the memory that the node may use is needed for others.
 """
 
@@ -23,7 +24,7 @@ from ray_streamer.process_limits import limits_explained
 from ray_streamer.units import exact_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from numpy.typing import NDArray
 
@@ -35,7 +36,7 @@ _LOOK_SECONDS = 0.002
 """How often a rank looks whether another one has read a cell: file locks wake nobody."""
 _SPARE = 8
 """When room is needed, one of so many parts of the memory is freed at once, so that not every read has to look for room."""
-_HEAD_BYTES, _CELL_BYTES = 16, 8 + 4 + 1
+_HEAD_BYTES, _CELL_BYTES = 24, 8 + 4 + 2 + 1
 """Bytes of the table: its head, and each cell's entry."""
 _ABSENT, _EXPECTED, _READ = 0, 1, 2
 
@@ -97,13 +98,24 @@ class SharedCells:
         fd: The memory file; owned from now on.
         layout: How it is cut, equal on all ranks.
         budget_bytes: Cells that nobody uses go when more than so much memory is in use.
+        local_rank: Of this rank on its node.
+        expect: Called with the local ranks that this one waits for now; none = the waiting is over.
         stop: Ends waiting for another rank.
     """
 
-    def __init__(self, fd: int, layout: CellLayout, *, budget_bytes: int, stop: StopSignal) -> None:
+    def __init__(
+        self,
+        fd: int,
+        layout: CellLayout,
+        *,
+        budget_bytes: int,
+        local_rank: int,
+        expect: Callable[[set[int]], None],
+        stop: StopSignal,
+    ) -> None:
         self.fd, self.layout = fd, layout
         self._budget_cells = budget_bytes // layout.cell_bytes
-        self._stop = stop
+        self._local_rank, self._expect, self._stop = local_rank, expect, stop
         self._stopped = threading.Event()
         stop.on_set(self._stopped.set)
         with contextlib.ExitStack() as owned:
@@ -114,12 +126,14 @@ class SharedCells:
                 self._table = mmap.mmap(fd, layout.image_start)
             self._owned = owned.pop_all()
         count = layout.num_cells
-        # How many cells are there, and a clock that counts reads.
-        self._numbers: NDArray[np.int64] = np.frombuffer(self._table, np.int64, 2)
+        # How many cells are there, a clock that counts reads, and who changes the table.
+        self._numbers: NDArray[np.int64] = np.frombuffer(self._table, np.int64, 3)
         self._used_at: NDArray[np.int64] = np.frombuffer(self._table, np.int64, count, _HEAD_BYTES)
         # One for each tensor of each rank: a cell of a large checkpoint may hold a quarter of a million scales.
         self._num_users: NDArray[np.uint32] = np.frombuffer(self._table, np.uint32, count, _HEAD_BYTES + 8 * count)
-        self._state: NDArray[np.uint8] = np.frombuffer(self._table, np.uint8, count, _HEAD_BYTES + 12 * count)
+        # One more than the local rank that reads the cell now.
+        self._readers: NDArray[np.uint16] = np.frombuffer(self._table, np.uint16, count, _HEAD_BYTES + 12 * count)
+        self._state: NDArray[np.uint8] = np.frombuffer(self._table, np.uint8, count, _HEAD_BYTES + 14 * count)
 
     @staticmethod
     def make_memory(layout: CellLayout) -> int:
@@ -172,7 +186,10 @@ class SharedCells:
 
     def claim(self, cells: range) -> bool:
         """Whether this rank is to read the cells now; False while another one reads some of them. Ends with `set_read`, or `unclaim`."""
-        return self._claims.take(cells.start + 1, cells.stop + 1)
+        is_mine = self._claims.take(cells.start + 1, cells.stop + 1)
+        if is_mine:
+            self._readers[cells.start : cells.stop] = self._local_rank + 1
+        return is_mine
 
     def set_read(self, cells: range) -> None:
         """The cells hold the file's bytes now."""
@@ -180,16 +197,24 @@ class SharedCells:
 
     def unclaim(self, cells: range) -> None:
         """Another rank may try, unless the cells are read."""
+        self._readers[cells.start : cells.stop] = 0
         self._claims.give_back(cells.start + 1, cells.stop + 1)
 
-    def pause(self) -> None:
-        """Waits a moment for another rank.
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """For the length of the block this rank waits for others, by `pause`."""
+        try:
+            yield
+        finally:
+            self._expect(set())
+
+    def pause(self, cells: range) -> None:
+        """Waits a moment for the ranks that read any of the cells.
 
         Raises:
-            BaseException: What ended the session.
+            BaseException: What ended the session, such as a rank that hangs.
         """
-        self._stopped.wait(_LOOK_SECONDS)
-        self._stop.check()
+        self._pause({reader - 1 for reader in np.unique(self._readers[cells.start : cells.stop]).tolist() if reader})
 
     def copy_into(self, buffer: memoryview, offset: int) -> None:
         """Fills `buffer` with what lies at `offset` of the memory."""
@@ -201,7 +226,7 @@ class SharedCells:
     def close(self) -> None:
         """Leaves the memory; what is mapped of it stays as long as somebody uses it."""
         self._stop.forget(self._stopped.set)
-        del self._used_at, self._num_users, self._state, self._numbers, self._table
+        del self._used_at, self._num_users, self._readers, self._state, self._numbers, self._table
         self._owned.close()
 
     def __enter__(self) -> Self:
@@ -212,12 +237,20 @@ class SharedCells:
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
-        while not self._claims.take(0, 1):
-            self.pause()
+        if not self._claims.take(0, 1):
+            with self.waiting():
+                while not self._claims.take(0, 1):
+                    self._pause({int(self._numbers[2])})
+        self._numbers[2] = self._local_rank
         try:
             yield
         finally:
             self._claims.give_back(0, 1)
+
+    def _pause(self, local_ranks: set[int]) -> None:
+        self._expect(local_ranks)
+        self._stopped.wait(_LOOK_SECONDS)
+        self._stop.check()
 
     def _make_room(self) -> None:
         """Gives back what was not asked for the longest time, of what nobody uses."""

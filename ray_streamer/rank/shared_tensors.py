@@ -108,7 +108,14 @@ class SharedTensors:
             session,
             index,
             storage,
-            SharedCells(fd, layout, budget_bytes=budget_bytes, stop=session.stop),
+            SharedCells(
+                fd,
+                layout,
+                budget_bytes=budget_bytes,
+                local_rank=session.place.local_rank,
+                expect=session.expect,
+                stop=session.stop,
+            ),
             block_bytes=block_bytes,
             concurrency=concurrency,
             window_bytes=min(_MAX_WINDOW_BYTES, budget_bytes // _WINDOWS),
@@ -241,10 +248,10 @@ class SharedTensors:
             with TaskThreads("ray_streamer-shared", threads, runs, read, self._session.stop):
                 pass
             self._session.stop.check()
-        with self._session.activity.waiting():
+        with self._session.activity.waiting(), self._cells.waiting():
             for file_id, cells in others:
                 while self._cells.missing(cells, 1) and not self._read_if_free(file_id, cells):
-                    self._cells.pause()
+                    self._cells.pause(cells)
 
     def _read_if_free(self, file_id: int, cells: range) -> bool:
         """Reads the cells, or what is missing of them; False when another rank is about to read some of them."""

@@ -84,10 +84,19 @@ class Node:
         self._folder = folder
         self.pages = Counter()
 
-    def run(self, work, num_ranks, *, memory_limit=1 << 20, block_bytes=PAGE, before=lambda path, number: None):
+    def run(
+        self,
+        work,
+        num_ranks,
+        *,
+        memory_limit=1 << 20,
+        block_bytes=PAGE,
+        before=lambda path, number: None,
+        progress_seconds=60,
+    ):
         """What `work(shared, local rank)` returned on each rank, or the error that ended it; `before` each read of a rank."""
         session, outcomes = secrets.token_hex(8), [None] * num_ranks
-        timeouts = Timeouts(startup_seconds=60, neighbour_seconds=60, progress_seconds=60)
+        timeouts = Timeouts(startup_seconds=60, neighbour_seconds=60, progress_seconds=progress_seconds)
 
         def run(number):
             place = Place(session=session, rank=number, ranks=tuple(range(num_ranks)), node="n", timeouts=timeouts)
@@ -286,6 +295,32 @@ def test_a_read_that_fails_ends_all_ranks(node, tensors):
     assert isinstance(outcomes[0], RankFailedError | ObjectChangedError)
 
 
+def test_a_read_that_hangs_ends_the_ranks_that_wait_for_it_and_names_its_rank(node):
+    """Rank 2 makes no step either, as in a collective of its engine, but nobody waits for it."""
+    is_reading, is_over = threading.Event(), threading.Event()
+
+    def before(path, number):
+        if number == 1:
+            is_reading.set()
+            is_over.wait(HANG_SECONDS)
+
+    def work(shared, number):
+        if number == 2:
+            is_over.wait(HANG_SECONDS)
+            return None
+        if number == 0:
+            is_reading.wait(HANG_SECONDS)
+        try:
+            return shared.read(["b-scalar"])
+        finally:
+            is_over.set()
+
+    first, _, _ = node.run(work, 3, before=before, progress_seconds=2)
+    assert isinstance(first, RankFailedError)
+    assert first.rank == 1
+    assert "has made no progress" in str(first)
+
+
 def test_a_rank_that_leaves_the_stream_ends_it_for_all(node, tensors):
     def work(shared, number):
         for name, _ in shared.stream(tensors):
@@ -305,7 +340,8 @@ def test_a_rank_that_leaves_the_stream_ends_it_for_all(node, tensors):
 def test_a_cell_that_very_many_tensors_use_is_not_given_back():
     """As the scales of all experts in one cell, each of which every rank of a node holds."""
     layout = CellLayout(cell_bytes=PAGE, num_cells=2, image_start=PAGE, first_cells=(0,))
-    with SharedCells(SharedCells.make_memory(layout), layout, budget_bytes=PAGE, stop=StopSignal()) as cells:
+    rank = {"local_rank": 0, "expect": lambda _: None, "stop": StopSignal()}
+    with SharedCells(SharedCells.make_memory(layout), layout, budget_bytes=PAGE, **rank) as cells:
         cells.hold([range(1)] * (1 << 16))
         cells.set_read(range(1))
         cells.hold([range(1, 2)])
