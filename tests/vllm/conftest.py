@@ -58,6 +58,20 @@ def fp8_layers_without_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fp8, "init_fp8_linear_kernel", lambda **_: kernel)
 
 
+@pytest.fixture
+def online_fp8_without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CPU build can neither multiply nor make FP8; torch makes it here."""
+    import torch
+    from vllm.model_executor.layers.quantization.online import fp8
+
+    def quantize(weight: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return (weight.float() / scale).clamp(-448, 448).to(torch.float8_e4m3fn), scale
+
+    kernel = SimpleNamespace(process_weights_after_loading=lambda layer: None)
+    monkeypatch.setattr(fp8, "init_fp8_linear_kernel", lambda **_: kernel)
+    monkeypatch.setattr(fp8, "ops", SimpleNamespace(scaled_fp8_quant=quantize))
+
+
 def _maps_of(process: Path) -> str:
     try:
         return (process / "maps").read_text()

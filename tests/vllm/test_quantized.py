@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from families import save_checkpoint
 from loading import check, total_bytes
 from quantized import CONFIGS, save_quantized
 from ranks import Layout
@@ -23,3 +24,13 @@ def test_a_method_loads_as_with_the_stock_loader(method, tmp_path, s3_credential
     assert first.num_bytes + second.num_bytes + first.early_bytes + second.early_bytes <= 1.02 * needed
     head = min(HEAD_BYTES, (tmp_path / "model" / "model.safetensors").stat().st_size)
     assert needed <= sent - head < needed + 50_000
+
+
+@pytest.mark.usefixtures("online_fp8_without_kernels")
+@pytest.mark.parametrize("method", ["fp8_per_tensor", "fp8_per_block"])
+def test_weights_that_vllm_quantizes_while_they_load_are_those_of_the_stock_loader(method, tmp_path):
+    """The ranks agree on the scale of a whole weight by a collective of vLLM's, in the middle of the loader."""
+    save_checkpoint("llama", tmp_path / "model", hidden_size=256, head_dim=64)
+    for rank in check(tmp_path / "model", Layout(tp=2, arguments={"quantization": method}), tmp_path):
+        assert rank.num_early > 0
+        assert rank.whole == ()
