@@ -141,5 +141,6 @@ def disk_errors_translated(target: Path) -> Iterator[None]:
     except StorageError:
         raise
     except OSError as error:
-        reason = limit_met(error) or f"{error.strerror or error}; give another folder, or make room"
+        said = f"{error.strerror or error}; give another folder (for the cache: setting cache_dir), or make room"
+        reason = limit_met(error) or said
         raise StorageError(f"cannot write {target}: {reason}") from error

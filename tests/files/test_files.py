@@ -309,6 +309,13 @@ def test_a_remote_checkpoint_is_cached_where_the_setting_says(s3_credentials, tm
     assert found_below(folder) == {path: FILES[path] for path in WANTED}
 
 
+def test_a_cache_that_cannot_be_written_is_named_with_its_setting(s3_credentials, tmp_path):
+    s3_credentials.upload_folder(str(write(tmp_path / "source")), "cache-bucket")
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(StorageError, match=r"cannot write .*/file/files/.*cache_dir"):
+        cached("s3://cache-bucket", settings=Settings(cache_dir=str(tmp_path / "file")))
+
+
 def test_a_new_version_gets_a_folder_of_its_own(tmp_path):
     uri = "memory://versions"
 
