@@ -64,7 +64,7 @@ class TakesDownNothing(Recorder):
     def came(self, way: Way, block: int) -> None:
         """Nothing."""
 
-    def landed(self, block: int, num_bytes: int, *, touch_seconds: float = 0.0) -> None:
+    def landed(self, block: int, num_bytes: int, *, taken_bytes: int, touch_seconds: float = 0.0) -> None:
         """Nothing."""
 
 

@@ -60,6 +60,10 @@ class StridedMove:
         """Bytes that one element of the source fills in the result."""
         return prod(size for size, _ in self.repeats) * self.target_dtype.num_bits // 8
 
+    def source_bytes(self, num_bytes: int) -> int:
+        """Bytes of the source that fill so many of the result."""
+        return num_bytes // self.bytes_per_element * self.source_dtype.num_bits // 8
+
 
 @dataclass(frozen=True, slots=True)
 class PatternCopies:

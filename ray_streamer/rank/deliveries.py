@@ -59,11 +59,12 @@ class Deliveries:
             pieces = self._mine.pieces(number)
             delivered = [(piece.result, piece.num_bytes) for piece in pieces.plain]
             copies = self._results.copies(pieces.plain)
+        taken_bytes = sum(num_bytes for _, num_bytes in delivered)
         # `done` must not close over the block: an error keeps the closure, and with it the arena's memory.
         way, data, give_back = loan
         self._recorder.came(way, number)
         if data is None:
-            self._note_landed(number, delivered)
+            self._note_landed(number, delivered, taken_bytes)
             give_back()
             self._count(delivered)
             return
@@ -73,7 +74,7 @@ class Deliveries:
         def done(error: BaseException | None) -> None:
             self._activity.end()
             if error is None:
-                self._note_landed(number, delivered)
+                self._note_landed(number, delivered, taken_bytes)
             give_back()
             if error is not None:
                 self._stop.set(error)
@@ -83,20 +84,21 @@ class Deliveries:
             except BaseException as failure:  # a callback's; the device that calls this could do nothing with it
                 self._stop.set(failure)
 
-        delivered += [
-            (piece.result, self._strided.deliver(data, piece, self._results.result(piece.result)))
-            for piece in pieces.strided
-        ]
+        for piece in pieces.strided:
+            num_bytes = self._strided.deliver(data, piece, self._results.result(piece.result))
+            delivered.append((piece.result, num_bytes))
+            taken_bytes += piece.move.source_bytes(num_bytes)
         if pieces.plain:
             self._device.deliver(data, copies, done)
         else:
             done(None)
 
-    def _note_landed(self, number: int, delivered: list[tuple[int, int]]) -> None:
+    def _note_landed(self, number: int, delivered: list[tuple[int, int]], taken_bytes: int) -> None:
         """Called before the block is given back: whoever then takes its slot is later on the time axis."""
         # A device that copies later does so in a thread of its own, and touches no memory of the host.
         touched = take_spent_seconds()
-        self._recorder.landed(number, sum(num_bytes for _, num_bytes in delivered), touch_seconds=touched)
+        landed_bytes = sum(num_bytes for _, num_bytes in delivered)
+        self._recorder.landed(number, landed_bytes, taken_bytes=taken_bytes, touch_seconds=touched)
 
     def _count(self, delivered: list[tuple[int, int]]) -> None:
         """One block less to wait for."""

@@ -59,6 +59,7 @@ class Spans:
         times: Seconds of the monotonic clock by step and block, shape (number of steps, number of blocks); 0 = not taken.
         ways: `Way` by which each block came; 0 = it did not.
         landed_bytes: Bytes of this rank's tensors that each block brought.
+        taken_bytes: Bytes of the block that these were made of; others where a dtype changes.
         touch_seconds: Seconds in which fresh memory of the tensors was brought in for each block; 0 on a GPU.
         phases: Parts of the load, in order.
     """
@@ -66,6 +67,7 @@ class Spans:
     times: NDArray[np.float64]
     ways: NDArray[np.uint8]
     landed_bytes: NDArray[np.int64]
+    taken_bytes: NDArray[np.int64]
     touch_seconds: NDArray[np.float32]
     phases: tuple[Phase, ...]
 
@@ -99,6 +101,7 @@ class Recorder:
         self._columns = tuple(self._times)
         self._ways = np.zeros(num_blocks, dtype=np.uint8)
         self._landed_bytes = np.zeros(num_blocks, dtype=np.int64)
+        self._taken_bytes = np.zeros(num_blocks, dtype=np.int64)
         self._touch_seconds = np.zeros(num_blocks, dtype=np.float32)
         self._phases: list[Phase] = []
         self.cpu_seconds = 0.0
@@ -111,9 +114,10 @@ class Recorder:
         """A block came by `way`."""
         self._ways[block] = way
 
-    def landed(self, block: int, num_bytes: int, *, touch_seconds: float = 0.0) -> None:
+    def landed(self, block: int, num_bytes: int, *, taken_bytes: int, touch_seconds: float = 0.0) -> None:
         """A block has brought so many bytes to this rank's tensors, now; the first touch of their memory took so long."""
         self._landed_bytes[block] = num_bytes
+        self._taken_bytes[block] = taken_bytes
         self._touch_seconds[block] = touch_seconds
         self.mark(Step.LANDED, block)
 
@@ -138,4 +142,5 @@ class Recorder:
 
     def spans(self) -> Spans:
         """What happened so far."""
-        return Spans(self._times, self._ways, self._landed_bytes, self._touch_seconds, tuple(self._phases))
+        columns = (self._times, self._ways, self._landed_bytes, self._taken_bytes, self._touch_seconds)
+        return Spans(*columns, tuple(self._phases))

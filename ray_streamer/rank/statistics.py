@@ -25,7 +25,7 @@ class RankStatistics:
         seconds: Wall seconds by phase: `connect` (arena and neighbours), `device` (waiting for torch and the device, while the
             arena fills), `stream` (reads and copies), `finish` (waiting for neighbours to take what they want).
         bytes_read: Bytes that this rank requested from storage.
-        page_cache_bytes: Bytes copied out of mappings of files that were in the page cache; no part of `bytes_read`.
+        page_cache_bytes: Bytes of files that were copied, or cast, out of the page cache; no part of `bytes_read`.
         bytes_delivered: Bytes written to this rank's tensors.
         bytes_to_deliver: What `bytes_delivered` will be at the end.
         direct_bytes: Of `bytes_read`, what landed in a tensor without staging.
@@ -85,7 +85,7 @@ class RankStatistics:
             rank=mine.rank,
             seconds={phase: spans.seconds_in(phase) for phase in PHASES},
             bytes_read=int(sizes[is_read].sum()),
-            page_cache_bytes=int(spans.landed_bytes[spans.ways == Way.MAPPED].sum()),
+            page_cache_bytes=int(spans.taken_bytes[spans.ways == Way.MAPPED].sum()),
             bytes_delivered=int(spans.landed_bytes.sum()),
             bytes_to_deliver=int(mine.bytes_to_fill.sum()),
             direct_bytes=int(sizes[is_read & (spans.ways == Way.DIRECT)].sum()),

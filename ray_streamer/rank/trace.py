@@ -80,6 +80,7 @@ class RankTrace:
                 spans.times[:, numbers],
                 spans.ways[numbers],
                 spans.landed_bytes[numbers],
+                spans.taken_bytes[numbers],
                 spans.touch_seconds[numbers],
                 phases=spans.phases,
             ),
@@ -94,6 +95,7 @@ class RankTrace:
             **{name: getattr(self, name) for name in _COLUMNS},
             "way": spans.ways,
             "landed_bytes": spans.landed_bytes,
+            "taken_bytes": spans.taken_bytes,
             "touch_seconds": spans.touch_seconds,
             **{step.name: spans.times[step] for step in Step},
         }
@@ -121,6 +123,7 @@ class RankTrace:
                 np.stack([columns[step.name] for step in Step]),
                 columns["way"],
                 columns["landed_bytes"],
+                columns["taken_bytes"],
                 columns["touch_seconds"],
                 phases=tuple(Phase(*phase) for phase in said["phases"]),
             )

@@ -66,6 +66,10 @@ def test_a_rank_holds_what_torch_makes_of_its_slice(ranks, tmp_path, padding, nu
         for name, tensor in expected.items():
             assert (tensors[name].dtype, tensors[name].shape) == (tensor.dtype, tensor.shape)
             assert _same(tensors[name], tensor), name
+        stored_bytes = sum(
+            tensor.nbytes for tensor in expected_results(folder, plan.index, _slices(plan.index)[rank]).values()
+        )
+        assert running.loads[rank].statistics().page_cache_bytes == (stored_bytes if is_resident else 0)
 
 
 def _same(found: torch.Tensor, expected: torch.Tensor) -> bool:

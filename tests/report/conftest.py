@@ -106,6 +106,7 @@ class Constructed:
                 times,
                 np.full(self.num_blocks, way, dtype=np.uint8),
                 np.full(self.num_blocks, self.block_bytes),
+                np.full(self.num_blocks, self.block_bytes),
                 np.full(self.num_blocks, self.touch_seconds, dtype=np.float32),
                 phases=(*phases, Phase("stream", ready, float(times[Step.LANDED].max(initial=ready)))),
             ),
