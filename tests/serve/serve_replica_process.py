@@ -9,16 +9,19 @@ import json
 import sys
 import time
 import urllib.error
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
-from serve_process import PROJECT, TIMEOUT_SECONDS, ask, kill, rank_processes
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 def main(folder: str, port: int) -> None:
-    # Installed where the test runs, and not wherever pytest collects this file.
+    # Found where the test runs, and not wherever pytest collects this file.
     import ray
     from ray import serve
+    from serve_process import PROJECT, TIMEOUT_SECONDS, ask, kill, rank_processes
 
     sys.path.insert(0, str(PROJECT))
     from examples import serve_replica
@@ -31,7 +34,7 @@ def main(folder: str, port: int) -> None:
     said: dict[str, Any] = {"first": json.loads(ask(port, {}).read())}
     first_ranks = rank_processes()
     kill(first_ranks[0])
-    said["after_a_rank_was_killed"] = json.loads(answer_of_another(port))
+    said["after_a_rank_was_killed"] = json.loads(answer_of_another(lambda: ask(port, {}).read(), TIMEOUT_SECONDS))
     _, alive = psutil.wait_procs(first_ranks, TIMEOUT_SECONDS)
     said |= {"num_ranks": [len(first_ranks), len(rank_processes())], "first_ranks_alive": len(alive)}
     serve.shutdown()
@@ -39,12 +42,12 @@ def main(folder: str, port: int) -> None:
     print("ANSWER " + json.dumps(said), flush=True)
 
 
-def answer_of_another(port: int) -> bytes:
+def answer_of_another(ask: Callable[[], bytes], timeout_seconds: float) -> bytes:
     """What the replica in place of one that has lost a rank answers."""
-    deadline = time.monotonic() + TIMEOUT_SECONDS
+    deadline = time.monotonic() + timeout_seconds
     while True:
         try:
-            return ask(port, {}).read()
+            return ask()
         except urllib.error.HTTPError:
             if time.monotonic() > deadline:
                 raise
