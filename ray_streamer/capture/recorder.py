@@ -17,6 +17,7 @@ from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from ray_streamer.capture.lazy import LazyTensor, tensors_among, with_each
 from ray_streamer.capture.lazy_operations import duplicate, join, lazy_view, reshape_in_place, shadows
@@ -54,7 +55,7 @@ class OperationRecorder:
         self.early: dict[str, None] = {}
         self.reasons: dict[str, str] = {}
         self._whole = whole
-        self._exposed: dict[int, int] = {}
+        self._exposed: dict[int, list[tuple[StorageWeakRef, int]]] = {}
         self._lock = threading.RLock()
         self._may_record = True
         self._is_over = False
@@ -88,7 +89,11 @@ class OperationRecorder:
             if is_plain(tensor) and not self._is_over:
                 self.make_early(self.pending.in_storage(tensor))
                 storage = tensor.untyped_storage()
-                self._exposed[storage.data_ptr()] = max(storage.nbytes(), self._exposed.get(storage.data_ptr(), 0))
+                known = self._exposed.get(storage.data_ptr(), [])
+                mine = StorageWeakRef(storage)
+                # Memory that was given back may be another tensor's by now, which nobody has got at.
+                alive = [(other, num_bytes) for other, num_bytes in known if other != mine and not other.expired()]
+                self._exposed[storage.data_ptr()] = [*alive, (mine, storage.nbytes())]
 
     def end(self) -> None:
         """The loader is through: from now on nothing is written down, and tensors that it kept are read when they are used."""
@@ -193,7 +198,11 @@ class OperationRecorder:
     def _is_exposed(self, storage: torch.UntypedStorage) -> bool:
         """Whether any of its bytes may be seen, and written to, past torch."""
         start, stop = storage.data_ptr(), storage.data_ptr() + storage.nbytes()
-        return any(first < stop and start < first + num_bytes for first, num_bytes in self._exposed.items())
+        return any(
+            first < stop and start < first + num_bytes and not other.expired()
+            for first, exposed in self._exposed.items()
+            for other, num_bytes in exposed
+        )
 
     def _make_room(self, target: torch.Tensor, extent: Strided) -> None:
         """What is written where something else is to be written now is made first, or forgotten if nothing of it will remain."""
