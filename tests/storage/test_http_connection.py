@@ -14,7 +14,7 @@ import pytest
 
 from ray_streamer.storage.http_connection import HttpConnection
 from ray_streamer.storage.http_route import Route
-from ray_streamer.storage.lateness import Hedging, SegmentClock
+from ray_streamer.storage.lateness import SEGMENT_BYTES, Hedging, SegmentClock
 from ray_streamer.testing.certificates import make_certificates
 
 BODY = random.Random(3).randbytes(300_000)
@@ -307,5 +307,5 @@ def test_the_clock_stands_still_while_others_have_the_bytes(ends, framing):
         pieces.append(num_bytes)
     sender.join()
     assert memory == body
-    assert len(pieces) == 3
+    assert all(num_bytes >= SEGMENT_BYTES for num_bytes in pieces[:-1]), "a segment may be longer, when more is there"
     assert answer.num_received - sum(pieces) in range(4096), "what came with the head is no piece"
