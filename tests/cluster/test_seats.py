@@ -76,7 +76,7 @@ def make_group() -> Iterator[MakeGroup]:
         remove_placement_group(group)
 
 
-def start(num_ranks: int, *, timeout: float = 60, holding: str = "workers", **options: Any) -> WorkerGroup:
+def start(num_ranks: int, *, timeout: float = 300, holding: str = "workers", **options: Any) -> WorkerGroup:
     placement = PlacementOptions(**options)
     return WorkerGroup(
         Worker,
@@ -131,7 +131,7 @@ def test_loads_that_start_side_by_side_do_not_choose_the_same_bundles(make_group
     # Twice: what the first two held is free again.
     for _ in range(2):
         with ThreadPoolExecutor(2) as threads:
-            starts = [threads.submit(start, 2, placement_group=given, timeout=30) for _ in range(2)]
+            starts = [threads.submit(start, 2, placement_group=given) for _ in range(2)]
             groups = [started.result() for started in starts]
         for group in groups:
             assert group.call("seat") == [given.id.hex()] * 2

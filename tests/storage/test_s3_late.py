@@ -71,7 +71,7 @@ def test_the_budget_ends(open_hedged, etag, proxy, monkeypatch):
 def test_the_answer_that_comes_second_is_thrown_away(open_hedged, etag, proxy):
     """It comes while the memory is already the caller's again."""
     storage = open_hedged()
-    proxy.fail_next(Fault(delay_seconds=0.5))
+    proxy.fail_next(Fault(delay_seconds=2))
     memory = bytearray(len(CONTENT))
     storage.read_into("a", WHOLE, memoryview(memory), etag=etag)
     assert memory == CONTENT
