@@ -12,7 +12,7 @@ from ray_streamer.sharding.families import family_of
 from ray_streamer.sharding.globs import first_matches
 from ray_streamer.sharding.name_kinds import NameKinds
 from ray_streamer.sharding.placement import Placement
-from ray_streamer.sharding.presets import DEFAULT_LAYOUT, Layout, preset_for
+from ray_streamer.sharding.presets import DEFAULT_LAYOUT, Layout, check_layout, preset_for
 from ray_streamer.sharding.tp_plan import rules_of_plan
 from ray_streamer.wording import brief
 
@@ -97,8 +97,10 @@ class ShardRules:
             mtp: Whether the layers for multi-token prediction (MTP) are loaded, too.
 
         Raises:
+            SettingsError: There is no such layout.
             ShardingError: There is no preset and nothing in `first`, or the config lacks a size.
         """
+        check_layout(layout)
         before, config = cls(first), config or {}
         if before.rules and family_of(config) is None:
             model_type = config.get("model_type")

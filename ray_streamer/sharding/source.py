@@ -23,7 +23,7 @@ from ray_streamer.sharding.fuse import FuseLike, checked_fusions
 from ray_streamer.sharding.groups import DEFAULT_UNMATCHED, Unmatched
 from ray_streamer.sharding.mesh import Mesh
 from ray_streamer.sharding.name_kinds import kinds_of_tensors
-from ray_streamer.sharding.presets import DEFAULT_LAYOUT, Layout
+from ray_streamer.sharding.presets import DEFAULT_LAYOUT, Layout, check_layout
 from ray_streamer.sharding.rename import RenameLike, kept_renaming
 from ray_streamer.sharding.resolve import checked_groups
 from ray_streamer.sharding.rules import ShardRules
@@ -56,7 +56,7 @@ class RuleSlices:
 
     Attributes:
         mesh: The grid of ranks.
-        rules: The caller's.
+        rules: The caller's; whatever makes `ShardRules`, such as a mapping.
         unmatched: What becomes of tensors of two or more dimensions that no rule matches.
         layout: What the tensors are for, and so which preset.
         mtp: Whether the layers for multi-token prediction (MTP) are loaded, too.
@@ -67,8 +67,8 @@ class RuleSlices:
         dtype: What results are cast to; nothing when unset.
 
     Raises:
-        SettingsError: `unmatched` or `layout` is none of its values.
-        ShardingError: `fuse`, `rename` or `dtype` cannot mean anything.
+        SettingsError: `mesh` is no `Mesh`, or `unmatched` or `layout` is none of its values.
+        ShardingError: `rules`, `fuse`, `rename` or `dtype` cannot mean anything.
     """
 
     mesh: Mesh = field(default_factory=Mesh)
@@ -86,9 +86,12 @@ class RuleSlices:
     )
 
     def __post_init__(self) -> None:
-        for name, value, kind in (("unmatched", self.unmatched, Unmatched), ("layout", self.layout, Layout)):
-            if value not in get_args(kind):
-                raise SettingsError(f"{name} is one of {', '.join(get_args(kind))}, not {value!r}")
+        if not isinstance(self.mesh, Mesh):
+            raise SettingsError(f"mesh is a ray_streamer.Mesh, such as Mesh(tp=8), got {type(self.mesh).__name__}")
+        object.__setattr__(self, "rules", ShardRules(self.rules))
+        if self.unmatched not in get_args(Unmatched):
+            raise SettingsError(f"unmatched is one of {', '.join(get_args(Unmatched))}, not {self.unmatched!r}")
+        check_layout(self.layout)
         if self.experts is not None and self.mesh.ep == 1:
             raise SettingsError(
                 f"experts={brief(self.experts)} divides experts over groups of ranks; give ep=True, too"

@@ -51,6 +51,8 @@ class ResultForm:
             raise PlanError(f"{self!r} has a negative size")
         if self.strides is not None and len(self.strides) != len(self.shape):
             raise PlanError(f"{self!r} needs as many strides as sizes")
+        if any(stride < 0 for stride in self.strides or ()):
+            raise PlanError(f"{self!r} has a negative stride")
 
     @property
     def stored(self) -> DType:

@@ -2,16 +2,20 @@ from __future__ import annotations
 
 import fnmatch
 import pickle
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from ray_streamer.errors import ShardingError
+from ray_streamer.errors import SettingsError, ShardingError
 from ray_streamer.sharding import Replicate, Rule, ShardRules, Skip, Split
+from ray_streamer.sharding.families import FAMILIES
 from ray_streamer.sharding.globs import matches_any
 from ray_streamer.sharding.name_kinds import NameKinds
+
+if TYPE_CHECKING:
+    from ray_streamer.sharding.placement import Placement
 
 LLAMA = {"model_type": "llama", "num_attention_heads": 8, "num_key_value_heads": 2}
 
@@ -85,13 +89,19 @@ def test_given_rules_stand_alone_when_the_family_is_unknown(
     assert "the given rules stand alone" in caplog.text
 
 
+@pytest.mark.parametrize("first", [{}, {"*": Split(0)}])
+def test_a_layout_that_is_none_is_refused(first: dict[str, Placement]) -> None:
+    with pytest.raises(SettingsError, match="layout is one of generic, transformers, vllm, not 'megatron'"):
+        ShardRules.for_config(LLAMA, first=first, layout="megatron")  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("config", [None, {}, {"model_type": "grok"}, {"model_type": ["llama"]}])
 def test_an_unknown_family_is_refused_with_the_known_ones(config: dict[str, object] | None) -> None:
     shown = repr((config or {}).get("model_type"))
     with pytest.raises(ShardingError) as raised:
         ShardRules.for_config(config)
     assert shown in str(raised.value)
-    assert "known are bloom, cohere, cohere2, deepseek_v2, deepseek_v3, falcon" in str(raised.value)
+    assert f"known are {', '.join(sorted(FAMILIES))}, and as one of these" in str(raised.value)
     assert 'rules={"*.q_proj.weight": Split(0)' in str(raised.value)
 
 

@@ -151,6 +151,8 @@ def test_modules_that_are_called_by_numbers_are_fused() -> None:
     [
         pytest.param({"unmatched": "eror"}, SettingsError, "unmatched is one of error, replicate", id="unmatched"),
         pytest.param({"layout": "megatron"}, SettingsError, "layout is one of generic", id="layout"),
+        pytest.param({"mesh": 8}, SettingsError, r"mesh is a ray_streamer\.Mesh, .* got int", id="mesh"),
+        pytest.param({"rules": {"*": 0}}, ShardingError, "needs a placement", id="rules"),
         pytest.param({"fuse": ["x"]}, ShardingError, "fuse is True, or a mapping", id="fuse"),
         pytest.param({"rename": {"(": ""}}, ShardingError, "regular expression", id="rename"),
         pytest.param({"rename": {"(a)": r"\2"}}, ShardingError, "invalid group reference", id="replacement"),
@@ -168,6 +170,13 @@ def test_arguments_that_cannot_mean_anything_are_refused_where_they_are_given(
 ) -> None:
     with pytest.raises(error, match=message):
         RuleSlices(**arguments)
+
+
+@pytest.mark.parametrize(
+    "rules", [{"*": Split(0)}, [("*", Split(0))], iter([("*", Split(0))])], ids=lambda it: type(it).__name__
+)
+def test_rules_are_what_the_functions_take(rules: Any) -> None:
+    assert RuleSlices(rules=rules) == RuleSlices(rules=ShardRules({"*": Split(0)}))
 
 
 def test_a_rank_beyond_the_mesh_is_refused() -> None:

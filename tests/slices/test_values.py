@@ -39,6 +39,7 @@ MOVES = st.integers(0, 4).flatmap(
         pytest.param(lambda: ResultSpec(name="a", dtype="F33", shape=()), id="no-such-dtype"),
         pytest.param(lambda: ResultSpec(name="a", dtype="F32", shape=(-1,)), id="shape-below-zero"),
         pytest.param(lambda: ResultSpec(name="a", dtype="F32", shape=(1,), strides=()), id="strides-missing"),
+        pytest.param(lambda: ResultSpec(name="a", dtype="F32", shape=(1,), strides=(-1,)), id="stride-below-zero"),
     ],
 )
 def test_values_that_cannot_mean_anything_are_refused(make):
