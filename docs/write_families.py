@@ -17,7 +17,8 @@ from typing import Any
 from ray_streamer.sharding.families import FAMILIES, RENAMED, Family, Role, Weight
 
 PAGE = Path(__file__).with_name("families.md")
-SUPPORT = Path(__file__).parents[1] / "tests" / "sharding"
+ROOT = Path(__file__).parents[1]
+SUPPORT = ROOT / "tests" / "sharding"
 ORACLES = (
     "transformers",
     "from_tp_plan",
@@ -206,7 +207,8 @@ def _cell(oracle: str, ranks: list[dict[str, Any]]) -> str:
 def run_oracles(folder: Path) -> list[dict[str, Any]]:
     """What every rank found; see tests/sharding/family_support/oracle_run.py."""
     command = [sys.executable, str(SUPPORT / "family_support" / "oracle_run.py"), str(folder)]
-    environment = os.environ | {"PYTHONPATH": str(SUPPORT), "OMP_NUM_THREADS": "1"}
+    # The families of these sources, whatever is installed.
+    environment = os.environ | {"PYTHONPATH": f"{SUPPORT}{os.pathsep}{ROOT}", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"the comparison failed:\n{done.stderr[-4000:]}")
