@@ -46,7 +46,7 @@ _SHUT_DOWN = "this model was shut down; load it again"
 class ShardedModel:
     """A checkpoint loaded over the ranks of a group of actors; use it as a context manager, or call `shutdown`.
 
-    Made by `load_sharded`.
+    Made by `load_sharded`. Once it is shut down, whatever needs its ranks is a `ClusterError`.
 
     Attributes:
         worker_class: What stands on each rank.
@@ -117,6 +117,8 @@ class ShardedModel:
         if plan is None:
             assert self._loads is not None
             assert self._terms is not None
+            if not self._terms.is_planned_here:
+                self._ready()
             plan = self._plan = self._loads.plan(self._terms)
         return plan
 

@@ -8,17 +8,15 @@ node.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from numbers import Real
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
 from ray_streamer.errors import ClusterError, SettingsError
 from ray_streamer.units import counted
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from ray.util.placement_group import PlacementGroup
 
 Strategy = Literal["auto", "STRICT_PACK", "PACK", "SPREAD", "STRICT_SPREAD"]
@@ -43,6 +41,9 @@ class PlacementOptions:
         label_selector: Node labels that an own placement group asks for, in Ray's syntax.
         runtime_env: Ray runtime environment of the actors.
         wait_for_nodes: Wait for nodes that are not there yet, as an autoscaling cluster needs, instead of refusing.
+
+    Raises:
+        SettingsError: A value cannot mean anything.
     """
 
     num_cpus_per_rank: float = 1
@@ -58,8 +59,7 @@ class PlacementOptions:
     def __post_init__(self) -> None:
         if self.strategy not in get_args(Strategy):
             raise SettingsError(f"strategy is one of {', '.join(get_args(Strategy))}, not {self.strategy!r}")
-        if not isinstance(self.resources, Mapping):
-            raise SettingsError(f"resources are a mapping of name to amount, got {type(self.resources).__name__}")
+        self._check_kinds()
         reserved = sorted({"CPU", "GPU", "memory", "object_store_memory"} & set(self.resources))
         if reserved:
             raise SettingsError(f"resources={dict(self.resources)!r} may not name {reserved}: Ray counts these itself")
@@ -75,6 +75,27 @@ class PlacementOptions:
             raise SettingsError(f"bundle_indices={list(self.bundle_indices)!r} need the placement_group they belong to")
         if self.label_selector and self.placement_group is not None:
             raise SettingsError("label_selector is for an own placement group; the given one is placed already")
+
+    def _check_kinds(self) -> None:
+        """Refuses values that are not even of the right kind."""
+        if not isinstance(self.resources, Mapping):
+            raise SettingsError(f"resources are a mapping of name to amount, got {type(self.resources).__name__}")
+        if not isinstance(self.label_selector, Mapping) or not all(
+            isinstance(text, str) for label in self.label_selector.items() for text in label
+        ):
+            raise SettingsError(f"label_selector is a mapping of label to text, got {self.label_selector!r}")
+        if not isinstance(self.runtime_env, Mapping | None):
+            raise SettingsError(f"runtime_env is a mapping as Ray takes it, got {type(self.runtime_env).__name__}")
+        if self.placement_group is not None and not hasattr(self.placement_group, "ready"):
+            raise SettingsError(
+                "placement_group is one that ray.util.placement_group(bundles) made, got "
+                f"{type(self.placement_group).__name__}"
+            )
+        if self.bundle_indices is not None and not (
+            isinstance(self.bundle_indices, Sequence)
+            and all(isinstance(index, Integral) for index in self.bundle_indices)
+        ):
+            raise SettingsError(f"bundle_indices are a list of numbers of bundles, got {self.bundle_indices!r}")
 
     @property
     def bundle(self) -> dict[str, float]:

@@ -220,6 +220,10 @@ def test_a_killed_rank_is_named_and_restarted_and_the_other_keeps_its_tensors(
         with pytest.raises(ObjectMissingError):
             model.reload(f"{single_file.uri}-not")
         assert model.run(addresses) == again, "what cannot be read costs nothing"
+        model.reload()
+    # The plan was not asked for since.
+    with pytest.raises(ClusterError, match="this model was shut down; load it again"):
+        model.gather(Q_PROJ)
 
 
 def test_reloads_and_restarts_of_several_threads_run_one_after_the_other(

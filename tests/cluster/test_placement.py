@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -103,6 +104,10 @@ def test_group_by_node_keeps_every_rank_with_its_node(node_ids: list[str]) -> No
     assert all(len({node_ids[rank] for rank in ranks}) == 1 for ranks in groups)
 
 
+# What is asked of a placement group before Ray is.
+GROUP = SimpleNamespace(ready=None)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -117,8 +122,18 @@ def test_group_by_node_keeps_every_rank_with_its_node(node_ids: list[str]) -> No
         pytest.param({"num_gpus_per_rank": 1.5}, "whole number", id="one-and-a-half-gpus"),
         pytest.param({"resources": {"GPU": 1}}, "may not name", id="gpu-as-custom-resource"),
         pytest.param({"bundle_indices": [0]}, "need the placement_group", id="indices-without-group"),
+        pytest.param({"bundle_indices": 5, "placement_group": GROUP}, "bundle_indices are a list", id="one-index"),
+        pytest.param({"bundle_indices": ["0"], "placement_group": GROUP}, "bundle_indices are a", id="index-as-text"),
         pytest.param(
-            {"placement_group": object(), "label_selector": {"a": "b"}}, "label_selector", id="labels-in-group"
+            {"placement_group": [{"CPU": 1}]}, "placement_group is one that ray.*got list", id="bundles-as-group"
+        ),
+        pytest.param({"runtime_env": "env.yaml"}, "runtime_env is a mapping", id="runtime-env-as-text"),
+        pytest.param({"label_selector": "zone=far"}, "label_selector is a mapping", id="labels-as-text"),
+        pytest.param(
+            {"label_selector": {"zone": 5}}, "label_selector is a mapping of label to text", id="label-as-number"
+        ),
+        pytest.param(
+            {"placement_group": GROUP, "label_selector": {"a": "b"}}, "is placed already", id="labels-in-group"
         ),
     ],
 )
