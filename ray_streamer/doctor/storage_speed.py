@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 NUM_STREAMS = (1, 2, 4, 8, 16, 32, 64)
 _BLOCKS_OF_A_STREAM = 2
+_SMALLEST_BLOCK_BYTES = MIB // 4
 _ENOUGH_SECONDS = 2.0
 _FRESH_AND_TOUCHED = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE
 _NO_STREAM = 20e9
@@ -86,7 +87,7 @@ def measure_storage(
     Args:
         storage: Open on the checkpoint.
         index: Its headers.
-        block_bytes: The size of requests that a load would make.
+        block_bytes: The size of requests that a load would make; halved where no file has a whole block.
         num_streams: Reads in flight, one after the other.
 
     Raises:
@@ -94,6 +95,9 @@ def measure_storage(
     """
     measured: list[Measured] = []
     read_until = 0
+    largest_bytes = max((file.size_bytes for file in index.files), default=0)
+    while block_bytes > max(largest_bytes, _SMALLEST_BLOCK_BYTES):
+        block_bytes //= 2
     places = _places(index, block_bytes)
     for number in num_streams:
         chosen = [place for _, place in zip(range(_BLOCKS_OF_A_STREAM * number), places, strict=False)]
@@ -107,7 +111,7 @@ def measure_storage(
     for size in (block_bytes // 4, block_bytes * 4):
         fresh = _places(index, size, read_until=read_until)
         chosen = [place for _, place in zip(range(best.num_streams), fresh, strict=False)]
-        if len(chosen) == best.num_streams and size >= MIB // 4:
+        if len(chosen) == best.num_streams and size >= _SMALLEST_BLOCK_BYTES:
             measured.append(_measure(storage, chosen, best.num_streams, size))
             read_until = max(place.extent.stop for place in chosen)
     return measured

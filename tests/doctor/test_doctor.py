@@ -200,6 +200,17 @@ def test_an_endpoint_that_is_slow_to_answer(s3_server, s3_credentials, tmp_path)
     assert examination.prediction.best_seconds < examination.prediction.seconds / 2
 
 
+def test_files_without_a_whole_block_are_measured_with_smaller_ones(s3_server, s3_credentials, tmp_path):
+    write_checkpoint(tmp_path, [TensorSpec("up_proj.weight", "F32", (512, 1024))])
+    uri = s3_server.upload_folder(tmp_path, "doctor-small", "model")
+    with FaultProxy(s3_credentials.endpoint_url) as proxy:
+        request = request_of(uri, s3_endpoint_url=proxy.url)
+        proxy.fail_next(*[Fault(delay_seconds=0.25)] * 1000)
+        examination = examine(request, devices=NO_DEVICES, is_quick=True)
+    assert [each.block_bytes for each in examination.storage] == [2 << 20]
+    assert examination.prediction.bound == "first byte"
+
+
 @pytest.fixture
 def examined(s3_server, s3_credentials, tmp_path):
     """What the doctor says of a checkpoint of eight blocks on an S3 server, whose requests meet these faults."""
