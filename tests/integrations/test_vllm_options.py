@@ -6,6 +6,7 @@ import pytest
 
 from ray_streamer.errors import SettingsError
 from ray_streamer.integrations.vllm.options import LoaderOptions
+from ray_streamer.settings import SECRET_SETTINGS
 
 
 def test_nothing_said_is_the_models_own_folder_and_the_defaults():
@@ -71,3 +72,11 @@ def test_what_cannot_be_meant_is_refused_by_name(extra, message):
     with pytest.raises(SettingsError, match=message) as told:
         LoaderOptions.of(extra)
     assert "planted" not in str(told.value)
+
+
+def test_keys_that_are_listed_may_be_given():
+    with pytest.raises(SettingsError) as told:
+        LoaderOptions.of({"url": "s3://b"})
+    listed = str(told.value).partition("it takes ")[2].split(", ")
+    assert "s3_region" in listed
+    assert SECRET_SETTINGS.isdisjoint(listed)

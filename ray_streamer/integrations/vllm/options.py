@@ -52,7 +52,7 @@ class LoaderOptions:
                 f"model_loader_extra_config has {secrets[0]}, and vLLM logs its arguments; set {ENV_PREFIX}{secrets[0].upper()} in the "
                 "environment instead"
             )
-        known = {*OWN_KEYS, *Settings.model_fields}
+        known = {*OWN_KEYS, *Settings.model_fields} - SECRET_SETTINGS
         unknown = sorted(said.keys() - known)
         if unknown:
             raise SettingsError(
