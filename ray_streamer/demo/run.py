@@ -158,14 +158,22 @@ def _load_from_s3(checkpoint: Path, options: DemoOptions, announce: Callable[[st
         announce(f"uploading to S3 ({_SERVERS[server.kind]})")
         uri = server.upload_folder(checkpoint, "demo", checkpoint.name)
         storage = f"S3 ({_SERVERS[server.kind]})"
-        return _load(uri, storage, checkpoint, options, announce, environment=_s3_environment(server))
+        return _load(uri, storage, checkpoint, options, announce, store=_store_settings(server))
 
 
 _SERVERS = {"rgw": "RADOS Gateway", "moto": "moto"}
 
 
-def _s3_environment(server: S3Server) -> dict[str, str]:
-    return {**server.environment(), "AWS_EC2_METADATA_DISABLED": "true"}
+def _store_settings(server: S3Server) -> dict[str, Any]:
+    """What leads this process and the ranks to the server, whatever the environment says of other stores."""
+    return {
+        "s3_endpoint_url": server.endpoint_url,
+        "s3_region": server.region,
+        "s3_addressing": "path",
+        "s3_unsigned": False,
+        "s3_access_key_id": server.access_key,
+        "s3_secret_access_key": server.secret_key,
+    }
 
 
 def _load(
@@ -177,15 +185,13 @@ def _load(
     *,
     must_read: bool = True,
     page_cache: Literal["auto", "off"] = "auto",
-    environment: Mapping[str, str] | None = None,
+    store: Mapping[str, Any] | None = None,
 ) -> DemoLoad:
     from ray_streamer.api.sharded import load_sharded
-    from ray_streamer.cluster.placement import PlacementOptions
 
     announce(f"loading {uri} from {storage} into {options.tp} ranks")
-    settings = Settings.resolve(memory_limit=options.memory_limit, page_cache=page_cache)
-    placement = PlacementOptions(runtime_env={"env_vars": dict(environment)} if environment else None)
-    with load_sharded(uri, options.tp, settings=settings, placement=placement) as model:
+    settings = Settings.resolve(memory_limit=options.memory_limit, page_cache=page_cache, **(store or {}))
+    with load_sharded(uri, options.tp, settings=settings) as model:
         announce("comparing every tensor of every rank with safetensors")
         proofs = model.run(prove, str(checkpoint))
         return DemoLoad(storage=storage, must_read=must_read, report=model.stats(), proofs=tuple(proofs))

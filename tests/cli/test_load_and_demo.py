@@ -101,7 +101,11 @@ def test_a_load_that_fails_says_so_in_one_object(invoke, checkpoint, local_ray):
     assert "tp that works for every tensor: 1, 2, 4, 8" in error["message"]
 
 
-def test_demo_proves_every_rank_on_every_storage(invoke, tmp_path, local_ray):
+def test_demo_proves_every_rank_on_every_storage(invoke, tmp_path, local_ray, monkeypatch, caplog):
+    # Of a store that is none of the demo's, and answers nobody.
+    monkeypatch.setenv("RAY_STREAMER_S3_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("AWS_SESSION_TOKEN", "of-another-key")
     result = invoke("demo", "--folder", tmp_path, "--gigabytes", 0.005, "--tp", 2, "--json")
     assert result.exit_code == 0, result.output
     demo = json.loads(result.stdout)
@@ -115,6 +119,7 @@ def test_demo_proves_every_rank_on_every_storage(invoke, tmp_path, local_ray):
     # Copied out of a mapping, so what two ranks hold counts twice.
     assert warm["report"]["page_cache_bytes"] + warm["report"]["bytes_read"] >= warm["report"]["needed_bytes"]
     assert s3["report"]["uri"].startswith("s3://")
+    assert "the ranks look for themselves" not in caplog.text
     # A second demo finds what this one made.
     (folder,) = tmp_path.iterdir()
     before = {file.name: file.stat().st_mtime_ns for file in folder.iterdir()}
