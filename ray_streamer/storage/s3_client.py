@@ -196,7 +196,8 @@ def open_access(uri: str, settings: StorageSettings) -> S3Access:
     except (BotoCoreError, ValueError) as error:
         message = _USER_OF_A_URL.sub("//", str(error))
         # Of `s3_endpoint_url` it is known to have one.
-        scheme = ", write http:// or https:// before the host in AWS_ENDPOINT_URL" if "://" not in message else ""
+        lacks_scheme = message.startswith("Invalid endpoint: ") and "://" not in message
+        scheme = ", write http:// or https:// before the host in AWS_ENDPOINT_URL" if lacks_scheme else ""
         raise SettingsError(f"cannot open {uri}: {message}{scheme}; see s3_endpoint_url, s3_region and AWS_*") from None
     if "@" in client.meta.endpoint_url:
         raise SettingsError(f"cannot open {uri}: AWS_ENDPOINT_URL has credentials in it; use AWS_ACCESS_KEY_ID instead")

@@ -420,11 +420,14 @@ def test_an_endpoint_without_a_scheme(open_s3, monkeypatch):
     [
         ("s3://bucket/a", {"s3_endpoint_url": "http://localhost:100000"}, SettingsError),
         ("s3://Not_A Bucket/a", {}, SettingsError),
+        ("s3://bucket/a", {"s3_region": "no region"}, SettingsError),
+        ("s3://bucket/a", {"s3_ca_bundle": "/no/ca.pem"}, SettingsError),
     ],
 )
 def test_what_boto3_refuses_is_explained(open_s3, uri, settings, error_class):
-    with pytest.raises(error_class, match=r"s3://"):
+    with pytest.raises(error_class, match=r"s3://") as told:
         open_s3(uri, **settings).read_head("a", 1)
+    assert "before the host" not in str(told.value)
 
 
 def test_close_wakes_reads_in_flight(place, open_s3, etag, proxy):
