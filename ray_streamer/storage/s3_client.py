@@ -177,7 +177,7 @@ def open_access(uri: str, settings: StorageSettings) -> S3Access:
         origin, ca_file = _ca_file(session, settings)
         of_boto3 = boto3.Session(
             botocore_session=session,
-            region_name=settings.s3_region,
+            region_name=settings.s3_region or _region_for_an_empty_one(session),
             aws_access_key_id=_revealed(settings.s3_access_key_id),
             aws_secret_access_key=_revealed(settings.s3_secret_access_key),
             aws_session_token=_revealed(settings.s3_session_token),
@@ -216,6 +216,11 @@ def open_access(uri: str, settings: StorageSettings) -> S3Access:
         headers={"x-amz-request-payer": "requester"} if pays else {},
         credentials_timeout_seconds=settings.credentials_timeout_seconds,
     )
+
+
+def _region_for_an_empty_one(session: botocore.session.Session) -> str | None:
+    """What boto3 takes where none is named. For an empty one, as a template may leave it, it could not sign."""
+    return "us-east-1" if session.get_config_variable("region") == "" else None
 
 
 def _ca_file(session: botocore.session.Session, settings: StorageSettings) -> tuple[str, str]:

@@ -416,6 +416,17 @@ def test_an_endpoint_without_a_scheme(open_s3, monkeypatch):
 
 @pytest.mark.usefixtures("s3_credentials")
 @pytest.mark.parametrize(
+    ("name", "value"), [("AWS_CA_BUNDLE", ""), ("AWS_ENDPOINT_URL", "http://localhost:1 ")], ids=["authority", "port"]
+)
+def test_what_else_is_wrong_is_not_put_down_to_a_missing_scheme(open_s3, monkeypatch, name, value):
+    monkeypatch.setenv(name, value)
+    with pytest.raises(SettingsError) as caught:
+        open_s3("s3://bucket/a")
+    assert "before the host" not in str(caught.value)
+
+
+@pytest.mark.usefixtures("s3_credentials")
+@pytest.mark.parametrize(
     ("uri", "settings", "error_class"),
     [
         ("s3://bucket/a", {"s3_endpoint_url": "http://localhost:100000"}, SettingsError),

@@ -121,6 +121,17 @@ def test_the_setting_comes_before_the_profile(configure):
     access.client.close()
 
 
+@pytest.mark.parametrize("named_in", ["environment", "profile"])
+def test_an_empty_region_is_none(configure, named_in):
+    """A template of a pod leaves `AWS_DEFAULT_REGION=` empty; boto3 itself then signs for, and asks, a region of no name."""
+    profile, variables = ("[profile empty]\nregion =\n", {"AWS_PROFILE": "empty"})
+    configure(profile, variables if named_in == "profile" else {"AWS_DEFAULT_REGION": ""})
+    access = open_access("s3://models", Settings.resolve())
+    scheme, host, _, _, credential = address_of(access.client, "models")
+    assert (scheme, host, credential[0]) == ("https", "models.s3.amazonaws.com", "us-east-1")
+    access.client.close()
+
+
 @pytest.fixture
 def authorities(tmp_path):
     """Certificate files by who names them."""
