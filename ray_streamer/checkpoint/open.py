@@ -36,7 +36,14 @@ from ray_streamer.checkpoint.shard_files import (
     tell_unnamed,
 )
 from ray_streamer.checkpoint.weight_map import parse_weight_map
-from ray_streamer.errors import AccessError, CredentialsError, IndexMismatchError, ObjectMissingError, StorageError
+from ray_streamer.errors import (
+    AccessError,
+    CheckpointError,
+    CredentialsError,
+    IndexMismatchError,
+    ObjectMissingError,
+    StorageError,
+)
 from ray_streamer.units import counted, verb
 from ray_streamer.wording import listed, printable, shown
 
@@ -44,12 +51,15 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from ray_streamer.checkpoint.header import FileHeader
-    from ray_streamer.checkpoint.index import FoundBy
+    from ray_streamer.checkpoint.index import FoundBy, ShardFile
     from ray_streamer.checkpoint.weight_map import WeightMap
     from ray_streamer.storage.base import Storage
 
 ADAPTER_KEY = "adapter_config"
 """Where the config of an adapter's index has what its adapter_config.json says, beside the base model's config."""
+
+# Metadata of files in which torch's own writer keeps a part of each tensor; see its `HuggingFaceStorageWriter`.
+_PARTS_OF_DCP = "DCP_SHARDING_INFO"
 
 _logger = logging.getLogger(__name__)
 
@@ -89,7 +99,8 @@ def open_checkpoint(
         ObjectMissingError: Nothing is at `uri`, or a file that the index json or the files' own names tell of is missing.
         HeaderError: A header is malformed, or its file truncated.
         IndexMismatchError: Index json and headers disagree, and `strict_index` is set.
-        CheckpointError: Something else of the checkpoint is malformed, or it is not in safetensors format.
+        CheckpointError: Something else of the checkpoint is malformed, it is not in safetensors format, or files hold parts of
+            tensors.
         StorageError: Storage failed; see `Storage`.
     """
     location = locate(uri)
@@ -102,6 +113,7 @@ def open_checkpoint(
     reads = headers_of(storage, files.paths, concurrency=concurrency, head_bytes=head_bytes)
     _refuse_missing(storage, files, reads)
     found = [read for read in reads if read is not None]
+    _refuse_parts(storage, found)
     headers = tuple(_named_in_pipeline(header, files.components.get(file.path)) for file, header in found)
     reconciled = Reconciled(headers=headers)
     if files.weight_map is not None:
@@ -220,6 +232,16 @@ def _refuse_missing(storage: Storage, files: _Files, reads: Sequence[object | No
         f"{storage.uri} is incomplete: {listing} {do} not lead to a file, as links of a cache that was copied without its "
         "blobs, or was deleted since; fetch the folder again"
     )
+
+
+def _refuse_parts(storage: Storage, found: Sequence[tuple[ShardFile, FileHeader]]) -> None:
+    """Parts have the names of whole tensors, and no shape that tells them apart."""
+    path = next((file.path for file, header in found if _PARTS_OF_DCP in header.metadata), None)
+    if path is not None:
+        raise CheckpointError(
+            f"{full_name(storage, path)} holds parts of tensors, as torch's HuggingFaceStorageWriter writes them with "
+            "save_distributed=True; write with enable_consolidation=True, and load that folder"
+        )
 
 
 def _tell_disagreements(reconciled: Reconciled, weight_map: WeightMap, *, file: str, strict: bool) -> None:

@@ -38,7 +38,7 @@ from ray_streamer.api.process_group import this_machine
 from ray_streamer.api.rank_stream import RankCall, RankStream
 from ray_streamer.checkpoint.index_bytes import index_to_bytes
 from ray_streamer.checkpoint.named import open_index
-from ray_streamer.errors import CheckpointError, SettingsError
+from ray_streamer.errors import SettingsError
 from ray_streamer.integrations.dcp_plan import PlannedSlices
 from ray_streamer.named_checkpoint import NamedCheckpoint
 from ray_streamer.planning.topology import Topology
@@ -54,9 +54,6 @@ if TYPE_CHECKING:
     from ray_streamer.checkpoint import CheckpointIndex
     from ray_streamer.rank.statistics import RankStatistics
     from ray_streamer.storage import UrisLike
-
-_SHARDS_OF_DCP = "DCP_SHARDING_INFO"
-"""Metadata of safetensors files in which torch's own writer keeps a part of each tensor; see its `HuggingFaceStorageWriter`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,11 +128,6 @@ class StorageReader(TorchStorageReader):
             StorageError: Headers could not be read.
         """
         index = self._opened()
-        if _SHARDS_OF_DCP in index.metadata:
-            raise CheckpointError(
-                f"{index.uri} holds parts of tensors, as torch's HuggingFaceStorageWriter writes them with save_distributed=True; "
-                "write it with enable_consolidation=True, and load that folder"
-            )
         return Metadata(
             state_dict_metadata={name: _metadata(index, position) for position, name in enumerate(index.names)},
             storage_meta=StorageMeta(),

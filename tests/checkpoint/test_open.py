@@ -10,7 +10,7 @@ import threading
 
 import numpy as np
 import pytest
-import safetensors
+import safetensors.numpy
 
 from ray_streamer.checkpoint import CheckpointLocation, ShardFile, locate, open_checkpoint
 from ray_streamer.errors import (
@@ -100,6 +100,28 @@ def test_index_json_names_the_files_and_others_are_left_alone(place, opened):
 
 def test_single_file_wins_over_others_without_index(place, opened):
     assert opened(place({"model.safetensors": shard(A), "other.safetensors": shard(B)})).names == ("a",)
+
+
+@pytest.fixture
+def parts():
+    """A folder as two ranks leave it that save with `HuggingFaceStorageWriter(save_distributed=True)`; 'a' is cut in two."""
+    offsets = [{"a": {"saved_offsets": [0]}, "b": {"saved_offsets": [0]}}, {"a": {"saved_offsets": [1]}}]
+    tensors = [{"a": np.zeros(1, np.float32), "b": np.zeros(3, np.uint8)}, {"a": np.ones(1, np.float32)}]
+    names = [f"shard-0000{number}-model-00001-of-00001.safetensors" for number in (1, 2)]
+    return {
+        name: safetensors.numpy.save(part, {"DCP_SHARDING_INFO": json.dumps(where), "DCP_VERSION": "1.0"})
+        for name, part, where in zip(names, tensors, offsets, strict=True)
+    }
+
+
+@pytest.mark.parametrize("have", ["all", "one", "index", "uri"])
+def test_files_with_parts_of_tensors_are_not_taken_for_whole_ones(parts, place, opened, have):
+    last = max(parts)
+    files = {"all": parts, "index": {**parts, INDEX: index_json({"a": last, "b": min(parts)})}}.get(
+        have, {last: parts[last]}
+    )
+    with pytest.raises(CheckpointError, match=r"holds parts of tensors.*enable_consolidation=True"):
+        opened(f"{place(files)}/{last}" if have == "uri" else place(files))
 
 
 def test_without_index_all_files_count_but_consolidated_ones(place, opened):
