@@ -21,15 +21,14 @@ import botocore.session
 from botocore import UNSIGNED
 from botocore.awsrequest import AWSResponse
 from botocore.config import Config
-from botocore.exceptions import BotoCoreError, ClientError, CredentialRetrievalError, ProfileNotFound
+from botocore.exceptions import BotoCoreError, ProfileNotFound
 from botocore.handlers import validate_bucket_name
 from botocore.httpsession import get_cert_path
 from botocore.loaders import create_loader
 
-from ray_streamer.errors import AccessError, CredentialsError, RayStreamerError, SettingsError, StorageError
-from ray_streamer.storage.bounded_call import call_within
+from ray_streamer.errors import AccessError, SettingsError, StorageError
 from ray_streamer.storage.object_store import Request
-from ray_streamer.storage.redaction import NO_SECRETS
+from ray_streamer.storage.s3_faults import said_by, with_credentials_within
 from ray_streamer.storage.s3_location import S3Location
 from ray_streamer.storage.trust import context_trusting
 
@@ -47,7 +46,6 @@ _SESSION_SECONDS = 300
 _SESSION_RENEWED_AFTER_SECONDS = 30
 # What boto3 knows about S3 is parsed once per process: for every client anew it took four fifths of the time to make one.
 _SERVICE_DATA = create_loader()
-_LOOK_AT = "look at credential_process in the profile, AWS_WEB_IDENTITY_TOKEN_FILE and the metadata service"
 _USER_OF_A_URL = re.compile(r"//[^/@\s]*@")
 
 
@@ -98,9 +96,9 @@ class S3Access:
 
     def _in_time(self, sign: Callable[[], _Result]) -> _Result:
         try:
-            return _with_credentials_within(self.credentials_timeout_seconds, sign)
+            return with_credentials_within(self.credentials_timeout_seconds, sign)
         except ValueError as error:
-            raise StorageError(f"boto3 cannot sign: {_said_by(error)}") from None
+            raise StorageError(f"boto3 cannot sign: {said_by(error)}") from None
 
 
 def _request_of(request: AWSPreparedRequest) -> Request:
@@ -130,37 +128,6 @@ def _keep_unsent(request: AWSPreparedRequest, **_: Any) -> AWSResponse:
     return AWSResponse(request.url, 200, {}, _NoBody())
 
 
-def _with_credentials_within(seconds: float, call: Callable[[], _Result]) -> _Result:
-    """What boto3 does that may need credentials, which it may look for without end: in a program that hangs, say.
-
-    Raises:
-        CredentialsError: It found none, or none in time; or programs, files or servers that it asked failed in a way of their own.
-    """
-    try:
-        return call_within(seconds, call, what="credentials")
-    except CredentialRetrievalError as error:
-        # Its words are what a program said, of which nobody knows what it is.
-        raise CredentialsError(
-            f"boto3 found no credentials: {error.kwargs.get('provider')} failed; {_LOOK_AT}"
-        ) from None
-    except (BotoCoreError, ClientError, RayStreamerError, ValueError):
-        raise
-    except TimeoutError:
-        raise CredentialsError(
-            f"boto3 found no credentials in {seconds:g} s (credentials_timeout_seconds); {_LOOK_AT}; "
-            "AWS_EC2_METADATA_DISABLED=true turns that off"
-        ) from None
-    except Exception as error:
-        # A token file that is not there, a program whose answer has another form, credentials that have ended when they come.
-        raise CredentialsError(
-            f"boto3 found no credentials: {_said_by(error)}; {_LOOK_AT}, and at this machine's clock"
-        ) from None
-
-
-def _said_by(error: Exception) -> str:
-    return f"{type(error).__name__}: {NO_SECRETS.clean(str(error)).rstrip('.')}"
-
-
 def open_access(uri: str, settings: StorageSettings) -> S3Access:
     """A client for `uri`; nothing is sent yet, and credentials are looked for at the first request.
 
@@ -183,7 +150,7 @@ def open_access(uri: str, settings: StorageSettings) -> S3Access:
             aws_session_token=_revealed(settings.s3_session_token),
         )
         config = _client_config(location, settings, session.get_scoped_config())
-        client = _with_credentials_within(
+        client = with_credentials_within(
             settings.credentials_timeout_seconds,
             lambda: of_boto3.client("s3", endpoint_url=settings.s3_endpoint_url, verify=ca_file, config=config),
         )
