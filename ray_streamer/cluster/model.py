@@ -8,7 +8,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, Self
 
 from ray_streamer.cluster.gather import assemble, find_parts
 from ray_streamer.cluster.group import WorkerGroup
@@ -243,6 +243,13 @@ class ShardedModel:
             state = "loading"
         axes = ", ".join(f"{axis}={self.mesh.axis_size(axis)}" for axis in self.mesh.axes)
         return f"ShardedModel({self._request.uri!r}, {axes}, {state})"
+
+    def __reduce__(self) -> NoReturn:
+        """What Ray asks for when a task or an actor is given this; else its error would be about locks."""
+        raise ClusterError(
+            f"{self} belongs to the process that loaded it, and cannot be sent to another one: hand on what run() and gather() "
+            "return, or call load_sharded in the actor that uses the model"
+        )
 
     def __enter__(self) -> Self:
         return self

@@ -144,6 +144,21 @@ def test_gather_of_a_name_that_is_not_there(model: ShardedModel) -> None:
         model.gather("no_such_tensor")
 
 
+@pytest.mark.parametrize("how", ["argument", "closure", "put", "run"])
+def test_a_model_that_is_sent_to_another_process(model: ShardedModel, how: str) -> None:
+    task = ray.remote(num_cpus=0)(lambda *_: None if how == "argument" else model)
+    send: dict[str, Callable[[], object]] = {
+        "argument": lambda: task.remote(model),
+        "closure": lambda: task.remote(),
+        "put": lambda: ray.put(model),
+        "run": lambda: model.run(lambda _: repr(model)),
+    }
+    with pytest.raises(
+        ClusterError, match=r"ShardedModel\(.*belongs to the process that loaded it.*load_sharded in the actor"
+    ):
+        send[how]()
+
+
 def test_a_model_is_one_line_and_says_how_it_is(model: ShardedModel, checkpoint: Any) -> None:
     assert repr(model).startswith(f"ShardedModel({checkpoint.uri!r}, ")
     assert "tp=2" in repr(model)
