@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 MAX_ERROR_BYTES = 64 << 10
 """So much of an answer's body is looked at."""
 
+# From 520 on: what Cloudflare says in place of 500 and 504 when the server behind it fails.
+_FAILURES = frozenset({408, 500, 502, 504, *range(520, 525), 527})
 _LONG_SKEW_SECONDS = 300.0
 _MAX_RETRY_AFTER_SECONDS = 1e9
 
@@ -76,7 +78,7 @@ class Refusal:
                 error_class=ThrottledError,
                 retry_after_seconds=seconds_until(self.retry_after),
             )
-        if self.status in (408, 500, 502, 504) or self.code in self.FAILURE_CODES:
+        if self.status in _FAILURES or self.code in self.FAILURE_CODES:
             return PassingFault(f"the store failed, {message}")
         return self.lasting_error(message)
 

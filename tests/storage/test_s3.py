@@ -186,6 +186,9 @@ def test_changed_while_a_body_is_resumed(place, open_s3, etag, proxy):
         (500, "InternalError"),
         (502, ""),
         (504, ""),
+        (520, ""),
+        (522, ""),
+        (524, ""),
     ],
 )
 def test_passing_faults_pass(place, open_s3, etag, proxy, status, code):
