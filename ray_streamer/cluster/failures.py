@@ -66,7 +66,7 @@ def explain_failure(rank: int, error: RayError) -> FailedCall:
     if isinstance(error, RayTaskError):
         cause: BaseException = error.cause
         if isinstance(cause, RayError):
-            return FailedCall(rank, ClusterError(_one_line(cause)), error)
+            return FailedCall(rank, ClusterError(_one_line(cause) + _hint(cause)), error)
         cause.add_note(f"on rank {rank}, {_plain(error)}")
         return FailedCall(rank, cause, error)
     if isinstance(error, ActorUnavailableError):
@@ -116,7 +116,14 @@ def ray_errors_translated(doing: str) -> Iterator[None]:
 
 def _one_line(error: RayError) -> str:
     # The lines of a dead actor's message that start with a tab are Ray's own names for it.
-    return " ".join(" ".join(line for line in _plain(error).splitlines() if not line.startswith("\t")).split())
+    # That of a value which cannot be unpickled ends with the frames of Ray's own code.
+    text = _plain(error).partition("\ntraceback: ")[0]
+    return " ".join(" ".join(line for line in text.splitlines() if not line.startswith("\t")).split())
+
+
+def _hint(error: RayError) -> str:
+    is_absent = "No module named" in str(error)
+    return "; give it to all nodes with the job's working_dir or py_modules" if is_absent else ""
 
 
 def _plain(error: RayError) -> str:

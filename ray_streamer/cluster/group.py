@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 import time
 import weakref
 from contextlib import ExitStack, suppress
@@ -99,6 +100,7 @@ class WorkerGroup:
         self._actors: list[Any] = []
         self._facts: list[RankFacts] = []
         self._functions = CallersFunctions()
+        self._sending = threading.RLock()
         resources = ExitStack()
         # The finalizer also runs when the process ends, before Ray's own exit hook.
         self._process = os.getpid()
@@ -142,6 +144,8 @@ class WorkerGroup:
     ) -> list[Any]:
         """Run a method of the workers, on all ranks at once, and wait for all; the first failure wins.
 
+        Calls of several threads run one after the other, in the same order on every rank.
+
         When one rank fails, the others' workers are told to `abort(reason)`, given three seconds to return, and the
         group is shut down. When this process is interrupted, the group is shut down at once.
 
@@ -168,10 +172,12 @@ class WorkerGroup:
         calls = Calls({}, is_callers=is_callers)
         try:
             with ray_errors_translated(f"calling {method} on {counted(len(chosen), 'rank')}"):
-                for rank, more in zip(chosen, extra, strict=True):
-                    calls.add(rank, send(self._actors[rank].call, method, *args, *more))
-                    if is_callers:
-                        self._functions.add(rank, calls.refs[-1])
+                # All ranks get the calls of several threads in one order: a function may wait for itself on the other ranks.
+                with self._sending:
+                    for rank, more in zip(chosen, extra, strict=True):
+                        calls.add(rank, send(self._actors[rank].call, method, *args, *more))
+                        if is_callers:
+                            self._functions.add(rank, calls.refs[-1])
                 self._watch(calls, chosen, on_progress, method)
         except BaseException as error:
             if keep_on_failure:

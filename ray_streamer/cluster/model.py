@@ -144,6 +144,8 @@ class ShardedModel:
     def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
         """Calls `function(context, *args)` on every rank at once, beside its tensors.
 
+        Functions of several threads run one after the other, in the same order on every rank, so they may use collectives.
+
         Args:
             function: Picklable; its first argument is a `RankContext`.
             args: Picklable, the same for every rank.

@@ -8,6 +8,7 @@ constructor becomes the text of a dead actor.
 
 from __future__ import annotations
 
+import inspect
 import os
 import socket
 from typing import TYPE_CHECKING, Any
@@ -54,14 +55,20 @@ class RankActor:
         """Run a method of the worker on the main thread.
 
         Raises:
-            ClusterError: In place of an exception that pickle could not bring to the driver; says its type and text.
+            ClusterError: In place of an exception that pickle could not bring to the driver; says its type and text. Or the result
+                is a generator, of which Ray would bring the first value alone.
         """
         try:
-            return getattr(self._worker, method)(*args)
+            result = getattr(self._worker, method)(*args)
         except Exception as error:
             if _can_travel(error):
                 raise
             raise ClusterError(f"{type(error).__name__}: {error}") from error
+        if inspect.isgenerator(result):
+            raise ClusterError(
+                f"the result is the generator {result.__name__!r}, which cannot leave its process; return a list"
+            )
+        return result
 
     @ray.method(concurrency_group="control")
     def control(self, method: str, *args: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import importlib
 import os
 import signal
 import sys
@@ -33,6 +34,7 @@ from ray_streamer.settings import Settings
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     Check = Callable[..., None]
 
@@ -51,6 +53,13 @@ class Worker:
         self.doing = "nothing"
         self.reason: str | None = None
         self.aborted = threading.Event()
+        self.noted: list[str] = []
+
+    def note(self, name: str) -> None:
+        self.noted.append(name)
+
+    def notes(self) -> list[str]:
+        return self.noted
 
     def greet(self, *names: str) -> tuple[int, str, tuple[str, ...]]:
         return self.rank, self.greeting, names
@@ -559,6 +568,27 @@ def test_what_waits_for_a_function_of_the_callers_is_told_which_rank_runs_it(
         assert waiting.result(60) == [(0, "", ()), (1, "", ())]
 
 
+def test_calls_of_several_threads_run_in_one_order_on_every_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    first_is_half_sent, second_is_sent = threading.Event(), threading.Event()
+
+    def send_slowly(method: Any, name: str, *args: Any) -> Any:
+        ref = send(method, name, *args)
+        if args == ("first",) and not first_is_half_sent.is_set():
+            first_is_half_sent.set()
+            # As long as the second one waits for its turn, this is in vain.
+            second_is_sent.wait(1)
+        return ref
+
+    with start(2) as group, ThreadPoolExecutor(1) as pool:
+        monkeypatch.setattr("ray_streamer.cluster.group.send", send_slowly)
+        first = pool.submit(group.call, "note", "first")
+        assert first_is_half_sent.wait(60)
+        group.call("note", "second")
+        second_is_sent.set()
+        first.result(60)
+        assert group.call("notes") == [["first", "second"]] * 2
+
+
 def test_a_function_that_was_interrupted_is_still_known_to_run(monkeypatch: pytest.MonkeyPatch) -> None:
     with start(1) as group:
         interrupt = when_all_blocked(group, lambda: os.kill(os.getpid(), signal.SIGINT))
@@ -583,6 +613,19 @@ def test_a_forked_process_ends_nothing_and_calls_nothing() -> None:
             group.shutdown()
             os._exit(0)
         assert os.waitpid(pid, 0)[1] == 0
+        assert group.call("greet") == [(0, "", ())]
+
+
+def test_a_module_that_ranks_lack_is_named_with_the_way_to_bring_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "on_the_driver_only.py").write_text("class Value: pass")
+    with start(1) as group:
+        monkeypatch.syspath_prepend(tmp_path)
+        value = importlib.import_module("on_the_driver_only").Value()
+        with pytest.raises(RankFailedError, match=r"No module named 'on_the_driver_only'; .* working_dir") as caught:
+            group.call("greet", value, keep_on_failure=True)
+        assert "Traceback" not in str(caught.value)
         assert group.call("greet") == [(0, "", ())]
 
 

@@ -12,7 +12,7 @@ from ray_streamer.cluster.rank_actor import RankActor
 from ray_streamer.errors import ClusterError, ObjectMissingError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 
 class Two(Exception):
@@ -38,13 +38,16 @@ class Changing(Exception):
 
 
 class Worker:
-    """Raises what it is told to."""
+    """Raises what it is told to, or gives numbers one by one."""
 
     def __init__(self, rank: int, make: Callable[[], Exception]) -> None:
         self._make = make
 
     def work(self) -> None:
         raise self._make()
+
+    def numbers(self) -> Iterator[int]:
+        yield from range(3)
 
 
 def _raised(make: Callable[[], Exception]) -> Exception:
@@ -72,3 +75,10 @@ def test_what_does_not_travel_is_told(make: Callable[[], Exception], text: str) 
     told = pickle.loads(pickle.dumps(_raised(make)))
     assert type(told) is ClusterError
     assert str(told) == text
+
+
+def test_a_generator_is_refused_since_ray_would_bring_its_first_value_alone() -> None:
+    actor = RankActor("rank", 0)
+    actor.build(Worker, (KeyError,))
+    with pytest.raises(ClusterError, match=r"the generator 'numbers', .* return a list"):
+        actor.call("numbers")
