@@ -42,7 +42,7 @@ from ray_streamer.units import counted
 from ray_streamer.wording import listed
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from ray_streamer.cluster.facts import RankFacts
     from ray_streamer.exchange.liveness import Timeouts
@@ -172,12 +172,7 @@ class WorkerGroup:
         calls = Calls({}, is_callers=is_callers)
         try:
             with ray_errors_translated(f"calling {method} on {counted(len(chosen), 'rank')}"):
-                # All ranks get the calls of several threads in one order: a function may wait for itself on the other ranks.
-                with self._sending:
-                    for rank, more in zip(chosen, extra, strict=True):
-                        calls.add(rank, send(self._actors[rank].call, method, *args, *more))
-                        if is_callers:
-                            self._functions.add(rank, calls.refs[-1])
+                self._send(calls, method, {rank: (*args, *more) for rank, more in zip(chosen, extra, strict=True)})
                 self._watch(calls, chosen, on_progress, method)
         except BaseException as error:
             if keep_on_failure:
@@ -314,6 +309,14 @@ class WorkerGroup:
     def _await_start(self, calls: Calls, deadline: Deadline, doing: str = "start") -> None:
         places = [f"rank {rank} in {seat.name}" for rank, seat in enumerate(self._seats)]
         wait_for_start(calls, places, self._name.label, deadline, doing=doing, why_silent=self._functions.why_silent)
+
+    def _send(self, calls: Calls, method: str, args: Mapping[int, Sequence[Any]]) -> None:
+        # All ranks get the calls of several threads in one order: a function may wait for itself on the other ranks.
+        with self._sending:
+            for rank, given in args.items():
+                calls.add(rank, send(self._actors[rank].call, method, *given))
+                if calls.is_callers:
+                    self._functions.add(rank, calls.refs[-1])
 
     def _watch(
         self, calls: Calls, ranks: Sequence[int], on_progress: Callable[[list[Any]], None] | None, method: str

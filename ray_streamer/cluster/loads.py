@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import ray
 
 from ray_streamer.checkpoint.index_bytes import index_from_bytes, index_to_bytes
-from ray_streamer.errors import ClusterError, RankFailedError, RayStreamerError
+from ray_streamer.errors import AccessError, ClusterError, ObjectMissingError, RankFailedError, RayStreamerError
 from ray_streamer.exchange.liveness import Timeouts
 from ray_streamer.exchange.place import Place
 from ray_streamer.planning.limits import share_memory
@@ -153,8 +153,9 @@ class GroupLoads:
                 on_progress=self._on_progress,
                 keep_on_failure=again,
             )
-        except BaseException:
+        except BaseException as error:
             self.part()
+            _note_whose_access(terms, error)
             raise
         phases.end("load", of_which={"import": max(rank.seconds["device"] for rank in statistics)})
         return _report(terms, self._group, phases, agreed, statistics)
@@ -234,6 +235,16 @@ def _evidence(terms: LoadTerms, group: WorkerGroup, statistics: list[RankStatist
         logger.warning("the model is loaded, but there is no verdict on its load: %s", error)
         return Findings(untold=(f"No word on what bounded the load: {error}.",))
     return Evidence(traces, RequestedSettings.of(terms.request.settings), plan=terms.plan_here)
+
+
+def _note_whose_access(terms: LoadTerms, error: BaseException) -> None:
+    """Says so where this process could read what a rank is refused, as with keys that were set here after Ray had started."""
+    cause = error.cause if isinstance(error, RankFailedError) else error
+    if terms.is_planned_here and terms.request.is_remote and isinstance(cause, AccessError | ObjectMissingError):
+        error.add_note(
+            "This process could read the checkpoint. Ranks have the variables and credentials with which Ray was started on their nodes: "
+            "give them these by settings or by runtime_env (docs/s3.md#credentials)"
+        )
 
 
 @contextmanager

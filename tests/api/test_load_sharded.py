@@ -306,6 +306,18 @@ def test_s3_sends_each_byte_once(local_ray: None, checkpoint: Any, s3_server: An
     assert requests == sum(rank.num_requests for rank in report.ranks) + len(shard_files) + 2
 
 
+def test_credentials_that_only_the_driver_has_are_told_as_such(
+    local_ray: None, checkpoint: Any, s3_credentials: Any
+) -> None:
+    uri = s3_credentials.upload_folder(checkpoint.folder, "drivers-own")
+    with pytest.raises(RankFailedError, match="CredentialsError: no AWS credentials") as caught:
+        load(uri, settings=ray_streamer.Settings(s3_endpoint_url=s3_credentials.endpoint_url))
+    (note,) = caught.value.__notes__
+    assert note.startswith(
+        "This process could read the checkpoint. Ranks have the variables and credentials with which Ray"
+    )
+
+
 def test_progress_grows_while_a_load_is_not_waited_for(local_ray: None, checkpoint: Any, s3_credentials: Any) -> None:
     uri = s3_credentials.upload_folder(checkpoint.folder, "progress")
     seen: list[int] = []
