@@ -29,6 +29,11 @@ if TYPE_CHECKING:
 
 _DEATHS = (RayActorError, ActorUnschedulableError, NodeDiedError, OutOfMemoryError, WorkerCrashedError)
 
+_LESS_MEMORY = (
+    "Free memory on that node, or give ranks less of it, as by a smaller memory_limit or by more nodes; RAY_memory_usage_threshold, where "
+    "Ray is started, says how full a node may be"
+)
+
 
 @dataclass(frozen=True, slots=True)
 class FailedCall:
@@ -71,6 +76,8 @@ def explain_failure(rank: int, error: RayError) -> FailedCall:
         return FailedCall(rank, cause, error)
     if isinstance(error, ActorUnavailableError):
         return FailedCall(rank, f"actor unreachable: {_one_line(error)}", error)
+    if isinstance(error, OutOfMemoryError):
+        return FailedCall(rank, f"actor died: {_one_line(error)}. {_LESS_MEMORY}", error)
     if isinstance(error, _DEATHS):
         return FailedCall(rank, f"actor died: {_one_line(error)}", error)
     return FailedCall(rank, ClusterError(f"Ray lost the call: {type(error).__name__}: {_one_line(error)}"), error)
@@ -116,8 +123,8 @@ def ray_errors_translated(doing: str) -> Iterator[None]:
 
 def _one_line(error: RayError) -> str:
     # The lines of a dead actor's message that start with a tab are Ray's own names for it.
-    # That of a value which cannot be unpickled ends with the frames of Ray's own code.
-    text = _plain(error).partition("\ntraceback: ")[0]
+    # What follows is of Ray's own code, or of all processes of the node.
+    text = re.split(r"\n(?:traceback|Object store memory usage): ", _plain(error), maxsplit=1)[0]
     return " ".join(" ".join(line for line in text.splitlines() if not line.startswith("\t")).split())
 
 

@@ -23,7 +23,7 @@ from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, Any, Self
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import OutOfMemoryError, RayError
 
 from ray_streamer.arguments import whole_number
 from ray_streamer.cluster.address import why_ended_at_once
@@ -292,10 +292,10 @@ class WorkerGroup:
             failure = calls.failures[0]
             seat = self._seats[failure.rank]
             hint = why_ended_at_once(failure.cause) or why_lost(seat, failure.cause)
-            hint = hint or "Is ray_streamer installed on every node, or in the runtime_env?"
-            raise ClusterError(
-                f"rank {failure.rank} in {seat.name} did not start: {str(failure.cause).rstrip('.')}. {hint}"
-            ) from failure.origin
+            if hint is None and not isinstance(failure.origin, OutOfMemoryError):
+                hint = "Is ray_streamer installed on every node, or in the runtime_env?"
+            said = f"{str(failure.cause).rstrip('.')}. {hint}" if hint else failure.cause
+            raise ClusterError(f"rank {failure.rank} in {seat.name} did not start: {said}") from failure.origin
         return [calls.results[number] for number in numbers]
 
     def _begin_workers(self, ranks: Sequence[int]) -> Calls:

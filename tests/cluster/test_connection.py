@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from contextlib import AbstractContextManager
 
+# The actors cannot import a test module; they get its classes by value.
+ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+
 
 @pytest.fixture
 def dead_address(dead_port: int) -> str:
@@ -214,6 +217,37 @@ def test_a_ray_that_does_not_come_up_leaves_no_process(
     assert started
     wait_until(lambda: not started & children())
     assert not ray.is_initialized()
+
+
+def test_a_rank_that_rays_memory_monitor_ends_is_told_with_what_to_do(
+    no_other_ray: Path, monkeypatch: pytest.MonkeyPatch, starts_alone: Callable[[], AbstractContextManager[None]]
+) -> None:
+    monkeypatch.setenv("RAY_memory_monitor_refresh_ms", "50")
+    monkeypatch.setenv("RAY_memory_usage_threshold", "0.0001")
+    with starts_alone():
+        connection = connect("local", num_local_cpus=1)
+    try:
+        # In the start of the rank or in the call: the monitor may look in between.
+        with (
+            pytest.raises(ClusterError, match=r"running low on memory\. .* smaller memory_limit") as caught,
+            WorkerGroup(Sleeper, 1, timeouts=Timeouts.of(Settings(startup_timeout_seconds=60))) as group,
+        ):
+            group.call("sleep")
+    finally:
+        connection.close()
+    assert "is ray_streamer installed" not in str(caught.value).lower()
+    # Ray lists the command lines of the node's processes.
+    assert "COMMAND" not in str(caught.value)
+
+
+class Sleeper:
+    """What a rank holds that does nothing."""
+
+    def __init__(self, rank: int) -> None:
+        """Any rank."""
+
+    def sleep(self) -> None:
+        threading.Event().wait(60)
 
 
 TASK_THAT_PRINTS = """

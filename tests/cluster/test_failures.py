@@ -81,6 +81,13 @@ def test_a_death_is_a_sentence(error: RayError, sentence: str) -> None:
     assert tell_failure(explained, NODES).__cause__ is error
 
 
+def test_what_ray_tells_of_other_processes_is_left_out() -> None:
+    table = "Object store memory usage: [- objects spillable: 0\n]\nTop 10 memory users: PID\tMEM(GB)\tCOMMAND\n1 0.5 serve --key=abc"
+    explained = explain_failure(1, OutOfMemoryError(f"1 worker(s) were killed.\nOOM kill reason: usage\n{table}"))
+    assert str(explained.cause).startswith("actor died: 1 worker(s) were killed. OOM kill reason: usage. Free memory")
+    assert "key=abc" not in str(explained.cause)
+
+
 def test_other_ray_errors_become_cluster_errors() -> None:
     lost = explain_failure(1, ObjectLostError("00", None, ""))
     assert type(lost.cause) is ClusterError
