@@ -4,7 +4,7 @@ Ray removes a placement group when the job that made it ends. A driver is its jo
 task or a Serve replica is not: when one is killed, or its handle goes out of scope, its ranks die with it, and their
 resources would stay reserved until the whole job ends.
 
-The keeper is detached and reserves nothing. It is there before the group, and knows the group by its name, so that no
+The keeper is detached, and reserves next to nothing, of the head node. It is there before the group, and knows the group by its name, so that no
 moment is left in which a caller that dies leaves a group behind. It looks once a second whether Ray still counts the
 owner's process and node as alive, and ends with its group, whoever ends that.
 """
@@ -19,12 +19,13 @@ import ray
 import ray._private.state
 from ray.exceptions import RayError
 from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 if TYPE_CHECKING:
     from ray_streamer.cluster.names import GroupName
 
 _NAMESPACE = "ray_streamer"
+# Ray gives one of it to the head node. A soft affinity to that node would be followed most times only, and a hard one ends with the node.
+_ON_THE_HEAD = {"node:__internal_head__": 0.0001}
 _LOOK_SECONDS = 1.0
 _LOOKS_AFTER_THE_OWNER = 3
 _MOST_LOOKS_FOR_ACCEPTANCE = 500
@@ -50,7 +51,7 @@ class Keeper:
 
 
 _as_actor: Any = ray.remote
-_KeeperActor = _as_actor(num_cpus=0, max_restarts=-1)(Keeper)
+_KeeperActor = _as_actor(num_cpus=0, resources=_ON_THE_HEAD, max_restarts=-1)(Keeper)
 
 
 def is_needed() -> bool:
@@ -61,18 +62,16 @@ def is_needed() -> bool:
 def start_keeper(name: GroupName) -> Any:
     """The handle of a keeper that watches this process; make the group after it, and kill it after the group.
 
-    It starts on another node than this one where there is one, since a node may be lost with all that runs there.
+    It runs on the head node: any other one may be lost, and no autoscaler removes one on which an actor runs.
     """
     context = ray.get_runtime_context()
-    here = context.get_node_id()
-    nodes = sorted(node["NodeID"] for node in ray.nodes() if node["Alive"])
-    elsewhere = next((node for node in nodes if node != here), here)
     keeper = _KeeperActor.options(
         lifetime="detached",
         namespace=_NAMESPACE,
         name=name.keeper,
-        scheduling_strategy=NodeAffinitySchedulingStrategy(elsewhere, soft=True),
-    ).remote(name.keeper, name.group, context.get_worker_id(), here)
+        # Outside of the group that this process may be in.
+        scheduling_strategy="DEFAULT",
+    ).remote(name.keeper, name.group, context.get_worker_id(), context.get_node_id())
     _wait_until_accepted(keeper)
     return keeper
 

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import ray
-from ray.util.placement_group import placement_group_table
+from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from ray_streamer.cluster.group import WorkerGroup
 from ray_streamer.cluster.placement import PlacementOptions
@@ -117,6 +118,34 @@ def test_an_actor_killed_at_any_moment_of_its_start_leaves_nothing(seed: int, wa
     threading.Event().wait(random.Random(seed).uniform(0, 1.5))
     os.kill(pid_of_owner(), signal.SIGKILL)
     wait_until(lambda: num_groups() == 0 and all(a["State"] == "DEAD" for a in actors().values()))
+
+
+def keepers_nodes() -> list[str]:
+    actors = ray._private.state.actors().values()
+    return [a["Address"]["NodeID"] for a in actors if a["ActorClassName"] == "Keeper" and a["State"] == "ALIVE"]
+
+
+@pytest.mark.parametrize("is_in_group", [False, True])
+def test_a_keeper_stays_on_the_head_node_so_that_others_can_be_removed(
+    ray_cluster: str, wait_until: Check, *, is_in_group: bool
+) -> None:
+    nodes = {node["NodeManagerAddress"]: node["NodeID"] for node in ray.nodes()}
+    head = nodes.pop(ray_cluster.rpartition(":")[0])
+    (other,) = nodes.values()
+    strategy: Any = NodeAffinitySchedulingStrategy(other, soft=False)
+    if is_in_group:  # as a replica of Serve, whose actors get into its group unless they say otherwise
+        group = placement_group([{"CPU": 1}], _soft_target_node_id=other, strategy="STRICT_PACK")
+        strategy = PlacementGroupSchedulingStrategy(group, placement_group_capture_child_tasks=True)
+    owner = Owner.options(scheduling_strategy=strategy).remote()
+    try:
+        ray.get(owner.pids.remote())
+        wait_until(keepers_nodes)
+        assert keepers_nodes() == [head]
+    finally:
+        ray.kill(owner)
+        if is_in_group:
+            remove_placement_group(group)
+    wait_until(lambda: (num_groups(), num_keepers()) == (0, 0))
 
 
 def test_an_actor_whose_handle_goes_out_of_scope_leaves_nothing(wait_until: Check, assert_gone: Check) -> None:
