@@ -32,6 +32,16 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _connecting = threading.Lock()
+# Ray's threads are the parent's: what asks it something here waits for ever.
+_is_forked = threading.Event()
+
+
+def _note_fork() -> None:
+    if ray.is_initialized():
+        _is_forked.set()
+
+
+os.register_at_fork(after_in_child=_note_fork)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,9 +80,14 @@ def connect(
 
     Raises:
         ClusterError: The address cannot be understood or reached, asks for a token, or is not one of a Ray of this
-            version; or this process has started a Ray, and the address is that of another one.
+            version; or this process has started a Ray, and the address is that of another one; or it was forked from one that was connected.
     """
     check_address(address)
+    if _is_forked.is_set():
+        raise ClusterError(
+            "this process was forked from one that was connected to Ray, and Ray does not work in it; load before the fork, or start this "
+            'process with multiprocessing.get_context("spawn")'
+        )
     with _connecting:
         if ray.is_initialized():
             return _existing(address)

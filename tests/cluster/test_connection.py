@@ -11,6 +11,7 @@ import sys
 import tempfile
 import threading
 import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -147,6 +148,24 @@ def test_a_cluster_is_joined_by_its_address(ray_of_one_node: Any, caplog: pytest
     assert f"'10.0.0.9:6379' is not used: this process is connected to the Ray at {address}" in caplog.text
     connection.close()
     assert not ray.is_initialized()
+
+
+def test_a_process_that_was_forked_from_a_connected_one_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Ray itself does not promise to survive a fork, nor does the end of a test.
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    with warnings.catch_warnings():
+        # Python 3.12 and later warn of threads.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        pid = os.fork()
+    if pid == 0:
+        signal.alarm(30)
+        try:
+            connect()
+        except ClusterError as error:
+            os._exit(0 if "forked from" in str(error) else 1)
+        finally:
+            os._exit(2)
+    assert os.waitpid(pid, 0)[1] == 0
 
 
 def test_threads_that_connect_at_once_share_one_ray(monkeypatch: pytest.MonkeyPatch, short_folder: Path) -> None:
