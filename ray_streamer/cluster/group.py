@@ -1,4 +1,4 @@
-"""One actor per rank, from start to teardown: who sits where, what they are asked, and what happens when one fails.
+"""What are the ranks of a group asked, and what happens when one fails? One actor per rank, from start to teardown.
 
     seats ──> actors ──> facts ──> workers                     start: everything within one deadline
       │          │                                   │
@@ -8,13 +8,13 @@
       │          │                                   │
     removed <─ killed <──────────────────────────────┘         teardown: in reverse, also of a half-started group
 
-A seat is a reservation (`seats`), an actor is a `RankActor` around an ordinary worker object (`rank_actor`). Ranks are ordered by node,
-the driver's first. Nothing here knows what the workers do. Weights never pass through here; arguments and results are plans and reports.
+A seat is a reservation (`seats`), an actor is a `RankActor` around an ordinary worker object (`rank_actor`), and `started_ranks`
+starts them. Ranks are ordered by node, the driver's first. Nothing here knows what the workers do. Weights never pass through here;
+arguments and results are plans and reports.
 """
 
 from __future__ import annotations
 
-import logging
 import os
 import threading
 import time
@@ -23,21 +23,18 @@ from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, Any, Self
 
 import ray
-from ray.exceptions import OutOfMemoryError, RayError
+from ray.exceptions import RayError
 
 from ray_streamer.arguments import whole_number
-from ray_streamer.cluster.address import why_ended_at_once
-from ray_streamer.cluster.calls import Calls, ProgressPoll, kill, send
-from ray_streamer.cluster.failures import choose_cause, ray_errors_translated, tell_failure
+from ray_streamer.cluster.calls import Calls, ProgressPoll, send
+from ray_streamer.cluster.failures import ray_errors_translated
 from ray_streamer.cluster.functions import CallersFunctions, WaitForFunctions
-from ray_streamer.cluster.lost_nodes import wait_for_other_nodes, why_lost
 from ray_streamer.cluster.names import GroupName
 from ray_streamer.cluster.placement import PlacementOptions, group_by_node
 from ray_streamer.cluster.pulses import PulseWatch
-from ray_streamer.cluster.rank_actor import RemoteRank
-from ray_streamer.cluster.seats import Seat, take_seats
-from ray_streamer.cluster.waiting import Deadline, wait_for_start
-from ray_streamer.errors import ClusterError, RankFailedError, SettingsError
+from ray_streamer.cluster.started_ranks import StartedRanks
+from ray_streamer.cluster.waiting import Deadline
+from ray_streamer.errors import ClusterError, SettingsError
 from ray_streamer.units import counted
 from ray_streamer.wording import listed
 
@@ -46,8 +43,6 @@ if TYPE_CHECKING:
 
     from ray_streamer.cluster.facts import RankFacts
     from ray_streamer.exchange.liveness import Timeouts
-
-logger = logging.getLogger(__name__)
 
 # How often progress is asked for.
 _POLL_SECONDS = 0.25
@@ -90,16 +85,15 @@ class WorkerGroup:
             StartupTimeoutError: Room or answers did not come in time; names the silent seats.
             RankFailedError: A worker's constructor raised.
         """
-        self._worker_class = worker_class
-        self._args = tuple(args)
-        self._placement = placement or PlacementOptions()
-        self._name = GroupName(holding, num_ranks)
-        self._num_restarts = 0
         self._timeouts = timeouts
-        self._seats: list[Seat] = []
-        self._actors: list[Any] = []
-        self._facts: list[RankFacts] = []
         self._functions = CallersFunctions()
+        self._ranks = StartedRanks(
+            worker_class,
+            tuple(args),
+            name=GroupName(holding, num_ranks),
+            placement=placement or PlacementOptions(),
+            why_silent=self._functions.why_silent,
+        )
         self._sending = threading.RLock()
         resources = ExitStack()
         # The finalizer also runs when the process ends, before Ray's own exit hook.
@@ -107,7 +101,7 @@ class WorkerGroup:
         self._release = weakref.finalize(self, _close_in, self._process, resources)
         try:
             with ray_errors_translated(f"starting {counted(num_ranks, 'rank')}"):
-                self._start(resources, Deadline(timeouts.startup_seconds, is_called_off=is_called_off))
+                self._ranks.start(resources, Deadline(timeouts.startup_seconds, is_called_off=is_called_off))
         except BaseException:
             self.shutdown()
             raise
@@ -115,22 +109,22 @@ class WorkerGroup:
     @property
     def num_ranks(self) -> int:
         """How many ranks there are."""
-        return len(self._actors)
+        return len(self._ranks.handles)
 
     @property
     def actors(self) -> tuple[Any, ...]:
         """The actor handle of each rank."""
-        return tuple(self._actors)
+        return tuple(self._ranks.handles)
 
     @property
     def facts(self) -> tuple[RankFacts, ...]:
         """Where each rank runs, and what it saw there when it started."""
-        return tuple(self._facts)
+        return tuple(self._ranks.facts)
 
     @property
     def nodes(self) -> tuple[tuple[int, ...], ...]:
         """The ranks of each node; contiguous unless `bundle_indices` gave another order."""
-        return group_by_node([facts.node_id for facts in self._facts])
+        return group_by_node([facts.node_id for facts in self._ranks.facts])
 
     def call(
         self,
@@ -189,7 +183,7 @@ class WorkerGroup:
         Raises:
             ClusterError: A rank did not answer in time, raised, or is dead.
         """
-        asked = self._actors if ranks is None else [self._actors[rank] for rank in ranks]
+        asked = self._ranks.handles if ranks is None else [self._ranks.handles[rank] for rank in ranks]
         with ray_errors_translated(f"asking {counted(len(asked), 'rank')} for {method}"):
             return ray.get([actor.control.remote(method, *args) for actor in asked], timeout=timeout_seconds)
 
@@ -201,10 +195,10 @@ class WorkerGroup:
             StartupTimeoutError: It did not answer in time.
         """
         with ray_errors_translated(f"asking rank {rank} to {method}"):
-            calls = Calls({rank: self._actors[rank].call.remote(method, *args)})
-            self._await_start(calls, Deadline(self._timeouts.startup_seconds), doing=method)
+            calls = Calls({rank: self._ranks.handles[rank].call.remote(method, *args)})
+            self._ranks.await_start(calls, Deadline(self._timeouts.startup_seconds), doing=method)
         if calls.failures:
-            raise self._failure(calls)
+            raise self._ranks.failure_of(calls)
         return calls.results[rank]
 
     def checked_rank(self, rank: int) -> int:
@@ -228,15 +222,7 @@ class WorkerGroup:
         """
         deadline = Deadline(self._timeouts.startup_seconds)
         with ray_errors_translated(f"restarting rank {listed([*map(str, ranks)])}"):
-            kill([self._actors[rank] for rank in ranks])
-            wait_for_other_nodes({rank: self._seats[rank] for rank in ranks}, self._name, self._placement, deadline)
-            self._num_restarts += 1
-            for rank in ranks:
-                self._actors[rank] = self._start_actor(rank)
-            building = self._begin_workers(ranks)
-            for rank, facts in zip(ranks, self._ask_facts(ranks, deadline), strict=True):
-                self._facts[rank] = facts
-            self._await_workers(building, deadline)
+            self._ranks.restart(ranks, deadline)
 
     def shutdown(self) -> None:
         """Kill the actors and remove an own placement group; may be called again."""
@@ -259,74 +245,27 @@ class WorkerGroup:
         if not ray.is_initialized():
             raise ClusterError(f"cannot call {method}: Ray was shut down, and these workers with it")
 
-    def _start(self, resources: ExitStack, deadline: Deadline) -> None:
-        ranks = range(self._name.num_ranks)
-        self._seats += take_seats(self._name, self._placement, deadline=deadline, resources=resources)
-        resources.callback(kill, self._actors)
-        for rank in ranks:
-            self._actors.append(self._start_actor(rank))
-        building = self._begin_workers(ranks)
-        self._facts += self._ask_facts(ranks, deadline)
-        self._await_workers(building, deadline)
-        seconds = time.monotonic() - deadline.started
-        logger.info("started %s on %d nodes in %.1f s", self._name.label, len(self.nodes), seconds)
-
-    def _start_actor(self, rank: int) -> Any:
-        name = self._name.rank(rank, self._num_restarts)
-        try:
-            return RemoteRank.options(
-                name=name,
-                num_cpus=self._placement.num_cpus_per_rank,
-                num_gpus=self._placement.num_gpus_per_rank or 0,
-                resources=dict(self._placement.resources),
-                runtime_env=self._placement.runtime_env,
-                scheduling_strategy=self._seats[rank].scheduling_strategy,
-            ).remote(name, rank)
-        except (TypeError, ValueError) as error:
-            raise ClusterError(f"Ray refuses these options of an actor: {error}") from error
-
-    def _ask_facts(self, numbers: Sequence[int], deadline: Deadline) -> list[RankFacts]:
-        calls = Calls({number: self._actors[number].facts.remote() for number in numbers})
-        self._await_start(calls, deadline)
-        if calls.failures:
-            failure = calls.failures[0]
-            seat = self._seats[failure.rank]
-            hint = why_ended_at_once(failure.cause) or why_lost(seat, failure.cause)
-            if hint is None and not isinstance(failure.origin, OutOfMemoryError):
-                hint = "Is ray_streamer installed on every node, or in the runtime_env?"
-            said = f"{str(failure.cause).rstrip('.')}. {hint}" if hint else failure.cause
-            raise ClusterError(f"rank {failure.rank} in {seat.name} did not start: {said}") from failure.origin
-        return [calls.results[number] for number in numbers]
-
-    def _begin_workers(self, ranks: Sequence[int]) -> Calls:
-        return Calls({rank: send(self._actors[rank].build, self._worker_class, self._args) for rank in ranks})
-
-    def _await_workers(self, building: Calls, deadline: Deadline) -> None:
-        self._await_start(building, deadline)
-        if building.failures:
-            raise self._failure(building)
-
-    def _await_start(self, calls: Calls, deadline: Deadline, doing: str = "start") -> None:
-        places = [f"rank {rank} in {seat.name}" for rank, seat in enumerate(self._seats)]
-        wait_for_start(calls, places, self._name.label, deadline, doing=doing, why_silent=self._functions.why_silent)
-
     def _send(self, calls: Calls, method: str, args: Mapping[int, Sequence[Any]]) -> None:
         # All ranks get the calls of several threads in one order: a function may wait for itself on the other ranks.
         with self._sending:
             for rank, given in args.items():
-                calls.add(rank, send(self._actors[rank].call, method, *given))
+                calls.add(rank, send(self._ranks.handles[rank].call, method, *given))
                 if calls.is_callers:
                     self._functions.add(rank, calls.refs[-1])
 
     def _watch(
         self, calls: Calls, ranks: Sequence[int], on_progress: Callable[[list[Any]], None] | None, method: str
     ) -> None:
-        poll = ProgressPoll({rank: self._actors[rank] for rank in ranks})
+        poll = ProgressPoll({rank: self._ranks.handles[rank] for rank in ranks})
         next_poll = 0.0
         watch = PulseWatch(
-            self._actors, self._facts, self._timeouts, self._placement.runtime_env, waits_for_busy=calls.is_callers
+            self._ranks.handles,
+            self._ranks.facts,
+            self._timeouts,
+            self._ranks.placement.runtime_env,
+            waits_for_busy=calls.is_callers,
         )
-        waiting = WaitForFunctions(self._functions, method, self._name.label)
+        waiting = WaitForFunctions(self._functions, method, self._ranks.name.label)
         while calls.pending and not calls.failures:
             calls.collect(_POLL_SECONDS)
             waiting.tell(calls.pending, calls.refs)
@@ -339,20 +278,16 @@ class WorkerGroup:
         self._functions.forget_ended()
         if not calls.failures:
             return
-        self._abort(calls.pending, self._failure(calls))
+        self._abort(calls.pending, self._ranks.failure_of(calls))
         deadline = Deadline(_SETTLE_SECONDS)
         while calls.pending and deadline.remaining_seconds:
             calls.collect(deadline.remaining_seconds)
-        raise self._failure(calls)
-
-    def _failure(self, calls: Calls) -> RankFailedError:
-        alive = {failure.rank for failure in calls.failures} | calls.results.keys()
-        return tell_failure(choose_cause(calls.failures), [facts.node for facts in self._facts], alive=alive)
+        raise self._ranks.failure_of(calls)
 
     def _abort(self, ranks: Sequence[int], error: BaseException) -> None:
         for rank in ranks:
             with suppress(RayError):
-                self._actors[rank].control.remote("abort", f"{type(error).__name__}: {error}")
+                self._ranks.handles[rank].control.remote("abort", f"{type(error).__name__}: {error}")
 
 
 def _close_in(process: int, resources: ExitStack) -> None:
