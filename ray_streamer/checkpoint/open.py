@@ -32,6 +32,7 @@ from ray_streamer.checkpoint.shard_files import (
     SINGLE_NAME,
     adapter_files_of,
     is_of_adapter,
+    refuse_states_of_ranks,
     shard_files_of,
     tell_unnamed,
 )
@@ -224,6 +225,8 @@ def _refuse_missing(storage: Storage, files: _Files, reads: Sequence[object | No
     do = verb(len(missing), "does", "do")
     listing = listed([shown(path) for path in missing])
     if files.weight_map is not None:
+        # Where vLLM writes its sharded_state, the index json of the checkpoint is often copied to it.
+        refuse_states_of_ranks(_names_if_listed(storage), uri=storage.uri)
         raise ObjectMissingError(
             f"{full_name(storage, files.index_name)} names {counted(len(files.paths), 'file')}, of which {len(missing)} "
             f"{do} not exist: {listing}; fetch them from the same revision, or wait until they are uploaded"
@@ -232,6 +235,13 @@ def _refuse_missing(storage: Storage, files: _Files, reads: Sequence[object | No
         f"{storage.uri} is incomplete: {listing} {do} not lead to a file, as links of a cache that was copied without its "
         "blobs, or was deleted since; fetch the folder again"
     )
+
+
+def _names_if_listed(storage: Storage) -> list[str]:
+    try:
+        return storage.list()
+    except StorageError:
+        return []
 
 
 def _refuse_parts(storage: Storage, found: Sequence[tuple[ShardFile, FileHeader]]) -> None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING
 
-from ray_streamer.errors import ObjectMissingError
+from ray_streamer.errors import CheckpointError, ObjectMissingError
 from ray_streamer.storage.base import is_there
 from ray_streamer.units import counted, verb
 from ray_streamer.wording import NUM_LISTED, listed, printable, shown
@@ -48,6 +48,8 @@ _USUAL = re.compile(r"(?:diffusion_pytorch_model|model)(?:-[0-9]+-of-[0-9]+)?\.s
 _NUMBERED = re.compile(r"(.*(?:rank|part|shard)[-_.]?)([0-9]{1,9})(?![0-9])(.*)", re.IGNORECASE | re.DOTALL)
 # torch.distributed.checkpoint: shard-00001-model-00002-of-00003, where each writer has files of its own.
 _WRITER = re.compile(r"shard-[0-9]+-")
+# vLLM's sharded_state: what one rank holds after vLLM processed it, under the names of whole tensors.
+_STATE_OF_RANK = re.compile(r"model-rank-[0-9]+-part-[0-9]+\.safetensors")
 _UNFINISHED = (
     re.compile(r"(.+\.safetensors)\.(?:incomplete|part|partial|filepart|tmp|temp|crdownload|download)"),
     re.compile(r"\.(.+\.safetensors)\.[A-Za-z0-9]{6}"),
@@ -65,10 +67,13 @@ def shard_files_of(names: Sequence[str], *, uri: str) -> list[str]:
 
     Raises:
         ObjectMissingError: Names say that there are more files than the folder has; lists them.
+        CheckpointError: The files are what vLLM's ranks held.
 
     >>> shard_files_of(["model-1-of-2.safetensors", "model-2-of-2.safetensors", "notes.txt"], uri="s3://b/m")
     ['model-1-of-2.safetensors', 'model-2-of-2.safetensors']
     """
+    if SINGLE_NAME not in names:
+        refuse_states_of_ranks(names, uri=uri)
     found = _complete_files_of(names, (SINGLE_NAME, DIFFUSERS_NAME), is_meant=_is_of_model, uri=uri)
     beside = sorted(set(filter(_is_of_model, names)) - set(found))
     if beside:
@@ -76,6 +81,24 @@ def shard_files_of(names: Sequence[str], *, uri: str) -> list[str]:
             "%s: only %s is read; no index json names %s beside it", printable(uri), found[0], listed(beside)
         )
     return found
+
+
+def refuse_states_of_ranks(names: Sequence[str], *, uri: str) -> None:
+    """Refuses a folder of vLLM's sharded_state, whose files are no checkpoint.
+
+    Args:
+        names: Files of the folder.
+        uri: The folder, for messages.
+
+    Raises:
+        CheckpointError: It is one.
+    """
+    state = next(filter(_STATE_OF_RANK.fullmatch, names), None)
+    if state is not None:
+        raise CheckpointError(
+            f"{uri}: {state} holds the part of one rank, as vLLM's sharded_state writes it. Give the checkpoint that it was made "
+            "from, or load it with vLLM's --load-format sharded_state and as many ranks"
+        )
 
 
 def tell_unnamed(storage: Storage, paths: Sequence[str], *, index_name: str) -> None:

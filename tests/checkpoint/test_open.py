@@ -516,6 +516,24 @@ def test_a_tensor_in_two_files_without_an_index_to_decide(place, opened):
         opened(place(files))
 
 
+@pytest.mark.parametrize("ranks", [[0], [0, 1]])
+@pytest.mark.parametrize(
+    "index", [{}, {INDEX: index_json({"a": "model-00001-of-00001.safetensors"})}], ids=["", "index"]
+)
+def test_what_vllms_ranks_held_is_no_checkpoint(place, opened, ranks, index):
+    """Parts have the names of whole tensors. vLLM's example copies the index json of the checkpoint beside them."""
+    uri = place({f"model-rank-{rank}-part-0.safetensors": shard(A) for rank in ranks} | index)
+    with pytest.raises(CheckpointError, match=r"model-rank-0-part-0\.safetensors .* --load-format sharded_state"):
+        opened(uri)
+    assert opened(f"{uri}/model-rank-0-part-0.safetensors").names == ("a",)
+
+
+def test_a_checkpoint_beside_what_vllms_ranks_held_is_read(place, opened):
+    beside = {"model-rank-0-part-0.safetensors": shard(A)}
+    weight_map = {"a": "1.safetensors", "b": "2.safetensors"}
+    assert opened(place(TWO_FILES | beside | {INDEX: index_json(weight_map)})).names == ("a", "b")
+
+
 def test_truncated_file_names_the_file_and_the_missing_bytes(place, opened):
     uri = place(TWO_FILES | {"2.safetensors": shard(B)[:-2]})
     with pytest.raises(HeaderError, match=f"^{re.escape(uri)}/2.safetensors: 2 bytes are missing"):

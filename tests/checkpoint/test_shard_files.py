@@ -74,7 +74,7 @@ def test_numbers_that_count_nothing() -> None:
 
 
 @pytest.mark.parametrize(
-    "spelling", ["rank{}", "model-rank-{}-part-0", "model-rank-0-part-{}", "mp_rank_{:02d}", "shard.{:03d}"]
+    "spelling", ["rank{}", "stage-rank-{}-part-0", "stage-rank-0-part-{}", "mp_rank_{:02d}", "shard.{:03d}"]
 )
 def test_gaps_of_numbers_without_a_total(spelling: str) -> None:
     names = [f"{spelling}.safetensors".format(number) for number in (4, 5, 7)]

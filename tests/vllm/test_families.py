@@ -185,6 +185,25 @@ def test_another_models_weights_are_refused_by_vllm_itself(tmp_path):
         on_all_ranks(tmp_path / "llama", Layout(tp=2), [partial(ours, uri=str(tmp_path / "gpt2"))], tmp_path)
 
 
+def save_sharded_state(folder, _config, model):
+    from vllm.model_executor.model_loader import ShardedStateLoader
+
+    ShardedStateLoader.save_model(model, str(folder))
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_a_folder_of_vllms_sharded_state_is_refused(tp, tmp_path):
+    """It holds what ranks had after vLLM processed it. vLLM's example copies everything but the weights beside it."""
+    model, state = tmp_path / "model", tmp_path / "state"
+    save_checkpoint("llama", model)
+    shutil.copytree(model, state, ignore=shutil.ignore_patterns("*.safetensors"))
+    on_all_ranks(model, Layout(tp=tp), [stock], tmp_path, then=partial(save_sharded_state, state))
+    for _ in range(2):
+        with pytest.raises(AssertionError, match=r"CheckpointError.*model-rank-0-part-0.*--load-format sharded_state"):
+            on_all_ranks(state, Layout(tp=tp), [ours], tmp_path)
+        (state / "model.safetensors.index.json").unlink(missing_ok=True)
+
+
 def test_a_config_that_was_replaced_after_it_was_copied_ends_the_load(tmp_path, monkeypatch):
     """As where new files are pushed while `ray-streamer serve` starts; in a folder of the caller's it may be intended."""
     save_checkpoint("llama", tmp_path / "cache" / "model")
