@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import torch
 
 _LINEAR = re.compile(r".*\.layers\.\d+\..*_proj\.weight$")
-_AWQ_GROUP = 32
+_GROUP = 32
 _BLOCK = 128
 
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -42,13 +42,35 @@ CONFIGS: dict[str, dict[str, Any]] = {
             }
         },
     },
-    "awq": {"quant_method": "awq", "bits": 4, "group_size": _AWQ_GROUP, "zero_point": True, "version": "gemm"},
+    "w4a16": {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "ignore": ["lm_head"],
+        "config_groups": {
+            "group_0": {
+                "targets": ["Linear"],
+                "weights": {
+                    "num_bits": 4,
+                    "type": "int",
+                    "symmetric": False,
+                    "strategy": "group",
+                    "group_size": _GROUP,
+                    "dynamic": False,
+                },
+            }
+        },
+    },
+    "gptq": {"quant_method": "gptq", "bits": 4, "group_size": _GROUP, "desc_act": False, "sym": True},
+    "awq": {"quant_method": "awq", "bits": 4, "group_size": _GROUP, "zero_point": True, "version": "gemm"},
     "fp8": {"quant_method": "fp8", "weight_block_size": [_BLOCK, _BLOCK], "activation_scheme": "dynamic"},
 }
 """What config.json says of each."""
 
 SIZES: dict[str, dict[str, int]] = {
     "int8": {},
+    "w4a16": {},
+    "gptq": {},
     "awq": {},
     # Whole blocks for each of two ranks.
     "fp8": {"hidden_size": 256, "intermediate_size": 256, "num_key_value_heads": 4, "head_dim": 64},
@@ -85,18 +107,43 @@ def _int8(layer: str, rows: int, columns: int, generator: torch.Generator) -> di
     }
 
 
+def _w4a16(layer: str, rows: int, columns: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    import torch
+
+    return {
+        f"{layer}.weight_packed": _words(rows, columns // 8, generator),
+        f"{layer}.weight_zero_point": _words(rows // 8, columns // _GROUP, generator),
+        f"{layer}.weight_scale": torch.rand(rows, columns // _GROUP, generator=generator).to(torch.bfloat16),
+        f"{layer}.weight_shape": torch.tensor([rows, columns]),
+    }
+
+
+def _gptq(layer: str, rows: int, columns: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    import torch
+
+    return {
+        f"{layer}.qweight": _words(columns // 8, rows, generator),
+        f"{layer}.qzeros": _words(columns // _GROUP, rows // 8, generator),
+        f"{layer}.scales": torch.rand(columns // _GROUP, rows, generator=generator).to(torch.float16),
+        f"{layer}.g_idx": torch.arange(columns, dtype=torch.int32) // _GROUP,
+    }
+
+
 def _awq(layer: str, rows: int, columns: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
     import torch
 
-    def words(count: int) -> torch.Tensor:
-        return torch.randint(-(2**31), 2**31, (count, rows // 8), generator=generator).to(torch.int32)
-
-    scales = torch.rand(columns // _AWQ_GROUP, rows, generator=generator).to(torch.float16)
     return {
-        f"{layer}.qweight": words(columns),
-        f"{layer}.qzeros": words(columns // _AWQ_GROUP),
-        f"{layer}.scales": scales,
+        f"{layer}.qweight": _words(columns, rows // 8, generator),
+        f"{layer}.qzeros": _words(columns // _GROUP, rows // 8, generator),
+        f"{layer}.scales": torch.rand(columns // _GROUP, rows, generator=generator).to(torch.float16),
     }
+
+
+def _words(rows: int, columns: int, generator: torch.Generator) -> torch.Tensor:
+    """Of packed weights."""
+    import torch
+
+    return torch.randint(-(2**31), 2**31, (rows, columns), generator=generator).to(torch.int32)
 
 
 def _fp8(layer: str, rows: int, columns: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
@@ -108,4 +155,10 @@ def _fp8(layer: str, rows: int, columns: int, generator: torch.Generator) -> dic
     }
 
 
-_METHODS: dict[str, Callable[..., dict[str, torch.Tensor]]] = {"int8": _int8, "awq": _awq, "fp8": _fp8}
+_METHODS: dict[str, Callable[..., dict[str, torch.Tensor]]] = {
+    "int8": _int8,
+    "w4a16": _w4a16,
+    "gptq": _gptq,
+    "awq": _awq,
+    "fp8": _fp8,
+}

@@ -35,6 +35,14 @@ DIFFERENCES = {
 }
 """Of each family the names of tensors that lie otherwise, and why."""
 
+LEFT_OUT = {
+    # A fused layer has one shape: that of the last of its parts.
+    "w4a16": r"\.weight_shape$",
+    # Groups are in their order without desc_act.
+    "gptq": r"\.g_idx$",
+}
+"""Of each method the names of tensors that vLLM does not need."""
+
 
 def elements(said: RankSlices, index: CheckpointIndex) -> dict[str, Any]:
     """For each tensor the elements that a rank takes of it, in the order in which they lie in its results."""
@@ -94,5 +102,6 @@ def test_rules_say_what_vllms_loader_takes(family, tmp_path):
 @pytest.mark.parametrize("method", CONFIGS)
 def test_rules_say_what_vllms_loader_takes_of_quantized_weights(method, tmp_path):
     save_quantized(method, tmp_path / "model")
+    left_out = LEFT_OUT.get(method, "$^")
     for rank in on_all_ranks(tmp_path / "model", Layout(tp=2), [differing], tmp_path):
-        assert rank[0].said == []
+        assert [name for name in rank[0].said if not re.search(left_out, name)] == []
