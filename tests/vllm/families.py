@@ -198,6 +198,50 @@ def save_classifier(folder: Path) -> None:
     _say_in_config(folder, architectures=["LlamaForSequenceClassification"], id2label={"0": "no", "1": "yes"})
 
 
+def save_eagle3(folder: Path, *, draft_vocab_size: int = 128) -> None:
+    """An EAGLE-3 draft for a Llama: one layer, no embedding, and a head over a part of the vocabulary."""
+    import torch
+    from safetensors.torch import save_file
+
+    save_checkpoint("llama", folder, seed=1, num_hidden_layers=1)
+    tensors = {name.removeprefix("model.").replace("layers.0", "midlayer"): x for name, x in _taken_out(folder).items()}
+    del tensors["embed_tokens.weight"]
+    hidden = SMALL["hidden_size"]
+    for letter in "qkv":
+        rows = len(tensors[f"midlayer.self_attn.{letter}_proj.weight"])
+        tensors[f"midlayer.self_attn.{letter}_proj.weight"] = torch.randn(rows, 2 * hidden).bfloat16()
+    tensors["midlayer.hidden_norm.weight"] = torch.randn(hidden).bfloat16()
+    tensors["fc.weight"] = torch.randn(hidden, 3 * hidden).bfloat16()
+    tensors["lm_head.weight"] = torch.randn(draft_vocab_size, hidden).bfloat16()
+    tensors["d2t"] = torch.randint(0, 100, (draft_vocab_size,))
+    tensors["t2d"] = torch.rand(SMALL["vocab_size"]) > 0.5
+    save_file(tensors, folder / "model.safetensors")
+    _say_in_config(folder, architectures=["LlamaForCausalLMEagle3"], draft_vocab_size=draft_vocab_size)
+
+
+def save_with_mtp(folder: Path) -> None:
+    """A DeepSeek-V3 whose file has a layer more, which predicts the token after the next one."""
+    import torch
+    from safetensors.torch import save_file
+
+    save_checkpoint("deepseek_v3", folder)
+    tensors = _taken_out(folder)
+    last, added = "model.layers.1.", "model.layers.2."
+    tensors |= {name.replace(last, added): x.flip(0) for name, x in tensors.items() if name.startswith(last)}
+    hidden = SMALL["hidden_size"]
+    for name, shape in (
+        ("eh_proj", (hidden, 2 * hidden)),
+        ("enorm", (hidden,)),
+        ("hnorm", (hidden,)),
+        ("shared_head.norm", (hidden,)),
+        ("shared_head.head", (SMALL["vocab_size"], hidden)),
+        ("embed_tokens", (SMALL["vocab_size"], hidden)),
+    ):
+        tensors[f"{added}{name}.weight"] = torch.randn(shape).bfloat16()
+    save_file(tensors, folder / "model.safetensors")
+    _say_in_config(folder, num_nextn_predict_layers=1)
+
+
 def save_bge_m3(folder: Path) -> None:
     """An encoder whose two small heads lie beside its checkpoint, as torch saves them."""
     import torch

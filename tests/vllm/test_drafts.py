@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 import pytest
-from families import save_checkpoint
+from families import save_checkpoint, save_eagle3, save_with_mtp
 from loading import loader, ours
 from ranks import Layout, hashes_of, on_all_ranks, stock
 
@@ -58,3 +58,52 @@ def test_a_draft_in_the_targets_folder_is_read_where_the_target_is(tmp_path):
     for [rank] in on_all_ranks(config, Layout(tp=2), [partial(ours, uri=str(target))], tmp_path, then=then):
         # The names of a draft's layers differ by a prefix that is no part of parameters.
         assert rank.later == rank.after
+
+
+def propose(load_format: str, extra: dict[str, Any], config: Any, _model: Any) -> dict[str, str]:
+    """The draft that vLLM's own proposer loads, by the configuration of the engine."""
+    from vllm.config import LoadConfig
+    from vllm.v1.spec_decode.llm_base_proposer import SpecDecodeBaseProposer
+
+    class Proposer(SpecDecodeBaseProposer):
+        def __init__(self) -> None:
+            self.vllm_config, self.speculative_config = config, config.speculative_config
+            self.draft_model_config = config.speculative_config.draft_model_config
+
+    config.load_config = LoadConfig(load_format=load_format, model_loader_extra_config=extra)
+    return hashes_of(Proposer()._get_model())
+
+
+@pytest.mark.parametrize("is_runai", [False, True], ids=["draft_uri", "replace-runai"])
+@pytest.mark.parametrize("method", ["eagle3", "mtp"])
+def test_what_vllms_proposers_load_is_as_with_the_stock_loader(method, is_runai, tmp_path, s3_credentials, monkeypatch):
+    """From a store, in the words of this load format and in those of Run:ai's."""
+    target, draft = tmp_path / "target", tmp_path / "draft"
+    said = {"method": method, "num_speculative_tokens": 1}
+    uri, draft_uri = f"s3://drafts/{method}-target", f"s3://drafts/{method}-draft"
+    if method == "mtp":
+        save_with_mtp(target)
+        theirs, extra = said, {"uri": uri}
+    else:
+        save_checkpoint("llama", target)
+        save_eagle3(draft)
+        s3_credentials.upload_folder(draft, "drafts", f"{method}-draft")
+        theirs, extra = {**said, "model": str(draft)}, {"uri": uri, "draft_uri": draft_uri}
+    s3_credentials.upload_folder(target, "drafts", f"{method}-target")
+    proposed = partial(propose, "safetensors", {})
+    layout = Layout(tp=2, arguments={"speculative_config": theirs})
+    expected = [rank.later for [rank] in on_all_ranks(target, layout, [stock], tmp_path, then=proposed)]
+    model = target
+    if is_runai:
+        monkeypatch.setenv("RAY_STREAMER_REPLACE_RUNAI", "1")
+        monkeypatch.setenv("RAY_STREAMER_CACHE_DIR", str(tmp_path / "cache"))
+        model, extra = uri, {}
+        layout = Layout(
+            tp=2, arguments={"speculative_config": said if method == "mtp" else {**said, "model": draft_uri}}
+        )
+    # Nothing but the store has weights now.
+    for path in tmp_path.glob("*/*.safetensors"):
+        path.unlink()
+    proposed = partial(propose, "runai_streamer" if is_runai else "ray_streamer", extra)
+    mine = on_all_ranks(model, layout, [partial(ours, **extra)], tmp_path, then=proposed)
+    assert [rank.later for [rank] in mine] == expected
