@@ -121,6 +121,20 @@ def test_weights_are_cast_to_the_dtype_asked_for(folders):
     assert torch.equal(logits_of(model), own_logits(folders["mixtral"], dtype="float32"))
 
 
+@pytest.mark.parametrize("asked", ["auto", "float32", torch.float16, None])
+def test_a_dtype_may_have_its_older_name(folders, asked):
+    model = from_pretrained("auto", folders["llama"], torch_dtype=asked, settings=small())
+    own = transformers.AutoModelForCausalLM.from_pretrained(folders["llama"], torch_dtype=asked)
+    assert (model.dtype, model.config.dtype) == (own.dtype, own.config.dtype)
+
+
+def test_a_model_says_where_it_came_from(folders):
+    """PEFT writes the name that is in the model's own dictionary into adapter_config.json."""
+    model = from_pretrained("auto", folders["llama"], settings=small())
+    assert {model.name_or_path, model.model.name_or_path, model.config.name_or_path} == {str(folders["llama"])}
+    assert vars(model)["name_or_path"] == str(folders["llama"])
+
+
 def test_a_class_says_which_part_of_the_checkpoint_is_wanted(folders):
     for given in (transformers.AutoModel, transformers.LlamaModel):
         model = from_pretrained(given, folders["llama"], settings=small())
@@ -602,6 +616,9 @@ def test_layers_that_differ_in_heads_are_checked_one_by_one():
         pytest.param("auto", {"settings": {"concurrency": 2}}, "settings is a ray_streamer", id="settings"),
         pytest.param("auto", {"dtype": 5}, "a dtype of torch or its name.*got 5", id="dtype-of-another-kind"),
         pytest.param("auto", {"dtype": "bf16"}, "such as .bfloat16.; got 'bf16'", id="no-dtype"),
+        pytest.param(
+            "auto", {"torch_dtype": "bf16"}, "such as .bfloat16.; got 'bf16'", id="no-dtype-by-its-older-name"
+        ),
         pytest.param("llama", {}, "'llama'", id="no-class"),
         pytest.param(transformers.AutoModelForSeq2SeqLM, {}, "AutoModelForSeq2SeqLM", id="auto-class-of-others"),
     ],

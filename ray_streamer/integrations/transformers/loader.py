@@ -131,6 +131,7 @@ class ModelBuild:
     ) -> None:
         require_transformers()
         refuse_arguments(model_arguments)
+        dtype, model_arguments = _dtype_of(dtype, model_arguments)
         named = NamedCheckpoint.of(uri, settings)
         self.uri, self.settings = named.uri, named.settings
         _check_dtype(dtype)
@@ -184,6 +185,10 @@ class ModelBuild:
         """The model, whose memory has been filled."""
         model = self.captured.loaded
         model.config.name_or_path = self.uri
+        for module in model.modules():
+            # The model's own and those of its parts with the same config, from which they were made before it had the name.
+            if vars(module).get("config") is model.config and "name_or_path" in vars(module):
+                module.name_or_path = self.uri
         return model
 
 
@@ -233,6 +238,15 @@ def _built(
             'checkpoint was saved from, or "auto"'
         )
     return model
+
+
+def _dtype_of(dtype: Any, said: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The dtype that is asked for, and the other arguments: `torch_dtype` is its name in older code, as transformers takes it, too."""
+    others = dict(said)
+    for name in ("dtype", "torch_dtype"):
+        older = others.pop(name, None)
+        dtype = older if dtype is None else dtype
+    return dtype, others
 
 
 def _check_dtype(dtype: Any) -> None:
