@@ -172,7 +172,11 @@ def shard_paths(storage: Storage) -> list[str]:
 
 
 def _files_without_index(storage: Storage) -> _Files:
-    """The shard files of a folder without an index json: of a model, else of an adapter, else of a pipeline's components."""
+    """The shard files of a folder without an index json: of a model, else of a pipeline's components, else of an adapter.
+
+    Pipelines are often published with the same weights once more beside the components, in one file for other programs.
+    Only a file that is called as a model's comes before the components.
+    """
     try:
         names = storage.list()
     except ObjectMissingError as error:
@@ -183,6 +187,9 @@ def _files_without_index(storage: Storage) -> _Files:
         return _Files([_single_file(storage, error)], "folder")
     if (index_name := f"{DIFFUSERS_NAME}.index.json") in names:
         return _files_of(storage, index_name)
+    is_pipeline = PIPELINE_NAME in names and not {SINGLE_NAME, DIFFUSERS_NAME} & set(names)
+    if is_pipeline and (components := component_files(storage)):
+        return _Files(sorted(components), "folder", components=components)
     if found := shard_files_of(names, uri=storage.uri):
         return _Files(found, "folder")
     if ADAPTER_CONFIG_NAME in names and (index_name := f"{ADAPTER_NAME}.index.json") in names:
@@ -190,10 +197,6 @@ def _files_without_index(storage: Storage) -> _Files:
     if found := adapter_files_of(names, uri=storage.uri):
         # It has what it was made for, and need not have a part of every layer.
         return _Files(found, "name")
-    if PIPELINE_NAME in names:
-        files = component_files(storage)
-        if files:
-            return _Files(sorted(files), "folder", components=files)
     raise nothing_to_open(storage, names)
 
 

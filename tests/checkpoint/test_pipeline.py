@@ -65,6 +65,23 @@ def test_all_components_load_by_the_uri_of_the_pipeline(pipeline):
     assert all(loaded[name].equal(tensor) for name, tensor in tensors.items())
 
 
+def test_files_for_other_programs_beside_the_components_are_not_the_pipelines(pipeline):
+    """As FLUX.1 and Stable Diffusion are published."""
+    folder, tensors = pipeline
+    for name in ("flux1-dev.safetensors", "ae.safetensors"):
+        save_file({"double_blocks.0.weight": torch.zeros(1)}, folder / name)
+    assert ray_streamer.load_rank(folder).keys() == tensors.keys()
+    loaded = ray_streamer.load_rank(folder / "flux1-dev.safetensors")
+    assert loaded.keys() == {"double_blocks.0.weight"}
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "diffusion_pytorch_model.safetensors"])
+def test_a_file_that_is_called_as_a_models_comes_before_the_components(pipeline, name):
+    folder, _ = pipeline
+    save_file({"w": torch.zeros(1)}, folder / name)
+    assert ray_streamer.load_rank(folder).keys() == {"w"}
+
+
 @pytest.mark.parametrize("component", ["transformer", "vae", "text_encoder_2"])
 def test_a_component_loads_by_its_own_uri_under_its_own_names(pipeline, component):
     folder, tensors = pipeline
