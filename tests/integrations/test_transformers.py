@@ -591,6 +591,13 @@ def test_what_transformers_cannot_cut_is_refused(config, tp, said):
     refuse_uncuttable(config(), 1, "s3://bucket/model")
 
 
+@pytest.mark.parametrize("name", ["DeepseekV4Config", "NemotronHConfig", "PhimoeConfig"])
+def test_heads_that_the_plan_leaves_whole_need_not_divide(name):
+    config = getattr(transformers, name)(num_key_value_heads=1)
+    assert not any("attn" in module for module in config.base_model_tp_plan)
+    refuse_uncuttable(config, 2, "s3://bucket/model")
+
+
 def test_layers_that_differ_in_heads_are_checked_one_by_one():
     """As those of Gemma 4 and EmbeddingGemma 2 do."""
     layers = {"layer_types": ["sliding_attention", "full_attention"], "num_kv_shared_layers": 0}
@@ -742,6 +749,10 @@ def test_four_ranks_share_models_in_s3_and_read_them_once(differences, tmp_path_
     for name, config in configs.items():
         saved[name] = tmp_path_factory.mktemp(name)
         transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(saved[name])
+    # Its one key-value head is on every rank.
+    phimoe = transformers.PhimoeConfig(**SIZES | {"num_key_value_heads": 1}, num_local_experts=4)
+    saved["phimoe"] = tmp_path_factory.mktemp("phimoe")
+    transformers.AutoModelForCausalLM.from_config(phimoe, dtype=torch.bfloat16).save_pretrained(saved["phimoe"])
     saved["fp8"] = quantized_fp8(
         tmp_path_factory.mktemp("fp8"), transformers.LlamaConfig(**sizes | {"intermediate_size": 128})
     )

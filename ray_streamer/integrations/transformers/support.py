@@ -187,9 +187,10 @@ def quantization_of(said: Any) -> str | None:
 
 
 def refuse_uncuttable(config: PretrainedConfig, tp: int, uri: str) -> None:
-    """Refuses a model that transformers has no plan for, or whose attention heads `tp` does not divide.
+    """Refuses a model that transformers has no plan for, or whose plan cuts attention between heads that `tp` does not divide.
 
-    transformers itself would cut a head in half there, and fail in the first forward. Other sizes need not divide.
+    transformers itself would cut a head in half there, and fail in the first forward. Other sizes need not divide. Some plans,
+    such as that of DeepSeek V4, cut experts only.
 
     Raises:
         ShardingError: Names the model's type or number of heads, with a layer where they differ, and the values of tp that work.
@@ -197,11 +198,12 @@ def refuse_uncuttable(config: PretrainedConfig, tp: int, uri: str) -> None:
     if tp == 1:
         return
     text: Any = config.get_text_config()
-    if not (getattr(text, "base_model_tp_plan", None) or getattr(config, "base_model_tp_plan", None)):
+    plan = {**(getattr(text, "base_model_tp_plan", None) or {}), **(getattr(config, "base_model_tp_plan", None) or {})}
+    if not plan:
         raise ShardingError(
             f"{uri}: transformers has no tensor-parallel plan for model type {config.model_type}; load it with tp=1"
         )
-    sizes = _heads_of(text)
+    sizes = _heads_of(text) if any("attn" in name or "attention" in name for name in plan) else {}
     wrong = [said for said, value in sizes.items() if value % tp]
     if wrong:
         works = [n for n in range(1, min(sizes.values()) + 1) if not any(value % n for value in sizes.values())]
