@@ -168,8 +168,8 @@ def _check_rules(index: CheckpointIndex, rules: ShardRules, rule_ids: NDArray[np
             f"{counted(len(without), 'tensor')} of {index.uri} {verb(len(without), 'has', 'have')} two or more dimensions "
             "and no rule: "
             f"{_shown([named(index, tensor) for tensor in without[:_NUM_SHOWN]], len(without))}. "
-            f'Say how they lie, for example rules={{"{starred(index.names[without[0]])}": Split(0)}}, or let every rank hold them whole with '
-            'unmatched="replicate".'
+            f'Say how they lie, for example rules={{"{starred(index.names[without[0]])}": Split(0)}} if that is a column-parallel weight '
+            'and Split(1) if it is row-parallel, or let every rank hold them whole with unmatched="replicate".'
         )
     if strays := _beside_cut_weights(index, rules, rule_ids) if unmatched == "error" else []:
         faults.append(
