@@ -158,7 +158,7 @@ def test_a_process_that_was_forked_from_a_connected_one_is_refused(monkeypatch: 
         warnings.simplefilter("ignore", DeprecationWarning)
         pid = os.fork()
     if pid == 0:
-        signal.alarm(30)
+        signal.alarm(120)
         try:
             connect()
         except ClusterError as error:
@@ -249,7 +249,7 @@ def test_a_rank_that_rays_memory_monitor_ends_is_told_with_what_to_do(
         # In the start of the rank or in the call: the monitor may look in between.
         with (
             pytest.raises(ClusterError, match=r"running low on memory\. .* smaller memory_limit") as caught,
-            WorkerGroup(Sleeper, 1, timeouts=Timeouts.of(Settings(startup_timeout_seconds=60))) as group,
+            WorkerGroup(Sleeper, 1, timeouts=Timeouts.of(Settings(startup_timeout_seconds=300))) as group,
         ):
             group.call("sleep")
     finally:
@@ -266,7 +266,7 @@ class Sleeper:
         """Any rank."""
 
     def sleep(self) -> None:
-        threading.Event().wait(60)
+        threading.Event().wait(600)
 
 
 TASK_THAT_PRINTS = """
