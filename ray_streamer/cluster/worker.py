@@ -147,7 +147,7 @@ class LoadWorker:
                     index_bytes=index_bytes,
                     terms=terms,
                     held=self._held(),
-                    imports_torch=self._device.opened is None,
+                    imports_torch=self._device.is_under_way,
                 )
         self._request, self._agreed, self._memory_limit = request, agreement.plan, agreement.memory_limit
         self._slices, self._agreement = agreement.slices, secrets.token_hex(8)

@@ -48,7 +48,7 @@ def agreed_load(
         RayStreamerError: As `agree` and `RankLoad` raise.
     """
     session.wait_met()
-    imports_torch = isinstance(device, DeviceStart) and device.opened is None
+    imports_torch = isinstance(device, DeviceStart) and device.is_under_way
     agreement = agree(session, request, storage, index_bytes=index_bytes, held=out, imports_torch=imports_torch)
     return RankLoad(
         agreement.plan,

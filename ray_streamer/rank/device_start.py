@@ -64,6 +64,11 @@ class DeviceStart:
         return cls(lambda: device, wants_staging=device.wants_staging, timeout_seconds=0.0)
 
     @property
+    def is_under_way(self) -> bool:
+        """Whether the device is still coming up; not so where that failed."""
+        return not self._opened.done()
+
+    @property
     def opened(self) -> Device | None:
         """The device, where it is there already.
 

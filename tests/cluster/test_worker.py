@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import re
 import secrets
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -16,13 +17,22 @@ import torch
 
 import ray_streamer
 from ray_streamer.cluster.worker import LoadWorker
-from ray_streamer.errors import ClusterError, LoadAbortedError, ObjectChangedError, RankFailedError, RayStreamerError
-from ray_streamer.exchange.liveness import Timeouts
+from ray_streamer.errors import (
+    ClusterError,
+    DeviceError,
+    LoadAbortedError,
+    ObjectChangedError,
+    RankFailedError,
+    RayStreamerError,
+)
+from ray_streamer.exchange.liveness import Activity, Timeouts
 from ray_streamer.exchange.place import Place
 from ray_streamer.rank.agreement import MemoryTerms
+from ray_streamer.rank.device_start import DeviceStart
 from ray_streamer.rank.request import LoadRequest
 from ray_streamer.sharding import Mesh
 from ray_streamer.sharding.source import RuleSlices
+from ray_streamer.staging.stop import StopSignal
 from ray_streamer.testing.checkpoints import llama_layout, write_checkpoint
 from ray_streamer.testing.oracle import bytes_of, expected_results
 
@@ -206,3 +216,24 @@ def test_an_abort_between_loads_ends_nothing_once_it_is_forgotten(pair: Pair, fo
     pair.load(folders[1], "again/0")
     pair.expect_content(folders[1])
     assert pair.workers[0].session is not session
+
+
+def test_a_device_that_did_not_come_up_is_told_by_the_load_and_not_by_the_agreement(
+    pair: Pair, folders: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is the failure of a rank, however soon it fails; what is wrong with the request is not."""
+
+    def fail() -> Any:
+        raise DeviceError("no such device")
+
+    with monkeypatch.context() as actor_that_has_begun:
+        actor_that_has_begun.delitem(sys.modules, "torch")
+        device = DeviceStart(fail, wants_staging=False, timeout_seconds=HANG_SECONDS)
+    with pytest.raises(DeviceError):
+        device.wait(StopSignal(), Activity())
+    for worker in pair.workers:
+        worker._device = device
+    agreed = pair.agree(folders[0], "first")
+    errors = pair.load_agreed(agreed)
+    # A rank may hear of the other one's before its own.
+    assert [type(getattr(error, "cause", error)) for error in errors] == [DeviceError] * 2

@@ -69,13 +69,16 @@ def test_what_it_raises_reaches_whoever_waits(without_torch: None, error: Except
     def fail() -> Any:
         raise error
 
+    start = start_of(fail, timeout_seconds=5)
     with pytest.raises(type(error)) as caught:
-        wait(start_of(fail, timeout_seconds=5))
+        wait(start)
     assert caught.value is error
+    assert not start.is_under_way
 
 
 def test_a_load_that_is_over_does_not_wait_for_it(without_torch: None, held: threading.Event) -> None:
     start = start_of(held.wait, timeout_seconds=60)
+    assert start.is_under_way
     stop, reason = StopSignal(), LoadAbortedError("rank 1 failed")
     stop.set(reason)
     with pytest.raises(LoadAbortedError) as caught:
