@@ -43,7 +43,7 @@ def test_nothing_is_imported_by_the_load_itself(tmp_path):
     save_file({"weight": stored}, tmp_path / "model.safetensors")
     program = LOADS.replace("OURS", repr(OURS))
     session = f"ahead-{tmp_path.name}-{tmp_path.parent.name}"
-    # Not forked from one process that has made a client of boto3: such a child hung once.
+    # Not forked from one process: a thread that ends at that moment holds a lock of OpenSSL, which the child would wait for.
     ranks = [
         subprocess.Popen(
             [sys.executable, "-c", program, str(tmp_path), session, str(rank)],
