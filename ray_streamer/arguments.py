@@ -1,8 +1,9 @@
-"""Is what a caller gives for a number one? Asked before anything is opened, wherever a number comes from a caller."""
+"""Is what a caller gives a number, or one of the values that there are? Asked before anything is opened, wherever it comes from a caller."""
 
 from __future__ import annotations
 
 import operator
+from typing import Any, get_args
 
 from ray_streamer.errors import SettingsError
 
@@ -24,3 +25,19 @@ def whole_number(what: str, value: object) -> int:
     except TypeError:
         pass
     raise SettingsError(f"{what} is a whole number, got {value!r}")
+
+
+def check_choice(what: str, value: object, choices: Any) -> None:
+    """Refuses what is none of a `Literal`'s values.
+
+    >>> from typing import Literal
+    >>> check_choice("unmatched", "eror", Literal["error", "replicate"])
+    Traceback (most recent call last):
+    ...
+    ray_streamer.errors.SettingsError: unmatched is one of error, replicate, not 'eror'
+
+    Raises:
+        SettingsError: Names those that are.
+    """
+    if value not in get_args(choices):
+        raise SettingsError(f"{what} is one of {', '.join(get_args(choices))}, not {value!r}")

@@ -11,8 +11,9 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from numbers import Integral, Real
-from typing import TYPE_CHECKING, Any, Literal, Self, get_args
+from typing import TYPE_CHECKING, Any, Literal, Self
 
+from ray_streamer.arguments import check_choice
 from ray_streamer.errors import ClusterError, SettingsError
 from ray_streamer.units import counted
 
@@ -57,8 +58,7 @@ class PlacementOptions:
     wait_for_nodes: bool = False
 
     def __post_init__(self) -> None:
-        if self.strategy not in get_args(Strategy):
-            raise SettingsError(f"strategy is one of {', '.join(get_args(Strategy))}, not {self.strategy!r}")
+        check_choice("strategy", self.strategy, Strategy)
         self._check_kinds()
         reserved = sorted({"CPU", "GPU", "memory", "object_store_memory"} & set(self.resources))
         if reserved:

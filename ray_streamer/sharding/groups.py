@@ -7,12 +7,13 @@ decide nothing and tensors that have none are listed together.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from ray_streamer.arguments import check_choice
 from ray_streamer.dtypes import DTYPES, DType
-from ray_streamer.errors import SettingsError, ShardingError
+from ray_streamer.errors import ShardingError
 from ray_streamer.rows import distinct, distinct_rows
 from ray_streamer.sharding.globs import starred
 from ray_streamer.sharding.placement import Placement, Replicate, Skip
@@ -151,8 +152,7 @@ def _left_over(index: CheckpointIndex, rule_ids: NDArray[np.int64]) -> NDArray[n
 
 
 def _check_rules(index: CheckpointIndex, rules: ShardRules, rule_ids: NDArray[np.int64], unmatched: Unmatched) -> None:
-    if unmatched not in get_args(Unmatched):
-        raise SettingsError(f"unmatched is one of {', '.join(get_args(Unmatched))}, not {unmatched!r}")
+    check_choice("unmatched", unmatched, Unmatched)
     faults: list[str] = []
     used = set(distinct(rule_ids).tolist())
     unused = [repr(rule.glob) for position, rule in enumerate(rules) if not rule.optional and position not in used]

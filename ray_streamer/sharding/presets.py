@@ -16,9 +16,9 @@ transformers:
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal
 
-from ray_streamer.errors import SettingsError, ShardingError
+from ray_streamer.errors import ShardingError
 from ray_streamer.sharding.families import RENAMED, Family, Meaning, Role, Weight, family_or_refuse
 from ray_streamer.sharding.part import Part
 from ray_streamer.sharding.placement import Placement, Replicate, Skip, Split, SplitGroups, SplitVocabulary
@@ -35,16 +35,6 @@ VLLM_VOCABULARY_MULTIPLE = 64
 """`DEFAULT_VOCAB_PADDING_SIZE` of vLLM 0.32."""
 
 _Rules = list[tuple[str, Placement]]
-
-
-def check_layout(layout: str) -> None:
-    """Refuses a layout that is none.
-
-    Raises:
-        SettingsError: Names those that are.
-    """
-    if layout not in get_args(Layout):
-        raise SettingsError(f"layout is one of {', '.join(get_args(Layout))}, not {layout!r}")
 
 
 def preset_for(config: Mapping[str, Any], *, layout: Layout, mtp: bool) -> _Rules:

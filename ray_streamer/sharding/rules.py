@@ -7,12 +7,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
+from ray_streamer.arguments import check_choice
 from ray_streamer.errors import ShardingError
 from ray_streamer.sharding.families import family_of
 from ray_streamer.sharding.globs import first_matches
 from ray_streamer.sharding.name_kinds import NameKinds
 from ray_streamer.sharding.placement import Placement
-from ray_streamer.sharding.presets import DEFAULT_LAYOUT, Layout, check_layout, preset_for
+from ray_streamer.sharding.presets import DEFAULT_LAYOUT, Layout, preset_for
 from ray_streamer.sharding.tp_plan import rules_of_plan
 from ray_streamer.wording import brief
 
@@ -100,7 +101,7 @@ class ShardRules:
             SettingsError: There is no such layout.
             ShardingError: There is no preset and nothing in `first`, or the config lacks a size.
         """
-        check_layout(layout)
+        check_choice("layout", layout, Layout)
         before, config = cls(first), config or {}
         if before.rules and family_of(config) is None:
             model_type = config.get("model_type")

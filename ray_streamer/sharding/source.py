@@ -7,11 +7,12 @@ destinations + position of the rank in the mesh ─> rank slices      tens of pa
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
 
+from ray_streamer.arguments import check_choice
 from ray_streamer.checkpoint.base_model import adapter_config_of
 from ray_streamer.collector import collector_paused
 from ray_streamer.errors import SettingsError, ShardingError
@@ -23,7 +24,7 @@ from ray_streamer.sharding.fuse import FuseLike, checked_fusions
 from ray_streamer.sharding.groups import DEFAULT_UNMATCHED, Unmatched
 from ray_streamer.sharding.mesh import Mesh
 from ray_streamer.sharding.name_kinds import kinds_of_tensors
-from ray_streamer.sharding.presets import DEFAULT_LAYOUT, Layout, check_layout
+from ray_streamer.sharding.presets import DEFAULT_LAYOUT, Layout
 from ray_streamer.sharding.rename import RenameLike, kept_renaming
 from ray_streamer.sharding.resolve import checked_groups
 from ray_streamer.sharding.rules import ShardRules
@@ -89,9 +90,8 @@ class RuleSlices:
         if not isinstance(self.mesh, Mesh):
             raise SettingsError(f"mesh is a ray_streamer.Mesh, such as Mesh(tp=8), got {type(self.mesh).__name__}")
         object.__setattr__(self, "rules", ShardRules(self.rules))
-        if self.unmatched not in get_args(Unmatched):
-            raise SettingsError(f"unmatched is one of {', '.join(get_args(Unmatched))}, not {self.unmatched!r}")
-        check_layout(self.layout)
+        check_choice("unmatched", self.unmatched, Unmatched)
+        check_choice("layout", self.layout, Layout)
         if self.experts is not None and self.mesh.ep == 1:
             raise SettingsError(
                 f"experts={brief(self.experts)} divides experts over groups of ranks; give ep=True, too"
