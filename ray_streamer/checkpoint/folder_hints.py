@@ -12,7 +12,7 @@ from itertools import islice
 from typing import TYPE_CHECKING
 
 from ray_streamer.checkpoint.foreign import foreign_format
-from ray_streamer.checkpoint.json_files import may_list
+from ray_streamer.checkpoint.json_files import may_list, names_if_listed
 from ray_streamer.checkpoint.location import may_be_hub_id
 from ray_streamer.checkpoint.shard_files import (
     ADAPTER_CONFIG_NAME,
@@ -168,10 +168,7 @@ def _if_hub_id(storage: Storage) -> str:
 
 
 def _safetensors_names(storage: Storage) -> list[str]:
-    try:
-        return [shown(name) for name in storage.list() if name.endswith((SUFFIX, ".index.json"))]
-    except StorageError:
-        return []
+    return [shown(name) for name in names_if_listed(storage) if name.endswith((SUFFIX, ".index.json"))]
 
 
 def _local_folder(storage: Storage) -> str | None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ray_streamer.checkpoint.foreign import foreign_format
 from ray_streamer.checkpoint.header import MAX_HEADER_BYTES
 from ray_streamer.checkpoint.strict_json import MalformedJsonError, parse_lenient
-from ray_streamer.errors import AccessError, CheckpointError, CredentialsError, ObjectMissingError
+from ray_streamer.errors import AccessError, CheckpointError, CredentialsError, ObjectMissingError, StorageError
 from ray_streamer.extent import Extent
 from ray_streamer.units import exact_bytes
 from ray_streamer.wording import printable
@@ -102,3 +102,11 @@ def may_list(storage: Storage) -> bool:
     except AccessError:
         return False
     return True
+
+
+def names_if_listed(storage: Storage) -> list[str]:
+    """The folder's files, for messages; none where it cannot be listed."""
+    try:
+        return storage.list()
+    except StorageError:
+        return []

@@ -19,6 +19,7 @@ from ray_streamer.checkpoint.json_files import (
     NO_LISTING,
     full_name,
     may_list,
+    names_if_listed,
     read_config,
     read_json_config,
     read_json_file,
@@ -111,10 +112,7 @@ def open_checkpoint(
     config = read_config(storage)
     if all(map(is_of_adapter, files.paths)) and (adapter := read_json_config(storage, ADAPTER_CONFIG_NAME)) is not None:
         config = {**(config or {}), ADAPTER_KEY: adapter}
-    reads = headers_of(storage, files.paths, concurrency=concurrency, head_bytes=head_bytes)
-    _refuse_missing(storage, files, reads)
-    found = [read for read in reads if read is not None]
-    _refuse_parts(storage, found)
+    found = _headers_of_all(storage, files, concurrency=concurrency, head_bytes=head_bytes)
     headers = tuple(_named_in_pipeline(header, files.components.get(file.path)) for file, header in found)
     reconciled = Reconciled(headers=headers)
     if files.weight_map is not None:
@@ -218,6 +216,17 @@ def _single_file(storage: Storage, refused: AccessError) -> str:
     return SINGLE_NAME
 
 
+def _headers_of_all(
+    storage: Storage, files: _Files, *, concurrency: int, head_bytes: int
+) -> list[tuple[ShardFile, FileHeader]]:
+    """Every file with its header; none of them is missing, or holds parts of tensors."""
+    reads = headers_of(storage, files.paths, concurrency=concurrency, head_bytes=head_bytes)
+    _refuse_missing(storage, files, reads)
+    found = [read for read in reads if read is not None]
+    _refuse_parts(storage, found)
+    return found
+
+
 def _refuse_missing(storage: Storage, files: _Files, reads: Sequence[object | None]) -> None:
     missing = [path for path, read in zip(files.paths, reads, strict=True) if read is None]
     if not missing:
@@ -229,7 +238,7 @@ def _refuse_missing(storage: Storage, files: _Files, reads: Sequence[object | No
     listing = listed([shown(path) for path in missing])
     if files.weight_map is not None:
         # Where vLLM writes its sharded_state, the index json of the checkpoint is often copied to it.
-        refuse_states_of_ranks(_names_if_listed(storage), uri=storage.uri)
+        refuse_states_of_ranks(names_if_listed(storage), uri=storage.uri)
         raise ObjectMissingError(
             f"{full_name(storage, files.index_name)} names {counted(len(files.paths), 'file')}, of which {len(missing)} "
             f"{do} not exist: {listing}; fetch them from the same revision, or wait until they are uploaded"
@@ -238,13 +247,6 @@ def _refuse_missing(storage: Storage, files: _Files, reads: Sequence[object | No
         f"{storage.uri} is incomplete: {listing} {do} not lead to a file, as links of a cache that was copied without its "
         "blobs, or was deleted since; fetch the folder again"
     )
-
-
-def _names_if_listed(storage: Storage) -> list[str]:
-    try:
-        return storage.list()
-    except StorageError:
-        return []
 
 
 def _refuse_parts(storage: Storage, found: Sequence[tuple[ShardFile, FileHeader]]) -> None:
