@@ -4,9 +4,9 @@ Ray removes a placement group when the job that made it ends. A driver is its jo
 task or a Serve replica is not: when one is killed, or its handle goes out of scope, its ranks die with it, and their
 resources would stay reserved until the whole job ends.
 
-The keeper is detached, and reserves next to nothing, of the head node. It is there before the group, and knows the group by its name, so that no
-moment is left in which a caller that dies leaves a group behind. It looks once a second whether Ray still counts the
-owner's process and node as alive, and ends with its group, whoever ends that.
+The keeper is detached, and reserves next to nothing, of the head node. It is there before the group, and knows the group
+by its name, so that no moment is left in which a caller that dies leaves a group behind. It looks once a second whether
+Ray still counts the owner's process and node as alive, and ends with its group, whoever ends that.
 """
 
 from __future__ import annotations

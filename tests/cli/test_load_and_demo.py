@@ -101,10 +101,10 @@ def test_a_load_that_fails_says_so_in_one_object(invoke, checkpoint, local_ray):
     assert "tp that works for every tensor: 1, 2, 4, 8" in error["message"]
 
 
-def test_demo_proves_every_rank_on_every_storage(invoke, tmp_path, local_ray, monkeypatch, caplog):
+def test_demo_proves_every_rank_on_every_storage(invoke, tmp_path, local_ray, dead_port, monkeypatch, caplog):
     # Of a store that is none of the demo's, and answers nobody.
-    monkeypatch.setenv("RAY_STREAMER_S3_ENDPOINT_URL", "http://127.0.0.1:9")
-    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("RAY_STREAMER_S3_ENDPOINT_URL", f"http://127.0.0.1:{dead_port}")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{dead_port}")
     monkeypatch.setenv("AWS_SESSION_TOKEN", "of-another-key")
     result = invoke("demo", "--folder", tmp_path, "--gigabytes", 0.005, "--tp", 2, "--json")
     assert result.exit_code == 0, result.output

@@ -79,9 +79,13 @@ def num_groups() -> int:
     return sum(entry["state"] != "REMOVED" for entry in placement_group_table().values())
 
 
-def num_keepers() -> int:
+def keepers() -> list[dict[str, Any]]:
     actors = ray._private.state.actors().values()
-    return sum(actor["ActorClassName"] == "Keeper" and actor["State"] != "DEAD" for actor in actors)
+    return [actor for actor in actors if actor["ActorClassName"] == "Keeper" and actor["State"] != "DEAD"]
+
+
+def num_keepers() -> int:
+    return len(keepers())
 
 
 ENDS: dict[str, Callable[[Any, list[int]], None]] = {
@@ -121,8 +125,7 @@ def test_an_actor_killed_at_any_moment_of_its_start_leaves_nothing(seed: int, wa
 
 
 def keepers_nodes() -> list[str]:
-    actors = ray._private.state.actors().values()
-    return [a["Address"]["NodeID"] for a in actors if a["ActorClassName"] == "Keeper" and a["State"] == "ALIVE"]
+    return [keeper["Address"]["NodeID"] for keeper in keepers() if keeper["State"] == "ALIVE"]
 
 
 @pytest.mark.parametrize("is_in_group", [False, True])

@@ -349,10 +349,12 @@ def test_a_role_that_is_refused_is_no_refusal_of_an_object(access_of, web_identi
     assert "planted" not in str(caught.value)
 
 
-def test_a_server_of_credentials_that_cannot_be_reached(access_of, web_identity):
-    web_identity("http://127.0.0.1:9")
+def test_a_server_of_credentials_that_cannot_be_reached(access_of, web_identity, dead_port):
+    web_identity(f"http://127.0.0.1:{dead_port}")
     with (
-        pytest.raises(StorageError, match=r"no answer from http://127.0.0.1:9/.*boto3 asks there for credentials"),
+        pytest.raises(
+            StorageError, match=rf"no answer from http://127.0.0.1:{dead_port}/.*boto3 asks there for credentials"
+        ),
         sdk_faults_translated("s3://models/k", endpoint="https://store", has_answered=False),
     ):
         access_of("s3://models").sign("k", 60)
